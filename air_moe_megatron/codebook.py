@@ -1,0 +1,246 @@
+"""The codebook of the coarse stage: adaptive spherical k-means, learned without gradients.
+
+Pure functions first, then the module that holds the buffers. Nothing here communicates: the sums over ranks are made
+by ``sync.py``, which hands every rank the same statistics, so that every rank computes bitwise the same codewords.
+
+Legend: T tokens, H hidden, C clusters, P probes, E experts. Derivation: docs/codebook.md.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_SEED = 20260504  # of the first, random directions and of the splits; the same on every rank, layer and run
+_STARVED = 0.1  # a codeword with less than this share of the mean load is revived
+# Columns of the statistics beside the H of the summed unit vectors.
+_NUM_SCALARS = 3  # count, sum of cosines, sum of projections
+
+
+def assign(hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allowed: torch.Tensor | None = None):
+    """Find the codewords nearest in angle to each token.
+
+    The token's length does not change the order of ``<h, c>`` over codewords, so tokens are not normalised.
+
+    Args:
+        hidden: [T, H], any float dtype.
+        codewords: [C, H] fp32, unit rows.
+        num_probes: codewords per token.
+        allowed: [C] bool or None; a codeword that is not allowed is never chosen.
+    Returns:
+        [T, P] int64, nearest first.
+
+    Example: hidden [[0, 3]], codewords [[1, 0], [0, 1]], one probe gives [[1]].
+    """
+    similarity = hidden.float() @ codewords.t()
+    if allowed is not None:
+        similarity = similarity.masked_fill(~allowed, float("-inf"))
+    if num_probes == 1:
+        return similarity.argmax(dim=1, keepdim=True)
+    return similarity.topk(num_probes, dim=1).indices
+
+
+def token_statistics(hidden, codewords, assignments, keep=None):
+    """Sum what the update needs over the tokens of each codeword.
+
+    Args:
+        hidden: [T, H], any float dtype.
+        codewords: [C, H] fp32, unit rows.
+        assignments: [T] int64, nearest codeword.
+        keep: [T] bool or None; tokens that count (padding does not).
+    Returns:
+        [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of projections ``<h, c>``.
+        A token that is not finite makes its codeword's row not finite, which is how the update finds out.
+
+    Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], assignments [1] gives [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
+    """
+    if keep is not None:
+        hidden, assignments = hidden[keep], assignments[keep]
+    hidden = hidden.float()
+    norms = hidden.norm(dim=1, keepdim=True)
+    unit = hidden / norms.clamp_min(torch.finfo(torch.float32).tiny)
+    cosines = (unit * codewords[assignments]).sum(dim=1, keepdim=True)
+    rows = torch.cat((unit, torch.ones_like(cosines), cosines, cosines * norms), dim=1)
+    return rows.new_zeros(codewords.shape[0], rows.shape[1]).index_add_(0, assignments, rows)
+
+
+def update_from_tokens(codewords, ema, statistics, decay, num_updates):
+    """One step of adaptive spherical k-means: decayed sums, then divide and normalise, then revive.
+
+    The running sums start at zero and only their ratios and directions are used, so they need no bias correction and
+    the first statistics replace the random start entirely.
+
+    Args:
+        codewords: [C, H] fp32.
+        ema: [C, H + 3] fp32, running sums.
+        statistics: [C, H + 3] fp32, finite, summed over all ranks.
+        decay: weight of the past.
+        num_updates: updates so far, seeds the splits.
+    Returns:
+        new codewords, new ema.
+    """
+    ema = decay * ema + (1.0 - decay) * statistics
+    hidden_size = codewords.shape[1]
+    sums = ema[:, :hidden_size]
+    norms = sums.norm(dim=1, keepdim=True)
+    codewords = torch.where(norms > 0, sums / norms.clamp_min(torch.finfo(torch.float32).tiny), codewords)
+    return split_loaded(codewords, ema, num_updates)
+
+
+def split_loaded(codewords, ema, num_updates):
+    """Revive starved codewords by the split rule: the i-th starved one takes half of the i-th most loaded one.
+
+    Both halves start at the loaded codeword, moved apart along a random direction by as much as a token typically
+    deviates along one direction, ``tan(angle)/sqrt(H)``; the plane between them then cuts the loaded cluster in two.
+    The running sums are halved with them. Starved: less than a tenth of the mean running count; loaded: at least the
+    mean, so that neither half starves at once. Deterministic: a function of the arguments alone. Source: derived in
+    docs/codebook.md, after the cluster splitting of faiss.
+
+    Args, returns: as :func:`update_from_tokens`.
+    """
+    num_clusters, hidden_size = codewords.shape
+    counts = ema[:, hidden_size]
+    starved = torch.nonzero(counts < _STARVED * counts.mean()).flatten()
+    by_load = torch.argsort(counts, descending=True, stable=True)
+    num_splits = min(starved.numel(), int((counts >= counts.mean()).sum()))
+    if num_splits == 0:
+        return codewords, ema
+    starved, loaded = starved[:num_splits], by_load[:num_splits]
+    generator = torch.Generator().manual_seed(_SEED + num_updates)
+    direction = torch.randn(num_splits, hidden_size, generator=generator).to(codewords.device)
+    centre = codewords[loaded]
+    direction = direction - (direction * centre).sum(dim=1, keepdim=True) * centre
+    direction = torch.nn.functional.normalize(direction, dim=1)
+    cosine = (ema[loaded, hidden_size + 1] / counts[loaded]).clamp(0.1, 1.0 - 1e-4)
+    offset = (1.0 / cosine.square() - 1.0).sqrt().unsqueeze(1) / hidden_size**0.5
+    codewords, ema = codewords.clone(), ema.clone()
+    ema[loaded] *= 0.5
+    ema[starved] = ema[loaded]
+    for rows, sign in ((loaded, 1.0), (starved, -1.0)):
+        codewords[rows] = torch.nn.functional.normalize(centre + sign * offset * direction, dim=1)
+        ema[rows, :hidden_size] = codewords[rows] * ema[rows, :hidden_size].norm(dim=1, keepdim=True)
+    return codewords, ema
+
+
+def lloyd_step(codewords: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """One Lloyd step of spherical k-means over the expert centres; a starved cluster splits a large one.
+
+    Args:
+        codewords: [C, H] fp32, unit rows.
+        weight: [E, H] expert centres.
+    Returns:
+        [C, H] fp32, unit rows.
+    """
+    statistics = token_statistics(weight, codewords, assign(weight, codewords, 1).squeeze(1))
+    return update_from_tokens(codewords, torch.zeros_like(statistics), statistics, 0.0, 0)[0]
+
+
+@dataclass(frozen=True)
+class CodebookHealth:
+    """What the last global batch said of a codebook."""
+
+    quantisation_error: float  # 1 - mean cosine between token and codeword
+    live_codewords: int  # codewords that got a token
+    num_dropped: int  # updates dropped so far because a token was not finite
+
+
+class Codebook(torch.nn.Module):
+    """The codewords of one router with their running statistics: fp32 whatever the model's dtype, equal on all ranks.
+
+    Life of a training step: ``accumulate`` in each microbatch's forward, ``discard`` when the step is attempted again,
+    ``apply_update`` with the statistics summed over ranks after a successful step.
+    """
+
+    def __init__(self, num_clusters: int, hidden_size: int, decay: float):
+        super().__init__()
+        self.decay = decay
+        generator = torch.Generator().manual_seed(_SEED)
+        directions = torch.randn(num_clusters, hidden_size, generator=generator)
+        self.register_buffer("codewords", torch.nn.functional.normalize(directions, dim=1))
+        self.register_buffer("ema", torch.zeros(num_clusters, hidden_size + _NUM_SCALARS))
+        self.register_buffer("num_updates", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("num_dropped", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("statistics", torch.zeros(num_clusters, hidden_size + _NUM_SCALARS), persistent=False)
+        # Of the last update, for logs only: mean cosine and live codewords.
+        self.register_buffer("last_health", torch.zeros(2), persistent=False)
+        self._updates_on_host = 0
+
+    @property
+    def updates_on_host(self) -> int:
+        """Number of updates so far; waits for the device only right after a checkpoint was loaded."""
+        if self._updates_on_host is None:
+            self._updates_on_host = int(self.num_updates)
+        return self._updates_on_host
+
+    def mean_projections(self) -> torch.Tensor:
+        """[C] fp32: mean of ``<h, c>`` over the tokens of each codeword; 1 where none was seen."""
+        counts = self.ema[:, -3]
+        return torch.where(counts > 0, self.ema[:, -1] / counts.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
+
+    @torch.no_grad()
+    def accumulate(self, hidden, assignments, keep=None) -> None:
+        """Add the statistics of one microbatch; arguments as :func:`token_statistics`."""
+        self.statistics += token_statistics(hidden, self.codewords, assignments, keep)
+
+    def discard(self) -> None:
+        """Forget what was accumulated since the last update."""
+        self.statistics.zero_()
+
+    @torch.no_grad()
+    def apply_update(self, statistics: torch.Tensor, finite: bool) -> None:
+        """Apply statistics summed over all ranks, or count them as dropped where they are not finite.
+
+        Args:
+            statistics: [C, H + 3] fp32.
+            finite: whether all of them are, as every rank has found alike.
+        """
+        hidden_size = self.codewords.shape[1]
+        if not finite:
+            self.num_dropped += 1
+        else:
+            codewords, ema = update_from_tokens(self.codewords, self.ema, statistics, self.decay, self.updates_on_host)
+            self.codewords.copy_(codewords)
+            self.ema.copy_(ema)
+            counts = statistics[:, hidden_size]
+            self.last_health[0] = statistics[:, hidden_size + 1].sum() / counts.sum().clamp_min(1.0)
+            self.last_health[1] = (counts > 0).sum()
+        self.count_update()
+
+    def count_update(self) -> None:
+        """Note that a global batch has passed."""
+        self._updates_on_host = self.updates_on_host + 1
+        self.num_updates += 1
+
+    def health(self) -> CodebookHealth:
+        """Read the last update's figures; waits for the device."""
+        cosine, live = self.last_health.tolist()
+        return CodebookHealth(1.0 - cosine, int(live), int(self.num_dropped))
+
+    def _apply(self, fn, recurse=True):
+        # Megatron's Float16Module casts every floating buffer; a codebook rounded to bf16 could not be restored.
+        originals = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, original in originals.items():
+            if self._buffers[name].dtype != original.dtype:
+                self._buffers[name] = original.to(self._buffers[name].device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        strict, missing_keys = args[1], args[2]
+        names = [prefix + name for name in ("codewords", "ema", "num_updates", "num_dropped")]
+        for name in ("codewords", "ema"):
+            loaded, own = state_dict.get(prefix + name), self._buffers[name]
+            if loaded is not None and loaded.shape != own.shape:
+                raise ValueError(
+                    f"checkpoint holds {prefix}{name} of shape {tuple(loaded.shape)}, but moe_air_num_clusters and "
+                    f"hidden_size make it {tuple(own.shape)}; train with the codebook shape of the checkpoint"
+                )
+        num_missing = len(missing_keys)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if strict and not any(name in state_dict for name in names):
+            # A checkpoint of plain top-k routing: keep the random start, which the first batch re-seeds.
+            del missing_keys[num_missing:]
+            logger.info("%s: no codebook in the checkpoint; it is seeded from the first batch", prefix.rstrip("."))
+        self._updates_on_host = None

@@ -1,0 +1,618 @@
+"""Runs the real Megatron-Core and `megatron.training.pretrain` on CPU with gloo, only when asked.
+
+Megatron addresses the device through `torch.cuda`. While CPU mode is on, `enable()` has put stand-ins there: every
+CUDA device name or index means the CPU, streams and events are empty, and CUDA's random generator is torch's default
+CPU generator. `ADAPTATIONS` names every attribute that changes; nothing else does, and `disable()` restores each one.
+
+    python -m air_moe_megatron.cpu pretrain_gpt.py ARGS...
+    torchrun --nproc-per-node 2 -m air_moe_megatron.cpu pretrain_gpt.py ARGS...
+
+Not changed:
+- `torch.cuda.is_available()` and `Tensor.is_cuda` stay False, `tensor.device` stays `cpu`: code that asks is told.
+- No flag is added to the command line. `REQUIRED_FLAGS` names those that a CPU run needs, `with_required_flags` adds
+  them for a caller that wants that.
+- No kernel is emulated: Transformer Engine, Apex, fused kernels, CUDA graphs, grouped GEMM, Megatron-FSDP and
+  everything that needs them (context parallelism, for one) stay unavailable.
+- Functions that Megatron compiles with `torch.compile` run uncompiled; those whose module was first imported in CPU
+  mode remain so after `disable()`.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import runpy
+import socket
+import sys
+import time
+import types
+from collections import defaultdict
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+REQUIRED_FLAGS: tuple[str, ...] = (
+    *("--transformer-impl", "local"),
+    *("--distributed-backend", "gloo"),
+    "--use-cpu-initialization",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+    *("--num-workers", "0"),
+)
+"""Megatron's flags, with their values, that select the paths which exist on a CPU."""
+
+_MISSING = object()
+
+
+class MissingNameError(ImportError):
+    """A name that CPU mode adapts does not exist in the installed torch or megatron-core."""
+
+
+def _names_cuda(device: Any) -> bool:
+    """Whether `device` (None, index, name or torch.device) means a CUDA device."""
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return type(device) is int  # an index; bool is no device
+
+
+# Replacements. Each builder takes the original and returns what stands in for it.
+
+
+def _always(value: Any) -> Callable[[Any], Any]:
+    """Builder of a function that returns `value` whatever it is called with."""
+    return lambda original: lambda *args, **kwargs: value
+
+
+def _value(value: Any) -> Callable[[Any], Any]:
+    """Builder of a plain value."""
+    return lambda original: value
+
+
+def _factory(original: Callable) -> Callable:
+    """A tensor factory for which CUDA means CPU. It runs on every call, so it does nothing else."""
+
+    @functools.wraps(original)
+    def factory(*args, **kwargs):
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs["device"] = "cpu"
+        if "pin_memory" in kwargs:
+            del kwargs["pin_memory"]  # pinning needs a driver
+        return original(*args, **kwargs)
+
+    return factory
+
+
+def _tensor_to(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def to(self, *args, **kwargs):
+        if args and _names_cuda(args[0]):
+            args = ("cpu", *args[1:])
+        elif "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs["device"] = "cpu"
+        return original(self, *args, **kwargs)
+
+    return to
+
+
+def _tensor_type(original: Callable) -> Callable:
+    """Megatron's optimizers sort parameters by `param.type() == "torch.cuda.FloatTensor"` and the like."""
+
+    @functools.wraps(original)
+    def type_(self, dtype=None, non_blocking=False, **kwargs):
+        if dtype is None:
+            name = original(self)
+            return name.replace("torch.", "torch.cuda.", 1) if self.device.type == "cpu" else name
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.", 1)
+        return original(self, dtype, non_blocking, **kwargs)
+
+    return type_
+
+
+def _itself(original: Callable) -> Callable:
+    return lambda self, *args, **kwargs: self
+
+
+def _load(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def load(f, map_location=None, *args, **kwargs):
+        if map_location is None or _names_cuda(map_location):
+            map_location = "cpu"  # also lets a checkpoint that holds CUDA tensors open
+        return original(f, map_location, *args, **kwargs)
+
+    return load
+
+
+def _loader_iter(original: Callable) -> Callable:
+    """A data loader draws a seed from the CPU generator when an iterator is made.
+
+    Here that generator is CUDA's too: without this, a resumed run, which makes its iterators after it has restored the
+    random state, would drop out other activations than the run that was never stopped.
+    """
+
+    @functools.wraps(original)
+    def __iter__(self):
+        state = torch.get_rng_state()
+        try:
+            return original(self)
+        finally:
+            torch.set_rng_state(state)
+
+    return __iter__
+
+
+@functools.cache  # torch.distributed and its submodule must keep sharing one function: P2POp compares identities
+def _isend(original: Callable) -> Callable:
+    """gloo reads the memory after isend has returned, and the pipeline schedules empty `.data` of what they sent.
+
+    The alias shares the storage but not the `.data` slot, and the returned work holds it until it is done.
+    """
+
+    @functools.wraps(original)
+    def isend(tensor, *args, **kwargs):
+        return original(tensor.detach(), *args, **kwargs)
+
+    return isend
+
+
+def _all_to_all_single(original: Callable) -> Callable:
+    """Megatron moves split sizes from CUDA to numpy, but leaves those that are on the CPU as tensors."""
+
+    def as_list(sizes):
+        return sizes.tolist() if hasattr(sizes, "tolist") else sizes
+
+    @functools.wraps(original)
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs):
+        return original(output, input, as_list(output_split_sizes), as_list(input_split_sizes), *args, **kwargs)
+
+    return all_to_all_single
+
+
+class _Stream:
+    """A stream whose work is always done. One per device, so `current_stream() != side_stream` still tells."""
+
+    cuda_stream = 0
+
+    def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
+        self.device = torch.device("cpu")
+        self.priority = priority
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, 0
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        """Nothing to wait for, as in the waits below."""
+
+    def wait_event(self, event: "_Event") -> None:
+        pass
+
+    def wait_stream(self, stream: "_Stream") -> None:
+        pass
+
+    def record_event(self, event: "_Event | None" = None) -> "_Event":
+        event = _Event() if event is None else event
+        event.record(self)
+        return event
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        pass
+
+
+class _Event:
+    """An event that has happened once it is recorded, by the host's clock."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._time = 0.0
+
+    def record(self, stream: _Stream | None = None) -> None:
+        self._time = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def wait(self, stream: _Stream | None = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "_Event") -> float:
+        return (end._time - self._time) * 1e3
+
+
+_CURRENT_STREAM = _Stream()
+_DEVICE_PROPERTIES = types.SimpleNamespace(
+    name="cpu",
+    major=10,  # Megatron asks older architectures for CUDA_DEVICE_MAX_CONNECTIONS=1, which has no meaning here
+    minor=0,
+    total_memory=0,
+    multi_processor_count=os.cpu_count() or 1,
+)
+
+
+def _get_rng_state(original: Callable) -> Callable:
+    return lambda device="cuda": torch.default_generator.get_state()
+
+
+def _set_rng_state(original: Callable) -> Callable:
+    return lambda new_state, device="cuda": torch.default_generator.set_state(new_state)
+
+
+def _manual_seed(original: Callable) -> Callable:
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(int(seed))
+
+    return manual_seed
+
+
+def _without_warnings(original: types.ModuleType) -> types.SimpleNamespace:
+    """`logging` for a module whose one message, that the CPU's generator moved in a CUDA fork, is true by design."""
+    silent = logging.Logger(f"{__name__}.silent", level=logging.CRITICAL + 1)
+    return types.SimpleNamespace(**{**vars(original), "getLogger": lambda name=None: silent})
+
+
+def _share_storage(original: Callable) -> Callable:
+    """Megatron compiles a C++ function on first use; a copy below autograd does the same without a compiler."""
+
+    def share_storage(destination: torch.Tensor, source: torch.Tensor) -> None:
+        storage = source.untyped_storage()
+        destination.untyped_storage().resize_(storage.nbytes())
+        destination.untyped_storage().copy_(storage)
+
+    return lambda: share_storage
+
+
+def _without_cuda_check(original: tuple) -> tuple:
+    """Defaults of `initialize_megatron`, whose first parameter is `allow_no_cuda=False`."""
+    return (True, *original[1:])
+
+
+def _compile_helpers(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def compile_helpers():
+        # The wheel ships the compiled module and no Makefile; a checkout has it the other way round.
+        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+            original()
+
+    return compile_helpers
+
+
+def _torch_norm(original: Callable) -> Callable:
+    """torch's norms with sequence parallelism: each rank normalises its own tokens, gradients are summed over ranks.
+
+    Megatron does that sum for every parameter marked `sequence_parallel`; its own fused norm sets the mark, the
+    wrapper of torch's norm refuses instead. The computation needs no change.
+    """
+
+    def __new__(cls, config, *args, **kwargs):
+        sequence_parallel = config.sequence_parallel
+        config.sequence_parallel = False
+        try:
+            norm = original(cls, config, *args, **kwargs)
+        finally:
+            config.sequence_parallel = sequence_parallel
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = sequence_parallel
+        return norm
+
+    return __new__
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """One attribute that CPU mode replaces.
+
+    Args:
+        name: dotted name; a last part after a mapping is a key of it.
+        build: makes the replacement from the original.
+        why: one line.
+        optional: the name may be absent and is then created (and removed again).
+    """
+
+    name: str
+    build: Callable[[Any], Any]
+    why: str
+    optional: bool = False
+
+
+# In order of application: Megatron is imported by the way, and is to find the compiler off and torch as it was.
+ADAPTATIONS: tuple[Adaptation, ...] = (
+    Adaptation("os.environ.TORCHDYNAMO_DISABLE", _value("1"), "child processes do not compile either", optional=True),
+    Adaptation("torch._dynamo.config.disable", _value(True), "torch.compile of fused functions costs minutes on CPU"),
+    Adaptation(
+        "megatron.training.initialize.initialize_megatron.__defaults__",
+        _without_cuda_check,
+        "pretrain() insists on CUDA and passes no allow_no_cuda",
+    ),
+    Adaptation("megatron.core.datasets.utils.compile_helpers", _compile_helpers, "the wheel has no Makefile"),
+    Adaptation(
+        "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__", _torch_norm, "allows sequence parallelism"
+    ),
+    *(
+        Adaptation(f"megatron.core.tensor_parallel.random.{name}", build, why)
+        for name, build, why in (
+            ("_lazy_init", _always(None), "there is no CUDA context to make"),
+            ("_lazy_call", lambda original: lambda call, **kwargs: call(), "would wait for a CUDA context for ever"),
+            ("logging", _without_warnings, "warns at every fork that the CPU's generator moved"),
+            ("_get_share_storage", _share_storage, "wants a C++ compiler"),
+        )
+    ),
+    *(
+        Adaptation(f"torch.{name}", _factory, "device='cuda' or an index means the CPU")
+        for name in (
+            *("empty", "empty_like", "empty_strided", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like"),
+            *("tensor", "as_tensor", "asarray", "scalar_tensor", "arange", "linspace", "logspace", "eye"),
+            *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal"),
+            *("tril_indices", "triu_indices"),
+            *("Tensor.new_tensor", "Tensor.new_empty", "Tensor.new_zeros", "Tensor.new_ones", "Tensor.new_full"),
+        )
+    ),
+    Adaptation("torch.load", _load, "map_location='cuda' means the CPU"),
+    Adaptation("torch.Tensor.to", _tensor_to, "to('cuda') means the CPU"),
+    Adaptation("torch.Tensor.cuda", _itself, "already there"),
+    Adaptation("torch.Tensor.type", _tensor_type, "Megatron compares with the names of CUDA's types"),
+    Adaptation("torch.Tensor.pin_memory", _itself, "needs a driver"),
+    Adaptation("torch.Tensor.record_stream", _always(None), "no memory is reused across streams"),
+    Adaptation("torch.utils.data.DataLoader.__iter__", _loader_iter, "its seed must not come from CUDA's generator"),
+    Adaptation("torch.distributed.all_to_all_single", _all_to_all_single, "split sizes must be lists"),
+    Adaptation("torch.distributed.isend", _isend, "the sender may drop the data before gloo has read it"),
+    Adaptation("torch.distributed.distributed_c10d.isend", _isend, "batch_isend_irecv looks here"),
+    Adaptation("torch.accelerator.current_accelerator", _always(None), "a CUDA build answers cuda without a GPU"),
+    Adaptation("torch.accelerator.synchronize", _always(None), "nothing to wait for"),
+    Adaptation("torch.cuda.Stream", _value(_Stream), "empty streams"),
+    Adaptation("torch.cuda.Event", _value(_Event), "events by the host's clock"),
+    Adaptation("torch.cuda.stream", lambda original: contextlib.nullcontext, "one stream"),
+    Adaptation("torch.cuda.device", lambda original: contextlib.nullcontext, "one device"),
+    *(
+        Adaptation(f"torch.cuda.{name}", build, why)
+        for name, build, why in (
+            ("current_device", _always(0), "the CPU has index 0"),
+            ("device_count", _always(1), "Megatron sets up its groups and generators only where this is not 0"),
+            ("set_device", _always(None), "one device"),
+            ("synchronize", _always(None), "nothing to wait for"),
+            ("current_stream", _always(_CURRENT_STREAM), "one stream"),
+            ("default_stream", _always(_CURRENT_STREAM), "one stream"),
+            ("set_stream", _always(None), "one stream"),
+            ("is_current_stream_capturing", _always(False), "no graphs"),
+            ("get_device_properties", _always(_DEVICE_PROPERTIES), "needs a driver"),
+            ("get_device_capability", _always((0, 0)), "needs a driver; no grouped GEMM"),
+            ("get_device_name", _always("cpu"), "needs a driver"),
+            ("memory_stats", lambda original: lambda device=None: defaultdict(int), "empty where Megatron indexes it"),
+            ("reset_peak_memory_stats", _always(None), "needs a driver"),
+            ("mem_get_info", _always((0, 0)), "needs a driver"),
+            ("nvtx.range_push", _always(0), "absent from CPU builds"),
+            ("nvtx.range_pop", _always(0), "absent from CPU builds"),
+            ("default_generators", lambda original: (torch.default_generator,), "the CPU's generator"),
+            ("get_rng_state", _get_rng_state, "the CPU's generator"),
+            ("set_rng_state", _set_rng_state, "the CPU's generator"),
+            ("random.get_rng_state", _get_rng_state, "the CPU's generator"),
+            ("random.set_rng_state", _set_rng_state, "the CPU's generator"),
+            ("manual_seed", _manual_seed, "the CPU's generator"),
+            ("manual_seed_all", _manual_seed, "the CPU's generator"),
+        )
+    ),
+    *(
+        Adaptation(f"torch.cuda.{name}", lambda original, name=name: getattr(torch, name), "constructors")
+        for name in ("FloatTensor", "DoubleTensor", "HalfTensor", "BFloat16Tensor", "IntTensor", "LongTensor")
+    ),
+)
+"""Everything that CPU mode changes, and the only place that names it."""
+
+
+def _resolve(name: str) -> tuple[Any, str]:
+    """The object that holds a dotted name, imported if need be, and the name's last part."""
+    first, *middle, last = name.split(".")
+    path, owner = first, importlib.import_module(first)
+    for part in middle:
+        path = f"{path}.{part}"
+        owner = getattr(owner, part) if hasattr(owner, part) else importlib.import_module(path)
+    return owner, last
+
+
+def _get(owner: Any, key: str) -> Any:
+    return owner.get(key, _MISSING) if isinstance(owner, MutableMapping) else getattr(owner, key, _MISSING)
+
+
+def _set(owner: Any, key: str, value: Any) -> None:
+    if isinstance(owner, MutableMapping):
+        owner[key] = value
+    else:
+        setattr(owner, key, value)
+
+
+def _remove(owner: Any, key: str) -> None:
+    if isinstance(owner, MutableMapping):
+        owner.pop(key, None)
+    else:
+        delattr(owner, key)
+
+
+def _missing(name: str) -> MissingNameError:
+    package, supported = ("torch", ">= 2.11") if name.startswith("torch.") else ("megatron-core", "0.19.x")
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return MissingNameError(f"{name}, which CPU mode adapts, cannot be found: {package} is not installed")
+    return MissingNameError(
+        f"{name}, which CPU mode adapts, does not exist in {package} {version}; "
+        f"air_moe_megatron supports {package} {supported}"
+    )
+
+
+class CPUMode:
+    """What `enable()` returns: as a context manager it ends CPU mode, if it was this call that began it.
+
+    Attributes:
+        names: the dotted names that are replaced, in the order of `ADAPTATIONS`.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Any, str, Any]] = []
+        self.names: tuple[str, ...] = ()
+
+    def _apply(self, adaptations: Sequence[Adaptation]) -> None:
+        try:
+            for adaptation in adaptations:
+                self._replace(adaptation)
+        except BaseException:
+            self._restore()
+            raise
+        self.names = tuple(adaptation.name for adaptation in adaptations)
+
+    def _replace(self, adaptation: Adaptation) -> None:
+        try:
+            owner, key = _resolve(adaptation.name)
+        except ImportError as error:
+            raise _missing(adaptation.name) from error
+        original = _get(owner, key)
+        if original is _MISSING and not adaptation.optional:
+            raise _missing(adaptation.name)
+        # What a class inherits is not its own: restoring means removing. A staticmethod is put back as such.
+        own = vars(owner).get(key, _MISSING) if isinstance(owner, type) else original
+        replacement = adaptation.build(original)
+        self._undo.append((owner, key, own))
+        _set(owner, key, replacement)
+
+    def _restore(self) -> None:
+        while self._undo:
+            owner, key, own = self._undo.pop()
+            if own is _MISSING:
+                _remove(owner, key)
+            else:
+                _set(owner, key, own)
+        self.names = ()
+
+    def __enter__(self) -> "CPUMode":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if _active is self:
+            disable()
+
+
+_active: CPUMode | None = None  # the marker that makes a second enable() harmless
+
+
+def is_enabled() -> bool:
+    """Whether CPU mode is on in this process."""
+    return _active is not None
+
+
+def enable(force: bool = False) -> CPUMode:
+    """Turn CPU mode on for this process. A second call changes nothing.
+
+    Imports megatron.core and megatron.training. Not safe while other threads use torch.
+
+    Args:
+        force: turn it on even where CUDA is available.
+    Returns:
+        A handle that may be used in a `with` statement, at whose end CPU mode is off again. The handle of a call that
+        found CPU mode on leaves it on.
+    Raises:
+        RuntimeError: CUDA is available and `force` is False.
+        MissingNameError: a name in `ADAPTATIONS` does not exist; nothing is changed then.
+    """
+    global _active
+    if _active is not None:
+        return CPUMode()
+    if torch.cuda.is_available() and not force:
+        raise RuntimeError(
+            "CPU mode replaces torch.cuda for the whole process, and CUDA is available here; "
+            "hide the devices (CUDA_VISIBLE_DEVICES=) or call enable(force=True)"
+        )
+    mode = CPUMode()
+    mode._apply(ADAPTATIONS)
+    _active = mode
+    logger.info("CPU mode is on: %d names adapted", len(mode.names))
+    return mode
+
+
+def disable() -> None:
+    """Turn CPU mode off: every name in `ADAPTATIONS` is again what it was. Harmless where CPU mode is off."""
+    global _active
+    if _active is not None:
+        _active._restore()
+        _active = None
+
+
+def with_required_flags(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with those of `REQUIRED_FLAGS` appended that it does not hold already.
+
+    A flag that the user gave, as `--flag value` or `--flag=value`, is kept whatever its value.
+
+    Args:
+        argv: Megatron's arguments, without the program's name.
+    """
+    given = {argument.split("=", 1)[0] for argument in argv}
+    added: list[str] = []
+    keep = False
+    for token in REQUIRED_FLAGS:
+        if token.startswith("--"):
+            keep = token not in given
+        if keep:
+            added.append(token)
+    return [*argv, *added]
+
+
+def set_rendezvous_defaults() -> None:
+    """Let a lone process, one that no launcher started, form a world of one rank.
+
+    Megatron reads its rendezvous from the environment; torchrun writes it there. Where MASTER_ADDR is absent, that and
+    a free MASTER_PORT are set.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        with contextlib.closing(socket.socket()) as probe:
+            probe.bind(("localhost", 0))
+            os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(probe.getsockname()[1]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a Megatron script in CPU mode, as `python SCRIPT ARGS...` would run it. No flag is added.
+
+    Args:
+        argv: script and its arguments; None means those of this process.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m air_moe_megatron.cpu",
+        description="Run a Megatron script on CPU with gloo.",
+        epilog=f"Flags that such a run needs: {' '.join(REQUIRED_FLAGS)}",
+    )
+    parser.add_argument("script", help="for example pretrain_gpt.py of a Megatron-LM checkout")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="the script's arguments")
+    arguments = parser.parse_args(argv)
+    if not os.path.isfile(arguments.script):
+        sys.exit(f"{parser.prog}: no such script: {arguments.script}")
+    sys.argv = [arguments.script, *arguments.args]
+    # Before enable(): a checkout's own megatron directory must win over the installed one, as it does without us.
+    sys.path[0] = os.path.dirname(os.path.abspath(arguments.script))
+    enable()
+    set_rendezvous_defaults()
+    runpy.run_path(arguments.script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    # Under `-m` this file is the module __main__; CPU mode belongs to the one that the script would import.
+    from air_moe_megatron.cpu import main as imported_main
+
+    imported_main()

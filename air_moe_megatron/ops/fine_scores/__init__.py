@@ -1,0 +1,48 @@
+"""Exact scores of the experts in each token's shortlists.
+
+Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes.
+"""
+
+import torch
+
+from air_moe_megatron.ops.fine_scores.grouped import grouped_fine_scores
+
+__all__ = ["fine_scores"]
+
+
+def fine_scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist: torch.Tensor,
+    assignments: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Score every token against the experts of its codewords' shortlists: ``z_e = <w_e, h> + b_e``.
+
+    Tokens are grouped by codeword, so that each shortlist is one dense tile. Differentiable in hidden, weight and
+    bias. Waits for the device once (the sizes of the groups).
+
+    Args:
+        hidden: [T, H], tokens.
+        weight: [E, H], expert centres.
+        bias: [E] or None.
+        shortlist: [C, L] integer expert ids, distinct in a row; -1 fills the end of a shorter list.
+        assignments: [T, P] int64, codewords of each token.
+        dtype: of the arithmetic and of the result.
+    Returns:
+        [T, P, L] scores in ``dtype``; -inf where the shortlist holds -1.
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2]], assignments [[0]] gives [[[1, 3]]].
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [T, H] and [E, H] with the same H"
+        )
+    if assignments.dim() != 2 or assignments.shape[0] != hidden.shape[0]:
+        raise ValueError(f"assignments {tuple(assignments.shape)} must be [T, P] with T = {hidden.shape[0]}")
+    if shortlist.dim() != 2:
+        raise ValueError(f"shortlist {tuple(shortlist.shape)} must be [C, L]")
+    return grouped_fine_scores(hidden, weight, bias, shortlist, assignments, dtype)

@@ -1,0 +1,14 @@
+"""Ground truth of the fine scores: gather every candidate's centre, then one product each."""
+
+import torch
+
+
+def naive_fine_scores(hidden, weight, bias, shortlist, assignments, dtype):
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_scores`, with [T, P, L, H] in memory and plain autograd."""
+    ids = shortlist[assignments].long()  # [T, P, L]
+    present = ids >= 0
+    ids = ids.clamp(min=0)
+    scores = torch.einsum("th,tplh->tpl", hidden.to(dtype), weight[ids].to(dtype))
+    if bias is not None:
+        scores = scores + bias[ids].to(dtype)
+    return scores.masked_fill(~present, float("-inf"))

@@ -1,0 +1,116 @@
+"""The step boundary: when the codebooks learn, and the one collective that it takes.
+
+Communication per optimizer step and pipeline stage: one all-reduce of ``layers * C * (H + 3)`` fp32 numbers over
+``tp_dp_cp``, the ranks of the stage that hold different tokens.
+
+The order within a step: every attempt starts with ``discard_statistics`` (a step that Megatron runs again must not
+count twice), forwards accumulate, and ``update_codebooks`` runs once after the optimizer has really stepped. A skipped
+step therefore leaves no trace, whatever the reason.
+"""
+
+import contextlib
+import functools
+import logging
+
+import torch
+
+from air_moe_megatron.router import AIRRouter
+
+logger = logging.getLogger(__name__)
+
+
+def air_routers(modules) -> list[AIRRouter]:
+    """All AIR routers in the modules (a module, or a list such as Megatron's model chunks), in a fixed order."""
+    chunks = [modules] if isinstance(modules, torch.nn.Module) else modules
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, AIRRouter)]
+
+
+def discard_statistics(modules) -> None:
+    """Forget what the routers have accumulated since the last update; call it before each attempt at a step."""
+    for router in air_routers(modules):
+        router.codebook.discard()
+
+
+@torch.no_grad()
+def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = None) -> int:
+    """All-reduce the accumulated statistics of all AIR routers in ``modules`` and apply the update.
+
+    Every rank of the group must call it with the same routers. Sums are reduced first and divided after, so that N
+    ranks equal one rank on all their tokens; all ranks get bitwise the same codebooks. Waits for the device once.
+
+    Args:
+        modules: a module or a list of modules (all model chunks of the pipeline stage).
+        group: ranks whose statistics are summed; None means this rank alone.
+    Returns:
+        the number of codebooks whose update was dropped because a token was NaN or infinite.
+    """
+    routers = air_routers(modules)
+    learning = [router for router in routers if router.index.source == "tokens"]
+    for router in routers:
+        if router.index.source == "experts":
+            router.codebook.count_update()  # learned from the centres, at the next refresh of the lists
+    if not learning:
+        return 0
+    flat = torch.cat([router.codebook.statistics.flatten() for router in learning])
+    if group is not None and group.size() > 1:
+        torch.distributed.all_reduce(flat, group=group)
+    parts = flat.split([router.codebook.statistics.numel() for router in learning])
+    finite = torch.stack([part.isfinite().all() for part in parts]).tolist()
+    for router, part, is_finite in zip(learning, parts, finite, strict=True):
+        router.codebook.apply_update(part.view_as(router.codebook.statistics), is_finite)
+        router.codebook.discard()
+        if not is_finite:
+            logger.warning(
+                "layer %s: a token of this global batch was NaN or infinite; its codebook stays as it was (%d so far)",
+                router.layer_number,
+                int(router.codebook.num_dropped),
+            )
+    return finite.count(False)
+
+
+def commit_step(model, iteration: int) -> None:
+    """Apply the codebook updates of a successful step, and log the routing health where Megatron logs.
+
+    Args:
+        model: Megatron's list of model chunks.
+        iteration: the step's number, counted from 1 as in Megatron's log.
+    """
+    from air_moe_megatron.diagnostics import log_health
+
+    routers = air_routers(model)
+    if routers:
+        update_codebooks(model, routers[0].tp_dp_cp_group)
+    log_health(model, iteration)
+
+
+@contextlib.contextmanager
+def codebook_updates():
+    """Within this context, Megatron's training loop keeps the codebooks.
+
+    Adapts one name, ``megatron.training.training.train_step``, which has no extension point that knows whether a step
+    succeeded; restored on leaving. ``patches/`` holds the same two calls for a Megatron-LM checkout.
+    """
+    from megatron.training import training
+
+    original = training.train_step
+
+    @functools.wraps(original)
+    def train_step(
+        forward_step_func, data_iterator, model, optimizer, scheduler, config, forward_backward_func, **kwargs
+    ):
+        @functools.wraps(forward_backward_func)
+        def attempt(*args, **attempt_kwargs):
+            discard_statistics(model)
+            return forward_backward_func(*args, **attempt_kwargs)
+
+        results = original(forward_step_func, data_iterator, model, optimizer, scheduler, config, attempt, **kwargs)
+        skipped = results[1]
+        if not skipped:
+            commit_step(model, kwargs["iteration"] + 1)
+        return results
+
+    training.train_step = train_step
+    try:
+        yield
+    finally:
+        training.train_step = original
