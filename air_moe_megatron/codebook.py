@@ -66,6 +66,16 @@ def token_statistics(hidden, codewords, assignments, keep=None):
     return rows.new_zeros(codewords.shape[0], rows.shape[1]).index_add_(0, assignments, rows)
 
 
+def window_decay(decay: float, num_updates: int) -> float:
+    """Decay in force after ``num_updates`` updates: a young codebook forgets faster, over a window that grows with it.
+
+    Tokens move quickly while a model is young, and a codebook that averaged over its whole life would lag behind.
+
+    Example: decay 0.9 gives 0.1, 0.18, 0.25, ... and 0.9 from 80 updates on.
+    """
+    return min(decay, (1 + num_updates) / (10 + num_updates))
+
+
 def update_from_tokens(codewords, ema, statistics, decay, num_updates):
     """One step of adaptive spherical k-means: decayed sums, then divide and normalise, then revive.
 
@@ -82,21 +92,24 @@ def update_from_tokens(codewords, ema, statistics, decay, num_updates):
         new codewords, new ema.
     """
     ema = decay * ema + (1.0 - decay) * statistics
-    hidden_size = codewords.shape[1]
-    sums = ema[:, :hidden_size]
-    norms = sums.norm(dim=1, keepdim=True)
-    codewords = torch.where(norms > 0, sums / norms.clamp_min(torch.finfo(torch.float32).tiny), codewords)
-    return split_loaded(codewords, ema, num_updates)
+    return split_loaded(_directions(ema, codewords), ema, statistics, num_updates)
 
 
-def split_loaded(codewords, ema, num_updates):
+def _directions(sums, otherwise):
+    """[C, H]: the unit vectors of the summed tokens in [C, H + 3], or the given rows where nothing was summed."""
+    vectors = sums[:, : otherwise.shape[1]]
+    norms = vectors.norm(dim=1, keepdim=True)
+    return torch.where(norms > 0, vectors / norms.clamp_min(torch.finfo(torch.float32).tiny), otherwise)
+
+
+def split_loaded(codewords, ema, statistics, num_updates):
     """Revive starved codewords by the split rule: the i-th starved one takes half of the i-th most loaded one.
 
-    Both halves start at the loaded codeword, moved apart along a random direction by as much as a token typically
-    deviates along one direction, ``tan(angle)/sqrt(H)``; the plane between them then cuts the loaded cluster in two.
-    The running sums are halved with them. Starved: less than a tenth of the mean running count; loaded: at least the
-    mean, so that neither half starves at once. Deterministic: a function of the arguments alone. Source: derived in
-    docs/codebook.md, after the cluster splitting of faiss.
+    Both halves start at the latest mean of the loaded cluster, moved apart along a random direction by as much as a
+    token typically deviates along one direction, ``tan(angle)/sqrt(H)``; the plane between them then cuts the cluster
+    in two. The running sums are halved with them. Starved: less than a tenth of the mean running count; loaded: at
+    least the mean, so that neither half starves at once. Deterministic: a function of the arguments alone. Source:
+    derived in docs/codebook.md, after the cluster splitting of faiss.
 
     Args, returns: as :func:`update_from_tokens`.
     """
@@ -110,7 +123,8 @@ def split_loaded(codewords, ema, num_updates):
     starved, loaded = starved[:num_splits], by_load[:num_splits]
     generator = torch.Generator().manual_seed(_SEED + num_updates)
     direction = torch.randn(num_splits, hidden_size, generator=generator).to(codewords.device)
-    centre = codewords[loaded]
+    # The codeword itself is an average over a moving past: around it, all of today's tokens may lie on one side.
+    centre = _directions(statistics, codewords)[loaded]
     direction = direction - (direction * centre).sum(dim=1, keepdim=True) * centre
     direction = torch.nn.functional.normalize(direction, dim=1)
     cosine = (ema[loaded, hidden_size + 1] / counts[loaded]).clamp(0.1, 1.0 - 1e-4)

@@ -345,6 +345,11 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         _without_cuda_check,
         "pretrain() insists on CUDA and passes no allow_no_cuda",
     ),
+    Adaptation(
+        "megatron.training.initialize._warmup_jit_function",
+        _always(None),
+        "nothing is compiled, and its draws would make the CPU-initialised weights depend on the layout",
+    ),
     Adaptation("megatron.core.datasets.utils.compile_helpers", _compile_helpers, "the wheel has no Makefile"),
     Adaptation(
         "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__", _torch_norm, "allows sequence parallelism"

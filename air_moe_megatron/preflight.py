@@ -8,7 +8,17 @@ from collections.abc import Iterator
 
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, get_bin_path, get_idx_path
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
-from megatron.training.utils import get_blend_and_blend_per_split
+from megatron.core.dist_checkpointing import check_is_distributed_checkpoint, load_tensors_metadata
+from megatron.core.transformer import TransformerConfig
+from megatron.training.checkpointing import (
+    checkpoint_exists,
+    get_checkpoint_name,
+    get_checkpoint_tracker_filename,
+    read_metadata,
+)
+from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
+
+from air_moe_megatron.config import resolve_sizes
 
 _HEADER = struct.Struct("<QBQQ")
 """After the magic bytes: version, code of the token type, number of sequences, number of document boundaries."""
@@ -47,7 +57,7 @@ def check_data(args: argparse.Namespace) -> None:
             "no data set is given: add --data-path PREFIX (with --split), or --train-data-path PREFIX "
             "(with --valid-data-path and --test-data-path), or --mock-data for random tokens"
         )
-    for name, prefix in _entries(args):
+    for name, prefix in _entries(args, single + per_split):
         if not is_object_storage_path(prefix):
             if args.sft:
                 _check_file(prefix, f"{name} entry '{prefix}'", "with --sft it is a JSON Lines file")
@@ -59,8 +69,8 @@ def _value(args: argparse.Namespace, flag: str) -> list[str] | str | None:
     return getattr(args, flag.removeprefix("--").replace("-", "_"))
 
 
-def _entries(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Yield (flag, prefix) for every data set of the command line and of the files that it names."""
+def _entries(args: argparse.Namespace, flags: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield (flag, prefix) for every data set that `flags`, or the files that they name, list."""
     for flag in ("--data-args-path", "--per-split-data-args-path"):
         path = _value(args, flag)
         if path is not None and not is_object_storage_path(path):
@@ -68,7 +78,10 @@ def _entries(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     if args.per_split_data_args_path is not None and not is_object_storage_path(args.per_split_data_args_path):
         _check_per_split_file(args.per_split_data_args_path)
 
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    try:
+        blend, blend_per_split = get_blend_and_blend_per_split(args)
+    except AssertionError as error:  # what Megatron's parser says of a list that has weights for some prefixes only
+        raise ValueError(f"{', '.join(flags)}: give every prefix a weight before it, or none of them") from error
     if blend_per_split is None:
         flag = "--data-path" if args.data_args_path is None else f"--data-args-path '{args.data_args_path}'"
         named_blends = [(flag, blend)]
@@ -80,10 +93,9 @@ def _entries(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         ]
     else:
         named_blends = [(f"--{split}-data-path", blend) for split, blend in zip(_SPLITS, blend_per_split, strict=True)]
-    for name, (prefixes, weights) in ((name, blend) for name, blend in named_blends if blend is not None):
-        if weights is not None and None in weights:
-            raise ValueError(f"{name}: weights must be numbers, each followed by its prefix; got weights {weights}")
-        yield from ((name, prefix) for prefix in prefixes)
+    for name, blend in named_blends:
+        if blend is not None:
+            yield from ((name, prefix) for prefix in blend[0])
 
 
 def _check_per_split_file(path: str) -> None:
@@ -149,3 +161,63 @@ def _check_indexed_dataset(prefix: str, name: str) -> None:
         raise ValueError(
             f"{name}: '{bin_path}' has {bin_size} bytes where its index '{idx_path}' needs {bin_size_needed}"
         )
+
+
+def check_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> None:
+    """Compare the checkpoint that the run will load with its router, and say what will become of the codebooks.
+
+    Reads the metadata of a ``torch_dist`` checkpoint; does not communicate. Between plain top-k and AIR only the
+    codebooks differ, so either loads into the other: a codebook that is missing is seeded from the first batch, one
+    that is not wanted is left. For the former, Megatron must be told to pass over keys that the checkpoint lacks
+    (``dist_ckpt_strictness``); every parameter is still required when the model takes up what was read.
+
+    Args:
+        args: Megatron's parsed and validated arguments; ``dist_ckpt_strictness`` may be changed.
+        config: the transformer config of the run.
+    Raises:
+        ValueError: if the checkpoint holds codebooks or shortlists of other sizes.
+    """
+    found = _codebooks_in_checkpoint(args)
+    if found is None:
+        return
+    directory, shapes = found
+    is_air = getattr(config, "moe_router_type", "topk") == "air"
+    if not is_air:
+        if shapes:
+            print_rank_0(f"> {directory} was trained with AIR routing: its codebooks are left, its experts are loaded")
+        return
+    if not shapes:
+        print_rank_0(
+            f"> {directory} was trained with top-k routing: expert centres are kept, codebooks are seeded from the "
+            "first batch"
+        )
+        if args.dist_ckpt_strictness == "assume_ok_unexpected":
+            args.dist_ckpt_strictness = "log_unexpected"
+        return
+    sizes = resolve_sizes(config)
+    expected = {
+        "codebook.codewords": (sizes.num_clusters, config.hidden_size),
+        "index.shortlist": (sizes.num_clusters, sizes.shortlist_size),
+    }
+    for key, shape in shapes.items():
+        for name, own in expected.items():
+            if key.endswith(name) and tuple(shape[-2:]) != own:
+                raise ValueError(
+                    f"--load '{directory}': {key} is {list(shape[-2:])}, but --moe-air-num-clusters "
+                    f"({sizes.num_clusters}), --moe-air-shortlist-size ({sizes.shortlist_size}) and --hidden-size "
+                    f"({config.hidden_size}) make it {list(own)}; train with the sizes of the checkpoint"
+                )
+
+
+def _codebooks_in_checkpoint(args) -> tuple[str, dict[str, tuple[int, ...]]] | None:
+    """Directory and shapes of codebooks and shortlists, by key; None where no such checkpoint will be loaded."""
+    load_dir = next((path for path in (args.load, args.pretrained_checkpoint) if checkpoint_exists(path)), None)
+    if load_dir is None:
+        return None
+    iteration, release = read_metadata(get_checkpoint_tracker_filename(load_dir))
+    directory = get_checkpoint_name(load_dir, args.ckpt_step or iteration, release, return_base_dir=True)
+    if not check_is_distributed_checkpoint(directory):
+        return None  # legacy formats name their tensors only when read; the codebook checks its own shapes then
+    metadata = load_tensors_metadata(directory)
+    endings = ("router.codebook.codewords", "router.index.shortlist")
+    return directory, {key: value.global_shape for key, value in metadata.items() if key.endswith(endings)}

@@ -23,6 +23,7 @@ if __name__ == "__main__":
         sys.argv = cpu.with_required_flags(sys.argv)
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -72,6 +73,10 @@ from megatron.training.training import stimer, update_seqlen_stats_from_cu_seqle
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from air_moe_megatron import cpu, preflight
+from air_moe_megatron.arguments import add_air_arguments, transformer_config_from_args
+from air_moe_megatron.compat import require_supported_megatron
+from air_moe_megatron.specs import air_layer_spec, mtp_specs_with_air_router, with_air_router
+from air_moe_megatron.sync import codebook_updates
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +110,7 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     """
     group = parser.add_argument_group(title="air-moe")
     group.add_argument("--cpu", action="store_true", help="Train on CPU with the gloo backend; no GPU is needed.")
-    return parser
+    return add_air_arguments(parser)
 
 
 def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridModelConfig:
@@ -116,9 +121,16 @@ def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridM
     Returns:
         The configuration whose builder makes the model.
     """
+    transformer_config = transformer_config_from_args(args)
     if args.hybrid_layer_pattern is not None:
-        return hybrid_config_from_args(args)
-    return gpt_config_from_args(args)
+        config = hybrid_config_from_args(args, transformer_config)
+        config.hybrid_stack_spec = with_air_router(config.hybrid_stack_spec, transformer_config)
+    else:
+        config = gpt_config_from_args(args, transformer_config)
+        if args.moe_router_type != "topk":
+            given = config.transformer_layer_spec  # by --spec; None means Megatron's own choice
+            config.transformer_layer_spec = partial(air_layer_spec, given=given)
+    return config
 
 
 def run(config: PretrainConfigContainer, pretrain_func: Callable, store: Any) -> None:
@@ -130,14 +142,18 @@ def run(config: PretrainConfigContainer, pretrain_func: Callable, store: Any) ->
         store: the `torch.distributed` store of in-process restart, or None.
     """
     is_gpt = isinstance(config.model, GPTModelConfig)
-    pretrain_func(
-        config,
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        store=store,
-        get_embedding_ranks=get_embedding_ranks if is_gpt else None,
-    )
+    with contextlib.ExitStack() as adaptations:
+        if get_args().moe_router_type != "topk":
+            adaptations.enter_context(mtp_specs_with_air_router())
+            adaptations.enter_context(codebook_updates())
+        pretrain_func(
+            config,
+            train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            store=store,
+            get_embedding_ranks=get_embedding_ranks if is_gpt else None,
+        )
 
 
 # ---- Batches and loss ----------------------------------------------------------------------------------------------
@@ -490,6 +506,7 @@ def main(program_start: float | None = None) -> None:
         SystemExit: where there is neither a GPU nor `--cpu`.
     """
     main_start = time.time()
+    require_supported_megatron()
     wants_help = bool({"-h", "--help"} & set(sys.argv))
     if not (cpu.is_enabled() or torch.cuda.is_available() or wants_help):
         raise SystemExit("air_moe_megatron.pretrain: no CUDA GPU is visible; give --cpu to train on CPU with gloo")
@@ -503,8 +520,10 @@ def main(program_start: float | None = None) -> None:
     )
     refuse_unsupported(args)
     preflight.check_data(args)
+    model_config = model_config_from_args(args)
+    preflight.check_checkpoint(args, model_config.transformer)
     pretrain_func, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    run(pretrain_cfg_container_from_args(args, model_config_from_args(args)), pretrain_func, store)
+    run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store)
 
 
 if __name__ == "__main__":

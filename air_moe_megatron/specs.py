@@ -7,6 +7,7 @@ are shared constants: every part on the way to a router is copied.
 import contextlib
 import copy
 import functools
+import inspect
 
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -67,16 +68,25 @@ def _replace(part, **changes):
     return part
 
 
-def air_layer_spec(model_config, vp_stage=None):
+def air_layer_spec(model_config, vp_stage=None, given=None):
     """The decoder spec of a GPT model with AIR routers; give it to ``GPTModelConfig.transformer_layer_spec``.
 
     Args:
         model_config: Megatron's GPTModelConfig; its transformer config chooses everything else as without us.
         vp_stage: virtual pipeline stage, or None.
+        given: a spec, or a callable that makes one, to start from instead of Megatron's default.
     """
     from megatron.training.models.gpt import default_layer_spec
 
-    return with_air_router(default_layer_spec(model_config, vp_stage), model_config.transformer)
+    if given is None:
+        spec = default_layer_spec(model_config, vp_stage)
+    elif isinstance(given, ModuleSpec) or not callable(given):
+        spec = given
+    elif "vp_stage" in inspect.signature(given).parameters:
+        spec = given(model_config, vp_stage=vp_stage)
+    else:
+        spec = given(model_config)
+    return with_air_router(spec, model_config.transformer)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import logging
 
 import torch
 
+from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.router import AIRRouter
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,9 @@ def codebook_updates():
     """
     from megatron.training import training
 
+    if megatron_has_our_fields():  # patched: it calls us itself
+        yield
+        return
     original = training.train_step
 
     @functools.wraps(original)

@@ -15,9 +15,9 @@ NullTokenizer takes --vocab-size as it is (nothing is added to it) and its last 
 256 here; --null-tokenizer-eod-id would say otherwise. The embedding is then padded to a multiple of
 --make-vocab-size-divisible-by, which is 128 by default: 384 rows.
 
-Megatron prints `lm loss` in nats per token, so in nats per byte here; bits per byte = lm loss / ln 2 = 1.4427 * lm loss.
-The PPL beside it is exp(lm loss), the perplexity per byte. (One token per file, its end, is no byte of the text: about
-1 in 17,000.)
+Megatron prints `lm loss` in nats per token, here nats per byte: bits per byte = lm loss / ln 2 = 1.4427 * lm loss. The
+PPL beside it is exp(lm loss), the perplexity per byte. (The end of a document counts as a token and is no byte of the
+text: about 1 token in 17,000.)
 """
 
 import argparse

@@ -1,0 +1,48 @@
+# Every target may run twice in a row and in any order; `install` does nothing once it is done.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell for python in python3.12 python3 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$python && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= out/demo
+DATA ?= data/stdlib
+
+.DEFAULT_GOAL := help
+.PHONY: help install data train test lint bench-router clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-13s%s\n", $$1, $$2}'
+
+install: $(STAMP)  ## Make .venv with the pinned packages and this one (Python 3.12)
+
+$(STAMP): requirements.txt setup.py
+	@test -n "$(PYTHON)" || { echo "make install: Python 3.12 is missing; install it (with pyenv: 'pyenv install 3.12'," \
+		"Debian, Ubuntu: 'apt install python3.12 python3.12-venv') or name it: make install PYTHON=/path/to/python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+data: $(DATA)/stdlib_test.idx  ## Make the byte-level data set from Python's standard library
+
+# The test split is written last: where it is, the other two are too.
+$(DATA)/stdlib_test.idx: examples/prepare_stdlib.py | $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore examples/prepare_stdlib.py --out $(DATA)
+
+train: install data  ## Train the demo on two CPU processes and write $(OUT)
+	PYTHON=$(abspath $(BIN)/python) DATA=$(abspath $(DATA)) OUT=$(abspath $(OUT)) bash examples/pretrain_demo.sh
+
+test: install  ## Run the tests that need no GPU
+	$(BIN)/python -m pytest
+
+lint: install  ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench-router: install  ## Time the routers on this machine
+	$(BIN)/python benchmarks/run.py router
+
+clean:  ## Remove what the targets above have made, .venv included
+	rm -rf $(VENV) $(DATA) $(OUT) .pytest_cache .ruff_cache .hypothesis *.egg-info

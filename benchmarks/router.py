@@ -1,0 +1,153 @@
+"""Router alone: AIRRouter against Megatron's TopKRouter, forward and backward, in one process."""
+
+import argparse
+import logging
+import warnings
+from functools import partial
+
+import torch
+
+from benchmarks.measure import clock, environment, interleave
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--experts", type=int, default=16_384, help="number of experts E")
+    parser.add_argument("--hidden", type=int, default=512, help="hidden size H")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens T")
+    parser.add_argument("--topk", type=int, default=32, help="experts per token K")
+    parser.add_argument("--clusters", type=int, default=256, help="codewords C; 0 is automatic")
+    parser.add_argument("--shortlist", type=int, default=256, help="shortlist size L; 0 is automatic")
+
+
+def run(args) -> list[dict]:
+    """Check that AIR with full lists equals top-k, then time both with the sizes asked for.
+
+    Three contenders: ``TopKRouter.forward``; ``AIRRouter.route``, whose result is compact; ``AIRRouter.forward``,
+    which makes Megatron's dense maps of it for the stock dispatchers.
+    """
+    warnings.filterwarnings("ignore", message="Using a large number of experts")
+    warnings.filterwarnings("ignore", message="moe_ffn_hidden_size is not set")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        from air_moe_megatron import cpu
+
+        cpu.enable()
+    pg_collection = _process_groups(device)
+    _gate(pg_collection, device)
+
+    torch.manual_seed(0)
+    topk = _router("topk", args, pg_collection, device)
+    air = _router("air", args, pg_collection, device)
+    with torch.no_grad():
+        air.weight.copy_(topk.weight)
+    hidden = torch.randn(args.tokens, 1, args.hidden, device=device)
+    _settle(air, hidden)
+    sparse_grad = torch.randn(args.tokens, args.topk, device=device)
+    dense_grad = torch.randn(args.tokens, args.experts, device=device)
+    timings = interleave(
+        {
+            "TopKRouter.forward": lambda: _step(lambda x: topk(x)[0], topk, hidden, dense_grad),
+            "AIRRouter.route": lambda: _step(lambda x: air.route(x).probs, air, hidden, sparse_grad),
+            "AIRRouter.forward": lambda: _step(lambda x: air(x)[0], air, hidden, dense_grad),
+        },
+        args.repetitions,
+        args.warmup,
+    )
+    reference = timings["TopKRouter.forward"]["total"].median
+    shared = {
+        "experts": args.experts,
+        "hidden": args.hidden,
+        "tokens": args.tokens,
+        "topk": args.topk,
+        "clusters": air.sizes.num_clusters,
+        "shortlist": air.sizes.shortlist_size,
+    }
+    rows = []
+    for name, phases in timings.items():
+        row = {"contender": name, **shared}
+        for phase, timing in phases.items():
+            row |= timing.columns(phase)
+        ratio = reference / phases["total"].median
+        row |= {"times_faster": round(ratio, 2), "repetitions": args.repetitions, **environment(device)}
+        rows.append(row)
+    torch.distributed.destroy_process_group()
+    return rows
+
+
+def _process_groups(device):
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _router(kind, args, pg_collection, device):
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from air_moe_megatron import AIRMoEConfig, AIRRouter
+
+    config = AIRMoEConfig(
+        num_layers=1,
+        hidden_size=args.hidden,
+        num_attention_heads=4,
+        num_moe_experts=args.experts,
+        moe_router_topk=args.topk,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        add_bias_linear=False,
+        moe_router_type=kind,
+        moe_air_num_clusters=args.clusters,
+        moe_air_shortlist_size=args.shortlist,
+    )
+    router = (AIRRouter if kind == "air" else TopKRouter)(config, pg_collection).to(device)
+    router.set_layer_number(1)
+    return router
+
+
+def _settle(air, hidden):
+    """Let the codebook see the tokens a few times, as in training, so that its clusters are real."""
+    from air_moe_megatron.sync import update_codebooks
+
+    for _ in range(3):
+        air.route(hidden)
+        update_codebooks(air)
+
+
+def _step(forward, router, hidden, grad):
+    hidden = hidden.detach().requires_grad_()
+    router.weight.grad = None
+    start = clock(hidden.device)
+    probs = forward(hidden)
+    middle = clock(hidden.device)
+    probs.backward(grad)
+    end = clock(hidden.device)
+    return {"forward": middle - start, "backward": end - middle, "total": end - start}
+
+
+def _gate(pg_collection, device):
+    """No time is reported by a router that is wrong: with full lists it must equal TopKRouter."""
+    sizes = argparse.Namespace(experts=96, hidden=32, tokens=200, topk=8, clusters=6, shortlist=96)
+    torch.manual_seed(1)
+    topk, air = (_router(kind, sizes, pg_collection, device) for kind in ("topk", "air"))
+    with torch.no_grad():
+        air.weight.copy_(topk.weight)
+    hidden = torch.randn(sizes.tokens, 1, sizes.hidden, device=device)
+    _settle(air, hidden)
+    grad = torch.randn(sizes.tokens, sizes.experts, device=device)
+    results = []
+    for router in (topk, air):
+        tokens = hidden.clone().requires_grad_()
+        probs, routing_map = router(tokens)
+        router.weight.grad = None
+        probs.backward(grad)
+        results.append((routing_map.float(), probs, tokens.grad, router.weight.grad))
+    for name, expected, found in zip(("routing map", "probs", "input grad", "weight grad"), *results, strict=True):
+        torch.testing.assert_close(
+            found, expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    logger.info("gate passed: with full lists AIRRouter equals TopKRouter")

@@ -1,0 +1,50 @@
+"""Shared fixtures: Megatron on one CPU process, set up for a module of tests and taken down again without a trace."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Derandomized: the same examples on every machine and in every run, so that a failure is never a matter of luck.
+settings.register_profile(
+    "repository", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("repository")
+
+
+@pytest.fixture(scope="module")
+def megatron_cpu():
+    """Megatron's process groups of a world of one rank, in CPU mode; yields the ProcessGroupCollection.
+
+    Leaves nothing behind: groups, Megatron's global metrics and random states, and CPU mode itself are undone, so that
+    tests which need CPU mode off can run in the same process.
+    """
+    from air_moe_megatron import cpu
+
+    random_state = torch.get_rng_state()
+    cpu.enable()
+    try:
+        yield from _world_of_one()
+    finally:
+        cpu.disable()
+        torch.set_rng_state(random_state)
+
+
+def _world_of_one():
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
+        destroy_moe_metrics_tracker()
+        get_cuda_rng_tracker().reset()
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()

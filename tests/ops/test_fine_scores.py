@@ -1,0 +1,213 @@
+"""Fine scores: the grouped path against naive.py, forward and all gradients."""
+
+import pytest
+import torch
+
+from air_moe_megatron.ops.fine_scores import fine_scores, grouped
+from air_moe_megatron.ops.fine_scores.naive import naive_fine_scores
+
+# Largest error, as the root mean square of the difference over that of the reference. The reference is naive.py in
+# fp64 on the same (rounded) inputs.
+TOLERANCES = {
+    torch.float64: 1e-13,  # a few hundred additions in another order
+    torch.float32: 2e-6,  # the same
+    torch.bfloat16: 6e-3,  # 8 bits of mantissa: a result rounded once is off by 1.7e-3, a sum of few such by 2 or 3 times that
+}
+
+# T, H, E, C, L, P
+SHAPES = {
+    "one-probe": (33, 16, 24, 5, 7, 1),
+    "two-probes": (33, 16, 24, 5, 7, 2),
+    "three-probes": (29, 17, 31, 6, 5, 3),
+    "odd-sizes": (13, 7, 11, 3, 3, 1),
+    "no-tokens": (0, 8, 12, 3, 4, 2),
+    "one-token": (1, 8, 12, 3, 4, 2),
+    "one-everything": (1, 1, 1, 1, 1, 1),
+    "full-list": (19, 8, 12, 1, 12, 1),
+    "more-codewords-than-tokens": (4, 8, 64, 40, 9, 1),
+    "expert-in-every-list": (500, 16, 32, 100, 32, 1),
+}
+
+
+def make_inputs(shape, dtype, with_bias, padded, seed=0):
+    """Random inputs; with ``padded``, lists of length 0, 1, 2, ... filled up with -1."""
+    num_tokens, hidden_size, num_experts, num_clusters, shortlist_size, num_probes = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*size):
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    hidden, weight = randn(num_tokens, hidden_size), randn(num_experts, hidden_size)
+    bias = randn(num_experts) if with_bias else None
+    lists = [torch.randperm(num_experts, generator=generator)[:shortlist_size] for _ in range(num_clusters)]
+    shortlist = torch.stack(lists).sort(dim=1).values
+    if padded:
+        lengths = torch.arange(num_clusters).unsqueeze(1) % (shortlist_size + 1)
+        shortlist = shortlist.masked_fill(torch.arange(shortlist_size) >= lengths, -1)
+    probes = [torch.randperm(num_clusters, generator=generator)[:num_probes] for _ in range(num_tokens)]
+    assignments = torch.stack(probes) if probes else torch.zeros(0, num_probes, dtype=torch.int64)
+    return hidden, weight, bias, shortlist, assignments
+
+
+def scores_and_gradients(function, inputs, dtype, seed=1):
+    """Scores, and the gradients of hidden, weight and bias for random gradients of the finite scores."""
+    hidden, weight, bias, shortlist, assignments = inputs
+    leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias) if tensor is not None]
+    scores = function(*leaves[:2], leaves[2] if bias is not None else None, shortlist, assignments, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    grad_scores = torch.randn(scores.shape, generator=generator, dtype=torch.float64).to(scores.dtype)
+    grad_scores = grad_scores.masked_fill(scores.isinf(), 0.0)
+    return scores.detach(), torch.autograd.grad(scores, leaves, grad_scores)
+
+
+def relative_error(actual, reference):
+    """Root mean square of the difference over that of the reference."""
+    if reference.numel() == 0:
+        return 0.0
+    return ((actual.double() - reference).norm() / reference.norm().clamp_min(1e-30)).item()
+
+
+def assert_equals_naive(shape, dtype, with_bias, padded):
+    inputs = make_inputs(shape, dtype, with_bias, padded)
+    reference = tuple(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
+    scores, gradients = scores_and_gradients(fine_scores, inputs, dtype)
+    # The gradients fed in are rounded to dtype there; feed the reference the same ones.
+    expected, expected_gradients = scores_and_gradients(
+        lambda *args: naive_fine_scores(*args).to(dtype).double(), reference, torch.float64
+    )
+    assert scores.dtype == dtype and scores.shape == (shape[0], shape[5], shape[4])
+    assert torch.equal(scores.isinf(), expected.isinf())
+    tolerance = TOLERANCES[dtype]
+    assert relative_error(scores.masked_fill(scores.isinf(), 0), expected.masked_fill(expected.isinf(), 0)) <= tolerance
+    for name, gradient, wanted, leaf in zip(
+        ("hidden", "weight", "bias"), gradients, expected_gradients, inputs, strict=False
+    ):
+        assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape, name
+        assert relative_error(gradient, wanted) <= tolerance, name
+
+
+@pytest.mark.parametrize("padded", (False, True), ids=("full", "padded"))
+@pytest.mark.parametrize("with_bias", (False, True), ids=("no-bias", "bias"))
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_naive(shape, dtype, with_bias, padded):
+    assert_equals_naive(shape, dtype, with_bias, padded)
+
+
+@pytest.mark.parametrize("limit", (1, 16 * 4, 16 * 7), ids=("one-list", "longest-list", "two-lists"))
+def test_equals_naive_over_several_chunks(monkeypatch, limit):
+    monkeypatch.setattr(grouped, "_CHUNK_ELEMENTS", limit)
+    inputs = make_inputs(SHAPES["two-probes"], torch.float32, True, True)
+    assert len(grouped._group_rows(inputs[3], inputs[4], 16).chunks) > 1
+    assert_equals_naive(SHAPES["two-probes"], torch.float32, True, True)
+
+
+def test_worked_example():
+    scores = fine_scores(
+        torch.tensor([[1.0, 2.0]]),
+        torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
+        None,
+        torch.tensor([[0, 2]]),
+        torch.tensor([[0]]),
+        torch.float32,
+    )
+    assert scores.tolist() == [[[1.0, 3.0]]]
+
+
+def test_every_token_on_one_codeword_leaves_the_other_clusters_without_gradient():
+    hidden, weight, _, shortlist, assignments = make_inputs((9, 4, 20, 4, 5, 1), torch.float32, False, False)
+    assignments = torch.full_like(assignments, 2)
+    scores, (grad_hidden, grad_weight) = scores_and_gradients(
+        fine_scores, (hidden, weight, None, shortlist, assignments), torch.float32
+    )
+    torch.testing.assert_close(scores.squeeze(1), hidden @ weight[shortlist[2]].t())
+    untouched = torch.ones(20, dtype=torch.bool)
+    untouched[shortlist[2]] = False
+    assert grad_weight[untouched].count_nonzero() == 0
+    assert (grad_weight[~untouched] != 0).all() and (grad_hidden != 0).all()
+
+
+def test_all_lists_empty_gives_no_scores_and_zero_gradients():
+    hidden, weight, bias, shortlist, assignments = make_inputs((5, 4, 6, 3, 2, 2), torch.float32, True, False)
+    scores, gradients = scores_and_gradients(
+        fine_scores, (hidden, weight, bias, torch.full_like(shortlist, -1), assignments), torch.float32
+    )
+    assert (scores == float("-inf")).all()
+    assert [gradient.count_nonzero().item() for gradient in gradients] == [0, 0, 0]
+
+
+def test_gradients_at_absent_experts_are_ignored():
+    inputs = make_inputs((9, 4, 12, 3, 4, 1), torch.float32, True, True)
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
+    scores = fine_scores(*leaves, *inputs[3:], torch.float32)
+    grad_scores = torch.ones_like(scores).masked_fill(scores.isinf(), float("nan"))
+    for gradient in torch.autograd.grad(scores, leaves, grad_scores):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("wanted", ("hidden", "weight", "bias"))
+def test_only_the_gradient_that_is_asked_for(wanted):
+    hidden, weight, bias, shortlist, assignments = make_inputs(SHAPES["two-probes"], torch.float32, True, True)
+    _, everything = scores_and_gradients(fine_scores, (hidden, weight, bias, shortlist, assignments), torch.float32)
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    leaves[wanted].requires_grad_()
+    scores = fine_scores(*leaves.values(), shortlist, assignments, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    grad_scores = torch.randn(scores.shape, generator=generator, dtype=torch.float64).float()
+    scores.backward(grad_scores.masked_fill(scores.isinf(), 0.0))
+    torch.testing.assert_close(leaves[wanted].grad, everything[list(leaves).index(wanted)])
+    assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [wanted]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_arithmetic_in_the_router_dtype_not_in_that_of_the_inputs(dtype):
+    inputs = make_inputs(SHAPES["two-probes"], torch.bfloat16, True, True)
+    scores, gradients = scores_and_gradients(fine_scores, inputs, dtype)
+    expected = naive_fine_scores(*(tensor.double() for tensor in inputs[:3]), *inputs[3:], torch.float64)
+    assert scores.dtype == dtype
+    present = expected.isfinite()
+    assert relative_error(scores[present], expected[present]) <= TOLERANCES[dtype]
+    assert {gradient.dtype for gradient in gradients} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("with_bias", (False, True), ids=("no-bias", "bias"))
+def test_gradcheck(with_bias):
+    hidden, weight, bias, shortlist, assignments = make_inputs((7, 3, 9, 4, 4, 2), torch.float64, with_bias, True)
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias) if tensor is not None]
+
+    def finite_scores(hidden, weight, bias=None):
+        scores = fine_scores(hidden, weight, bias, shortlist, assignments, torch.float64)
+        return scores[scores.isfinite()]
+
+    assert torch.autograd.gradcheck(finite_scores, leaves)
+
+
+def test_int32_lists_equal_int64_lists():
+    hidden, weight, bias, shortlist, assignments = make_inputs(SHAPES["two-probes"], torch.float32, True, True)
+    expected = scores_and_gradients(fine_scores, (hidden, weight, bias, shortlist, assignments), torch.float32)
+    actual = scores_and_gradients(fine_scores, (hidden, weight, bias, shortlist.int(), assignments), torch.float32)
+    assert torch.equal(actual[0], expected[0])
+    assert all(torch.equal(*pair) for pair in zip(actual[1], expected[1], strict=True))
+
+
+BAD_SHAPES = {
+    "hidden-not-a-matrix": ((2, 3, 4), (5, 4), (2, 3), (6, 1), "hidden"),
+    "weight-not-a-matrix": ((6, 4), (5,), (2, 3), (6, 1), "weight"),
+    "hidden-sizes-differ": ((6, 4), (5, 3), (2, 3), (6, 1), "same H"),
+    "assignments-not-a-matrix": ((6, 4), (5, 4), (2, 3), (6,), "assignments"),
+    "assignments-of-other-tokens": ((6, 4), (5, 4), (2, 3), (7, 1), "T = 6"),
+    "shortlist-not-a-matrix": ((6, 4), (5, 4), (3,), (6, 1), "shortlist"),
+}
+
+
+@pytest.mark.parametrize("hidden, weight, shortlist, assignments, message", BAD_SHAPES.values(), ids=BAD_SHAPES)
+def test_bad_shapes_are_refused(hidden, weight, shortlist, assignments, message):
+    with pytest.raises(ValueError, match=message):
+        fine_scores(
+            torch.zeros(hidden),
+            torch.zeros(weight),
+            None,
+            torch.zeros(shortlist, dtype=torch.int64),
+            torch.zeros(assignments, dtype=torch.int64),
+            torch.float32,
+        )

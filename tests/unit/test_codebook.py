@@ -1,0 +1,446 @@
+"""The codebook: adaptive spherical k-means in fp32, equal on every rank, restored exactly."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from air_moe_megatron import codebook as codebook_module
+from air_moe_megatron.codebook import (
+    Codebook,
+    assign,
+    lloyd_step,
+    split_loaded,
+    token_statistics,
+    update_from_tokens,
+)
+
+# Sums of a few hundred fp32 numbers in another order.
+CLOSE = dict(rtol=1e-5, atol=1e-6)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def clustered(num_tokens, num_clusters, hidden_size, noise=0.1, seed=0):
+    """Tokens of random length around ``num_clusters`` random directions."""
+    centres = torch.nn.functional.normalize(randn(num_clusters, hidden_size, seed=100), dim=1)  # whatever the seed
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.randint(num_clusters, (num_tokens,), generator=generator)
+    directions = centres[which] + noise * torch.randn(num_tokens, hidden_size, generator=generator) / hidden_size**0.5
+    return directions * (0.5 + 2.0 * torch.rand(num_tokens, 1, generator=generator))
+
+
+def learn(codebook, *batches, keep=None):
+    """One global batch: the microbatches accumulated, then the update of one rank."""
+    for hidden in batches:
+        codebook.accumulate(hidden, assign(hidden, codebook.codewords, 1).squeeze(1), keep)
+    statistics = codebook.statistics.clone()
+    codebook.apply_update(statistics, bool(statistics.isfinite().all()))
+    codebook.discard()
+
+
+def state(codebook):
+    return {name: value.clone() for name, value in codebook.state_dict().items()}
+
+
+def assert_same_bits(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        assert torch.equal(actual[name], value), name
+
+
+def quantisation_error(codewords, hidden):
+    unit = torch.nn.functional.normalize(hidden, dim=1)
+    return 1.0 - (unit @ codewords.t()).max(dim=1).values.mean().item()
+
+
+# Coarse assignment.
+
+
+def test_assign_worked_example():
+    assert assign(torch.tensor([[0.0, 3.0]]), torch.eye(2), 1).tolist() == [[1]]
+
+
+@pytest.mark.parametrize("num_probes", (1, 2, 5))
+def test_assign_orders_codewords_by_cosine(num_probes):
+    hidden, codewords = randn(20, 6), torch.nn.functional.normalize(randn(5, 6, seed=1), dim=1)
+    cosines = torch.nn.functional.cosine_similarity(hidden.unsqueeze(1), codewords.unsqueeze(0), dim=2)
+    expected = [sorted(range(5), key=row.__getitem__, reverse=True)[:num_probes] for row in cosines.tolist()]
+    assert assign(hidden, codewords, num_probes).tolist() == expected
+
+
+def test_assign_does_not_depend_on_the_length_of_a_token():
+    hidden, codewords = randn(20, 6), torch.nn.functional.normalize(randn(5, 6, seed=1), dim=1)
+    assert torch.equal(assign(hidden * 2.0**20, codewords, 2), assign(hidden, codewords, 2))
+
+
+@pytest.mark.parametrize("num_probes", (1, 2))
+def test_assign_never_chooses_what_is_not_allowed(num_probes):
+    hidden, codewords = randn(50, 6), torch.nn.functional.normalize(randn(5, 6, seed=1), dim=1)
+    allowed = torch.tensor([True, False, True, False, True])
+    chosen = assign(hidden, codewords, num_probes, allowed)
+    assert allowed[chosen].all()
+    ids = torch.tensor([0, 2, 4])
+    assert torch.equal(chosen, ids[assign(hidden, codewords[ids], num_probes)])
+
+
+# Statistics.
+
+
+def test_statistics_worked_example():
+    statistics = token_statistics(torch.tensor([[0.0, 2.0]]), torch.eye(2), torch.tensor([1]))
+    assert statistics.tolist() == [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_statistics_equal_a_loop_over_tokens(dtype):
+    hidden = randn(40, 6).to(dtype)
+    codewords = torch.nn.functional.normalize(randn(5, 6, seed=1), dim=1)
+    assignments = assign(hidden, codewords, 1).squeeze(1)
+    expected = torch.zeros(5, 9)
+    for token, codeword in zip(hidden.float(), assignments.tolist(), strict=True):
+        unit = token / token.norm()
+        expected[codeword, :6] += unit
+        expected[codeword, 6] += 1
+        expected[codeword, 7] += unit @ codewords[codeword]
+        expected[codeword, 8] += token @ codewords[codeword]
+    statistics = token_statistics(hidden, codewords, assignments)
+    assert statistics.dtype == torch.float32
+    torch.testing.assert_close(statistics, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("sizes", ((64,), (32, 32), (1, 63), (0, 20, 44)), ids=str)
+def test_microbatches_accumulate_to_one_batch(sizes):
+    hidden = randn(64, 8)
+    whole, parts = Codebook(6, 8, 0.9), Codebook(6, 8, 0.9)
+    whole.accumulate(hidden, assign(hidden, whole.codewords, 1).squeeze(1))
+    for part in hidden.split(sizes):
+        parts.accumulate(part, assign(part, parts.codewords, 1).squeeze(1))
+    torch.testing.assert_close(parts.statistics, whole.statistics, **CLOSE)
+    assert parts.statistics[:, 8].sum() == 64
+
+
+def test_padding_is_left_out_even_where_it_is_nan():
+    hidden = randn(30, 8)
+    keep = torch.arange(30) % 3 != 0
+    alone, padded = Codebook(4, 8, 0.9), Codebook(4, 8, 0.9)
+    alone.accumulate(hidden[keep], assign(hidden[keep], alone.codewords, 1).squeeze(1))
+    assignments = assign(hidden, padded.codewords, 1).squeeze(1)
+    hidden[~keep] = float("nan")
+    padded.accumulate(hidden, assignments, keep)
+    assert torch.equal(padded.statistics, alone.statistics)
+
+
+def test_discard_forgets_what_was_accumulated():
+    codebook = Codebook(4, 8, 0.9)
+    hidden = randn(30, 8)
+    codebook.accumulate(hidden, assign(hidden, codebook.codewords, 1).squeeze(1))
+    assert codebook.statistics.count_nonzero() > 0
+    codebook.discard()
+    assert codebook.statistics.count_nonzero() == 0
+
+
+# Updates.
+
+
+def test_codewords_are_unit_directions_and_equal_for_equal_sizes():
+    first, second = Codebook(12, 8, 0.9), Codebook(12, 8, 0.5)
+    torch.testing.assert_close(first.codewords.norm(dim=1), torch.ones(12))
+    assert torch.equal(first.codewords, second.codewords)
+
+
+def test_starting_does_not_touch_the_random_state():
+    before = torch.get_rng_state()
+    codebook = Codebook(12, 8, 0.9)
+    learn(codebook, clustered(50, 3, 8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_decayed_sums_equal_a_naive_reference():
+    """Loads are even, so nothing is split: each codeword is the direction of its decayed sum of unit tokens."""
+    decay, num_clusters = 0.7, 4
+    codewords = torch.eye(num_clusters, 6)
+    ema = torch.zeros(num_clusters, 9)
+    sums = [[0.0] * 6 for _ in range(num_clusters)]
+    counts = [0.0] * num_clusters
+    for step in range(5):
+        hidden = codewords.repeat_interleave(10, dim=0) + 0.3 * randn(40, 6, seed=step)
+        assignments = torch.arange(num_clusters).repeat_interleave(10)
+        statistics = token_statistics(hidden, codewords, assignments)
+        codewords, ema = update_from_tokens(codewords, ema, statistics, decay, step)
+        for cluster in range(num_clusters):
+            members = [[x / math.hypot(*row) for x in row] for row in hidden[assignments == cluster].tolist()]
+            new = [sum(column) for column in zip(*members, strict=True)]
+            sums[cluster] = [decay * a + (1 - decay) * b for a, b in zip(sums[cluster], new, strict=True)]
+            counts[cluster] = decay * counts[cluster] + (1 - decay) * len(members)
+            expected = torch.tensor(sums[cluster]) / math.hypot(*sums[cluster])
+            torch.testing.assert_close(codewords[cluster], expected, **CLOSE)
+            torch.testing.assert_close(ema[cluster, :6], torch.tensor(sums[cluster]), **CLOSE)
+            torch.testing.assert_close(ema[cluster, 6].item(), counts[cluster], **CLOSE)
+
+
+@pytest.mark.parametrize("num_groups", (1, 2, 16), ids=lambda n: f"{n}-groups")
+def test_first_statistics_leave_no_trace_of_the_random_start(num_groups):
+    """Also where the tokens point in so few directions that most random codewords get none of them."""
+    codebook = Codebook(16, 32, 0.9)
+    start = codebook.codewords.clone()
+    hidden = clustered(400, num_groups, 32)
+    learn(codebook, hidden)
+    assert ((codebook.codewords * start).sum(dim=1) < 0.9).all()
+    # Every codeword lies in the cone of the tokens: a mean of up to four groups, where chance would give about 0.2.
+    nearest = (torch.nn.functional.normalize(hidden, dim=1) @ codebook.codewords.t()).max(dim=0).values
+    assert nearest.min() > 0.45
+
+
+def test_quantisation_error_falls_on_clustered_data():
+    codebook = Codebook(16, 16, 0.5)
+    errors = []
+    for step in range(12):
+        hidden = clustered(500, 12, 16, noise=0.2, seed=step)
+        errors.append(quantisation_error(codebook.codewords, hidden))
+        learn(codebook, hidden)
+    assert errors[0] > 0.3
+    # One codeword per cluster is enough: what is left is the noise, 0.2**2 / 2.
+    assert errors[-1] < 0.2**2
+    assert all(later <= earlier + 0.01 for earlier, later in zip(errors, errors[1:], strict=False))
+
+
+def test_lloyd_steps_do_not_raise_the_objective():
+    weight = clustered(300, 20, 8, noise=0.5)
+    codewords = torch.nn.functional.normalize(weight[:10], dim=1)
+    errors = [quantisation_error(codewords, weight)]
+    for _ in range(6):
+        codewords = lloyd_step(codewords, weight)
+        errors.append(quantisation_error(codewords, weight))
+    assert errors[-1] < errors[0]
+    torch.testing.assert_close(codewords.norm(dim=1), torch.ones(10))
+
+
+def starving(num_clusters=8, hidden_size=16):
+    """Codewords and running sums where clusters 2 and 5 are starved and 1 carries most."""
+    counts = torch.tensor([10.0, 100.0, 0.0, 12.0, 11.0, 0.5, 40.0, 9.0])
+    codewords = torch.nn.functional.normalize(randn(num_clusters, hidden_size), dim=1)
+    ema = torch.cat((codewords * 0.8 * counts.unsqueeze(1), torch.stack((counts, 0.8 * counts, counts), dim=1)), dim=1)
+    return codewords, ema, counts
+
+
+def test_starved_codewords_take_half_of_the_most_loaded_in_order():
+    codewords, ema, counts = starving()
+    new_codewords, new_ema = split_loaded(codewords, ema, 3)
+    for starved, loaded in ((2, 1), (5, 6)):
+        assert new_ema[starved, 16] == new_ema[loaded, 16] == counts[loaded] / 2
+        torch.testing.assert_close(new_ema[starved, 17:], ema[loaded, 17:] / 2)
+        both = new_codewords[[starved, loaded]]
+        assert not torch.equal(both[0], both[1])
+        torch.testing.assert_close(both.norm(dim=1), torch.ones(2))
+        # The two halves lie on either side of the loaded codeword.
+        torch.testing.assert_close(torch.nn.functional.normalize(both.sum(0), dim=0), codewords[loaded], **CLOSE)
+        # The running sums point where the codewords do, or the next update would undo the split.
+        torch.testing.assert_close(torch.nn.functional.normalize(new_ema[[starved, loaded], :16], dim=1), both)
+    untouched = [0, 3, 4, 7]
+    assert torch.equal(new_codewords[untouched], codewords[untouched])
+    assert torch.equal(new_ema[untouched], ema[untouched])
+
+
+def test_a_split_cuts_the_tokens_of_the_loaded_codeword_in_two():
+    hidden = clustered(400, 1, 16, noise=0.5)
+    codewords = torch.nn.functional.normalize(torch.stack((hidden.mean(0), -hidden.mean(0))), dim=1)
+    statistics = token_statistics(hidden, codewords, assign(hidden, codewords, 1).squeeze(1))
+    assert statistics[:, 16].tolist() == [400, 0]
+    codewords, _ = update_from_tokens(codewords, torch.zeros(2, 19), statistics, 0.9, 0)
+    counts = torch.bincount(assign(hidden, codewords, 1).squeeze(1), minlength=2)
+    assert counts.min() > 100
+
+
+def test_splits_are_the_same_on_two_copies_and_ignore_the_random_state():
+    arguments = starving()[:2]
+    first = split_loaded(*arguments, 3)
+    torch.manual_seed(12345)
+    second = split_loaded(*(value.clone() for value in arguments), 3)
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    another_update = split_loaded(*arguments, 4)
+    assert not torch.equal(first[0], another_update[0])
+
+
+def test_splits_do_not_write_into_their_arguments():
+    codewords, ema, _ = starving()
+    originals = codewords.clone(), ema.clone()
+    split_loaded(codewords, ema, 3)
+    assert torch.equal(codewords, originals[0]) and torch.equal(ema, originals[1])
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=12), st.integers(0, 3))
+def test_splits_move_the_load_and_starve_nobody_new(counts, num_updates):
+    counts = torch.tensor(counts, dtype=torch.float32)
+    codewords = torch.nn.functional.normalize(randn(len(counts), 4), dim=1)
+    scalars = torch.stack((counts, 0.5 * counts, counts), dim=1)
+    ema = torch.cat((codewords * counts.unsqueeze(1), scalars), dim=1)
+    new_codewords, new_ema = split_loaded(codewords, ema, num_updates)
+    limit = 0.1 * counts.mean()
+    # The tokens that a starved codeword had are forgotten; all others are kept.
+    assert counts[counts >= limit].sum() - 0.5 <= new_ema[:, 4].sum() <= counts.sum() + 0.5
+    torch.testing.assert_close(new_codewords.norm(dim=1), torch.ones(len(counts)))
+    assert new_ema.isfinite().all()
+    assert ((new_ema[:, 4] < limit) <= (counts < limit)).all()
+
+
+def test_two_copies_stay_bitwise_equal_over_many_updates():
+    first, second = Codebook(16, 8, 0.8), Codebook(16, 8, 0.8)
+    for step in range(8):
+        hidden = clustered(60, 3, 8, seed=step)
+        learn(first, hidden)
+        learn(second, hidden)
+        assert_same_bits(state(second), state(first))
+
+
+def test_mean_projections_are_those_of_the_tokens_and_one_before_any():
+    codebook = Codebook(2, 4, 0.5)
+    assert codebook.mean_projections().tolist() == [1.0, 1.0]
+    with torch.no_grad():
+        codebook.codewords.copy_(torch.eye(2, 4))
+    hidden = torch.cat((torch.eye(2, 4) * 2.0, torch.eye(2, 4) * 4.0))
+    learn(codebook, hidden)
+    assert codebook.mean_projections().tolist() == [3.0, 3.0]
+
+
+def test_health_tells_of_the_last_batch():
+    codebook = Codebook(3, 4, 0.5)
+    with torch.no_grad():
+        codebook.codewords.copy_(torch.eye(3, 4))
+    learn(codebook, torch.tensor([[3.0, 4.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]]))
+    health = codebook.health()
+    assert health.quantisation_error == pytest.approx(1.0 - (0.8 + 1.0) / 2)
+    assert health.live_codewords == 1 and health.num_dropped == 0
+
+
+# What must not poison it.
+
+
+@pytest.mark.parametrize("poison", (float("nan"), float("inf"), float("-inf")), ids=str)
+@pytest.mark.parametrize("place", ((0, 0), (17, 3)), ids=("first-element", "inner-element"))
+def test_a_token_that_is_not_finite_drops_the_update(poison, place):
+    codebook = Codebook(6, 8, 0.9)
+    learn(codebook, clustered(60, 3, 8))
+    before = state(codebook)
+    hidden = clustered(60, 3, 8, seed=1)
+    hidden[place] = poison
+    learn(codebook, hidden, clustered(60, 3, 8, seed=2))
+    after = state(codebook)
+    assert torch.equal(after["codewords"], before["codewords"])
+    assert torch.equal(after["ema"], before["ema"])
+    assert after["num_dropped"].item() == codebook.health().num_dropped == 1
+    learn(codebook, clustered(60, 3, 8, seed=3))
+    assert state(codebook)["codewords"].isfinite().all()
+    assert codebook.health().num_dropped == 1
+    assert not torch.equal(codebook.codewords, before["codewords"])
+
+
+@pytest.mark.parametrize("size", (0.0, 1e-30, 1e-42, 1e30), ids=str)
+def test_tokens_of_extreme_length_leave_it_finite(size):
+    codebook = Codebook(6, 8, 0.9)
+    learn(codebook, randn(40, 8) * size)
+    assert codebook.codewords.isfinite().all() and codebook.ema.isfinite().all()
+    torch.testing.assert_close(codebook.codewords.norm(dim=1), torch.ones(6))
+    assert codebook.mean_projections().isfinite().all()
+
+
+@pytest.mark.parametrize("batches", (0, 1), ids=("first", "later"))
+def test_a_global_batch_without_tokens_changes_no_codeword(batches):
+    codebook = Codebook(6, 8, 0.9)
+    for step in range(batches):
+        learn(codebook, clustered(60, 6, 8, seed=step))
+    before = codebook.codewords.clone()
+    learn(codebook, randn(0, 8))
+    torch.testing.assert_close(codebook.codewords, before, **CLOSE)
+
+
+# Precision, gradients, checkpoints.
+
+
+@pytest.mark.parametrize("cast", ("bfloat16", "half", "double", "float"))
+def test_casting_the_model_keeps_every_bit(cast):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), Codebook(6, 8, 0.9))
+    learn(model[1], clustered(60, 3, 8))
+    model[1].accumulate(randn(5, 8), torch.zeros(5, dtype=torch.int64))
+    before = {name: value.clone() for name, value in model[1].named_buffers()}
+    getattr(model, cast)()
+    assert model[0].weight.dtype == getattr(torch, cast)
+    assert_same_bits(dict(model[1].named_buffers()), before)
+
+
+@pytest.mark.parametrize("arguments", (("cpu",), ("cpu", torch.bfloat16), (torch.float16,)), ids=str)
+def test_moving_the_model_keeps_every_bit(arguments):
+    codebook = Codebook(6, 8, 0.9)
+    learn(codebook, clustered(60, 3, 8))
+    before = state(codebook)
+    codebook.to(*arguments)
+    assert_same_bits(state(codebook), before)
+
+
+def test_moving_to_another_device_with_a_cast_moves_the_fp32_buffers():
+    codebook = Codebook(6, 8, 0.9).to(device="meta", dtype=torch.bfloat16)
+    assert {buffer.device.type for buffer in codebook.buffers()} == {"meta"}
+    assert codebook.codewords.dtype == codebook.ema.dtype == torch.float32
+
+
+def test_nothing_requires_gradients_nor_keeps_a_graph():
+    codebook = Codebook(6, 8, 0.9)
+    hidden = clustered(60, 3, 8).requires_grad_()
+    learn(codebook, hidden)
+    assert list(codebook.parameters()) == []
+    assert not any(buffer.requires_grad for buffer in codebook.buffers())
+
+
+def test_state_survives_a_round_trip_and_training_continues_the_same():
+    uninterrupted, resumed = Codebook(16, 8, 0.8), Codebook(16, 8, 0.8)
+    for step in range(3):
+        learn(uninterrupted, clustered(60, 3, 8, seed=step))
+    resumed.load_state_dict(uninterrupted.state_dict())
+    assert_same_bits(state(resumed), state(uninterrupted))
+    assert resumed.updates_on_host == uninterrupted.updates_on_host == 3
+    for step in range(3, 6):
+        learn(uninterrupted, clustered(60, 3, 8, seed=step))
+        learn(resumed, clustered(60, 3, 8, seed=step))
+        assert_same_bits(state(resumed), state(uninterrupted))
+
+
+def test_statistics_and_logs_are_not_saved():
+    assert set(Codebook(6, 8, 0.9).state_dict()) == {"codewords", "ema", "num_updates", "num_dropped"}
+
+
+def test_a_checkpoint_without_codebook_keeps_the_random_start(caplog):
+    model = torch.nn.ModuleDict({"linear": torch.nn.Linear(3, 3), "codebook": Codebook(6, 8, 0.9)})
+    start = state(model["codebook"])
+    without = {name: value for name, value in model.state_dict().items() if not name.startswith("codebook")}
+    with caplog.at_level("INFO", logger=codebook_module.__name__):
+        result = model.load_state_dict(without, strict=True)
+    assert result.missing_keys == [] and result.unexpected_keys == []
+    assert_same_bits(state(model["codebook"]), start)
+    assert "codebook" in caplog.text and "first batch" in caplog.text
+    learn(model["codebook"], clustered(60, 3, 8))
+    assert model["codebook"].updates_on_host == 1
+
+
+@pytest.mark.parametrize("missing", ("codewords", "ema", "num_updates"))
+def test_a_checkpoint_with_half_a_codebook_is_an_error(missing):
+    codebook = Codebook(6, 8, 0.9)
+    incomplete = {name: value for name, value in codebook.state_dict().items() if name != missing}
+    with pytest.raises(RuntimeError, match=missing):
+        codebook.load_state_dict(incomplete)
+
+
+@pytest.mark.parametrize("shape", ((7, 8), (6, 9)), ids=str)
+@pytest.mark.parametrize("strict", (True, False), ids=("strict", "not-strict"))
+def test_a_checkpoint_of_another_shape_is_refused(shape, strict):
+    other = Codebook(*shape, 0.9).state_dict()
+    with pytest.raises(ValueError) as error:
+        Codebook(6, 8, 0.9).load_state_dict(other, strict=strict)
+    message = str(error.value)
+    assert "moe_air_num_clusters" in message and "hidden_size" in message
+    assert str(shape) in message and "(6, 8)" in message
