@@ -6,6 +6,9 @@ PYTHON ?= $(shell for python in python3.12 python3 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# uv takes a fifth of pip's time but does not read pip's settings: pip installs where those name another index.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-deps --no-compile
+UV_INSTALL = $(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python
 OUT ?= out/demo
 DATA ?= data/stdlib
 
@@ -20,9 +23,14 @@ install: $(STAMP)  ## Make .venv with the pinned packages and this one (Python 3
 $(STAMP): requirements.txt setup.py
 	@test -n "$(PYTHON)" || { echo "make install: Python 3.12 is missing; install it (with pyenv: 'pyenv install 3.12'," \
 		"Debian, Ubuntu: 'apt install python3.12 python3.12-venv') or name it: make install PYTHON=/path/to/python3.12" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-deps --no-compile -r requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m venv $(VENV)
+	@if $(BIN)/python -m pip config list | grep -q '\.index-url='; then \
+		echo "pip has an index of its own: installing with pip"; $(PIP_INSTALL) -r requirements.txt; \
+	else \
+		$(PIP_INSTALL) "$$(grep '^uv==' requirements.txt)" && $(UV_INSTALL) -r requirements.txt \
+		|| { echo "uv could not install the packages: installing with pip"; $(PIP_INSTALL) -r requirements.txt; }; \
+	fi
+	$(PIP_INSTALL) --no-build-isolation --editable .
 	@touch $@
 
 data: $(DATA)/stdlib_test.idx  ## Make the byte-level data set from Python's standard library
@@ -44,5 +52,5 @@ lint: install  ## Check style and format
 bench-router: install  ## Time the routers on this machine
 	$(BIN)/python benchmarks/run.py router
 
-clean:  ## Remove what the targets above have made, .venv included
-	rm -rf $(VENV) $(DATA) $(OUT) .pytest_cache .ruff_cache .hypothesis *.egg-info
+clean:  ## Remove what the targets above make by default, .venv included
+	rm -rf $(VENV) data/stdlib out .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -214,7 +214,9 @@ class Codebook(torch.nn.Module):
         if not finite:
             self.num_dropped += 1
         else:
-            codewords, ema = update_from_tokens(self.codewords, self.ema, statistics, self.decay, self.updates_on_host)
+            num_updates = self.updates_on_host
+            decay = window_decay(self.decay, num_updates)
+            codewords, ema = update_from_tokens(self.codewords, self.ema, statistics, decay, num_updates)
             self.codewords.copy_(codewords)
             self.ema.copy_(ema)
             counts = statistics[:, hidden_size]

@@ -13,6 +13,8 @@ Not changed:
   them for a caller that wants that.
 - No kernel is emulated: Transformer Engine, Apex, fused kernels, CUDA graphs, grouped GEMM, Megatron-FSDP and
   everything that needs them (context parallelism, for one) stay unavailable.
+- What Megatron cannot do without Transformer Engine or Apex it cannot do here either: resume with the distributed
+  optimizer, recompute layer norms alone. Experts on a single rank need --disable-bias-linear, as on a GPU.
 - Functions that Megatron compiles with `torch.compile` run uncompiled; those whose module was first imported in CPU
   mode remain so after `disable()`.
 """
@@ -182,14 +184,36 @@ def _all_to_all_single(original: Callable) -> Callable:
     return all_to_all_single
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """All work on a CPU is done when the call returns, so there is nothing to wait for."""
+
+
+class _Event:
+    """An event that has happened once it is recorded, by the host's clock."""
+
+    wait = synchronize = _nothing
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._time = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self._time = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "_Event") -> float:
+        return (end._time - self._time) * 1e3
+
+
 class _Stream:
-    """A stream whose work is always done. One per device, so `current_stream() != side_stream` still tells."""
+    """A stream whose work is always done."""
 
     cuda_stream = 0
+    wait_event = wait_stream = synchronize = __exit__ = _nothing
 
     def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
-        self.device = torch.device("cpu")
-        self.priority = priority
+        self.device, self.priority = torch.device("cpu"), priority
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
@@ -198,47 +222,13 @@ class _Stream:
     def query(self) -> bool:
         return True
 
-    def synchronize(self) -> None:
-        """Nothing to wait for, as in the waits below."""
-
-    def wait_event(self, event: "_Event") -> None:
-        pass
-
-    def wait_stream(self, stream: "_Stream") -> None:
-        pass
-
-    def record_event(self, event: "_Event | None" = None) -> "_Event":
-        event = _Event() if event is None else event
+    def record_event(self, event: _Event | None = None) -> _Event:
+        event = event or _Event()
         event.record(self)
         return event
 
     def __enter__(self) -> "_Stream":
         return self
-
-    def __exit__(self, *exc: Any) -> None:
-        pass
-
-
-class _Event:
-    """An event that has happened once it is recorded, by the host's clock."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._time = 0.0
-
-    def record(self, stream: _Stream | None = None) -> None:
-        self._time = time.perf_counter()
-
-    def query(self) -> bool:
-        return True
-
-    def wait(self, stream: _Stream | None = None) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end: "_Event") -> float:
-        return (end._time - self._time) * 1e3
 
 
 _CURRENT_STREAM = _Stream()
@@ -251,36 +241,22 @@ _DEVICE_PROPERTIES = types.SimpleNamespace(
 )
 
 
-def _get_rng_state(original: Callable) -> Callable:
-    return lambda device="cuda": torch.default_generator.get_state()
+def _get_rng_state(device: Any = "cuda") -> torch.Tensor:
+    return torch.default_generator.get_state()
 
 
-def _set_rng_state(original: Callable) -> Callable:
-    return lambda new_state, device="cuda": torch.default_generator.set_state(new_state)
+def _set_rng_state(new_state: torch.Tensor, device: Any = "cuda") -> None:
+    torch.default_generator.set_state(new_state)
 
 
-def _manual_seed(original: Callable) -> Callable:
-    def manual_seed(seed: int) -> None:
-        torch.default_generator.manual_seed(int(seed))
-
-    return manual_seed
+def _manual_seed(seed: int) -> None:
+    torch.default_generator.manual_seed(int(seed))
 
 
 def _without_warnings(original: types.ModuleType) -> types.SimpleNamespace:
     """`logging` for a module whose one message, that the CPU's generator moved in a CUDA fork, is true by design."""
     silent = logging.Logger(f"{__name__}.silent", level=logging.CRITICAL + 1)
     return types.SimpleNamespace(**{**vars(original), "getLogger": lambda name=None: silent})
-
-
-def _share_storage(original: Callable) -> Callable:
-    """Megatron compiles a C++ function on first use; a copy below autograd does the same without a compiler."""
-
-    def share_storage(destination: torch.Tensor, source: torch.Tensor) -> None:
-        storage = source.untyped_storage()
-        destination.untyped_storage().resize_(storage.nbytes())
-        destination.untyped_storage().copy_(storage)
-
-    return lambda: share_storage
 
 
 def _without_cuda_check(original: tuple) -> tuple:
@@ -360,7 +336,6 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
             ("_lazy_init", _always(None), "there is no CUDA context to make"),
             ("_lazy_call", lambda original: lambda call, **kwargs: call(), "would wait for a CUDA context for ever"),
             ("logging", _without_warnings, "warns at every fork that the CPU's generator moved"),
-            ("_get_share_storage", _share_storage, "wants a C++ compiler"),
         )
     ),
     *(
@@ -384,7 +359,7 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
     Adaptation("torch.distributed.isend", _isend, "the sender may drop the data before gloo has read it"),
     Adaptation("torch.distributed.distributed_c10d.isend", _isend, "batch_isend_irecv looks here"),
     Adaptation("torch.accelerator.current_accelerator", _always(None), "a CUDA build answers cuda without a GPU"),
-    Adaptation("torch.accelerator.synchronize", _always(None), "nothing to wait for"),
+    Adaptation("torch.accelerator.synchronize", _value(_nothing), "nothing to wait for"),
     Adaptation("torch.cuda.Stream", _value(_Stream), "empty streams"),
     Adaptation("torch.cuda.Event", _value(_Event), "events by the host's clock"),
     Adaptation("torch.cuda.stream", lambda original: contextlib.nullcontext, "one stream"),
@@ -395,7 +370,7 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
             ("current_device", _always(0), "the CPU has index 0"),
             ("device_count", _always(1), "Megatron sets up its groups and generators only where this is not 0"),
             ("set_device", _always(None), "one device"),
-            ("synchronize", _always(None), "nothing to wait for"),
+            ("synchronize", _value(_nothing), "nothing to wait for"),
             ("current_stream", _always(_CURRENT_STREAM), "one stream"),
             ("default_stream", _always(_CURRENT_STREAM), "one stream"),
             ("set_stream", _always(None), "one stream"),
@@ -409,12 +384,11 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
             ("nvtx.range_push", _always(0), "absent from CPU builds"),
             ("nvtx.range_pop", _always(0), "absent from CPU builds"),
             ("default_generators", lambda original: (torch.default_generator,), "the CPU's generator"),
-            ("get_rng_state", _get_rng_state, "the CPU's generator"),
-            ("set_rng_state", _set_rng_state, "the CPU's generator"),
-            ("random.get_rng_state", _get_rng_state, "the CPU's generator"),
-            ("random.set_rng_state", _set_rng_state, "the CPU's generator"),
-            ("manual_seed", _manual_seed, "the CPU's generator"),
-            ("manual_seed_all", _manual_seed, "the CPU's generator"),
+            ("get_rng_state", _value(_get_rng_state), "the CPU's generator"),
+            ("random.get_rng_state", _value(_get_rng_state), "the CPU's generator, where the RNG tracker looks"),
+            ("set_rng_state", _value(_set_rng_state), "the CPU's generator"),
+            ("manual_seed", _value(_manual_seed), "the CPU's generator"),
+            ("manual_seed_all", _value(_manual_seed), "the CPU's generator"),
         )
     ),
     *(
@@ -441,16 +415,14 @@ def _get(owner: Any, key: str) -> Any:
 
 def _set(owner: Any, key: str, value: Any) -> None:
     if isinstance(owner, MutableMapping):
-        owner[key] = value
+        if value is _MISSING:
+            owner.pop(key, None)
+        else:
+            owner[key] = value
+    elif value is _MISSING:
+        delattr(owner, key)
     else:
         setattr(owner, key, value)
-
-
-def _remove(owner: Any, key: str) -> None:
-    if isinstance(owner, MutableMapping):
-        owner.pop(key, None)
-    else:
-        delattr(owner, key)
 
 
 def _missing(name: str) -> MissingNameError:
@@ -502,10 +474,7 @@ class CPUMode:
     def _restore(self) -> None:
         while self._undo:
             owner, key, own = self._undo.pop()
-            if own is _MISSING:
-                _remove(owner, key)
-            else:
-                _set(owner, key, own)
+            _set(owner, key, own)
         self.names = ()
 
     def __enter__(self) -> "CPUMode":

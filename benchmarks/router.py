@@ -147,7 +147,6 @@ def _gate(pg_collection, device):
         probs.backward(grad)
         results.append((routing_map.float(), probs, tokens.grad, router.weight.grad))
     for name, expected, found in zip(("routing map", "probs", "input grad", "weight grad"), *results, strict=True):
-        torch.testing.assert_close(
-            found, expected, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        explain = partial("{}: {}".format, name)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=explain)
     logger.info("gate passed: with full lists AIRRouter equals TopKRouter")

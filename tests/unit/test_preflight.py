@@ -138,9 +138,7 @@ def test_list_file(tmp_path):
         check_data(arguments(data_args_path="nowhere.txt"))
     list_file = tmp_path / "list.txt"
     list_file.write_text("nowhere")
-    with pytest.raises(
-        ValueError, match="--data-args-path '.*list.txt' entry 'nowhere': 'nowhere.idx' does not"
-    ):
+    with pytest.raises(ValueError, match="--data-args-path '.*list.txt' entry 'nowhere': 'nowhere.idx' does not"):
         check_data(arguments(data_args_path=str(list_file)))
 
 

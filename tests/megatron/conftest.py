@@ -1,0 +1,110 @@
+"""Runs of the real training loop as users start them: torchrun in a process of its own, on CPU with gloo."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY = 64
+SEQUENCE = 16
+GLOBAL_BATCH = 8
+
+MODEL = [
+    *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--ffn-hidden-size", "64"),
+    *("--seq-length", SEQUENCE, "--max-position-embeddings", SEQUENCE, "--position-embedding-type", "rope"),
+    *("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"),
+    *("--attention-dropout", "0.1", "--hidden-dropout", "0.1"),
+    *("--num-experts", "16", "--moe-ffn-hidden-size", "8", "--moe-router-topk", "2", "--moe-router-dtype", "fp32"),
+    *("--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "0.01"),
+    *("--moe-token-dispatcher-type", "alltoall"),
+    *("--tokenizer-type", "NullTokenizer", "--vocab-size", VOCABULARY, "--make-vocab-size-divisible-by", "1"),
+    *("--micro-batch-size", "2", "--global-batch-size", GLOBAL_BATCH, "--lr", "1e-2", "--lr-decay-style", "constant"),
+    *("--log-interval", "1", "--eval-interval", "1000", "--eval-iters", "1", "--seed", "7"),
+]
+AIR = ["--moe-router-type", "air", "--moe-air-num-clusters", "4", "--moe-air-shortlist-size", "8"]
+EP2 = ["--expert-model-parallel-size", "2"]
+
+_ITERATION = re.compile(r"iteration +(\d+)/ .*?lm loss: ([0-9.E+-]+) .*?grad norm: ([0-9.naif]+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run printed."""
+
+    output: str
+    returncode: int
+
+    @property
+    def steps(self) -> dict[int, tuple[str, str]]:
+        """Iteration -> (loss, gradient norm), as printed."""
+        return {int(number): (loss, norm) for number, loss, norm in _ITERATION.findall(self.output)}
+
+    @property
+    def norms(self) -> dict[int, str]:
+        return {number: norm for number, (_, norm) in self.steps.items()}
+
+
+@pytest.fixture(scope="session")
+def data_prefix(tmp_path_factory) -> str:
+    """A small indexed data set with structure to learn: documents that count modulo the vocabulary."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
+
+    prefix = str(tmp_path_factory.mktemp("data") / "count")
+    generator = numpy.random.default_rng(0)
+    builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=DType.optimal_dtype(VOCABULARY))
+    for _ in range(200):
+        start, step = generator.integers(0, VOCABULARY, size=2)
+        document = (start + step * numpy.arange(60)) % (VOCABULARY - 1)
+        builder.add_document(torch.tensor([*document, VOCABULARY - 1]), [61])
+    builder.finalize(get_idx_path(prefix))
+    return prefix
+
+
+@pytest.fixture
+def pretrain(data_prefix, tmp_path):
+    """A function that trains: flags -> Run. Give ``entry`` to start something else than our own entry."""
+
+    def run(*flags, ranks=2, entry=("-m", "air_moe_megatron.pretrain", "--cpu"), env=None, succeeds=True, data=True):
+        data_flags = ["--data-path", data_prefix, "--split", "8,1,1", "--data-cache-path", tmp_path / "cache"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        arguments = [*command, *entry, *MODEL, *(data_flags if data else []), *flags]
+        result = subprocess.run(
+            [str(argument) for argument in arguments],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        if succeeds:
+            assert result.returncode == 0, result.stdout[-6000:]
+        return Run(result.stdout, result.returncode)
+
+    return run
+
+
+def read_checkpoint(directory: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a ``torch_dist`` checkpoint, whole, without any process group."""
+    state = {}
+    reader = FileSystemReader(str(directory / f"iter_{iteration:07d}"))
+    _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return {key: value for key, value in _flatten(state) if isinstance(value, torch.Tensor)}
+
+
+def _flatten(state, prefix=""):
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

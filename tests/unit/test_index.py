@@ -1,0 +1,273 @@
+"""The inverted index: which experts stand in which list, and when the lists are rebuilt."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from air_moe_megatron.codebook import Codebook, assign
+from air_moe_megatron.index import ShortlistIndex, balanced_lists, inverted_lists, top_scoring_lists
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def directions(num, hidden_size, seed=0):
+    return torch.nn.functional.normalize(randn(num, hidden_size, seed=seed), dim=1)
+
+
+def present(lists):
+    """The expert ids in the lists, one after another."""
+    return lists[lists >= 0].tolist()
+
+
+# Lists of source 'tokens'.
+
+
+def test_top_scoring_worked_example():
+    weight = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [2.0, 2.5]])
+    assert top_scoring_lists(torch.eye(2), torch.ones(2), weight, None, 2).tolist() == [[1, 3], [2, 3]]
+
+
+@pytest.mark.parametrize("chunk", (1, 3, 7, 8, 20, 100), ids=lambda n: f"chunks-of-{n}")
+@pytest.mark.parametrize("shortlist_size", (1, 7, 20))
+@pytest.mark.parametrize("with_bias", (False, True), ids=("no-bias", "bias"))
+def test_top_scoring_equals_topk_over_all_experts_for_any_chunk(chunk, shortlist_size, with_bias):
+    codewords, weight = directions(5, 6), randn(20, 6, seed=1)
+    scale = torch.rand(5, generator=torch.Generator().manual_seed(2)) * 3.0
+    bias = randn(20, seed=3) if with_bias else None
+    scores = codewords @ weight.t()
+    if with_bias:
+        scores = scores * scale.unsqueeze(1) + bias
+    expected = scores.topk(shortlist_size, dim=1).indices.sort(dim=1).values
+    lists = top_scoring_lists(codewords, scale, weight, bias, shortlist_size, experts_per_chunk=chunk)
+    assert lists.dtype == torch.int32
+    assert torch.equal(lists.long(), expected)
+
+
+def test_bias_weighs_more_where_tokens_are_short():
+    """At the codeword [1, 0], expert 0 leads by 1 in its centre and expert 1 by 2 in its bias."""
+    weight, bias = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0.0, 2.0])
+    codewords = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    lists = top_scoring_lists(codewords, torch.tensor([1.0, 3.0]), weight, bias, 1)
+    assert lists.tolist() == [[1], [0]]
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
+def test_top_scoring_takes_centres_of_any_dtype(dtype):
+    codewords, weight = directions(5, 6), randn(20, 6, seed=1).to(dtype)
+    expected = top_scoring_lists(codewords, torch.ones(5), weight.float(), None, 4)
+    assert torch.equal(top_scoring_lists(codewords, torch.ones(5), weight, None, 4), expected)
+
+
+# Lists of source 'experts'.
+
+
+def test_inverted_lists_put_each_expert_at_its_nearest_codeword_where_there_is_room():
+    codewords, weight = directions(5, 6), randn(40, 6, seed=1)
+    lists = inverted_lists(codewords, weight, 40)
+    nearest = assign(weight, codewords, 1).squeeze(1)
+    for codeword in range(5):
+        assert present(lists[codeword]) == torch.nonzero(nearest == codeword).flatten().tolist()
+
+
+def test_a_full_list_keeps_the_nearest_and_sends_the_others_on():
+    codewords = torch.eye(2)
+    weight = torch.tensor([[1.0, 0.3], [1.0, 0.1], [1.0, 0.2], [0.1, 1.0]])
+    assert inverted_lists(codewords, weight, 2).tolist() == [[1, 2], [0, 3]]
+
+
+@settings(max_examples=60)
+@given(
+    num_experts=st.integers(1, 40), num_clusters=st.integers(1, 8), spare=st.integers(0, 6), seed=st.integers(0, 1000)
+)
+def test_inverted_lists_are_a_bounded_partition(num_experts, num_clusters, spare, seed):
+    capacity = -(-num_experts // num_clusters) + spare
+    codewords, weight = directions(num_clusters, 4, seed), randn(num_experts, 4, seed=seed + 1)
+    lists = inverted_lists(codewords, weight, capacity)
+    assert lists.dtype == torch.int32 and lists.shape == (num_clusters, capacity)
+    assert sorted(present(lists)) == list(range(num_experts))
+    lengths = (lists >= 0).sum(dim=1)
+    similarity = torch.nn.functional.normalize(weight, dim=1) @ codewords.t()
+    for codeword in range(num_clusters):
+        ids = present(lists[codeword])
+        assert ids == sorted(ids) and lists[codeword, : len(ids)].tolist() == ids  # -1 only at the end
+        for expert in ids:
+            nearer = similarity[expert] > similarity[expert, codeword]
+            assert (lengths[nearer] == capacity).all()
+
+
+def test_equal_centres_fill_one_list_after_another():
+    lists = inverted_lists(directions(4, 6), randn(1, 6, seed=1).expand(10, 6), 3)
+    assert sorted(present(lists)) == list(range(10))
+    assert sorted((lists >= 0).sum(dim=1).tolist()) == [1, 3, 3, 3]
+
+
+# Lists for load tests.
+
+
+@settings(max_examples=100)
+@given(num_experts=st.integers(1, 60), num_clusters=st.integers(1, 20), data=st.data())
+def test_balanced_lists_give_every_expert_the_same_number_of_places_up_to_one(num_experts, num_clusters, data):
+    num_clusters = min(num_clusters, num_experts)
+    shortlist_size = data.draw(st.integers(1, num_experts))
+    lists = balanced_lists(num_clusters, shortlist_size, num_experts, "cpu")
+    assert lists.dtype == torch.int32 and lists.shape == (num_clusters, shortlist_size)
+    assert all(len(set(row)) == shortlist_size and row == sorted(row) for row in lists.tolist())
+    counts = torch.bincount(lists.flatten(), minlength=num_experts)
+    assert counts.numel() == num_experts and counts.max() - counts.min() <= 1
+
+
+# When lists are rebuilt.
+
+
+VERSIONS = {
+    1: [0, 1, 2, 3, 4, 5, 6, 7],
+    2: [0, 1, 2, 2, 4, 4, 6, 6],
+    3: [0, 1, 2, 3, 3, 3, 6, 6],
+    10: [0, 1, 2, 3, 4, 5, 6, 7],
+}
+
+
+@pytest.mark.parametrize("interval", VERSIONS)
+def test_version_follows_a_young_codebook_closely_and_then_in_intervals(interval):
+    index = ShortlistIndex(4, 2, "tokens", interval)
+    assert [index.version(updates) for updates in range(8)] == VERSIONS[interval]
+    assert [index.version(100 * interval + i) for i in range(interval)] == [100 * interval] * interval
+
+
+class Setup:
+    """A codebook and an index over moving centres, as one router has them."""
+
+    def __init__(self, source, interval=3, num_experts=20, shortlist_size=6):
+        self.codebook = Codebook(5, 6, 0.8)
+        self.index = ShortlistIndex(5, shortlist_size, source, interval)
+        self.weight = randn(num_experts, 6)
+
+    def forward(self):
+        return self.index.refresh(self.codebook, self.weight, None)
+
+    def step(self, seed):
+        """The end of a training step: the codebook learns, the centres move."""
+        if self.index.source == "tokens":
+            hidden = randn(60, 6, seed=seed)
+            self.codebook.accumulate(hidden, assign(hidden, self.codebook.codewords, 1).squeeze(1))
+            self.codebook.apply_update(self.codebook.statistics.clone(), True)
+            self.codebook.discard()
+        else:
+            self.codebook.count_update()
+        self.weight = self.weight + 0.3 * randn(*self.weight.shape, seed=seed + 1000)
+
+    def state(self):
+        state = {f"codebook.{name}": value for name, value in self.codebook.state_dict().items()}
+        state |= {f"index.{name}": value for name, value in self.index.state_dict().items()}
+        return {name: value.clone() for name, value in state.items()}
+
+    def resumed(self):
+        """Another process that loads what this one saved."""
+        other = Setup(self.index.source, self.index.refresh_interval)
+        other.codebook.load_state_dict(self.codebook.state_dict())
+        other.index.load_state_dict(self.index.state_dict())
+        other.weight = self.weight.clone()
+        return other
+
+
+def assert_same_bits(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+SOURCES = pytest.mark.parametrize("source", ("tokens", "experts"))
+
+
+@SOURCES
+def test_first_forward_builds_the_lists(source):
+    setup = Setup(source)
+    assert setup.forward()
+    if source == "tokens":
+        scores = setup.codebook.codewords @ setup.weight.t()
+        expected = scores.topk(6, dim=1).indices.sort(dim=1).values
+    else:
+        expected = inverted_lists(setup.codebook.codewords, setup.weight, 6)
+    assert torch.equal(setup.index.shortlist.long(), expected.long())
+
+
+@SOURCES
+def test_lists_are_rebuilt_in_the_forward_after_each_due_update_only(source):
+    setup = Setup(source, interval=3)
+    rebuilt = []
+    for step in range(11):
+        if setup.forward():
+            rebuilt.append(step)
+        setup.step(step)
+    assert rebuilt == [0, 1, 2, 3, 6, 9]
+
+
+@SOURCES
+def test_a_second_forward_and_a_recomputation_see_the_same_lists(source):
+    setup = Setup(source, interval=1)
+    for step in range(3):
+        setup.forward()
+        before = setup.state()
+        # The centres move between two forwards of one step only where a test moves them.
+        setup.weight = setup.weight + randn(20, 6, seed=50 + step)
+        assert not setup.forward()
+        assert_same_bits(setup.state(), before)
+        setup.step(step)
+
+
+def test_lists_of_experts_follow_moving_centres():
+    setup = Setup("experts", interval=1)
+    for step in range(4):
+        setup.forward()
+        assert sorted(present(setup.index.shortlist)) == list(range(20))
+        torch.testing.assert_close(setup.codebook.codewords.norm(dim=1), torch.ones(5))
+        before = setup.index.shortlist.clone()
+        setup.step(step)
+    setup.forward()
+    assert not torch.equal(setup.index.shortlist, before)
+
+
+@SOURCES
+@pytest.mark.parametrize("saved_after", range(8))
+@pytest.mark.parametrize("forward_between", (False, True), ids=("at-step-end", "after-evaluation"))
+def test_a_resumed_run_sees_the_lists_of_the_uninterrupted_one(source, saved_after, forward_between):
+    run = Setup(source, interval=3)
+    for step in range(saved_after):
+        run.forward()
+        run.step(step)
+    if forward_between:
+        run.forward()
+    other = run.resumed()
+    for step in range(saved_after, saved_after + 5):
+        assert run.forward() == other.forward()
+        assert_same_bits(other.state(), run.state())
+        run.step(step)
+        other.step(step)
+
+
+def test_a_checkpoint_without_lists_builds_them_in_the_first_forward():
+    setup = Setup("tokens")
+    result = setup.index.load_state_dict({}, strict=True)
+    assert result.missing_keys == []
+    assert setup.forward()
+
+
+@pytest.mark.parametrize("missing", ("shortlist", "built_at"))
+def test_a_checkpoint_with_half_an_index_is_an_error(missing):
+    index = Setup("tokens").index
+    incomplete = {name: value for name, value in index.state_dict().items() if name != missing}
+    with pytest.raises(RuntimeError, match=missing):
+        index.load_state_dict(incomplete)
+
+
+@pytest.mark.parametrize("shape", ((5, 7), (4, 6)), ids=str)
+def test_a_checkpoint_of_another_shape_is_refused(shape):
+    other = ShortlistIndex(*shape, "tokens", 3).state_dict()
+    with pytest.raises(ValueError) as error:
+        ShortlistIndex(5, 6, "tokens", 3).load_state_dict(other)
+    message = str(error.value)
+    assert "moe_air_num_clusters" in message and "moe_air_shortlist_size" in message
+    assert str(shape) in message and "(5, 6)" in message
