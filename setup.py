@@ -20,7 +20,7 @@ setup(
     install_requires=["torch>=2.11"],
     extras_require={
         "train": ["megatron-core[training]==0.19.*", "tensorboard"],
-        "dev": ["hypothesis", "matplotlib", "megatron-core==0.19.*", "pytest", "ruff", "tensorboard"],
+        "dev": ["hypothesis", "matplotlib", "megatron-core==0.19.*", "psutil", "pytest", "ruff", "tensorboard"],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

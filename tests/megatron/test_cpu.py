@@ -117,11 +117,11 @@ def test_refused_where_cuda_is_available_unless_forced(monkeypatch):
 )
 def test_missing_name_is_named_and_rolled_back(monkeypatch, no_cuda, name):
     before = snapshot()
-    monkeypatch.setattr(cpu, "ADAPTATIONS", (*cpu.ADAPTATIONS, cpu.Adaptation(name, lambda original: None, "test")))
-    with pytest.raises(cpu.MissingNameError, match=name) as raised:
+    table = (*cpu.ADAPTATIONS, cpu.Adaptation(name, lambda original: None, "test"))
+    with monkeypatch.context() as patch, pytest.raises(cpu.MissingNameError, match=name) as raised:
+        patch.setattr(cpu, "ADAPTATIONS", table)
         cpu.enable()
     assert ("0.19" if name.startswith("megatron") else "2.11") in str(raised.value)
-    monkeypatch.undo()
     assert not cpu.is_enabled()
     assert changes(before, snapshot()) == set()
 
@@ -233,7 +233,7 @@ def test_norm_with_sequence_parallelism(cpu_mode):
     config = TransformerConfig(
         num_layers=1,
         hidden_size=8,
-        num_attention_heads=1,
+        num_attention_heads=2,
         tensor_model_parallel_size=2,
         sequence_parallel=True,
         pipeline_dtype=torch.float32,

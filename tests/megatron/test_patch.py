@@ -1,0 +1,70 @@
+"""Our entry against a script that knows nothing of us, on Megatron as installed and on a patched copy of it."""
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from air_moe_megatron import cpu
+from air_moe_megatron.config import AIRFields
+from tests.megatron.conftest import AIR, EP2, ROOT, read_checkpoint
+
+PLAIN = ["-m", "air_moe_megatron.cpu", "tests/megatron/plain_gpt.py", *cpu.REQUIRED_FLAGS]
+TRAIN = [*EP2, "--train-iters", "4", "--eval-interval", "2"]
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory) -> Path:
+    """A copy of the installed Megatron with the patch applied: the folder to put on PYTHONPATH."""
+    folder = tmp_path_factory.mktemp("checkout")
+    package = Path(importlib.util.find_spec("megatron.core").submodule_search_locations[0]).parent
+    shutil.copytree(package, folder / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
+    patch = ROOT / "patches" / "core_v0.19.0.patch"
+    subprocess.run(["git", "apply", "--check", str(patch)], cwd=folder, check=True)
+    subprocess.run(["git", "apply", str(patch)], cwd=folder, check=True)
+    return folder
+
+
+def on(checkout: Path) -> dict[str, str]:
+    return {"PYTHONPATH": os.pathsep.join([str(checkout), str(ROOT)])}
+
+
+def evaluations(run):
+    return [line.split("|", 1)[1] for line in run.output.splitlines() if "validation loss at iteration" in line]
+
+
+def test_topk_is_megatron_bit_for_bit(pretrain, tmp_path):
+    plain = pretrain(*TRAIN, "--save", tmp_path / "plain", "--save-interval", 4, entry=PLAIN)
+    ours = pretrain(*TRAIN, "--save", tmp_path / "ours", "--save-interval", 4)
+    assert len(plain.steps) == 4
+    assert ours.steps == plain.steps
+    assert ours.output.count("validation loss") == plain.output.count("validation loss") > 2
+    assert evaluations(ours) == evaluations(plain)
+    expected, found = (read_checkpoint(tmp_path / name, 4) for name in ("plain", "ours"))
+    assert expected.keys() == found.keys()
+    assert [key for key in expected if not expected[key].equal(found[key])] == []
+
+
+def test_patched_checkout_honours_the_flag(pretrain, patched):
+    by_flag = pretrain(*TRAIN, *AIR, entry=PLAIN, env=on(patched))
+    ours = pretrain(*TRAIN, *AIR)
+    ours_on_patched = pretrain(*TRAIN, *AIR, env=on(patched))
+    assert len(by_flag.steps) == 4
+    assert by_flag.steps == ours.steps == ours_on_patched.steps
+    assert "routing health at iteration" in by_flag.output
+
+
+def test_patched_checkout_behaves_as_before_without_the_flag(pretrain, patched):
+    assert pretrain(*TRAIN, entry=PLAIN, env=on(patched)).steps == pretrain(*TRAIN, entry=PLAIN).steps
+
+
+def test_fields_of_the_patch_are_ours(patched):
+    source = (patched / "megatron/core/transformer/transformer_config.py").read_text()
+    for field in dataclasses.fields(AIRFields):
+        default = f'"{field.default}"' if isinstance(field.default, str) else field.default
+        lines = [line for line in source.splitlines() if line.startswith(f"    {field.name}: ")]
+        assert len(lines) == 1 and lines[0].endswith(f"= {default}"), (field.name, lines)

@@ -1,0 +1,629 @@
+"""AIRRouter with short lists: against a reference that loops over the tokens, and what must never happen."""
+
+import copy
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from air_moe_megatron.config import AIRMoEConfig
+from air_moe_megatron.router import AIRRouter
+from air_moe_megatron.sync import air_routers, discard_statistics, update_codebooks
+
+pytestmark = pytest.mark.usefixtures("megatron_cpu")
+
+HIDDEN, EXPERTS, TOPK = 16, 40, 4
+CLOSE = dict(rtol=1e-5, atol=1e-6)  # fp32 sums of 16 terms in another order
+
+SOURCES = ("tokens", "experts")
+SCORES = {
+    "softmax": {},
+    "pre-softmax": dict(moe_router_pre_softmax=True),
+    "scaled-sigmoid": dict(moe_router_score_function="sigmoid", moe_router_topk_scaling_factor=2.5),
+    "sigmoid-expert-bias": dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
+}
+
+
+def make_router(pg_collection, seed=0, learned=2, **settings):
+    """A router whose codebook has learned from a few batches, with random parameters and expert bias."""
+    base = dict(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        num_moe_experts=EXPERTS,
+        moe_router_topk=TOPK,
+        moe_ffn_hidden_size=8,
+        moe_router_load_balancing_type="none",
+        add_bias_linear=False,
+        moe_router_type="air",
+        moe_air_num_clusters=8,
+        moe_air_shortlist_size=9,
+        moe_air_refresh_interval=1,
+    )
+    router = AIRRouter(AIRMoEConfig(**{**base, **settings}), pg_collection)
+    router.set_layer_number(1)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        router.weight.copy_(torch.randn(router.weight.shape, generator=generator))
+        if router.bias is not None:
+            router.bias.copy_(torch.randn(router.num_experts, generator=generator))
+        if router.expert_bias is not None:
+            router.expert_bias.copy_(2.0 * torch.randn(router.num_experts, generator=generator))
+            router.expert_bias[0] = 5.0  # id 0 is what a careless clamp makes of -1
+    for step in range(learned):
+        router.route(make_hidden(100, seed=step))
+        update_codebooks(router)
+    router.expert_load.zero_()
+    if router.local_tokens_per_expert is not None:
+        router.local_tokens_per_expert.zero_()
+    return router
+
+
+def make_hidden(num_tokens, seed=10):
+    return torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def reference(router, hidden):
+    """Routes of each token, one by one: the union of the probed lists, then Megatron's score function in words.
+
+    Returns a list of (expert ids best first, their probs).
+    """
+    config, codebook, lists = router.config, router.codebook, router.index.shortlist.tolist()
+    allowed = [c for c, row in enumerate(lists) if row[0] >= 0]
+    routes = []
+    for token in hidden:
+        cosine = {c: (token @ codebook.codewords[c]).item() for c in allowed}
+        probed = sorted(allowed, key=cosine.__getitem__, reverse=True)[: config.moe_air_num_probes]
+        candidates = sorted({e for c in probed for e in lists[c] if e >= 0})
+        logits = [(token @ router.weight[e]).item() for e in candidates]
+        if router.bias is not None:
+            logits = [z + router.bias[e].item() for z, e in zip(logits, candidates, strict=True)]
+        if config.moe_router_score_function == "sigmoid":
+            scores = [1.0 / (1.0 + math.exp(-z)) for z in logits]
+        elif config.moe_router_pre_softmax:
+            total = sum(math.exp(z) for z in logits)
+            scores = [math.exp(z) / total for z in logits]
+        else:
+            scores = logits
+        rank = list(scores)
+        if router.expert_bias is not None:
+            rank = [s + router.expert_bias[e].item() for s, e in zip(scores, candidates, strict=True)]
+        best = sorted(range(len(candidates)), key=rank.__getitem__, reverse=True)[: config.moe_router_topk]
+        probs = [scores[i] for i in best]
+        if config.moe_router_score_function == "sigmoid":
+            probs = [p / sum(probs) for p in probs]
+        elif not config.moe_router_pre_softmax:
+            probs = [math.exp(p) / sum(math.exp(q) for q in probs) for p in probs]
+        factor = config.moe_router_topk_scaling_factor or 1.0
+        routes.append(([candidates[i] for i in best], [factor * p for p in probs]))
+    return routes
+
+
+def assert_equals_reference(router, hidden):
+    """Route, compare with the reference, and return the number of places that stayed empty."""
+    routes = router.route(hidden)
+    expected = reference(router, hidden)
+    assert routes.topk_ids.dtype == torch.int32
+    assert routes.topk_ids.shape == routes.probs.shape == (hidden.shape[0], router.topk)
+    empty = 0
+    for ids, probs, (wanted_ids, wanted_probs) in zip(
+        routes.topk_ids.tolist(), routes.probs.tolist(), expected, strict=True
+    ):
+        missing = router.topk - len(wanted_ids)
+        assert ids == wanted_ids + [-1] * missing
+        assert probs == pytest.approx(wanted_probs + [0.0] * missing, rel=1e-4, abs=1e-6)
+        empty += missing
+    return empty
+
+
+@pytest.mark.parametrize("num_probes", (1, 2, 3, 4), ids=lambda n: f"{n}-probes")
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_route_equals_a_loop_over_tokens(megatron_cpu, scores, source, num_probes):
+    router = make_router(megatron_cpu, moe_air_codebook_source=source, moe_air_num_probes=num_probes, **scores)
+    empty = assert_equals_reference(router, make_hidden(60))
+    if source == "tokens":
+        assert empty == 0
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_route_equals_a_loop_over_tokens_with_a_linear_bias(megatron_cpu, source):
+    router = make_router(megatron_cpu, moe_air_codebook_source=source, moe_air_num_probes=2, add_bias_linear=True)
+    assert_equals_reference(router, make_hidden(60))
+
+
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_places_stay_empty_where_candidates_run_out(megatron_cpu, scores):
+    """More experts per token than many an inverted list holds: id -1 and prob 0, never another expert."""
+    router = make_router(
+        megatron_cpu,
+        moe_air_codebook_source="experts",
+        moe_air_num_clusters=16,
+        moe_air_shortlist_size=9,
+        moe_router_topk=6,
+        **scores,
+    )
+    hidden = make_hidden(60)
+    assert assert_equals_reference(router, hidden) > 0
+    probs, routing_map = router(hidden.unsqueeze(1))
+    expected = reference(router, hidden)
+    assert routing_map.sum(dim=1).tolist() == [len(ids) for ids, _ in expected]
+    assert (probs != 0).sum() <= routing_map.sum()
+
+
+def test_an_expert_in_two_probed_lists_is_one_candidate(megatron_cpu):
+    router = make_router(megatron_cpu, moe_air_num_probes=2, moe_router_pre_softmax=True, moe_air_refresh_interval=1000)
+    router.route(make_hidden(1))
+    router.index.shortlist[:] = torch.arange(9)  # every list the same: 18 places, 9 experts
+    assert_equals_reference(router, make_hidden(30))
+    routes = router.route(make_hidden(30))
+    assert all(len(set(ids)) == TOPK for ids in routes.topk_ids.tolist())
+    # The softmax runs over 9 candidates, not 18: all of its mass is at hand where K = 9.
+    everyone = make_router(
+        megatron_cpu, moe_air_num_probes=2, moe_router_pre_softmax=True, moe_router_topk=9, learned=0
+    )
+    everyone.route(make_hidden(1))
+    everyone.index.shortlist[:] = torch.arange(9)
+    torch.testing.assert_close(everyone.route(make_hidden(30)).probs.sum(dim=1), torch.ones(30))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("num_probes", (1, 3), ids=lambda n: f"{n}-probes")
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_dense_forward_agrees_with_route(megatron_cpu, scores, source, num_probes):
+    router = make_router(megatron_cpu, moe_air_codebook_source=source, moe_air_num_probes=num_probes, **scores)
+    hidden = make_hidden(42)
+    routes = router.route(hidden)
+    probs, routing_map = router(hidden.view(14, 3, HIDDEN))
+    expected_probs, expected_map = torch.zeros(42, EXPERTS), torch.zeros(42, EXPERTS, dtype=torch.bool)
+    for token, (ids, values) in enumerate(zip(routes.topk_ids.tolist(), routes.probs.tolist(), strict=True)):
+        for expert, value in zip(ids, values, strict=True):
+            if expert >= 0:
+                expected_probs[token, expert], expected_map[token, expert] = value, True
+    torch.testing.assert_close(probs, expected_probs, rtol=0, atol=0)
+    assert routing_map.dtype == torch.bool and torch.equal(routing_map, expected_map)
+
+
+@pytest.mark.parametrize("shape", ((5, 3), (15,)), ids=("S-B-H", "T-H"))
+def test_route_takes_sequences_and_tokens(megatron_cpu, shape):
+    router = make_router(megatron_cpu)
+    hidden = make_hidden(15)
+    mask = torch.arange(15) % 4 == 0
+    routes = router.route(hidden.view(*shape, HIDDEN), mask.view(shape))
+    assert torch.equal(routes.topk_ids, router.route(hidden, mask).topk_ids)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("num_probes", (1, 2), ids=lambda n: f"{n}-probes")
+@pytest.mark.parametrize("num_tokens", (0, 1))
+def test_no_token_and_one_token(megatron_cpu, source, num_probes, num_tokens):
+    router = make_router(megatron_cpu, moe_air_codebook_source=source, moe_air_num_probes=num_probes)
+    hidden = make_hidden(num_tokens).requires_grad_()
+    routes = router.route(hidden)
+    assert routes.topk_ids.shape == routes.probs.shape == (num_tokens, TOPK)
+    routes.probs.square().sum().backward()
+    assert hidden.grad.shape == hidden.shape and router.weight.grad.isfinite().all()
+
+
+def test_a_repeated_candidate_never_displaces_an_expert_whose_score_underflows(megatron_cpu):
+    """All probability goes to expert 39; the other scores are zero, as are those of the repeated candidates."""
+    router = make_router(
+        megatron_cpu, learned=0, moe_air_num_probes=2, moe_router_pre_softmax=True, moe_air_refresh_interval=1000
+    )
+    hidden = make_hidden(1)
+    router.route(hidden)
+    router.index.shortlist[:] = torch.arange(31, 40)
+    with torch.no_grad():
+        router.weight[39] = hidden[0] * 1000
+    probs, routing_map = router(hidden.unsqueeze(1))
+    assert probs[0, 39] == 1 and probs.sum() == 1
+    assert routing_map[0, 39] and not routing_map[0, :31].any()
+
+
+# Gradients.
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("num_probes", (1, 3), ids=lambda n: f"{n}-probes")
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_gradients_are_those_of_the_chosen_scores(megatron_cpu, scores, source, num_probes):
+    """As autograd through the dense logits of the same candidates, all other logits at minus infinity."""
+    router = make_router(megatron_cpu, moe_air_codebook_source=source, moe_air_num_probes=num_probes, **scores)
+    hidden = make_hidden(30).requires_grad_()
+    routes = router.route(hidden)
+    present = routes.topk_ids >= 0
+    grad_probs = torch.randn(routes.probs.shape, generator=torch.Generator().manual_seed(1))
+    actual = torch.autograd.grad(routes.probs, (hidden, router.weight), grad_probs)
+
+    lists = router.index.shortlist[routes.codewords].long()  # [T, P, L]
+    candidate = torch.zeros(30, EXPERTS + 1, dtype=torch.bool)
+    candidate[torch.arange(30).unsqueeze(1), torch.where(lists < 0, EXPERTS, lists).flatten(1)] = True
+    logits = (hidden @ router.weight.t()).masked_fill(~candidate[:, :EXPERTS], float("-inf"))
+    ids = routes.topk_ids.clamp(min=0).long()
+    if router.score_function == "sigmoid":
+        chosen = torch.where(present, logits.sigmoid().gather(1, ids), 0.0)
+        probs = chosen / chosen.sum(dim=1, keepdim=True)
+    elif router.config.moe_router_pre_softmax:
+        probs = logits.softmax(dim=1).gather(1, ids)
+    else:
+        probs = logits.gather(1, ids).masked_fill(~present, float("-inf")).softmax(dim=1)
+    probs = torch.where(present, probs, 0.0) * (router.config.moe_router_topk_scaling_factor or 1.0)
+    torch.testing.assert_close(routes.probs, probs, **CLOSE)
+    expected = torch.autograd.grad(probs, (hidden, router.weight), grad_probs)
+    for name, a, b in zip(("hidden", "weight"), actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_gradient_reaches_the_codebook_and_only_listed_experts_learn(megatron_cpu, source):
+    router = make_router(
+        megatron_cpu,
+        moe_air_codebook_source=source,
+        moe_air_num_probes=2,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=0.1,
+        moe_z_loss_coeff=0.1,
+    )
+    hidden = make_hidden(3).requires_grad_()
+    routes = router.route(hidden)
+    routes.probs.square().sum().backward()
+    assert not any(buffer.requires_grad for buffer in router.buffers())
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
+    listed = torch.zeros(EXPERTS + 1, dtype=torch.bool)
+    listed[router.index.shortlist[routes.codewords].long()] = True  # -1 marks the last, which is cut off
+    assert router.weight.grad[~listed[:EXPERTS]].count_nonzero() == 0
+    assert (router.weight.grad[listed[:EXPERTS]].abs().sum(dim=1) > 0).all()
+    assert (hidden.grad.abs().sum(dim=1) > 0).all()
+
+
+# Auxiliary losses over the shortlist.
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("num_probes", (1, 3), ids=lambda n: f"{n}-probes")
+@pytest.mark.parametrize("padding", (False, True), ids=("all-tokens", "padding-mask"))
+def test_losses_are_megatrons_with_unscored_experts_at_zero(megatron_cpu, padding, num_probes, source):
+    """The dense losses of TopKRouter on logits of minus infinity outside the shortlist."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    settings = dict(
+        moe_air_codebook_source=source,
+        moe_air_num_probes=num_probes,
+        moe_air_shortlist_size=12,
+        moe_router_topk=2,
+        moe_router_load_balancing_type=["aux_loss", "seq_aux_loss", "global_aux_loss"],
+        moe_aux_loss_coeff=[0.3, 0.2, 0.1],
+        moe_z_loss_coeff=0.05,
+        moe_router_pre_softmax=True,
+    )
+    router = make_router(megatron_cpu, learned=1, **settings)
+    router.reset_global_aux_loss_tracker()
+    hidden = make_hidden(21).view(7, 3, HIDDEN).requires_grad_()
+    mask = (torch.arange(21) % 5 == 2).view(7, 3) if padding else None
+    destroy_moe_metrics_tracker()
+    routes = router.route(hidden, mask)
+    assert (routes.topk_ids >= 0).all()
+    actual = {name: entry.values.clone() for name, entry in get_moe_metrics_tracker().metrics.items()}
+    actual_grad = torch.autograd.grad(routes.probs.square().sum(), (hidden, router.weight))
+
+    dense = TopKRouter(router.config, megatron_cpu)
+    dense.set_layer_number(1)
+    lists = router.index.shortlist[routes.codewords].long()
+    candidate = torch.zeros(21, EXPERTS + 1, dtype=torch.bool)
+    candidate[torch.arange(21).unsqueeze(1), torch.where(lists < 0, EXPERTS, lists).flatten(1)] = True
+    logits = hidden @ router.weight.t()
+    logits = logits.masked_fill(~candidate[:, :EXPERTS].view(7, 3, EXPERTS), float("-inf"))
+    destroy_moe_metrics_tracker()
+    probs, routing_map = dense.routing(logits, mask)
+    expected = {name: entry.values.clone() for name, entry in get_moe_metrics_tracker().metrics.items()}
+    expected_grad = torch.autograd.grad(probs.square().sum(), (hidden, router.weight))
+    assert actual.keys() == expected.keys() and len(expected) == 4
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(probs.gather(1, routes.topk_ids.long()), routes.probs, **CLOSE)
+    for a, b in zip(actual_grad, expected_grad, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# Statistics.
+
+
+def num_counted(router):
+    return router.codebook.statistics[:, HIDDEN].sum().item()
+
+
+def test_statistics_are_those_of_the_tokens_with_their_nearest_codeword(megatron_cpu):
+    from air_moe_megatron.codebook import token_statistics
+
+    router = make_router(megatron_cpu, moe_air_num_probes=2)
+    first, second = make_hidden(20), make_hidden(30, seed=11)
+    nearest = [router.route(hidden).codewords[:, 0] for hidden in (first, second)]
+    both = token_statistics(torch.cat((first, second)), router.codebook.codewords, torch.cat(nearest))
+    torch.testing.assert_close(router.codebook.statistics, both, **CLOSE)
+
+
+@pytest.mark.parametrize("mode", ("evaluation", "no-grad", "evaluation-no-grad"))
+@pytest.mark.parametrize("entry", ("route", "forward"))
+def test_nothing_is_counted_outside_training(megatron_cpu, mode, entry):
+    router = make_router(megatron_cpu)
+    router.train("evaluation" not in mode)
+    hidden = make_hidden(20).unsqueeze(1)
+    with torch.set_grad_enabled("no-grad" not in mode):
+        router.route(hidden) if entry == "route" else router(hidden)
+    assert num_counted(router) == 0 and router.expert_load.sum() == 0
+    router.train()
+    router.route(hidden)
+    assert num_counted(router) == 20 and router.expert_load.sum() == 20 * TOPK
+
+
+@pytest.mark.parametrize("entry", ("route", "forward"))
+def test_padding_counts_nowhere(megatron_cpu, entry):
+    settings = SCORES["sigmoid-expert-bias"]
+    padded, alone = make_router(megatron_cpu, **settings), make_router(megatron_cpu, **settings)
+    hidden, mask = make_hidden(24).view(8, 3, HIDDEN), (torch.arange(24) % 5 == 0).view(8, 3)
+    kept = hidden[~mask].unsqueeze(1)
+    hidden = hidden.masked_fill(mask.unsqueeze(2), float("nan"))
+    for router, *arguments in ((padded, hidden, mask), (alone, kept)):
+        router.route(*arguments) if entry == "route" else router(*arguments)
+    torch.testing.assert_close(padded.codebook.statistics, alone.codebook.statistics, **CLOSE)
+    assert torch.equal(padded.expert_load, alone.expert_load)
+    assert torch.equal(padded.local_tokens_per_expert, alone.local_tokens_per_expert)
+    assert alone.local_tokens_per_expert.sum() == kept.shape[0] * TOPK
+
+
+def test_discarded_statistics_leave_no_trace(megatron_cpu):
+    once, twice = make_router(megatron_cpu), make_router(megatron_cpu)
+    twice.route(make_hidden(40, seed=77))
+    discard_statistics(twice)
+    for router in (once, twice):
+        router.route(make_hidden(40))
+        update_codebooks(router)
+    assert torch.equal(twice.codebook.codewords, once.codebook.codewords)
+    assert num_counted(twice) == 0
+
+
+def test_a_nan_token_drops_the_update_and_says_so(megatron_cpu, caplog):
+    router = make_router(megatron_cpu)
+    before = router.codebook.codewords.clone(), router.codebook.ema.clone()
+    hidden = make_hidden(40)
+    hidden[3, 5] = float("nan")
+    router.route(hidden)
+    assert update_codebooks(router) == 1
+    assert torch.equal(router.codebook.codewords, before[0]) and torch.equal(router.codebook.ema, before[1])
+    assert "layer 1" in caplog.text and "NaN" in caplog.text
+    router.route(make_hidden(40))
+    assert update_codebooks(router) == 0
+    assert router.codebook.codewords.isfinite().all()
+
+
+def test_one_poisoned_layer_does_not_hold_up_the_others(megatron_cpu):
+    layers = torch.nn.ModuleList([make_router(megatron_cpu), make_router(megatron_cpu)])
+    before = [layer.codebook.codewords.clone() for layer in layers]
+    layers[0].route(make_hidden(40) * float("nan"))
+    layers[1].route(make_hidden(40))
+    assert update_codebooks(layers) == 1
+    assert torch.equal(layers[0].codebook.codewords, before[0])
+    assert not torch.equal(layers[1].codebook.codewords, before[1])
+
+
+def test_lists_of_experts_follow_the_centres_after_an_update_only(megatron_cpu):
+    router = make_router(megatron_cpu, moe_air_codebook_source="experts")
+    router.route(make_hidden(5))
+    before = router.index.shortlist.clone()
+    with torch.no_grad():
+        router.weight.copy_(router.weight.flip(0))
+    router.route(make_hidden(5))
+    assert torch.equal(router.index.shortlist, before)
+    update_codebooks(router)
+    router.route(make_hidden(5))
+    assert not torch.equal(router.index.shortlist, before)
+
+
+# Load tests.
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("num_probes", (1, 2, 4), ids=lambda n: f"{n}-probes")
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_force_load_balancing_spreads_the_tokens_evenly(megatron_cpu, scores, source, num_probes):
+    router = make_router(
+        megatron_cpu,
+        moe_air_codebook_source=source,
+        moe_air_num_probes=num_probes,
+        moe_air_shortlist_size=10,  # 8 lists of 10: two places for every expert
+        moe_router_force_load_balancing=True,
+        **scores,
+    )
+    if router.expert_bias is not None:
+        router.expert_bias.zero_()
+    routes = router.route(make_hidden(2000))
+    assert (routes.topk_ids >= 0).all()
+    assert all(len(set(ids)) == TOPK for ids in routes.topk_ids.tolist())
+    assert (routes.probs > 0).all()
+    loads = torch.bincount(routes.topk_ids.flatten(), minlength=EXPERTS).double()
+    mean = 2000 * TOPK / EXPERTS
+    assert loads.sum() == 2000 * TOPK
+    assert loads.min() > mean / 1.5 and loads.max() < mean * 1.5  # more than four standard deviations
+
+
+# Memory.
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel, self.name = 0, ""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
+            # A view that expands a tensor repeats elements that exist once.
+            if torch.is_tensor(output) and output.untyped_storage().nbytes() // output.element_size() > self.numel:
+                self.numel = output.untyped_storage().nbytes() // output.element_size()
+                self.name = str(function)
+        return outputs
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("num_probes", (1, 2), ids=lambda n: f"{n}-probes")
+def test_route_makes_nothing_of_the_size_of_tokens_times_experts(megatron_cpu, source, num_probes):
+    num_tokens, num_experts = 512, 4096
+    router = make_router(
+        megatron_cpu,
+        learned=1,
+        num_moe_experts=num_experts,
+        moe_air_codebook_source=source,
+        moe_air_num_probes=num_probes,
+        moe_air_num_clusters=64,
+        moe_air_shortlist_size=128,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_load_balancing_type=["aux_loss", "seq_aux_loss", "global_aux_loss"],
+        moe_aux_loss_coeff=[0.3, 0.2, 0.1],
+        moe_z_loss_coeff=0.05,
+    )
+    hidden = make_hidden(num_tokens).view(256, 2, HIDDEN).requires_grad_()
+    with Largest() as largest:
+        routes = router.route(hidden, torch.arange(num_tokens).view(256, 2) < 100)
+        routes.probs.square().sum().backward()
+    assert 0 < largest.numel <= num_tokens * num_experts // 4, largest.name
+    with Largest() as dense:  # the measure itself: the dense adapter does make it
+        router(hidden)
+    assert dense.numel >= num_tokens * num_experts
+
+
+# Life with Megatron.
+
+
+def test_casting_to_bf16_keeps_the_codebook_in_fp32(megatron_cpu):
+    router = make_router(megatron_cpu)
+    before = {name: value.clone() for name, value in router.codebook.named_buffers()}
+    router.bfloat16()
+    assert router.weight.dtype == torch.bfloat16
+    for name, value in router.codebook.named_buffers():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name])
+
+
+def test_state_of_a_topk_router_loads_and_back(megatron_cpu):
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    air = make_router(megatron_cpu, learned=0, **SCORES["sigmoid-expert-bias"])
+    topk = TopKRouter(air.config, megatron_cpu)
+    topk.expert_bias.fill_(0.25)
+    assert air.load_state_dict(topk.state_dict()).missing_keys == []
+    assert torch.equal(air.weight, topk.weight) and torch.equal(air.expert_bias, topk.expert_bias)
+    air.route(make_hidden(40))
+    assert update_codebooks(air) == 0
+    result = topk.load_state_dict(air.state_dict(), strict=False)
+    assert result.missing_keys == []
+    assert all(name.startswith(("codebook.", "index.")) for name in result.unexpected_keys)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_resumed_router_continues_bit_for_bit(megatron_cpu, source):
+    settings = dict(moe_air_codebook_source=source, moe_air_refresh_interval=3)
+    run = make_router(megatron_cpu, learned=4, **settings)
+    resumed = make_router(megatron_cpu, learned=0, seed=5, **settings)
+    resumed.load_state_dict(run.state_dict())
+    for step in range(5):
+        hidden = make_hidden(50, seed=100 + step)
+        for router in (run, resumed):
+            router.route(hidden).probs.square().sum().backward()
+            with torch.no_grad():
+                router.weight -= 0.1 * router.weight.grad
+            router.weight.grad = None
+            update_codebooks(router)
+        for name, value in run.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), (step, name)
+
+
+def test_air_routers_are_found_in_a_fixed_order(megatron_cpu):
+    first, second, third = (make_router(megatron_cpu, learned=0) for _ in range(3))
+    chunks = [torch.nn.ModuleList([first, torch.nn.Linear(2, 2)]), torch.nn.ModuleList([second, third])]
+    assert air_routers(chunks) == [first, second, third]
+    assert air_routers(chunks[1]) == [second, third]
+    assert air_routers(torch.nn.Linear(2, 2)) == []
+
+
+# Specs.
+
+
+def test_topk_leaves_specs_as_they_are():
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from air_moe_megatron.specs import with_air_router
+
+    spec = get_gpt_layer_local_spec(num_experts=8, moe_grouped_gemm=False)
+    assert with_air_router(spec, make_air_config(moe_router_type="topk")) is spec
+    assert with_air_router(None, make_air_config()) is None
+
+
+def make_air_config(**settings):
+    base = dict(num_layers=2, hidden_size=16, num_attention_heads=4, num_moe_experts=8, moe_ffn_hidden_size=8)
+    return AIRMoEConfig(**{**base, "moe_router_type": "air", **settings})
+
+
+def routers_of(part):
+    """The routers of all MoE layers that a spec names, wherever they stand."""
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
+
+    if isinstance(part, MoESubmodules):
+        return [part.router]
+    if isinstance(part, functools.partial):
+        parts = part.keywords.values()
+    elif isinstance(part, (list, tuple)):
+        parts = part
+    elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+        parts = vars(part).values()
+    else:
+        parts = ()
+    return [router for item in parts for router in routers_of(item)]
+
+
+def test_every_moe_layer_gets_the_router_and_the_base_spec_keeps_its_own():
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    from air_moe_megatron.specs import with_air_router
+
+    config = make_air_config(num_layers=4, moe_layer_freq=[0, 1, 1, 0], normalization="RMSNorm")
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    before, shape = routers_of(spec), repr(spec)
+    assert len(before) == 2 and AIRRouter not in before
+    rewritten = with_air_router(spec, config)
+    assert routers_of(rewritten) == [AIRRouter] * len(before)
+    assert routers_of(spec) == before and repr(spec) == shape
+    # Nothing but the way to the routers is new.
+    for old, new in zip(spec.layer_specs, rewritten.layer_specs, strict=True):
+        assert new.submodules.self_attention is old.submodules.self_attention
+        assert new.module is old.module
+    assert rewritten.layer_norm is spec.layer_norm
+    assert repr(with_air_router(rewritten, config)) == repr(rewritten)  # twice is once
+
+
+def test_a_spec_of_modulespecs_is_rewritten_too():
+    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from air_moe_megatron.specs import with_air_router
+
+    moe = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts="experts"))
+    original = copy.copy(vars(moe.submodules))
+    rewritten = with_air_router([moe], make_air_config())
+    assert rewritten[0].submodules.router is AIRRouter
+    assert rewritten[0].submodules.experts == "experts"
+    assert vars(moe.submodules) == original
+
+
+def test_specs_validate_the_config():
+    from air_moe_megatron.specs import with_air_router
+
+    config = make_air_config()
+    config.moe_air_num_probes = 0
+    with pytest.raises(ValueError, match=r"moe_air_num_probes \(0\)"):
+        with_air_router([], config)
