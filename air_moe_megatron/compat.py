@@ -1,5 +1,6 @@
 """Which Megatron this is: the only home of version checks."""
 
+import argparse
 import dataclasses
 
 from packaging.version import Version
@@ -30,3 +31,13 @@ def megatron_has_our_fields() -> bool:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return "moe_router_type" in {field.name for field in dataclasses.fields(TransformerConfig)}
+
+
+def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Escape stray percent signs in help texts: with the one of megatron-core 0.19's own, ``--help`` would crash."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % vars(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
+    return parser

@@ -28,7 +28,8 @@ def test_resumed_run_equals_the_uninterrupted_one(pretrain, tmp_path):
     whole = pretrain(*flags, "--train-iters", "10", *save_flags(tmp_path / "whole", 5))
     # The second run finds only the checkpoint of iteration 5, as after a kill.
     (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("5")
-    resumed = pretrain(*flags, "--train-iters", "10", "--load", tmp_path / "whole", *save_flags(tmp_path / "resumed", 5))
+    saved = save_flags(tmp_path / "resumed", 5)
+    resumed = pretrain(*flags, "--train-iters", "10", "--load", tmp_path / "whole", *saved)
     steps = range(6, 11)
     assert [resumed.norms[step] for step in steps] == [whole.norms[step] for step in steps]
     expected, found = (read_checkpoint(tmp_path / name, 10) for name in ("whole", "resumed"))
@@ -84,7 +85,7 @@ def test_skipped_steps_leave_the_codebook_alone(pretrain, tmp_path):
 
 def test_rerun_steps_count_once(pretrain, tmp_path):
     # Megatron's own fault injection: a result that is wrong once makes it run the step again.
-    entry = ("tests/megatron/rerun_once.py",)
+    entry = ("-m", "tests.megatron.rerun_once")
     run = pretrain(*AIR, "--cpu", "--rerun-mode", "validate_results", "--train-iters", "1", entry=entry, ranks=1)
     attempts, counts = re.search(r"attempts (\d+), tokens counted ([\d.]+)", run.output).groups()
     assert int(attempts) > 1

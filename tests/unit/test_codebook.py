@@ -15,6 +15,7 @@ from air_moe_megatron.codebook import (
     split_loaded,
     token_statistics,
     update_from_tokens,
+    window_decay,
 )
 
 # Sums of a few hundred fp32 numbers in another order.
@@ -184,6 +185,24 @@ def test_decayed_sums_equal_a_naive_reference():
             torch.testing.assert_close(ema[cluster, 6].item(), counts[cluster], **CLOSE)
 
 
+def test_window_decay_grows_to_the_decay_and_stays_there():
+    decays = [window_decay(0.9, num_updates) for num_updates in range(200)]
+    assert decays[:3] == pytest.approx([1 / 10, 2 / 11, 3 / 12])
+    assert decays == sorted(decays) and decays[79] < 0.9 and set(decays[80:]) == {0.9}
+    assert {window_decay(0.05, num_updates) for num_updates in range(200)} == {0.05}
+
+
+def test_the_codebook_forgets_by_the_window_decay():
+    codebook = Codebook(2, 4, 0.15)
+    with torch.no_grad():
+        codebook.codewords.copy_(torch.eye(2, 4))
+    counts = 0.0
+    for decay, num_tokens in zip((0.1, 0.15, 0.15), (10, 30, 20), strict=True):
+        learn(codebook, torch.eye(2, 4).repeat(num_tokens, 1))
+        counts = decay * counts + (1.0 - decay) * num_tokens
+        torch.testing.assert_close(codebook.ema[:, 4], torch.tensor([counts, counts]))
+
+
 @pytest.mark.parametrize("num_groups", (1, 2, 16), ids=lambda n: f"{n}-groups")
 def test_first_statistics_leave_no_trace_of_the_random_start(num_groups):
     """Also where the tokens point in so few directions that most random codewords get none of them."""
@@ -226,14 +245,14 @@ def starving(num_clusters=8, hidden_size=16):
     counts = torch.tensor([10.0, 100.0, 0.0, 12.0, 11.0, 0.5, 40.0, 9.0])
     codewords = torch.nn.functional.normalize(randn(num_clusters, hidden_size), dim=1)
     ema = torch.cat((codewords * 0.8 * counts.unsqueeze(1), torch.stack((counts, 0.8 * counts, counts), dim=1)), dim=1)
-    return codewords, ema, counts
+    return codewords, ema, 2.0 * ema
 
 
 def test_starved_codewords_take_half_of_the_most_loaded_in_order():
-    codewords, ema, counts = starving()
-    new_codewords, new_ema = split_loaded(codewords, ema, 3)
+    codewords, ema, statistics = starving()
+    new_codewords, new_ema = split_loaded(codewords, ema, statistics, 3)
     for starved, loaded in ((2, 1), (5, 6)):
-        assert new_ema[starved, 16] == new_ema[loaded, 16] == counts[loaded] / 2
+        assert new_ema[starved, 16] == new_ema[loaded, 16] == ema[loaded, 16] / 2
         torch.testing.assert_close(new_ema[starved, 17:], ema[loaded, 17:] / 2)
         both = new_codewords[[starved, loaded]]
         assert not torch.equal(both[0], both[1])
@@ -258,7 +277,7 @@ def test_a_split_cuts_the_tokens_of_the_loaded_codeword_in_two():
 
 
 def test_splits_are_the_same_on_two_copies_and_ignore_the_random_state():
-    arguments = starving()[:2]
+    arguments = starving()
     first = split_loaded(*arguments, 3)
     torch.manual_seed(12345)
     second = split_loaded(*(value.clone() for value in arguments), 3)
@@ -268,10 +287,20 @@ def test_splits_are_the_same_on_two_copies_and_ignore_the_random_state():
 
 
 def test_splits_do_not_write_into_their_arguments():
-    codewords, ema, _ = starving()
-    originals = codewords.clone(), ema.clone()
-    split_loaded(codewords, ema, 3)
-    assert torch.equal(codewords, originals[0]) and torch.equal(ema, originals[1])
+    arguments = starving()
+    originals = [value.clone() for value in arguments]
+    split_loaded(*arguments, 3)
+    assert all(torch.equal(*pair) for pair in zip(arguments, originals, strict=True))
+
+
+def test_halves_start_at_the_latest_mean_of_the_cluster():
+    """A codeword that lags behind its tokens would have all of them on one side."""
+    codewords, ema, statistics = starving()
+    latest = torch.nn.functional.normalize(randn(16, seed=9), dim=0)
+    statistics[1, :16] = 200 * latest
+    new_codewords, _ = split_loaded(codewords, ema, statistics, 3)
+    halves = new_codewords[[1, 2]]
+    torch.testing.assert_close(torch.nn.functional.normalize(halves.sum(dim=0), dim=0), latest, **CLOSE)
 
 
 @settings(max_examples=40)
@@ -281,7 +310,7 @@ def test_splits_move_the_load_and_starve_nobody_new(counts, num_updates):
     codewords = torch.nn.functional.normalize(randn(len(counts), 4), dim=1)
     scalars = torch.stack((counts, 0.5 * counts, counts), dim=1)
     ema = torch.cat((codewords * counts.unsqueeze(1), scalars), dim=1)
-    new_codewords, new_ema = split_loaded(codewords, ema, num_updates)
+    new_codewords, new_ema = split_loaded(codewords, ema, ema, num_updates)
     limit = 0.1 * counts.mean()
     # The tokens that a starved codeword had are forgotten; all others are kept.
     assert counts[counts >= limit].sum() - 0.5 <= new_ema[:, 4].sum() <= counts.sum() + 0.5
@@ -306,7 +335,7 @@ def test_mean_projections_are_those_of_the_tokens_and_one_before_any():
         codebook.codewords.copy_(torch.eye(2, 4))
     hidden = torch.cat((torch.eye(2, 4) * 2.0, torch.eye(2, 4) * 4.0))
     learn(codebook, hidden)
-    assert codebook.mean_projections().tolist() == [3.0, 3.0]
+    torch.testing.assert_close(codebook.mean_projections(), torch.tensor([3.0, 3.0]))
 
 
 def test_health_tells_of_the_last_batch():

@@ -1,0 +1,353 @@
+"""What feeds Megatron's training loop: data sets, microbatches, the forward step and its loss.
+
+The equal of what Megatron-LM's `pretrain_gpt.py` holds, which no wheel carries.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+    get_model_config,
+)
+from megatron.training import get_args, get_timers, print_rank_0
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
+from megatron.training.datasets.sft_dataset import SFTDataset
+from megatron.training.training import stimer, update_seqlen_stats_from_cu_seqlens
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+SPIKY_LOSS_FACTOR = 10
+"""A loss is reported as spiky when it exceeds this multiple of the largest loss seen so far."""
+
+METADATA_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
+"""What a pipeline stage without embedding, loss or MTP layers needs of a packed batch."""
+
+BATCH_KEYS = METADATA_KEYS + (
+    "attention_mask",
+    "hybrid_cp_group",
+    "labels",
+    "local_cp_size",
+    "loss_mask",
+    "position_ids",
+    "tokens",
+)
+
+
+def needs_tokens(config: TransformerConfig, vp_stage: int | None) -> tuple[bool, bool]:
+    """Say what this pipeline stage does with tokens and labels.
+
+    Args:
+        config: the model's configuration.
+        vp_stage: index of the virtual pipeline stage; None without virtual stages.
+    Returns:
+        (it embeds tokens or computes a loss, it holds multi-token-prediction layers).
+    """
+    has_mtp = mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+    return is_first_or_last_pipeline_stage(vp_stage) or has_mtp, has_mtp
+
+
+def get_batch(data_iterator: Iterator, config: TransformerConfig, vp_stage: int | None = None) -> dict[str, Any]:
+    """Fetch this rank's share of the next microbatch.
+
+    Rank 0 of the tensor-parallel group reads it and broadcasts it to its group; then each context-parallel rank keeps
+    its own part of the sequence.
+
+    Args:
+        data_iterator: yields dictionaries of CPU tensors; read on tensor-parallel rank 0 only.
+        config: the model's configuration.
+        vp_stage: index of the virtual pipeline stage; None without virtual stages.
+    Returns:
+        A dictionary with every key of BATCH_KEYS; None marks what this pipeline stage does not need. tokens, labels,
+        position_ids: [microbatch, sequence] int64; loss_mask: the same shape, fp32; cu_seqlens: [1, documents + 1].
+    """
+    args = get_args()
+    packed = args.sft or args.dataloader_inter_document_masking
+    tokens_needed, has_mtp = needs_tokens(config, vp_stage)
+    if not tokens_needed and not packed:
+        return dict.fromkeys(BATCH_KEYS)
+
+    batch = {}
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    if tp_rank == 0:
+        batch = next(data_iterator)
+        for key in BATCH_KEYS:
+            value = batch.get(key)
+            batch[key] = None if value is None else value.cuda(non_blocking=True)
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=packed,
+        is_hybrid_cp=args.hybrid_context_parallel,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=has_mtp,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = flatten_batch_for_packed_sequences(batch)
+    if not tokens_needed:
+        return dict.fromkeys(BATCH_KEYS) | {key: batch[key] for key in METADATA_KEYS}
+    return get_batch_on_this_cp_rank(
+        batch,
+        is_hybrid_cp=args.hybrid_context_parallel,
+        cp_group=mpu.get_context_parallel_group(),
+        hybrid_cp_group_func=mpu.get_hybrid_data_context_parallel_groups,
+        use_per_sequence_balancing=args.dataloader_inter_document_masking and not args.sft,
+    )
+
+
+def packed_sequence_params(batch: dict[str, Any], total_tokens_known: bool) -> PackedSeqParams | None:
+    """Describe the document boundaries of a packed batch to attention.
+
+    Waits for the device: lengths become Python integers.
+
+    Args:
+        batch: as `get_batch` returns it.
+        total_tokens_known: also give the number of tokens, which the state-space layers of hybrid models read.
+    Returns:
+        The parameters, or None where the batch is not packed.
+    """
+    if batch["cu_seqlens"] is None:
+        return None
+    cu_seqlens = batch["cu_seqlens"].squeeze(0)  # [documents + 1]
+    padded = None if batch["cu_seqlens_padded"] is None else batch["cu_seqlens_padded"].squeeze(0)
+    update_seqlen_stats_from_cu_seqlens(cu_seqlens)  # FLOPs are counted over real tokens, not padding
+
+    # Attention takes the padded boundaries in both places, as Megatron's own entry gives them.
+    boundaries = cu_seqlens if padded is None else padded
+    local_cp_size, max_seqlen = batch["local_cp_size"], int(batch["max_seqlen"].item())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+        local_cp_size=None if local_cp_size is None else int(local_cp_size.item()),
+        cp_group=batch["hybrid_cp_group"],
+        total_tokens=int(boundaries[-1].item()) if total_tokens_known else None,
+        tokens_per_sample=get_args().seq_length,
+    )
+
+
+def loss_func(
+    loss_mask: torch.Tensor, output_tensor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum the losses of the tokens that count.
+
+    Megatron's rerun state machine checks the sum for NaN, infinity and spikes, before any reduction over ranks.
+
+    Args:
+        loss_mask: 1 where a token counts, 0 elsewhere; as many elements as `output_tensor`.
+        output_tensor: the model's loss per token, in nats.
+    Returns:
+        (summed loss, number of tokens that count as int32, {"lm loss": [summed loss, number of tokens]}).
+    """
+    loss_mask = loss_mask.view(-1).float()
+    loss = torch.sum(output_tensor.view(-1).float() * loss_mask)
+    num_tokens = loss_mask.sum().clone().detach().to(torch.int)
+    validate_loss(loss)
+    return loss, num_tokens, {"lm loss": torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])}
+
+
+def validate_loss(loss: torch.Tensor) -> None:
+    """Have the rerun state machine look at a loss, as far as the flags ask for it.
+
+    Args:
+        loss: a scalar on this rank.
+    """
+    args, rerun = get_args(), get_rerun_state_machine()
+    checks = []
+    if args.check_for_nan_in_loss_and_grad:
+        checks.append((torch.isnan, "found NaN in local forward loss calculation", True))
+        checks.append((torch.isinf, "found Inf in local forward loss calculation", True))
+    if args.check_for_spiky_loss:
+        is_spiky = partial(rerun.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss")
+        checks.append((is_spiky, "Spiky loss", False))
+    for rejection_func, message, fatal in checks:
+        # tolerance 0: a forward pass is deterministic, so a rerun gives the very same number unless hardware failed
+        rerun.validate_result(loss, rejection_func=rejection_func, message=message, tolerance=0.0, fatal=fatal)
+
+
+def forward_step(
+    data_iterator: Iterator, model: torch.nn.Module, return_schedule_plan: bool = False
+) -> tuple[Any, Callable]:
+    """Run the model forward on the next microbatch.
+
+    Args:
+        data_iterator: see `get_batch`.
+        model: one pipeline stage of the model, wrapped or not.
+        return_schedule_plan: give the plan of the forward pass in place of its result, for
+            `--overlap-moe-expert-parallel-comm`.
+    Returns:
+        (the stage's output or the plan, the function that makes the loss of the output).
+    """
+    args, timers = get_args(), get_timers()
+    timers("batch-generator", log_level=2).start()
+    with stimer(bdata=True):
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = get_batch(data_iterator, get_model_config(model), vp_stage)
+    packed_seq_params = packed_sequence_params(batch, total_tokens_known=args.hybrid_layer_pattern is not None)
+    timers("batch-generator").stop()
+
+    inputs = batch["tokens"], batch["position_ids"], batch["attention_mask"]
+    with stimer:
+        if return_schedule_plan:
+            assert args.overlap_moe_expert_parallel_comm, "only --overlap-moe-expert-parallel-comm asks for a plan"
+            output = model.build_schedule_plan(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
+        else:
+            output = model(
+                *inputs, labels=batch["labels"], loss_mask=batch["loss_mask"], packed_seq_params=packed_seq_params
+            )
+    return output, partial(loss_func, batch["loss_mask"])
+
+
+def dataset_config_from_args(args: argparse.Namespace) -> GPTDatasetConfig:
+    """Build the data set configuration.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+    Returns:
+        GPTFIMDatasetConfig with `--fim-data`, GPTDatasetConfig otherwise.
+    """
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences_per_dataset = None
+    if args.per_dataset_sequences_path is not None:
+        with open(args.per_dataset_sequences_path) as file:
+            sequences_per_dataset = json.load(file)
+
+    config_class, fim = GPTDatasetConfig, {}
+    if args.fim_data:
+        config_class = GPTFIMDatasetConfig
+        fim = {
+            "fim_rate": args.fim_rate,
+            "fim_spm_rate": args.fim_spm_rate,
+            "fim_extra_tokens": {
+                name: getattr(args, f"fim_{name}_token") for name in ("prefix", "middle", "suffix", "pad", "eod")
+            },
+            "fim_split_sample": args.fim_split_sample,
+            "fim_fragment_rate": args.fim_fragment_rate,
+            "fim_no_prefix": args.fim_no_prefix,
+        }
+    return config_class(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        sequences_per_dataset=sequences_per_dataset,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        hybrid_context_parallel=args.hybrid_context_parallel,
+        inter_document_masking=args.dataloader_inter_document_masking,
+        **fim,
+    )
+
+
+def is_dataset_built_on_rank(args: argparse.Namespace, vp_stage: int | None) -> bool:
+    """Say whether this rank reads the data set itself.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+        vp_stage: index of the virtual pipeline stage; None without virtual stages.
+    Returns:
+        True on tensor-parallel rank 0 of the stages that need tokens; with `--sft`, of all stages.
+    """
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return False
+    return args.sft or needs_tokens(core_transformer_config_from_args(args), vp_stage)[0]
+
+
+def train_valid_test_datasets_provider(
+    train_valid_test_num_samples: list[int | None], vp_stage: int | None = None
+) -> list[Any]:
+    """Build the three data sets.
+
+    Args:
+        train_valid_test_num_samples: samples wanted of each split.
+        vp_stage: index of the virtual pipeline stage; None without virtual stages.
+    Returns:
+        The training, validation and test data set; None for a split without data or on a rank that reads none.
+    """
+    args = get_args()
+    if args.sft:
+        dataset_class = SFTDataset
+    elif args.mock_data:
+        dataset_class = MockGPTDataset
+    elif args.fim_data:
+        dataset_class = GPTFIMDataset
+    else:
+        dataset_class = GPTDataset
+    print_rank_0("> building train, validation, and test datasets for GPT ...")
+    datasets = BlendedMegatronDatasetBuilder(
+        dataset_class,
+        train_valid_test_num_samples,
+        partial(is_dataset_built_on_rank, args, vp_stage),
+        dataset_config_from_args(args),
+    ).build()
+    print_rank_0("> finished creating GPT datasets ...")
+    return datasets
+
+
+train_valid_test_datasets_provider.is_distributed = True
+"""Read by Megatron: every rank calls the provider, not only tensor-parallel rank 0."""
+
+
+def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """List the ranks that hold a copy of the word embeddings.
+
+    Args:
+        pp_ranks: global ranks of one pipeline, first stage first.
+    Returns:
+        Sorted global ranks: the first stage, the last one where the output shares the weights, the stages with MTP.
+    """
+    if len(pp_ranks) == 1:
+        return list(pp_ranks)
+    args = get_args()
+    ranks = {pp_ranks[0], *get_mtp_ranks(pp_ranks, core_transformer_config_from_args(args))}
+    if not args.untie_embeddings_and_output_weights:
+        ranks.add(pp_ranks[-1])
+    return sorted(ranks)

@@ -1,0 +1,166 @@
+"""A training run: Megatron's `pretrain` with our flags, model configuration, checks and step boundary."""
+
+import argparse
+import contextlib
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from megatron.core.enums import ModelType
+from megatron.core.package_info import __version__ as megatron_core_version
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import import_module
+from megatron.core.utils import get_te_version, get_torch_version
+from megatron.training import inprocess_restart, pretrain, print_rank_0, set_startup_timestamps
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.config import PretrainConfigContainer
+from megatron.training.models import GPTModelConfig, HybridModelConfig
+
+from air_moe_megatron import preflight
+from air_moe_megatron.arguments import add_air_arguments, transformer_config_from_args
+from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
+from air_moe_megatron.compat import repair_help, require_supported_megatron
+from air_moe_megatron.router import AIRRouter
+from air_moe_megatron.specs import air_layer_spec, mtp_specs_with_air_router
+from air_moe_megatron.sync import codebook_updates
+
+
+def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags that are ours to Megatron's parser.
+
+    Args:
+        parser: Megatron's parser, all of its own flags already added.
+    Returns:
+        The same parser.
+    """
+    group = parser.add_argument_group(title="air_moe_megatron")
+    group.add_argument("--cpu", action="store_true", help="Train on CPU with the gloo backend; no GPU is needed.")
+    return repair_help(add_air_arguments(parser))
+
+
+def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridModelConfig:
+    """Build the model configuration: hybrid where `--hybrid-layer-pattern` is given, GPT otherwise.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+    Returns:
+        The configuration whose builder makes the model.
+    Raises:
+        ValueError: naming the field, value and rule that the arguments break.
+    """
+    transformer_config = transformer_config_from_args(args)
+    if args.hybrid_layer_pattern is not None:
+        if args.moe_router_type != "topk":
+            raise ValueError(
+                f"--hybrid-layer-pattern ({args.hybrid_layer_pattern}) is not supported with --moe-router-type "
+                f"{args.moe_router_type}: hybrid models have not been tested with it"
+            )
+        return hybrid_config_from_args(args, transformer_config)
+    config = gpt_config_from_args(args, transformer_config)
+    if args.moe_router_type != "topk":
+        given = config.transformer_layer_spec  # by --spec; None means Megatron's own choice
+        config.transformer_layer_spec = partial(air_layer_spec, given=given)
+        config.pre_wrap_hooks.append(require_air_routers)
+    return config
+
+
+def require_air_routers(model: list) -> list:
+    """Check that every router of a model built for AIR routing is one, whatever spec it came from.
+
+    Args:
+        model: Megatron's list of model chunks.
+    Returns:
+        The same list, as Megatron's hooks must.
+    Raises:
+        ValueError: naming the module that kept Megatron's router.
+    """
+    for chunk in model:
+        for name, module in chunk.named_modules():
+            if isinstance(module, TopKRouter) and not isinstance(module, AIRRouter):
+                raise ValueError(
+                    f"--moe-router-type air: {name} is a {type(module).__name__}; the layer spec (--spec) must build "
+                    "its MoE layers with MoESubmodules, whose router can be replaced"
+                )
+    return model
+
+
+def refuse_unsupported(args: argparse.Namespace) -> None:
+    """Refuse flags that this entry would otherwise accept and not honour.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+    Raises:
+        ValueError: naming the flag and why it cannot be honoured.
+    """
+    if args.logits_load_dir is not None:
+        raise ValueError(
+            f"--logits-load-dir ({args.logits_load_dir}) is not supported: "
+            "this entry has no knowledge distillation from cached logits"
+        )
+    if args.perform_rl_step:
+        raise ValueError("--perform-rl-step is not supported: this entry only pretrains; Megatron-LM has train_rl.py")
+    if args.spec is not None and import_module(args.spec) is None:
+        raise ValueError(f"--spec {' '.join(args.spec)} cannot be imported, and Megatron would use its default spec")
+    if args.fim_data and args.hybrid_layer_pattern is not None:
+        raise ValueError("--fim-data is not supported with --hybrid-layer-pattern")
+    if args.overlap_moe_expert_parallel_comm and (args.sft or args.dataloader_inter_document_masking):
+        flag = "--sft" if args.sft else "--dataloader-inter-document-masking"
+        raise ValueError(
+            f"--overlap-moe-expert-parallel-comm is not supported with {flag}: "
+            "its schedule plan drops the document boundaries"
+        )
+
+
+def run(config: PretrainConfigContainer, pretrain_func: Callable, store: Any, router_type: str) -> None:
+    """Hand over to Megatron's training loop.
+
+    Args:
+        config: everything Megatron configures, the model included.
+        pretrain_func: `megatron.training.pretrain`, wrapped where in-process restart is on.
+        store: the `torch.distributed` store of in-process restart, or None.
+        router_type: with "topk", Megatron runs without any of our adaptations.
+    """
+    with contextlib.ExitStack() as adaptations:
+        if router_type != "topk":
+            adaptations.enter_context(mtp_specs_with_air_router())
+            adaptations.enter_context(codebook_updates())
+        pretrain_func(
+            config,
+            train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            store=store,
+            get_embedding_ranks=get_embedding_ranks if isinstance(config.model, GPTModelConfig) else None,
+        )
+
+
+def train(program_start: float | None = None) -> None:
+    """Parse the command line, check it, and train.
+
+    Args:
+        program_start: when the program began, in seconds since the epoch, for Megatron's report of start-up times.
+    Raises:
+        ValueError: for a combination of flags, data or a checkpoint that cannot work.
+        ImportError: for a Megatron that this package is not tested with.
+    """
+    main_start = time.time()
+    require_supported_megatron()
+    print_rank_0(f"> PyTorch version ................ {get_torch_version()}")
+    print_rank_0(f"> Megatron-Core version .......... {megatron_core_version}")
+    print_rank_0(f"> Transformer Engine version ..... {get_te_version()}")
+    set_startup_timestamps(program_start=program_start, main_entry=main_start)
+    args = parse_and_validate_args(
+        extra_args_provider=extra_args_provider, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
+    )
+    refuse_unsupported(args)
+    preflight.check_data(args)
+    model_config = model_config_from_args(args)
+    preflight.check_checkpoint(args, model_config.transformer)
+    pretrain_func, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, args.moe_router_type)

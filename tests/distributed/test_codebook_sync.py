@@ -1,0 +1,186 @@
+"""The codebook all-reduce over gloo ranks with unequal numbers of tokens, bitwise equal on all of them."""
+
+import contextlib
+import logging
+
+import pytest
+import torch
+
+HIDDEN, CLUSTERS, UPDATES = 16, 12, 6
+POISONED = (1, 3)  # rank and update with a NaN among the tokens of the first layer
+# Sums in another order, and the rounding that they carry through the updates.
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+
+
+def make_layers(num_layers, source="tokens"):
+    """AIR routers without Megatron's constructor, which needs its process groups: only what the update reads."""
+    from air_moe_megatron.codebook import Codebook
+    from air_moe_megatron.index import ShortlistIndex
+    from air_moe_megatron.router import AIRRouter
+
+    layers = torch.nn.ModuleList()
+    for number in range(num_layers):
+        layer = AIRRouter.__new__(AIRRouter)
+        torch.nn.Module.__init__(layer)
+        layer.layer_number = number + 1
+        layer.codebook = Codebook(CLUSTERS, HIDDEN, 0.8)
+        layer.index = ShortlistIndex(CLUSTERS, 4, source, 1)
+        layers.append(layer)
+    return layers
+
+
+def tokens_of(rank, update, layer):
+    """Unequal numbers of tokens per rank and update, none on some; few directions, so that codewords starve."""
+    generator = torch.Generator().manual_seed(1000 * update + 10 * rank + layer)
+    num_tokens = (37 * (rank + 1) + 13 * update) % 90 if (rank + update) % 4 != 3 else 0
+    centres = torch.randn(3 + update, HIDDEN, generator=torch.Generator().manual_seed(layer))
+    which = torch.randint(len(centres), (num_tokens,), generator=generator)
+    return centres[which] + 0.3 * torch.randn(num_tokens, HIDDEN, generator=generator)
+
+
+def accumulate(layer, hidden):
+    from air_moe_megatron.codebook import assign
+
+    layer.codebook.accumulate(hidden, assign(hidden, layer.codebook.codewords, 1).squeeze(1))
+
+
+def codebooks(layers):
+    return {name: value.clone() for name, value in layers.state_dict().items() if "codebook" in name}
+
+
+@contextlib.contextmanager
+def counted_all_reduces():
+    """Counts the collectives of torch.distributed while it is entered."""
+    counts = []
+    original = torch.distributed.all_reduce
+
+    def all_reduce(*args, **kwargs):
+        counts.append(args[0].numel())
+        return original(*args, **kwargs)
+
+    torch.distributed.all_reduce = all_reduce
+    try:
+        yield counts
+    finally:
+        torch.distributed.all_reduce = original
+
+
+def learn(rank, group, num_layers, poisoned=None):
+    """Several updates; returns the codebooks after each, the numbers dropped, and the number of all-reduces."""
+    from air_moe_megatron.sync import update_codebooks
+
+    layers = make_layers(num_layers)
+    history, dropped, reduces = [], [], []
+    for update in range(UPDATES):
+        for number, layer in enumerate(layers):
+            hidden = tokens_of(rank, update, number)
+            if poisoned == (rank, update) and number == 0:
+                hidden[len(hidden) // 2, 1] = float("nan")
+            for microbatch in hidden.split(20) if len(hidden) else (hidden,):
+                accumulate(layer, microbatch)
+        with counted_all_reduces() as counts:
+            dropped.append(update_codebooks(layers, group))
+        reduces.append(len(counts))
+        history.append(codebooks(layers))
+        assert all(layer.codebook.statistics.count_nonzero() == 0 for layer in layers)
+    return history, dropped, reduces
+
+
+def learn_experts(rank, group, num_layers):
+    """Routers whose codebook follows the centres: no collective, the update is counted."""
+    from air_moe_megatron.sync import update_codebooks
+
+    layers = make_layers(num_layers, source="experts")
+    with counted_all_reduces() as counts:
+        dropped = update_codebooks(layers, group)
+    return [codebooks(layers)], [dropped], [len(counts)]
+
+
+def worker(rank, world_size, directory):
+    """All scenarios on one rank, saved for the tests; starting the processes takes longer than running them."""
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size
+    )
+    group = torch.distributed.group.WORLD
+    results = {
+        "plain": learn(rank, group, 2),
+        "poisoned": learn(rank, group, 2, POISONED),
+        "five-routers": learn(rank, group, 5),
+        "lists-of-experts": learn_experts(rank, group, 3),
+    }
+    torch.save(results, f"{directory}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=pytest.mark.world_size(n), id=f"{n}-ranks") for n in (2, 4)]
+)
+def ranks(request, tmp_path_factory):
+    """What every rank found in all scenarios, in the order of the ranks."""
+    directory = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(worker, args=(request.param, str(directory)), nprocs=request.param)
+    return [torch.load(directory / f"{rank}.pt") for rank in range(request.param)]
+
+
+def learn_alone(world_size, num_layers):
+    """One rank with the tokens of all."""
+    from air_moe_megatron.sync import update_codebooks
+
+    layers, history, splits = make_layers(num_layers), [], 0
+    for update in range(UPDATES):
+        for number, layer in enumerate(layers):
+            hidden = torch.cat([tokens_of(rank, update, number) for rank in range(world_size)])
+            accumulate(layer, hidden)
+            counts = 0.8 * layer.codebook.ema[:, HIDDEN] + 0.2 * layer.codebook.statistics[:, HIDDEN]
+            splits += int((counts < 0.1 * counts.mean()).sum())
+        assert update_codebooks(layers) == 0
+        history.append(codebooks(layers))
+    return history, splits
+
+
+def assert_same_bits(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_ranks_learn_bitwise_the_same_and_what_one_rank_learns_from_all_tokens(ranks):
+    expected, splits = learn_alone(len(ranks), 2)
+    assert splits > 0
+    for history, dropped, _ in (results["plain"] for results in ranks):
+        assert dropped == [0] * UPDATES
+        for update in range(UPDATES):
+            assert_same_bits(history[update], ranks[0]["plain"][0][update])
+            for name, value in expected[update].items():
+                torch.testing.assert_close(history[update][name], value, **CLOSE)
+    for update in range(1, UPDATES):
+        assert not torch.equal(expected[update]["0.codebook.codewords"], expected[update - 1]["0.codebook.codewords"])
+
+
+def test_a_nan_on_one_rank_drops_the_update_of_that_layer_on_all(ranks):
+    _, poisoned_update = POISONED
+    for history, dropped, _ in (results["poisoned"] for results in ranks):
+        assert dropped == [int(update == poisoned_update) for update in range(UPDATES)]
+        before, after = history[poisoned_update - 1], history[poisoned_update]
+        assert torch.equal(after["0.codebook.codewords"], before["0.codebook.codewords"])
+        assert torch.equal(after["0.codebook.ema"], before["0.codebook.ema"])
+        assert after["0.codebook.num_dropped"] == 1 and after["1.codebook.num_dropped"] == 0
+        assert not torch.equal(after["1.codebook.codewords"], before["1.codebook.codewords"])
+        assert history[-1]["0.codebook.codewords"].isfinite().all()
+        assert not torch.equal(history[-1]["0.codebook.codewords"], after["0.codebook.codewords"])
+        for update in range(UPDATES):
+            assert_same_bits(history[update], ranks[0]["poisoned"][0][update])
+
+
+@pytest.mark.parametrize("scenario", ("plain", "five-routers"))
+def test_one_all_reduce_however_many_routers(ranks, scenario):
+    for _, _, reduces in (results[scenario] for results in ranks):
+        assert reduces == [1] * UPDATES
+
+
+def test_lists_of_experts_need_no_all_reduce(ranks):
+    for history, dropped, reduces in (results["lists-of-experts"] for results in ranks):
+        assert dropped == reduces == [0]
+        assert all(value == 1 for name, value in history[0].items() if name.endswith("num_updates"))

@@ -1,0 +1,117 @@
+"""The import direction, read off the sources, and the promise that importing the package does nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import air_moe_megatron
+
+PACKAGE = Path(air_moe_megatron.__file__).parent
+NAME = PACKAGE.name
+
+# A module may import from lower layers and from its own, if it is not listed there as unable to.
+LAYERS = (
+    {"ops", "config", "cpu", "compat"},
+    {"codebook"},
+    {"index"},
+    {"router", "routers", "dispatcher", "experts"},
+    {"layer", "sync"},
+    {"specs", "diagnostics", "arguments"},
+    {"preflight"},
+    {"pretrain"},
+)
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+# These import torch (and Triton) only, never Megatron.
+TORCH_ONLY = ("ops", "codebook", "index")
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def role_of(path):
+    """The module, or the folder of modules, directly under the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_names(path, lazy_too=True):
+    """Full names of the modules that a file imports; without those inside functions where ``lazy_too`` is False."""
+    names = set()
+    nodes = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or lazy_too:
+            nodes.extend(ast.iter_child_nodes(node))
+    return names
+
+
+def own_roles(names):
+    return {name.split(".")[1] for name in names if name.startswith(NAME + ".")}
+
+
+def idents(paths):
+    return [str(path.relative_to(PACKAGE)) for path in paths]
+
+
+def test_every_module_has_a_layer():
+    assert {role_of(path) for path in SOURCES} <= set(LEVEL)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=idents(SOURCES))
+def test_imports_point_down(path):
+    role = role_of(path)
+    for imported in own_roles(imported_names(path, lazy_too=False)) - {role}:
+        assert LEVEL[imported] < LEVEL[role], f"{role} imports {imported}"
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if role_of(path) in TORCH_ONLY], ids=lambda path: path.stem)
+def test_ops_codebook_and_index_import_torch_only(path):
+    allowed = {"torch", "triton", NAME} | set(sys.stdlib_module_names)
+    assert {name.split(".")[0] for name in imported_names(path)} <= allowed
+    assert own_roles(imported_names(path)) <= set(TORCH_ONLY)
+
+
+@pytest.mark.parametrize("role", ("config", "cpu"))
+def test_config_and_cpu_import_nothing_of_ours(role):
+    names = imported_names(PACKAGE / f"{role}.py")
+    assert own_roles(names) <= {role}  # run as a script, cpu.py imports itself by its name
+
+
+def run_python(code):
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_the_package_loads_nothing_and_changes_nothing():
+    run_python(
+        "import os, sys\n"
+        "environment, modules = dict(os.environ), set(sys.modules)\n"
+        f"import {NAME}\n"
+        "new = set(sys.modules) - modules\n"
+        "heavy = {name for name in new if name.split('.')[0] in ('torch', 'megatron', 'triton', 'numpy')}\n"
+        "assert not heavy, heavy\n"
+        f"assert {{name for name in new if name.startswith('{NAME}')}} == {{'{NAME}'}}\n"
+        "assert dict(os.environ) == environment\n"
+    )
+
+
+def test_ops_codebook_and_index_load_without_megatron():
+    run_python(
+        "import sys\n"
+        "sys.modules['megatron'] = None\n"
+        f"import {NAME}.codebook, {NAME}.index, {NAME}.ops.fine_scores\n"
+    )
+
+
+def test_public_names_are_listed_and_load(megatron_cpu):
+    for name in air_moe_megatron.__all__:
+        assert getattr(air_moe_megatron, name) is not None
+    assert set(air_moe_megatron.__all__) <= set(dir(air_moe_megatron))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = air_moe_megatron.no_such_name
