@@ -42,7 +42,7 @@ def assign(hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allow
     return similarity.topk(num_probes, dim=1).indices
 
 
-def token_statistics(hidden, codewords, assignments, keep=None):
+def token_statistics(hidden, codewords, assignments, keep=None, ordered=False):
     """Sum what the update needs over the tokens of each codeword.
 
     Args:
@@ -50,6 +50,7 @@ def token_statistics(hidden, codewords, assignments, keep=None):
         codewords: [C, H] fp32, unit rows.
         assignments: [T] int64, nearest codeword.
         keep: [T] bool or None; tokens that count (padding does not).
+        ordered: add in the order of the tokens on any device, so that ranks which do not communicate get equal bits.
     Returns:
         [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of projections ``<h, c>``.
         A token that is not finite makes its codeword's row not finite, which is how the update finds out.
@@ -63,6 +64,10 @@ def token_statistics(hidden, codewords, assignments, keep=None):
     unit = hidden / norms.clamp_min(torch.finfo(torch.float32).tiny)
     cosines = (unit * codewords[assignments]).sum(dim=1, keepdim=True)
     rows = torch.cat((unit, torch.ones_like(cosines), cosines, cosines * norms), dim=1)
+    if ordered:
+        counts = torch.bincount(assignments, minlength=codewords.shape[0])
+        rows = rows.index_select(0, assignments.argsort(stable=True))
+        return torch.segment_reduce(rows, "sum", lengths=counts, initial=0)
     return rows.new_zeros(codewords.shape[0], rows.shape[1]).index_add_(0, assignments, rows)
 
 
@@ -113,50 +118,52 @@ def split_loaded(codewords, ema, statistics, num_updates):
 
     Args, returns: as :func:`update_from_tokens`.
     """
-    num_clusters, hidden_size = codewords.shape
-    counts = ema[:, hidden_size]
-    starved = torch.nonzero(counts < _STARVED * counts.mean()).flatten()
-    by_load = torch.argsort(counts, descending=True, stable=True)
-    num_splits = min(starved.numel(), int((counts >= counts.mean()).sum()))
-    if num_splits == 0:
-        return codewords, ema
-    starved, loaded = starved[:num_splits], by_load[:num_splits]
+    hidden_size = codewords.shape[1]
     generator = torch.Generator().manual_seed(_SEED + num_updates)
-    direction = torch.randn(num_splits, hidden_size, generator=generator).to(codewords.device)
     # The codeword itself is an average over a moving past: around it, all of today's tokens may lie on one side.
-    centre = _directions(statistics, codewords)[loaded]
-    direction = direction - (direction * centre).sum(dim=1, keepdim=True) * centre
-    direction = torch.nn.functional.normalize(direction, dim=1)
-    cosine = (ema[loaded, hidden_size + 1] / counts[loaded]).clamp(0.1, 1.0 - 1e-4)
-    offset = (1.0 / cosine.square() - 1.0).sqrt().unsqueeze(1) / hidden_size**0.5
-    codewords, ema = codewords.clone(), ema.clone()
-    ema[loaded] *= 0.5
-    ema[starved] = ema[loaded]
-    for rows, sign in ((loaded, 1.0), (starved, -1.0)):
-        codewords[rows] = torch.nn.functional.normalize(centre + sign * offset * direction, dim=1)
-        ema[rows, :hidden_size] = codewords[rows] * ema[rows, :hidden_size].norm(dim=1, keepdim=True)
-    return codewords, ema
+    centres = _directions(statistics, codewords)
+    while True:  # each round at most doubles the live codewords, and none is left starved
+        counts = ema[:, hidden_size]
+        starved = torch.nonzero(counts < _STARVED * counts.mean()).flatten()
+        by_load = torch.argsort(counts, descending=True, stable=True)
+        num_splits = min(starved.numel(), int((counts >= counts.mean()).sum()))
+        if num_splits == 0:
+            return codewords, ema
+        starved, loaded = starved[:num_splits], by_load[:num_splits]
+        direction = torch.randn(num_splits, hidden_size, generator=generator).to(codewords.device)
+        centre = centres[loaded]
+        direction = direction - (direction * centre).sum(dim=1, keepdim=True) * centre
+        direction = torch.nn.functional.normalize(direction, dim=1)
+        cosine = (ema[loaded, :hidden_size].norm(dim=1) / counts[loaded]).clamp(0.1, 1.0 - 1e-4)
+        offset = (1.0 / cosine.square() - 1.0).sqrt().unsqueeze(1) / hidden_size**0.5
+        codewords, ema = codewords.clone(), ema.clone()
+        ema[loaded] *= 0.5
+        ema[starved] = ema[loaded]
+        for rows, sign in ((loaded, 1.0), (starved, -1.0)):
+            codewords[rows] = torch.nn.functional.normalize(centre + sign * offset * direction, dim=1)
+            ema[rows, :hidden_size] = codewords[rows] * ema[rows, :hidden_size].norm(dim=1, keepdim=True)
+            centres[rows] = codewords[rows]
 
 
-def lloyd_step(codewords: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def lloyd_step(codewords: torch.Tensor, weight: torch.Tensor):
     """One Lloyd step of spherical k-means over the expert centres; a starved cluster splits a large one.
 
     Args:
         codewords: [C, H] fp32, unit rows.
         weight: [E, H] expert centres.
     Returns:
-        [C, H] fp32, unit rows.
+        [C, H] fp32 new codewords, unit rows; [C, H + 3] statistics of the experts at the old ones.
     """
-    statistics = token_statistics(weight, codewords, assign(weight, codewords, 1).squeeze(1))
-    return update_from_tokens(codewords, torch.zeros_like(statistics), statistics, 0.0, 0)[0]
+    statistics = token_statistics(weight, codewords, assign(weight, codewords, 1).squeeze(1), ordered=True)
+    return update_from_tokens(codewords, torch.zeros_like(statistics), statistics, 0.0, 0)[0], statistics
 
 
 @dataclass(frozen=True)
 class CodebookHealth:
-    """What the last global batch said of a codebook."""
+    """How the vectors that a codebook was last fitted to (tokens, or expert centres) lie around its codewords."""
 
-    quantisation_error: float  # 1 - mean cosine between token and codeword
-    live_codewords: int  # codewords that got a token
+    quantisation_error: float  # 1 - mean cosine between vector and codeword
+    live_codewords: int  # codewords that got a vector
     num_dropped: int  # updates dropped so far because a token was not finite
 
 
@@ -210,7 +217,6 @@ class Codebook(torch.nn.Module):
             statistics: [C, H + 3] fp32.
             finite: whether all of them are, as every rank has found alike.
         """
-        hidden_size = self.codewords.shape[1]
         if not finite:
             self.num_dropped += 1
         else:
@@ -219,10 +225,28 @@ class Codebook(torch.nn.Module):
             codewords, ema = update_from_tokens(self.codewords, self.ema, statistics, decay, num_updates)
             self.codewords.copy_(codewords)
             self.ema.copy_(ema)
-            counts = statistics[:, hidden_size]
-            self.last_health[0] = statistics[:, hidden_size + 1].sum() / counts.sum().clamp_min(1.0)
-            self.last_health[1] = (counts > 0).sum()
+            self.note_health(statistics)
         self.count_update()
+
+    @torch.no_grad()
+    def fit_experts(self, weight: torch.Tensor, num_steps: int) -> None:
+        """Move the codewords towards the expert centres by Lloyd steps; every rank does the same on its own copy.
+
+        Args:
+            weight: [E, H] expert centres.
+            num_steps: Lloyd steps.
+        """
+        for _ in range(num_steps):
+            codewords, statistics = lloyd_step(self.codewords, weight)
+            self.codewords.copy_(codewords)
+            self.note_health(statistics)
+
+    def note_health(self, statistics: torch.Tensor) -> None:
+        """Keep what :meth:`health` tells of statistics [C, H + 3]."""
+        hidden_size = self.codewords.shape[1]
+        counts = statistics[:, hidden_size]
+        self.last_health[0] = statistics[:, hidden_size + 1].sum() / counts.sum().clamp_min(1.0)
+        self.last_health[1] = (counts > 0).sum()
 
     def count_update(self) -> None:
         """Note that a global batch has passed."""
@@ -256,7 +280,7 @@ class Codebook(torch.nn.Module):
         num_missing = len(missing_keys)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if strict and not any(name in state_dict for name in names):
-            # A checkpoint of plain top-k routing: keep the random start, which the first batch re-seeds.
+            # A checkpoint of plain top-k routing: keep the random start, which the first fit replaces.
             del missing_keys[num_missing:]
-            logger.info("%s: no codebook in the checkpoint; it is seeded from the first batch", prefix.rstrip("."))
+            logger.info("%s: no codebook in the checkpoint; it is learned anew", prefix.rstrip("."))
         self._updates_on_host = None

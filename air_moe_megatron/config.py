@@ -131,11 +131,9 @@ def _validate_sizes(config):
     num_experts, topk = config.num_moe_experts, config.moe_router_topk
     ep_size = config.expert_model_parallel_size
     if num_experts % ep_size:
-        raise ValueError(
-            f"num_moe_experts ({num_experts}) must be divisible by expert_model_parallel_size ({ep_size})"
-        )
-    if topk > num_experts:
-        raise ValueError(f"moe_router_topk ({topk}) must not exceed num_moe_experts ({num_experts})")
+        raise ValueError(f"num_moe_experts ({num_experts}) must be divisible by expert_model_parallel_size ({ep_size})")
+    if not 1 <= topk <= num_experts:
+        raise ValueError(f"moe_router_topk ({topk}) must be between 1 and num_moe_experts ({num_experts})")
     if config.moe_air_shortlist_size > num_experts:
         raise ValueError(
             f"moe_air_shortlist_size ({config.moe_air_shortlist_size}) must not exceed num_moe_experts ({num_experts})"

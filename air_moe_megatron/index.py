@@ -5,7 +5,7 @@ Legend: H hidden, E experts, C clusters, L shortlist.
 
 import torch
 
-from air_moe_megatron.codebook import Codebook, lloyd_step
+from air_moe_megatron.codebook import Codebook
 
 _EXPERTS_PER_CHUNK = 65_536
 _FIRST_LLOYD_STEPS = 10
@@ -77,7 +77,10 @@ def inverted_lists(codewords, weight, capacity):
 
 
 def balanced_lists(num_clusters, shortlist_size, num_experts, device):
-    """Lists that give every expert the same number of places (up to one), whatever the weights; for load tests.
+    """Lists of consecutive experts, spread evenly over the ids whatever the weights; for load tests.
+
+    Every expert has the same number of places if C * L is a multiple of E, otherwise one more or less; with fewer
+    places than experts, some have none.
 
     Returns:
         [C, L] int32, ascending expert ids.
@@ -129,8 +132,7 @@ class ShortlistIndex(torch.nn.Module):
                 num_clusters = codebook.codewords.shape[0]
                 ids = torch.arange(num_clusters, device=weight.device) * weight.shape[0] // num_clusters
                 codebook.codewords.copy_(torch.nn.functional.normalize(weight[ids].float(), dim=1))
-            for _ in range(_FIRST_LLOYD_STEPS if self._built_at_on_host < 0 else 1):
-                codebook.codewords.copy_(lloyd_step(codebook.codewords, weight))
+            codebook.fit_experts(weight, _FIRST_LLOYD_STEPS if self._built_at_on_host < 0 else 1)
             lists = inverted_lists(codebook.codewords, weight, self.shortlist.shape[1])
         self.shortlist.copy_(lists)
         self.built_at.fill_(version)

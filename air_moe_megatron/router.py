@@ -33,7 +33,7 @@ class Routes:
 
     topk_ids: torch.Tensor  # [T, K] int32, best first while gradients are enabled; -1 where candidates ran out
     probs: torch.Tensor  # [T, K] router dtype, 0 where the id is -1; carries the gradients and the auxiliary losses
-    codewords: torch.Tensor  # [T, P] int64, probed codewords, nearest first
+    codewords: torch.Tensor  # [T, P] int64, probed codewords, nearest first (in a load test: taken in turn)
 
 
 class AIRRouter(TopKRouter):
@@ -54,8 +54,9 @@ class AIRRouter(TopKRouter):
             config.moe_air_codebook_source,
             config.moe_air_refresh_interval,
         )
-        # Every token finds K candidates: lists of source 'tokens' are full, inverted lists may be short.
-        self.always_complete = config.moe_air_codebook_source == "tokens"
+        # No place stays empty: lists of source 'tokens' are full. Inverted lists may be short, and with several probes
+        # a repeated candidate may stand in for an expert whose score underflows.
+        self.always_complete = config.moe_air_codebook_source == "tokens" and self.sizes.num_probes == 1
         # Tokens each expert got since the last health line; for logs only.
         self.register_buffer("expert_load", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
 
@@ -68,7 +69,14 @@ class AIRRouter(TopKRouter):
                 nor in the codebook.
         Returns:
             the routes of the T tokens, in the order of ``hidden_states``.
+        Raises:
+            ValueError: with ``moe_expert_capacity_factor``, which needs the dense maps of :meth:`forward`.
         """
+        if self.config.moe_expert_capacity_factor is not None:
+            raise ValueError(
+                f"moe_expert_capacity_factor ({self.config.moe_expert_capacity_factor}) is not supported by compact "
+                "routes: tokens are dropped on Megatron's dense maps"
+            )
         routes = self._route(hidden_states, padding_mask)
         if self.enable_expert_bias and torch.is_grad_enabled():
             self.local_tokens_per_expert += self._count(routes.topk_ids, self._keep(padding_mask))
@@ -95,7 +103,7 @@ class AIRRouter(TopKRouter):
 
     def _route(self, hidden_states, padding_mask) -> Routes:
         self._maintain_float32_expert_bias()
-        seq_length = hidden_states.shape[0]
+        batch_size = hidden_states.shape[1] if hidden_states.dim() == 3 else 1
         hidden = self.apply_input_jitter(hidden_states).reshape(-1, self.config.hidden_size)  # [T, H]
         keep = self._keep(padding_mask)
         self._follow_device(hidden)
@@ -108,24 +116,29 @@ class AIRRouter(TopKRouter):
             logits = scores.squeeze(1)  # [T, N]
         if self.config.moe_router_force_load_balancing:
             logits = apply_random_logits(logits)
+            if ids is not None:
+                logits = logits.masked_fill(ids < 0, float("-inf"))
         padded = None if keep is None else ~keep
         logits = self.apply_z_loss(logits, padding_mask=padded)
         if ids is None and (self.expert_bias is not None or self._needs_aux_scores()):
             ids = shortlist[codewords.squeeze(1)]  # [T, N]
+        expert_bias = None
+        if self.expert_bias is not None:  # what is no candidate must not win by its bias
+            expert_bias = self.expert_bias[ids.clamp(min=0)].masked_fill(ids < 0, float("-inf"))
         probs, columns = topk_routing_with_score_function(
             logits,
             self.topk,
             use_pre_softmax=self.config.moe_router_pre_softmax,
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
-            expert_bias=None if self.expert_bias is None else self.expert_bias[ids.clamp(min=0)],
+            expert_bias=expert_bias,
             dense_output=True,
         )
         topk_ids = shortlist[codewords, columns] if ids is None else ids.gather(1, columns)  # [T, K]
         if not self.always_complete:
             probs = probs.masked_fill(topk_ids < 0, 0.0)
         if self._needs_aux_scores():
-            probs = self._attach_aux_losses(probs, logits, ids, padded, seq_length)
+            probs = self._attach_aux_losses(probs, logits, ids, padded, batch_size)
         if self.training and torch.is_grad_enabled():
             self.expert_load += self._count(topk_ids, keep)
         return Routes(topk_ids.int(), probs, codewords)
@@ -143,13 +156,16 @@ class AIRRouter(TopKRouter):
             # A load test: the cost of the coarse stage stays, but neither it nor the lists may favour an expert.
             num_clusters, shortlist_size = shortlist.shape
             shortlist = balanced_lists(num_clusters, shortlist_size, self.num_experts, hidden.device)
-            codewords = torch.arange(codewords.numel(), device=hidden.device).view_as(codewords) % num_clusters
+            tokens = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
+            probes = torch.arange(codewords.shape[1], device=hidden.device) * num_clusters // codewords.shape[1]
+            codewords = (tokens + probes) % num_clusters  # spread, so that a token's lists overlap little
         return shortlist.long(), codewords
 
-    def _attach_aux_losses(self, probs, logits, ids, padded, seq_length):
+    def _attach_aux_losses(self, probs, logits, ids, padded, batch_size):
         """Megatron's auxiliary losses in O(T*N + E): its functions need only per-expert sums, given as one row.
 
-        With ``with_padding_mask`` it derives the number of tokens from the counts, not from the number of rows.
+        With ``with_padding_mask`` it derives the number of tokens from the counts, not from the number of rows; where
+        inverted lists leave a token fewer than K candidates, it counts as the part of a token that it routes.
         """
         routing_map, scores = compute_routing_scores_for_aux_loss(
             logits, self.topk, self.score_function, padding_mask=padded
@@ -166,15 +182,14 @@ class AIRRouter(TopKRouter):
         totals = sum_per_expert(counts.long(), 0, num_experts)
         probs = self._apply_aux_loss(probs, sums, totals, with_padding_mask=True)
         if self.get_aux_loss_coeff("seq_aux_loss") > 0:
-            batch = ids.shape[0] // seq_length
             # Token t = s*B + b; Megatron lays the experts of each sequence b side by side.
-            offsets = (torch.arange(ids.shape[0], device=ids.device) % batch).unsqueeze(1) * num_experts
+            offsets = (torch.arange(ids.shape[0], device=ids.device) % batch_size).unsqueeze(1) * num_experts
             probs = self._apply_seq_aux_loss(
                 probs,
-                sum_per_expert(scores, offsets, batch * num_experts),
-                sum_per_expert(counts.long(), offsets, batch * num_experts),
+                sum_per_expert(scores, offsets, batch_size * num_experts),
+                sum_per_expert(counts.long(), offsets, batch_size * num_experts),
                 1,
-                batch,
+                batch_size,
                 with_padding_mask=True,
             )
         return self._apply_global_aux_loss(probs, sums, totals, with_padding_mask=True)

@@ -103,6 +103,11 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
             f"--logits-load-dir ({args.logits_load_dir}) is not supported: "
             "this entry has no knowledge distillation from cached logits"
         )
+    if args.moe_router_type != "topk" and args.moe_routing_trace_capture_logits:
+        raise ValueError(
+            f"--moe-routing-trace-capture-logits is not supported with --moe-router-type {args.moe_router_type}: "
+            "it would record exact logits of all experts, which this router never computes"
+        )
     if args.perform_rl_step:
         raise ValueError("--perform-rl-step is not supported: this entry only pretrains; Megatron-LM has train_rl.py")
     if args.spec is not None and import_module(args.spec) is None:

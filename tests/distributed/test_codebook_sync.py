@@ -120,7 +120,11 @@ def worker(rank, world_size, directory):
 def ranks(request, tmp_path_factory):
     """What every rank found in all scenarios, in the order of the ranks."""
     directory = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, args=(request.param, str(directory)), nprocs=request.param)
+    # A fork server imports Megatron once for all processes; `spawn` would do it in each.
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["air_moe_megatron.sync"])
+    torch.multiprocessing.start_processes(
+        worker, args=(request.param, str(directory)), nprocs=request.param, start_method="forkserver"
+    )
     return [torch.load(directory / f"{rank}.pt") for rank in range(request.param)]
 
 

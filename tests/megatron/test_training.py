@@ -94,9 +94,7 @@ def test_rerun_steps_count_once(pretrain, tmp_path):
 
 def test_topk_checkpoint_loads_into_air_and_back(pretrain, tmp_path):
     pretrain(*EP2, "--train-iters", "2", *save_flags(tmp_path / "topk", 2))
-    there = pretrain(
-        *AIR, *EP2, "--train-iters", "4", "--load", tmp_path / "topk", *save_flags(tmp_path / "air", 2)
-    )
+    there = pretrain(*AIR, *EP2, "--train-iters", "4", "--load", tmp_path / "topk", *save_flags(tmp_path / "air", 2))
     assert "expert centres are kept, codebooks are seeded from the first batch" in there.output
     assert list(there.steps) == [3, 4]
     assert codebook_counts(read_checkpoint(tmp_path / "air", 4))[1].tolist() == [2, 2]
@@ -141,9 +139,7 @@ def test_bad_flags_are_refused_before_training(pretrain, flags, message):
 
 
 def test_missing_data_is_refused_before_training(pretrain, tmp_path):
-    run = pretrain(
-        *AIR, "--data-path", tmp_path / "none", "--train-iters", "1", ranks=1, succeeds=False, data=False
-    )
+    run = pretrain(*AIR, "--data-path", tmp_path / "none", "--train-iters", "1", ranks=1, succeeds=False, data=False)
     assert run.returncode != 0
     assert re.search(r"ValueError: --data-path entry '.*none'.* does not exist", run.output)
 

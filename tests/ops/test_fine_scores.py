@@ -11,7 +11,7 @@ from air_moe_megatron.ops.fine_scores.naive import naive_fine_scores
 TOLERANCES = {
     torch.float64: 1e-13,  # a few hundred additions in another order
     torch.float32: 2e-6,  # the same
-    torch.bfloat16: 6e-3,  # 8 bits of mantissa: a result rounded once is off by 1.7e-3, a sum of few such by 2 or 3 times that
+    torch.bfloat16: 6e-3,  # 8 bits of mantissa: one rounding of a result costs 1.7e-3, sums of a few such thrice that
 }
 
 # T, H, E, C, L, P

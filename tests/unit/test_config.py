@@ -66,7 +66,11 @@ REFUSED = {
     ),
     "topk-above-experts": (
         dict(moe_router_topk=65),
-        ["moe_router_topk (65)", "must not exceed", "num_moe_experts (64)"],
+        ["moe_router_topk (65)", "must be between 1 and", "num_moe_experts (64)"],
+    ),
+    "topk-zero": (
+        dict(moe_router_topk=0),
+        ["moe_router_topk (0)", "must be between 1 and", "num_moe_experts (64)"],
     ),
     "experts-not-divisible-by-ep": (
         dict(num_moe_experts=63, expert_model_parallel_size=2),

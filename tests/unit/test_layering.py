@@ -20,7 +20,8 @@ LAYERS = (
     {"router", "routers", "dispatcher", "experts"},
     {"layer", "sync"},
     {"specs", "diagnostics", "arguments"},
-    {"preflight"},
+    {"batches", "preflight"},
+    {"training"},
     {"pretrain"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -103,9 +104,7 @@ def test_importing_the_package_loads_nothing_and_changes_nothing():
 
 def test_ops_codebook_and_index_load_without_megatron():
     run_python(
-        "import sys\n"
-        "sys.modules['megatron'] = None\n"
-        f"import {NAME}.codebook, {NAME}.index, {NAME}.ops.fine_scores\n"
+        f"import sys\nsys.modules['megatron'] = None\nimport {NAME}.codebook, {NAME}.index, {NAME}.ops.fine_scores\n"
     )
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("megatron_cpu")
 # Of each tensor's largest element. fp32 arithmetic: sums of H = 16 terms, T*K gradients, in another order; the issue
 # asks for 1e-5. bf16 arithmetic: 8 bits of mantissa, a few roundings on the way.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2}
-# Two experts whose scores are closer than this may change places where bf16 rounds sums that were made in another order.
+# Experts whose scores are closer than this may change places where bf16 rounds sums that were made in another order.
 BF16_MARGIN = 2.0**-6
 
 HIDDEN, EXPERTS, TOPK = 16, 12, 3
@@ -193,9 +193,7 @@ def test_score_functions(megatron_cpu, scores, full):
 @pytest.mark.parametrize("losses", LOSSES.values(), ids=LOSSES)
 def test_losses(megatron_cpu, losses, z_loss, per_token, padding):
     inputs = make_inputs((7, 3), num_microbatches=2, padding=padding)
-    outcome = compare(
-        megatron_cpu, inputs, **losses, moe_z_loss_coeff=z_loss, calculate_per_token_loss=per_token
-    )
+    outcome = compare(megatron_cpu, inputs, **losses, moe_z_loss_coeff=z_loss, calculate_per_token_loss=per_token)
     assert len(outcome.losses) == (z_loss is not None) + {0: 0, 1: 1, 3: 3}[num_losses(losses)]
 
 

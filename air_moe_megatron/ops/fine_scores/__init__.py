@@ -41,6 +41,8 @@ def fine_scores(
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [T, H] and [E, H] with the same H"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} must be [E] with E = {weight.shape[0]}")
     if assignments.dim() != 2 or assignments.shape[0] != hidden.shape[0]:
         raise ValueError(f"assignments {tuple(assignments.shape)} must be [T, P] with T = {hidden.shape[0]}")
     if shortlist.dim() != 2:

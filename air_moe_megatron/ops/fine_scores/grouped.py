@@ -13,6 +13,7 @@ Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, R = T*
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.function import once_differentiable
 
 _CHUNK_ELEMENTS = 2**21  # of the gathered centres: 8 MiB in fp32
 
@@ -96,6 +97,7 @@ class _GroupedFineScores(torch.autograd.Function):
         return scores.view(-1, num_probes, shortlist.shape[1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_scores):
         hidden, weight, bias = ctx.saved_tensors
         groups, num_probes, dtype, hidden_size = ctx.groups, ctx.num_probes, ctx.dtype, hidden.shape[1]
@@ -104,7 +106,8 @@ class _GroupedFineScores(torch.autograd.Function):
         rows = hidden.index_select(0, groups.order // num_probes).to(dtype) if need_weight else None
         grad_rows = sorted_grad.new_zeros(sorted_grad.shape[0], hidden_size) if need_hidden else None
         grad_weight = sorted_grad.new_zeros(weight.shape) if need_weight else None
-        grad_bias = sorted_grad.new_zeros(bias.shape) if need_bias else None
+        wide = torch.promote_types(dtype, torch.float32)  # sums over many lists lose digits in bf16
+        grad_bias = sorted_grad.new_zeros(bias.shape, dtype=wide) if need_bias else None
         buffer = _buffer_for(groups, hidden_size, weight, dtype)
         for ids, spans in groups.chunks:
             tiles = [
@@ -121,7 +124,7 @@ class _GroupedFineScores(torch.autograd.Function):
                     torch.mm(sorted_grad[places, :length].t(), rows[places], out=grad_centres[experts])
                 grad_weight.index_add_(0, ids, grad_centres)
             if need_bias:
-                sums = [sorted_grad[places, :length].sum(dim=0) for places, _, length in tiles]
+                sums = [sorted_grad[places, :length].sum(dim=0, dtype=wide) for places, _, length in tiles]
                 grad_bias.index_add_(0, ids, torch.cat(sums))
         grad_hidden = None
         if need_hidden:
