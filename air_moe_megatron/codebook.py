@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 _SEED = 20260504  # of the first, random directions and of the splits; the same on every rank, layer and run
 _STARVED = 0.1  # a codeword with less than this share of the mean load is revived
 # Columns of the statistics beside the H of the summed unit vectors.
-_NUM_SCALARS = 3  # count, sum of cosines, sum of projections
+_NUM_SCALARS = 3  # count, sum of cosines, sum of lengths
 
 
 def assign(hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allowed: torch.Tensor | None = None):
@@ -52,23 +52,28 @@ def token_statistics(hidden, codewords, assignments, keep=None, ordered=False):
         keep: [T] bool or None; tokens that count (padding does not).
         ordered: add in the order of the tokens on any device, so that ranks which do not communicate get equal bits.
     Returns:
-        [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of projections ``<h, c>``.
-        A token that is not finite makes its codeword's row not finite, which is how the update finds out.
+        [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of lengths ``|h|``. A token that
+        is not finite makes its codeword's row not finite, which is how the update finds out.
 
     Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], assignments [1] gives [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
     """
     if keep is not None:
         hidden, assignments = hidden[keep], assignments[keep]
     hidden = hidden.float()
-    norms = hidden.norm(dim=1, keepdim=True)
-    unit = hidden / norms.clamp_min(torch.finfo(torch.float32).tiny)
-    cosines = (unit * codewords[assignments]).sum(dim=1, keepdim=True)
-    rows = torch.cat((unit, torch.ones_like(cosines), cosines, cosines * norms), dim=1)
-    if ordered:
-        counts = torch.bincount(assignments, minlength=codewords.shape[0])
-        rows = rows.index_select(0, assignments.argsort(stable=True))
-        return torch.segment_reduce(rows, "sum", lengths=counts, initial=0)
-    return rows.new_zeros(codewords.shape[0], rows.shape[1]).index_add_(0, assignments, rows)
+    lengths = hidden.norm(dim=1, keepdim=True)
+    unit = hidden / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+    scalars = torch.cat((torch.ones_like(lengths), lengths), dim=1)
+
+    def sum_per_codeword(rows):
+        if ordered:
+            counts = torch.bincount(assignments, minlength=codewords.shape[0])
+            rows = rows.index_select(0, assignments.argsort(stable=True))
+            return torch.segment_reduce(rows, "sum", lengths=counts, initial=0)
+        return rows.new_zeros(codewords.shape[0], rows.shape[1]).index_add_(0, assignments, rows)
+
+    sums, (counts, summed_lengths) = sum_per_codeword(unit), sum_per_codeword(scalars).split(1, dim=1)
+    cosines = (sums * codewords).sum(dim=1, keepdim=True)  # of a sum of vectors: the sum of their cosines
+    return torch.cat((sums, counts, cosines, summed_lengths), dim=1)
 
 
 def window_decay(decay: float, num_updates: int) -> float:
@@ -195,10 +200,11 @@ class Codebook(torch.nn.Module):
             self._updates_on_host = int(self.num_updates)
         return self._updates_on_host
 
-    def mean_projections(self) -> torch.Tensor:
-        """[C] fp32: mean of ``<h, c>`` over the tokens of each codeword; 1 where none was seen."""
-        counts = self.ema[:, -3]
-        return torch.where(counts > 0, self.ema[:, -1] / counts.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
+    def typical_projections(self) -> torch.Tensor:
+        """[C] fp32: mean length times mean cosine of the tokens of each codeword; 1 where none was seen."""
+        counts, cosines, lengths = self.ema[:, -_NUM_SCALARS:].unbind(dim=1)
+        seen = counts.clamp_min(torch.finfo(torch.float32).tiny)
+        return torch.where(counts > 0, (cosines / seen) * (lengths / seen), 1.0)
 
     @torch.no_grad()
     def accumulate(self, hidden, assignments, keep=None) -> None:

@@ -124,7 +124,7 @@ class ShortlistIndex(torch.nn.Module):
             return False
         if self.source == "tokens":
             lists = top_scoring_lists(
-                codebook.codewords, codebook.mean_projections(), weight, bias, self.shortlist.shape[1]
+                codebook.codewords, codebook.typical_projections(), weight, bias, self.shortlist.shape[1]
             )
         else:
             if self._built_at_on_host < 0:

@@ -23,6 +23,7 @@ from air_moe_megatron.codebook import Codebook, assign
 from air_moe_megatron.config import resolve_sizes, validate
 from air_moe_megatron.index import ShortlistIndex, balanced_lists
 from air_moe_megatron.ops.fine_scores import fine_scores
+from air_moe_megatron.ops.selected_scores import selected_scores
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -108,33 +109,16 @@ class AIRRouter(TopKRouter):
         keep = self._keep(padding_mask)
         self._follow_device(hidden)
         shortlist, codewords = self._coarse(hidden, keep, learning=self.training and torch.is_grad_enabled())
-        scores = fine_scores(hidden, self.weight, self.bias, shortlist, codewords, self._router_dtype(hidden))
-        ids = None  # of the candidates, where they differ from the token's one shortlist
-        if self.sizes.num_probes > 1:
-            logits, ids = _merge_probes(scores, shortlist[codewords])
-        else:
-            logits = scores.squeeze(1)  # [T, N]
-        if self.config.moe_router_force_load_balancing:
-            logits = apply_random_logits(logits)
-            if ids is not None:
-                logits = logits.masked_fill(ids < 0, float("-inf"))
+        all_scores_matter = self._all_scores_matter()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and all_scores_matter):
+            logits, ids = self._score_candidates(hidden, shortlist, codewords)  # [T, N]
         padded = None if keep is None else ~keep
         logits = self.apply_z_loss(logits, padding_mask=padded)
-        if ids is None and (self.expert_bias is not None or self._needs_aux_scores()):
-            ids = shortlist[codewords.squeeze(1)]  # [T, N]
-        expert_bias = None
-        if self.expert_bias is not None:  # what is no candidate must not win by its bias
-            expert_bias = self.expert_bias[ids.clamp(min=0)].masked_fill(ids < 0, float("-inf"))
-        probs, columns = topk_routing_with_score_function(
-            logits,
-            self.topk,
-            use_pre_softmax=self.config.moe_router_pre_softmax,
-            scaling_factor=self.config.moe_router_topk_scaling_factor,
-            score_function=self.score_function,
-            expert_bias=expert_bias,
-            dense_output=True,
-        )
+        probs, columns = self._select(logits, ids)
         topk_ids = shortlist[codewords, columns] if ids is None else ids.gather(1, columns)  # [T, K]
+        if torch.is_grad_enabled() and not all_scores_matter:
+            selected = selected_scores(hidden, self.weight, self.bias, topk_ids, logits.gather(1, columns))
+            probs = self._probs_of(selected)
         if not self.always_complete:
             probs = probs.masked_fill(topk_ids < 0, 0.0)
         if self._needs_aux_scores():
@@ -142,6 +126,56 @@ class AIRRouter(TopKRouter):
         if self.training and torch.is_grad_enabled():
             self.expert_load += self._count(topk_ids, keep)
         return Routes(topk_ids.int(), probs, codewords)
+
+    def _score_candidates(self, hidden, shortlist, codewords):
+        """[T, N] scores of the candidates, and their ids [T, N].
+
+        With one probe the candidates of a token are the list of its codeword; the ids are then None, unless something
+        beside the top-k asks for them.
+        """
+        scores = fine_scores(hidden, self.weight, self.bias, shortlist, codewords, self._router_dtype(hidden))
+        if self.sizes.num_probes > 1:
+            logits, ids = _merge_probes(scores, shortlist[codewords])
+        else:
+            needs_ids = self.expert_bias is not None or self._needs_aux_scores()
+            logits, ids = scores.squeeze(1), shortlist[codewords.squeeze(1)] if needs_ids else None
+        if self.config.moe_router_force_load_balancing:
+            logits = apply_random_logits(logits)
+            if ids is not None:
+                logits = logits.masked_fill(ids < 0, float("-inf"))
+        return logits, ids
+
+    def _select(self, logits, ids):
+        """[T, K] probs and columns of the selected candidates, as Megatron selects them."""
+        expert_bias = None
+        if self.expert_bias is not None:  # what is no candidate must not win by its bias
+            expert_bias = self.expert_bias[ids.clamp(min=0)].masked_fill(ids < 0, float("-inf"))
+        return topk_routing_with_score_function(
+            logits, self.topk, expert_bias=expert_bias, dense_output=True, **self._score_settings()
+        )
+
+    def _probs_of(self, selected):
+        """[T, K] probs of selected scores [T, K]; only where no other score enters them."""
+        columns = torch.arange(self.topk, device=selected.device).expand_as(selected)
+        return topk_routing_with_score_function(
+            selected, self.topk, precomputed_indices=columns, dense_output=True, **self._score_settings()
+        )[0]
+
+    def _score_settings(self):
+        return {
+            "use_pre_softmax": self.config.moe_router_pre_softmax,
+            "scaling_factor": self.config.moe_router_topk_scaling_factor,
+            "score_function": self.score_function,
+        }
+
+    def _all_scores_matter(self) -> bool:
+        """Whether scores beside the selected ones reach the loss, and so need gradients."""
+        return (
+            self._needs_aux_scores()
+            or self.config.moe_z_loss_coeff is not None
+            or (self.score_function == "softmax" and self.config.moe_router_pre_softmax)
+            or self.config.moe_router_force_load_balancing  # its straight-through estimator hangs on all of them
+        )
 
     @torch.no_grad()
     def _coarse(self, hidden, keep, learning):

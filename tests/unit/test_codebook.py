@@ -109,7 +109,7 @@ def test_statistics_equal_a_loop_over_tokens(dtype):
         expected[codeword, :6] += unit
         expected[codeword, 6] += 1
         expected[codeword, 7] += unit @ codewords[codeword]
-        expected[codeword, 8] += token @ codewords[codeword]
+        expected[codeword, 8] += token.norm()
     statistics = token_statistics(hidden, codewords, assignments)
     assert statistics.dtype == torch.float32
     torch.testing.assert_close(statistics, expected, **CLOSE)
@@ -328,14 +328,14 @@ def test_two_copies_stay_bitwise_equal_over_many_updates():
         assert_same_bits(state(second), state(first))
 
 
-def test_mean_projections_are_those_of_the_tokens_and_one_before_any():
+def test_typical_projections_are_those_of_the_tokens_and_one_before_any():
     codebook = Codebook(2, 4, 0.5)
-    assert codebook.mean_projections().tolist() == [1.0, 1.0]
+    assert codebook.typical_projections().tolist() == [1.0, 1.0]
     with torch.no_grad():
         codebook.codewords.copy_(torch.eye(2, 4))
     hidden = torch.cat((torch.eye(2, 4) * 2.0, torch.eye(2, 4) * 4.0))
     learn(codebook, hidden)
-    torch.testing.assert_close(codebook.mean_projections(), torch.tensor([3.0, 3.0]))
+    torch.testing.assert_close(codebook.typical_projections(), torch.tensor([3.0, 3.0]))
 
 
 def test_health_tells_of_the_last_batch():
@@ -376,7 +376,7 @@ def test_tokens_of_extreme_length_leave_it_finite(size):
     learn(codebook, randn(40, 8) * size)
     assert codebook.codewords.isfinite().all() and codebook.ema.isfinite().all()
     torch.testing.assert_close(codebook.codewords.norm(dim=1), torch.ones(6))
-    assert codebook.mean_projections().isfinite().all()
+    assert codebook.typical_projections().isfinite().all()
 
 
 @pytest.mark.parametrize("batches", (0, 1), ids=("first", "later"))

@@ -129,7 +129,9 @@ class _GroupedFineScores(torch.autograd.Function):
         grad_hidden = None
         if need_hidden:
             grad_hidden = torch.empty_like(grad_rows).index_copy_(0, groups.order, grad_rows)
-            grad_hidden = grad_hidden.view(-1, num_probes, hidden_size).sum(dim=1).to(hidden.dtype)
+            if num_probes > 1:
+                grad_hidden = grad_hidden.view(-1, num_probes, hidden_size).sum(dim=1)
+            grad_hidden = grad_hidden.to(hidden.dtype)
         return (
             grad_hidden,
             grad_weight.to(weight.dtype) if need_weight else None,

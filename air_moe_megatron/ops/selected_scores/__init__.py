@@ -1,0 +1,50 @@
+"""Scores of the experts that a token has selected, with their gradients.
+
+Legend: T tokens, H hidden, E experts, K selected.
+"""
+
+import torch
+
+from air_moe_megatron.ops.selected_scores.bags import bagged_selected_scores
+
+__all__ = ["selected_scores"]
+
+
+def selected_scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    ids: torch.Tensor,
+    scores: torch.Tensor,
+) -> torch.Tensor:
+    """Give scores that are known already the gradients of ``<w_e, h> + b_e``.
+
+    Where only the selected scores reach the loss, the gradients need K rows per token instead of a whole shortlist:
+    ``grad_h = sum_k g_k w_k`` and ``grad_w_e = sum over the tokens that selected e of g h``. Differentiable in hidden,
+    weight and bias. Does not wait for the device.
+
+    Args:
+        hidden: [T, H], tokens.
+        weight: [E, H], expert centres.
+        bias: [E] or None.
+        ids: [T, K] integer expert ids, distinct in a row; -1 where there is none: no gradient.
+        scores: [T, K], their scores; they set the dtype of the arithmetic and of the result.
+    Returns:
+        [T, K] the same scores, differentiable.
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    Example: hidden [[1, 2]], ids [[5]], a loss whose gradient at the score is 3 gives hidden the gradient 3 w_5 and
+    row 5 of weight the gradient [3, 6].
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [T, H] and [E, H] with the same H"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} must be [E] with E = {weight.shape[0]}")
+    if ids.shape != scores.shape or ids.dim() != 2 or ids.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"ids {tuple(ids.shape)} and scores {tuple(scores.shape)} must both be [T, K] with T = {hidden.shape[0]}"
+        )
+    return bagged_selected_scores(hidden, weight, bias, ids, scores)

@@ -1,0 +1,12 @@
+"""Ground truth of the selected scores: gather every selected centre, then one product each."""
+
+import torch
+
+
+def naive_selected_scores(hidden, weight, bias, ids, dtype):
+    """The scores that :func:`air_moe_megatron.ops.selected_scores.selected_scores` is given, by plain autograd."""
+    rows = ids.clamp(min=0)
+    scores = torch.einsum("th,tkh->tk", hidden.to(dtype), weight[rows].to(dtype))
+    if bias is not None:
+        scores = scores + bias[rows].to(dtype)
+    return torch.where(ids < 0, float("-inf"), scores)
