@@ -11,7 +11,6 @@ import inspect
 
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from air_moe_megatron.config import validate
 from air_moe_megatron.router import AIRRouter
@@ -24,7 +23,7 @@ def with_air_router(spec, config):
     """Return the spec with :class:`AIRRouter` in its MoE layers; the same object where the config asks for top-k.
 
     Args:
-        spec: a ModuleSpec, a ``partial`` of MoELayer, TransformerBlockSubmodules, or a list of these.
+        spec: a ModuleSpec, a ``partial`` of MoELayer, the submodules of a block, or a list of these.
         config: the transformer config; its ``moe_router_type`` decides, and its fields are validated.
     """
     if spec is None or getattr(config, "moe_router_type", "topk") == "topk":
@@ -36,7 +35,7 @@ def with_air_router(spec, config):
 def _rewrite(spec):
     if isinstance(spec, list):
         return [_rewrite(item) for item in spec]
-    if isinstance(spec, TransformerBlockSubmodules):
+    if getattr(spec, "layer_specs", None) is not None:  # the submodules of a decoder or multi-token-prediction block
         return _replace(spec, layer_specs=_rewrite(spec.layer_specs))
     if isinstance(spec, functools.partial):
         submodules = spec.keywords.get("submodules")

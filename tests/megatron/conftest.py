@@ -29,10 +29,12 @@ MODEL = [
     *("--moe-token-dispatcher-type", "alltoall"),
     *("--tokenizer-type", "NullTokenizer", "--vocab-size", VOCABULARY, "--make-vocab-size-divisible-by", "1"),
     *("--micro-batch-size", "2", "--global-batch-size", GLOBAL_BATCH, "--lr", "1e-2", "--lr-decay-style", "constant"),
+    *("--lr-decay-iters", "100"),
     *("--log-interval", "1", "--eval-interval", "1000", "--eval-iters", "1", "--seed", "7"),
 ]
 AIR = ["--moe-router-type", "air", "--moe-air-num-clusters", "4", "--moe-air-shortlist-size", "8"]
 EP2 = ["--expert-model-parallel-size", "2"]
+OURS = ("-m", "air_moe_megatron.pretrain", "--cpu")
 
 _ITERATION = re.compile(r"iteration +(\d+)/ .*?lm loss: ([0-9.E+-]+) .*?grad norm: ([0-9.naif]+)")
 
@@ -70,12 +72,13 @@ def data_prefix(tmp_path_factory) -> str:
     return prefix
 
 
-@pytest.fixture
-def pretrain(data_prefix, tmp_path):
+@pytest.fixture(scope="session")
+def pretrain(data_prefix, tmp_path_factory):
     """A function that trains: flags -> Run. Give ``entry`` to start something else than our own entry."""
+    cache = tmp_path_factory.mktemp("cache")
 
-    def run(*flags, ranks=2, entry=("-m", "air_moe_megatron.pretrain", "--cpu"), env=None, succeeds=True, data=True):
-        data_flags = ["--data-path", data_prefix, "--split", "8,1,1", "--data-cache-path", tmp_path / "cache"]
+    def run(*flags, ranks=2, entry=OURS, env=None, succeeds=True, data=True):
+        data_flags = ["--data-path", data_prefix, "--split", "8,1,1", "--data-cache-path", cache]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         arguments = [*command, *entry, *MODEL, *(data_flags if data else []), *flags]
         result = subprocess.run(

@@ -5,26 +5,49 @@ import re
 import pytest
 import torch
 
-from tests.megatron.conftest import AIR, EP2, GLOBAL_BATCH, SEQUENCE, read_checkpoint
+from tests.megatron.conftest import AIR, EP2, GLOBAL_BATCH, OURS, SEQUENCE, read_checkpoint
 
 HIDDEN = 32
 ROUTER = "decoder.layers.mlp.router."
 TOKENS = GLOBAL_BATCH * SEQUENCE  # per global batch
 FIRST_DECAY = 0.1  # window_decay of the first update
+FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 
 
-def codebook_counts(tensors):
-    """[layers] summed running counts of the codebooks, and [layers] numbers of updates."""
-    return tensors[ROUTER + "codebook.ema"][..., HIDDEN].sum(dim=-1), tensors[ROUTER + "codebook.num_updates"].flatten()
+def updates_and_counts(directory, iteration):
+    """Numbers of updates [layers] and summed running counts [layers] of the codebooks in a checkpoint."""
+    tensors = read_checkpoint(directory, iteration)
+    counts = tensors[ROUTER + "codebook.ema"][..., HIDDEN].sum(dim=-1)
+    return tensors[ROUTER + "codebook.num_updates"].flatten().tolist(), counts
 
 
 def save_flags(directory, interval):
     return ["--save", directory, "--save-interval", interval]
 
 
+def refused(run, message):
+    """Whether the run ended with the message before Megatron set anything up."""
+    return run.returncode != 0 and message in run.output and "time to initialize megatron" not in run.output
+
+
+@pytest.fixture(scope="module")
+def topk_checkpoint(pretrain, tmp_path_factory):
+    """A checkpoint of two top-k steps."""
+    directory = tmp_path_factory.mktemp("topk")
+    pretrain(*EP2, "--train-iters", "2", *save_flags(directory, 2))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def air_checkpoint(pretrain, topk_checkpoint, tmp_path_factory):
+    """Two AIR steps that go on from the top-k checkpoint: the run and its checkpoint."""
+    directory = tmp_path_factory.mktemp("air")
+    run = pretrain(*AIR, *EP2, "--train-iters", "4", "--load", topk_checkpoint, *save_flags(directory, 4))
+    return run, directory
+
+
 def test_resumed_run_equals_the_uninterrupted_one(pretrain, tmp_path):
-    flags = [*AIR, *EP2, "--moe-air-refresh-interval", "4", "--moe-input-jitter-eps", "0.01"]
-    flags += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+    flags = [*AIR, *EP2, "--moe-air-refresh-interval", "4", "--moe-input-jitter-eps", "0.01", *FULL_RECOMPUTE]
     whole = pretrain(*flags, "--train-iters", "10", *save_flags(tmp_path / "whole", 5))
     # The second run finds only the checkpoint of iteration 5, as after a kill.
     (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("5")
@@ -35,30 +58,33 @@ def test_resumed_run_equals_the_uninterrupted_one(pretrain, tmp_path):
     expected, found = (read_checkpoint(tmp_path / name, 10) for name in ("whole", "resumed"))
     assert expected.keys() == found.keys()
     assert ROUTER + "codebook.codewords" in expected and ROUTER + "index.shortlist" in expected
-    different = [key for key in expected if not torch.equal(expected[key], found[key])]
-    assert different == []
-    assert codebook_counts(expected)[1].tolist() == [10, 10]
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    assert updates_and_counts(tmp_path / "resumed", 10)[0] == [10, 10]
     assert re.search(r"routing health at iteration +10 .*quantisation error: 0\.\d+.*live codewords: \d", whole.output)
 
 
 LAYOUTS = {
-    "expert-parallel-accumulated": [*EP2],  # two microbatches each
-    "full-recompute": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split(),
-    "moe-recompute": "--recompute-granularity selective --recompute-modules moe".split(),
-    "pipeline": ["--pipeline-model-parallel-size", "2"],
-    "virtual-pipeline": [
+    "accumulated-evaluated-full-recompute": [*EP2, *FULL_RECOMPUTE, "--eval-interval", "1"],
+    "virtual-pipeline-moe-recompute": [
         *("--num-layers", "4", "--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"),
+        *("--recompute-granularity", "selective", "--recompute-modules", "moe"),
     ],
-    "sequence-parallel": [*EP2, "--tensor-model-parallel-size", "2", "--sequence-parallel"],
-    "bf16-distributed-optimizer": ["--bf16", "--use-distributed-optimizer"],
+    "sequence-parallel-bf16": [
+        *("--tensor-model-parallel-size", "2", "--sequence-parallel", *EP2, "--expert-tensor-parallel-size", "1"),
+        *("--bf16", "--use-distributed-optimizer"),
+    ],
+    "every-step-rerun": ["--rerun-mode", "report_stats"],  # Megatron runs each step again to compare the results
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_token_of_the_global_batch_counts_once(pretrain, tmp_path, layout):
-    pretrain(*AIR, *LAYOUTS[layout], "--train-iters", "1", "--eval-interval", "1", *save_flags(tmp_path, 1))
-    counts, updates = codebook_counts(read_checkpoint(tmp_path, 1))
-    assert updates.tolist() == [1] * len(updates)
+    is_rerun = "--rerun-mode" in LAYOUTS[layout]
+    entry = ("-m", "tests.megatron.with_rerun_mode", "--cpu") if is_rerun else OURS
+    run = pretrain(*AIR, *LAYOUTS[layout], "--train-iters", "1", *save_flags(tmp_path, 1), entry=entry)
+    assert not is_rerun or "attempts at a step: 2" in run.output
+    updates, counts = updates_and_counts(tmp_path, 1)
+    assert updates == [1] * (4 if "virtual" in layout else 2)
     torch.testing.assert_close(counts, torch.full_like(counts, (1 - FIRST_DECAY) * TOKENS))
 
 
@@ -75,73 +101,53 @@ def test_every_rank_holds_the_same_codebook(pretrain, tmp_path):
 
 
 def test_skipped_steps_leave_the_codebook_alone(pretrain, tmp_path):
-    scale = ["--fp16", "--initial-loss-scale", str(2**40), "--hysteresis", "1", "--moe-router-dtype", "fp32"]
-    run = pretrain(*AIR, *scale, "--train-iters", "3", *save_flags(tmp_path, 3))
+    run = pretrain(*AIR, "--fp16", "--initial-loss-scale", 2**40, "--train-iters", "2", *save_flags(tmp_path, 2))
     assert "number of skipped iterations:   1" in run.output
-    counts, updates = codebook_counts(read_checkpoint(tmp_path, 3))
-    assert updates.tolist() == [0, 0]
+    updates, counts = updates_and_counts(tmp_path, 2)
+    assert updates == [0, 0]
     assert counts.tolist() == [0.0, 0.0]
 
 
-def test_rerun_steps_count_once(pretrain, tmp_path):
-    # Megatron's own fault injection: a result that is wrong once makes it run the step again.
-    entry = ("-m", "tests.megatron.rerun_once")
-    run = pretrain(*AIR, "--cpu", "--rerun-mode", "validate_results", "--train-iters", "1", entry=entry, ranks=1)
-    attempts, counts = re.search(r"attempts (\d+), tokens counted ([\d.]+)", run.output).groups()
-    assert int(attempts) > 1
-    assert float(counts) == TOKENS
+def test_topk_checkpoint_loads_into_an_air_run(topk_checkpoint, air_checkpoint):
+    run, directory = air_checkpoint
+    assert "expert centres are kept, codebooks are seeded from the first batch" in run.output
+    assert list(run.steps) == [3, 4]
+    updates, counts = updates_and_counts(directory, 4)
+    assert updates == [2, 2]
+    assert (counts > 0).all()
 
 
-def test_topk_checkpoint_loads_into_air_and_back(pretrain, tmp_path):
-    pretrain(*EP2, "--train-iters", "2", *save_flags(tmp_path / "topk", 2))
-    there = pretrain(*AIR, *EP2, "--train-iters", "4", "--load", tmp_path / "topk", *save_flags(tmp_path / "air", 2))
-    assert "expert centres are kept, codebooks are seeded from the first batch" in there.output
-    assert list(there.steps) == [3, 4]
-    assert codebook_counts(read_checkpoint(tmp_path / "air", 4))[1].tolist() == [2, 2]
-    back = pretrain(*EP2, "--train-iters", "5", "--load", tmp_path / "air", *save_flags(tmp_path / "back", 5))
-    assert "its codebooks are left, its experts are loaded" in back.output
-    assert list(back.steps) == [5]
-    assert not any("codebook" in key for key in read_checkpoint(tmp_path / "back", 5))
+def test_parameters_and_optimizer_of_a_topk_checkpoint_are_kept(pretrain, topk_checkpoint, tmp_path):
+    # No step is left to train, so that the AIR run saves what it has loaded.
+    pretrain(*AIR, *EP2, "--train-iters", "2", "--load", topk_checkpoint, *save_flags(tmp_path, 3))
+    before, after = read_checkpoint(topk_checkpoint, 2), read_checkpoint(tmp_path, 2)
+    assert ROUTER + "weight" in before and f"optimizer.state.exp_avg.{ROUTER}weight" in before
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    assert updates_and_counts(tmp_path, 2)[0] == [0, 0]
 
 
-def test_expert_centres_of_a_topk_checkpoint_are_kept(pretrain, tmp_path):
-    pretrain(*EP2, "--train-iters", "2", *save_flags(tmp_path / "topk", 2))
-    frozen = ["--lr", "0", "--weight-decay", "0", "--no-load-optim", "--finetune"]
-    pretrain(*AIR, *EP2, *frozen, "--train-iters", "1", "--load", tmp_path / "topk", *save_flags(tmp_path / "air", 1))
-    before, after = read_checkpoint(tmp_path / "topk", 2), read_checkpoint(tmp_path / "air", 1)
-    assert torch.equal(before[ROUTER + "weight"], after[ROUTER + "weight"])
+def test_air_checkpoint_loads_into_a_topk_run(pretrain, air_checkpoint, tmp_path):
+    run = pretrain(*EP2, "--train-iters", "5", "--load", air_checkpoint[1], *save_flags(tmp_path, 5))
+    assert "its codebooks are left, its experts are loaded" in run.output
+    assert list(run.steps) == [5]
+    assert not any("codebook" in key for key in read_checkpoint(tmp_path, 5))
 
 
-def test_checkpoint_with_another_codebook_is_refused(pretrain, tmp_path):
-    pretrain(*AIR, "--train-iters", "1", *save_flags(tmp_path, 1), ranks=1)
-    run = pretrain(
-        *AIR, "--moe-air-num-clusters", "5", "--train-iters", "2", "--load", tmp_path, ranks=1, succeeds=False
-    )
-    assert run.returncode != 0
-    assert re.search(r"ValueError: --load .*codewords is \[4, 32\].*--moe-air-num-clusters \(5\)", run.output)
-    assert "training ..." not in run.output
+def test_checkpoint_with_another_codebook_is_refused(pretrain, air_checkpoint):
+    flags = [*AIR, *EP2, "--moe-air-num-clusters", "5", "--train-iters", "5", "--load", air_checkpoint[1]]
+    run = pretrain(*flags, ranks=2, succeeds=False)
+    assert refused(run, "codebook.codewords is [4, 32], but --moe-air-num-clusters (5)")
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--moe-router-topk", "9"], "moe_router_topk (9) must not exceed moe_air_shortlist_size (8)"),
-        (["--moe-air-num-probes", "5"], "moe_air_num_probes (5) must not exceed moe_air_num_clusters (4)"),
-        (["--moe-air-codebook-ema", "1.0"], "moe_air_codebook_ema (1.0) must lie strictly between 0 and 1"),
-    ],
-    ids=["topk", "probes", "ema"],
-)
-def test_bad_flags_are_refused_before_training(pretrain, flags, message):
-    run = pretrain(*AIR, *flags, "--train-iters", "1", ranks=1, succeeds=False)
-    assert run.returncode != 0
-    assert f"ValueError: {message}" in run.output
-    assert "building GPT model" not in run.output and "training ..." not in run.output
+def test_bad_flags_are_refused(pretrain):
+    run = pretrain(*AIR, "--moe-router-topk", "9", "--train-iters", "1", ranks=1, succeeds=False)
+    assert refused(run, "ValueError: moe_router_topk (9) must not exceed moe_air_shortlist_size (8)")
 
 
-def test_missing_data_is_refused_before_training(pretrain, tmp_path):
-    run = pretrain(*AIR, "--data-path", tmp_path / "none", "--train-iters", "1", ranks=1, succeeds=False, data=False)
-    assert run.returncode != 0
-    assert re.search(r"ValueError: --data-path entry '.*none'.* does not exist", run.output)
+def test_missing_data_is_refused(pretrain, tmp_path):
+    missing = ["--data-path", tmp_path / "none"]
+    run = pretrain(*AIR, *missing, "--train-iters", "1", ranks=1, succeeds=False, data=False)
+    assert refused(run, f"ValueError: --data-path entry '{tmp_path / 'none'}'")
 
 
 def test_multi_token_prediction_layers_get_the_router(pretrain, tmp_path):
