@@ -50,7 +50,7 @@ lint: install  ## Check style and format
 	$(BIN)/ruff format --check .
 
 bench-router: install  ## Time the routers on this machine
-	$(BIN)/python benchmarks/run.py router
+	$(BIN)/python -W ignore benchmarks/run.py router
 
 clean:  ## Remove what the targets above make by default, .venv included
 	rm -rf $(VENV) data/stdlib out .pytest_cache .ruff_cache .hypothesis *.egg-info

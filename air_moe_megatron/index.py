@@ -7,11 +7,15 @@ import torch
 
 from air_moe_megatron.codebook import Codebook
 
+SOURCES = ("tokens", "experts")
+
 _EXPERTS_PER_CHUNK = 65_536
 _FIRST_LLOYD_STEPS = 10
 
 
-def top_scoring_lists(codewords, scale, weight, bias, shortlist_size, experts_per_chunk=_EXPERTS_PER_CHUNK):
+def top_scoring_lists(
+    codewords, scale, weight, bias, shortlist_size, selection=None, experts_per_chunk=_EXPERTS_PER_CHUNK
+):
     """List the experts that score highest at each codeword: the top-L of ``scale_c * <w_e, c> + b_e``.
 
     The experts are streamed in chunks, so that no [C, E] tensor is held for large E.
@@ -22,15 +26,20 @@ def top_scoring_lists(codewords, scale, weight, bias, shortlist_size, experts_pe
         weight: [E, H] expert centres, any float dtype.
         bias: [E] or None.
         shortlist_size: experts per list.
+        selection: None, or a function (scores [C, n], slice of the n experts) -> [C, n] of what to rank by instead.
     Returns:
         [C, L] int32, ascending expert ids.
     """
     best_scores = best_ids = None
     for first in range(0, weight.shape[0], experts_per_chunk):
-        chunk = weight[first : first + experts_per_chunk].float()
-        scores = codewords @ chunk.t()  # [C, chunk]
+        experts = slice(first, first + experts_per_chunk)
+        scores = codewords @ weight[experts].float().t()  # [C, chunk]
+        if bias is not None or selection is not None:
+            scores = scores * scale.unsqueeze(1)
         if bias is not None:
-            scores = scores * scale.unsqueeze(1) + bias[first : first + experts_per_chunk].float()
+            scores = scores + bias[experts].float()
+        if selection is not None:
+            scores = selection(scores, experts)
         scores, ids = scores.topk(min(shortlist_size, scores.shape[1]), dim=1)
         ids += first
         if best_scores is not None:
@@ -103,6 +112,8 @@ class ShortlistIndex(torch.nn.Module):
         self.refresh_interval = refresh_interval
         self.register_buffer("shortlist", torch.zeros(num_clusters, shortlist_size, dtype=torch.int32))
         self.register_buffer("built_at", torch.full((1,), -1, dtype=torch.int64))
+        # Saved, because lists and codewords of one source mean nothing to the other.
+        self.register_buffer("source_code", torch.tensor([SOURCES.index(source)]))
         self._built_at_on_host = -1
 
     def version(self, num_updates: int) -> int:
@@ -112,7 +123,7 @@ class ShortlistIndex(torch.nn.Module):
         return num_updates if num_updates <= interval else num_updates // interval * interval
 
     @torch.no_grad()
-    def refresh(self, codebook: Codebook, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    def refresh(self, codebook: Codebook, weight: torch.Tensor, bias: torch.Tensor | None, selection=None) -> bool:
         """Rebuild the lists if an update made that due; tells whether it did.
 
         Called at the start of a forward; a recomputed forward finds nothing due and sees the same lists.
@@ -124,7 +135,7 @@ class ShortlistIndex(torch.nn.Module):
             return False
         if self.source == "tokens":
             lists = top_scoring_lists(
-                codebook.codewords, codebook.typical_projections(), weight, bias, self.shortlist.shape[1]
+                codebook.codewords, codebook.typical_projections(), weight, bias, self.shortlist.shape[1], selection
             )
         else:
             if self._built_at_on_host < 0:
@@ -147,8 +158,14 @@ class ShortlistIndex(torch.nn.Module):
                 f"checkpoint holds {prefix}shortlist of shape {tuple(loaded.shape)}, but moe_air_num_clusters and "
                 f"moe_air_shortlist_size make it {tuple(self.shortlist.shape)}; train with the sizes of the checkpoint"
             )
+        source_code = state_dict.get(prefix + "source_code")
+        if source_code is not None and SOURCES[int(source_code)] != self.source:
+            raise ValueError(
+                f"moe_air_codebook_source ({self.source!r}) must be that of the checkpoint, "
+                f"{SOURCES[int(source_code)]!r}: codebooks and lists of one source mean nothing to the other"
+            )
         num_missing = len(missing_keys)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if strict and loaded is None and prefix + "built_at" not in state_dict:
+        if strict and not any(prefix + name in state_dict for name in ("shortlist", "built_at", "source_code")):
             del missing_keys[num_missing:]  # plain top-k routing has no lists: they are built in the first forward
         self._built_at_on_host = None

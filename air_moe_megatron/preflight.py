@@ -1,6 +1,7 @@
 """Checks that cost seconds and save the minutes until Megatron would find the same mistake, or would not find it."""
 
 import argparse
+import enum
 import json
 import os
 import struct
@@ -163,50 +164,62 @@ def _check_indexed_dataset(prefix: str, name: str) -> None:
         )
 
 
-def check_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> None:
+class Codebooks(enum.Enum):
+    """What the checkpoint that a run will load holds of its codebooks."""
+
+    ABSENT = "absent"  # an AIR run starts from a top-k checkpoint
+    AS_NEEDED = "as needed"  # also where no checkpoint is loaded
+
+
+def check_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Codebooks:
     """Compare the checkpoint that the run will load with its router, and say what will become of the codebooks.
 
     Reads the metadata of a ``torch_dist`` checkpoint; does not communicate. Between plain top-k and AIR only the
-    codebooks differ, so either loads into the other: a codebook that is missing is seeded from the first batch, one
-    that is not wanted is left. For the former, Megatron must be told to pass over keys that the checkpoint lacks
-    (``dist_ckpt_strictness``); every parameter is still required when the model takes up what was read.
+    codebooks differ, so either loads into the other: one that is missing is learned anew, one not wanted is left.
 
     Args:
-        args: Megatron's parsed and validated arguments; ``dist_ckpt_strictness`` may be changed.
+        args: Megatron's parsed and validated arguments.
         config: the transformer config of the run.
     Raises:
         ValueError: if the checkpoint holds codebooks or shortlists of other sizes.
     """
     found = _codebooks_in_checkpoint(args)
     if found is None:
-        return
+        return Codebooks.AS_NEEDED
     directory, shapes = found
-    is_air = getattr(config, "moe_router_type", "topk") == "air"
-    if not is_air:
+    if getattr(config, "moe_router_type", "topk") != "air":
         if shapes:
             print_rank_0(f"> {directory} was trained with AIR routing: its codebooks are left, its experts are loaded")
-        return
+        return Codebooks.AS_NEEDED
     if not shapes:
         print_rank_0(
             f"> {directory} was trained with top-k routing: expert centres are kept, codebooks are seeded from the "
             "first batch"
         )
-        if args.dist_ckpt_strictness == "assume_ok_unexpected":
-            args.dist_ckpt_strictness = "log_unexpected"
-        return
+        return Codebooks.ABSENT
     sizes = resolve_sizes(config)
     expected = {
-        "codebook.codewords": (sizes.num_clusters, config.hidden_size),
-        "index.shortlist": (sizes.num_clusters, sizes.shortlist_size),
+        "codebook.codewords": {
+            "--moe-air-num-clusters": sizes.num_clusters,
+            "--hidden-size": config.hidden_size,
+        },
+        "index.shortlist": {
+            "--moe-air-num-clusters": sizes.num_clusters,
+            "--moe-air-shortlist-size": sizes.shortlist_size,
+        },
     }
     for key, shape in shapes.items():
-        for name, own in expected.items():
-            if key.endswith(name) and tuple(shape[-2:]) != own:
+        for flag, own, in_checkpoint in (
+            (flag, own, size)
+            for name, flags in expected.items()
+            if key.endswith(name)
+            for (flag, own), size in zip(flags.items(), shape[-2:], strict=True)
+        ):
+            if own != in_checkpoint:
                 raise ValueError(
-                    f"--load '{directory}': {key} is {list(shape[-2:])}, but --moe-air-num-clusters "
-                    f"({sizes.num_clusters}), --moe-air-shortlist-size ({sizes.shortlist_size}) and --hidden-size "
-                    f"({config.hidden_size}) make it {list(own)}; train with the sizes of the checkpoint"
+                    f"--load '{directory}': {key} is {list(shape[-2:])}, so {flag} ({own}) must be {in_checkpoint}"
                 )
+    return Codebooks.AS_NEEDED
 
 
 def _codebooks_in_checkpoint(args) -> tuple[str, dict[str, tuple[int, ...]]] | None:

@@ -29,6 +29,11 @@ def main() -> None:
     from air_moe_megatron import cpu
 
     if "--cpu" in sys.argv:  # before Megatron is imported: it binds some of torch.cuda at import
+        if torch.cuda.is_available() and not cpu.is_enabled():
+            raise SystemExit(
+                "air_moe_megatron.pretrain: --cpu is for machines without a CUDA GPU, and this one has one; "
+                "leave it out, or hide the GPU with CUDA_VISIBLE_DEVICES="
+            )
         cpu.enable()
         cpu.set_rendezvous_defaults()
         sys.argv = cpu.with_required_flags(sys.argv)

@@ -58,6 +58,8 @@ class AIRRouter(TopKRouter):
         # No place stays empty: lists of source 'tokens' are full. Inverted lists may be short, and with several probes
         # a repeated candidate may stand in for an expert whose score underflows.
         self.always_complete = config.moe_air_codebook_source == "tokens" and self.sizes.num_probes == 1
+        # Set before a top-k checkpoint is loaded: the codebook is not asked of it. Loading sets it back.
+        self.is_codebook_left_out = False
         # Tokens each expert got since the last health line; for logs only.
         self.register_buffer("expert_load", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
 
@@ -180,7 +182,7 @@ class AIRRouter(TopKRouter):
     @torch.no_grad()
     def _coarse(self, hidden, keep, learning):
         """The lists to search, [C, L] int64, and which of them each token searches, [T, P]."""
-        self.index.refresh(self.codebook, self.weight, self.bias)
+        self.index.refresh(self.codebook, self.weight, self.bias, self._selection_score())
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
         codewords = assign(hidden, self.codebook.codewords, self.sizes.num_probes, allowed)
@@ -240,6 +242,25 @@ class AIRRouter(TopKRouter):
         routing_map = torch.zeros(num_tokens, width, dtype=torch.bool, device=ids.device)
         routing_map[rows, ids] = True
         return probs[:, : self.num_experts], routing_map[:, : self.num_experts]
+
+    def _selection_score(self):
+        """What the top-k ranks by, where that is not the order of the scores: a function (scores [C, n], experts)."""
+        if self.expert_bias is None:
+            return None
+        activation = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda s: torch.nn.functional.softplus(s).sqrt()}
+        return lambda scores, experts: activation[self.score_function](scores) + self.expert_bias[experts]
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """As Megatron's; without codebook and lists while a checkpoint that holds none is being loaded."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.is_codebook_left_out:
+            left_out = (f"{prefix}codebook.", f"{prefix}index.")
+            state = {key: value for key, value in state.items() if not key.startswith(left_out)}
+        return state
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.is_codebook_left_out = False
+        return super()._load_from_state_dict(*args, **kwargs)
 
     def _needs_aux_scores(self) -> bool:
         return self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled()

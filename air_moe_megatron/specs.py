@@ -10,8 +10,9 @@ import functools
 import inspect
 
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
+from air_moe_megatron.compat import require_supported_megatron
 from air_moe_megatron.config import validate
 from air_moe_megatron.router import AIRRouter
 
@@ -28,6 +29,7 @@ def with_air_router(spec, config):
     """
     if spec is None or getattr(config, "moe_router_type", "topk") == "topk":
         return spec
+    require_supported_megatron()
     validate(config)
     return _rewrite(spec)
 
@@ -44,7 +46,7 @@ def _rewrite(spec):
         keywords = {**spec.keywords, "submodules": _replace(submodules, router=AIRRouter)}
         return functools.partial(spec.func, *spec.args, **keywords)
     if isinstance(spec, ModuleSpec):
-        if isinstance(spec.submodules, MoESubmodules) and issubclass(spec.module, MoELayer):
+        if isinstance(spec.submodules, MoESubmodules) and issubclass(get_module(spec), MoELayer):
             return _replace(spec, submodules=_replace(spec.submodules, router=AIRRouter))
         return _replace(spec, submodules=_rewrite_submodules(spec.submodules))
     return spec

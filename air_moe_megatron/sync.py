@@ -13,6 +13,7 @@ import functools
 import logging
 
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
 
 from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.router import AIRRouter
@@ -37,7 +38,8 @@ def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = Non
     """All-reduce the accumulated statistics of all AIR routers in ``modules`` and apply the update.
 
     Every rank of the group must call it with the same routers. Sums are reduced first and divided after, so that N
-    ranks equal one rank on all their tokens; all ranks get bitwise the same codebooks. Waits for the device once.
+    ranks equal one rank on all their tokens; all ranks get bitwise the same codebooks. Waits for the device: once for
+    all routers, and for each router while it looks for starved codewords.
 
     Args:
         modules: a module or a list of modules (all model chunks of the pipeline stage).
@@ -69,17 +71,40 @@ def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = Non
     return finite.count(False)
 
 
-def commit_step(model, iteration: int) -> None:
-    """Apply the codebook updates of a successful step, and log the routing health where Megatron logs.
+def require_air_routers(model) -> list:
+    """Check that every router of a model for AIR routing is one, whatever spec it was built from.
+
+    Args:
+        model: Megatron's list of model chunks.
+    Returns:
+        The same list, as Megatron's hooks must.
+    Raises:
+        ValueError: naming the module that kept Megatron's router.
+    """
+    for chunk in model:
+        for name, module in chunk.named_modules():
+            if isinstance(module, TopKRouter) and not isinstance(module, AIRRouter):
+                raise ValueError(
+                    f"moe_router_type 'air' did not reach {name}, a {type(module).__name__}: its layer spec must build "
+                    "MoE layers with MoESubmodules, whose router can be replaced"
+                )
+    return model
+
+
+def finish_step(model, iteration: int, successful: bool) -> None:
+    """End a training step: update the codebooks if it succeeded, and log the routing health where Megatron logs.
 
     Args:
         model: Megatron's list of model chunks.
         iteration: the step's number, counted from 1 as in Megatron's log.
+        successful: whether the optimizer has stepped.
+    Raises:
+        ValueError: as :func:`require_air_routers`.
     """
     from air_moe_megatron.diagnostics import log_health
 
-    routers = air_routers(model)
-    if routers:
+    routers = air_routers(require_air_routers(model))
+    if successful and routers:
         update_codebooks(model, routers[0].tp_dp_cp_group)
     log_health(model, iteration)
 
@@ -109,8 +134,7 @@ def codebook_updates():
 
         results = original(forward_step_func, data_iterator, model, optimizer, scheduler, config, attempt, **kwargs)
         skipped = results[1]
-        if not skipped:
-            commit_step(model, kwargs["iteration"] + 1)
+        finish_step(model, kwargs["iteration"] + 1, successful=not skipped)
         return results
 
     training.train_step = train_step

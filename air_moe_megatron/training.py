@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron.core.enums import ModelType
 from megatron.core.package_info import __version__ as megatron_core_version
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import import_module
 from megatron.core.utils import get_te_version, get_torch_version
 from megatron.training import inprocess_restart, pretrain, print_rank_0, set_startup_timestamps
@@ -26,9 +25,8 @@ from air_moe_megatron import preflight
 from air_moe_megatron.arguments import add_air_arguments, transformer_config_from_args
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.compat import repair_help, require_supported_megatron
-from air_moe_megatron.router import AIRRouter
 from air_moe_megatron.specs import air_layer_spec, mtp_specs_with_air_router
-from air_moe_megatron.sync import codebook_updates
+from air_moe_megatron.sync import air_routers, codebook_updates, require_air_routers
 
 
 def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -70,23 +68,16 @@ def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridM
     return config
 
 
-def require_air_routers(model: list) -> list:
-    """Check that every router of a model built for AIR routing is one, whatever spec it came from.
+def leave_out_codebooks(model: list) -> list:
+    """Have the routers of a model not ask the checkpoint, which holds none, for codebooks.
 
     Args:
         model: Megatron's list of model chunks.
     Returns:
         The same list, as Megatron's hooks must.
-    Raises:
-        ValueError: naming the module that kept Megatron's router.
     """
-    for chunk in model:
-        for name, module in chunk.named_modules():
-            if isinstance(module, TopKRouter) and not isinstance(module, AIRRouter):
-                raise ValueError(
-                    f"--moe-router-type air: {name} is a {type(module).__name__}; the layer spec (--spec) must build "
-                    "its MoE layers with MoESubmodules, whose router can be replaced"
-                )
+    for router in air_routers(model):
+        router.is_codebook_left_out = True
     return model
 
 
@@ -166,6 +157,7 @@ def train(program_start: float | None = None) -> None:
     refuse_unsupported(args)
     preflight.check_data(args)
     model_config = model_config_from_args(args)
-    preflight.check_checkpoint(args, model_config.transformer)
+    if preflight.check_checkpoint(args, model_config.transformer) == preflight.Codebooks.ABSENT:
+        model_config.pre_wrap_hooks.append(leave_out_codebooks)
     pretrain_func, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, args.moe_router_type)

@@ -7,7 +7,9 @@ from functools import partial
 
 import torch
 
-from benchmarks.measure import clock, environment, interleave
+from air_moe_megatron.index import top_scoring_lists
+from air_moe_megatron.ops.fine_scores.naive import naive_fine_scores
+from benchmarks.measure import Timing, clock, environment, interleave
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,8 @@ def run(args) -> list[dict]:
     """Check that AIR with full lists equals top-k, then time both with the sizes asked for.
 
     Three contenders: ``TopKRouter.forward``; ``AIRRouter.route``, whose result is compact; ``AIRRouter.forward``,
-    which makes Megatron's dense maps of it for the stock dispatchers.
+    which makes Megatron's dense maps of it for the stock dispatchers. Two more rows are what AIR pays beside its steps:
+    the codebook's update, once per global batch, and the rebuild of the shortlists, once per refresh interval.
     """
     warnings.filterwarnings("ignore", message="Using a large number of experts")
     warnings.filterwarnings("ignore", message="moe_ffn_hidden_size is not set")
@@ -34,6 +37,8 @@ def run(args) -> list[dict]:
         from air_moe_megatron import cpu
 
         cpu.enable()
+    from air_moe_megatron.sync import update_codebooks
+
     pg_collection = _process_groups(device)
     _gate(pg_collection, device)
 
@@ -44,6 +49,9 @@ def run(args) -> list[dict]:
         air.weight.copy_(topk.weight)
     hidden = torch.randn(args.tokens, 1, args.hidden, device=device)
     _settle(air, hidden)
+    _gate_at_size(air, hidden)
+    twin = _router("air", args, pg_collection, device)  # learns, while the timed one keeps its lists
+    _settle(twin, hidden)
     sparse_grad = torch.randn(args.tokens, args.topk, device=device)
     dense_grad = torch.randn(args.tokens, args.experts, device=device)
     timings = interleave(
@@ -51,6 +59,8 @@ def run(args) -> list[dict]:
             "TopKRouter.forward": lambda: _step(lambda x: topk(x)[0], topk, hidden, dense_grad),
             "AIRRouter.route": lambda: _step(lambda x: air.route(x).probs, air, hidden, sparse_grad),
             "AIRRouter.forward": lambda: _step(lambda x: air(x)[0], air, hidden, dense_grad),
+            "codebook update": lambda: _timed(device, lambda: update_codebooks(twin)),
+            "shortlist rebuild": lambda: _timed(device, lambda: _rebuild(twin)),
         },
         args.repetitions,
         args.warmup,
@@ -67,8 +77,8 @@ def run(args) -> list[dict]:
     rows = []
     for name, phases in timings.items():
         row = {"contender": name, **shared}
-        for phase, timing in phases.items():
-            row |= timing.columns(phase)
+        for phase in ("forward", "backward", "total"):
+            row |= phases[phase].columns(phase) if phase in phases else dict.fromkeys(Timing([0.0]).columns(phase), "")
         ratio = reference / phases["total"].median
         row |= {"times_faster": round(ratio, 2), "repetitions": args.repetitions, **environment(device)}
         rows.append(row)
@@ -127,6 +137,47 @@ def _step(forward, router, hidden, grad):
     probs.backward(grad)
     end = clock(hidden.device)
     return {"forward": middle - start, "backward": end - middle, "total": end - start}
+
+
+def _timed(device, work):
+    start = clock(device)
+    work()
+    return {"total": clock(device) - start}
+
+
+def _rebuild(air):
+    lists = top_scoring_lists(
+        air.codebook.codewords, air.codebook.typical_projections(), air.weight, None, air.sizes.shortlist_size
+    )
+    air.index.shortlist.copy_(lists)
+
+
+def _gate_at_size(air, hidden, num_checked=64):
+    """At the sizes to be timed: experts, probabilities and gradients of some tokens against a direct computation."""
+    tokens = hidden[:, 0].clone().requires_grad_()
+    routes = air.route(tokens)
+    every = max(1, tokens.shape[0] // num_checked)
+    grad = torch.zeros_like(routes.probs)
+    grad[::every] = torch.randn_like(grad[::every])
+    routes.probs.backward(grad)
+    found = [routes.probs[::every], tokens.grad[::every], air.weight.grad]
+    air.weight.grad = None
+
+    exact = hidden[::every, 0].clone().requires_grad_()
+    candidates = air.index.shortlist[routes.codewords[::every, 0]].long()
+    scores = naive_fine_scores(
+        exact, air.weight, None, air.index.shortlist, routes.codewords[::every], torch.float32
+    ).squeeze(1)
+    top, places = scores.topk(air.topk, dim=1)
+    if not torch.equal(candidates.gather(1, places), routes.topk_ids[::every].long()):
+        raise AssertionError("the experts of some tokens are not the best of their shortlists")
+    probs = top.softmax(dim=1)
+    probs.backward(grad[::every])
+    for name, expected, got in zip(
+        ("probs", "input grad", "weight grad"), (probs, exact.grad, air.weight.grad), found, strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=partial("{}: {}".format, name))
+    logger.info("gate passed: %d tokens at the timed sizes equal a direct computation", grad[::every].shape[0])
 
 
 def _gate(pg_collection, device):

@@ -1,28 +1,40 @@
 #!/usr/bin/env bash
-# Pretrain a byte-level GPT with AIR routing on the source text of Python's standard library: two expert-parallel ranks,
-# on CPU with gloo, or on two GPUs with NCCL where there are two. `make train` runs this after making the data.
+# Pretrain a byte-level GPT with AIR routing on the source text of Python's standard library: two expert-parallel ranks
+# on CPU with gloo, or on GPUs with NCCL where there are any (one rank on a single GPU). `make train` runs this after
+# making the data; flags given to it are added to the command, e.g. `--load out/demo/checkpoint --train-iters 600`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python}
 DATA=${DATA:-data/stdlib}
 OUT=${OUT:-out/demo}
-GPUS=$("$PYTHON" -W ignore -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null)
-if [ "$GPUS" -ge 2 ]; then DEVICE=(--bf16); else DEVICE=(--cpu); export OMP_NUM_THREADS=1; fi
 
+RANKS=2
+GPUS=$("$PYTHON" -W ignore -c 'import torch; print(torch.cuda.device_count())')
+if [ "$GPUS" = 0 ]; then
+  DEVICE=(--cpu)
+  export OMP_NUM_THREADS=1
+else
+  # Megatron's own layers, as Transformer Engine and Apex may be missing.
+  DEVICE=(
+    --bf16 --transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
+    --no-persist-layer-norm --no-rope-fusion --no-bias-dropout-fusion
+  )
+  if [ "$GPUS" = 1 ]; then RANKS=1; fi
+fi
 MODEL=(
   --num-layers 3 --hidden-size 128 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
   --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
   --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --ffn-hidden-size 256
 )
 MOE=(
-  --num-experts 64 --moe-ffn-hidden-size 64 --moe-router-topk 4 --moe-router-dtype fp32
+  --num-experts 64 --moe-ffn-hidden-size 64 --moe-router-topk 4 --moe-router-dtype fp32 --moe-layer-freq "[0]+[1]*2"
   --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01
-  --moe-token-dispatcher-type alltoall --expert-model-parallel-size 2
+  --moe-token-dispatcher-type alltoall --expert-model-parallel-size "$RANKS"
 )
 AIR=(--moe-router-type air)
 TRAINING=(
-  --micro-batch-size 8 --global-batch-size 16 --train-iters 300 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine
+  --micro-batch-size 8 --global-batch-size 16 --train-iters 300 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine
   --lr-warmup-fraction 0.05 --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95 --seed 1234
 )
 DATASET=(
@@ -30,11 +42,23 @@ DATASET=(
   --train-data-path "$DATA/stdlib_train" --valid-data-path "$DATA/stdlib_valid" --test-data-path "$DATA/stdlib_test"
 )
 OUTPUT=(
-  --log-interval 20 --eval-interval 150 --eval-iters 10 --save "$OUT/checkpoint" --save-interval 300
+  --log-interval 20 --eval-interval 100 --eval-iters 10 --save "$OUT/checkpoint" --save-interval 300
   --tensorboard-dir "$OUT/tensorboard"
 )
 
 mkdir -p "$OUT"
-"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m air_moe_megatron.pretrain \
+"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" -m air_moe_megatron.pretrain \
   "${DEVICE[@]}" "${MODEL[@]}" "${MOE[@]}" "${AIR[@]}" "${TRAINING[@]}" "${DATASET[@]}" "${OUTPUT[@]}" "$@" \
   2>&1 | tee "$OUT/train.log"
+
+# Megatron prints nats per token, and a token is a byte.
+NATS=$(grep 'on validation set | lm loss value' "$OUT/train.log" | tail -n 1 | sed -E 's/.*lm loss value: ([0-9.E+-]+).*/\1/')
+"$PYTHON" -c "
+import math, sys
+nats = float(sys.argv[1])
+print(f'''
+validation: {nats / math.log(2):.3f} bits per byte, perplexity {math.exp(nats):.2f} per byte
+checkpoint:  {sys.argv[2]}/checkpoint
+log:         {sys.argv[2]}/train.log
+TensorBoard: tensorboard --logdir {sys.argv[2]}/tensorboard
+data:        {sys.argv[3]}''')" "$NATS" "$OUT" "$DATA"

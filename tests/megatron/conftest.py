@@ -29,7 +29,6 @@ MODEL = [
     *("--moe-token-dispatcher-type", "alltoall"),
     *("--tokenizer-type", "NullTokenizer", "--vocab-size", VOCABULARY, "--make-vocab-size-divisible-by", "1"),
     *("--micro-batch-size", "2", "--global-batch-size", GLOBAL_BATCH, "--lr", "1e-2", "--lr-decay-style", "constant"),
-    *("--lr-decay-iters", "100"),
     *("--log-interval", "1", "--eval-interval", "1000", "--eval-iters", "1", "--seed", "7"),
 ]
 AIR = ["--moe-router-type", "air", "--moe-air-num-clusters", "4", "--moe-air-shortlist-size", "8"]

@@ -11,6 +11,7 @@ HIDDEN = 32
 ROUTER = "decoder.layers.mlp.router."
 TOKENS = GLOBAL_BATCH * SEQUENCE  # per global batch
 FIRST_DECAY = 0.1  # window_decay of the first update
+LONGER = "--override-opt-param-scheduler"  # the run that goes on has more steps than the one before
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 
 
@@ -42,7 +43,8 @@ def topk_checkpoint(pretrain, tmp_path_factory):
 def air_checkpoint(pretrain, topk_checkpoint, tmp_path_factory):
     """Two AIR steps that go on from the top-k checkpoint: the run and its checkpoint."""
     directory = tmp_path_factory.mktemp("air")
-    run = pretrain(*AIR, *EP2, "--train-iters", "4", "--load", topk_checkpoint, *save_flags(directory, 4))
+    load = ["--load", topk_checkpoint, LONGER]
+    run = pretrain(*AIR, *EP2, *load, "--train-iters", "4", *save_flags(directory, 4))
     return run, directory
 
 
@@ -127,7 +129,8 @@ def test_parameters_and_optimizer_of_a_topk_checkpoint_are_kept(pretrain, topk_c
 
 
 def test_air_checkpoint_loads_into_a_topk_run(pretrain, air_checkpoint, tmp_path):
-    run = pretrain(*EP2, "--train-iters", "5", "--load", air_checkpoint[1], *save_flags(tmp_path, 5))
+    load = ["--load", air_checkpoint[1], LONGER]
+    run = pretrain(*EP2, *load, "--train-iters", "5", *save_flags(tmp_path, 5))
     assert "its codebooks are left, its experts are loaded" in run.output
     assert list(run.steps) == [5]
     assert not any("codebook" in key for key in read_checkpoint(tmp_path, 5))
@@ -136,7 +139,7 @@ def test_air_checkpoint_loads_into_a_topk_run(pretrain, air_checkpoint, tmp_path
 def test_checkpoint_with_another_codebook_is_refused(pretrain, air_checkpoint):
     flags = [*AIR, *EP2, "--moe-air-num-clusters", "5", "--train-iters", "5", "--load", air_checkpoint[1]]
     run = pretrain(*flags, ranks=2, succeeds=False)
-    assert refused(run, "codebook.codewords is [4, 32], but --moe-air-num-clusters (5)")
+    assert refused(run, "codebook.codewords is [4, 32], so --moe-air-num-clusters (5) must be 4")
 
 
 def test_bad_flags_are_refused(pretrain):

@@ -40,7 +40,7 @@ def test_scores_pass_through_and_gradients_equal_naive(dtype, router_dtype):
     ):
         assert got.dtype == wanted.dtype
         error = (got.double() - wanted.double()).abs().max() / wanted.double().abs().max()
-        assert error <= TOLERANCES[dtype], name
+        assert error <= max(TOLERANCES[dtype], TOLERANCES[router_dtype or dtype]), name
 
 
 def test_an_absent_expert_gets_no_gradient_whatever_arrives():

@@ -271,3 +271,26 @@ def test_a_checkpoint_of_another_shape_is_refused(shape):
     message = str(error.value)
     assert "moe_air_num_clusters" in message and "moe_air_shortlist_size" in message
     assert str(shape) in message and "(5, 6)" in message
+
+
+def test_lists_rank_by_what_the_top_k_ranks_by():
+    codewords, weight = torch.eye(2, 4), torch.zeros(5, 4)
+    weight[:, 0] = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0])
+    favour = torch.tensor([0.0, 0.0, 0.0, 0.0, 2.0])
+    lists = top_scoring_lists(
+        codewords,
+        torch.ones(2),
+        weight,
+        None,
+        2,
+        selection=lambda scores, experts: torch.sigmoid(scores) + favour[experts],
+        experts_per_chunk=2,
+    )
+    assert lists[0].tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("saved, loading", [("tokens", "experts"), ("experts", "tokens")])
+def test_lists_of_the_other_source_are_refused(saved, loading):
+    state = ShortlistIndex(4, 3, saved, 10).state_dict()
+    with pytest.raises(ValueError, match=f"moe_air_codebook_source \\('{loading}'\\) must be .* '{saved}'"):
+        ShortlistIndex(4, 3, loading, 10).load_state_dict(state)

@@ -627,3 +627,18 @@ def test_specs_validate_the_config():
     config.moe_air_num_probes = 0
     with pytest.raises(ValueError, match=r"moe_air_num_probes \(0\)"):
         with_air_router([], config)
+
+
+def test_an_expert_that_its_bias_favours_gets_into_the_lists(megatron_cpu):
+    router = make_router(
+        megatron_cpu,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_air_refresh_interval=1,
+    )
+    router.route(make_hidden(1))
+    update_codebooks(router)
+    unlisted = next(e for e in range(router.num_experts) if not (router.index.shortlist == e).any())
+    router.expert_bias[unlisted] = 10.0
+    routes = router.route(make_hidden(1))
+    assert (routes.topk_ids == unlisted).any(dim=1).all()

@@ -21,7 +21,7 @@ def fine_scores(
     """Score every token against the experts of its codewords' shortlists: ``z_e = <w_e, h> + b_e``.
 
     Tokens are grouped by codeword, so that each shortlist is one dense tile. Differentiable in hidden, weight and
-    bias. Waits for the device once (the sizes of the groups).
+    bias. Waits for the device, for the sizes of the groups.
 
     Args:
         hidden: [T, H], tokens.

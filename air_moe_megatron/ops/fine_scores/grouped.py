@@ -105,8 +105,8 @@ class _GroupedFineScores(torch.autograd.Function):
         sorted_grad = grad_scores.reshape(-1, grad_scores.shape[-1]).index_select(0, groups.order)  # [R, L]
         rows = hidden.index_select(0, groups.order // num_probes).to(dtype) if need_weight else None
         grad_rows = sorted_grad.new_zeros(sorted_grad.shape[0], hidden_size) if need_hidden else None
-        grad_weight = sorted_grad.new_zeros(weight.shape) if need_weight else None
         wide = torch.promote_types(dtype, torch.float32)  # sums over many lists lose digits in bf16
+        grad_weight = sorted_grad.new_zeros(weight.shape, dtype=wide) if need_weight else None
         grad_bias = sorted_grad.new_zeros(bias.shape, dtype=wide) if need_bias else None
         buffer = _buffer_for(groups, hidden_size, weight, dtype)
         for ids, spans in groups.chunks:
@@ -122,7 +122,7 @@ class _GroupedFineScores(torch.autograd.Function):
                 grad_centres = buffer[: ids.numel()]
                 for places, experts, length in tiles:
                     torch.mm(sorted_grad[places, :length].t(), rows[places], out=grad_centres[experts])
-                grad_weight.index_add_(0, ids, grad_centres)
+                grad_weight.index_add_(0, ids, grad_centres.to(wide))
             if need_bias:
                 sums = [sorted_grad[places, :length].sum(dim=0, dtype=wide) for places, _, length in tiles]
                 grad_bias.index_add_(0, ids, torch.cat(sums))

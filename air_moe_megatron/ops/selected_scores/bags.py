@@ -31,13 +31,14 @@ class _BaggedSelectedScores(torch.autograd.Function):
         if need_weight or need_bias:
             order = ids.reshape(-1).argsort(stable=True)
             weights = grad_scores.reshape(-1)[order]
-            counts = torch.bincount(ids.reshape(-1), minlength=weight.shape[0])
+            counts = torch.zeros(weight.shape[0], dtype=torch.int64, device=ids.device)
+            counts.index_add_(0, ids.reshape(-1), torch.ones_like(order))
             first = counts.cumsum(0) - counts
             if need_weight:
                 tokens = order // num_selected
                 grad_weight = embedding_bag(tokens, hidden.to(dtype), first, per_sample_weights=weights, mode="sum")
             if need_bias:
-                grad_bias = torch.segment_reduce(weights.double(), "sum", lengths=counts, initial=0)
+                grad_bias = torch.segment_reduce(weights.double(), "sum", lengths=counts, initial=0, unsafe=True)
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
