@@ -79,8 +79,9 @@ def run(args) -> list[dict]:
         row = {"contender": name, **shared}
         for phase in ("forward", "backward", "total"):
             row |= phases[phase].columns(phase) if phase in phases else dict.fromkeys(Timing([0.0]).columns(phase), "")
-        ratio = reference / phases["total"].median
-        row |= {"times_faster": round(ratio, 2), "repetitions": args.repetitions, **environment(device)}
+        is_router = "forward" in phases
+        ratio = round(reference / phases["total"].median, 2) if is_router else ""
+        row |= {"times_faster": ratio, "repetitions": args.repetitions, **environment(device)}
         rows.append(row)
     torch.distributed.destroy_process_group()
     return rows

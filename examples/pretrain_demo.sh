@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrain a byte-level GPT with AIR routing on the source text of Python's standard library: two expert-parallel ranks
 # on CPU with gloo, or on GPUs with NCCL where there are any (one rank on a single GPU). `make train` runs this after
-# making the data; flags given to it are added to the command, e.g. `--load out/demo/checkpoint --train-iters 600`.
+# making the data; flags given to it are added to the command, e.g. `--load out/demo/checkpoint --train-iters 400`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,21 +28,21 @@ MODEL=(
   --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --ffn-hidden-size 256
 )
 MOE=(
-  --num-experts 64 --moe-ffn-hidden-size 64 --moe-router-topk 4 --moe-router-dtype fp32 --moe-layer-freq "[0]+[1]*2"
+  --num-experts 64 --moe-ffn-hidden-size 64 --moe-router-topk 4 --moe-router-dtype fp32
   --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01
   --moe-token-dispatcher-type alltoall --expert-model-parallel-size "$RANKS"
 )
 AIR=(--moe-router-type air)
 TRAINING=(
-  --micro-batch-size 8 --global-batch-size 16 --train-iters 300 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine
-  --lr-warmup-fraction 0.05 --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95 --seed 1234
+  --micro-batch-size 8 --global-batch-size 16 --train-iters 200 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine
+  --lr-warmup-fraction 0.05 --init-method-std 0.06 --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95 --seed 1234
 )
 DATASET=(
   --tokenizer-type NullTokenizer --vocab-size 257 --make-vocab-size-divisible-by 1
   --train-data-path "$DATA/stdlib_train" --valid-data-path "$DATA/stdlib_valid" --test-data-path "$DATA/stdlib_test"
 )
 OUTPUT=(
-  --log-interval 20 --eval-interval 100 --eval-iters 10 --save "$OUT/checkpoint" --save-interval 300
+  --log-interval 20 --eval-interval 100 --eval-iters 20 --save "$OUT/checkpoint" --save-interval 200
   --tensorboard-dir "$OUT/tensorboard"
 )
 
