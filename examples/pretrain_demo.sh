@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Pretrain a byte-level GPT with AIR routing on the source text of Python's standard library: two expert-parallel ranks
 # on CPU with gloo, or on GPUs with NCCL where there are any (one rank on a single GPU). `make train` runs this after
-# making the data; flags given to it are added to the command, e.g. `--load out/demo/checkpoint --train-iters 400`.
+# making the data; flags given to it are added to the command. To go on from its checkpoint:
+# `--load out/demo/checkpoint --train-iters 400 --override-opt-param-scheduler`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
