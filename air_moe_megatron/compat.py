@@ -6,7 +6,7 @@ import dataclasses
 from packaging.version import Version
 
 SUPPORTED_MEGATRON = ("0.19", "0.20")
-"""megatron-core versions that this package is tested with: from the first, below the second."""
+"""megatron-core versions that this package accepts: from the first, below the second. The tests run on 0.19.2."""
 
 
 def require_supported_megatron() -> None:
@@ -22,7 +22,7 @@ def require_supported_megatron() -> None:
         raise ImportError("air_moe_megatron needs megatron-core 0.19; install air_moe_megatron[train]") from error
     if not first <= Version(Version(version).base_version) < end:
         raise ImportError(
-            f"megatron-core {version} is not supported: air_moe_megatron is tested with >= {first}, < {end}"
+            f"megatron-core {version} is not supported: air_moe_megatron needs >= {first}, < {end}"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-# Below this many experts an exact router is cheap and the automatic sizes would cover every expert anyway.
+# The automatic sizes go no lower: so few experts are cheap to score exactly.
 _MIN_AUTO_SIZE = 16
 
 
