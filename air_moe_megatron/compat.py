@@ -21,9 +21,7 @@ def require_supported_megatron() -> None:
     except ImportError as error:
         raise ImportError("air_moe_megatron needs megatron-core 0.19; install air_moe_megatron[train]") from error
     if not first <= Version(Version(version).base_version) < end:
-        raise ImportError(
-            f"megatron-core {version} is not supported: air_moe_megatron needs >= {first}, < {end}"
-        )
+        raise ImportError(f"megatron-core {version} is not supported: air_moe_megatron needs >= {first}, < {end}")
 
 
 def megatron_has_our_fields() -> bool:
