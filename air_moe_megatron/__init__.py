@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AIRMoEConfig": "config",
+    "AIRMoELayer": "layer",
     "AIRRouter": "router",
     "Routes": "router",
     "air_layer_spec": "specs",

@@ -43,6 +43,15 @@ class AIRFields:
     moe_air_refresh_interval: int = 10
     """Rebuild the shortlists every this many codebook updates (and after each of the first this many)."""
 
+    moe_dispatch: Literal["stock", "compact"] = "stock"
+    """How tokens reach their experts: 'stock' is the dispatcher that moe_token_dispatcher_type names, 'compact' sends a
+    token once to each expert-parallel rank that holds any of its experts, without dense maps (needs
+    moe_granular_experts)."""
+
+    moe_granular_experts: bool = False
+    """Keep the experts of a rank in one tensor per projection, for very many tiny experts, instead of one module each;
+    moe_ffn_hidden_size may be as small as 1."""
+
 
 @dataclass
 class AIRMoEConfig(TransformerConfig, AIRFields):
@@ -111,6 +120,81 @@ def validate(config: TransformerConfig) -> None:
     _validate_codebook(config)
     _validate_sizes(config)
     _refuse_unsupported(config)
+    if config.moe_granular_experts:
+        validate_experts(config)
+    _validate_dispatch(config)
+
+
+def validate_experts(config: TransformerConfig) -> None:
+    """Refuse what granular experts cannot do; each refusal says why.
+
+    Raises:
+        ValueError: naming the field, its value and the reason.
+    """
+    refuse = _refusal(config, "moe_granular_experts (True)")
+    if config.expert_tensor_parallel_size is not None and config.expert_tensor_parallel_size > 1:
+        refuse("expert_tensor_parallel_size", "an expert of a few rows is not split; use expert_model_parallel_size")
+    if config.add_bias_linear:
+        refuse("add_bias_linear", "tiny experts have no biases; add --disable-bias-linear")
+    if config.moe_ffn_hidden_size is None or config.moe_ffn_hidden_size < 1:
+        refuse("moe_ffn_hidden_size", "it must be at least 1")
+    rows = config.moe_ffn_hidden_size * (2 if config.gated_linear_unit else 1)
+    local_experts = config.num_moe_experts // config.expert_model_parallel_size
+    if local_experts * rows >= 2**31:
+        raise ValueError(
+            f"num_moe_experts ({config.num_moe_experts}) over expert_model_parallel_size "
+            f"({config.expert_model_parallel_size}) with {rows} rows each makes {local_experts * rows} rows on a rank: "
+            "they must be fewer than 2^31"
+        )
+    for field in ("fp8", "fp4", "moe_latent_size", "moe_mlp_glu_interleave_size"):
+        if getattr(config, field) is not None:
+            refuse(field, "it belongs to Transformer Engine's experts")
+    for field in ("moe_single_grouped_weight", "use_te_activation_func", "moe_paged_stash", "use_kitchen"):
+        if getattr(config, field):
+            refuse(field, "it belongs to Transformer Engine's experts")
+    if config.moe_apply_probs_on_input:
+        refuse("moe_apply_probs_on_input", "the probs weigh the activations of each expert")
+    if "moe_act" in (config.recompute_modules or []) and config.recompute_granularity == "selective":
+        refuse("recompute_modules", "'moe_act' recomputes Megatron's own experts; recompute 'moe' instead")
+    if config.fine_grained_activation_offloading and {"expert_fc1", "moe_act"} & set(config.offload_modules):
+        refuse("offload_modules", "'expert_fc1' and 'moe_act' offload Megatron's own experts")
+    for field in ("delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad"):
+        if getattr(config, field):
+            refuse(field, "the gradients of these experts are made in one pass")
+
+
+def _validate_dispatch(config):
+    if config.moe_dispatch not in ("stock", "compact"):
+        raise ValueError(f"moe_dispatch ({config.moe_dispatch!r}) must be 'stock' or 'compact'")
+    if config.moe_dispatch == "stock":
+        return
+    refuse = _refusal(config, "moe_dispatch 'compact'")
+    if not config.moe_granular_experts:
+        refuse("moe_granular_experts", "the other experts want K copies of each token; add --moe-granular-experts")
+    if config.num_moe_experts >= 2**31:
+        refuse("num_moe_experts", "expert ids are int32")
+    if config.moe_expert_capacity_factor is not None:
+        refuse("moe_expert_capacity_factor", "tokens are dropped on Megatron's dense maps")
+    if config.moe_expert_rank_capacity_factor is not None:
+        refuse("moe_expert_rank_capacity_factor", "no token is dropped")
+    if config.moe_shared_expert_overlap:
+        refuse("moe_shared_expert_overlap", "only Megatron's own dispatchers run the shared expert between their steps")
+    if config.moe_token_dispatcher_type == "flex":
+        refuse("moe_token_dispatcher_type", "DeepEP's buffers would be made and not used; leave it at 'allgather'")
+    if config.overlap_moe_expert_parallel_comm:
+        refuse("overlap_moe_expert_parallel_comm", "its schedule has not been tested with this dispatcher")
+    for field in ("moe_permute_fusion", "moe_router_padding_for_quantization", "moe_router_padding_for_fp8"):
+        if getattr(config, field):
+            refuse(field, "tokens are not permuted by expert")
+
+
+def _refusal(config, cause):
+    """A function (field, reason) that raises the ValueError which says that the cause excludes the field's value."""
+
+    def refuse(field, reason):
+        raise ValueError(f"{field} ({getattr(config, field)!r}) is not supported with {cause}: {reason}")
+
+    return refuse
 
 
 def _validate_codebook(config):
@@ -170,9 +254,7 @@ def _validate_sizes(config):
 def _refuse_unsupported(config):
     """Refuse what cannot keep Megatron's meaning with a shortlist; each refusal says why."""
 
-    def refuse(field, reason):
-        raise ValueError(f"{field} ({getattr(config, field)!r}) is not supported with moe_router_type 'air': {reason}")
-
+    refuse = _refusal(config, "moe_router_type 'air'")
     balancing = config.moe_router_load_balancing_type
     for kind in [balancing] if isinstance(balancing, str) else balancing:
         if kind == "sinkhorn":

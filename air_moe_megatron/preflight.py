@@ -1,12 +1,14 @@
 """Checks that cost seconds and save the minutes until Megatron would find the same mistake, or would not find it."""
 
 import argparse
+import dataclasses
 import enum
 import json
 import os
 import struct
 from collections.abc import Iterator
 
+import torch
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, get_bin_path, get_idx_path
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.dist_checkpointing import check_is_distributed_checkpoint, load_tensors_metadata
@@ -164,6 +166,45 @@ def _check_indexed_dataset(prefix: str, name: str) -> None:
         )
 
 
+def check_agreement(config: TransformerConfig, model: list) -> list:
+    """Refuse a start in which ranks were given different settings, which would hang or train different models.
+
+    Every rank must call it. Communicates: one gather of the settings, some kilobytes per rank.
+
+    Args:
+        config: the transformer config of this rank.
+        model: Megatron's list of model chunks, not read.
+    Returns:
+        The same list, as Megatron's hooks must.
+    Raises:
+        ValueError: on every rank, naming the fields that differ, with their values and ranks.
+    """
+    settings = {
+        field.name: value
+        for field in dataclasses.fields(config)
+        if isinstance(value := getattr(config, field.name), (bool, int, float, str, list, tuple, type(None)))
+    }
+    settings = {name: repr(value) for name, value in settings.items()}
+    gathered = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, settings)
+    differences = []
+    for name in sorted(set().union(*gathered)):
+        ranks = {}
+        for rank, others in enumerate(gathered):
+            ranks.setdefault(others.get(name, "unset"), []).append(rank)
+        if len(ranks) > 1:
+            values = ", ".join(f"{value} on rank {_abbreviate(where)}" for value, where in ranks.items())
+            differences.append(f"{name} is {values}")
+    if differences:
+        raise ValueError(f"all ranks must be started with the same flags: {'; '.join(differences)}")
+    return model
+
+
+def _abbreviate(ranks, limit=8):
+    shown = ", ".join(map(str, ranks[:limit]))
+    return shown if len(ranks) <= limit else f"{shown} and {len(ranks) - limit} more"
+
+
 class Codebooks(enum.Enum):
     """What the checkpoint that a run will load holds of its codebooks."""
 
@@ -181,12 +222,13 @@ def check_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Cod
         args: Megatron's parsed and validated arguments.
         config: the transformer config of the run.
     Raises:
-        ValueError: if the checkpoint holds codebooks or shortlists of other sizes.
+        ValueError: if the checkpoint holds codebooks or shortlists of other sizes, or the other form of experts.
     """
     found = _codebooks_in_checkpoint(args)
     if found is None:
         return Codebooks.AS_NEEDED
-    directory, shapes = found
+    directory, keys, shapes = found
+    _check_experts(directory, keys, getattr(config, "moe_granular_experts", False))
     if getattr(config, "moe_router_type", "topk") != "air":
         if shapes:
             print_rank_0(f"> {directory} was trained with AIR routing: its codebooks are left, its experts are loaded")
@@ -222,8 +264,20 @@ def check_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Cod
     return Codebooks.AS_NEEDED
 
 
-def _codebooks_in_checkpoint(args) -> tuple[str, dict[str, tuple[int, ...]]] | None:
-    """Directory and shapes of codebooks and shortlists, by key; None where no such checkpoint will be loaded."""
+def _check_experts(directory, keys, granular):
+    """The two forms of experts have different parameters, and neither is made of the other."""
+    has_granular = any(key.endswith("mlp.experts.weight1") for key in keys)
+    has_modules = any(".mlp.experts." in key for key in keys) and not has_granular
+    if granular and has_modules:
+        raise ValueError(
+            f"--load '{directory}' holds Megatron's own experts, one module each: train without --moe-granular-experts"
+        )
+    if has_granular and not granular:
+        raise ValueError(f"--load '{directory}' holds granular experts: add --moe-granular-experts")
+
+
+def _codebooks_in_checkpoint(args) -> tuple[str, list[str], dict[str, tuple[int, ...]]] | None:
+    """Directory, keys, and shapes of codebooks and shortlists by key; None where no such checkpoint will be loaded."""
     load_dir = next((path for path in (args.load, args.pretrained_checkpoint) if checkpoint_exists(path)), None)
     if load_dir is None:
         return None
@@ -233,4 +287,5 @@ def _codebooks_in_checkpoint(args) -> tuple[str, dict[str, tuple[int, ...]]] | N
         return None  # legacy formats name their tensors only when read; the codebook checks its own shapes then
     metadata = load_tensors_metadata(directory)
     endings = ("router.codebook.codewords", "router.index.shortlist")
-    return directory, {key: value.global_shape for key, value in metadata.items() if key.endswith(endings)}
+    shapes = {key: value.global_shape for key, value in metadata.items() if key.endswith(endings)}
+    return directory, list(metadata), shapes

@@ -1,7 +1,7 @@
-"""Layer specs: put the AIR router into any spec that Megatron makes.
+"""Layer specs: put AIR routing, and granular experts where the config asks for them, into any spec that Megatron makes.
 
-Specs are rewritten, not built, so that norms, attention, experts and dispatchers stay Megatron's choice. Base specs
-are shared constants: every part on the way to a router is copied.
+Specs are rewritten, not built, so that norms, attention and all that the config does not ask of us stay Megatron's
+choice. Base specs are shared constants: every part on the way to an MoE layer is copied.
 """
 
 import contextlib
@@ -14,51 +14,75 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
 from air_moe_megatron.compat import require_supported_megatron
 from air_moe_megatron.config import validate
+from air_moe_megatron.experts import GranularExperts
+from air_moe_megatron.layer import AIRMoELayer
 from air_moe_megatron.router import AIRRouter
 
 # Attributes of submodule dataclasses that lead to a layer or to its mlp.
 _NESTED = ("mlp", "moe_layer", "mtp_model_layer", "transformer_layer")
 
 
-def with_air_router(spec, config):
-    """Return the spec with :class:`AIRRouter` in its MoE layers; the same object where the config asks for top-k.
+def with_air_layers(spec, config):
+    """Return the spec with AIR routing in its MoE layers; the same object where the config asks for top-k.
+
+    Each MoE layer becomes an :class:`AIRMoELayer` with an :class:`AIRRouter`, and with :class:`GranularExperts` where
+    the config asks for them; a layer class of someone else's keeps its class.
 
     Args:
-        spec: a ModuleSpec, a ``partial`` of MoELayer, the submodules of a block, or a list of these.
+        spec: a ModuleSpec, a ``partial`` of MoELayer, the submodules of a block or stack, or a list of these.
         config: the transformer config; its ``moe_router_type`` decides, and its fields are validated.
+    Raises:
+        ValueError: if the config is not valid, or asks for compact dispatch in a layer class of someone else's.
     """
     if spec is None or getattr(config, "moe_router_type", "topk") == "topk":
         return spec
     require_supported_megatron()
     validate(config)
-    return _rewrite(spec)
+    return _rewrite(spec, config)
 
 
-def _rewrite(spec):
+def _rewrite(spec, config):
     if isinstance(spec, list):
-        return [_rewrite(item) for item in spec]
+        return [_rewrite(item, config) for item in spec]
     if getattr(spec, "layer_specs", None) is not None:  # the submodules of a decoder or multi-token-prediction block
-        return _replace(spec, layer_specs=_rewrite(spec.layer_specs))
+        return _replace(spec, layer_specs=_rewrite(spec.layer_specs, config))
     if isinstance(spec, functools.partial):
         submodules = spec.keywords.get("submodules")
         if not isinstance(submodules, MoESubmodules):
             return spec
-        keywords = {**spec.keywords, "submodules": _replace(submodules, router=AIRRouter)}
-        return functools.partial(spec.func, *spec.args, **keywords)
+        keywords = {**spec.keywords, "submodules": _air_submodules(submodules, config)}
+        return functools.partial(_air_layer(spec.func, config), *spec.args, **keywords)
     if isinstance(spec, ModuleSpec):
         if isinstance(spec.submodules, MoESubmodules) and issubclass(get_module(spec), MoELayer):
-            return _replace(spec, submodules=_replace(spec.submodules, router=AIRRouter))
-        return _replace(spec, submodules=_rewrite_submodules(spec.submodules))
+            module = _air_layer(get_module(spec), config)
+            return _replace(spec, module=module, submodules=_air_submodules(spec.submodules, config))
+        return _replace(spec, submodules=_rewrite_submodules(spec.submodules, config))
     return spec
 
 
-def _rewrite_submodules(submodules):
+def _air_layer(layer, config):
+    if layer is MoELayer:
+        return AIRMoELayer
+    if config.moe_dispatch == "compact" and layer is not AIRMoELayer:
+        raise ValueError(
+            f"moe_dispatch ('compact') is not supported by the layer class {layer.__name__}: "
+            "it needs Megatron's MoELayer or an AIRMoELayer"
+        )
+    return layer
+
+
+def _air_submodules(submodules, config):
+    changes = {"experts": GranularExperts} if config.moe_granular_experts else {}
+    return _replace(submodules, router=AIRRouter, **changes)
+
+
+def _rewrite_submodules(submodules, config):
     if submodules is None:
         return None
     changes = {}
     for name in (*_NESTED, "layer_specs"):
         if getattr(submodules, name, None) is not None:
-            changes[name] = _rewrite(getattr(submodules, name))
+            changes[name] = _rewrite(getattr(submodules, name), config)
     return _replace(submodules, **changes) if changes else submodules
 
 
@@ -70,7 +94,7 @@ def _replace(part, **changes):
 
 
 def air_layer_spec(model_config, vp_stage=None, given=None):
-    """The decoder spec of a GPT model with AIR routers; give it to ``GPTModelConfig.transformer_layer_spec``.
+    """The decoder spec of a GPT model with AIR routing; give it to ``GPTModelConfig.transformer_layer_spec``.
 
     Args:
         model_config: Megatron's GPTModelConfig; its transformer config chooses everything else as without us.
@@ -87,12 +111,24 @@ def air_layer_spec(model_config, vp_stage=None, given=None):
         spec = given(model_config, vp_stage=vp_stage)
     else:
         spec = given(model_config)
-    return with_air_router(spec, model_config.transformer)
+    return with_air_layers(spec, model_config.transformer)
+
+
+def air_hybrid_stack_spec(config, given=None):
+    """The stack spec of a hybrid model with AIR routing; give it to ``HybridModelConfig.hybrid_stack_spec``.
+
+    Args:
+        config: the transformer config.
+        given: a stack spec to start from instead of Megatron's default, which needs Transformer Engine.
+    """
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+
+    return with_air_layers(given or hybrid_stack_spec, config)
 
 
 @contextlib.contextmanager
-def mtp_specs_with_air_router():
-    """Within this context, the multi-token-prediction layers of a GPT model get the AIR router too.
+def mtp_specs_with_air_layers():
+    """Within this context, the multi-token-prediction layers of a GPT model get AIR routing too.
 
     Adapts one name, ``megatron.training.models.gpt.mtp_block_spec``, because Megatron derives those layers anew
     instead of from the decoder spec it was given; restored on leaving. A no-op for configs with the top-k router.
@@ -103,7 +139,7 @@ def mtp_specs_with_air_router():
 
     @functools.wraps(original)
     def mtp_block_spec(config, *args, **kwargs):
-        return with_air_router(original(config, *args, **kwargs), config.transformer)
+        return with_air_layers(original(config, *args, **kwargs), config.transformer)
 
     gpt.mtp_block_spec = mtp_block_spec
     try:

@@ -25,7 +25,7 @@ from air_moe_megatron import preflight
 from air_moe_megatron.arguments import add_air_arguments, transformer_config_from_args
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.compat import repair_help, require_supported_megatron
-from air_moe_megatron.specs import air_layer_spec, mtp_specs_with_air_router
+from air_moe_megatron.specs import air_hybrid_stack_spec, air_layer_spec, mtp_specs_with_air_layers
 from air_moe_megatron.sync import air_routers, codebook_updates, require_air_routers
 
 
@@ -54,17 +54,17 @@ def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridM
     """
     transformer_config = transformer_config_from_args(args)
     if args.hybrid_layer_pattern is not None:
-        if args.moe_router_type != "topk":
-            raise ValueError(
-                f"--hybrid-layer-pattern ({args.hybrid_layer_pattern}) is not supported with --moe-router-type "
-                f"{args.moe_router_type}: hybrid models have not been tested with it"
-            )
-        return hybrid_config_from_args(args, transformer_config)
-    config = gpt_config_from_args(args, transformer_config)
-    if args.moe_router_type != "topk":
-        given = config.transformer_layer_spec  # by --spec; None means Megatron's own choice
-        config.transformer_layer_spec = partial(air_layer_spec, given=given)
-        config.pre_wrap_hooks.append(require_air_routers)
+        config = hybrid_config_from_args(args, transformer_config)
+    else:
+        config = gpt_config_from_args(args, transformer_config)
+    if args.moe_router_type == "topk":
+        return config
+    # A spec may be given by --spec; None means Megatron's own choice.
+    if args.hybrid_layer_pattern is not None:
+        config.hybrid_stack_spec = air_hybrid_stack_spec(transformer_config, given=config.hybrid_stack_spec)
+    else:
+        config.transformer_layer_spec = partial(air_layer_spec, given=config.transformer_layer_spec)
+    config.pre_wrap_hooks += [partial(preflight.check_agreement, transformer_config), require_air_routers]
     return config
 
 
@@ -124,7 +124,7 @@ def run(config: PretrainConfigContainer, pretrain_func: Callable, store: Any, ro
     """
     with contextlib.ExitStack() as adaptations:
         if router_type != "topk":
-            adaptations.enter_context(mtp_specs_with_air_router())
+            adaptations.enter_context(mtp_specs_with_air_layers())
             adaptations.enter_context(codebook_updates())
         pretrain_func(
             config,

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
+from air_moe_megatron.ops.weight_gradient import added_to_main_grad, main_grad_of
+
 _CHUNK_ELEMENTS = 2**21  # of the gathered centres: 8 MiB in fp32
 
 
@@ -93,6 +95,7 @@ class _GroupedFineScores(torch.autograd.Function):
                     tile += offsets[experts]
         scores = torch.empty_like(sorted_scores).index_copy_(0, groups.order, sorted_scores)
         ctx.save_for_backward(hidden, weight, bias)
+        ctx.weight = weight  # the parameter itself, for its main_grad
         ctx.groups, ctx.num_probes, ctx.dtype = groups, num_probes, dtype
         return scores.view(-1, num_probes, shortlist.shape[1])
 
@@ -106,7 +109,10 @@ class _GroupedFineScores(torch.autograd.Function):
         rows = hidden.index_select(0, groups.order // num_probes).to(dtype) if need_weight else None
         grad_rows = sorted_grad.new_zeros(sorted_grad.shape[0], hidden_size) if need_hidden else None
         wide = torch.promote_types(dtype, torch.float32)  # sums over many lists lose digits in bf16
-        grad_weight = sorted_grad.new_zeros(weight.shape, dtype=wide) if need_weight else None
+        main_grad = main_grad_of(ctx.weight)
+        grad_weight = None
+        if need_weight:
+            grad_weight = sorted_grad.new_zeros(weight.shape, dtype=wide) if main_grad is None else main_grad
         grad_bias = sorted_grad.new_zeros(bias.shape, dtype=wide) if need_bias else None
         buffer = _buffer_for(groups, hidden_size, weight, dtype)
         for ids, spans in groups.chunks:
@@ -122,7 +128,7 @@ class _GroupedFineScores(torch.autograd.Function):
                 grad_centres = buffer[: ids.numel()]
                 for places, experts, length in tiles:
                     torch.mm(sorted_grad[places, :length].t(), rows[places], out=grad_centres[experts])
-                grad_weight.index_add_(0, ids, grad_centres.to(wide))
+                grad_weight.index_add_(0, ids, grad_centres.to(grad_weight.dtype))
             if need_bias:
                 sums = [sorted_grad[places, :length].sum(dim=0, dtype=wide) for places, _, length in tiles]
                 grad_bias.index_add_(0, ids, torch.cat(sums))
@@ -132,9 +138,11 @@ class _GroupedFineScores(torch.autograd.Function):
             if num_probes > 1:
                 grad_hidden = grad_hidden.view(-1, num_probes, hidden_size).sum(dim=1)
             grad_hidden = grad_hidden.to(hidden.dtype)
+        if need_weight:
+            grad_weight = grad_weight.to(weight.dtype) if main_grad is None else added_to_main_grad(ctx.weight)
         return (
             grad_hidden,
-            grad_weight.to(weight.dtype) if need_weight else None,
+            grad_weight,
             grad_bias.to(bias.dtype) if need_bias else None,
             None,
             None,

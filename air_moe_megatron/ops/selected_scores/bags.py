@@ -1,7 +1,7 @@
 """Gradients of the selected scores as two weighted sums of rows, each one ``embedding_bag``.
 
 The tokens' gradient sums K centres per token. The centres' gradient sums the tokens of each expert, the (token, expert)
-pairs sorted by expert: every row of it is written once, and nothing has to be cleared first.
+pairs sorted by expert, into ``main_grad`` where there is one (``ops/weight_gradient.py``).
 
 Legend: T tokens, H hidden, E experts, K selected.
 """
@@ -10,11 +10,14 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
+from air_moe_megatron.ops.weight_gradient import weight_gradient
+
 
 class _BaggedSelectedScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, scores):
         ctx.save_for_backward(hidden, weight, bias, ids)
+        ctx.weight = weight  # the parameter itself, for its main_grad
         return scores.clone()
 
     @staticmethod
@@ -28,20 +31,17 @@ class _BaggedSelectedScores(torch.autograd.Function):
         grad_hidden = grad_weight = grad_bias = None
         if need_hidden:
             grad_hidden = embedding_bag(ids, weight.to(dtype), per_sample_weights=grad_scores, mode="sum")
-        if need_weight or need_bias:
-            order = ids.reshape(-1).argsort(stable=True)
-            weights = grad_scores.reshape(-1)[order]
-            counts = torch.zeros(weight.shape[0], dtype=torch.int64, device=ids.device)
-            counts.index_add_(0, ids.reshape(-1), torch.ones_like(order))
-            first = counts.cumsum(0) - counts
-            if need_weight:
-                tokens = order // num_selected
-                grad_weight = embedding_bag(tokens, hidden.to(dtype), first, per_sample_weights=weights, mode="sum")
-            if need_bias:
-                grad_bias = torch.segment_reduce(weights.double(), "sum", lengths=counts, initial=0, unsafe=True)
+        if need_weight:
+            sorted_ids, order = ids.reshape(-1).sort(stable=True)
+            values = grad_scores.reshape(-1)[order]
+            grad_weight = weight_gradient(ctx.weight, hidden.to(dtype), sorted_ids, order // num_selected, values)
+        if need_bias:
+            wide = torch.promote_types(dtype, torch.float32)
+            grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device)
+            grad_bias.index_add_(0, ids.reshape(-1), grad_scores.reshape(-1).to(wide))
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
+            grad_weight,
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None,
             None,

@@ -1,0 +1,251 @@
+"""The compact dispatcher: a token travels once to each expert-parallel rank that holds any of its experts.
+
+    dispatch   tokens [T, H], their experts [T, K]  ->  rows [R, H] of tokens and N (row, local expert, prob) pairs
+    experts    one partial sum per row
+    combine    the partial sums return, and each token adds up those of its ranks
+
+Communication per layer and forward over the expert-parallel group: one all-to-all each of counts (4 integers per rank),
+rows (H numbers for each token and distinct rank), pair ids (4 bytes per pair), probs (one number per pair), and of rows
+again on the way back; the backward repeats those of rows and probs in the other direction. Bytes of rows per token each
+way: ``H * distinct ranks <= H * min(K, ranks)``, where Megatron's all-to-all carries ``H * K``.
+
+The host waits for the device once per forward, for the counts; with one expert-parallel rank too, which then
+communicates nothing. (``fine_scores`` waits once more: two waits per layer and forward. The backward has none.)
+
+Legend: T tokens, H hidden, E experts, K top-k, D expert-parallel ranks, R received rows, N received pairs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import all_to_all
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+
+from air_moe_megatron.ops.pair_products import make_pairs
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Who gets what, known before anything is sent."""
+
+    counts: torch.Tensor  # [D, 4] int64: rows and pairs for each rank; ids and probs of this rank that are invalid
+    pair_ranks: torch.Tensor  # [T*K] int64, rank of each pair; D where there is none
+    is_wanted: torch.Tensor  # [T, D] bool, whether a rank holds any expert of a token
+    topk_ids: torch.Tensor  # [T, K] int64
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What the way back needs."""
+
+    tokens: torch.Tensor | None  # [rows] int64, token of each row sent; None where all tokens stayed here, in order
+    rows_sent: list[int]  # per rank
+    rows_received: list[int]  # per rank
+
+
+@dataclass
+class Traffic:
+    """What this rank's forwards have handed to the all-to-alls since the counters were last reset; plain integers.
+
+    ``row_bytes`` go out, and as many come back for the same tokens; the backward repeats both. The ``remote`` ones left
+    the rank; the others only changed their place.
+    """
+
+    tokens: int = 0
+    row_bytes: int = 0
+    remote_row_bytes: int = 0
+    pair_bytes: int = 0
+    remote_pair_bytes: int = 0
+
+    def reset(self) -> None:
+        self.tokens = self.row_bytes = self.remote_row_bytes = self.pair_bytes = self.remote_pair_bytes = 0
+
+
+class CompactTokenDispatcher(MoETokenDispatcher):
+    """Megatron's dispatcher interface over compact routes; every rank of the expert-parallel group takes part.
+
+    Where Megatron's methods pass a dense routing map, this one takes ``topk_ids [T, K]`` (-1 for none), and where they
+    pass the number of tokens per expert, the experts get :class:`Pairs`.
+
+    Args:
+        num_local_experts: experts of this rank.
+        config: transformer config.
+        pg_collection: process groups; ``ep`` is used.
+    """
+
+    def __init__(self, num_local_experts: int, config, pg_collection=None) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.num_local_experts = num_local_experts
+        self.num_experts = num_local_experts * self.ep_size
+        self.traffic = Traffic()
+        self._have_ranks_agreed = False
+        self._shape = self._plan = self._sent = self._pairs = None
+
+    def dispatch_preprocess(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, probs: torch.Tensor):
+        """Plan what goes where; no communication and no wait.
+
+        Args:
+            hidden_states: [..., H], T tokens.
+            topk_ids: [T, K] integer, global expert ids, distinct in a row; -1 for none.
+            probs: [T, K].
+        Returns:
+            [T, H] tokens, [T, K] probs.
+        Raises:
+            ValueError: if the shapes do not fit together.
+        """
+        self._shape = hidden_states.shape
+        hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if topk_ids.dim() != 2 or topk_ids.shape != probs.shape or topk_ids.shape[0] != hidden_states.shape[0]:
+            raise ValueError(
+                f"topk_ids {tuple(topk_ids.shape)} and probs {tuple(probs.shape)} must both be [T, K] "
+                f"with T = {hidden_states.shape[0]}"
+            )
+        self._plan = self._make_plan(topk_ids.long(), probs)
+        return hidden_states, probs
+
+    @torch.no_grad()
+    def _make_plan(self, ids, probs) -> _Plan:
+        num_ranks = self.ep_size
+        is_pair = (ids >= 0) & (ids < self.num_experts)
+        ranks = torch.where(is_pair, ids // self.num_local_experts, num_ranks)  # [T, K]
+        is_wanted = torch.zeros(ids.shape[0], num_ranks + 1, dtype=torch.bool, device=ids.device)
+        is_wanted = is_wanted.scatter_(1, ranks, True)[:, :num_ranks]
+        pair_ranks = ranks.reshape(-1)
+        num_pairs = torch.zeros(num_ranks + 1, dtype=torch.int64, device=ids.device)
+        num_pairs.index_add_(0, pair_ranks, torch.ones_like(pair_ranks))
+        invalid_ids = (~is_pair & (ids != -1)).sum().expand(num_ranks)
+        invalid_probs = (~probs.isfinite()).sum().expand(num_ranks)
+        counts = torch.stack((is_wanted.sum(dim=0), num_pairs[:num_ranks], invalid_ids, invalid_probs), dim=1)
+        return _Plan(counts, pair_ranks, is_wanted, ids)
+
+    def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor):
+        """Send tokens and pairs to their ranks.
+
+        Args:
+            hidden_states: [T, H].
+            probs: [T, K].
+        Returns:
+            [R, H] rows and [N] probs of the pairs received.
+        Raises:
+            ValueError: on every rank, if any rank has expert ids out of range, or probs that are NaN or infinite, or,
+                at the first dispatch, if the ranks disagree about the sizes of the layer.
+        """
+        self._require_agreement(hidden_states, probs)
+        plan = self._plan
+        counts = torch.stack((plan.counts, self._exchange(plan.counts)))
+        sent, received = counts.tolist()  # the one wait for the device
+        self._require_valid(received)
+        (rows_sent, pairs_sent), (rows_received, pairs_received) = (
+            [[rank_counts[column] for rank_counts in side] for column in (0, 1)] for side in (sent, received)
+        )
+        self._count_traffic(hidden_states, probs, rows_sent, pairs_sent)
+        num_pairs, topk = sum(pairs_sent), probs.shape[1]
+        if self.ep_size == 1:
+            order = torch.arange(plan.pair_ranks.numel(), device=probs.device)
+            if num_pairs < order.numel():
+                order = torch.nonzero_static(plan.pair_ranks == 0, size=num_pairs).flatten()
+            rows, local_ids = order // topk, plan.topk_ids.reshape(-1)[order]
+            self._sent = _Sent(None, rows_sent, rows_received)
+            self._pairs = make_pairs(rows, local_ids, hidden_states.shape[0], self.num_local_experts)
+            return hidden_states, probs.reshape(-1)[order]
+        # Rows by (rank, token), pairs by (rank, token, place among the K).
+        tokens = torch.nonzero_static(plan.is_wanted.t(), size=sum(rows_sent))[:, 1]
+        order = plan.pair_ranks.argsort(stable=True)[:num_pairs]  # those of no rank come last
+        codes = self._encode(plan, order, topk)
+        codes = all_to_all(self.ep_group, codes, pairs_received, pairs_sent)
+        hidden_states = all_to_all(self.ep_group, hidden_states[tokens], rows_received, rows_sent)
+        probs = all_to_all(self.ep_group, probs.reshape(-1)[order], pairs_received, pairs_sent)
+        starts_row = codes < 0
+        rows, local_ids = starts_row.long().cumsum(0) - 1, torch.where(starts_row, ~codes, codes)
+        self._sent = _Sent(tokens, rows_sent, rows_received)
+        self._pairs = make_pairs(rows, local_ids, hidden_states.shape[0], self.num_local_experts)
+        return hidden_states, probs
+
+    @torch.no_grad()
+    def _encode(self, plan, order, topk):
+        """[pairs] int32: the local expert id, its bits inverted for the first pair of a row, so that the receiver knows
+        the rows without being told."""
+        keys = plan.pair_ranks[order] * plan.topk_ids.shape[0] + order // topk  # (rank, token)
+        is_first = torch.ones_like(keys, dtype=torch.bool)
+        is_first[1:] = keys[1:] != keys[:-1]
+        local_ids = plan.topk_ids.reshape(-1)[order] % self.num_local_experts
+        return torch.where(is_first, ~local_ids, local_ids).int()
+
+    def dispatch_postprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor):
+        """Give the experts their input: rows [R, H], :class:`Pairs` of rows and local experts, probs [N]."""
+        return hidden_states, self._pairs, probs
+
+    def combine_preprocess(self, hidden_states: torch.Tensor):
+        """[R, H] partial sums, one per row, as the experts made them."""
+        return hidden_states
+
+    def token_combine(self, hidden_states: torch.Tensor):
+        """Send the partial sums back: [R, H] -> [rows sent, H]."""
+        if self.ep_size == 1:
+            return hidden_states
+        return all_to_all(self.ep_group, hidden_states, self._sent.rows_sent, self._sent.rows_received)
+
+    def combine_postprocess(self, hidden_states: torch.Tensor):
+        """Add up the partial sums of each token, in fp32 or wider; zero for a token without experts."""
+        if self._sent.tokens is None:
+            return hidden_states.view(self._shape)
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        num_tokens, hidden_size = self._shape[:-1].numel(), self._shape[-1]
+        sums = torch.zeros(num_tokens, hidden_size, dtype=wide, device=hidden_states.device)
+        sums = sums.index_add(0, self._sent.tokens, hidden_states.to(wide))
+        return sums.to(hidden_states.dtype).view(self._shape)
+
+    def set_shared_experts(self, shared_experts):
+        """Not supported: the layer adds the shared experts itself."""
+        raise ValueError("moe_shared_expert_overlap (True) is not supported with moe_dispatch 'compact'")
+
+    def _exchange(self, counts):
+        """[D, 4]: what each rank has to tell this one."""
+        if self.ep_size == 1:
+            return counts
+        received = torch.empty_like(counts)
+        torch.distributed.all_to_all_single(received, counts, group=self.ep_group)
+        return received
+
+    def _require_valid(self, received):
+        for rank, (_, _, invalid_ids, invalid_probs) in enumerate(received):
+            if invalid_ids:
+                raise ValueError(
+                    f"{invalid_ids} of the topk_ids of expert-parallel rank {rank} are out of range: "
+                    f"an expert id must be between 0 and {self.num_experts - 1}, or -1 for none"
+                )
+            if invalid_probs:
+                raise ValueError(
+                    f"{invalid_probs} of the routing probs of expert-parallel rank {rank} are NaN or infinite; the "
+                    "hidden states or the router's weights are not finite"
+                )
+
+    @torch.no_grad()
+    def _require_agreement(self, hidden_states, probs):
+        """Once: sizes on which the buffers of all ranks depend must be the same everywhere."""
+        if self._have_ranks_agreed:
+            return
+        if self.ep_size > 1:
+            sizes = {
+                "hidden size": hidden_states.shape[1],
+                "bytes per hidden number": hidden_states.element_size(),
+                "moe_router_topk": probs.shape[1],
+                "bytes per prob": probs.element_size(),
+                "experts per rank": self.num_local_experts,
+            }
+            own = torch.tensor(list(sizes.values()), device=hidden_states.device)
+            gathered = [torch.empty_like(own) for _ in range(self.ep_size)]
+            torch.distributed.all_gather(gathered, own, group=self.ep_group)
+            for name, values in zip(sizes, torch.stack(gathered, dim=1).tolist(), strict=True):
+                if len(set(values)) > 1:
+                    raise ValueError(f"{name} differs between the expert-parallel ranks: {values}")
+        self._have_ranks_agreed = True
+
+    def _count_traffic(self, hidden_states, probs, rows_sent, pairs_sent):
+        row_bytes = hidden_states.shape[1] * hidden_states.element_size()
+        pair_bytes = 4 + probs.element_size()  # int32 id, prob
+        self.traffic.tokens += hidden_states.shape[0]
+        self.traffic.row_bytes += sum(rows_sent) * row_bytes
+        self.traffic.remote_row_bytes += (sum(rows_sent) - rows_sent[self.ep_rank]) * row_bytes
+        self.traffic.pair_bytes += sum(pairs_sent) * pair_bytes
+        self.traffic.remote_pair_bytes += (sum(pairs_sent) - pairs_sent[self.ep_rank]) * pair_bytes

@@ -1,0 +1,125 @@
+"""Granular experts: very many tiny MLPs in one tensor per projection.
+
+Legend: R rows of tokens, N (row, expert) pairs, E experts of this rank, F rows of an expert, H hidden.
+"""
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+
+from air_moe_megatron.config import validate_experts
+from air_moe_megatron.ops.pair_products import Pairs, make_pairs, pair_dots, pair_sums
+
+_BLOCK = 256  # experts that are initialised from one seed
+
+
+class GranularExperts(MegatronModule):
+    """The experts of one rank: ``y_t = sum over the experts e of t of p_te * W2_e.T act(W1_e x_t)``.
+
+    Forward and backward cost O(N * F * H); no weight is copied per pair. ``weight1`` is [E, F, H], or [E, 2F, H] with a
+    gated linear unit (the gates first, as in Megatron's MLP); ``weight2`` is [E, F, H], the transpose of Megatron's
+    second projection. F is ``moe_ffn_hidden_size``, from 1. Each block of experts is initialised from a seed of its
+    global ids, so that the model does not depend on the expert-parallel size.
+
+    Args:
+        num_local_experts: experts of this rank.
+        config: transformer config.
+        pg_collection: process groups; ``ep`` and ``expt_dp`` are used.
+        name: unused; Megatron names the experts it builds.
+    Raises:
+        ValueError: for what such experts cannot do, see ``config.py``.
+    """
+
+    def __init__(self, num_local_experts: int, config, *, pg_collection=None, name: str | None = None) -> None:
+        validate_experts(config)
+        super().__init__(config=config)
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
+        self.ffn_hidden_size = config.moe_ffn_hidden_size
+        num_inputs = 2 * self.ffn_hidden_size if config.gated_linear_unit else self.ffn_hidden_size
+        self.weight1 = self._make_weight(num_inputs, config.init_method)
+        self.weight2 = self._make_weight(self.ffn_hidden_size, config.output_layer_init_method)
+
+    def forward(self, hidden_states: torch.Tensor, pairs: Pairs | torch.Tensor, probs: torch.Tensor):
+        """Apply the experts.
+
+        Args:
+            hidden_states: [R, H].
+            pairs: N pairs of rows and local experts; from Megatron's own dispatchers [E] numbers of rows per expert,
+                the rows sorted by expert.
+            probs: [N].
+        Returns:
+            [R, H] sums over the pairs of each row, and None for the bias.
+        """
+        if not isinstance(pairs, Pairs):
+            pairs = self._pairs_of_sorted_rows(hidden_states, pairs)
+        num_pairs, num_inputs = probs.shape[0], self.weight1.shape[1]
+        inputs = pair_dots(hidden_states, self.weight1, pairs.split(num_inputs)).view(num_pairs, num_inputs)
+        values = self._activate(inputs) * probs.unsqueeze(1)  # [N, F], fp32 or wider
+        return pair_sums(values.reshape(-1), self.weight2, pairs.split(self.ffn_hidden_size)), None
+
+    def _activate(self, inputs):
+        """Megatron's activation, gated or not, as ``MLP.forward`` applies it."""
+        config = self.config
+        if not config.gated_linear_unit:
+            return config.activation_func(inputs)
+        gate, linear = inputs.chunk(2, dim=-1)
+        limit = config.activation_func_clamp_value
+        if limit is not None:
+            gate, linear = gate.clamp(max=limit), linear.clamp(min=-limit, max=limit)
+        return config.activation_func(gate) * (linear + config.glu_linear_offset)
+
+    def _pairs_of_sorted_rows(self, hidden_states, tokens_per_expert):
+        num_rows = hidden_states.shape[0]
+        rows = torch.arange(num_rows, device=hidden_states.device)
+        ends = tokens_per_expert.to(rows.device).cumsum(0)
+        ids = torch.searchsorted(ends, rows, right=True)
+        return make_pairs(rows, ids, num_rows, self.num_local_experts)
+
+    def _make_weight(self, num_rows, init_method):
+        config = self.config
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        shape = (self.num_local_experts, num_rows, config.hidden_size)
+        weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+        if config.perform_initialization:
+            # Megatron seeds the host's generator alike on all ranks of a pipeline stage.
+            seed = int(torch.randint(2**31, ()))
+            _initialise(weight.data, init_method, seed, first=self.ep_group.rank() * self.num_local_experts)
+        # An expert's gradient is not summed over the data-parallel ranks of the dense layers, and the optimizer may
+        # not take it for a copy of that of another tensor-parallel rank.
+        weight.allreduce = False
+        set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
+        return weight
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """The experts sharded by global id: a checkpoint loads at any expert-parallel size."""
+        num_offsets = len(sharded_offsets)
+        own = (num_offsets, self.ep_group.rank(), self.ep_group.size())
+        return {
+            f"{prefix}{name}": ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}",
+                weight,
+                *sharded_offsets,
+                own,
+                replica_id=(0, 0, self.dp_group.rank()),
+                prepend_axis_num=num_offsets,
+            )
+            for name, weight in (("weight1", self.weight1), ("weight2", self.weight2))
+        }
+
+    def backward_dw(self) -> None:
+        """Nothing is left to do: the weights' gradients are made with the others."""
+
+
+@torch.no_grad()
+def _initialise(weight, init_method, seed, first):
+    """Initialise the experts ``first, first + 1, ...`` in blocks of global ids, each from a seed of its own."""
+    end = first + weight.shape[0]
+    with torch.random.fork_rng(devices=[]):
+        for block in range(first // _BLOCK, -(-end // _BLOCK)):
+            values = torch.empty(_BLOCK, *weight.shape[1:])
+            torch.manual_seed(seed + block)
+            init_method(values)
+            start, stop = max(first, block * _BLOCK), min(end, (block + 1) * _BLOCK)
+            weight[start - first : stop - first] = values[start - block * _BLOCK : stop - block * _BLOCK]

@@ -1,0 +1,29 @@
+"""AIRMoELayer: Megatron's MoE layer on compact routes; composition only."""
+
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+from air_moe_megatron.dispatcher import CompactTokenDispatcher
+
+
+class AIRMoELayer(MoELayer):
+    """Route, dispatch, apply the experts, combine: Megatron's steps, with nothing of size [tokens, experts] among them.
+
+    With ``moe_dispatch`` "compact" the router's :class:`Routes` go to a :class:`CompactTokenDispatcher` and
+    :class:`GranularExperts`; with "stock" it is Megatron's layer. Arguments as ``MoELayer``'s.
+    """
+
+    def __init__(self, config, submodules=None, layer_number=None, pg_collection=None, **kwargs) -> None:
+        pg_collection = pg_collection or get_default_pg_collection()
+        super().__init__(config, submodules, layer_number, pg_collection, **kwargs)
+        self.is_compact = config.moe_dispatch == "compact"
+        if self.is_compact:
+            self.local_expert_indices = range(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
+            self.token_dispatcher = CompactTokenDispatcher(self.num_local_experts, config, pg_collection)
+
+    def route(self, hidden_states, padding_mask=None):
+        """Choose the experts: probs [T, K] and ids [T, K], or with the stock dispatchers dense [T, E] maps."""
+        if not self.is_compact:
+            return super().route(hidden_states, padding_mask)
+        routes = self.router.route(hidden_states, padding_mask)
+        return routes.probs, routes.topk_ids

@@ -1,0 +1,140 @@
+"""Products over (row, weight row) pairs: the two halves of a layer of tiny experts, and each other's gradient.
+
+``pair_dots`` is a dense-times-dense product sampled at the pairs, ``pair_sums`` a sparse-times-dense product. Both cost
+O(N * H) and make no [N, H] copy of the weights.
+
+Legend: R rows of tokens, N pairs, M weight rows, H hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from air_moe_megatron.ops.pair_products.sparse import PairDots, PairSums
+
+__all__ = ["Pairs", "make_pairs", "pair_dots", "pair_sums"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which weight rows each row of tokens meets, in both orders."""
+
+    rows: torch.Tensor  # [N] int64, ascending
+    ids: torch.Tensor  # [N] int64, weight rows
+    row_first: torch.Tensor  # [R + 1] int64, first pair of each row of tokens; the last is N
+    by_id: torch.Tensor  # [N] int64, the pairs sorted by weight row
+    id_first: torch.Tensor  # [M + 1] int64, first place of each weight row in ``by_id``; the last is N
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_first.numel() - 1
+
+    @property
+    def num_ids(self) -> int:
+        return self.id_first.numel() - 1
+
+    def split(self, parts: int) -> "Pairs":
+        """The pairs where every weight row is ``parts`` consecutive ones: N * parts pairs, those of a pair together.
+
+        Example: one pair (row 0, id 2) in 2 parts gives (row 0, id 4) and (row 0, id 5).
+        """
+        if parts == 1:
+            return self
+        part = torch.arange(parts, device=self.ids.device)
+        counts = self.id_first.diff()
+        sorted_ids = self.ids[self.by_id]
+        first = self.id_first[:-1][sorted_ids]
+        within = torch.arange(self.ids.numel(), device=self.ids.device) - first
+        # Sorted by weight row: all pairs of its first part, then all of its second, ...
+        places = (first * parts + within).unsqueeze(1) + counts[sorted_ids].unsqueeze(1) * part
+        pairs = self.by_id.unsqueeze(1) * parts + part
+        starts = self.id_first[:-1].unsqueeze(1) * parts + counts.unsqueeze(1) * part
+        return Pairs(
+            rows=self.rows.repeat_interleave(parts),
+            ids=(self.ids.unsqueeze(1) * parts + part).flatten(),
+            row_first=self.row_first * parts,
+            by_id=torch.empty_like(self.ids.repeat(parts)).index_copy_(0, places.flatten(), pairs.flatten()),
+            id_first=torch.cat((starts.flatten(), self.id_first[-1:] * parts)),
+        )
+
+
+def make_pairs(rows: torch.Tensor, ids: torch.Tensor, num_rows: int, num_ids: int) -> Pairs:
+    """Sort the pairs both ways. Does not wait for the device.
+
+    Args:
+        rows: [N] integer, rows of tokens, ascending.
+        ids: [N] integer, weight rows; a row of tokens meets each at most once.
+        num_rows: R.
+        num_ids: M.
+    Raises:
+        ValueError: if rows and ids are not of one length.
+
+    Example: rows [0, 0, 1], ids [2, 0, 2], 2 rows and 3 ids give row_first [0, 2, 3], by_id [1, 0, 2] and
+    id_first [0, 1, 1, 3].
+    """
+    if rows.dim() != 1 or rows.shape != ids.shape:
+        raise ValueError(f"rows {tuple(rows.shape)} and ids {tuple(ids.shape)} must both be [N]")
+    rows, ids = rows.long(), ids.long()
+    sorted_ids, by_id = ids.sort(stable=True)
+    return Pairs(
+        rows=rows,
+        ids=ids,
+        row_first=torch.searchsorted(rows, torch.arange(num_rows + 1, device=rows.device)),
+        by_id=by_id,
+        id_first=torch.searchsorted(sorted_ids, torch.arange(num_ids + 1, device=ids.device)),
+    )
+
+
+def pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Dot product of each pair's row of tokens and weight row.
+
+    Differentiable in hidden and weight; the weight's gradient goes into ``weight.main_grad`` where there is one
+    (``ops/weight_gradient.py``). Does not wait for the device.
+
+    Args:
+        hidden: [R, H], any float dtype.
+        weight: [..., H] of M rows, the dtype of hidden.
+        pairs: N pairs.
+    Returns:
+        [N], fp32 or the dtype of hidden if that is wider.
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], the pairs (0, 2) and (0, 0) give [3, 1].
+    """
+    if hidden.dim() != 2 or hidden.shape[0] != pairs.num_rows:
+        raise ValueError(f"hidden {tuple(hidden.shape)} must be [R, H] with R = {pairs.num_rows}")
+    _check_weight(weight, pairs)
+    if hidden.shape[1] != weight.shape[-1] or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} {hidden.dtype} and weight {tuple(weight.shape)} {weight.dtype} must have "
+            "the same last dimension and dtype"
+        )
+    return PairDots.apply(hidden, weight, pairs)
+
+
+def pair_sums(values: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Sum the weight rows of each row of tokens, weighted by the pairs' values.
+
+    Differentiable in values and weight, as :func:`pair_dots`.
+
+    Args:
+        values: [N], any float dtype.
+        weight: [..., H] of M rows.
+        pairs: N pairs.
+    Returns:
+        [R, H] in the dtype of weight; zero where a row has no pairs.
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    Example: values [2, 1], weight [[1, 0], [0, 1], [1, 1]], the pairs (0, 2) and (0, 0) give [[3, 2]].
+    """
+    if values.shape != pairs.ids.shape:
+        raise ValueError(f"values {tuple(values.shape)} must be [N] with N = {pairs.ids.numel()}")
+    _check_weight(weight, pairs)
+    return PairSums.apply(values, weight, pairs)
+
+
+def _check_weight(weight, pairs):
+    if weight.dim() < 2 or weight.numel() != pairs.num_ids * weight.shape[-1]:
+        raise ValueError(f"weight {tuple(weight.shape)} must hold M = {pairs.num_ids} rows")

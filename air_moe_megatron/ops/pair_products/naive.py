@@ -1,0 +1,14 @@
+"""Ground truth of the pair products: gather a weight row for every pair."""
+
+import torch
+
+
+def naive_pair_dots(hidden, weight, rows, ids):
+    """[N] dot products of row ``rows[n]`` of hidden [R, H] and row ``ids[n]`` of weight [M, H]."""
+    return (hidden[rows] * weight[ids]).sum(dim=1)
+
+
+def naive_pair_sums(values, weight, rows, ids, num_rows):
+    """[R, H]: row r sums ``values[n] * weight[ids[n]]`` over the pairs n of r."""
+    out = torch.zeros(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return out.index_add(0, rows, values.unsqueeze(1) * weight[ids])

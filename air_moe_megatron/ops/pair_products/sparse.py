@@ -1,0 +1,117 @@
+"""Pair products with torch's sparse operations.
+
+On a CPU the dot products are ``torch.sparse.sampled_addmm`` in the order of the weight rows: each weight row is read
+once, from end to end of the weight, while the tokens stay in the cache. The sums are ``embedding_bag`` in the order of
+the tokens: every output row is written once. Elsewhere the dot products gather the rows of a bounded chunk of pairs.
+
+Legend: R rows of tokens, N pairs, M weight rows, H hidden.
+"""
+
+import warnings
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+from air_moe_megatron.ops.weight_gradient import weight_gradient
+
+_CHUNK_ELEMENTS = 2**21  # of weight rows in a wider dtype: 8 MiB in fp32
+_GATHERED_ELEMENTS = 2**26  # of the rows that two gathers of a chunk of pairs hold: 256 MiB each in fp32
+
+
+def _dots(hidden, weight, pairs):
+    """[N] dot products, fp32 or wider."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if hidden.is_cuda:
+        return _gathered_dots(hidden, weight, pairs, wide)
+    tokens = pairs.rows[pairs.by_id]
+    hidden = hidden.to(wide)
+    if weight.dtype == wide:
+        dots = _sampled(weight, hidden, pairs.id_first, tokens)
+    else:  # widen a bounded chunk of the weight at a time
+        dots = torch.empty(tokens.numel(), dtype=wide, device=hidden.device)
+        chunk = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+        for first in range(0, weight.shape[0], chunk):
+            rows = weight[first : first + chunk].to(wide)
+            places = pairs.id_first[first : first + rows.shape[0] + 1]
+            span = slice(int(places[0]), int(places[-1]))
+            dots[span] = _sampled(rows, hidden, places - span.start, tokens[span])
+    return torch.empty_like(dots).index_copy_(0, pairs.by_id, dots)
+
+
+def _sampled(weight, hidden, id_first, tokens):
+    """[N] products ``<weight_m, hidden_t>`` for the tokens of each weight row, one after another."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse")  # torch announces CSR as beta, once per process
+        shape = (weight.shape[0], hidden.shape[0])
+        zeros = hidden.new_zeros(tokens.numel())
+        pattern = torch.sparse_csr_tensor(id_first, tokens, zeros, shape, check_invariants=False)
+        return torch.sparse.sampled_addmm(pattern, weight, hidden.t(), beta=0.0).values()
+
+
+def _gathered_dots(hidden, weight, pairs, wide):
+    chunk = max(1, _GATHERED_ELEMENTS // weight.shape[1])
+    dots = torch.empty(pairs.ids.numel(), dtype=wide, device=hidden.device)
+    for first in range(0, dots.numel(), chunk):
+        part = slice(first, first + chunk)
+        products = hidden[pairs.rows[part]].to(wide).mul_(weight[pairs.ids[part]])
+        dots[part] = products.sum(dim=1)
+    return dots
+
+
+def _sums(values, weight, pairs):
+    """[R, H] in the dtype of weight."""
+    return embedding_bag(
+        pairs.ids, weight, pairs.row_first[:-1], per_sample_weights=values.to(weight.dtype), mode="sum"
+    )
+
+
+def _weight_gradient(weight, source, values, pairs):
+    """Sum of ``value * source[row]`` over the pairs of each weight row."""
+    order = pairs.by_id
+    return weight_gradient(weight, source, pairs.ids[order], pairs.rows[order], values[order])
+
+
+class PairDots(torch.autograd.Function):
+    """As :func:`air_moe_megatron.ops.pair_products.pair_dots`, whose caller has validated the shapes."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, pairs):
+        ctx.save_for_backward(hidden, weight)
+        ctx.weight, ctx.pairs = weight, pairs  # the parameter itself, for its main_grad
+        return _dots(hidden, weight.view(pairs.num_ids, -1), pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_dots):
+        hidden, weight = ctx.saved_tensors
+        pairs = ctx.pairs
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = _sums(grad_dots, weight.view(pairs.num_ids, -1), pairs)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(ctx.weight, hidden, grad_dots, pairs)
+        return grad_hidden, grad_weight, None
+
+
+class PairSums(torch.autograd.Function):
+    """As :func:`air_moe_megatron.ops.pair_products.pair_sums`, whose caller has validated the shapes."""
+
+    @staticmethod
+    def forward(ctx, values, weight, pairs):
+        ctx.save_for_backward(values, weight)
+        ctx.weight, ctx.pairs = weight, pairs
+        return _sums(values, weight.view(pairs.num_ids, -1), pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_sums):
+        values, weight = ctx.saved_tensors
+        pairs = ctx.pairs
+        grad_sums = grad_sums.contiguous()
+        grad_values = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_values = _dots(grad_sums, weight.view(pairs.num_ids, -1), pairs).to(values.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(ctx.weight, grad_sums, values, pairs)
+        return grad_values, grad_weight, None
