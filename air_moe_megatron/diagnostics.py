@@ -4,24 +4,91 @@ import logging
 
 import torch
 
+from air_moe_megatron.layer import AIRMoELayer
 from air_moe_megatron.sync import air_routers
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def experts_used(routers) -> list[float]:
-    """Share of the experts of each router that got a token since the last call, over all ranks of the stage.
+def expert_loads(routers) -> torch.Tensor:
+    """[routers, E] int64: tokens that each expert got since the last call, over all ranks of the stage.
 
-    Communicates (one all-reduce over ``tp_dp_cp``) and waits for the device; sets the routers' counts back to zero.
+    Communicates (one all-reduce over ``tp_dp_cp``); sets the routers' counts back to zero.
     """
-    loads = torch.stack([router.expert_load for router in routers])  # [routers, E]
+    loads = torch.stack([router.expert_load for router in routers])
     group = routers[0].tp_dp_cp_group
     if group is not None and group.size() > 1:
         torch.distributed.all_reduce(loads, group=group)
     for router in routers:
         router.expert_load.zero_()
-    return (loads > 0).float().mean(dim=1).tolist()
+    return loads
+
+
+def load_figures(loads: torch.Tensor, num_ranks: int) -> dict[str, float]:
+    """How evenly the tokens are spread, as means over the routers; waits for the device.
+
+    Args:
+        loads: [routers, E] tokens of each expert.
+        num_ranks: expert-parallel size.
+    Returns:
+        share of experts that got a token; imbalance factor of the experts, ``E * sum(n^2) / sum(n)^2``, which is 1 if
+        all get the same and E if one gets all (the term and formula are faiss's); load of the most loaded
+        expert-parallel rank over the mean.
+
+    Example: loads [[2, 0, 1, 1]] on 2 ranks: used 0.75, imbalance factor 4 * 6 / 16 = 1.5, most loaded rank 1.0.
+    """
+    loads = loads.double()
+    totals = loads.sum(dim=1).clamp_min(1.0)
+    ranks = loads.view(loads.shape[0], num_ranks, -1).sum(dim=2)
+    figures = torch.stack(
+        (
+            (loads > 0).double().mean(),
+            (loads.shape[1] * loads.square().sum(dim=1) / totals.square()).mean(),
+            (ranks.amax(dim=1) * num_ranks / totals).mean(),
+        )
+    ).tolist()
+    return dict(zip(("experts-used", "imbalance-factor", "rank-imbalance"), figures, strict=True))
+
+
+@torch.no_grad()
+def listed_share(routers) -> float:
+    """Share of the experts that stand in some shortlist, as a mean over the routers; waits for the device."""
+    shares = []
+    for router in routers:
+        listed = torch.zeros(router.num_experts + 1, dtype=torch.bool, device=router.index.shortlist.device)
+        listed[router.index.shortlist.long().flatten()] = True  # -1, for no expert, is the last place
+        shares.append(listed[:-1].double().mean())
+    return float(torch.stack(shares).mean())
+
+
+def dispatch_figures(layers, group) -> dict[str, float]:
+    """Bytes per token and layer, one way, that compact dispatchers have handed over since the last call.
+
+    Communicates (one all-reduce over ``group``), waits for the device, and sets the counters back to zero.
+
+    Returns:
+        bytes of rows (what Megatron's all-to-all would need is the top-k times a row), and all bytes, ids and probs
+        included, that left their rank. Empty without compact dispatchers.
+    """
+    traffics = [layer.token_dispatcher.traffic for layer in layers]
+    if not traffics:
+        return {}
+    device = next(layers[0].parameters()).device
+    sums = torch.tensor(
+        [
+            [traffic.tokens, traffic.row_bytes, traffic.remote_row_bytes + traffic.remote_pair_bytes]
+            for traffic in traffics
+        ],
+        dtype=torch.float64,
+        device=device,
+    ).sum(dim=0)
+    if group is not None and group.size() > 1:
+        torch.distributed.all_reduce(sums, group=group)
+    for traffic in traffics:
+        traffic.reset()
+    tokens, rows, remote = sums.tolist()
+    return {"dispatch-bytes-per-token": rows / max(tokens, 1.0), "remote-bytes-per-token": remote / max(tokens, 1.0)}
 
 
 def log_health(model, iteration: int) -> None:
@@ -43,22 +110,35 @@ def log_health(model, iteration: int) -> None:
     routers = air_routers(model)
     if not routers:
         return
-    used = experts_used(routers)
+    layers = [module for chunk in model for module in chunk.modules() if isinstance(module, AIRMoELayer)]
     healths = [router.codebook.health() for router in routers]
     sizes = routers[0].sizes
-    scalars = {
-        "air/quantisation-error": _mean([health.quantisation_error for health in healths]),
-        "air/live-codewords": _mean([health.live_codewords for health in healths]),
-        "air/experts-used": _mean(used),
-        "air/dropped-updates": sum(health.num_dropped for health in healths),
+    figures = {
+        "quantisation-error": _mean([health.quantisation_error for health in healths]),
+        "live-codewords": _mean([health.live_codewords for health in healths]),
+        "experts-listed": listed_share(routers),
+        **load_figures(expert_loads(routers), routers[0].config.expert_model_parallel_size),
+        **dispatch_figures([layer for layer in layers if layer.is_compact], routers[0].tp_dp_cp_group),
+        "dropped-updates": sum(health.num_dropped for health in healths),
     }
-    print_rank_last(
-        f" routing health at iteration {iteration:8d} | quantisation error: {scalars['air/quantisation-error']:.4f} | "
-        f"live codewords: {scalars['air/live-codewords']:.1f} of {sizes.num_clusters} | "
-        f"experts used: {100 * scalars['air/experts-used']:.1f}% of {sizes.num_experts} | "
-        f"dropped codebook updates: {scalars['air/dropped-updates']} |"
-    )
+    line = [
+        f"routing health at iteration {iteration:8d}",
+        f"quantisation error: {figures['quantisation-error']:.4f}",
+        f"live codewords: {figures['live-codewords']:.1f} of {sizes.num_clusters}",
+        f"experts listed: {100 * figures['experts-listed']:.1f}%",
+        f"experts used: {100 * figures['experts-used']:.1f}% of {sizes.num_experts}",
+        f"imbalance factor: {figures['imbalance-factor']:.2f}",
+        f"most loaded rank: {figures['rank-imbalance']:.3f} of the mean",
+    ]
+    if "dispatch-bytes-per-token" in figures:
+        line.append(
+            f"dispatched bytes per token: {figures['dispatch-bytes-per-token']:.0f} "
+            f"({figures['remote-bytes-per-token']:.0f} to other ranks)"
+        )
+    line.append(f"dropped codebook updates: {figures['dropped-updates']}")
+    print_rank_last(f" {' | '.join(line)} |")
     writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
+    scalars = {f"air/{name}": value for name, value in figures.items()}
     if writer:
         for name, value in scalars.items():
             writer.add_scalar(name, value, iteration)
