@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from air_moe_megatron.codebook import Codebook, assign
 from air_moe_megatron.config import resolve_sizes, validate
-from air_moe_megatron.index import ShortlistIndex, balanced_lists
+from air_moe_megatron.index import ShortlistIndex, balanced_lists, reserved_places
 from air_moe_megatron.ops.fine_scores import fine_scores
 from air_moe_megatron.ops.selected_scores import selected_scores
 
@@ -54,6 +54,7 @@ class AIRRouter(TopKRouter):
             self.sizes.shortlist_size,
             config.moe_air_codebook_source,
             config.moe_air_refresh_interval,
+            reserved_places(self.num_experts, self.sizes.num_clusters, self.sizes.shortlist_size, self.topk),
         )
         # No place stays empty: lists of source 'tokens' are full. Inverted lists may be short, and with several probes
         # a repeated candidate may stand in for an expert whose score underflows.

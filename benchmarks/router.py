@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from air_moe_megatron.index import top_scoring_lists
+from air_moe_megatron.index import list_every_expert, rank_experts
 from air_moe_megatron.ops.fine_scores.naive import naive_fine_scores
 from benchmarks.measure import Timing, clock, environment, interleave
 
@@ -147,10 +147,10 @@ def _timed(device, work):
 
 
 def _rebuild(air):
-    lists = top_scoring_lists(
+    ranking = rank_experts(
         air.codebook.codewords, air.codebook.typical_projections(), air.weight, None, air.sizes.shortlist_size
     )
-    air.index.shortlist.copy_(lists)
+    air.index.shortlist.copy_(list_every_expert(ranking, air.index.num_reserved))
 
 
 def _gate_at_size(air, hidden, num_checked=64):

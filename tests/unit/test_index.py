@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from air_moe_megatron.codebook import Codebook, assign
-from air_moe_megatron.index import ShortlistIndex, balanced_lists, inverted_lists, top_scoring_lists
+from air_moe_megatron.index import (
+    ShortlistIndex,
+    balanced_lists,
+    inverted_lists,
+    list_every_expert,
+    rank_experts,
+    reserved_places,
+)
 
 
 def randn(*shape, seed=0):
@@ -15,6 +22,11 @@ def randn(*shape, seed=0):
 
 def directions(num, hidden_size, seed=0):
     return torch.nn.functional.normalize(randn(num, hidden_size, seed=seed), dim=1)
+
+
+def top_scoring_lists(*args, **kwargs):
+    """The lists of the experts that score highest, without regard to the others."""
+    return list_every_expert(rank_experts(*args, **kwargs), reserved=0)
 
 
 def present(lists):
@@ -41,7 +53,7 @@ def test_top_scoring_equals_topk_over_all_experts_for_any_chunk(chunk, shortlist
     if with_bias:
         scores = scores * scale.unsqueeze(1) + bias
     expected = scores.topk(shortlist_size, dim=1).indices.sort(dim=1).values
-    lists = top_scoring_lists(codewords, scale, weight, bias, shortlist_size, experts_per_chunk=chunk)
+    lists = top_scoring_lists(codewords, scale, weight, bias, shortlist_size, chunk_elements=5 * chunk)
     assert lists.dtype == torch.int32
     assert torch.equal(lists.long(), expected)
 
@@ -59,6 +71,95 @@ def test_top_scoring_takes_centres_of_any_dtype(dtype):
     codewords, weight = directions(5, 6), randn(20, 6, seed=1).to(dtype)
     expected = top_scoring_lists(codewords, torch.ones(5), weight.float(), None, 4)
     assert torch.equal(top_scoring_lists(codewords, torch.ones(5), weight, None, 4), expected)
+
+
+@settings(max_examples=150)
+@given(
+    num_experts=st.integers(1, 300), num_clusters=st.sampled_from((1, 3, 8, 16)), shortlist_size=st.integers(1, 40),
+    chunk=st.integers(1, 300), sorted_weights=st.booleans(), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_ranking_equals_topk_and_argmax(num_experts, num_clusters, shortlist_size, chunk, sorted_weights, seed):
+    """Also where each chunk beats those before, so that the guess of how many places change is wrong."""
+    shortlist_size = min(shortlist_size, num_experts)
+    codewords, weight = directions(num_clusters, 4, seed), randn(num_experts, 4, seed=seed + 1)
+    if sorted_weights:
+        weight = weight[(weight @ codewords[0]).argsort()]
+    ranking = rank_experts(
+        codewords, torch.ones(num_clusters), weight, None, shortlist_size, chunk_elements=chunk * num_clusters
+    )
+    scores = codewords @ weight.t()
+    found = scores.gather(1, ranking.lists)
+    torch.testing.assert_close(found, scores.topk(shortlist_size, dim=1).values, rtol=1e-5, atol=1e-6)
+    assert all(len(set(row)) == shortlist_size for row in ranking.lists.tolist())
+    torch.testing.assert_close(ranking.score, scores.amax(dim=0), rtol=1e-5, atol=1e-6)
+    at_nearest = scores.gather(0, ranking.nearest.unsqueeze(0)).squeeze(0)
+    torch.testing.assert_close(at_nearest, scores.amax(dim=0), rtol=1e-5, atol=1e-6)
+
+
+# The orphan rule: every expert stands in a list.
+
+
+def crowded(num_experts, num_clusters, seed=0):
+    """Codewords so close together that their best experts are nearly the same."""
+    codewords = directions(1, 8, seed) + 0.1 * directions(num_clusters, 8, seed + 1)
+    return torch.nn.functional.normalize(codewords, dim=1), randn(num_experts, 8, seed=seed + 2)
+
+
+@settings(max_examples=150)
+@given(
+    num_experts=st.integers(1, 200), num_clusters=st.integers(1, 20), topk=st.integers(1, 8),
+    spare=st.integers(0, 30), is_crowded=st.booleans(), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_every_expert_stands_in_a_list(num_experts, num_clusters, topk, spare, is_crowded, seed):
+    topk = min(topk, num_experts)
+    shortlist_size = min(topk + -(-num_experts // num_clusters) + spare, num_experts)
+    codewords, weight = crowded(num_experts, num_clusters, seed)
+    if not is_crowded:
+        codewords = directions(num_clusters, 8, seed)
+    ranking = rank_experts(codewords, torch.ones(num_clusters), weight, None, shortlist_size)
+    reserved = reserved_places(num_experts, num_clusters, shortlist_size, topk)
+    lists = list_every_expert(ranking, reserved, turn=seed % 5)
+    assert lists.shape == (num_clusters, shortlist_size) and lists.dtype == torch.int32
+    assert set(lists.flatten().tolist()) == set(range(num_experts))
+    for codeword in range(num_clusters):
+        ids = lists[codeword].tolist()
+        assert ids == sorted(set(ids))  # none twice
+        assert set(ranking.lists[codeword, : shortlist_size - reserved].tolist()) <= set(ids)  # the best stay
+
+
+def test_an_orphan_goes_to_the_codeword_where_it_scores_highest():
+    codewords = torch.eye(2)
+    # Expert 4 scores nowhere among the best two, and higher at the second codeword than at the first.
+    weight = torch.tensor([[9.0, 0.0], [8.0, 0.0], [0.0, 9.0], [0.0, 8.0], [-2.0, -1.0]])
+    ranking = rank_experts(codewords, torch.ones(2), weight, None, 3)
+    assert list_every_expert(ranking, 1).tolist() == [[0, 1, 2], [2, 3, 4]]
+
+
+def test_where_the_best_codeword_is_full_an_orphan_goes_where_there_is_room():
+    codewords = torch.eye(2)
+    weight = torch.tensor([[9.0, 9.0], [8.0, 0.3], [7.0, 0.2], [6.0, 0.1]])
+    ranking = rank_experts(codewords, torch.ones(2), weight, None, 3)
+    assert list_every_expert(ranking, 2).tolist() == [[0, 1, 2], [0, 1, 3]]
+
+
+def test_more_orphans_than_places_take_turns():
+    codewords, weight = crowded(100, 4)
+    ranking = rank_experts(codewords, torch.ones(4), weight, None, 10)
+    reserved = reserved_places(100, 4, 10, topk=7)
+    assert reserved == 3  # 12 places for at least 72 orphans
+    listed = set()
+    for turn in range(9):
+        lists = list_every_expert(ranking, reserved, turn)
+        assert all(len(set(row)) == 10 for row in lists.tolist())
+        listed |= set(lists.flatten().tolist())
+    assert listed == set(range(100))
+
+
+def test_each_rebuild_of_an_index_is_another_turn():
+    index = ShortlistIndex(4, 10, "tokens", refresh_interval=5, num_reserved=3)
+    versions = [index.version(updates) for updates in range(40)]
+    turns = [index._turn(version) for version in dict.fromkeys(versions)]
+    assert turns == list(range(len(turns)))
 
 
 # Lists of source 'experts'.
@@ -284,7 +385,7 @@ def test_lists_rank_by_what_the_top_k_ranks_by():
         None,
         2,
         selection=lambda scores, experts: torch.sigmoid(scores) + favour[experts],
-        experts_per_chunk=2,
+        chunk_elements=4,
     )
     assert lists[0].tolist() == [0, 4]
 
