@@ -95,11 +95,50 @@ def test_equals_naive(shape, dtype, with_bias, padded):
 
 
 @pytest.mark.parametrize("limit", (1, 16 * 4, 16 * 7), ids=("one-list", "longest-list", "two-lists"))
-def test_equals_naive_over_several_chunks(monkeypatch, limit):
-    monkeypatch.setattr(grouped, "_CHUNK_ELEMENTS", limit)
+def test_equals_naive_over_several_batches(monkeypatch, limit):
+    monkeypatch.setattr(grouped, "_BATCH_ELEMENTS", limit)
     inputs = make_inputs(SHAPES["two-probes"], torch.float32, True, True)
-    assert len(grouped._group_rows(inputs[3], inputs[4], 16).chunks) > 1
+    assert len(grouped._make_batches(inputs[3], inputs[4], 16)) > 1
     assert_equals_naive(SHAPES["two-probes"], torch.float32, True, True)
+
+
+@pytest.mark.parametrize("min_fill", (0.0, 1.0), ids=("all-padded-alike", "equal-rows-only"))
+def test_padding_of_a_batch_changes_nothing(monkeypatch, min_fill):
+    """Codewords with 1 to 9 rows, in one batch or in one for each number of rows."""
+    monkeypatch.setattr(grouped, "_MIN_FILL", min_fill)
+    assignments = torch.arange(9).repeat_interleave(torch.arange(1, 10)).unsqueeze(1)
+    num_tokens = assignments.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_tokens, 16, generator=generator).requires_grad_()
+    weight = torch.randn(30, 16, generator=generator).requires_grad_()
+    shortlist = torch.rand(10, 30, generator=generator).argsort(dim=1)[:, :7]
+    order = torch.randperm(num_tokens, generator=generator)
+    batches = grouped._make_batches(shortlist, assignments[order], 16)
+    assert [batch.rows.shape[1] for batch in batches] == ([9] if min_fill == 0.0 else list(range(9, 0, -1)))
+    grad = torch.randn(num_tokens, 1, 7, generator=generator)
+    found = fine_scores(hidden, weight, None, shortlist, assignments[order], torch.float32)
+    expected = naive_fine_scores(hidden, weight, None, shortlist, assignments[order], torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for got, wanted in zip(
+        torch.autograd.grad(found, (hidden, weight), grad),
+        torch.autograd.grad(expected, (hidden, weight), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_the_centres_go_into_main_grad():
+    hidden, weight, _, shortlist, assignments, *_ = make_inputs(SHAPES["two-probes"], torch.float32, False, True)
+    grads = []
+    for fused in (False, True):
+        centres = torch.nn.Parameter(weight.detach().clone())
+        if fused:
+            centres.main_grad = torch.ones_like(centres)
+        scores = fine_scores(hidden, centres, None, shortlist, assignments, torch.float32)
+        scores[scores.isfinite()].sum().backward()
+        grads.append(centres.main_grad if fused else centres.grad)
+    assert centres.grad_added_to_main_grad
+    torch.testing.assert_close(grads[1], 1.0 + grads[0])
 
 
 def test_worked_example():

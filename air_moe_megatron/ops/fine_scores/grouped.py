@@ -1,13 +1,15 @@
 """Fine scores with torch operations: one dense tile per codeword that has tokens.
 
-Rows are (token, probe) pairs sorted by codeword. For the n rows of codeword c and its list S_c the tile is
+Rows are (token, probe) pairs. For the n rows of codeword c and its list S_c the tile is
 ``X_c [n, H] @ W[S_c].T [H, L]``; its gradients are ``G @ W[S_c]`` and ``G.T @ X_c``, scattered back. Gathering W once
 per codeword instead of once per token is what makes a shortlist cheaper than the dense product.
 
-Codewords are handled in chunks whose gathered centres share one buffer: on a CPU, fresh memory for every list costs
-more in page faults than the products themselves.
+Codewords with about as many rows share a batched product, their rows padded to the largest. The gathered centres of a
+batch share one buffer with those of all others: on a CPU, fresh memory for every list costs more in page faults than
+the products themselves.
 
-Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, R = T*P rows.
+Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, R = T*P rows, B codewords of a batch, n their
+rows after padding.
 """
 
 from dataclasses import dataclass
@@ -17,124 +19,138 @@ from torch.autograd.function import once_differentiable
 
 from air_moe_megatron.ops.weight_gradient import added_to_main_grad, main_grad_of
 
-_CHUNK_ELEMENTS = 2**21  # of the gathered centres: 8 MiB in fp32
+_BATCH_ELEMENTS = 2**20  # of the gathered centres: 4 MiB in fp32
+_MIN_FILL = 0.75  # rows of the smallest codeword of a batch over those of the largest
 
 
 @dataclass(frozen=True)
-class _Span:
-    """The rows of one codeword after sorting, and its experts within the chunk."""
+class _Batch:
+    """Codewords whose tiles are one batched product."""
 
-    first: int
-    end: int
-    experts_first: int
-    experts_end: int
+    rows: torch.Tensor  # [B, n] int64, R where padded
+    experts: torch.Tensor  # [B, length] int64, -1 after the end of a shorter list
+    is_full: bool  # whether no list is shorter
 
     @property
-    def num_experts(self):
-        return self.experts_end - self.experts_first
+    def ids(self):
+        """[B * length] rows of the weight; any where there is no expert."""
+        ids = self.experts.reshape(-1)
+        return ids if self.is_full else ids.clamp(min=0)
 
 
-@dataclass(frozen=True)
-class _Groups:
-    """Where the rows of each codeword lie after sorting, codewords without rows or experts left out."""
-
-    order: torch.Tensor  # [R] int64, row at each sorted place
-    chunks: list  # (expert ids of the chunk's lists, one after another; its spans)
-
-
-def _group_rows(shortlist, assignments, hidden_size) -> _Groups:
+def _make_batches(shortlist, assignments, hidden_size) -> list[_Batch]:
+    """Group the rows by codeword; codewords without rows or experts are left out. Waits for the device once."""
     codewords = assignments.reshape(-1)
+    num_rows = codewords.numel()
     order = torch.argsort(codewords, stable=True)
-    counts = torch.bincount(codewords, minlength=shortlist.shape[0])
+    counts = torch.zeros(shortlist.shape[0], dtype=torch.int64, device=codewords.device)
+    counts.index_add_(0, codewords, torch.ones_like(codewords))
     lengths = (shortlist >= 0).sum(dim=1)
-    chunks, ids, spans, first, width = [], [], [], 0, 0
-    for codeword, (count, length) in enumerate(torch.stack((counts, lengths), dim=1).tolist()):
-        if count and length:
-            if spans and (width + length) * hidden_size > _CHUNK_ELEMENTS:
-                chunks.append((torch.cat(ids), spans))
-                ids, spans, width = [], [], 0
-            ids.append(shortlist[codeword, :length])
-            spans.append(_Span(first, first + count, width, width + length))
-            width += length
-        first += count
-    if spans:
-        chunks.append((torch.cat(ids), spans))
-    return _Groups(order, chunks)
+    by_count = torch.argsort(counts, descending=True, stable=True)
+    first = (counts.cumsum(0) - counts)[by_count]
+    sorted_counts, shortlist = counts[by_count], shortlist[by_count]
+    sizes = torch.stack((sorted_counts, lengths[by_count]), dim=1).tolist()
+    places = torch.arange(sizes[0][0] if sizes else 0, device=codewords.device)
+    batches = []
+    for batch, (count, length, is_full) in _spans(sizes, hidden_size):
+        places_in = places[:count]
+        where = (first[batch].unsqueeze(1) + places_in).clamp(max=num_rows - 1)
+        rows = order[where].masked_fill_(places_in >= sorted_counts[batch].unsqueeze(1), num_rows)
+        batches.append(_Batch(rows, shortlist[batch, :length].long(), is_full))
+    return batches
 
 
-def _buffer_for(groups, hidden_size, like, dtype):
-    """Room for the gathered centres of the widest chunk."""
-    widest = max((ids.numel() for ids, _ in groups.chunks), default=0)
-    return torch.empty(widest, hidden_size, dtype=dtype, device=like.device)
+def _spans(sizes, hidden_size):
+    """Yield (slice of the codewords sorted by rows, (most rows, longest list, whether all lists are that long))."""
+    start = 0
+    while start < len(sizes) and sizes[start][0]:
+        count, length = sizes[start]
+        shortest, end = length, start + 1
+        while end < len(sizes) and sizes[end][0] >= max(1, _MIN_FILL * count):
+            longest = max(length, sizes[end][1])
+            if (end + 1 - start) * longest * hidden_size > _BATCH_ELEMENTS:
+                break
+            length, shortest, end = longest, min(shortest, sizes[end][1]), end + 1
+        if length:
+            yield slice(start, end), (count, length, shortest == length)
+        start = end
 
 
-def _gather(weight, ids, buffer):
-    """Rows ``ids`` of weight in the buffer, in the buffer's dtype."""
-    rows = buffer[: ids.numel()]
-    if weight.dtype == buffer.dtype:
-        return torch.index_select(weight, 0, ids, out=rows)
-    return rows.copy_(weight.index_select(0, ids))
+class _Centres:
+    """The gathered centres of one batch after another, in one buffer."""
+
+    def __init__(self, batches, weight, dtype):
+        widest = max((batch.experts.numel() for batch in batches), default=0)
+        self.buffer = torch.empty(widest, weight.shape[1], dtype=dtype, device=weight.device)
+
+    def room_for(self, batch):
+        """[B, length, H] to be written."""
+        return self.buffer[: batch.experts.numel()].view(*batch.experts.shape, -1)
+
+    def gather(self, weight, batch):
+        """[B, length, H] centres of the batch's experts, in the buffer's dtype."""
+        rows = self.buffer[: batch.experts.numel()]
+        if weight.dtype == rows.dtype:
+            torch.index_select(weight, 0, batch.ids, out=rows)
+        else:
+            rows.copy_(weight.index_select(0, batch.ids))
+        return rows.view(*batch.experts.shape, -1)
 
 
 class _GroupedFineScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, shortlist, assignments, dtype):
-        num_probes, hidden_size = assignments.shape[1], hidden.shape[1]
-        groups = _group_rows(shortlist, assignments, hidden_size)
-        rows = hidden.index_select(0, groups.order // num_probes).to(dtype)  # [R, H]
-        sorted_scores = rows.new_full((rows.shape[0], shortlist.shape[1]), float("-inf"))
-        buffer = _buffer_for(groups, hidden_size, weight, dtype)
-        for ids, spans in groups.chunks:
-            centres = _gather(weight, ids, buffer)
-            offsets = None if bias is None else bias[ids].to(dtype)
-            for span in spans:
-                experts = slice(span.experts_first, span.experts_end)
-                tile = sorted_scores[span.first : span.end, : span.num_experts]
-                torch.mm(rows[span.first : span.end], centres[experts].t(), out=tile)
-                if bias is not None:
-                    tile += offsets[experts]
-        scores = torch.empty_like(sorted_scores).index_copy_(0, groups.order, sorted_scores)
+        num_rows, num_probes = assignments.numel(), assignments.shape[1]
+        batches = _make_batches(shortlist, assignments, hidden.shape[1])
+        # One row more, for what padding gives.
+        scores = torch.empty(num_rows + 1, shortlist.shape[1], dtype=dtype, device=hidden.device)
+        if any(not batch.is_full or batch.experts.shape[1] < scores.shape[1] for batch in batches) or not batches:
+            scores.fill_(float("-inf"))
+        centres = _Centres(batches, weight, dtype)
+        for batch in batches:
+            tile = torch.bmm(_tokens(hidden, batch, num_probes, dtype), centres.gather(weight, batch).transpose(1, 2))
+            if bias is not None:
+                tile += bias[batch.ids].to(dtype).view_as(batch.experts).unsqueeze(1)
+            if not batch.is_full:
+                tile.masked_fill_((batch.experts < 0).unsqueeze(1), float("-inf"))
+            scores[:, : tile.shape[2]].index_copy_(0, batch.rows.reshape(-1), tile.flatten(0, 1))
         ctx.save_for_backward(hidden, weight, bias)
         ctx.weight = weight  # the parameter itself, for its main_grad
-        ctx.groups, ctx.num_probes, ctx.dtype = groups, num_probes, dtype
-        return scores.view(-1, num_probes, shortlist.shape[1])
+        ctx.batches, ctx.num_probes, ctx.dtype = batches, num_probes, dtype
+        return scores[:num_rows].view(-1, num_probes, shortlist.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_scores):
         hidden, weight, bias = ctx.saved_tensors
-        groups, num_probes, dtype, hidden_size = ctx.groups, ctx.num_probes, ctx.dtype, hidden.shape[1]
+        num_probes, dtype, hidden_size = ctx.num_probes, ctx.dtype, hidden.shape[1]
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        sorted_grad = grad_scores.reshape(-1, grad_scores.shape[-1]).index_select(0, groups.order)  # [R, L]
-        rows = hidden.index_select(0, groups.order // num_probes).to(dtype) if need_weight else None
-        grad_rows = sorted_grad.new_zeros(sorted_grad.shape[0], hidden_size) if need_hidden else None
+        grad_scores = grad_scores.reshape(-1, grad_scores.shape[-1])  # [R, L]
+        num_rows = grad_scores.shape[0]
+        grad_rows = grad_scores.new_zeros(num_rows + 1, hidden_size) if need_hidden else None
         wide = torch.promote_types(dtype, torch.float32)  # sums over many lists lose digits in bf16
         main_grad = main_grad_of(ctx.weight)
         grad_weight = None
         if need_weight:
-            grad_weight = sorted_grad.new_zeros(weight.shape, dtype=wide) if main_grad is None else main_grad
-        grad_bias = sorted_grad.new_zeros(bias.shape, dtype=wide) if need_bias else None
-        buffer = _buffer_for(groups, hidden_size, weight, dtype)
-        for ids, spans in groups.chunks:
-            tiles = [
-                (slice(span.first, span.end), slice(span.experts_first, span.experts_end), span.num_experts)
-                for span in spans
-            ]
+            grad_weight = grad_scores.new_zeros(weight.shape, dtype=wide) if main_grad is None else main_grad
+        grad_bias = grad_scores.new_zeros(bias.shape, dtype=wide) if need_bias else None
+        centres = _Centres(ctx.batches, weight, dtype)
+        for batch in ctx.batches:
+            grad = _rows_or_zero(grad_scores[:, : batch.experts.shape[1]], batch)  # [B, n, length]
+            if not batch.is_full:
+                grad = grad.masked_fill((batch.experts < 0).unsqueeze(1), 0.0)
             if need_hidden:
-                centres = _gather(weight, ids, buffer)
-                for places, experts, length in tiles:
-                    torch.mm(sorted_grad[places, :length], centres[experts], out=grad_rows[places])
+                tile = torch.bmm(grad, centres.gather(weight, batch))
+                grad_rows.index_copy_(0, batch.rows.reshape(-1), tile.flatten(0, 1))
             if need_weight:
-                grad_centres = buffer[: ids.numel()]
-                for places, experts, length in tiles:
-                    torch.mm(sorted_grad[places, :length].t(), rows[places], out=grad_centres[experts])
-                grad_weight.index_add_(0, ids, grad_centres.to(grad_weight.dtype))
+                grad_centres = centres.room_for(batch)
+                torch.bmm(grad.transpose(1, 2), _tokens(hidden, batch, num_probes, dtype), out=grad_centres)
+                grad_weight.index_add_(0, batch.ids, grad_centres.flatten(0, 1).to(grad_weight.dtype))
             if need_bias:
-                sums = [sorted_grad[places, :length].sum(dim=0, dtype=wide) for places, _, length in tiles]
-                grad_bias.index_add_(0, ids, torch.cat(sums))
+                grad_bias.index_add_(0, batch.ids, grad.sum(dim=1, dtype=wide).reshape(-1))
         grad_hidden = None
         if need_hidden:
-            grad_hidden = torch.empty_like(grad_rows).index_copy_(0, groups.order, grad_rows)
+            grad_hidden = grad_rows[:num_rows]
             if num_probes > 1:
                 grad_hidden = grad_hidden.view(-1, num_probes, hidden_size).sum(dim=1)
             grad_hidden = grad_hidden.to(hidden.dtype)
@@ -148,6 +164,19 @@ class _GroupedFineScores(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _tokens(hidden, batch, num_probes, dtype):
+    """[B, n, H] tokens of the batch's rows; any where padded."""
+    tokens = (batch.rows // num_probes).clamp(max=hidden.shape[0] - 1)
+    return hidden.index_select(0, tokens.reshape(-1)).to(dtype).view(*batch.rows.shape, -1)
+
+
+def _rows_or_zero(values, batch):
+    """[B, n, length] rows of values [R, length]; zero where padded."""
+    num_rows = values.shape[0]
+    rows = values.index_select(0, batch.rows.reshape(-1).clamp(max=num_rows - 1)).view(*batch.rows.shape, -1)
+    return rows.masked_fill_((batch.rows == num_rows).unsqueeze(2), 0.0)
 
 
 def grouped_fine_scores(hidden, weight, bias, shortlist, assignments, dtype):
