@@ -2,12 +2,15 @@
 from."""
 
 import csv
+import ctypes
+import gc
 import importlib.metadata
 import logging
 import platform
 import statistics
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +65,80 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def world_of_one():
+    """Megatron's process groups for this process alone, on the GPU if there is one, else in CPU mode.
+
+    Returns:
+        the device and the ProcessGroupCollection.
+    """
+    warnings.filterwarnings("ignore", message="Using a large number of experts")
+    warnings.filterwarnings("ignore", message="moe_ffn_hidden_size is not set")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        from air_moe_megatron import cpu
+
+        cpu.enable()
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+    return device, ProcessGroupCollection.use_mpu_process_groups()
+
+
+def give_main_grad(module: torch.nn.Module) -> None:
+    """Give every parameter the buffer that Megatron's data-parallel wrapper gives it."""
+    for parameter in module.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.grad_added_to_main_grad = False
+
+
+def accumulate_gradient(module: torch.nn.Module) -> None:
+    """What that wrapper's hook does after a parameter's gradient is there, for those that have not done it already."""
+    for parameter in module.parameters():
+        if parameter.grad is not None and not parameter.grad_added_to_main_grad:
+            parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
+
+
+def take_gradients(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The gradients accumulated so far, which then start from zero again."""
+    accumulate_gradient(module)
+    gradients = [parameter.main_grad.clone() for parameter in module.parameters()]
+    for parameter in module.parameters():
+        parameter.main_grad.zero_()
+    return gradients
+
+
+def peak_memory(work: Callable[[], None], device: torch.device) -> int:
+    """Bytes that ``work`` needs at its peak beyond what is in use before it.
+
+    On a GPU from torch's allocator. On a CPU from the kernel's account of the process, after the allocator has given
+    back what it holds free; Linux only, and to be trusted only for the first run of ``work`` in a process.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = _status_bytes("VmRSS")
+    work()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 def environment(device: torch.device) -> dict[str, str]:

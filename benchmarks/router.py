@@ -2,25 +2,33 @@
 
 import argparse
 import logging
-import warnings
 from functools import partial
 
 import torch
 
 from air_moe_megatron.index import list_every_expert, rank_experts
 from air_moe_megatron.ops.fine_scores.naive import naive_fine_scores
-from benchmarks.measure import Timing, clock, environment, interleave
+from benchmarks.measure import (
+    Timing,
+    accumulate_gradient,
+    clock,
+    environment,
+    give_main_grad,
+    interleave,
+    take_gradients,
+    world_of_one,
+)
 
 logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--experts", type=int, default=16_384, help="number of experts E")
+    parser.add_argument("--experts", type=int, default=65_536, help="number of experts E")
     parser.add_argument("--hidden", type=int, default=512, help="hidden size H")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens T")
-    parser.add_argument("--topk", type=int, default=32, help="experts per token K")
-    parser.add_argument("--clusters", type=int, default=256, help="codewords C; 0 is automatic")
-    parser.add_argument("--shortlist", type=int, default=256, help="shortlist size L; 0 is automatic")
+    parser.add_argument("--topk", type=int, default=64, help="experts per token K")
+    parser.add_argument("--clusters", type=int, default=0, help="codewords C; 0 is automatic")
+    parser.add_argument("--shortlist", type=int, default=0, help="shortlist size L; 0 is automatic")
 
 
 def run(args) -> list[dict]:
@@ -30,35 +38,28 @@ def run(args) -> list[dict]:
     which makes Megatron's dense maps of it for the stock dispatchers. Two more rows are what AIR pays beside its steps:
     the codebook's update, once per global batch, and the rebuild of the shortlists, once per refresh interval.
     """
-    warnings.filterwarnings("ignore", message="Using a large number of experts")
-    warnings.filterwarnings("ignore", message="moe_ffn_hidden_size is not set")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        from air_moe_megatron import cpu
-
-        cpu.enable()
+    device, pg_collection = world_of_one()
     from air_moe_megatron.sync import update_codebooks
 
-    pg_collection = _process_groups(device)
-    _gate(pg_collection, device)
+    gate(pg_collection, device)
 
     torch.manual_seed(0)
-    topk = _router("topk", args, pg_collection, device)
-    air = _router("air", args, pg_collection, device)
+    topk = make_router("topk", args, pg_collection, device)
+    air = make_router("air", args, pg_collection, device)
     with torch.no_grad():
         air.weight.copy_(topk.weight)
     hidden = torch.randn(args.tokens, 1, args.hidden, device=device)
-    _settle(air, hidden)
-    _gate_at_size(air, hidden)
-    twin = _router("air", args, pg_collection, device)  # learns, while the timed one keeps its lists
-    _settle(twin, hidden)
+    settle(air, hidden)
+    gate_at_size(air, hidden)
+    twin = make_router("air", args, pg_collection, device)  # learns, while the timed one keeps its lists
+    settle(twin, hidden)
     sparse_grad = torch.randn(args.tokens, args.topk, device=device)
     dense_grad = torch.randn(args.tokens, args.experts, device=device)
     timings = interleave(
         {
-            "TopKRouter.forward": lambda: _step(lambda x: topk(x)[0], topk, hidden, dense_grad),
-            "AIRRouter.route": lambda: _step(lambda x: air.route(x).probs, air, hidden, sparse_grad),
-            "AIRRouter.forward": lambda: _step(lambda x: air(x)[0], air, hidden, dense_grad),
+            "TopKRouter.forward": lambda: step(lambda x: topk(x)[0], topk, hidden, dense_grad),
+            "AIRRouter.route": lambda: step(lambda x: air.route(x).probs, air, hidden, sparse_grad),
+            "AIRRouter.forward": lambda: step(lambda x: air(x)[0], air, hidden, dense_grad),
             "codebook update": lambda: _timed(device, lambda: update_codebooks(twin)),
             "shortlist rebuild": lambda: _timed(device, lambda: _rebuild(twin)),
         },
@@ -87,17 +88,7 @@ def run(args) -> list[dict]:
     return rows
 
 
-def _process_groups(device):
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    return ProcessGroupCollection.use_mpu_process_groups()
-
-
-def _router(kind, args, pg_collection, device):
+def make_router(kind, args, pg_collection, device):
     from megatron.core.transformer.moe.router import TopKRouter
 
     from air_moe_megatron import AIRMoEConfig, AIRRouter
@@ -117,10 +108,11 @@ def _router(kind, args, pg_collection, device):
     )
     router = (AIRRouter if kind == "air" else TopKRouter)(config, pg_collection).to(device)
     router.set_layer_number(1)
+    give_main_grad(router)
     return router
 
 
-def _settle(air, hidden):
+def settle(air, hidden):
     """Let the codebook see the tokens a few times, as in training, so that its clusters are real."""
     from air_moe_megatron.sync import update_codebooks
 
@@ -129,13 +121,13 @@ def _settle(air, hidden):
         update_codebooks(air)
 
 
-def _step(forward, router, hidden, grad):
+def step(forward, router, hidden, grad):
     hidden = hidden.detach().requires_grad_()
-    router.weight.grad = None
     start = clock(hidden.device)
     probs = forward(hidden)
     middle = clock(hidden.device)
     probs.backward(grad)
+    accumulate_gradient(router)
     end = clock(hidden.device)
     return {"forward": middle - start, "backward": end - middle, "total": end - start}
 
@@ -153,7 +145,7 @@ def _rebuild(air):
     air.index.shortlist.copy_(list_every_expert(ranking, air.index.num_reserved))
 
 
-def _gate_at_size(air, hidden, num_checked=64):
+def gate_at_size(air, hidden, num_checked=64):
     """At the sizes to be timed: experts, probabilities and gradients of some tokens against a direct computation."""
     tokens = hidden[:, 0].clone().requires_grad_()
     routes = air.route(tokens)
@@ -161,8 +153,7 @@ def _gate_at_size(air, hidden, num_checked=64):
     grad = torch.zeros_like(routes.probs)
     grad[::every] = torch.randn_like(grad[::every])
     routes.probs.backward(grad)
-    found = [routes.probs[::every], tokens.grad[::every], air.weight.grad]
-    air.weight.grad = None
+    found = [routes.probs[::every], tokens.grad[::every], *take_gradients(air)]
 
     exact = hidden[::every, 0].clone().requires_grad_()
     candidates = air.index.shortlist[routes.codewords[::every, 0]].long()
@@ -174,30 +165,28 @@ def _gate_at_size(air, hidden, num_checked=64):
         raise AssertionError("the experts of some tokens are not the best of their shortlists")
     probs = top.softmax(dim=1)
     probs.backward(grad[::every])
-    for name, expected, got in zip(
-        ("probs", "input grad", "weight grad"), (probs, exact.grad, air.weight.grad), found, strict=True
-    ):
+    expected_values = (probs, exact.grad, *take_gradients(air))
+    for name, expected, got in zip(("probs", "input grad", "weight grad"), expected_values, found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=partial("{}: {}".format, name))
     logger.info("gate passed: %d tokens at the timed sizes equal a direct computation", grad[::every].shape[0])
 
 
-def _gate(pg_collection, device):
+def gate(pg_collection, device):
     """No time is reported by a router that is wrong: with full lists it must equal TopKRouter."""
     sizes = argparse.Namespace(experts=96, hidden=32, tokens=200, topk=8, clusters=6, shortlist=96)
     torch.manual_seed(1)
-    topk, air = (_router(kind, sizes, pg_collection, device) for kind in ("topk", "air"))
+    topk, air = (make_router(kind, sizes, pg_collection, device) for kind in ("topk", "air"))
     with torch.no_grad():
         air.weight.copy_(topk.weight)
     hidden = torch.randn(sizes.tokens, 1, sizes.hidden, device=device)
-    _settle(air, hidden)
+    settle(air, hidden)
     grad = torch.randn(sizes.tokens, sizes.experts, device=device)
     results = []
     for router in (topk, air):
         tokens = hidden.clone().requires_grad_()
         probs, routing_map = router(tokens)
-        router.weight.grad = None
         probs.backward(grad)
-        results.append((routing_map.float(), probs, tokens.grad, router.weight.grad))
+        results.append((routing_map.float(), probs, tokens.grad, *take_gradients(router)))
     for name, expected, found in zip(("routing map", "probs", "input grad", "weight grad"), *results, strict=True):
         explain = partial("{}: {}".format, name)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=explain)

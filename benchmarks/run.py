@@ -8,7 +8,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-NAMES = {"router": "AIRRouter against TopKRouter, forward and backward"}
+NAMES = {
+    "router": "AIRRouter against TopKRouter, forward and backward",
+    "growth": "AIRRouter at growing numbers of experts",
+    "layer": "the whole layer against PEER: time and peak memory",
+}
 
 
 def main() -> None:
@@ -28,7 +32,9 @@ def main() -> None:
     from benchmarks.measure import write_rows
 
     rows = modules[args.name].run(args)
-    shown = ("contender", "forward_ms", "backward_ms", "total_ms", "total_min_ms", "total_max_ms", "times_faster")
+    phases = ("forward_ms", "backward_ms", "total_ms", "total_min_ms", "total_max_ms")
+    figures = ("times_faster", "times_slower", "peak_mib", "peak_with_rebuild_mib")
+    shown = ("contender", *phases, *(name for name in figures if name in rows[0]))
     widths = [max(len(name), *(len(str(row[name])) for row in rows)) for name in shown]
     for cells in (shown, *([str(row[name]) for name in shown] for row in rows)):
         sys.stdout.write("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) + "\n")
