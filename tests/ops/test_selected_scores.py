@@ -86,3 +86,16 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
     leaves, ids, grad = make()
     with pytest.raises(ValueError, match=message):
         selected_scores(*change(*leaves, ids, grad))
+
+
+def test_gradients_of_the_centres_go_into_main_grad():
+    (hidden, weight, _), ids, grad = make(num_selected=7)
+    grads = []
+    for fused in (False, True):
+        centres = torch.nn.Parameter(weight.clone())
+        if fused:
+            centres.main_grad = torch.ones_like(centres)
+        selected_scores(hidden, centres, None, ids, torch.zeros_like(grad)).backward(grad)
+        grads.append(centres.main_grad if fused else centres.grad)
+    assert centres.grad_added_to_main_grad
+    torch.testing.assert_close(grads[1], 1.0 + grads[0])

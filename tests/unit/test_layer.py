@@ -1,0 +1,166 @@
+"""The compact layer: nothing of size [tokens, experts], few waits for the device, equal to the stock path."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from air_moe_megatron import AIRMoEConfig, AIRMoELayer, AIRRouter, update_codebooks
+from air_moe_megatron.experts import GranularExperts
+
+HIDDEN = 8
+EVERY_LOSS = dict(
+    moe_router_load_balancing_type=["aux_loss", "seq_aux_loss", "global_aux_loss"],
+    moe_aux_loss_coeff=[0.01, 0.01, 0.01],
+    moe_z_loss_coeff=0.001,
+)
+
+
+def make_layer(groups, num_experts=64, **fields):
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
+
+    config = AIRMoEConfig(**{
+        **dict(
+            num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, num_moe_experts=num_experts, moe_router_topk=4,
+            moe_ffn_hidden_size=1, ffn_hidden_size=1, add_bias_linear=False, use_cpu_initialization=True,
+            moe_router_load_balancing_type="none", moe_router_dtype="fp32", moe_router_type="air",
+            moe_granular_experts=True, moe_dispatch="compact", init_method_std=0.5,
+        ),
+        **fields,
+    })  # fmt: skip
+    torch.manual_seed(0)
+    layer = AIRMoELayer(config, MoESubmodules(experts=GranularExperts, router=AIRRouter), 1, groups)
+    layer.set_layer_number(1)
+    return layer
+
+
+class Recorder(TorchDispatchMode):
+    """The largest tensor that any operation returns, and the operations that make the host wait."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "repeat_interleave", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.waits = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        sizes = [t.numel() if t.layout == torch.strided else t._nnz() for t in tensors]
+        self.largest = max([self.largest, *sizes])
+        name = function.name().removeprefix("aten::").split(".")[0]
+        if (
+            name in self.WAITS
+            or name == "index"
+            and any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.bool for leaf in tree_leaves(args[1]))
+        ):
+            self.waits.append(name)
+        return out
+
+
+@pytest.mark.parametrize("fields", ({}, EVERY_LOSS), ids=("no-loss", "every-loss"))
+def test_nothing_is_as_large_as_tokens_times_experts(megatron_cpu, fields):
+    """Not even while the lists are rebuilt; and the recorder does see such a tensor in the stock path."""
+    tokens, num_experts = 512, 8192
+    largest = {}
+    for dispatch in ("compact", "stock"):
+        stock = dict(moe_dispatch="stock", moe_token_dispatcher_type="alltoall") if dispatch == "stock" else {}
+        layer = make_layer(megatron_cpu, num_experts, **fields, **stock)
+        layer.train()
+        hidden = torch.randn(tokens // 2, 2, HIDDEN, requires_grad=True)
+        with Recorder() as recorder:
+            out, _ = layer(hidden)
+            out.sum().backward()
+        largest[dispatch] = recorder.largest
+        assert layer.router.weight.grad.any()
+    assert largest["compact"] < tokens * num_experts / 2
+    assert largest["stock"] >= tokens * num_experts
+
+
+def test_a_forward_waits_for_the_device_twice(megatron_cpu, monkeypatch):
+    layer = make_layer(megatron_cpu)
+    layer(torch.randn(20, 1, HIDDEN))
+    lists = []
+    original = torch.Tensor.tolist
+
+    def tolist(tensor):
+        lists.append(tuple(tensor.shape))
+        return original(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    with Recorder() as recorder:
+        layer(torch.randn(20, 1, HIDDEN))  # the lists are up to date, and no token is padding
+    assert recorder.waits == []
+    assert len(lists) == 2, lists  # rows of each codeword, and rows and pairs of each rank
+
+
+def steps(layer, seed=0):
+    """Outputs and gradients over two training steps, with a codebook update between."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(2):
+        hidden = torch.randn(15, 2, HIDDEN, generator=generator).requires_grad_()
+        out, bias = layer(hidden)
+        assert bias is None
+        grads = torch.autograd.grad(out.square().sum(), [hidden, *layer.parameters()])
+        found += [out, *grads]
+        update_codebooks(layer)
+    return found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    (
+        {},
+        EVERY_LOSS,
+        dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
+        dict(moe_air_codebook_source="experts", moe_air_num_probes=2),
+        dict(moe_shared_expert_intermediate_size=4),
+    ),
+    ids=("softmax", "every-loss", "sigmoid-bias", "lists-of-experts", "shared-expert"),
+)
+def test_compact_equals_stock(megatron_cpu, fields):
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    layers = []
+    for stock in ({}, dict(moe_dispatch="stock", moe_token_dispatcher_type="alltoall")):
+        if "moe_shared_expert_intermediate_size" in fields:
+            from air_moe_megatron.specs import with_air_layers
+
+            layer = make_layer(megatron_cpu)
+            config = AIRMoEConfig(**{**_given(layer.config), **fields, **stock})
+            spec = get_moe_module_spec(use_te=False, num_experts=64, moe_grouped_gemm=False)
+            torch.manual_seed(0)
+            layer = with_air_layers(spec, config)(config, layer_number=1, pg_collection=megatron_cpu)
+            layer.set_layer_number(1)
+            assert isinstance(layer, AIRMoELayer) and layer.shared_experts is not None
+        else:
+            layer = make_layer(megatron_cpu, **fields, **stock)
+        layers.append(layer)
+    assert layers[0].is_compact and not layers[1].is_compact
+    layers[1].load_state_dict(layers[0].state_dict())
+    for found, expected in zip(steps(layers[0]), steps(layers[1]), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def _given(config):
+    """The fields that make_layer gives."""
+    names = (
+        "num_layers", "hidden_size", "num_attention_heads", "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size",
+        "ffn_hidden_size", "add_bias_linear", "use_cpu_initialization", "moe_router_load_balancing_type",
+        "moe_router_dtype", "moe_router_type", "moe_granular_experts", "moe_dispatch", "init_method_std",
+    )  # fmt: skip
+    return {name: getattr(config, name) for name in names}
+
+
+def test_padding_is_routed_but_counts_nowhere(megatron_cpu):
+    layer = make_layer(megatron_cpu).train()
+    hidden = torch.randn(10, 2, HIDDEN)
+    padding = torch.zeros(2, 10, dtype=torch.bool)
+    padding[1, 4:] = True
+    layer(hidden, padding_mask=padding)
+    assert int(layer.router.expert_load.sum()) == (20 - 6) * 4
+    assert int(layer.router.codebook.statistics[:, HIDDEN].sum()) == 20 - 6
+    assert layer.token_dispatcher.traffic.tokens == 20
