@@ -1,0 +1,218 @@
+"""The launchers in examples/, run as users run them: tiny, on CPU. What they would start on GPUs is read, not run."""
+
+import csv
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+HEALTH = re.compile(r"routing health at iteration .*dispatched bytes per token: (\d+) \((\d+) to other ranks\)")
+HIDDEN, TOPK, FP32_BYTES = 64, 8, 4  # of the tiny model in granular_gpt.sh
+PAIR_BYTES = 8  # id and prob of an expert
+STEPS, WARMUP = 4, 2
+
+# Stands in for Python on a machine with eight GPUs: answers the launcher's questions and prints what it would start.
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+  *device_count*) echo 8 ;;
+  *find_spec*transformer_engine) exit "$TE_IS_MISSING" ;;
+  *find_spec*) exit 1 ;;
+  *) printf '%s\\n' "$@" ;;
+esac
+"""
+FAKE_SRUN = """#!/bin/sh
+while [ "${1#--}" != "$1" ]; do shift; done
+SLURM_NODEID=1 exec "$@"
+"""
+
+
+def start(script, *flags, env):
+    """Start an example; its output is one text."""
+    own = ("DATA", "TOKENIZER", "OUT", "RANKS", "EP", "OMP_NUM_THREADS")
+    clean = {name: value for name, value in os.environ.items() if name not in own}
+    return subprocess.Popen(
+        ["bash", EXAMPLES / script, *map(str, flags)],
+        env={**clean, "PYTHON": sys.executable, "PYTHONWARNINGS": "ignore", **{k: str(v) for k, v in env.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, succeeds=True):
+    """The output of a started example."""
+    try:
+        output, _ = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert (process.returncode == 0) == succeeds, output[-6000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def cpu_flags(tmp_path_factory):
+    return ["--cpu", "--data-cache-path", tmp_path_factory.mktemp("cache")]
+
+
+@pytest.fixture(scope="module")
+def scaling(data_prefix, cpu_flags, tmp_path_factory):
+    """An expert-parallel scaling run: its output and its folder."""
+    out = tmp_path_factory.mktemp("scaling")
+    env = {"EP_SIZES": "1 2 4", "TRAIN_ITERS": STEPS, "LOG_INTERVAL": 1, "WARMUP": WARMUP}
+    return finish(start("ep_scaling.sh", *cpu_flags, env={**env, "DATA": data_prefix, "OUT": out})), out
+
+
+@pytest.fixture
+def fake_machine(tmp_path):
+    """Environment of a node with eight GPUs, without Transformer Engine, in a SLURM job of two nodes."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (
+        ("python", FAKE_PYTHON),
+        ("srun", FAKE_SRUN),
+        ("scontrol", "#!/bin/sh\nprintf 'first\\nsecond\\n'"),
+    ):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    slurm = {
+        "SLURM_SUBMIT_DIR": EXAMPLES.parent,
+        "SLURM_JOB_NUM_NODES": 2,
+        "SLURM_JOB_NODELIST": "[first,second]",
+        "SLURM_JOB_ID": 1234567,
+        "SLURM_GPUS_ON_NODE": 8,
+    }
+    path = f"{commands}:{os.environ['PATH']}"
+    return {"PYTHON": commands / "python", "PATH": path, "TE_IS_MISSING": 1, "OUT": tmp_path / "out", **slurm}
+
+
+def value_of(flag, words):
+    return words[words.index(flag) + 1]
+
+
+def test_scaling_run_writes_a_row_per_size(scaling):
+    output, out = scaling
+    assert all(f"EP {size} of 1 2 4" in output and str(out / f"ep{size}.log") in output for size in (1, 2, 4))
+    with (out / "ep_scaling.csv").open() as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert [(row["ep_size"], row["ranks"], row["steps"]) for row in rows] == [(n, n, STEPS - WARMUP) for n in (1, 2, 4)]
+    row_bytes = HIDDEN * FP32_BYTES
+    for row in rows:
+        assert row["tokens_per_s"] > 0
+        assert row["tokens_per_s_per_rank"] == pytest.approx(row["tokens_per_s"] / row["ranks"], abs=0.1)
+        assert row_bytes <= row["dispatched_bytes_per_token"] <= row_bytes * min(TOPK, row["ep_size"])
+        assert 1 <= row["most_loaded_rank"] <= row["ep_size"]
+        assert row["imbalance_factor"] >= 1
+        # A token leaves its rank with its pairs for at most all other ranks.
+        most = row_bytes * min(TOPK, row["ep_size"] - 1) + TOPK * PAIR_BYTES
+        assert row["remote_bytes_per_token"] <= most
+    remote = [row["remote_bytes_per_token"] for row in rows]
+    assert remote[0] == 0 < remote[1] < remote[2]
+
+
+def test_scaling_plot_is_an_image(scaling):
+    _, out = scaling
+    image = matplotlib.image.imread(out / "ep_scaling.png")
+    assert image.shape[0] > 500 and image.shape[1] > 500
+    assert image.std() > 0
+
+
+@pytest.mark.parametrize(
+    "lost, warmup, message",
+    [
+        ("routing health", 0, "no line of 'routing health' with dispatched bytes"),
+        ("elapsed time per iteration", 0, "no line with 'elapsed time per iteration'"),
+        ("seq_length ....", 0, "list of arguments, with seq_length, is not in it"),
+        ("nothing", STEPS, f"after the warm-up of {STEPS} steps"),
+    ],
+    ids=["no health", "no iterations", "no arguments", "all warm-up"],
+)
+def test_scaling_table_says_which_lines_a_log_lacks(scaling, tmp_path, lost, warmup, message):
+    _, out = scaling
+    log = tmp_path / "ep1.log"
+    lines = (out / "ep1.log").read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if lost not in line))
+    command = [sys.executable, EXAMPLES / "ep_scaling.py", "--warmup", str(warmup), "--out", tmp_path, log]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert str(log) in result.stderr and message in result.stderr
+    assert not (tmp_path / "ep_scaling.csv").exists()
+
+
+def test_single_node(data_prefix, cpu_flags, tmp_path):
+    env = {"RANKS": 1, "TRAIN_ITERS": 3, "DATA": data_prefix, "OUT": tmp_path}
+    dispatched, remote = map(int, HEALTH.findall(finish(start("single_node.sh", *cpu_flags, env=env)))[-1])
+    assert (dispatched, remote) == (HIDDEN * FP32_BYTES, 0)
+    assert (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "3"
+    assert HEALTH.search((tmp_path / "train.log").read_text())
+
+
+def test_multi_node_with_a_process_each(data_prefix, cpu_flags, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {"NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GPUS_PER_NODE": 1, "EP": 2}
+    env.update({"TRAIN_ITERS": 3, "DATA": data_prefix, "OUT": tmp_path})
+    nodes = [start("multi_node.sh", *cpu_flags, env={**env, "NODE_RANK": rank}) for rank in (0, 1)]
+    outputs = [finish(node) for node in nodes]
+    assert int(HEALTH.findall(outputs[1])[-1][1]) > 0  # Megatron logs on the last rank
+    assert (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "3"
+
+
+def test_million_experts_with_fewer(cpu_flags, tmp_path):
+    env = {"NUM_EXPERTS": 4096, "TRAIN_ITERS": 3, "MICRO_BATCH": 2, "GLOBAL_BATCH": 2, "DATA": "mock", "OUT": tmp_path}
+    output = finish(start("million_experts.sh", *cpu_flags, env=env))
+    assert "of 4096" in HEALTH.search(output).group()
+    assert re.search(r"peak memory of a process: [0-9.]+ GiB", output)
+    assert re.search(r"seconds per step in the last half of the run: median [0-9.]+", output)
+
+
+def test_missing_data_is_named(tmp_path):
+    output = finish(start("single_node.sh", "--cpu", env={"DATA": tmp_path / "absent"}), succeeds=False)
+    assert f"{tmp_path / 'absent'}.idx does not exist" in output
+
+
+def test_slurm_starts_the_launcher_on_each_node(fake_machine):
+    subprocess.run(["bash", "-n", EXAMPLES / "slurm.sbatch"], check=True)
+    words = finish(start("slurm.sbatch", "--log-interval", 5, env={**fake_machine, "DATA": "mock"})).splitlines()
+    expected = {"--nnodes": "2", "--node-rank": "1", "--nproc-per-node": "8", "--master-addr": "first"}
+    assert {flag: value_of(flag, words) for flag in expected} == expected
+    assert value_of("--load", words) == value_of("--save", words) == str(fake_machine["OUT"] / "checkpoint")
+    assert value_of("--expert-model-parallel-size", words) == "8"
+    assert words[-2:] == ["--log-interval", "5"]
+
+
+def test_more_processes_than_gpus_are_refused(fake_machine):
+    output = finish(start("single_node.sh", env={**fake_machine, "DATA": "mock", "RANKS": 16}), succeeds=False)
+    assert "16 processes need as many GPUs on a node, and 8 are visible" in output
+
+
+def test_flags_for_gpus_with_transformer_engine(fake_machine):
+    words = finish(start("single_node.sh", env={**fake_machine, "DATA": "mock", "TE_IS_MISSING": 0})).splitlines()
+    assert value_of("--transformer-impl", words) == "transformer_engine"
+    assert {"--bf16", "--use-distributed-optimizer"} <= set(words)
+    assert not {"--cpu", "--no-rope-fusion"} & set(words)
+
+
+@pytest.mark.usefixtures("megatron_cpu")
+def test_flags_for_gpus_are_valid(fake_machine, monkeypatch):
+    """Megatron and our configuration accept what would be started on eight GPUs without Transformer Engine."""
+    from megatron.training.arguments import parse_and_validate_args
+
+    from air_moe_megatron.training import extra_args_provider, model_config_from_args
+
+    words = finish(start("single_node.sh", env={**fake_machine, "DATA": "mock"})).splitlines()
+    flags = words[words.index("air_moe_megatron.pretrain") + 1 :]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *flags])
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    args = parse_and_validate_args(extra_args_provider=extra_args_provider)
+    config = model_config_from_args(args).transformer
+    assert (config.num_moe_experts, config.moe_router_topk, config.moe_ffn_hidden_size) == (65536, 64, 2)
+    assert config.expert_model_parallel_size == 8 and config.bf16 and not args.use_distributed_optimizer
+    assert config.moe_dispatch == "compact" and config.moe_granular_experts
