@@ -13,7 +13,7 @@ OUT ?= out/demo
 DATA ?= data/stdlib
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train test lint bench-router clean
+.PHONY: help install data train test lint bench-router bench-layer clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-13s%s\n", $$1, $$2}'
@@ -51,6 +51,11 @@ lint: install  ## Check style and format
 
 bench-router: install  ## Time the routers on this machine
 	$(BIN)/python -W ignore benchmarks/run.py router
+
+bench-layer: bench-router  ## Time router, growth and the whole layer, and measure its memory
+	$(BIN)/python -W ignore benchmarks/run.py growth
+	$(BIN)/python -W ignore benchmarks/run.py layer
+	$(BIN)/python -W ignore benchmarks/run.py layer --experts 1048576 --hidden 128 --no-rival
 
 clean:  ## Remove what the targets above make by default, .venv included
 	rm -rf $(VENV) data/stdlib out .pytest_cache .ruff_cache .hypothesis *.egg-info
