@@ -112,6 +112,7 @@ def take_gradients(module: torch.nn.Module) -> list[torch.Tensor]:
     gradients = [parameter.main_grad.clone() for parameter in module.parameters()]
     for parameter in module.parameters():
         parameter.main_grad.zero_()
+        parameter.grad_added_to_main_grad = False
     return gradients
 
 
