@@ -26,6 +26,7 @@ class Ranking:
     score: torch.Tensor  # [E] fp32, that score
 
 
+@torch.no_grad()
 def rank_experts(codewords, scale, weight, bias, shortlist_size, selection=None, chunk_elements=_CHUNK_ELEMENTS):
     """Rank the experts at each codeword by ``scale_c * <w_e, c> + b_e``, and the codewords at each expert.
 
@@ -111,6 +112,7 @@ def reserved_places(num_experts: int, num_clusters: int, shortlist_size: int, to
     return min(-(-num_experts // num_clusters), shortlist_size - topk)
 
 
+@torch.no_grad()
 def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0):
     """Shortlists that hold every expert: the *orphan rule*.
 
