@@ -1,7 +1,10 @@
-"""Runs of the real training loop as users start them: torchrun in a process of its own, on CPU with gloo."""
+"""Runs of the real training loop on CPU with gloo: our entry forked from a process that has imported Megatron already
+(zygote.py), other entries by torchrun, as users start them."""
 
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,6 +37,8 @@ MODEL = [
 AIR = ["--moe-router-type", "air", "--moe-air-num-clusters", "4", "--moe-air-shortlist-size", "8"]
 EP2 = ["--expert-model-parallel-size", "2"]
 OURS = ("-m", "air_moe_megatron.pretrain", "--cpu")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+TIMEOUT = 300  # seconds of a run
 
 _ITERATION = re.compile(r"iteration +(\d+)/ .*?lm loss: ([0-9.E+-]+) .*?grad norm: ([0-9.naif]+)")
 
@@ -72,26 +77,62 @@ def data_prefix(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def pretrain(data_prefix, tmp_path_factory):
+def zygote(tmp_path_factory):
+    """A function that trains with our entry: flags, ranks -> Run."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.megatron.zygote"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    folder = tmp_path_factory.mktemp("logs")
+
+    def run(flags, ranks):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        log = folder / f"{len(list(folder.iterdir()))}.log"
+        log.touch()
+        request = {"flags": flags, "ranks": ranks, "env": {}, "port": port, "log": str(log), "timeout": TIMEOUT}
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        reply = process.stdout.readline()
+        assert reply, "the process that starts the ranks has ended"
+        return Run(log.read_text(errors="replace"), json.loads(reply)["returncode"])
+
+    yield run
+    process.stdin.close()
+    process.wait(timeout=TIMEOUT)
+
+
+@pytest.fixture(scope="session")
+def pretrain(data_prefix, zygote, tmp_path_factory):
     """A function that trains: flags -> Run. Give ``entry`` to start something else than our own entry."""
     cache = tmp_path_factory.mktemp("cache")
 
     def run(*flags, ranks=2, entry=OURS, env=None, succeeds=True, data=True):
         data_flags = ["--data-path", data_prefix, "--split", "8,1,1", "--data-cache-path", cache]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        arguments = [*command, *entry, *MODEL, *(data_flags if data else []), *flags]
-        result = subprocess.run(
-            [str(argument) for argument in arguments],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **(env or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
+        flags = [str(flag) for flag in (*MODEL, *(data_flags if data else []), *flags)]
+        if entry == OURS and env is None:
+            result = zygote(["--cpu", *flags], ranks)
+        else:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            ended = subprocess.run(
+                [*command, *entry, *flags],
+                cwd=ROOT,
+                env={**ENVIRONMENT, **(env or {})},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=TIMEOUT,
+            )
+            result = Run(ended.stdout, ended.returncode)
         if succeeds:
-            assert result.returncode == 0, result.stdout[-6000:]
-        return Run(result.stdout, result.returncode)
+            assert result.returncode == 0, result.output[-6000:]
+        return result
 
     return run
 

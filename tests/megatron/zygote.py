@@ -1,0 +1,90 @@
+"""Starts the ranks of training runs from one process that has imported Megatron already.
+
+Importing torch and Megatron takes each rank longer than most tests train. This process imports them once, in CPU mode,
+and forks a process per rank for each run it is asked for: a JSON object per line in, one out. Ranks end as those of
+torchrun do: when one fails, the others are stopped.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+
+_GRACE = 10.0  # seconds that the others get to end by themselves when a rank has failed
+
+
+def start(rank: int, request: dict) -> int:
+    """Fork a rank; returns its process id."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        sys.stdout = os.fdopen(1, "w", buffering=1)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "LOCAL_WORLD_SIZE": request["ranks"]}
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}
+        os.environ.update({name: str(value) for name, value in {**request["env"], **world, **rendezvous}.items()})
+        sys.argv = ["air_moe_megatron.pretrain", *request["flags"]]
+        from air_moe_megatron import pretrain
+
+        pretrain.main()
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            sys.stderr.write(error.code + "\n")
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(processes: list[int], timeout: float) -> int:
+    """Wait for all ranks; returns the first exit code that is not 0, if any."""
+    failure, deadline = 0, time.monotonic() + timeout
+    running = set(processes)
+    while running:
+        for process in list(running):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                running.discard(process)
+                code = os.waitstatus_to_exitcode(status)
+                if code and not failure:
+                    failure, deadline = code, min(deadline, time.monotonic() + _GRACE)
+        if time.monotonic() > deadline:
+            failure = failure or -signal.SIGALRM
+            for process in running:
+                os.kill(process, signal.SIGKILL)
+            deadline = float("inf")
+        time.sleep(0.02)
+    return failure
+
+
+def main() -> None:
+    """Import what every rank needs, then serve until the input ends."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what Megatron prints while it is imported is no reply
+
+    from air_moe_megatron import cpu
+
+    cpu.enable()
+    import air_moe_megatron.training  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        processes = [start(rank, request) for rank in range(request["ranks"])]
+        returncode = wait(processes, request["timeout"])
+        replies.write(json.dumps({"returncode": returncode}) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main()
