@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from air_moe_megatron.config import AIRFields, AIRMoEConfig, attach, resolve_sizes, validate
+from air_moe_megatron.config import AIRFields, AIRMoEConfig, attach, resolve_sizes, validate, validate_experts
 
 BASE = dict(
     num_layers=2,
@@ -145,6 +145,79 @@ UNSUPPORTED_LATER = {
     ),
 }
 
+# Settings that granular experts, or compact dispatch, exclude: the field, its value, and a word of the reason. They are
+# set after construction, as Megatron's own checks want companions of some.
+NOT_WITH_GRANULAR_EXPERTS = {
+    "expert-tensor-parallel": (
+        dict(expert_tensor_parallel_size=2),
+        ["expert_tensor_parallel_size (2)", "expert_model_parallel_size"],
+    ),
+    "biases": (dict(add_bias_linear=True), ["add_bias_linear (True)", "--disable-bias-linear"]),
+    "no-hidden-size": (dict(moe_ffn_hidden_size=None), ["moe_ffn_hidden_size (None)", "at least 1"]),
+    "hidden-size-zero": (dict(moe_ffn_hidden_size=0), ["moe_ffn_hidden_size (0)", "at least 1"]),
+    "fp8": (dict(fp8="e4m3"), ["fp8 ('e4m3')", "Transformer Engine"]),
+    "fp4": (dict(fp4="e2m1"), ["fp4 ('e2m1')", "Transformer Engine"]),
+    "latent-size": (dict(moe_latent_size=8), ["moe_latent_size (8)", "Transformer Engine"]),
+    "interleaved-gates": (
+        dict(moe_mlp_glu_interleave_size=4),
+        ["moe_mlp_glu_interleave_size (4)", "Transformer Engine"],
+    ),
+    "grouped-weight": (
+        dict(moe_single_grouped_weight=True),
+        ["moe_single_grouped_weight (True)", "Transformer Engine"],
+    ),
+    "te-activation": (dict(use_te_activation_func=True), ["use_te_activation_func (True)", "Transformer Engine"]),
+    "paged-stash": (dict(moe_paged_stash=True), ["moe_paged_stash (True)", "Transformer Engine"]),
+    "kitchen": (dict(use_kitchen=True), ["use_kitchen (True)", "Transformer Engine"]),
+    "probs-on-input": (dict(moe_apply_probs_on_input=True), ["moe_apply_probs_on_input (True)", "activations"]),
+    "recomputed-activation": (
+        dict(recompute_granularity="selective", recompute_modules=["core_attn", "moe_act"]),
+        ["recompute_modules (['core_attn', 'moe_act'])", "recompute 'moe' instead"],
+    ),
+    "offloaded-projection": (
+        dict(fine_grained_activation_offloading=True, offload_modules=["expert_fc1"]),
+        ["offload_modules (['expert_fc1'])", "'expert_fc1' and 'moe_act'"],
+    ),
+    "offloaded-activation": (
+        dict(fine_grained_activation_offloading=True, offload_modules=["attn_norm", "moe_act"]),
+        ["offload_modules (['attn_norm', 'moe_act'])", "'expert_fc1' and 'moe_act'"],
+    ),
+    "delayed-gradients": (dict(delay_wgrad_compute=True), ["delay_wgrad_compute (True)", "one pass"]),
+    "overlapped-gradients": (
+        dict(overlap_dispatch_backward_with_experts_wgrad=True),
+        ["overlap_dispatch_backward_with_experts_wgrad (True)", "one pass"],
+    ),
+}
+NOT_WITH_COMPACT_DISPATCH = {
+    "int64-ids": (
+        dict(num_moe_experts=2**31, expert_model_parallel_size=64),
+        [f"num_moe_experts ({2**31})", "int32"],
+    ),
+    "capacity": (dict(moe_expert_capacity_factor=1.5), ["moe_expert_capacity_factor (1.5)", "dense maps"]),
+    "capacity-of-a-rank": (
+        dict(moe_expert_rank_capacity_factor=2.0),
+        ["moe_expert_rank_capacity_factor (2.0)", "no token is dropped"],
+    ),
+    "overlapped-shared-expert": (
+        dict(moe_shared_expert_overlap=True),
+        ["moe_shared_expert_overlap (True)", "shared expert"],
+    ),
+    "flex": (dict(moe_token_dispatcher_type="flex"), ["moe_token_dispatcher_type ('flex')", "DeepEP"]),
+    "overlapped-communication": (
+        dict(overlap_moe_expert_parallel_comm=True),
+        ["overlap_moe_expert_parallel_comm (True)", "schedule"],
+    ),
+    "fused-permutation": (dict(moe_permute_fusion=True), ["moe_permute_fusion (True)", "not permuted"]),
+    "padding-for-quantization": (
+        dict(moe_router_padding_for_quantization=True),
+        ["moe_router_padding_for_quantization (True)", "not permuted"],
+    ),
+    "padding-for-fp8": (
+        dict(moe_router_padding_for_fp8=True),
+        ["moe_router_padding_for_fp8 (True)", "not permuted"],
+    ),
+}
+
 
 def assert_says(error, words):
     message = str(error.value)
@@ -188,6 +261,67 @@ def test_our_rules_leave_the_topk_router_alone(settings, _):
     ours = {field.name for field in fields(AIRFields)}
     TransformerConfig(**{name: value for name, value in {**BASE, **settings}.items() if name not in ours})
     assert make_config(**{**settings, "moe_router_type": "topk"}).moe_router_type == "topk"
+
+
+def with_settings(config, settings):
+    for name, value in settings.items():
+        assert hasattr(config, name)
+        setattr(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize("settings, words", NOT_WITH_GRANULAR_EXPERTS.values(), ids=NOT_WITH_GRANULAR_EXPERTS)
+def test_what_granular_experts_cannot_do_is_refused_with_the_reason(settings, words):
+    validate(with_settings(make_config(), settings))  # Megatron's own experts can
+    config = with_settings(make_config(moe_granular_experts=True), settings)
+    for check in (validate, validate_experts):
+        with pytest.raises(ValueError) as error:
+            check(config)
+        assert_says(error, [*words, "moe_granular_experts (True)"])
+
+
+@pytest.mark.parametrize("settings, words", NOT_WITH_COMPACT_DISPATCH.values(), ids=NOT_WITH_COMPACT_DISPATCH)
+def test_what_compact_dispatch_cannot_do_is_refused_with_the_reason(settings, words):
+    validate(with_settings(make_config(moe_granular_experts=True), settings))  # Megatron's own dispatchers can
+    with pytest.raises(ValueError) as error:
+        validate(with_settings(make_config(moe_granular_experts=True, moe_dispatch="compact"), settings))
+    assert_says(error, [*words, "moe_dispatch 'compact'"])
+
+
+def test_compact_dispatch_needs_granular_experts():
+    with pytest.raises(ValueError) as error:
+        make_config(moe_dispatch="compact")
+    assert_says(error, ["moe_granular_experts (False)", "moe_dispatch 'compact'", "--moe-granular-experts"])
+
+
+def test_an_unknown_dispatch_is_refused():
+    with pytest.raises(ValueError, match=r"moe_dispatch \('sparse'\) must be 'stock' or 'compact'"):
+        make_config(moe_dispatch="sparse")
+
+
+@pytest.mark.parametrize("gated, num_rows", [(False, 2**30), (True, 2**29)], ids=("plain", "gated"))
+def test_the_rows_of_a_rank_are_fewer_than_an_int32_counts(gated, num_rows):
+    """Two experts of a rank; the largest size that is accepted, and one more."""
+    settings = dict(moe_granular_experts=True, num_moe_experts=8, expert_model_parallel_size=4, gated_linear_unit=gated)
+    make_config(**settings, moe_ffn_hidden_size=num_rows - 1)
+    with pytest.raises(ValueError) as error:
+        make_config(**settings, moe_ffn_hidden_size=num_rows)
+    words = ["num_moe_experts (8)", "expert_model_parallel_size (4)", f"{2**30} rows each", f"makes {2**31} rows"]
+    assert_says(error, [*words, "fewer than 2^31"])
+
+
+@pytest.mark.parametrize("modules", (["moe"], ["core_attn"]), ids=("moe", "attention"))
+@pytest.mark.parametrize("dispatch", ("stock", "compact"))
+def test_recomputed_modules_shared_experts_and_single_rows_are_accepted(dispatch, modules):
+    make_config(
+        transformer_impl="local",
+        moe_granular_experts=True,
+        moe_dispatch=dispatch,
+        recompute_granularity="selective",
+        recompute_modules=modules,
+        moe_shared_expert_intermediate_size=16,
+        moe_ffn_hidden_size=1,
+    )
 
 
 def test_topk_is_the_default():
@@ -276,15 +410,33 @@ def test_flags_are_converted_to_the_types_of_the_fields():
         *("--moe-air-codebook-source", "experts"),
         *("--moe-air-codebook-ema", "0.5"),
         *("--moe-air-refresh-interval", "3"),
+        *("--moe-dispatch", "compact"),
+        "--moe-granular-experts",
     )
-    assert vars(values) == vars(AIRFields("air", 8, 16, 2, "experts", 0.5, 3))
+    assert vars(values) == vars(AIRFields("air", 8, 16, 2, "experts", 0.5, 3, "compact", True))
 
 
-@pytest.mark.parametrize("flag", ("--moe-router-type", "--moe-air-codebook-source"))
+@pytest.mark.parametrize("flag", ("--moe-router-type", "--moe-air-codebook-source", "--moe-dispatch"))
 def test_an_unknown_choice_is_refused_by_the_parser(flag, capsys):
     with pytest.raises(SystemExit):
         parsed(flag, "nonsense")
     assert "nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(moe_granular_experts=True), "--moe-granular-experts (True)"),
+        (dict(moe_dispatch="compact"), "--moe-dispatch ('compact')"),
+        (dict(moe_air_num_probes=2), "--moe-air-num-probes (2)"),
+    ],
+)
+def test_flags_that_the_topk_router_ignores_are_refused(settings, words):
+    from air_moe_megatron.arguments import transformer_config_from_args
+
+    with pytest.raises(ValueError) as error:
+        transformer_config_from_args(AIRFields(**settings))
+    assert_says(error, [words, "has no effect with --moe-router-type topk"])
 
 
 # Config classes that lack our fields.
