@@ -9,6 +9,8 @@ STAMP := $(VENV)/.installed
 # uv takes a fifth of pip's time but does not read pip's settings: pip installs where those name another index.
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-deps --no-compile
 UV_INSTALL = $(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python
+# Bytecode is kept whatever the environment says: every process would compile torch and Megatron anew, for half a minute.
+unexport PYTHONDONTWRITEBYTECODE
 OUT ?= out/demo
 DATA ?= data/stdlib
 

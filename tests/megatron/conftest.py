@@ -96,7 +96,7 @@ def zygote(tmp_path_factory):
             port = probe.getsockname()[1]
         log = folder / f"{len(list(folder.iterdir()))}.log"
         log.touch()
-        request = {"flags": flags, "ranks": ranks, "env": {}, "port": port, "log": str(log), "timeout": TIMEOUT}
+        request = {"flags": flags, "ranks": ranks, "port": port, "log": str(log), "timeout": TIMEOUT}
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
         reply = process.stdout.readline()

@@ -10,41 +10,26 @@ import os
 import signal
 import sys
 import time
-import traceback
 
 _GRACE = 10.0  # seconds that the others get to end by themselves when a rank has failed
 
 
 def start(rank: int, request: dict) -> int:
-    """Fork a rank; returns its process id."""
+    """Fork a rank; returns its process id, and in the rank itself does not return: it ends as any program does."""
     process = os.fork()
     if process:
         return process
-    code = 1
-    try:
-        log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        for stream in (1, 2):
-            os.dup2(log, stream)
-        sys.stdout = os.fdopen(1, "w", buffering=1)
-        sys.stderr = os.fdopen(2, "w", buffering=1)
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "LOCAL_WORLD_SIZE": request["ranks"]}
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}
-        os.environ.update({name: str(value) for name, value in {**request["env"], **world, **rendezvous}.items()})
-        sys.argv = ["air_moe_megatron.pretrain", *request["flags"]]
-        from air_moe_megatron import pretrain
+    log = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "LOCAL_WORLD_SIZE": request["ranks"]}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}
+    os.environ.update({name: str(value) for name, value in {**world, **rendezvous}.items()})
+    sys.argv = ["air_moe_megatron.pretrain", *request["flags"]]
+    from air_moe_megatron import pretrain
 
-        pretrain.main()
-        code = 0
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        if isinstance(error.code, str):
-            sys.stderr.write(error.code + "\n")
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    pretrain.main()
+    sys.exit(0)
 
 
 def wait(processes: list[int], timeout: float) -> int:
