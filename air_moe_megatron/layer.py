@@ -20,10 +20,3 @@ class AIRMoELayer(MoELayer):
         if self.is_compact:
             self.local_expert_indices = range(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
             self.token_dispatcher = CompactTokenDispatcher(self.num_local_experts, config, pg_collection)
-
-    def route(self, hidden_states, padding_mask=None):
-        """Choose the experts: probs [T, K] and ids [T, K], or with the stock dispatchers dense [T, E] maps."""
-        if not self.is_compact:
-            return super().route(hidden_states, padding_mask)
-        routes = self.router.route(hidden_states, padding_mask)
-        return routes.probs, routes.topk_ids

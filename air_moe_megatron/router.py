@@ -87,7 +87,14 @@ class AIRRouter(TopKRouter):
         return routes
 
     def forward(self, input: torch.Tensor, padding_mask: torch.Tensor | None = None):
-        """As ``TopKRouter.forward``: dense [T, E] probs and routing map, for Megatron's own dispatchers."""
+        """What the layer's dispatcher takes: compactly probs and expert ids [T, K], as :meth:`route` gives them; for
+        Megatron's own dispatchers, as ``TopKRouter.forward``, dense [T, E] probs and routing map.
+
+        A layer must come this way: hooks of the module, such as that which gathers parameters, run only then.
+        """
+        if self.config.moe_dispatch == "compact":
+            routes = self.route(input, padding_mask)
+            return routes.probs, routes.topk_ids
         routes = self._route(input, padding_mask)
         probs, routing_map = self._to_dense(routes)
         if self.config.moe_expert_capacity_factor is not None:

@@ -152,10 +152,12 @@ def test_one_rank_with_full_recompute_equals_two_ranks(train, whole):
 
 
 def test_hybrid_model_of_the_same_layers_equals_the_gpt_model(train, whole, tmp_path):
-    """In fp32, neither the distributed optimizer nor the loss per token changes a number here: they come along."""
+    """In fp32, neither the distributed optimizer, nor overlapping its communication, nor the loss per token changes a
+    number here: they come along."""
     pattern = ["--hybrid-layer-pattern", "*E" * LAYERS, "--spec", "tests.megatron.local_hybrid", "stack_spec"]
-    per_token = ["--use-distributed-optimizer", "--calculate-per-token-loss"]
-    run = train(COMPARED, *EP2, *pattern, *per_token, *save_flags(tmp_path, COMPARED))
+    overlapped = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+    flags = [*pattern, *overlapped, "--calculate-per-token-loss"]
+    run = train(COMPARED, *EP2, *flags, *save_flags(tmp_path, COMPARED))
     assert_same_steps(run, whole[0])
     assert len(TRAFFIC.findall(run.output)) == COMPARED
     tensors = read_checkpoint(tmp_path, COMPARED)

@@ -155,6 +155,16 @@ def _given(config):
     return {name: getattr(config, name) for name in names}
 
 
+def test_hooks_of_every_part_run(megatron_cpu):
+    """Megatron gathers the parameters of a module in a hook before its forward, with --overlap-param-gather."""
+    layer = make_layer(megatron_cpu)
+    called = []
+    for name in ("router", "experts"):
+        getattr(layer, name).register_forward_pre_hook(lambda *_, name=name: called.append(name))
+    layer(torch.randn(5, 1, HIDDEN))
+    assert called == ["router", "experts"]
+
+
 def test_padding_is_routed_but_counts_nowhere(megatron_cpu):
     layer = make_layer(megatron_cpu).train()
     hidden = torch.randn(10, 2, HIDDEN)
