@@ -152,11 +152,9 @@ def test_one_rank_with_full_recompute_equals_two_ranks(train, whole):
 
 
 def test_hybrid_model_of_the_same_layers_equals_the_gpt_model(train, whole, tmp_path):
-    """In fp32, neither the distributed optimizer, nor overlapping its communication, nor the loss per token changes a
-    number here: they come along."""
+    """In fp32, neither the distributed optimizer nor the loss per token changes a number here: they come along."""
     pattern = ["--hybrid-layer-pattern", "*E" * LAYERS, "--spec", "tests.megatron.local_hybrid", "stack_spec"]
-    overlapped = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
-    flags = [*pattern, *overlapped, "--calculate-per-token-loss"]
+    flags = [*pattern, "--use-distributed-optimizer", "--calculate-per-token-loss"]
     run = train(COMPARED, *EP2, *flags, *save_flags(tmp_path, COMPARED))
     assert_same_steps(run, whole[0])
     assert len(TRAFFIC.findall(run.output)) == COMPARED
@@ -164,6 +162,13 @@ def test_hybrid_model_of_the_same_layers_equals_the_gpt_model(train, whole, tmp_
     for layer in range(1, 2 * LAYERS, 2):
         assert tensors[f"decoder.layers.{layer}.mlp.router.codebook.num_updates"].item() == COMPARED
         assert tensors[f"decoder.layers.{layer}.mlp.experts.weight1"].shape == (EXPERTS, 2 * FFN, HIDDEN)
+
+
+def test_overlapping_the_distributed_optimizer_changes_nothing(train, whole):
+    """With a bucket per parameter, each is gathered by the hook of the very module that uses it."""
+    overlap = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+    run = train(COMPARED, *EP2, *overlap, "--ddp-bucket-size", "1")
+    assert_same_steps(run, whole[0])
 
 
 def test_bf16_with_distributed_optimizer_accumulation_and_loss_per_token(train, whole, tmp_path):
