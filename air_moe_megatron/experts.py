@@ -119,7 +119,7 @@ def _initialise(weight, init_method, seed, first):
     with torch.random.fork_rng(devices=[]):
         for block in range(first // _BLOCK, -(-end // _BLOCK)):
             values = torch.empty(_BLOCK, *weight.shape[1:])
-            torch.manual_seed(seed + block)
+            torch.default_generator.manual_seed(seed + block)  # torch.manual_seed would reseed GPUs too
             init_method(values)
             start, stop = max(first, block * _BLOCK), min(end, (block + 1) * _BLOCK)
             weight[start - first : stop - first] = values[start - block * _BLOCK : stop - block * _BLOCK]

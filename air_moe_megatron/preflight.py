@@ -21,7 +21,7 @@ from megatron.training.checkpointing import (
 )
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
-from air_moe_megatron.config import resolve_sizes
+from air_moe_megatron.config import AIRFields, resolve_sizes
 
 _HEADER = struct.Struct("<QBQQ")
 """After the magic bytes: version, code of the token type, number of sequences, number of document boundaries."""
@@ -181,7 +181,7 @@ def check_agreement(config: TransformerConfig, model: list) -> list:
     """
     settings = {
         field.name: value
-        for field in dataclasses.fields(config)
+        for field in (*dataclasses.fields(config), *dataclasses.fields(AIRFields))  # ours may be attached to the config
         if isinstance(value := getattr(config, field.name), (bool, int, float, str, list, tuple, type(None)))
     }
     settings = {name: repr(value) for name, value in settings.items()}
