@@ -167,7 +167,9 @@ def _check_indexed_dataset(prefix: str, name: str) -> None:
 
 
 def check_agreement(config: TransformerConfig, model: list) -> list:
-    """Refuse a start in which ranks were given different settings, which would hang or train different models.
+    """Refuse a start in which ranks were given different settings of the model: it would hang or train different ones.
+
+    Other arguments, such as the log interval, are not compared, nor is a rank with plain top-k routing.
 
     Every rank must call it. Communicates: one gather of the settings, some kilobytes per rank.
 
