@@ -1,4 +1,7 @@
-"""Shared fixtures: Megatron on one CPU process, set up for a module of tests and taken down again without a trace."""
+"""Shared fixtures: Megatron on one CPU process, set up for a module of tests and taken down again without a trace;
+the device on which a kernel is tested."""
+
+import os
 
 import pytest
 import torch
@@ -9,6 +12,22 @@ settings.register_profile(
     "repository", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("repository")
+
+
+def pytest_configure(config):
+    """Interpret Triton kernels on the CPU, except in a run with `-m gpu`: Triton decides when a kernel is defined."""
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request) -> str:
+    """Device of the tensors that a kernel is tested with: "cpu" where it is interpreted, "cuda" in a run with `-m gpu`."""
+    if request.param == "interpreted":
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    return "cuda"
 
 
 @pytest.fixture(scope="module")
