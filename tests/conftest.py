@@ -22,7 +22,7 @@ def pytest_configure(config):
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernel_device(request) -> str:
-    """Device of the tensors that a kernel is tested with: "cpu" where it is interpreted, "cuda" in a run with `-m gpu`."""
+    """Device of a kernel's tensors: "cpu" where it is interpreted, "cuda" in a run with `-m gpu`."""
     if request.param == "interpreted":
         return "cpu"
     if not torch.cuda.is_available():
