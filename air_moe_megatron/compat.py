@@ -1,8 +1,10 @@
-"""Which Megatron this is: the only home of version checks."""
+"""Which Megatron this is, and what it leaves undone: the only home of version checks."""
 
 import argparse
 import dataclasses
+import gc
 
+import torch
 from packaging.version import Version
 
 SUPPORTED_MEGATRON = ("0.19", "0.20")
@@ -29,6 +31,20 @@ def megatron_has_our_fields() -> bool:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return "moe_router_type" in {field.name for field in dataclasses.fields(TransformerConfig)}
+
+
+def release_process_groups() -> None:
+    """End the process groups of a finished run, and with them their threads; without a process group, do nothing.
+
+    Megatron leaves that to the end of the process. A thread of gloo that drops its last tensor while Python is already
+    shutting down then aborts the process ("terminate called without an active exception"), after all work was done.
+    """
+    from megatron.core import parallel_state
+
+    if torch.distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+        gc.collect()  # a group's threads are joined when nothing refers to it any more
 
 
 def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

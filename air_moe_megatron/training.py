@@ -24,7 +24,7 @@ from megatron.training.models import GPTModelConfig, HybridModelConfig
 from air_moe_megatron import preflight
 from air_moe_megatron.arguments import add_air_arguments, transformer_config_from_args
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
-from air_moe_megatron.compat import repair_help, require_supported_megatron
+from air_moe_megatron.compat import release_process_groups, repair_help, require_supported_megatron
 from air_moe_megatron.specs import air_hybrid_stack_spec, air_layer_spec, mtp_specs_with_air_layers
 from air_moe_megatron.sync import air_routers, codebook_updates, require_air_routers
 
@@ -161,3 +161,4 @@ def train(program_start: float | None = None) -> None:
         model_config.pre_wrap_hooks.append(leave_out_codebooks)
     pretrain_func, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, args.moe_router_type)
+    release_process_groups()
