@@ -1,12 +1,12 @@
 """Checks that cost seconds and save the minutes until Megatron would find the same mistake, or would not find it."""
 
 import argparse
-import dataclasses
 import enum
 import json
 import os
 import struct
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, get_bin_path, get_idx_path
@@ -21,7 +21,7 @@ from megatron.training.checkpointing import (
 )
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
-from air_moe_megatron.config import AIRFields, resolve_sizes
+from air_moe_megatron.config import resolve_sizes
 
 _HEADER = struct.Struct("<QBQQ")
 """After the magic bytes: version, code of the token type, number of sequences, number of document boundaries."""
@@ -33,6 +33,9 @@ _POINTER = struct.Struct("<q")
 """First byte of a sequence in the .bin file; one per sequence after the lengths. Document boundaries are as long."""
 
 _SPLITS = ("train", "valid", "test")
+
+_PER_RANK = ("rank", "local_rank", "load", "save", "pretrained_checkpoint", "ict_load", "bert_load", "tokenizer_model")
+"""Arguments that may differ between ranks: their number, and paths whose names do not say so."""
 _PAIR_RULE = "a Megatron indexed data set is a pair x.bin, x.idx, named without its ending"
 
 
@@ -166,40 +169,69 @@ def _check_indexed_dataset(prefix: str, name: str) -> None:
         )
 
 
-def check_agreement(config: TransformerConfig, model: list) -> list:
-    """Refuse a start in which ranks were given different settings of the model: it would hang or train different ones.
+def check_agreement(args: argparse.Namespace) -> None:
+    """Refuse a start in which ranks were given different flags: it would hang, or train different models.
 
-    Other arguments, such as the log interval, are not compared, nor is a rank with plain top-k routing.
-
-    Every rank must call it. Communicates: one gather of the settings, some kilobytes per rank.
+    Called before Megatron makes any process group, whose sizes come from flags too; the ranks meet in the store of
+    their rendezvous. Every argument is compared, given or default, except paths and names of files, which may differ
+    from node to node. Each rank reads what rank 0 was given, some kilobytes, and waits for the last rank.
 
     Args:
-        config: the transformer config of this rank.
-        model: Megatron's list of model chunks, not read.
-    Returns:
-        The same list, as Megatron's hooks must.
+        args: Megatron's parsed and validated arguments.
     Raises:
-        ValueError: on every rank, naming the fields that differ, with their values and ranks.
+        ValueError: on every rank, naming the arguments that differ, with their values and ranks.
     """
-    settings = {
-        field.name: value
-        for field in (*dataclasses.fields(config), *dataclasses.fields(AIRFields))  # ours may be attached to the config
-        if isinstance(value := getattr(config, field.name), (bool, int, float, str, list, tuple, type(None)))
+    if args.world_size == 1 or args.fake_process_group:
+        return
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    store = torch.distributed.PrefixStore("air_moe_megatron", store)
+    own = {name: repr(value) for name, value in vars(args).items() if _must_agree(name, value)}
+    if rank == 0:
+        store.set("differing ranks", "")
+        store.set("arguments", json.dumps(own))
+    first = json.loads(store.get("arguments"))
+    differences = {
+        name: (first.get(name, "unset"), own.get(name, "unset"))
+        for name in sorted(first.keys() | own.keys())
+        if first.get(name) != own.get(name)
     }
-    settings = {name: repr(value) for name, value in settings.items()}
-    gathered = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, settings)
-    differences = []
-    for name in sorted(set().union(*gathered)):
-        ranks = {}
-        for rank, others in enumerate(gathered):
-            ranks.setdefault(others.get(name, "unset"), []).append(rank)
-        if len(ranks) > 1:
-            values = ", ".join(f"{value} on rank {_abbreviate(where)}" for value, where in ranks.items())
-            differences.append(f"{name} is {values}")
     if differences:
-        raise ValueError(f"all ranks must be started with the same flags: {'; '.join(differences)}")
-    return model
+        store.set(f"differences {rank}", json.dumps(differences))
+        store.append("differing ranks", f"{rank} ")
+    _arrive(store, "compared", world_size)
+    store.wait(["compared by all"])
+    by_value = {}
+    for other in sorted(map(int, store.get("differing ranks").split())):
+        for name, (value_first, value) in json.loads(store.get(f"differences {other}")).items():
+            by_value.setdefault((name, value_first), {}).setdefault(value, []).append(other)
+    _arrive(store, "read", world_size)
+    if rank == 0:  # it may hold the store, and so leaves last
+        store.wait(["read by all"])
+    if by_value:
+        raise ValueError(
+            "all ranks must be started with the same flags: "
+            + "; ".join(
+                f"{name} is {value_first} on rank 0, "
+                + ", ".join(f"{value} on rank {_abbreviate(ranks)}" for value, ranks in others.items())
+                for (name, value_first), others in by_value.items()
+            )
+        )
+
+
+def _must_agree(name, value):
+    where = ("_path", "_paths", "_dir", "_file", "_filename")
+    if name in _PER_RANK or name.endswith(where):
+        return False
+    # What else there is holds addresses, which differ in every process.
+    plain = (bool, int, float, str, list, tuple, enum.Enum, torch.dtype, type(None))
+    return isinstance(value, plain)
+
+
+def _arrive(store, what, world_size):
+    """Note that this rank has come so far; the last one sets the key "<what> by all"."""
+    if store.add(f"{what} by", 1) == world_size:
+        store.set(f"{what} by all", "")
 
 
 def _abbreviate(ranks, limit=8):

@@ -64,7 +64,7 @@ def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridM
         config.hybrid_stack_spec = air_hybrid_stack_spec(transformer_config, given=config.hybrid_stack_spec)
     else:
         config.transformer_layer_spec = partial(air_layer_spec, given=config.transformer_layer_spec)
-    config.pre_wrap_hooks += [partial(preflight.check_agreement, transformer_config), require_air_routers]
+    config.pre_wrap_hooks.append(require_air_routers)
     return config
 
 
@@ -154,6 +154,7 @@ def train(program_start: float | None = None) -> None:
     args = parse_and_validate_args(
         extra_args_provider=extra_args_provider, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
     )
+    preflight.check_agreement(args)
     refuse_unsupported(args)
     preflight.check_data(args)
     model_config = model_config_from_args(args)

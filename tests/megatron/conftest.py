@@ -78,7 +78,7 @@ def data_prefix(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory):
-    """A function that trains with our entry: flags, ranks -> Run."""
+    """A function that trains with our entry: flags, ranks, more flags by rank -> Run."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.megatron.zygote"],
         cwd=ROOT,
@@ -90,13 +90,14 @@ def zygote(tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("logs")
 
-    def run(flags, ranks):
+    def run(flags, ranks, flags_of_rank):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         log = folder / f"{len(list(folder.iterdir()))}.log"
         log.touch()
         request = {"flags": flags, "ranks": ranks, "port": port, "log": str(log), "timeout": TIMEOUT}
+        request["flags_of_rank"] = flags_of_rank
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
         reply = process.stdout.readline()
@@ -110,14 +111,15 @@ def zygote(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pretrain(data_prefix, zygote, tmp_path_factory):
-    """A function that trains: flags -> Run. Give ``entry`` to start something else than our own entry."""
+    """A function that trains: flags -> Run. Give ``entry`` to start something else than our entry; ``flags_of_rank``
+    are added to those of single ranks of ours."""
     cache = tmp_path_factory.mktemp("cache")
 
-    def run(*flags, ranks=2, entry=OURS, env=None, succeeds=True, data=True):
+    def run(*flags, ranks=2, entry=OURS, env=None, succeeds=True, data=True, flags_of_rank=None):
         data_flags = ["--data-path", data_prefix, "--split", "8,1,1", "--data-cache-path", cache]
         flags = [str(flag) for flag in (*MODEL, *(data_flags if data else []), *flags)]
         if entry == OURS and env is None:
-            result = zygote(["--cpu", *flags], ranks)
+            result = zygote(["--cpu", *flags], ranks, flags_of_rank or {})
         else:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             ended = subprocess.run(

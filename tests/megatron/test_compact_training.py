@@ -202,16 +202,6 @@ def test_shared_experts_and_multi_token_prediction_learn(train, whole, tmp_path)
             assert mean.any(dim=-1).all(), f"every row of {layer}mlp.shared_experts.{name} gets gradients"
 
 
-def test_ranks_with_different_flags_are_refused_on_every_rank(train):
-    entry = ("-m", "tests.megatron.with_another_topk", "--cpu")
-    run = train(1, *EP2, entry=entry, succeeds=False)
-    assert run.returncode != 0
-    assert run.steps == {}
-    for rank in (0, 1):
-        message = "all ranks must be started with the same flags: moe_router_topk is 2 on rank 0, 3 on rank 1"
-        assert f"rank {rank} is refused: {message}" in run.output
-
-
 def test_the_other_form_of_experts_is_refused(pretrain, train, whole, successors, tmp_path):
     own_experts = [*AIR, *successors, "--num-layers", LAYERS, "--train-iters", "1"]
     pretrain(*own_experts, *save_flags(tmp_path, 1), ranks=1, data=False)

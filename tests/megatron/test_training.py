@@ -159,3 +159,26 @@ def test_multi_token_prediction_layers_get_the_router(pretrain, tmp_path):
     codebooks = [key for key in tensors if key.endswith("codebook.num_updates")]
     assert any(key.startswith("mtp.") for key in codebooks)
     assert all(tensors[key].eq(1).all() for key in codebooks)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "difference"),
+    [
+        ("--moe-router-type", "topk", "moe_router_type is 'air' on rank 0, 'topk' on rank 1"),
+        ("--moe-router-topk", "3", "moe_router_topk is 2 on rank 0, 3 on rank 1"),
+        ("--log-interval", "2", "log_interval is 1 on rank 0, 2 on rank 1"),
+        ("--micro-batch-size", "1", "micro_batch_size is 2 on rank 0, 1 on rank 1"),
+        ("--expert-model-parallel-size", "1", "expert_model_parallel_size is 2 on rank 0, 1 on rank 1"),
+    ],
+)
+def test_ranks_with_different_flags_are_refused_on_every_rank(pretrain, flag, value, difference):
+    run = pretrain(*AIR, *EP2, "--train-iters", "1", succeeds=False, flags_of_rank={1: [flag, value]})
+    assert run.returncode != 0
+    assert run.steps == {}
+    assert run.output.count("all ranks must be started with the same flags: ") == 2
+    assert len(re.findall(rf"\b(?<!_){difference}", run.output)) == 2
+
+
+def test_paths_may_differ_between_ranks(pretrain, tmp_path):
+    paths = {rank: ["--tensorboard-dir", str(tmp_path / str(rank))] for rank in (0, 1)}
+    assert len(pretrain(*AIR, *EP2, "--train-iters", "1", flags_of_rank=paths).steps) == 1

@@ -25,7 +25,7 @@ def start(rank: int, request: dict) -> int:
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "LOCAL_WORLD_SIZE": request["ranks"]}
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}
     os.environ.update({name: str(value) for name, value in {**world, **rendezvous}.items()})
-    sys.argv = ["air_moe_megatron.pretrain", *request["flags"]]
+    sys.argv = ["air_moe_megatron.pretrain", *request["flags"], *request["flags_of_rank"].get(str(rank), [])]
     from air_moe_megatron import pretrain
 
     pretrain.main()
