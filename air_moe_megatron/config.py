@@ -112,6 +112,11 @@ def validate(config: TransformerConfig) -> None:
         ValueError: naming the field, its value, the rule and the other value.
     """
     if config.moe_router_type == "topk":
+        refuse = _refusal(config, "moe_router_type 'topk'")
+        if config.moe_granular_experts:
+            refuse("moe_granular_experts", "they are built for the routes of 'air'")
+        if config.moe_dispatch != "stock":
+            refuse("moe_dispatch", "Megatron's router makes dense maps; use 'stock'")
         return
     if config.moe_router_type != "air":
         raise ValueError(f"moe_router_type ({config.moe_router_type!r}) must be 'topk' or 'air'")
@@ -152,6 +157,8 @@ def validate_experts(config: TransformerConfig) -> None:
     for field in ("moe_single_grouped_weight", "use_te_activation_func", "moe_paged_stash", "use_kitchen"):
         if getattr(config, field):
             refuse(field, "it belongs to Transformer Engine's experts")
+    if config.moe_grouped_gemm:
+        refuse("moe_grouped_gemm", "these experts are one tensor already; leave out --moe-grouped-gemm")
     if config.moe_apply_probs_on_input:
         refuse("moe_apply_probs_on_input", "the probs weigh the activations of each expert")
     if "moe_act" in (config.recompute_modules or []) and config.recompute_granularity == "selective":

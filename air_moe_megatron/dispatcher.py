@@ -4,13 +4,15 @@
     experts    one partial sum per row
     combine    the partial sums return, and each token adds up those of its ranks
 
-Communication per layer and forward over the expert-parallel group: one all-to-all each of counts (4 integers per rank),
+Communication per layer and forward over the expert-parallel group: one all-to-all each of counts (5 integers per rank),
 rows (H numbers for each token and distinct rank), pair ids (4 bytes per pair), probs (one number per pair), and of rows
 again on the way back; the backward repeats those of rows and probs in the other direction. Bytes of rows per token each
 way: ``H * distinct ranks <= H * min(K, ranks)``, where Megatron's all-to-all carries ``H * K``.
 
 The host waits for the device once per forward, for the counts; with one expert-parallel rank too, which then
 communicates nothing. (``fine_scores`` waits once more: two waits per layer and forward. The backward has none.)
+
+On a GPU the sums of rows are made by atomic additions, unless torch's deterministic algorithms are on.
 
 Legend: T tokens, H hidden, E experts, K top-k, D expert-parallel ranks, R received rows, N received pairs.
 """
@@ -28,7 +30,7 @@ from air_moe_megatron.ops.pair_products import make_pairs
 class _Plan:
     """Who gets what, known before anything is sent."""
 
-    counts: torch.Tensor  # [D, 4] int64: rows and pairs for each rank; ids and probs of this rank that are invalid
+    counts: torch.Tensor  # [D, 5] int64: rows and pairs for each rank; what is invalid on this one: ids, probs, shapes
     pair_ranks: torch.Tensor  # [T*K] int64, rank of each pair; D where there is none
     is_wanted: torch.Tensor  # [T, D] bool, whether a rank holds any expert of a token
     topk_ids: torch.Tensor  # [T, K] int64
@@ -48,7 +50,7 @@ class Traffic:
     """What this rank's forwards have handed to the all-to-alls since the counters were last reset; plain integers.
 
     ``row_bytes`` go out, and as many come back for the same tokens; the backward repeats both. The ``remote`` ones left
-    the rank; the others only changed their place.
+    the rank; the others only changed their place, or with one rank not even that.
     """
 
     tokens: int = 0
@@ -79,10 +81,14 @@ class CompactTokenDispatcher(MoETokenDispatcher):
         self.num_experts = num_local_experts * self.ep_size
         self.traffic = Traffic()
         self._have_ranks_agreed = False
+        self._misfit = None
+        self._release()
+
+    def _release(self):
         self._shape = self._plan = self._sent = self._pairs = None
 
     def dispatch_preprocess(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, probs: torch.Tensor):
-        """Plan what goes where; no communication and no wait.
+        """Plan what goes where; no communication and no wait. What is wrong is told by :meth:`token_dispatch`.
 
         Args:
             hidden_states: [..., H], T tokens.
@@ -90,16 +96,16 @@ class CompactTokenDispatcher(MoETokenDispatcher):
             probs: [T, K].
         Returns:
             [T, H] tokens, [T, K] probs.
-        Raises:
-            ValueError: if the shapes do not fit together.
         """
         self._shape = hidden_states.shape
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if topk_ids.dim() != 2 or topk_ids.shape != probs.shape or topk_ids.shape[0] != hidden_states.shape[0]:
-            raise ValueError(
-                f"topk_ids {tuple(topk_ids.shape)} and probs {tuple(probs.shape)} must both be [T, K] "
-                f"with T = {hidden_states.shape[0]}"
-            )
+        num_tokens = hidden_states.shape[0]
+        self._misfit = None
+        if topk_ids.dim() != 2 or topk_ids.shape != probs.shape or topk_ids.shape[0] != num_tokens:
+            # The other ranks are about to wait for this one: it tells them, and plans nothing.
+            self._misfit = f"topk_ids {tuple(topk_ids.shape)}, probs {tuple(probs.shape)}, {num_tokens} tokens"
+            probs = probs.new_zeros(num_tokens, probs.shape[-1] if probs.dim() else 1)
+            topk_ids = torch.full(probs.shape, -1, device=probs.device)
         self._plan = self._make_plan(topk_ids.long(), probs)
         return hidden_states, probs
 
@@ -115,7 +121,9 @@ class CompactTokenDispatcher(MoETokenDispatcher):
         num_pairs.index_add_(0, pair_ranks, torch.ones_like(pair_ranks))
         invalid_ids = (~is_pair & (ids != -1)).sum().expand(num_ranks)
         invalid_probs = (~probs.isfinite()).sum().expand(num_ranks)
-        counts = torch.stack((is_wanted.sum(dim=0), num_pairs[:num_ranks], invalid_ids, invalid_probs), dim=1)
+        misfits = torch.full_like(invalid_ids, self._misfit is not None)
+        columns = (is_wanted.sum(dim=0), num_pairs[:num_ranks], invalid_ids, invalid_probs, misfits)
+        counts = torch.stack(columns, dim=1)
         return _Plan(counts, pair_ranks, is_wanted, ids)
 
     def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor):
@@ -127,8 +135,8 @@ class CompactTokenDispatcher(MoETokenDispatcher):
         Returns:
             [R, H] rows and [N] probs of the pairs received.
         Raises:
-            ValueError: on every rank, if any rank has expert ids out of range, or probs that are NaN or infinite, or,
-                at the first dispatch, if the ranks disagree about the sizes of the layer.
+            ValueError: on every rank, if any rank has ids and probs of a wrong shape, ids out of range, or probs that
+                are NaN or infinite, or, at the first dispatch, if the ranks disagree about the sizes of the layer.
         """
         self._require_agreement(hidden_states, probs)
         plan = self._plan
@@ -187,20 +195,21 @@ class CompactTokenDispatcher(MoETokenDispatcher):
 
     def combine_postprocess(self, hidden_states: torch.Tensor):
         """Add up the partial sums of each token, in fp32 or wider; zero for a token without experts."""
-        if self._sent.tokens is None:
-            return hidden_states.view(self._shape)
+        shape, tokens = self._shape, self._sent.tokens
+        self._release()  # or the layer would keep ids and pairs until its next forward
+        if tokens is None:
+            return hidden_states.view(shape)
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        num_tokens, hidden_size = self._shape[:-1].numel(), self._shape[-1]
-        sums = torch.zeros(num_tokens, hidden_size, dtype=wide, device=hidden_states.device)
-        sums = sums.index_add(0, self._sent.tokens, hidden_states.to(wide))
-        return sums.to(hidden_states.dtype).view(self._shape)
+        sums = torch.zeros(shape[:-1].numel(), shape[-1], dtype=wide, device=hidden_states.device)
+        sums = sums.index_add(0, tokens, hidden_states.to(wide))
+        return sums.to(hidden_states.dtype).view(shape)
 
     def set_shared_experts(self, shared_experts):
         """Not supported: the layer adds the shared experts itself."""
         raise ValueError("moe_shared_expert_overlap (True) is not supported with moe_dispatch 'compact'")
 
     def _exchange(self, counts):
-        """[D, 4]: what each rank has to tell this one."""
+        """[D, 5]: what each rank has to tell this one."""
         if self.ep_size == 1:
             return counts
         received = torch.empty_like(counts)
@@ -208,7 +217,12 @@ class CompactTokenDispatcher(MoETokenDispatcher):
         return received
 
     def _require_valid(self, received):
-        for rank, (_, _, invalid_ids, invalid_probs) in enumerate(received):
+        for rank, (_, _, invalid_ids, invalid_probs, misfits) in enumerate(received):
+            if misfits:
+                shapes = f": {self._misfit}" if rank == self.ep_rank else ""
+                raise ValueError(
+                    f"topk_ids and probs of expert-parallel rank {rank} must both be [T, K] for its T tokens{shapes}"
+                )
             if invalid_ids:
                 raise ValueError(
                     f"{invalid_ids} of the topk_ids of expert-parallel rank {rank} are out of range: "

@@ -13,9 +13,11 @@ import functools
 import logging
 
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 
 from air_moe_megatron.compat import megatron_has_our_fields
+from air_moe_megatron.dispatcher import CompactTokenDispatcher
 from air_moe_megatron.router import AIRRouter
 
 logger = logging.getLogger(__name__)
@@ -72,17 +74,24 @@ def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = Non
 
 
 def require_air_routers(model) -> list:
-    """Check that every router of a model for AIR routing is one, whatever spec it was built from.
+    """Check that every router of a model for AIR routing is one, whatever spec it was built from, and that those which
+    give compact routes are in a layer that dispatches them.
 
     Args:
         model: Megatron's list of model chunks.
     Returns:
         The same list, as Megatron's hooks must.
     Raises:
-        ValueError: naming the module that kept Megatron's router.
+        ValueError: naming the module that kept Megatron's router, or the layer that kept Megatron's dispatcher.
     """
     for chunk in model:
         for name, module in chunk.named_modules():
+            if isinstance(module, MoELayer) and module.config.moe_dispatch == "compact":
+                if not isinstance(module.token_dispatcher, CompactTokenDispatcher):
+                    raise ValueError(
+                        f"moe_dispatch 'compact' did not reach {name}, a {type(module).__name__}: its layer spec must "
+                        "build AIRMoELayer, as air_layer_spec does"
+                    )
             if isinstance(module, TopKRouter) and not isinstance(module, AIRRouter):
                 raise ValueError(
                     f"moe_router_type 'air' did not reach {name}, a {type(module).__name__}: its layer spec must build "

@@ -99,6 +99,21 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
             f"--moe-routing-trace-capture-logits is not supported with --moe-router-type {args.moe_router_type}: "
             "it would record exact logits of all experts, which this router never computes"
         )
+    if args.moe_router_type != "topk" and args.use_megatron_fsdp:
+        raise ValueError(
+            f"--use-megatron-fsdp is not supported with --moe-router-type {args.moe_router_type}: "
+            "codebooks and main_grad have not been tested with sharded parameters"
+        )
+    if args.moe_granular_experts and args.save_tokens_per_expert_interval is not None:
+        raise ValueError(
+            f"--save-tokens-per-expert-interval ({args.save_tokens_per_expert_interval}) is not supported with "
+            "--moe-granular-experts: it records what Megatron's own experts are given"
+        )
+    if args.moe_granular_experts and args.moe_use_upcycling:
+        raise ValueError(
+            "--moe-use-upcycling is not supported with --moe-granular-experts: an expert of a few rows is no copy of a "
+            "dense MLP"
+        )
     if args.perform_rl_step:
         raise ValueError("--perform-rl-step is not supported: this entry only pretrains; Megatron-LM has train_rl.py")
     if args.spec is not None and import_module(args.spec) is None:

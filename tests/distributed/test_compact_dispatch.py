@@ -234,7 +234,10 @@ def refusals(rank, groups, world_size):
         "too small": message(ready, hidden, changed(ids, (2, 1), -2), probs),
         "nan": message(ready, hidden, ids, changed(probs, (1, 1), float("nan"))),
         "fine": message(ready, hidden, ids, probs),
-        "shapes": message(ready, hidden, ids[:, :2], probs),
+        "width": message(ready, hidden, ids[:, :2] if is_last else ids, probs),
+        "length": message(ready, hidden, ids[1:] if is_last else ids, probs[1:] if is_last else probs),
+        "dimensions": message(ready, hidden, ids.flatten() if is_last else ids, probs),
+        "fine again": message(ready, hidden, ids, probs),
     }
     narrower = hidden[..., :-4] if is_last else hidden
     found["hidden size"] = message(CompactTokenDispatcher(local, config, groups), narrower, ids, probs)
@@ -336,8 +339,10 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_every_rank(ranks):
             assert f"1 of the topk_ids of expert-parallel rank {last} are out of range" in found[kind]
             assert "between 0 and 15" in found[kind]
         assert f"1 of the routing probs of expert-parallel rank {last} are NaN" in found["nan"]
-        assert found["fine"] is None
-        assert "must both be [T, K]" in found["shapes"]
+        assert found["fine"] is None and found["fine again"] is None
+        for kind in ("width", "length", "dimensions"):
+            assert f"topk_ids and probs of expert-parallel rank {last} must both be [T, K]" in found[kind]
+            assert (": topk_ids (" in found[kind]) == (found is ranks[last]["refusals"])  # it knows its shapes
         if last:
             assert "hidden size differs between the expert-parallel ranks: [12" in found["hidden size"]
             assert "moe_router_topk differs between the expert-parallel ranks: [3" in found["topk"]

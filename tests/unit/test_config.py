@@ -169,6 +169,7 @@ NOT_WITH_GRANULAR_EXPERTS = {
     "te-activation": (dict(use_te_activation_func=True), ["use_te_activation_func (True)", "Transformer Engine"]),
     "paged-stash": (dict(moe_paged_stash=True), ["moe_paged_stash (True)", "Transformer Engine"]),
     "kitchen": (dict(use_kitchen=True), ["use_kitchen (True)", "Transformer Engine"]),
+    "grouped-gemm": (dict(moe_grouped_gemm=True), ["moe_grouped_gemm (True)", "one tensor already"]),
     "probs-on-input": (dict(moe_apply_probs_on_input=True), ["moe_apply_probs_on_input (True)", "activations"]),
     "recomputed-activation": (
         dict(recompute_granularity="selective", recompute_modules=["core_attn", "moe_act"]),
@@ -292,6 +293,14 @@ def test_compact_dispatch_needs_granular_experts():
     with pytest.raises(ValueError) as error:
         make_config(moe_dispatch="compact")
     assert_says(error, ["moe_granular_experts (False)", "moe_dispatch 'compact'", "--moe-granular-experts"])
+
+
+@pytest.mark.parametrize("settings", [dict(moe_granular_experts=True), dict(moe_dispatch="compact")], ids=str)
+def test_the_compact_path_is_refused_with_the_topk_router(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError) as error:
+        make_config(moe_router_type="topk", **settings)
+    assert_says(error, [f"{name} ({value!r})", "moe_router_type 'topk'"])
 
 
 def test_an_unknown_dispatch_is_refused():

@@ -148,3 +148,18 @@ def test_output_projection_is_initialised_by_its_own_rule(megatron_cpu):
     assert experts.weight1[0].ne(experts.weight1[256]).all()  # and across blocks
     bare = GranularExperts(4, make_config(perform_initialization=False, num_moe_experts=4), pg_collection=megatron_cpu)
     assert bare.weight1.shape == (4, 2, HIDDEN)
+
+
+def test_initialisation_leaves_the_generators_of_gpus_alone(megatron_cpu, monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
+    config, before = make_config(), torch.get_rng_state()
+    GranularExperts(EXPERTS, config, pg_collection=megatron_cpu)
+    assert seeded == []
+    torch.set_rng_state(before)
+    torch.randint(2**31, ()), torch.randint(2**31, ())  # one seed for each weight is all that it draws
+    expected = torch.get_rng_state()
+    torch.set_rng_state(before)
+    GranularExperts(EXPERTS, config, pg_collection=megatron_cpu)
+    assert torch.equal(torch.get_rng_state(), expected)

@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from air_moe_megatron import AIRMoEConfig, AIRMoELayer, AIRRouter, update_codebooks
 from air_moe_megatron.experts import GranularExperts
+from air_moe_megatron.sync import require_air_routers
 
 HIDDEN = 8
 EVERY_LOSS = dict(
@@ -60,25 +61,43 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("fields", ({}, EVERY_LOSS), ids=("no-loss", "every-loss"))
 def test_nothing_is_as_large_as_tokens_times_experts(megatron_cpu, fields):
-    """Not even while the lists are rebuilt; and the recorder does see such a tensor in the stock path."""
+    """Nor much larger than the scores [T, L] or the weights; and the recorder does see [T, E] in the stock path."""
     tokens, num_experts = 512, 8192
-    largest = {}
+    largest, rebuilding = {}, {}
     for dispatch in ("compact", "stock"):
         stock = dict(moe_dispatch="stock", moe_token_dispatcher_type="alltoall") if dispatch == "stock" else {}
         layer = make_layer(megatron_cpu, num_experts, **fields, **stock)
         layer.train()
         hidden = torch.randn(tokens // 2, 2, HIDDEN, requires_grad=True)
-        with Recorder() as recorder:
-            out, _ = layer(hidden)
-            out.sum().backward()
-        largest[dispatch] = recorder.largest
+        for found in (rebuilding, largest):
+            with Recorder() as recorder:
+                out, _ = layer(hidden)
+                out.sum().backward()
+            found[dispatch] = recorder.largest
         assert layer.router.weight.grad.any()
-    assert largest["compact"] < tokens * num_experts / 2
+    sizes = layer.router.sizes
+    # Rebuilding streams the experts in chunks, of which this small layer needs only one.
+    assert rebuilding["compact"] <= max(sizes.num_clusters, 2 * sizes.shortlist_size) * num_experts < largest["stock"]
+    assert (
+        largest["compact"] <= 2 * max(tokens * sizes.shortlist_size, num_experts * HIDDEN) < tokens * num_experts / 10
+    )
     assert largest["stock"] >= tokens * num_experts
 
 
-def test_a_forward_waits_for_the_device_twice(megatron_cpu, monkeypatch):
-    layer = make_layer(megatron_cpu)
+@pytest.mark.parametrize(
+    "fields",
+    (
+        {},
+        dict(moe_ffn_hidden_size=3, gated_linear_unit=True, activation_func=torch.nn.functional.silu),
+        EVERY_LOSS,
+        dict(moe_air_num_probes=2),
+        dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
+        dict(moe_air_codebook_source="experts", moe_air_num_probes=2),
+    ),
+    ids=("softmax", "gated", "every-loss", "two-probes", "sigmoid-bias", "lists-of-experts"),
+)
+def test_a_step_waits_for_the_device_twice(megatron_cpu, monkeypatch, fields):
+    layer = make_layer(megatron_cpu, **fields)
     layer(torch.randn(20, 1, HIDDEN))
     lists = []
     original = torch.Tensor.tolist
@@ -89,7 +108,9 @@ def test_a_forward_waits_for_the_device_twice(megatron_cpu, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
     with Recorder() as recorder:
-        layer(torch.randn(20, 1, HIDDEN))  # the lists are up to date, and no token is padding
+        # The lists are up to date, and no token is padding.
+        out, _ = layer(torch.randn(20, 1, HIDDEN, requires_grad=True))
+        out.sum().backward()
     assert recorder.waits == []
     assert len(lists) == 2, lists  # rows of each codeword, and rows and pairs of each rank
 
@@ -174,3 +195,14 @@ def test_padding_is_routed_but_counts_nowhere(megatron_cpu):
     assert int(layer.router.expert_load.sum()) == (20 - 6) * 4
     assert int(layer.router.codebook.statistics[:, HIDDEN].sum()) == 20 - 6
     assert layer.token_dispatcher.traffic.tokens == 20
+
+
+def test_a_layer_that_cannot_dispatch_compact_routes_is_named(megatron_cpu):
+    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+
+    layer = make_layer(megatron_cpu)
+    assert require_air_routers([layer]) == [layer]
+    submodules = MoESubmodules(experts=GranularExperts, router=AIRRouter)
+    plain = torch.nn.ModuleDict({"mlp": MoELayer(layer.config, submodules, 1, megatron_cpu)})
+    with pytest.raises(ValueError, match="moe_dispatch 'compact' did not reach mlp, a MoELayer"):
+        require_air_routers([plain])

@@ -1,0 +1,31 @@
+"""Flags that the entry point refuses, because it would accept and not honour them."""
+
+import sys
+
+import pytest
+
+AIR = "--moe-router-type air --num-experts 16 --moe-ffn-hidden-size 8 --disable-bias-linear".split()
+GRANULAR = [*AIR, "--moe-granular-experts"]
+REFUSED = {
+    "cached-logits": (["--logits-load-dir", "somewhere"], "--logits-load-dir (somewhere)"),
+    "captured-logits": ([*AIR, "--moe-routing-trace-capture-logits"], "--moe-routing-trace-capture-logits"),
+    "megatron-fsdp": ([*AIR, "--use-megatron-fsdp"], "--use-megatron-fsdp"),
+    "saved-counts": ([*GRANULAR, "--save-tokens-per-expert-interval", "5"], "--save-tokens-per-expert-interval (5)"),
+    "upcycling": ([*GRANULAR, "--moe-use-upcycling"], "--moe-use-upcycling"),
+    "reinforcement": (["--perform-rl-step"], "--perform-rl-step"),
+    "spec": (["--spec", "no.such.module", "layer"], "--spec no.such.module layer"),
+}
+
+
+@pytest.mark.parametrize("flags, words", REFUSED.values(), ids=REFUSED)
+def test_flags_that_cannot_be_honoured_are_refused_by_name(monkeypatch, flags, words):
+    from megatron.training.arguments import parse_args
+
+    from air_moe_megatron.training import extra_args_provider, refuse_unsupported
+
+    monkeypatch.setattr(sys, "argv", ["pretrain"])
+    refuse_unsupported(parse_args(extra_args_provider))
+    monkeypatch.setattr(sys, "argv", ["pretrain", *flags])
+    with pytest.raises(ValueError) as error:
+        refuse_unsupported(parse_args(extra_args_provider))
+    assert words in str(error.value)
