@@ -4,13 +4,15 @@ A dense gradient of [M, H] per microbatch is as large as the weight itself, what
 data-parallel wrapper gives each parameter a ``main_grad`` that outlives the microbatch; the sums go straight there, as
 those of its fused linear layers do, and touch only the rows that were used.
 
-Legend: N pairs, M weight rows, H hidden.
+Legend: N pairs, M weight rows, R rows of the source, H hidden.
 """
+
+import warnings
 
 import torch
 from torch.nn.functional import embedding_bag
 
-_CHUNK_ELEMENTS = 2**21  # of the sums on their way into main_grad: 8 MiB in fp32
+_CHUNK_ELEMENTS = 2**26  # of the products on their way into main_grad on a GPU: 256 MiB in fp32
 
 
 def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
@@ -29,47 +31,47 @@ def added_to_main_grad(weight: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(weight)
 
 
-def weight_gradient(weight, source, ids, rows, values):
-    """Sum ``values[n] * source[rows[n]]`` into row ``ids[n]`` of the gradient of ``weight``.
+def weight_gradient(weight, source, first, rows, values):
+    """Sum ``values[n] * source[rows[n]]`` over the pairs n of each row of ``weight``.
 
-    Does not wait for the device. On a GPU the sums are made by atomic additions, unless torch's deterministic
-    algorithms are on.
+    Into an fp32 ``main_grad`` go the sums themselves: on a CPU by a sparse-times-dense product, on a GPU
+    by atomic additions, unless torch's deterministic algorithms are on. For a narrower ``main_grad`` the sums are made
+    apart, dense, and rounded once. Does not wait for the device.
 
     Args:
         weight: [..., H] parameter of M rows.
         source: [R, H], any float dtype.
-        ids: [N] int64, ascending.
-        rows: [N] int64, rows of source.
+        first: [M + 1] int64, the first pair of each row of weight; the last is N.
+        rows: [N] int64, rows of source, the pairs sorted by row of weight.
         values: [N], any float dtype.
     Returns:
         the gradient in the dtype and shape of ``weight``; where it went into ``main_grad``, a tensor to be ignored.
 
-    Example: two pairs (id 3, row 0, value 2) and (id 3, row 1, value 1) make row 3 equal 2 * source[0] + source[1].
+    Example: first [0, 0, 2], rows [0, 1], values [2, 1] makes row 0 zero, and row 1 equal 2 * source[0] + source[1].
     """
-    num_rows, hidden_size = weight.numel() // weight.shape[-1], weight.shape[-1]
     main_grad = main_grad_of(weight)
     wide = torch.promote_types(source.dtype, torch.float32)
     source, values = source.to(wide), values.to(wide)
-    if main_grad is None:
-        first = torch.searchsorted(ids, torch.arange(num_rows, device=ids.device))
-        sums = embedding_bag(rows, source, first, per_sample_weights=values, mode="sum")
-        return sums.to(weight.dtype).view_as(weight)
-    chunk = max(1, _CHUNK_ELEMENTS // hidden_size)
-    if source.is_cuda:
-        for part in _parts(ids.numel(), chunk):
-            products = source[rows[part]].mul_(values[part].unsqueeze(1))
-            main_grad.index_add_(0, ids[part], products.to(main_grad.dtype))
-    else:  # to know how many rows were used costs nothing here
-        used, counts = torch.unique_consecutive(ids, return_counts=True)
-        ends = counts.cumsum(0)
-        first = ends - counts
-        for part in _parts(used.numel(), chunk):
-            pairs = slice(int(first[part.start]), int(ends[part.stop - 1]))
-            sums = embedding_bag(
-                rows[pairs], source, first[part] - pairs.start, per_sample_weights=values[pairs], mode="sum"
-            )
-            main_grad.index_add_(0, used[part], sums.to(main_grad.dtype))
+    if main_grad is None or main_grad.dtype != wide:
+        sums = embedding_bag(rows, source, first[:-1], per_sample_weights=values, mode="sum")
+        if main_grad is None:
+            return sums.to(weight.dtype).view_as(weight)
+        main_grad.add_(sums)
+    elif source.is_cuda:
+        ids = torch.searchsorted(first, torch.arange(rows.numel(), device=rows.device), right=True) - 1
+        for part in _parts(rows.numel(), max(1, _CHUNK_ELEMENTS // source.shape[1])):
+            main_grad.index_add_(0, ids[part], source[rows[part]].mul_(values[part].unsqueeze(1)))
+    elif rows.numel():
+        torch.addmm(main_grad, sparse_rows(first, rows, values, source.shape[0]), source, out=main_grad)
     return added_to_main_grad(weight)
+
+
+def sparse_rows(first, columns, values, num_columns):
+    """The CSR matrix [M, num_columns] of which row m has ``values`` in the ``columns`` from ``first[m]`` on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse")  # torch announces CSR as beta, once per process
+        shape = (first.numel() - 1, num_columns)
+        return torch.sparse_csr_tensor(first, columns, values, shape, check_invariants=False)
 
 
 def _parts(length, chunk):

@@ -7,13 +7,11 @@ the tokens: every output row is written once. Elsewhere the dot products gather 
 Legend: R rows of tokens, N pairs, M weight rows, H hidden.
 """
 
-import warnings
-
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from air_moe_megatron.ops.weight_gradient import weight_gradient
+from air_moe_megatron.ops.weight_gradient import sparse_rows, weight_gradient
 
 _CHUNK_ELEMENTS = 2**21  # of weight rows in a wider dtype: 8 MiB in fp32
 _GATHERED_ELEMENTS = 2**26  # of the rows that two gathers of a chunk of pairs hold: 256 MiB each in fp32
@@ -41,12 +39,8 @@ def _dots(hidden, weight, pairs):
 
 def _sampled(weight, hidden, id_first, tokens):
     """[N] products ``<weight_m, hidden_t>`` for the tokens of each weight row, one after another."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse")  # torch announces CSR as beta, once per process
-        shape = (weight.shape[0], hidden.shape[0])
-        zeros = hidden.new_zeros(tokens.numel())
-        pattern = torch.sparse_csr_tensor(id_first, tokens, zeros, shape, check_invariants=False)
-        return torch.sparse.sampled_addmm(pattern, weight, hidden.t(), beta=0.0).values()
+    pattern = sparse_rows(id_first, tokens, hidden.new_zeros(tokens.numel()), hidden.shape[0])
+    return torch.sparse.sampled_addmm(pattern, weight, hidden.t(), beta=0.0).values()
 
 
 def _gathered_dots(hidden, weight, pairs, wide):
@@ -69,7 +63,7 @@ def _sums(values, weight, pairs):
 def _weight_gradient(weight, source, values, pairs):
     """Sum of ``value * source[row]`` over the pairs of each weight row."""
     order = pairs.by_id
-    return weight_gradient(weight, source, pairs.ids[order], pairs.rows[order], values[order])
+    return weight_gradient(weight, source, pairs.id_first, pairs.rows[order], values[order])
 
 
 class PairDots(torch.autograd.Function):

@@ -32,9 +32,11 @@ class _BaggedSelectedScores(torch.autograd.Function):
         if need_hidden:
             grad_hidden = embedding_bag(ids, weight.to(dtype), per_sample_weights=grad_scores, mode="sum")
         if need_weight:
-            sorted_ids, order = ids.reshape(-1).sort(stable=True)
+            sorted_ids, order = ids.reshape(-1).int().sort(stable=True)
+            experts = torch.arange(weight.shape[0] + 1, dtype=torch.int32, device=ids.device)
+            first = torch.searchsorted(sorted_ids, experts)
             values = grad_scores.reshape(-1)[order]
-            grad_weight = weight_gradient(ctx.weight, hidden.to(dtype), sorted_ids, order // num_selected, values)
+            grad_weight = weight_gradient(ctx.weight, hidden.to(dtype), first, order // num_selected, values)
         if need_bias:
             wide = torch.promote_types(dtype, torch.float32)
             grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device)
