@@ -1,0 +1,442 @@
+"""The two permutations of the compact dispatcher as Triton kernels: tokens to rows for each rank, and back.
+
+    make_plan experts [T, K]  ->  counts [D, 4], and where each token's rows and pairs go
+    pack      tokens [T, H]   ->  rows [R, H], codes [N], probs [N], sorted by rank: what the all-to-alls send
+    combine   rows [R, H]     ->  tokens [T, H]: each token adds up its rows in the order of the ranks
+
+A token has one row for each rank that holds any of its experts. Its rows are listed per token, at most W = min(K, D) of
+them, so pack reads a token once and writes its rows, and combine, one program per token, reads them and writes once:
+no atomics, equal bits in every run. The two are each other's gradient.
+
+Nothing is sorted: the order of (rank, token) is a prefix sum over counts of pairs [D, T]. Memory of a plan: 12 bytes
+for each of D * T while it is made; 4 bytes for each of T * W rows and 8 for each of T * K pairs to keep. Nothing waits
+for the device; the caller reads the counts, as it must for the all-to-alls, to learn R and N.
+
+Legend: T tokens, H hidden, K top-k, D ranks, W most rows of a token, R rows, N pairs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+_TILE_ELEMENTS = 8192  # of the [tokens, places, ranks] comparisons of a program: 64 per thread
+_MAX_BLOCK = 16  # of places or ranks in such a tile
+_MAX_COLUMNS = 2048  # of a row that one program copies or adds: 16 per thread, two to four 16-byte accesses
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """Who gets what, and where it lies in the buffers that are sent."""
+
+    counts: torch.Tensor  # [D, 4] int64: rows and pairs for each rank; ids and probs of this rank that are invalid
+    token_rows: torch.Tensor  # [T, W] int32, rows of each token, in the order of the ranks; then -1
+    pair_places: torch.Tensor  # [T, K] int32, place of each pair; -1 where there is none
+    codes: torch.Tensor  # [T, K] int32, local expert of each pair, bits inverted for the first of a row; -1 for none
+
+
+@triton.jit
+def _ranks_of(ids, num_local_experts, D):
+    """Rank of each expert id, D where the id is not one of an expert; and the local id."""
+    is_pair = (ids >= 0) & (ids < num_local_experts * D)
+    ids = tl.where(is_pair, ids, 0).to(tl.int32)
+    return tl.where(is_pair, ids // num_local_experts, D), ids % num_local_experts, is_pair
+
+
+@triton.jit
+def _count_fwd_kernel(
+    topk_ids,  # [T, K]
+    probs,  # [T, K]
+    pair_counts,  # [D, T] int32
+    invalid,  # [T / BT, 2] int32
+    T,
+    num_local_experts,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    tokens = block * BT + tl.arange(0, BT)
+    is_token = tokens < T
+    own = tl.program_id(1) * BD + tl.arange(0, BD)
+    counts = tl.zeros([BT, BD], tl.int32)
+    invalid_ids = tl.zeros([BT], tl.int32)
+    invalid_probs = tl.zeros([BT], tl.int32)
+    for first in range(0, K, BK):
+        places = first + tl.arange(0, BK)
+        mask = is_token[:, None] & (places < K)[None, :]
+        where = tokens[:, None] * K + places[None, :]
+        ids = tl.load(topk_ids + where, mask=mask, other=-1)
+        ranks, _, is_pair = _ranks_of(ids, num_local_experts, D)
+        counts += tl.sum((ranks[:, :, None] == own[None, None, :]).to(tl.int32), axis=1)
+        invalid_ids += tl.sum((~is_pair & (ids != -1)).to(tl.int32), axis=1)
+        values = tl.load(probs + where, mask=mask, other=0.0).to(tl.float32)
+        is_finite = tl.abs(values) < float("inf")  # false for NaN
+        invalid_probs += tl.sum((~is_finite).to(tl.int32), axis=1)
+    tl.store(
+        pair_counts + own.to(tl.int64)[None, :] * T + tokens[:, None],
+        counts,
+        mask=is_token[:, None] & (own < D)[None, :],
+    )
+    if tl.program_id(1) == 0:
+        tl.store(invalid + block * 2, tl.sum(invalid_ids, axis=0))
+        tl.store(invalid + block * 2 + 1, tl.sum(invalid_probs, axis=0))
+
+
+@triton.jit
+def _place_fwd_kernel(
+    topk_ids,  # [T, K]
+    pair_counts,  # [D, T] int32
+    pair_ends,  # [D, T] int32, sums of the counts up to and with each
+    row_ends,  # [D, T] int32, of the rows
+    token_rows,  # [T, W] int32
+    pair_places,  # [T, K] int32
+    codes,  # [T, K] int32
+    T,
+    num_local_experts,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    is_token = tokens < T
+    num_rows = tl.zeros([BT], tl.int32)
+    for first in range(0, D, BD):
+        ranks = first + tl.arange(0, BD)
+        where = ranks.to(tl.int64)[None, :] * T + tokens[:, None]
+        mask = is_token[:, None] & (ranks < D)[None, :]
+        is_wanted = tl.load(pair_counts + where, mask=mask, other=0) > 0
+        rows = tl.load(row_ends + where, mask=is_wanted, other=0) - 1
+        columns = num_rows[:, None] + tl.cumsum(is_wanted.to(tl.int32), axis=1) - 1
+        tl.store(token_rows + tokens[:, None] * W + columns, rows, mask=is_wanted)
+        num_rows += tl.sum(is_wanted.to(tl.int32), axis=1)
+    for first in range(0, W, BD):
+        columns = first + tl.arange(0, BD)[None, :]
+        is_free = is_token[:, None] & (columns < W) & (columns >= num_rows[:, None])
+        tl.store(token_rows + tokens[:, None] * W + columns, tl.full([BT, BD], -1, tl.int32), mask=is_free)
+
+    for first in range(0, K, BK):
+        places = first + tl.arange(0, BK)
+        mask = is_token[:, None] & (places < K)[None, :]
+        where = tokens[:, None] * K + places[None, :]
+        ranks, local_ids, is_pair = _ranks_of(tl.load(topk_ids + where, mask=mask, other=-1), num_local_experts, D)
+        num_before = tl.zeros([BT, BK], tl.int32)  # pairs of the same row
+        for other in range(0, first + BK, BK):
+            others = other + tl.arange(0, BK)
+            other_ids = tl.load(
+                topk_ids + tokens[:, None] * K + others[None, :],
+                mask=is_token[:, None] & (others < K)[None, :],
+                other=-1,
+            )
+            other_ranks, _, _ = _ranks_of(other_ids, num_local_experts, D)
+            is_before = (others[None, :] < places[:, None])[None, :, :]  # [1, BK, BK]
+            is_same = ranks[:, :, None] == other_ranks[:, None, :]
+            num_before += tl.sum((is_same & is_before).to(tl.int32), axis=2)
+        row = ranks.to(tl.int64) * T + tokens[:, None]
+        first_pair = tl.load(pair_ends + row, mask=is_pair, other=0) - tl.load(pair_counts + row, mask=is_pair, other=0)
+        tl.store(pair_places + where, tl.where(is_pair, first_pair + num_before, -1), mask=mask)
+        code = tl.where(num_before == 0, -1 - local_ids, local_ids)
+        tl.store(codes + where, tl.where(is_pair, code, -1), mask=mask)
+
+
+@triton.jit
+def _pack_fwd_kernel(
+    hidden,  # [T, H]
+    probs,  # [T, K]
+    token_rows,  # [T, W] int32
+    pair_places,  # [T, K] int32
+    codes,  # [T, K] int32
+    rows,  # [R, H]
+    row_codes,  # [N] int32
+    row_probs,  # [N]
+    H: tl.constexpr,
+    K: tl.constexpr,
+    W: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BH + tl.arange(0, BH)
+    is_column = columns < H
+    values = tl.load(hidden + token * H + columns, mask=is_column)
+    slots = tl.arange(0, BW)
+    num_rows = tl.sum((tl.load(token_rows + token * W + slots, mask=slots < W, other=-1) >= 0).to(tl.int32), axis=0)
+    slot = num_rows * 0
+    while slot < num_rows:
+        row = tl.load(token_rows + token * W + slot).to(tl.int64)
+        tl.store(rows + row * H + columns, values, mask=is_column)
+        slot += 1
+    if HAS_PAIRS:
+        if tl.program_id(1) == 0:
+            pairs = tl.arange(0, BK)
+            places = tl.load(pair_places + token * K + pairs, mask=pairs < K, other=-1)
+            is_pair = places >= 0
+            tl.store(row_codes + places, tl.load(codes + token * K + pairs, mask=is_pair, other=0), mask=is_pair)
+            tl.store(row_probs + places, tl.load(probs + token * K + pairs, mask=is_pair, other=0.0), mask=is_pair)
+
+
+@triton.jit
+def _combine_fwd_kernel(
+    rows,  # [R, H]
+    row_probs,  # [N]
+    token_rows,  # [T, W] int32
+    pair_places,  # [T, K] int32
+    hidden,  # [T, H]
+    probs,  # [T, K]
+    H: tl.constexpr,
+    K: tl.constexpr,
+    W: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BH + tl.arange(0, BH)
+    is_column = columns < H
+    slots = tl.arange(0, BW)
+    num_rows = tl.sum((tl.load(token_rows + token * W + slots, mask=slots < W, other=-1) >= 0).to(tl.int32), axis=0)
+    sums = tl.zeros([BH], WIDE)
+    slot = num_rows * 0
+    while slot < num_rows:
+        row = tl.load(token_rows + token * W + slot).to(tl.int64)
+        sums += tl.load(rows + row * H + columns, mask=is_column, other=0.0).to(WIDE)
+        slot += 1
+    tl.store(hidden + token * H + columns, sums.to(hidden.dtype.element_ty), mask=is_column)
+    if HAS_PAIRS:
+        if tl.program_id(1) == 0:
+            pairs = tl.arange(0, BK)
+            places = tl.load(pair_places + token * K + pairs, mask=pairs < K, other=-1)
+            values = tl.load(row_probs + places, mask=places >= 0, other=0.0)
+            tl.store(probs + token * K + pairs, values, mask=pairs < K)
+
+
+def _pair_blocks(num_ranks, topk):
+    """Blocks of tokens, places and ranks such that a tile of comparisons holds 64 of them per thread.
+
+    Few places and ranks leave room for many tokens, up to 128: neighbours in the [D, T] tensors, so that accesses there
+    are coalesced although a token's own entries are T apart.
+    """
+    block_places = min(triton.next_power_of_2(topk), _MAX_BLOCK)
+    block_ranks = min(triton.next_power_of_2(num_ranks), _MAX_BLOCK)
+    block_tokens = min(_TILE_ELEMENTS // (block_places * max(block_places, block_ranks)), 128)
+    return {"BT": block_tokens, "BK": block_places, "BD": block_ranks, "num_warps": 4}
+
+
+def _row_blocks(hidden_size, width, topk):
+    """A program takes one token and up to 2,048 columns of it: its loop over rows has the whole width in flight."""
+    return {
+        "BH": min(triton.next_power_of_2(hidden_size), _MAX_COLUMNS),
+        "BW": triton.next_power_of_2(width),
+        "BK": triton.next_power_of_2(topk),
+        "num_warps": 4,
+    }
+
+
+def _launch_plan(topk_ids, probs, num_ranks, num_local_experts):
+    (num_tokens, topk), device = topk_ids.shape, topk_ids.device
+    topk_ids, probs = topk_ids.contiguous(), probs.contiguous()
+    blocks = _pair_blocks(num_ranks, topk)
+    grid = (triton.cdiv(num_tokens, blocks["BT"]), triton.cdiv(num_ranks, blocks["BD"]))
+    pair_counts = torch.empty(num_ranks, num_tokens, dtype=torch.int32, device=device)
+    invalid = torch.empty(grid[0], 2, dtype=torch.int32, device=device)
+    _count_fwd_kernel[grid](
+        topk_ids, probs, pair_counts, invalid, num_tokens, num_local_experts, K=topk, D=num_ranks, **blocks
+    )
+    is_wanted = pair_counts > 0
+    columns = (is_wanted.sum(dim=1), pair_counts.sum(dim=1), *invalid.sum(dim=0).unsqueeze(1).expand(2, num_ranks))
+    pair_ends = pair_counts.view(-1).cumsum(0, dtype=torch.int32)
+    row_ends = is_wanted.view(-1).cumsum(0, dtype=torch.int32)
+    width = min(topk, num_ranks)
+    token_rows = torch.empty(num_tokens, width, dtype=torch.int32, device=device)
+    pair_places = torch.empty(num_tokens, topk, dtype=torch.int32, device=device)
+    codes = torch.empty(num_tokens, topk, dtype=torch.int32, device=device)
+    _place_fwd_kernel[grid[:1]](
+        topk_ids,
+        pair_counts,
+        pair_ends,
+        row_ends,
+        token_rows,
+        pair_places,
+        codes,
+        num_tokens,
+        num_local_experts,
+        K=topk,
+        D=num_ranks,
+        W=width,
+        **blocks,
+    )
+    return ExchangePlan(torch.stack(columns, dim=1), token_rows, pair_places, codes)
+
+
+def _launch_pack(hidden, token_rows, num_rows, probs=None, pair_places=None, codes=None, num_pairs=0):
+    """[R, H] rows; and with pairs [N] codes and [N] probs."""
+    (num_tokens, hidden_size), device = hidden.shape, hidden.device
+    has_pairs = pair_places is not None
+    width, topk = token_rows.shape[1], pair_places.shape[1] if has_pairs else 1
+    rows = torch.empty(num_rows, hidden_size, dtype=hidden.dtype, device=device)
+    row_codes = torch.empty(num_pairs, dtype=torch.int32, device=device) if has_pairs else None
+    row_probs = torch.empty(num_pairs, dtype=probs.dtype, device=device) if has_pairs else None
+    blocks = _row_blocks(hidden_size, width, topk)
+    _pack_fwd_kernel[(num_tokens, triton.cdiv(hidden_size, blocks["BH"]))](
+        hidden.contiguous(),
+        probs.contiguous() if has_pairs else None,
+        token_rows,
+        pair_places,
+        codes,
+        rows,
+        row_codes,
+        row_probs,
+        H=hidden_size,
+        K=topk,
+        W=width,
+        HAS_PAIRS=has_pairs,
+        **blocks,
+    )
+    return rows, row_codes, row_probs
+
+
+def _launch_combine(rows, token_rows, row_probs=None, pair_places=None):
+    """[T, H] sums of each token's rows; and with pairs [T, K] probs, zero where there is no pair."""
+    (num_tokens, width), hidden_size, device = token_rows.shape, rows.shape[1], rows.device
+    has_pairs = pair_places is not None
+    topk = pair_places.shape[1] if has_pairs else 1
+    hidden = torch.empty(num_tokens, hidden_size, dtype=rows.dtype, device=device)
+    probs = torch.empty(num_tokens, topk, dtype=row_probs.dtype, device=device) if has_pairs else None
+    blocks = _row_blocks(hidden_size, width, topk)
+    _combine_fwd_kernel[(num_tokens, triton.cdiv(hidden_size, blocks["BH"]))](
+        rows.contiguous(),
+        row_probs.contiguous() if has_pairs else None,
+        token_rows,
+        pair_places,
+        hidden,
+        probs,
+        H=hidden_size,
+        K=topk,
+        W=width,
+        HAS_PAIRS=has_pairs,
+        WIDE=tl.float64 if rows.dtype == torch.float64 else tl.float32,
+        **blocks,
+    )
+    return hidden, probs
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, probs, plan, num_rows, num_pairs):
+        ctx.save_for_backward(plan.token_rows, plan.pair_places)
+        rows, codes, row_probs = _launch_pack(
+            hidden, plan.token_rows, num_rows, probs, plan.pair_places, plan.codes, num_pairs
+        )
+        ctx.mark_non_differentiable(codes)
+        return rows, codes, row_probs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_rows, _, grad_row_probs):
+        token_rows, pair_places = ctx.saved_tensors
+        grad_hidden, grad_probs = _launch_combine(grad_rows, token_rows, grad_row_probs, pair_places)
+        return grad_hidden, grad_probs, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, partial_sums, token_rows):
+        ctx.save_for_backward(token_rows)
+        ctx.num_rows = partial_sums.shape[0]
+        return _launch_combine(partial_sums, token_rows)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_hidden):
+        (token_rows,) = ctx.saved_tensors
+        return _launch_pack(grad_hidden, token_rows, ctx.num_rows)[0], None
+
+
+@torch.no_grad()
+def make_plan(topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int) -> ExchangePlan:
+    """Count what each rank gets, and find the place of every row and pair. Does not wait for the device.
+
+    Rows lie in the order of (rank, token), pairs in that of (rank, token, place among the K).
+
+    Args:
+        topk_ids: [T, K] int32 or int64, global expert ids, distinct in a row; -1 for none.
+        probs: [T, K] any float dtype; looked at only to count those that are not finite (in fp32).
+        num_ranks: D.
+        num_local_experts: experts of each rank.
+    Returns:
+        the plan; R and N are the sums of the first two columns of its counts.
+    Raises:
+        ValueError: if the shapes do not fit, or there are 2^31 pairs or experts.
+
+    Example: ids [[0, 3, 1], [2, -1, -1]] over 2 ranks of 2 experts make the rows (rank 0, token 0), (1, 0), (1, 1) and
+    the pairs 0, 1 | 3 | 2: counts [[1, 2, 0, 0], [2, 2, 0, 0]], token_rows [[0, 1], [2, -1]], pair_places [[0, 2, 1],
+    [3, -1, -1]] and codes [[~0, ~1, 1], [~0, -1, -1]]. (A code of -1 is ~0, or no pair where the place is -1.)
+    """
+    if topk_ids.dim() != 2 or topk_ids.shape != probs.shape or topk_ids.shape[1] == 0:
+        raise ValueError(
+            f"topk_ids {tuple(topk_ids.shape)} and probs {tuple(probs.shape)} must both be [T, K] with K at least 1"
+        )
+    if topk_ids.numel() >= 2**31 or num_ranks * num_local_experts >= 2**31:
+        raise ValueError(
+            f"pairs ({topk_ids.numel()}) and experts ({num_ranks} * {num_local_experts}) must be fewer than 2^31"
+        )
+    return _launch_plan(topk_ids, probs, num_ranks, num_local_experts)
+
+
+def pack(hidden: torch.Tensor, probs: torch.Tensor, plan: ExchangePlan, num_rows: int, num_pairs: int):
+    """Write each token's row for every rank that wants it, and each pair, where the all-to-alls take them from.
+
+    Differentiable in hidden and probs. Does not wait for the device.
+
+    Args:
+        hidden: [T, H] any float dtype.
+        probs: [T, K] any float dtype.
+        plan: of these tokens.
+        num_rows: R, the sum of ``plan.counts[:, 0]``.
+        num_pairs: N, the sum of ``plan.counts[:, 1]``.
+    Returns:
+        [R, H] rows in the dtype of hidden; [N] int32 codes: the local expert id, its bits inverted for the first pair
+        of a row; [N] probs.
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    Example: hidden [[7], [8]] with the plan of :func:`make_plan`'s example gives the rows [[7], [7], [8]], the codes
+    [~0, 1, ~1, ~0] and of probs [[a, b, c], [d, 0, 0]] the pairs [a, c, b, d].
+    """
+    if hidden.dim() != 2 or hidden.shape[0] != probs.shape[0] or probs.shape != plan.pair_places.shape:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} must be [T, H] and probs {tuple(probs.shape)} [T, K] "
+            f"with the plan's T and K, {tuple(plan.pair_places.shape)}"
+        )
+    return _Pack.apply(hidden, probs, plan, num_rows, num_pairs)
+
+
+def combine(partial_sums: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
+    """Add up the rows of each token, in the order of the ranks and in fp32 or wider: equal bits in every run.
+
+    Differentiable in the partial sums. Does not wait for the device.
+
+    Args:
+        partial_sums: [R, H] any float dtype, in the order of :func:`pack`'s rows.
+        plan: of these rows.
+    Returns:
+        [T, H] in the dtype of the partial sums; zero for a token without rows.
+    Raises:
+        ValueError: if the partial sums are not a matrix.
+
+    Example: rows [[1], [2], [3]] with the plan of :func:`make_plan`'s example give [[3], [3]].
+    """
+    if partial_sums.dim() != 2:
+        raise ValueError(f"partial_sums {tuple(partial_sums.shape)} must be [R, H]")
+    return _Combine.apply(partial_sums, plan.token_rows)

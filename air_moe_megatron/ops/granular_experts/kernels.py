@@ -1,0 +1,451 @@
+"""Granular experts as Triton kernels: many tiny MLPs, ordered by expert.
+
+``y_r = sum over the pairs n of row r of p_n * W2_e.T act(W1_e x_r)``. A program of the first projection takes up to
+BLOCK_N pairs of one expert: it gathers their rows, multiplies them with the expert's F rows, and applies activation and
+probability. The second projection sums per row of tokens. Both are matrix products in which F and the pairs of a block
+are padded to 16: with F = 1 and four pairs per expert, one product in 64 is used. That costs little, since gathers of
+rows bound the time: such a tile moves at most (16 + F) * H numbers for its 16 * 16 * H products.
+
+The inputs of the activation are kept for the backward in fp32: N * F numbers. To make them anew would read every row
+of tokens and weights again, N * F * H products; what follows them, activation and probability, is made anew.
+
+Sums per row of tokens, in the second projection and in the tokens' gradient, have two ways:
+
+- in row order, one program gathers the Q = F or 2F weight rows of all pairs of a row: N * Q * H numbers read, no
+  atomics, deterministic (``launch_pair_sums``);
+- in expert order, a block of pairs reads an expert's weight rows once, sums over Q on the chip and adds the results
+  to the rows with fp32 atomics: N * H additions in the second-level cache.
+
+The second is chosen from Q = 8, where the gathers move 16 bytes in bf16 for each 4 that are added, unless
+``deterministic``. The gradients of the weights have one program per (expert, columns): no atomics either way.
+
+Legend: R rows of tokens, N (row, expert) pairs, E experts, F rows of an expert, H hidden, B blocks of pairs, Q = F, or
+2F of the gated first projection.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from air_moe_megatron.ops.fine_scores.kernels import (
+    block_of,
+    dot,
+    dot_dtype_of,
+    dot_wide,
+    step_of,
+    wide_dot_dtype,
+)
+from air_moe_megatron.ops.pair_products.kernels import (
+    add_weight_gradient,
+    launch_pair_sums,
+    require_kernel_dtypes,
+    segment_blocks,
+)
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "squared_relu")
+MAX_FFN_HIDDEN_SIZE = 64
+
+_ATOMIC_PARTS = 8  # weight rows of an expert from which sums per row of tokens are made in expert order
+
+
+@triton.jit
+def _activation(x, NAME: tl.constexpr):
+    """The activation and its derivative at x."""
+    if NAME == "gelu":
+        below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        value, slope = x * below, below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif NAME == "gelu_tanh":
+        # (1 + tanh(u)) / 2 is the sigmoid of 2u
+        twice = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        below = 1.0 / (1.0 + tl.exp(-twice))
+        value = x * below
+        slope = below + value * (1.0 - below) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    elif NAME == "silu":
+        below = 1.0 / (1.0 + tl.exp(-x))
+        value, slope = x * below, below * (1.0 + x * (1.0 - below))
+    elif NAME == "relu":
+        value, slope = tl.maximum(x, 0.0), tl.where(x > 0.0, 1.0, 0.0)
+    else:
+        tl.static_assert(NAME == "squared_relu")
+        positive = tl.maximum(x, 0.0)
+        value, slope = positive * positive, 2.0 * positive
+    return value, slope
+
+
+@triton.jit
+def _granular_experts_fwd_kernel(
+    hidden,  # [R, H]
+    weight,  # [E, Q, H]
+    probs,  # [N]
+    rows,  # [N]
+    by_id,  # [N]
+    id_first,  # [E + 1]
+    segments,  # [B]
+    starts,  # [B]
+    inputs,  # [N, Q] fp32, written
+    values,  # [N, F] fp32, written
+    num_experts,
+    hidden_size: tl.constexpr,
+    FFN: tl.constexpr,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    PARTS: tl.constexpr = 2 * FFN if GATED else FFN
+    block = tl.program_id(0)
+    expert = tl.load(segments + block)
+    if expert == num_experts:
+        return
+    places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
+    inside = places < tl.load(id_first + expert + 1)
+    pairs = tl.load(by_id + places, mask=inside, other=0)
+    hidden_rows = hidden + tl.load(rows + pairs, mask=inside, other=0)[:, None] * hidden_size
+    parts = tl.arange(0, BLOCK_F)
+    weight_rows = weight + (expert * PARTS + parts)[:, None] * hidden_size
+    gate = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
+    linear = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
+    for start in range(0, hidden_size, BLOCK_H):
+        columns = start + tl.arange(0, BLOCK_H)
+        in_row = columns < hidden_size
+        kept = (parts < FFN)[:, None] & in_row[None, :]
+        x = tl.load(hidden_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0).to(DOT_DTYPE)
+        w = tl.load(weight_rows + columns[None, :], mask=kept, other=0.0)
+        gate = dot(x, tl.trans(w.to(DOT_DTYPE)), gate)
+        if GATED:
+            w = tl.load(weight_rows + FFN * hidden_size + columns[None, :], mask=kept, other=0.0)
+            linear = dot(x, tl.trans(w.to(DOT_DTYPE)), linear)
+    kept = inside[:, None] & (parts < FFN)[None, :]
+    out = pairs[:, None] * PARTS + parts[None, :]
+    tl.store(inputs + out, gate, mask=kept)
+    value, _ = _activation(gate, ACTIVATION)
+    if GATED:
+        tl.store(inputs + out + FFN, linear, mask=kept)
+        value *= linear
+    prob = tl.load(probs + pairs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(values + pairs[:, None] * FFN + parts[None, :], prob[:, None] * value, mask=kept)
+
+
+@triton.jit
+def _expert_sums_fwd_kernel(
+    values,  # [N, Q] fp32
+    weight,  # [E, Q, H]
+    rows,  # [N]
+    by_id,  # [N]
+    id_first,  # [E + 1]
+    segments,  # [B]
+    starts,  # [B]
+    sums,  # [R, H] fp32, added to
+    num_experts,
+    num_column_blocks,
+    hidden_size: tl.constexpr,
+    PARTS: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    program = tl.program_id(0)
+    block = program // num_column_blocks
+    expert = tl.load(segments + block)
+    if expert == num_experts:
+        return
+    places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
+    inside = places < tl.load(id_first + expert + 1)
+    pairs = tl.load(by_id + places, mask=inside, other=0)
+    parts = tl.arange(0, BLOCK_Q)
+    columns = (program % num_column_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_row = columns < hidden_size
+    value = tl.load(
+        values + pairs[:, None] * PARTS + parts[None, :], mask=inside[:, None] & (parts < PARTS)[None, :], other=0.0
+    )
+    w = tl.load(
+        weight + (expert * PARTS + parts)[:, None] * hidden_size + columns[None, :],
+        mask=(parts < PARTS)[:, None] & in_row[None, :],
+        other=0.0,
+    )
+    tile = dot_wide(value, w, tl.zeros([BLOCK_N, BLOCK_H], tl.float32), DOT_DTYPE)
+    out = sums + tl.load(rows + pairs, mask=inside, other=0)[:, None] * hidden_size + columns[None, :]
+    tl.atomic_add(out, tile, mask=inside[:, None] & in_row[None, :], sem="relaxed")
+
+
+@triton.jit
+def _granular_experts_bwd_kernel(
+    grad_out,  # [R, H]
+    weight,  # [E, F, H]
+    inputs,  # [N, Q] fp32
+    probs,  # [N]
+    rows,  # [N]
+    by_id,  # [N]
+    id_first,  # [E + 1]
+    segments,  # [B]
+    starts,  # [B]
+    values,  # [N, F] fp32, written
+    grad_inputs,  # [N, Q] fp32, written
+    grad_probs,  # [N], written
+    num_experts,
+    hidden_size: tl.constexpr,
+    FFN: tl.constexpr,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    PARTS: tl.constexpr = 2 * FFN if GATED else FFN
+    block = tl.program_id(0)
+    expert = tl.load(segments + block)
+    if expert == num_experts:
+        return
+    places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
+    inside = places < tl.load(id_first + expert + 1)
+    pairs = tl.load(by_id + places, mask=inside, other=0)
+    grad_rows = grad_out + tl.load(rows + pairs, mask=inside, other=0)[:, None] * hidden_size
+    parts = tl.arange(0, BLOCK_F)
+    weight_rows = weight + (expert * FFN + parts)[:, None] * hidden_size
+    grad_value = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
+    for start in range(0, hidden_size, BLOCK_H):
+        columns = start + tl.arange(0, BLOCK_H)
+        in_row = columns < hidden_size
+        g = tl.load(grad_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
+        w = tl.load(weight_rows + columns[None, :], mask=(parts < FFN)[:, None] & in_row[None, :], other=0.0)
+        grad_value = dot(g.to(DOT_DTYPE), tl.trans(w.to(DOT_DTYPE)), grad_value)
+    kept = inside[:, None] & (parts < FFN)[None, :]
+    where = pairs[:, None] * PARTS + parts[None, :]
+    gate = tl.load(inputs + where, mask=kept, other=0.0)
+    prob = tl.load(probs + pairs, mask=inside, other=0.0).to(tl.float32)[:, None]
+    active, slope = _activation(gate, ACTIVATION)
+    grad_active = grad_value * prob
+    if GATED:
+        linear = tl.load(inputs + where + FFN, mask=kept, other=0.0)
+        tl.store(grad_inputs + where + FFN, grad_active * active, mask=kept)
+        tl.store(grad_inputs + where, grad_active * linear * slope, mask=kept)
+        active *= linear
+    else:
+        tl.store(grad_inputs + where, grad_active * slope, mask=kept)
+    tl.store(values + pairs[:, None] * FFN + parts[None, :], active * prob, mask=kept)
+    tl.store(grad_probs + pairs, tl.sum(grad_value * active, axis=1), mask=inside)
+
+
+@triton.jit
+def _expert_weight_bwd_kernel(
+    values,  # [N, Q] fp32
+    source,  # [R, H]
+    rows,  # [N]
+    by_id,  # [N]
+    id_first,  # [E + 1]
+    segments,  # [B]
+    grad_weight,  # [E, Q, H], added to
+    num_experts,
+    num_column_blocks,
+    hidden_size: tl.constexpr,
+    PARTS: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    program = tl.program_id(0)
+    expert = tl.load(segments + program // num_column_blocks)
+    if expert == num_experts:
+        return
+    parts = tl.arange(0, BLOCK_Q)
+    columns = (program % num_column_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_row = columns < hidden_size
+    sums = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
+    start, end = tl.load(id_first + expert), tl.load(id_first + expert + 1)
+    while start < end:
+        places = start + tl.arange(0, BLOCK_N)
+        inside = places < end
+        pairs = tl.load(by_id + places, mask=inside, other=0)
+        value = tl.load(
+            values + pairs[None, :] * PARTS + parts[:, None],
+            mask=(parts < PARTS)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        source_rows = source + tl.load(rows + pairs, mask=inside, other=0)[:, None] * hidden_size
+        x = tl.load(source_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
+        sums = dot_wide(value, x, sums, DOT_DTYPE)
+        start += BLOCK_N
+    out = grad_weight + (expert * PARTS + parts)[:, None] * hidden_size + columns[None, :]
+    kept = (parts < PARTS)[:, None] & in_row[None, :]
+    tl.store(out, tl.load(out, mask=kept, other=0.0).to(tl.float32) + sums, mask=kept)
+
+
+def _block_rows(pairs):
+    """Pairs of a block: about those of an expert, from the 16 of a matrix product to 64."""
+    num_pairs = pairs.ids.numel()
+    return min(64, max(16, triton.next_power_of_2(num_pairs // max(1, min(num_pairs, pairs.num_ids)))))
+
+
+def launch_granular_values(hidden, weight1, probs, pairs, ffn_hidden_size, activation):
+    """[N, Q] fp32 inputs of the activation, and [N, F] fp32 values: activation (times linear part) times probability.
+
+    Steps of 64 columns in bf16: a program reads 128 bytes of each of its rows at a time, pipelined.
+    """
+    num_pairs, hidden_size = pairs.ids.numel(), hidden.shape[1]
+    num_inputs = weight1.shape[1]
+    inputs = torch.empty(num_pairs, num_inputs, dtype=torch.float32, device=hidden.device)
+    values = torch.empty(num_pairs, ffn_hidden_size, dtype=torch.float32, device=hidden.device)
+    if num_pairs == 0:
+        return inputs, values
+    block_rows, dot_dtype = _block_rows(pairs), dot_dtype_of(hidden, weight1, torch.float32)
+    segments, starts = segment_blocks(pairs.id_first, num_pairs, block_rows)
+    _granular_experts_fwd_kernel[(segments.numel(),)](
+        hidden, weight1, probs, pairs.rows, pairs.by_id, pairs.id_first, segments, starts, inputs, values,
+        pairs.num_ids, hidden_size,
+        FFN=ffn_hidden_size, GATED=num_inputs == 2 * ffn_hidden_size, ACTIVATION=activation, DOT_DTYPE=dot_dtype,
+        BLOCK_N=block_rows, BLOCK_F=block_of(ffn_hidden_size, MAX_FFN_HIDDEN_SIZE),
+        BLOCK_H=step_of(hidden_size, dot_dtype), num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return inputs, values
+
+
+def launch_granular_sums(values, weight, pairs, dtype, deterministic):
+    """[R, H] sums in ``dtype`` of the weight rows [E, Q, H] by the values [N, Q], one of the two ways above.
+
+    In expert order, tiles of a block of pairs by 128 columns.
+    """
+    num_parts, hidden_size = weight.shape[1:]
+    if deterministic or num_parts < _ATOMIC_PARTS:
+        return launch_pair_sums(values, weight, pairs, dtype, parts=num_parts)
+    sums = torch.zeros(pairs.num_rows, hidden_size, dtype=torch.float32, device=weight.device)
+    num_pairs = pairs.ids.numel()
+    if num_pairs:
+        block_rows, block_columns = _block_rows(pairs), block_of(hidden_size, 128)
+        num_column_blocks = triton.cdiv(hidden_size, block_columns)
+        segments, starts = segment_blocks(pairs.id_first, num_pairs, block_rows)
+        _expert_sums_fwd_kernel[(segments.numel() * num_column_blocks,)](
+            values, weight, pairs.rows, pairs.by_id, pairs.id_first, segments, starts, sums,
+            pairs.num_ids, num_column_blocks, hidden_size,
+            PARTS=num_parts, DOT_DTYPE=wide_dot_dtype(values, dot_dtype_of(weight, weight, torch.float32)),
+            BLOCK_N=block_rows, BLOCK_Q=block_of(num_parts, 2 * MAX_FFN_HIDDEN_SIZE), BLOCK_H=block_columns,
+        )  # fmt: skip
+    return sums.to(dtype)
+
+
+def launch_granular_gradients(grad_out, weight2, inputs, probs, pairs, activation):
+    """[N, F] fp32 values made anew, [N, Q] fp32 gradient of the inputs, [N] of the probabilities; tiles as forward."""
+    num_pairs, hidden_size = pairs.ids.numel(), grad_out.shape[1]
+    ffn_hidden_size = weight2.shape[1]
+    values = torch.empty(num_pairs, ffn_hidden_size, dtype=torch.float32, device=inputs.device)
+    grad_inputs, grad_probs = torch.empty_like(inputs), torch.empty_like(probs)
+    if num_pairs == 0:
+        return values, grad_inputs, grad_probs
+    block_rows, dot_dtype = _block_rows(pairs), dot_dtype_of(grad_out, weight2, torch.float32)
+    segments, starts = segment_blocks(pairs.id_first, num_pairs, block_rows)
+    _granular_experts_bwd_kernel[(segments.numel(),)](
+        grad_out, weight2, inputs, probs, pairs.rows, pairs.by_id, pairs.id_first, segments, starts,
+        values, grad_inputs, grad_probs, pairs.num_ids, hidden_size,
+        FFN=ffn_hidden_size, GATED=inputs.shape[1] == 2 * ffn_hidden_size, ACTIVATION=activation, DOT_DTYPE=dot_dtype,
+        BLOCK_N=block_rows, BLOCK_F=block_of(ffn_hidden_size, MAX_FFN_HIDDEN_SIZE),
+        BLOCK_H=step_of(hidden_size, dot_dtype), num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return values, grad_inputs, grad_probs
+
+
+def launch_granular_weight_gradient(source, values, pairs, grad_weight_out):
+    """Add ``values[n, q] * source[row]`` of each expert's pairs to its rows of ``grad_weight_out`` [E * Q, H].
+
+    Any float dtype; the sum of a row is made in fp32 and rounded once. Experts without pairs are not touched. Tiles of
+    Q by as many columns as make 8192 elements, 64 to 512: 64 registers of each thread.
+    """
+    num_pairs, num_parts, hidden_size = *values.shape, source.shape[1]
+    block_parts = block_of(num_parts, 2 * MAX_FFN_HIDDEN_SIZE)
+    dot_dtype = wide_dot_dtype(values, dot_dtype_of(source, source, torch.float32))
+    # The operands of fp32 products are in registers, too.
+    block_columns = block_of(hidden_size, (4096 if dot_dtype == tl.float32 else 8192) // block_parts)
+    num_column_blocks = triton.cdiv(hidden_size, block_columns)
+    segments, _ = segment_blocks(pairs.id_first, num_pairs, max(1, num_pairs))
+    _expert_weight_bwd_kernel[(segments.numel() * num_column_blocks,)](
+        values, source, pairs.rows, pairs.by_id, pairs.id_first, segments, grad_weight_out,
+        pairs.num_ids, num_column_blocks, hidden_size,
+        PARTS=num_parts, DOT_DTYPE=dot_dtype, BLOCK_N=16, BLOCK_Q=block_parts, BLOCK_H=block_columns,
+    )  # fmt: skip
+
+
+class _GranularExpertsKernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight1, weight2, probs, pairs, activation, deterministic):
+        ctx.weights = weight1, weight2  # the parameters themselves, for their main_grad
+        ctx.pairs, ctx.activation, ctx.deterministic = pairs, activation, deterministic
+        hidden, weight1, weight2, probs = (tensor.contiguous() for tensor in (hidden, weight1, weight2, probs))
+        inputs, values = launch_granular_values(hidden, weight1, probs, pairs, weight2.shape[1], activation)
+        ctx.save_for_backward(hidden, weight1, weight2, probs, inputs)
+        return launch_granular_sums(values, weight2, pairs, weight2.dtype, deterministic)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        hidden, weight1, weight2, probs, inputs = ctx.saved_tensors
+        pairs, grad_out = ctx.pairs, grad_out.contiguous()
+        need_hidden, need_weight1, need_weight2, need_probs = ctx.needs_input_grad[:4]
+        values, grad_inputs, grad_probs = launch_granular_gradients(
+            grad_out, weight2, inputs, probs, pairs, ctx.activation
+        )
+        grad_hidden = grad_weight1 = grad_weight2 = None
+        if need_hidden:
+            grad_hidden = launch_granular_sums(grad_inputs, weight1, pairs, hidden.dtype, ctx.deterministic)
+        if need_weight1:
+            grad_weight1 = add_weight_gradient(
+                ctx.weights[0], lambda out: launch_granular_weight_gradient(hidden, grad_inputs, pairs, out)
+            )
+        if need_weight2:
+            grad_weight2 = add_weight_gradient(
+                ctx.weights[1], lambda out: launch_granular_weight_gradient(grad_out, values, pairs, out)
+            )
+        return grad_hidden, grad_weight1, grad_weight2, grad_probs if need_probs else None, None, None, None
+
+
+def granular_experts_kernel(
+    hidden: torch.Tensor,
+    weight1: torch.Tensor,
+    weight2: torch.Tensor,
+    probs: torch.Tensor,
+    pairs,
+    activation: str,
+    deterministic: bool = False,
+) -> torch.Tensor:
+    """Apply each row's experts: ``y_r = sum over the pairs n of row r of p_n * W2_e.T act(W1_e x_r)``.
+
+    Differentiable in hidden, both weights and probs; the weights' gradients go into ``main_grad`` where there is one
+    (``ops/weight_gradient.py``), and touch only experts that have pairs. Does not wait for the device. A clamped or
+    shifted gated unit (``activation_func_clamp_value``, ``glu_linear_offset``) is not covered.
+
+    Args:
+        hidden: [R, H], fp32, bf16 or fp16.
+        weight1: [E, F, H], or [E, 2F, H] of a gated linear unit, the gates first; likewise.
+        weight2: [E, F, H], likewise; F from 1 to 64.
+        probs: [N], likewise.
+        pairs: N pairs of rows and experts, see :class:`air_moe_megatron.ops.pair_products.Pairs`.
+        activation: "gelu" (exact), "gelu_tanh", "silu", "relu" or "squared_relu".
+        deterministic: sum per row of tokens in row order, however many weight rows an expert has.
+    Returns:
+        [R, H] in the dtype of weight2, summed in fp32; zero where a row has no pairs.
+    Raises:
+        ValueError: for another dtype or activation, or if the weights do not fit together.
+
+    Example: hidden [[1, 2]], weight1 [[[1, 1]]], weight2 [[[0, 1]]], relu, the pair (0, 0) with probability 0.5 gives
+    [[0, 1.5]].
+    """
+    require_kernel_dtypes(hidden=hidden, weight1=weight1, weight2=weight2, probs=probs)
+    num_experts, ffn_hidden_size, hidden_size = weight2.shape
+    if weight1.shape not in ((num_experts, parts * ffn_hidden_size, hidden_size) for parts in (1, 2)):
+        raise ValueError(
+            f"weight1 {tuple(weight1.shape)} must be [E, F, H] or [E, 2F, H] with weight2 {tuple(weight2.shape)} "
+            "[E, F, H]"
+        )
+    if hidden.shape != (pairs.num_rows, hidden_size) or pairs.num_ids != num_experts or probs.shape != pairs.ids.shape:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and probs {tuple(probs.shape)} must be [R, H] and [N] with "
+            f"R = {pairs.num_rows}, H = {hidden_size}, N = {pairs.ids.numel()}, and E = {pairs.num_ids}"
+        )
+    if not 1 <= ffn_hidden_size <= MAX_FFN_HIDDEN_SIZE:
+        raise ValueError(f"rows of an expert ({ffn_hidden_size}) must be from 1 to {MAX_FFN_HIDDEN_SIZE}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation ({activation!r}) must be one of {', '.join(ACTIVATIONS)}")
+    return _GranularExpertsKernel.apply(hidden, weight1, weight2, probs, pairs, activation, deterministic)

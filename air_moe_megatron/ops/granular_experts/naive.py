@@ -1,0 +1,19 @@
+"""Ground truth of the granular experts: gather both projections of every pair's expert."""
+
+import torch
+
+
+def naive_granular_experts(hidden, weight1, weight2, probs, rows, ids, activation, gated):
+    """[R, H]: row r sums ``probs[n] * W2_e.T act(W1_e x_r)`` over its pairs n, with e = ids[n], by plain autograd.
+
+    hidden [R, H], weight1 [E, F, H], or [E, 2F, H] with the gates first if ``gated``, weight2 [E, F, H], probs [N],
+    rows [N] and ids [N]; ``activation`` is a function of a tensor.
+    """
+    inputs = torch.einsum("nh,nfh->nf", hidden[rows], weight1[ids])
+    if gated:
+        gate, linear = inputs.chunk(2, dim=1)
+        values = activation(gate) * linear
+    else:
+        values = activation(inputs)
+    outputs = torch.einsum("nf,nfh->nh", values * probs.unsqueeze(1), weight2[ids])
+    return outputs.new_zeros(hidden.shape).index_add(0, rows, outputs)

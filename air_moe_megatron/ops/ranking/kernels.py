@@ -1,0 +1,319 @@
+"""The experts ranked at each codeword, and the codewords at each expert: Triton kernels that stream over the experts.
+
+Three steps; a *group* is G experts with consecutive ids:
+
+1. One program per block of experts multiplies them with all codewords, one tile after another. It writes the best score
+   of each (codeword, group), and keeps each expert's best codeword: it sees all of them, so there are no atomics.
+2. The L best groups of each codeword (``topk``). Every one of its L best experts is in one of them: a group outside has
+   L groups before it, each with an expert at least as good.
+3. One program per group and block of the codewords that chose it recomputes the scores of the group's G experts. Pairs
+   of (codeword, group) are sorted by group, so that a group's weight rows are read once for a block of codewords, as a
+   tile for the tensor cores; rows gathered for each codeword would be read 4 G times over with C * L = 4 E. The L best
+   of the L * G candidates (``topk``) are the list.
+
+Ranks compare int64 keys of score and id (``ops/coarse``): the lower id wins a tie, so every rank makes the same lists
+whatever ``topk`` does with equal values. Products are exact as there: fp32, or three summands on the tensor cores.
+
+Memory: 8 bytes for each of the C * E/G keys of groups, and for each of the at most 2^26 keys of candidates
+(C * L * G of them, in chunks of codewords); 512 MiB each at E = 2^20, C = L = 2^11. The [C, E] scores would be 8 GiB.
+
+Legend: H hidden, E experts, C clusters, L shortlist, G experts of a group, S summands of a codeword, n codewords of a
+chunk, k groups a codeword keeps.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from air_moe_megatron.ops.coarse.kernels import order_key, split_codewords
+
+SCORE_FUNCTIONS = (None, "sigmoid", "sqrtsoftplus")
+_GROUP_SIZES = (16, 32, 64, 128)  # a tile's side for the tensor cores
+
+_CHUNK_ELEMENTS = 2**26  # of the keys [n, k * G] of a chunk of codewords: 512 MiB
+_LOWEST_KEY = tl.constexpr(-(2**63))
+_ID_BITS = 2**31 - 1
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x >= 0, exact where 1 + x loses the digits of x. Source: Kahan; Goldberg 1991, theorem 4."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
+
+
+@triton.jit
+def _ranked(products, factors, bias, expert_bias, experts, is_expert, HAS_BIAS: tl.constexpr, FUNCTION: tl.constexpr):
+    """What experts are ranked by: [.., experts] from products with codewords [.., experts]; NaN becomes infinity."""
+    scores = products * factors[:, None]
+    if HAS_BIAS:
+        scores += tl.load(bias + experts, mask=is_expert, other=0.0).to(tl.float32)[None, :]
+    if FUNCTION == "sigmoid":
+        scores = 1.0 / (1.0 + tl.exp(-scores))
+    if FUNCTION == "sqrtsoftplus":
+        scores = tl.sqrt_rn(tl.maximum(scores, 0.0) + _log1p(tl.exp(-tl.abs(scores))))
+    if FUNCTION is not None:
+        scores += tl.load(expert_bias + experts, mask=is_expert, other=0.0).to(tl.float32)[None, :]
+    return tl.where(scores != scores, float("inf"), scores)  # a maximum would ignore NaN
+
+
+@triton.jit
+def _group_maxima_fwd_kernel(
+    summands,  # [S, C, H]
+    factors,  # [C] fp32
+    weight,  # [E, H]
+    bias,  # [E]
+    expert_bias,  # [E]
+    group_keys,  # [C, E / G] int64
+    nearest,  # [E] int64
+    best_scores,  # [E] fp32
+    E,
+    num_groups,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FUNCTION: tl.constexpr,
+    G: tl.constexpr,
+    BC: tl.constexpr,
+    BE: tl.constexpr,
+    BH: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    experts = block * BE + tl.arange(0, BE)
+    is_expert = experts < E
+    groups = block * (BE // G) + tl.arange(0, BE // G)
+    best = tl.full([BE], float("-inf"), tl.float32)
+    best_ids = tl.zeros([BE], tl.int32)
+    for first in range(0, C, BC):
+        ids = first + tl.arange(0, BC)
+        is_codeword = ids < C
+        products = tl.zeros([BC, BE], tl.float32)
+        for start in range(0, H, BH):
+            columns = start + tl.arange(0, BH)
+            w = tl.load(
+                weight + experts[None, :] * H + columns[:, None],
+                mask=is_expert[None, :] & (columns < H)[:, None],
+                other=0.0,
+            )
+            for s in tl.static_range(S):
+                c = tl.load(
+                    summands + s * C * H + ids.to(tl.int64)[:, None] * H + columns[None, :],
+                    mask=is_codeword[:, None] & (columns < H)[None, :],
+                    other=0.0,
+                )
+                products = tl.dot(c, w, products, input_precision="ieee")
+        factor = tl.load(factors + ids, mask=is_codeword, other=0.0)
+        scores = _ranked(products, factor, bias, expert_bias, experts, is_expert, HAS_BIAS, FUNCTION)
+        scores = tl.where(is_codeword[:, None] & is_expert[None, :], scores, float("-inf"))
+        tile_best = tl.max(scores, axis=0)
+        tile_best_ids = tl.min(tl.where(scores == tile_best[None, :], ids[:, None], C), axis=0)
+        is_better = tile_best > best
+        best, best_ids = tl.where(is_better, tile_best, best), tl.where(is_better, tile_best_ids, best_ids)
+        maxima = tl.max(tl.reshape(scores, [BC, BE // G, G]), axis=2)
+        tl.store(
+            group_keys + ids.to(tl.int64)[:, None] * num_groups + groups[None, :],
+            order_key(maxima, groups[None, :]),
+            mask=is_codeword[:, None] & (groups < num_groups)[None, :],
+        )
+    tl.store(nearest + experts, best_ids.to(tl.int64), mask=is_expert)
+    tl.store(best_scores + experts, best, mask=is_expert)
+
+
+@triton.jit
+def _candidates_fwd_kernel(
+    summands,  # [S, C, H]
+    factors,  # [C] fp32
+    weight,  # [E, H]
+    bias,  # [E]
+    expert_bias,  # [E]
+    pairs,  # [n * k] int64, (codeword, place among its groups) sorted by group
+    first_pairs,  # [E / G + 1] int64, of each group in pairs
+    candidates,  # [n, k, G] int64 keys
+    first_codeword,
+    k,
+    E,
+    num_tiles,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FUNCTION: tl.constexpr,
+    G: tl.constexpr,
+    BC: tl.constexpr,
+    BH: tl.constexpr,
+):
+    program = tl.program_id(0)
+    group = (
+        program // num_tiles
+    )  # the tiles of a group are neighbours: the second finds its weight rows in the L2 cache
+    first = tl.load(first_pairs + group) + (program % num_tiles) * BC
+    end = tl.load(first_pairs + group + 1)
+    if first >= end:
+        return
+    places = first + tl.arange(0, BC)
+    is_pair = places < end
+    pair = tl.load(pairs + places, mask=is_pair, other=0)
+    ids = first_codeword + pair // k
+    experts = group.to(tl.int64) * G + tl.arange(0, G)
+    is_expert = experts < E
+    products = tl.zeros([BC, G], tl.float32)
+    for start in range(0, H, BH):
+        columns = start + tl.arange(0, BH)
+        w = tl.load(
+            weight + experts[None, :] * H + columns[:, None],
+            mask=is_expert[None, :] & (columns < H)[:, None],
+            other=0.0,
+        )
+        for s in tl.static_range(S):
+            c = tl.load(
+                summands + s * C * H + ids[:, None] * H + columns[None, :],
+                mask=is_pair[:, None] & (columns < H)[None, :],
+                other=0.0,
+            )
+            products = tl.dot(c, w, products, input_precision="ieee")
+    factor = tl.load(factors + ids, mask=is_pair, other=0.0)
+    scores = _ranked(products, factor, bias, expert_bias, experts, is_expert, HAS_BIAS, FUNCTION)
+    keys = tl.where(is_expert[None, :], order_key(scores, experts[None, :]), _LOWEST_KEY)
+    tl.store(candidates + pair[:, None] * G + tl.arange(0, G)[None, :], keys, mask=is_pair[:, None])
+
+
+def _blocks(weight, group_size):
+    """Block sizes and launch options of the first step as a function of E and the dtype.
+
+    - 16-bit: [128, 64] tiles of the three summands and [64, 128] of the weight are 64 KiB, three stages of them fit the
+      227 KiB of a multiprocessor. 64 experts per program where 128 would leave multiprocessors without one.
+    - fp32: limited by arithmetic without tensor cores; small tiles.
+    """
+    if weight.dtype == torch.float32:
+        return {"BC": 64, "BE": max(64, group_size), "BH": 32, "num_warps": 4, "num_stages": 2}
+    block = max(128 if weight.shape[0] >= 16384 else 64, group_size)
+    return {"BC": 128, "BE": block, "BH": 64, "num_warps": 8, "num_stages": 3}
+
+
+def _candidate_blocks(weight):
+    """The same of the third step: about 4 G codewords choose a group, so two tiles of 64 with G = 32."""
+    if weight.dtype == torch.float32:
+        return {"BC": 64, "BH": 32, "num_warps": 4, "num_stages": 2}
+    return {"BC": 64, "BH": 64, "num_warps": 4, "num_stages": 3}
+
+
+def _ids_of(keys):
+    return _ID_BITS - (keys & _ID_BITS)
+
+
+def _best_groups(group_keys, num_kept):
+    """[n, k] ids of the best groups, the pairs of (codeword, place) sorted by group, and each group's first pair."""
+    groups = _ids_of(group_keys.topk(num_kept, dim=1).values)
+    sorted_groups, pairs = groups.flatten().sort(stable=True)
+    every_group = torch.arange(group_keys.shape[1] + 1, device=groups.device)
+    return pairs, torch.searchsorted(sorted_groups, every_group)
+
+
+@torch.no_grad()
+def rank_experts_kernel(
+    codewords: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist_size: int,
+    score_function: str | None = None,
+    expert_bias: torch.Tensor | None = None,
+    group_size: int = 32,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rank the experts at each codeword by ``scale_c * <w_e, c> + b_e``, and the codewords at each expert.
+
+    With a score function the experts are ranked by ``function(that score) + expert_bias_e``, as the top-k of a router
+    with an expert bias ranks them. Without bias and score function the scale, which changes no order, is left out.
+    Scores that are NaN count as infinite. Does not wait for the device.
+
+    Args:
+        codewords: [C, H] fp32, unit rows.
+        scale: [C] fp32, typical ``<h, c>`` of a codeword's tokens.
+        weight: [E, H] expert centres, fp32, bf16 or fp16.
+        bias: [E] or None.
+        shortlist_size: L, experts per list, at most E.
+        score_function: None, "sigmoid" or "sqrtsoftplus".
+        expert_bias: [E]; with a score function only.
+        group_size: G, experts that one maximum stands for: 16, 32, 64 or 128. More of them need less memory for the
+            maxima and more work for the candidates.
+    Returns:
+        [C, L] int64 experts that score highest at each codeword, best first, the lower id first where scores are equal;
+        [E] int64 codeword at which each expert scores highest, the lowest of those; [E] fp32 that score.
+    Raises:
+        ValueError: if shapes, dtypes or arguments do not fit.
+
+    Example: codewords [[1, 0], [0, 1]], scale [1, 1], weight [[1, 0], [0, 3], [2, 2]], L = 2 gives the lists
+    [[2, 0], [1, 2]], the nearest codewords [0, 1, 0] and the scores [1, 3, 2].
+    """
+    _validate(codewords, scale, weight, bias, shortlist_size, score_function, expert_bias, group_size)
+    (num_clusters, hidden_size), num_experts, device = codewords.shape, weight.shape[0], weight.device
+    weight, scale = weight.contiguous(), scale.float()
+    factors = scale if bias is not None or score_function is not None else torch.ones_like(scale)
+    if weight.dtype == torch.float32:
+        summands = codewords.contiguous().unsqueeze(0)
+    else:
+        summands, too_large = split_codewords(codewords, weight.dtype)
+        factors = factors / too_large  # a power of two: exact
+    factors = factors.contiguous()
+    tensors = (summands, factors, weight, bias, expert_bias)
+    constants = {
+        "C": num_clusters,
+        "H": hidden_size,
+        "S": summands.shape[0],
+        "HAS_BIAS": bias is not None,
+        "FUNCTION": score_function,
+        "G": group_size,
+    }
+    num_groups = triton.cdiv(num_experts, group_size)
+    group_keys = torch.empty(num_clusters, num_groups, dtype=torch.int64, device=device)
+    nearest = torch.empty(num_experts, dtype=torch.int64, device=device)
+    score = torch.empty(num_experts, dtype=torch.float32, device=device)
+    blocks = _blocks(weight, group_size)
+    _group_maxima_fwd_kernel[(triton.cdiv(num_experts, blocks["BE"]),)](
+        *tensors, group_keys, nearest, score, num_experts, num_groups, **constants, **blocks
+    )
+
+    num_kept = min(shortlist_size, num_groups)
+    chunk = min(num_clusters, max(_CHUNK_ELEMENTS // (num_kept * group_size), 1))
+    candidates = torch.empty(chunk, num_kept * group_size, dtype=torch.int64, device=device)
+    lists = torch.empty(num_clusters, shortlist_size, dtype=torch.int64, device=device)
+    blocks = _candidate_blocks(weight)
+    for first in range(0, num_clusters, chunk):
+        part = slice(first, min(first + chunk, num_clusters))
+        size = part.stop - part.start
+        pairs, first_pairs = _best_groups(group_keys[part], num_kept)
+        num_tiles = triton.cdiv(size, blocks["BC"])  # a codeword chooses a group once; the tiles without pairs return
+        _candidates_fwd_kernel[(num_groups * num_tiles,)](
+            *tensors, pairs, first_pairs, candidates, first, num_kept, num_experts, num_tiles, **constants, **blocks
+        )
+        lists[part] = _ids_of(candidates[:size].topk(shortlist_size, dim=1).values)
+    return lists, nearest, score
+
+
+def _validate(codewords, scale, weight, bias, shortlist_size, score_function, expert_bias, group_size):
+    if codewords.dim() != 2 or weight.dim() != 2 or codewords.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"codewords {tuple(codewords.shape)} and weight {tuple(weight.shape)} must be [C, H] and [E, H] "
+            "with the same H"
+        )
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or codewords.dtype != torch.float32:
+        raise ValueError(
+            f"weight ({weight.dtype}) must be fp32, bf16 or fp16, and codewords ({codewords.dtype}) must be fp32"
+        )
+    if scale.shape != codewords.shape[:1]:
+        raise ValueError(f"scale {tuple(scale.shape)} must be [C] with C = {codewords.shape[0]}")
+    for name, values in (("bias", bias), ("expert_bias", expert_bias)):
+        if values is not None and values.shape != weight.shape[:1]:
+            raise ValueError(f"{name} {tuple(values.shape)} must be [E] with E = {weight.shape[0]}")
+    if not 1 <= shortlist_size <= weight.shape[0]:
+        raise ValueError(f"shortlist_size ({shortlist_size}) must be between 1 and E = {weight.shape[0]}")
+    if score_function not in SCORE_FUNCTIONS:
+        raise ValueError(f"score_function ({score_function!r}) must be one of {SCORE_FUNCTIONS}")
+    if (score_function is None) != (expert_bias is None):
+        raise ValueError(
+            f"score_function ({score_function!r}) and expert_bias ({'None' if expert_bias is None else 'given'}) "
+            "go together"
+        )
+    if group_size not in _GROUP_SIZES:
+        raise ValueError(f"group_size ({group_size}) must be one of {_GROUP_SIZES}")

@@ -1,0 +1,25 @@
+"""Ground truth of the ranking: all scores in memory, stable sorts."""
+
+import torch
+
+_ACTIVATIONS = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda scores: torch.nn.functional.softplus(scores).sqrt()}
+
+
+def naive_scores(codewords, scale, weight, bias, score_function=None, expert_bias=None):
+    """[C, E] of what experts are ranked by at each codeword, in the dtype of the codewords."""
+    scores = codewords @ weight.to(codewords.dtype).t()
+    if bias is not None or score_function is not None:
+        scores = scores * scale.unsqueeze(1)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if score_function is not None:
+        scores = _ACTIVATIONS[score_function](scores) + expert_bias.to(scores.dtype)
+    return scores
+
+
+def naive_rank_experts(codewords, scale, weight, bias, shortlist_size, score_function=None, expert_bias=None):
+    """As :func:`air_moe_megatron.ops.ranking.kernels.rank_experts_kernel`; the lower id wins a tie."""
+    scores = naive_scores(codewords, scale, weight, bias, score_function, expert_bias)
+    lists = scores.sort(dim=1, descending=True, stable=True).indices[:, :shortlist_size]
+    score, nearest = (part[0] for part in scores.sort(dim=0, descending=True, stable=True))
+    return lists, nearest, score

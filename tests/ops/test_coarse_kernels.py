@@ -1,0 +1,265 @@
+"""Coarse assignment and statistics: kernels against naive.py."""
+
+import math
+
+import numpy
+import pytest
+import torch
+import triton
+from triton.runtime.interpreter import InterpreterBuilder
+
+from air_moe_megatron.ops.coarse import kernels
+from air_moe_megatron.ops.coarse.kernels import (
+    assign_tokens,
+    assign_with_statistics,
+    split_codewords,
+    token_statistics_sorted,
+)
+from air_moe_megatron.ops.coarse.naive import naive_assign, naive_assign_with_statistics, naive_token_statistics
+
+# The interpreter's numpy warns of the products and quotients of tokens that are not finite.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Root mean square of the difference over that of the reference, which is naive.py in fp64 on the same rounded tokens:
+# all arithmetic is in fp32, whatever the tokens' dtype.
+TOLERANCE = 2e-6
+# T, H, C, P
+SHAPES = {
+    "odd-sizes": (37, 33, 150, 3),
+    "one-probe": (70, 40, 19, 1),
+    "most-probes": (37, 33, 9, 8),
+    "every-codeword": (5, 16, 4, 4),
+    "no-tokens": (0, 33, 5, 2),
+    "one-token": (1, 7, 3, 2),
+    "one-everything": (1, 1, 1, 1),
+}
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory is NaN, or -77 where it holds integers: an element that no kernel writes is found."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(math.nan if tensor.is_floating_point() else -77)
+
+    monkeypatch.setattr(kernels.torch, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def bf16_products(monkeypatch):
+    """Triton's interpreter multiplies bf16 numbers as the integers that hold their bits: widen them first."""
+    if not triton.knobs.runtime.interpret:
+        return
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.data.dtype == numpy.uint16:
+            handle = type(handle)((handle.data.astype(numpy.uint32) << 16).view(numpy.float32), triton.language.float32)
+        return handle
+
+    monkeypatch.setattr(
+        InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *args: create_dot(self, widened(a), widened(b), *args),
+    )
+
+
+def make_inputs(shape, dtype, device, seed=0):
+    num_tokens, hidden_size, num_clusters, _ = shape
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, hidden_size, generator=generator).to(dtype)
+    codewords = torch.nn.functional.normalize(torch.randn(num_clusters, hidden_size, generator=generator), dim=1)
+    return hidden.to(device), codewords.to(device)
+
+
+def relative_error(actual, reference):
+    if reference.numel() == 0:
+        return 0.0
+    return ((actual.double() - reference).norm() / reference.norm().clamp_min(1e-30)).item()
+
+
+def assert_statistics(statistics, expected):
+    """Each column group by itself: counts are exact, and larger than the rest."""
+    assert statistics.dtype == torch.float32 and statistics.shape == expected.shape
+    hidden_size = statistics.shape[1] - 3
+    assert torch.equal(statistics[:, hidden_size].double(), expected[:, hidden_size].double())
+    for columns in (slice(0, hidden_size), slice(hidden_size + 1, hidden_size + 2), slice(hidden_size + 2, None)):
+        assert relative_error(statistics[:, columns], expected[:, columns].double()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "sorted"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_naive(shape, dtype, deterministic, kernel_device):
+    hidden, codewords = make_inputs(shape, dtype, kernel_device)
+    num_probes = shape[3]
+    assignments, statistics = assign_with_statistics(hidden, codewords, num_probes, deterministic=deterministic)
+    expected, expected_statistics = naive_assign_with_statistics(hidden, codewords.double(), num_probes)
+    assert assignments.dtype == torch.int64
+    assert torch.equal(assignments, expected)
+    assert_statistics(statistics, expected_statistics)
+
+
+@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "sorted"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_of_codewords_and_tokens(dtype, deterministic, kernel_device):
+    hidden, codewords = make_inputs((37, 33, 150, 3), dtype, kernel_device)
+    generator = torch.Generator().manual_seed(1)
+    allowed = (torch.rand(150, generator=generator) < 0.1).to(kernel_device)
+    keep = (torch.rand(37, generator=generator) < 0.5).to(kernel_device)
+    assignments, statistics = assign_with_statistics(hidden, codewords, 3, allowed, keep, deterministic)
+    expected, expected_statistics = naive_assign_with_statistics(hidden, codewords.double(), 3, allowed, keep)
+    assert torch.equal(assignments, expected)
+    assert allowed[assignments].all()
+    assert_statistics(statistics, expected_statistics)
+    nobody = torch.zeros_like(keep)
+    assert not assign_with_statistics(hidden, codewords, 1, None, nobody, deterministic)[1].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_lower_codeword_wins_a_tie(dtype, kernel_device):
+    """Small integers, whose products are exact, over two blocks of codewords; positive and negative zeros are equal."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-1, 2, (37, 5), generator=generator).to(dtype).to(kernel_device)
+    codewords = torch.randint(-1, 2, (200, 5), generator=generator).float().to(kernel_device)
+    assignments = assign_tokens(hidden, codewords, 8)
+    assert torch.equal(assignments, naive_assign(hidden, codewords, 8))
+
+
+@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "sorted"))
+@pytest.mark.parametrize("value", (math.nan, -math.nan, -math.inf), ids=("nan", "minus-nan", "minus-inf"))
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_token_that_is_not_finite_spoils_its_codeword_only(dtype, value, deterministic, kernel_device):
+    hidden, codewords = make_inputs((9, 33, 6, 2), dtype, kernel_device)
+    hidden[4, 5] = value
+    assignments, statistics = assign_with_statistics(hidden, codewords, 2, deterministic=deterministic)
+    assert ((assignments >= 0) & (assignments < 6)).all() and (assignments[:, 0] != assignments[:, 1]).all()
+    others = torch.arange(9, device=kernel_device) != 4
+    assert torch.equal(assignments[others], naive_assign(hidden[others], codewords.double(), 2))
+    is_finite = statistics.isfinite().all(dim=1)
+    assert not is_finite[assignments[4, 0]]
+    assert is_finite.sum() == 5
+    # Padding does not count, whatever it holds.
+    _, statistics = assign_with_statistics(hidden, codewords, 2, keep=others, deterministic=deterministic)
+    assert statistics.isfinite().all()
+
+
+@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "sorted"))
+def test_every_token_on_one_codeword_and_tokens_of_length_zero(deterministic, kernel_device):
+    hidden, codewords = make_inputs((70, 33, 5, 1), torch.float32, kernel_device)
+    hidden[3] = 0.0
+    allowed = torch.arange(5, device=kernel_device) == 2
+    assignments, statistics = assign_with_statistics(hidden, codewords, 1, allowed, deterministic=deterministic)
+    assert (assignments == 2).all()
+    expected = naive_token_statistics(hidden, codewords.double(), assignments[:, 0])
+    assert_statistics(statistics, expected)
+    assert not statistics[[0, 1, 3, 4]].any()
+
+
+def test_fewer_codewords_allowed_than_probes(kernel_device):
+    hidden, codewords = make_inputs((5, 33, 6, 3), torch.float32, kernel_device)
+    allowed = torch.arange(6, device=kernel_device) == 4
+    assert assign_tokens(hidden, codewords, 3, allowed).tolist() == [[4, 0, 1]] * 5
+
+
+def test_sorted_statistics_of_a_fixed_assignment_have_equal_bits_in_every_run(kernel_device):
+    hidden, codewords = make_inputs((50, 300, 4, 1), torch.bfloat16, kernel_device)
+    assignments = torch.arange(50, device=kernel_device).square() % 4
+    runs = [token_statistics_sorted(hidden, codewords, assignments) for _ in range(2)]
+    assert torch.equal(*runs)
+    assert_statistics(runs[0], naive_token_statistics(hidden, codewords.double(), assignments))
+    assert not runs[0][[2, 3]].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_products_in_tf32(dtype, kernel_device):
+    """Integers are exact in tf32 too; the interpreter computes tf32 products in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-3, 4, (37, 33), generator=generator).to(dtype).to(kernel_device)
+    codewords = torch.randint(-3, 4, (140, 33), generator=generator).float().to(kernel_device)
+    assert torch.equal(assign_tokens(hidden, codewords, 3, precision="tf32"), naive_assign(hidden, codewords, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_summands_add_up_to_the_codewords(dtype, kernel_device):
+    codewords = make_inputs((0, 200, 50, 1), dtype, kernel_device)[1]
+    codewords[0] = 0.0
+    codewords[0, 0] = -1.0
+    summands, scale = split_codewords(codewords, dtype)
+    assert summands.dtype == dtype and summands.shape == (3, 50, 200)
+    error = summands.double().sum(dim=0) / scale - codewords.double()
+    assert error.abs().max() <= (0.0 if dtype == torch.bfloat16 else 2.0**-38)
+
+
+def test_strided_inputs_equal_contiguous_ones(kernel_device):
+    hidden, codewords = make_inputs((33, 37, 6, 2), torch.float32, kernel_device)
+    expected = assign_with_statistics(hidden, codewords, 2, deterministic=True)
+    columns = assign_with_statistics(hidden.t().contiguous().t(), codewords.t().contiguous().t(), 2, deterministic=True)
+    assert all(torch.equal(*pair) for pair in zip(expected, columns, strict=True))
+
+
+def test_worked_examples(kernel_device):
+    hidden = torch.tensor([[0.0, 2.0]], device=kernel_device)
+    codewords = torch.eye(2, device=kernel_device)
+    for deterministic in (False, True):
+        assignments, statistics = assign_with_statistics(hidden, codewords, 1, deterministic=deterministic)
+        assert assignments.tolist() == [[1]]
+        assert statistics.tolist() == [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]]
+    summands, scale = split_codewords(torch.tensor([[1 + 2.0**-9]], device=kernel_device), torch.bfloat16)
+    assert summands.flatten().tolist() == [1, 2.0**-9, 0] and scale == 1.0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda inputs: inputs | {"hidden": torch.zeros(3, 5)}, "same H"),
+        (lambda inputs: inputs | {"hidden": torch.zeros(3, 4).double()}, "float64"),
+        (lambda inputs: inputs | {"codewords": torch.zeros(6, 4).bfloat16()}, "codewords"),
+        (lambda inputs: inputs | {"num_probes": 0}, "num_probes"),
+        (lambda inputs: inputs | {"num_probes": 7}, "C = 6"),
+        (lambda inputs: inputs | {"allowed": torch.ones(5, dtype=torch.bool)}, r"allowed \(5,\)"),
+        (lambda inputs: inputs | {"keep": torch.ones(3)}, "keep"),
+        (lambda inputs: inputs | {"precision": "tf32x3"}, "tf32x3"),
+        (lambda inputs: inputs | {"precision": "tf32"}, "16-bit"),
+    ],
+    ids=["hidden", "fp64", "codewords", "no-probe", "probes", "allowed", "keep", "precision", "tf32"],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    inputs = {"hidden": torch.zeros(3, 4), "codewords": torch.zeros(6, 4), "num_probes": 2}
+    with pytest.raises(ValueError, match=message):
+        assign_with_statistics(**change(inputs))
+    with pytest.raises(ValueError, match=r"\[T\] with T = 3"):
+        token_statistics_sorted(inputs["hidden"], inputs["codewords"], torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "sorted"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large(dtype, deterministic):
+    """Similarities equal to those of the reference's choice: with so many tokens, some near ties fall otherwise."""
+    hidden, codewords = make_inputs((16384, 2048, 1024, 2), dtype, "cuda")
+    assignments, statistics = assign_with_statistics(hidden, codewords, 2, deterministic=deterministic)
+    similarity = hidden.double() @ codewords.double().t()
+    best = similarity.topk(2, dim=1).values
+    torch.testing.assert_close(similarity.gather(1, assignments), best, rtol=0, atol=1e-4)
+    assert_statistics(statistics, naive_token_statistics(hidden, codewords.double(), assignments[:, 0]))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "sorted"))
+def test_tokens_beyond_2_31_elements(deterministic):
+    num_tokens, hidden_size = 2**20 + 5, 2048
+    codewords = make_inputs((0, hidden_size, 8, 1), torch.float32, "cuda")[1]
+    chosen = torch.arange(num_tokens, device="cuda") % 8
+    hidden = codewords.bfloat16()[chosen]
+    assignments, statistics = assign_with_statistics(hidden, codewords, 1, deterministic=deterministic)
+    assert torch.equal(assignments[:, 0], chosen)
+    assert torch.equal(statistics[:, hidden_size], chosen.bincount(minlength=8).float())
+    assert (statistics[:, hidden_size + 1] / statistics[:, hidden_size] > 0.99).all()

@@ -1,0 +1,369 @@
+"""Fine scores as Triton kernels, with and without the top-k: against naive.py, forward and gradients."""
+
+import pytest
+import torch
+
+from air_moe_megatron.ops.fine_scores import kernels
+from air_moe_megatron.ops.fine_scores.kernels import fine_scores_kernel, fine_topk_kernel
+from air_moe_megatron.ops.fine_scores.naive import naive_fine_scores
+
+# Root mean square of the difference over that of naive.py in fp64 on the same inputs. Sums are made in fp32; what is
+# written in 16 bits is rounded once, by Triton's interpreter towards zero, and so are 16-bit gradients on their way in.
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+
+# Interpreted, the elements that are masked out afterwards warn.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+# T, H, E, C, L, P
+SHAPES = {
+    "two-probes": (37, 33, 24, 5, 7, 2),
+    "one-codeword-in-two-blocks": (70, 17, 40, 1, 40, 1),
+    "list-in-two-blocks": (5, 100, 150, 2, 140, 1),
+    "one-everything": (1, 1, 1, 1, 1, 1),
+    "no-tokens": (0, 8, 12, 3, 4, 2),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Whatever is not written is NaN, or an expert that there is not."""
+    empty = torch.empty
+
+    def poisoned_empty(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+def make(shape, dtype, device, padded=True, integers=False):
+    """Leaves hidden, weight, bias; shortlist and assignments. ``padded``: lists of length 0, 1, 2, ..., then full.
+
+    With ``integers`` every sum is exact in any dtype, and many scores are equal.
+    """
+    num_tokens, hidden_size, num_experts, num_clusters, shortlist_size, num_probes = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def leaf(*size):
+        values = torch.randn(*size, generator=generator)
+        if integers:
+            values = values.round().clamp(-2, 2)
+        return values.to(dtype).to(device).requires_grad_()
+
+    leaves = [leaf(num_tokens, hidden_size), leaf(num_experts, hidden_size), leaf(num_experts)]
+    shortlist = torch.rand(num_clusters, num_experts, generator=generator).argsort(dim=1)[:, :shortlist_size]
+    if padded and num_clusters > 1:
+        lengths = torch.arange(num_clusters).unsqueeze(1) * max(1, shortlist_size // (num_clusters - 1))
+        shortlist = shortlist.masked_fill(torch.arange(shortlist_size) >= lengths, -1)
+    assignments = torch.rand(num_tokens, num_clusters, generator=generator).argsort(dim=1)[:, :num_probes]
+    return leaves, shortlist.to(device), assignments.to(device)
+
+
+def widened(leaves):
+    return [leaf.detach().double().requires_grad_() for leaf in leaves]
+
+
+def relative_error(found, expected):
+    if expected.numel() == 0:
+        return 0.0
+    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def assert_gradients_near(found, expected, leaves, tolerance):
+    for name, got, wanted, leaf in zip(("hidden", "weight", "bias"), found, expected, leaves, strict=True):
+        assert got.dtype == leaf.dtype and got.shape == leaf.shape, name
+        assert relative_error(got, wanted) <= tolerance, name
+
+
+def random_like(tensor, seed=1):
+    values = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(tensor.dtype).to(tensor.device)
+
+
+def assert_scores_equal_naive(shape, input_dtype, dtype, device, **options):
+    leaves, shortlist, assignments = make(shape, input_dtype, device)
+    wide = widened(leaves)
+    expected = naive_fine_scores(*wide, shortlist, assignments, torch.float64)
+    found = fine_scores_kernel(*leaves, shortlist, assignments, dtype, **options)
+    assert found.dtype == dtype and found.shape == expected.shape
+    assert torch.equal(found.isneginf(), expected.isneginf())
+    present = expected.isfinite()
+    assert relative_error(found[present], expected[present]) <= TOLERANCES[dtype]
+    grad = random_like(found).masked_fill(~present, 0.0)
+    expected = torch.autograd.grad(expected, wide, grad.double())
+    # What arrives where there is no expert does not count.
+    found = torch.autograd.grad(found, leaves, grad.masked_fill(~present, float("nan")))
+    assert_gradients_near(found, expected, leaves, TOLERANCES[input_dtype])
+    return found
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_scores_and_gradients_equal_naive(shape, dtype, kernel_device):
+    assert_scores_equal_naive(shape, dtype, dtype, kernel_device)
+
+
+@pytest.mark.parametrize("input_dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_arithmetic_is_that_of_the_router_dtype(input_dtype, kernel_device):
+    """fp32 scores of 16-bit inputs are as exact as those of fp32 ones; their gradients are rounded once."""
+    assert_scores_equal_naive(SHAPES["two-probes"], input_dtype, torch.float32, kernel_device)
+
+
+def test_fp32_gradients_of_bf16_inputs_keep_16_bits(kernel_device):
+    leaves, shortlist, assignments = make(SHAPES["two-probes"], torch.bfloat16, kernel_device)
+    weight = torch.nn.Parameter(leaves[1].detach())
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+    hidden, bias = leaves[0].detach(), leaves[2].detach()
+    wide = widened([weight])[0]
+    expected = naive_fine_scores(hidden.double(), wide, bias.double(), shortlist, assignments, torch.float64)
+    present = expected.isfinite()
+    grad = random_like(expected.float()).masked_fill(~present, 0.0)
+    (expected,) = torch.autograd.grad(expected, wide, grad.double())
+    fine_scores_kernel(hidden, weight, bias, shortlist, assignments, torch.float32).backward(grad)
+    assert relative_error(weight.main_grad, expected) <= 2.0**-16
+
+
+@pytest.mark.parametrize("chunk", (1, 3, 5), ids=lambda n: f"{n}-codewords")
+def test_deterministic_gradients_equal_naive(chunk, monkeypatch, kernel_device):
+    _, hidden_size, _, _, shortlist_size, _ = shape = SHAPES["two-probes"]
+    monkeypatch.setattr(kernels, "_TILE_ELEMENTS", chunk * hidden_size * shortlist_size)
+    found = assert_scores_equal_naive(shape, torch.float32, torch.float32, kernel_device, deterministic=True)
+    again = assert_scores_equal_naive(shape, torch.float32, torch.float32, kernel_device, deterministic=True)
+    assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "deterministic"))
+def test_codewords_without_tokens_leave_their_experts_alone(deterministic, monkeypatch, kernel_device):
+    """Also where a whole chunk of codewords has none."""
+    monkeypatch.setattr(kernels, "_TILE_ELEMENTS", 2 * 8 * 5)
+    leaves, shortlist, assignments = make((9, 8, 60, 7, 5, 1), torch.float32, kernel_device, padded=False)
+    assignments = assignments % 2 * 3  # codewords 0 and 3
+    scores = fine_scores_kernel(*leaves, shortlist, assignments, torch.float32, deterministic)
+    wide = widened(leaves)
+    expected = naive_fine_scores(*wide, shortlist, assignments, torch.float64)
+    assert relative_error(scores, expected) <= TOLERANCES[torch.float32]
+    found = torch.autograd.grad(scores.sum(), leaves)
+    assert_gradients_near(found, torch.autograd.grad(expected.sum(), wide), leaves, TOLERANCES[torch.float32])
+    unused = torch.ones(60, dtype=torch.bool, device=kernel_device)
+    unused[shortlist[[0, 3]]] = False
+    assert found[1][unused].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "deterministic"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_main_grad_is_added_to_and_only_in_used_rows(dtype, deterministic, kernel_device):
+    (hidden, weight, _), shortlist, assignments = make((9, 16, 60, 4, 5, 1), torch.float32, kernel_device)
+    unused = torch.ones(60, dtype=torch.bool, device=kernel_device)
+    unused[shortlist[shortlist >= 0]] = False
+    grads = []
+    for fused in (False, True):
+        centres = torch.nn.Parameter(weight.detach().clone())
+        if fused:
+            centres.main_grad = torch.full_like(centres, 3.0, dtype=dtype)
+        scores = fine_scores_kernel(hidden, centres, None, shortlist, assignments, torch.float32, deterministic)
+        scores[scores.isfinite()].sum().backward()
+        grads.append(centres.main_grad if fused else centres.grad)
+    assert centres.grad_added_to_main_grad
+    assert (grads[1][unused] == 3.0).all()
+    assert relative_error(grads[1], 3.0 + grads[0].double()) <= TOLERANCES[dtype]
+
+
+def naive_topk(leaves, shortlist, assignments, topk, selection_bias=None, function="identity"):
+    """Scores [T, K], ids and logsumexp by sorting all scores; the first of equals wins."""
+    scores = naive_fine_scores(*leaves, shortlist, assignments, torch.float64).squeeze(1)
+    ids = shortlist[assignments.squeeze(1)]
+    rank = {"identity": lambda s: s, "sigmoid": torch.sigmoid, "sqrtsoftplus": lambda s: torch.log1p(s.exp()).sqrt()}
+    rank = rank[function](scores.detach())
+    if selection_bias is not None:
+        rank = rank + selection_bias[ids.clamp(min=0)].double()
+    places = rank.masked_fill(ids < 0, float("-inf")).sort(dim=1, descending=True, stable=True).indices[:, :topk]
+    missing = topk - places.shape[1]
+    pad = torch.nn.functional.pad
+    return (
+        pad(scores.gather(1, places), (0, missing), value=float("-inf")),
+        pad(ids.gather(1, places), (0, missing), value=-1),
+        scores.logsumexp(dim=1),
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "topk"),
+    [
+        ((37, 33, 24, 5, 7, 1), 3),
+        ((9, 16, 50, 3, 45, 1), 45),
+        ((9, 16, 50, 3, 20, 1), 30),  # more than the list
+        ((1, 1, 1, 1, 1, 1), 1),
+        ((0, 8, 12, 3, 4, 1), 2),
+    ],
+    ids=str,
+)
+def test_topk_is_exact_and_the_first_of_equals_wins(shape, topk, dtype, kernel_device):
+    leaves, shortlist, assignments = make(shape, dtype, kernel_device, integers=True)
+    with torch.no_grad():
+        expected = naive_topk(leaves, shortlist, assignments, topk)
+        scores, ids, logsumexp = fine_topk_kernel(*leaves, shortlist, assignments, dtype, topk)
+    assert (scores.dtype, ids.dtype, logsumexp.dtype) == (torch.float32, torch.int32, torch.float32)
+    assert torch.equal(ids.long(), expected[1])
+    assert torch.equal(scores.double(), expected[0])
+    torch.testing.assert_close(logsumexp.double(), expected[2], rtol=5e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("with_bias", (False, True), ids=("no-bias", "bias"))
+@pytest.mark.parametrize("function", kernels.SELECTION_FUNCTIONS)
+@pytest.mark.parametrize("tile", (512, 16), ids=("one-tile", "merged-tiles"))
+def test_candidates_are_ranked_as_asked_in_one_tile_and_in_several(
+    tile, function, with_bias, monkeypatch, kernel_device
+):
+    monkeypatch.setattr(kernels, "_TILE_COLUMNS", tile)
+    leaves, shortlist, assignments = make((9, 8, 90, 3, 70, 1), torch.float32, kernel_device, integers=True)
+    bias = None
+    if with_bias:  # multiples of 1/8, of which scores that differ by one do not come near
+        bias = torch.randint(-8, 8, (90,), generator=torch.Generator().manual_seed(0)).div(8).to(kernel_device)
+    with torch.no_grad():
+        leaves[0].div_(4)
+        expected = naive_topk(leaves, shortlist, assignments, 11, bias, function)
+        scores, ids, logsumexp = fine_topk_kernel(
+            *leaves, shortlist, assignments, torch.float32, 11, bias, selection_function=function
+        )
+    assert torch.equal(ids.long(), expected[1])
+    assert torch.equal(scores.double(), expected[0])
+    torch.testing.assert_close(logsumexp.double(), expected[2], rtol=5e-6, atol=5e-6)
+
+
+def test_the_largest_topk_of_a_list_of_two_full_tiles(kernel_device):
+    leaves, shortlist, assignments = make((2, 16, 1024, 1, 1024, 1), torch.float32, kernel_device, integers=True)
+    with torch.no_grad():
+        expected = naive_topk(leaves, shortlist, assignments, 512)
+        scores, ids, _ = fine_topk_kernel(*leaves, shortlist, assignments, torch.float32, 512)
+    assert torch.equal(ids.long(), expected[1])
+    assert torch.equal(scores.double(), expected[0])
+
+
+@pytest.mark.parametrize("reached", ("scores", "logsumexp", "both"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "deterministic"))
+def test_topk_gradients_equal_naive(reached, dtype, deterministic, kernel_device):
+    leaves, shortlist, assignments = make((21, 17, 40, 4, 18, 1), dtype, kernel_device)
+    results = []
+    for is_kernel, inputs in ((False, widened(leaves)), (True, leaves)):
+        if is_kernel:
+            scores, ids, logsumexp = fine_topk_kernel(
+                *inputs, shortlist, assignments, torch.float32, 5, deterministic=deterministic
+            )
+        else:
+            scores, ids, logsumexp = naive_topk(inputs, shortlist, assignments, 5)
+        kept, some = ids >= 0, (ids >= 0).any(dim=1)
+        loss = 0.0
+        if reached != "logsumexp":
+            loss = (scores.double() * random_like(scores.double()))[kept].sum()
+        if reached != "scores":
+            loss = loss + (logsumexp.double() * random_like(logsumexp.double(), seed=2))[some].sum()
+        results.append((ids.long(), torch.autograd.grad(loss, inputs)))
+    assert torch.equal(results[0][0], results[1][0])
+    # An error of 1e-6 in a score of 10 is one of 1e-6 in its exponential.
+    tolerance = max(5e-6, TOLERANCES[dtype])
+    assert_gradients_near(results[1][1], results[0][1], leaves, tolerance)
+
+
+def test_only_the_gradients_asked_for_are_made(kernel_device):
+    leaves, shortlist, assignments = make((9, 16, 24, 3, 7, 1), torch.float32, kernel_device)
+    for wanted in range(3):
+        inputs = [leaf.detach().requires_grad_(place == wanted) for place, leaf in enumerate(leaves)]
+        scores, ids, _ = fine_topk_kernel(*inputs, shortlist, assignments, torch.float32, 2)
+        scores[ids >= 0].sum().backward()
+        all_scores = fine_scores_kernel(*inputs, shortlist, assignments, torch.float32)
+        all_scores[all_scores.isfinite()].sum().backward()
+        assert [tensor.grad is not None for tensor in inputs] == [place == wanted for place in range(3)]
+
+
+def test_the_weight_gradient_of_the_topk_goes_into_main_grad(kernel_device):
+    (hidden, weight, _), shortlist, assignments = make((9, 16, 60, 4, 5, 1), torch.float32, kernel_device)
+    for with_logsumexp in (False, True):
+        grads = []
+        for fused in (False, True):
+            centres = torch.nn.Parameter(weight.detach().clone())
+            if fused:
+                centres.main_grad = torch.full_like(centres, 3.0)
+            scores, ids, logsumexp = fine_topk_kernel(hidden, centres, None, shortlist, assignments, torch.float32, 2)
+            loss = scores[ids >= 0].sum()
+            if with_logsumexp:
+                loss = loss + logsumexp[logsumexp.isfinite()].sum()
+            loss.backward()
+            grads.append(centres.main_grad if fused else centres.grad)
+        assert centres.grad_added_to_main_grad
+        torch.testing.assert_close(grads[1], 3.0 + grads[0])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"topk": 0}, r"topk \(0\)"),
+        ({"topk": 513}, r"topk \(513\)"),
+        ({"assignments": torch.zeros(9, 2, dtype=torch.int64)}, "one probe"),
+        ({"selection_function": "tanh"}, "selection_function"),
+        ({"dtype": torch.float64}, "dtype is torch.float64"),
+    ],
+    ids=["no-topk", "large-topk", "two-probes", "function", "dtype"],
+)
+def test_what_the_topk_cannot_do_is_refused(change, message):
+    (hidden, weight, bias), shortlist, assignments = make((9, 16, 24, 3, 7, 1), torch.float32, "cpu")
+    arguments = {"assignments": assignments, "dtype": torch.float32, "topk": 2} | change
+    with pytest.raises(ValueError, match=message):
+        fine_topk_kernel(hidden, weight, bias, shortlist, **arguments)
+
+
+def test_worked_examples(kernel_device):
+    hidden = torch.tensor([[1.0, 2.0]], device=kernel_device)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], device=kernel_device)
+    inputs = (hidden, weight, None, torch.tensor([[0, 2]], device=kernel_device))
+    inputs += (torch.tensor([[0]], device=kernel_device), torch.float32)
+    assert fine_scores_kernel(*inputs).tolist() == [[[1.0, 3.0]]]
+    scores, ids, logsumexp = fine_topk_kernel(*inputs, 1)
+    assert (scores.tolist(), ids.tolist()) == ([[3.0]], [[2]])
+    assert logsumexp.item() == pytest.approx(3.126928)
+
+
+@pytest.mark.gpu
+def test_scores_beyond_2_31_elements():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    num_tokens, shortlist_size = 2**20 + 64, 2048
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(num_tokens, 16, generator=generator, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(4096, 16, generator=generator, device="cuda").bfloat16().requires_grad_()
+    shortlist = torch.rand(64, 4096, generator=generator, device="cuda").argsort(dim=1)[:, :shortlist_size]
+    assignments = torch.randint(64, (num_tokens, 1), generator=generator, device="cuda")
+    scores = fine_scores_kernel(hidden, weight, None, shortlist, assignments, torch.bfloat16)
+    topk_scores, topk_ids, _ = fine_topk_kernel(hidden, weight, None, shortlist, assignments, torch.bfloat16, 64)
+    last = slice(num_tokens - 100, num_tokens)
+    wide = [leaf.detach().double() for leaf in (hidden[last], weight)]
+    expected = naive_fine_scores(*wide, None, shortlist, assignments[last], torch.float64)
+    assert relative_error(scores[last], expected) <= TOLERANCES[torch.bfloat16]
+    assert relative_error(topk_scores[last], expected.squeeze(1).topk(64, dim=1).values) <= 1e-5
+    chosen = (wide[0].unsqueeze(1) * wide[1][topk_ids[last].long()]).sum(dim=2)
+    assert relative_error(topk_scores[last], chosen) <= 1e-5
+    grad = torch.zeros_like(scores)
+    grad[last] = random_like(grad[last])
+    found = torch.autograd.grad(scores, (hidden, weight), grad)
+    centres = wide[1][shortlist[assignments[last].squeeze(1)]]
+    expected = torch.einsum("tpl,tlh->th", grad[last].double(), centres)
+    assert relative_error(found[0][last], expected) <= TOLERANCES[torch.bfloat16]
+    assert found[0][: last.start].count_nonzero() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shortlist_size", (512, 2048))
+def test_large_shapes_equal_naive(shortlist_size, dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    shape = (1000, 257, 4096, 48, shortlist_size, 1)
+    assert_scores_equal_naive(shape, dtype, dtype, "cuda")
+    leaves, shortlist, assignments = make(shape, dtype, "cuda", integers=True)
+    with torch.no_grad():
+        for topk in (1, 64, 512):
+            expected = naive_topk(leaves, shortlist, assignments, topk)
+            scores, ids, _ = fine_topk_kernel(*leaves, shortlist, assignments, dtype, topk)
+            assert torch.equal(ids.long(), expected[1])
+            assert torch.equal(scores.double(), expected[0])
