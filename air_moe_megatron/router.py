@@ -22,7 +22,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from air_moe_megatron.codebook import Codebook, assign
 from air_moe_megatron.config import resolve_sizes, validate
 from air_moe_megatron.index import ShortlistIndex, balanced_lists, reserved_places
-from air_moe_megatron.ops.fine_scores import fine_scores
+from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk
 from air_moe_megatron.ops.selected_scores import selected_scores
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -119,23 +119,38 @@ class AIRRouter(TopKRouter):
         keep = self._keep(padding_mask)
         self._follow_device(hidden)
         shortlist, codewords = self._coarse(hidden, keep, learning=self.training and torch.is_grad_enabled())
+        if self._all_scores_matter() or self.expert_bias is not None or self.sizes.num_probes > 1:
+            probs, topk_ids = self._choose_from_all(hidden, shortlist, codewords, keep, batch_size)
+        else:
+            probs, topk_ids = self._choose_best(hidden, shortlist, codewords)
+        if not self.always_complete:
+            probs = probs.masked_fill(topk_ids < 0, 0.0)
+        if self.training and torch.is_grad_enabled():
+            self.expert_load += self._count(topk_ids, keep)
+        return Routes(topk_ids.int(), probs, codewords)
+
+    def _choose_best(self, hidden, shortlist, codewords):
+        """[T, K] probs and expert ids, where only the scores of the chosen ones reach the loss."""
+        dtype = self._router_dtype(hidden)
+        selected, topk_ids = fine_topk(hidden, self.weight, self.bias, shortlist, codewords, self.topk, dtype)
+        return self._probs_of(selected_scores(hidden, self.weight, self.bias, topk_ids, selected)), topk_ids
+
+    def _choose_from_all(self, hidden, shortlist, codewords, keep, batch_size):
+        """[T, K] probs and expert ids, all candidates scored first; auxiliary losses are attached to the probs."""
+        shortlist = shortlist.long()
         all_scores_matter = self._all_scores_matter()
         with torch.set_grad_enabled(torch.is_grad_enabled() and all_scores_matter):
             logits, ids = self._score_candidates(hidden, shortlist, codewords)  # [T, N]
         padded = None if keep is None else ~keep
         logits = self.apply_z_loss(logits, padding_mask=padded)
         probs, columns = self._select(logits, ids)
-        topk_ids = shortlist[codewords, columns] if ids is None else ids.gather(1, columns)  # [T, K]
+        topk_ids = shortlist[codewords, columns] if ids is None else ids.gather(1, columns)
         if torch.is_grad_enabled() and not all_scores_matter:
             selected = selected_scores(hidden, self.weight, self.bias, topk_ids, logits.gather(1, columns))
             probs = self._probs_of(selected)
-        if not self.always_complete:
-            probs = probs.masked_fill(topk_ids < 0, 0.0)
         if self._needs_aux_scores():
             probs = self._attach_aux_losses(probs, logits, ids, padded, batch_size)
-        if self.training and torch.is_grad_enabled():
-            self.expert_load += self._count(topk_ids, keep)
-        return Routes(topk_ids.int(), probs, codewords)
+        return probs, topk_ids
 
     def _score_candidates(self, hidden, shortlist, codewords):
         """[T, N] scores of the candidates, and their ids [T, N].
@@ -189,7 +204,7 @@ class AIRRouter(TopKRouter):
 
     @torch.no_grad()
     def _coarse(self, hidden, keep, learning):
-        """The lists to search, [C, L] int64, and which of them each token searches, [T, P]."""
+        """The lists to search, [C, L] int32, and which of them each token searches, [T, P]."""
         self.index.refresh(self.codebook, self.weight, self.bias, self._selection_score())
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
@@ -203,7 +218,7 @@ class AIRRouter(TopKRouter):
             tokens = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
             probes = torch.arange(codewords.shape[1], device=hidden.device) * num_clusters // codewords.shape[1]
             codewords = (tokens + probes) % num_clusters  # spread, so that a token's lists overlap little
-        return shortlist.long(), codewords
+        return shortlist, codewords
 
     def _attach_aux_losses(self, probs, logits, ids, padded, batch_size):
         """Megatron's auxiliary losses in O(T*N + E): its functions need only per-expert sums, given as one row.

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from air_moe_megatron.ops.fine_scores import fine_scores, grouped
-from air_moe_megatron.ops.fine_scores.naive import naive_fine_scores
+from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk, grouped
+from air_moe_megatron.ops.fine_scores.naive import naive_fine_scores, naive_fine_topk
 
 # Largest error, as the root mean square of the difference over that of the reference. The reference is naive.py in
 # fp64 on the same (rounded) inputs.
@@ -227,6 +227,27 @@ def test_int32_lists_equal_int64_lists():
     actual = scores_and_gradients(fine_scores, (hidden, weight, bias, shortlist.int(), assignments), torch.float32)
     assert torch.equal(actual[0], expected[0])
     assert all(torch.equal(*pair) for pair in zip(actual[1], expected[1], strict=True))
+
+
+@pytest.mark.parametrize("padded", (False, True), ids=("full-lists", "shorter-lists"))
+@pytest.mark.parametrize("with_bias", (False, True), ids=("no-bias", "bias"))
+@pytest.mark.parametrize("shape", [name for name, shape in SHAPES.items() if shape[-1] == 1])
+def test_the_best_of_each_list(shape, with_bias, padded, monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: empty(*size, **kwargs).fill_(-7))
+    hidden, weight, bias, shortlist, assignments = make_inputs(SHAPES[shape], torch.float64, with_bias, padded)
+    for topk in {1, min(3, shortlist.shape[1]), shortlist.shape[1]}:
+        arguments = (hidden, weight, bias, shortlist.int(), assignments, topk, torch.float64)
+        scores, ids = fine_topk(*arguments)
+        expected_scores, expected_ids = naive_fine_topk(*arguments)
+        assert ids.dtype == torch.int32 and scores.dtype == torch.float64
+        assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(scores, expected_scores, rtol=1e-12, atol=1e-12)
+
+
+def test_the_best_of_several_lists_is_refused():
+    with pytest.raises(ValueError, match=r"assignments \(33, 2\) must be \[T, 1\]"):
+        fine_topk(*make_inputs(SHAPES["two-probes"], torch.float32, False, False), 1, torch.float32)
 
 
 BAD_SHAPES = {

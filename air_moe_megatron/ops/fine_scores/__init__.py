@@ -1,13 +1,13 @@
-"""Exact scores of the experts in each token's shortlists.
+"""Exact scores of the experts in each token's shortlists, all of them or the best.
 
-Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes.
+Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, K top-k.
 """
 
 import torch
 
-from air_moe_megatron.ops.fine_scores.grouped import grouped_fine_scores
+from air_moe_megatron.ops.fine_scores.grouped import grouped_fine_scores, grouped_fine_topk
 
-__all__ = ["fine_scores"]
+__all__ = ["fine_scores", "fine_topk"]
 
 
 def fine_scores(
@@ -37,6 +37,43 @@ def fine_scores(
 
     Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2]], assignments [[0]] gives [[[1, 3]]].
     """
+    _validate(hidden, weight, bias, shortlist, assignments)
+    return grouped_fine_scores(hidden, weight, bias, shortlist, assignments, dtype)
+
+
+def fine_topk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist: torch.Tensor,
+    assignments: torch.Tensor,
+    topk: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the experts that score highest in each token's shortlist, without writing the other scores down.
+
+    Not differentiable: ``selected_scores`` gives the scores their gradients. Waits for the device, for the sizes of the
+    groups.
+
+    Args:
+        hidden, weight, bias, shortlist, dtype: as :func:`fine_scores`.
+        assignments: [T, 1] int64, the codeword of each token.
+        topk: K.
+    Returns:
+        [T, K] scores in ``dtype``, best first, and their [T, K] int32 expert ids; -inf and -1 where a list has fewer.
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2]], assignments [[0]] and K = 1 gives the
+    score [[3]] and the id [[2]].
+    """
+    _validate(hidden, weight, bias, shortlist, assignments)
+    if assignments.shape[1] != 1:
+        raise ValueError(f"assignments {tuple(assignments.shape)} must be [T, 1]: experts may be in several lists")
+    return grouped_fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype)
+
+
+def _validate(hidden, weight, bias, shortlist, assignments):
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [T, H] and [E, H] with the same H"
@@ -47,4 +84,3 @@ def fine_scores(
         raise ValueError(f"assignments {tuple(assignments.shape)} must be [T, P] with T = {hidden.shape[0]}")
     if shortlist.dim() != 2:
         raise ValueError(f"shortlist {tuple(shortlist.shape)} must be [C, L]")
-    return grouped_fine_scores(hidden, weight, bias, shortlist, assignments, dtype)

@@ -8,8 +8,11 @@ Codewords with about as many rows share a batched product, their rows padded to 
 batch share one buffer with those of all others: on a CPU, fresh memory for every list costs more in page faults than
 the products themselves.
 
-Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, R = T*P rows, B codewords of a batch, n their
-rows after padding.
+Where only the best K scores of a token are wanted, each tile is reduced to them while it is in the cache: the [T, L]
+scores are never written.
+
+Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, K top-k, R = T*P rows, B codewords of a batch,
+n their rows after padding.
 """
 
 from dataclasses import dataclass
@@ -28,7 +31,7 @@ class _Batch:
     """Codewords whose tiles are one batched product."""
 
     rows: torch.Tensor  # [B, n] int64, R where padded
-    experts: torch.Tensor  # [B, length] int64, -1 after the end of a shorter list
+    experts: torch.Tensor  # [B, length], dtype of the shortlist, -1 after the end of a shorter list
     is_full: bool  # whether no list is shorter
 
     @property
@@ -56,7 +59,7 @@ def _make_batches(shortlist, assignments, hidden_size) -> list[_Batch]:
         places_in = places[:count]
         where = (first[batch].unsqueeze(1) + places_in).clamp(max=num_rows - 1)
         rows = order[where].masked_fill_(places_in >= sorted_counts[batch].unsqueeze(1), num_rows)
-        batches.append(_Batch(rows, shortlist[batch, :length].long(), is_full))
+        batches.append(_Batch(rows, shortlist[batch, :length], is_full))
     return batches
 
 
@@ -97,6 +100,18 @@ class _Centres:
         return rows.view(*batch.experts.shape, -1)
 
 
+def _tiles(batches, hidden, weight, bias, num_probes, dtype):
+    """Yield each batch with its scores [B, n, length], -inf where a list is shorter."""
+    centres = _Centres(batches, weight, dtype)
+    for batch in batches:
+        tile = torch.bmm(_tokens(hidden, batch, num_probes, dtype), centres.gather(weight, batch).transpose(1, 2))
+        if bias is not None:
+            tile += bias.index_select(0, batch.ids).to(dtype).view_as(batch.experts).unsqueeze(1)
+        if not batch.is_full:
+            tile.masked_fill_((batch.experts < 0).unsqueeze(1), float("-inf"))
+        yield batch, tile
+
+
 class _GroupedFineScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, shortlist, assignments, dtype):
@@ -106,13 +121,7 @@ class _GroupedFineScores(torch.autograd.Function):
         scores = torch.empty(num_rows + 1, shortlist.shape[1], dtype=dtype, device=hidden.device)
         if any(not batch.is_full or batch.experts.shape[1] < scores.shape[1] for batch in batches) or not batches:
             scores.fill_(float("-inf"))
-        centres = _Centres(batches, weight, dtype)
-        for batch in batches:
-            tile = torch.bmm(_tokens(hidden, batch, num_probes, dtype), centres.gather(weight, batch).transpose(1, 2))
-            if bias is not None:
-                tile += bias[batch.ids].to(dtype).view_as(batch.experts).unsqueeze(1)
-            if not batch.is_full:
-                tile.masked_fill_((batch.experts < 0).unsqueeze(1), float("-inf"))
+        for batch, tile in _tiles(batches, hidden, weight, bias, num_probes, dtype):
             scores[:, : tile.shape[2]].index_copy_(0, batch.rows.reshape(-1), tile.flatten(0, 1))
         ctx.save_for_backward(hidden, weight, bias)
         ctx.weight = weight  # the parameter itself, for its main_grad
@@ -182,3 +191,23 @@ def _rows_or_zero(values, batch):
 def grouped_fine_scores(hidden, weight, bias, shortlist, assignments, dtype):
     """As :func:`air_moe_megatron.ops.fine_scores.fine_scores`, whose caller has validated the shapes."""
     return _GroupedFineScores.apply(hidden, weight, bias, shortlist, assignments, dtype)
+
+
+@torch.no_grad()
+def grouped_fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype):
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`, whose caller has validated the shapes."""
+    num_rows = assignments.numel()
+    batches = _make_batches(shortlist, assignments, hidden.shape[1])
+    # One row more, for what padding gives.
+    scores = torch.empty(num_rows + 1, topk, dtype=dtype, device=hidden.device)
+    ids = torch.empty(num_rows + 1, topk, dtype=torch.int32, device=hidden.device)
+    if any(not batch.is_full or batch.experts.shape[1] < topk for batch in batches) or not batches:
+        scores.fill_(float("-inf"))
+        ids.fill_(-1)
+    for batch, tile in _tiles(batches, hidden, weight, bias, 1, dtype):
+        best, places = tile.topk(min(topk, tile.shape[2]), dim=2)
+        experts = batch.experts.unsqueeze(1).expand_as(tile).gather(2, places)
+        rows = batch.rows.reshape(-1)
+        scores[:, : best.shape[2]].index_copy_(0, rows, best.flatten(0, 1))
+        ids[:, : best.shape[2]].index_copy_(0, rows, experts.flatten(0, 1).int())
+    return scores[:num_rows], ids[:num_rows]

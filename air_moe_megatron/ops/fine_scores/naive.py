@@ -12,3 +12,10 @@ def naive_fine_scores(hidden, weight, bias, shortlist, assignments, dtype):
     if bias is not None:
         scores = scores + bias[ids].to(dtype)
     return scores.masked_fill(~present, float("-inf"))
+
+
+def naive_fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype):
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`: all scores, then the top-k."""
+    scores, places = naive_fine_scores(hidden, weight, bias, shortlist, assignments, dtype).squeeze(1).topk(topk, dim=1)
+    ids = shortlist[assignments[:, 0]].gather(1, places)
+    return scores, ids.masked_fill(scores == float("-inf"), -1).int()
