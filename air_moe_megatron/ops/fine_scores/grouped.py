@@ -33,6 +33,7 @@ class _Batch:
     rows: torch.Tensor  # [B, n] int64, R where padded
     experts: torch.Tensor  # [B, length], dtype of the shortlist, -1 after the end of a shorter list
     is_full: bool  # whether no list is shorter
+    num_rows: int  # without padding
 
     @property
     def ids(self):
@@ -59,8 +60,16 @@ def _make_batches(shortlist, assignments, hidden_size) -> list[_Batch]:
         places_in = places[:count]
         where = (first[batch].unsqueeze(1) + places_in).clamp(max=num_rows - 1)
         rows = order[where].masked_fill_(places_in >= sorted_counts[batch].unsqueeze(1), num_rows)
-        batches.append(_Batch(rows, shortlist[batch, :length], is_full))
+        num_rows_in = sum(rows_in for rows_in, _ in sizes[batch])
+        batches.append(_Batch(rows, shortlist[batch, :length], is_full, num_rows_in))
     return batches
+
+
+def _leave_gaps(batches, num_rows, width):
+    """Whether a row has fewer than ``width`` experts: its list is shorter, or empty and in no batch."""
+    return sum(batch.num_rows for batch in batches) < num_rows or any(
+        not batch.is_full or batch.experts.shape[1] < width for batch in batches
+    )
 
 
 def _spans(sizes, hidden_size):
@@ -119,7 +128,7 @@ class _GroupedFineScores(torch.autograd.Function):
         batches = _make_batches(shortlist, assignments, hidden.shape[1])
         # One row more, for what padding gives.
         scores = torch.empty(num_rows + 1, shortlist.shape[1], dtype=dtype, device=hidden.device)
-        if any(not batch.is_full or batch.experts.shape[1] < scores.shape[1] for batch in batches) or not batches:
+        if _leave_gaps(batches, num_rows, scores.shape[1]):
             scores.fill_(float("-inf"))
         for batch, tile in _tiles(batches, hidden, weight, bias, num_probes, dtype):
             scores[:, : tile.shape[2]].index_copy_(0, batch.rows.reshape(-1), tile.flatten(0, 1))
@@ -201,7 +210,7 @@ def grouped_fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype)
     # One row more, for what padding gives.
     scores = torch.empty(num_rows + 1, topk, dtype=dtype, device=hidden.device)
     ids = torch.empty(num_rows + 1, topk, dtype=torch.int32, device=hidden.device)
-    if any(not batch.is_full or batch.experts.shape[1] < topk for batch in batches) or not batches:
+    if _leave_gaps(batches, num_rows, topk):
         scores.fill_(float("-inf"))
         ids.fill_(-1)
     for batch, tile in _tiles(batches, hidden, weight, bias, 1, dtype):
