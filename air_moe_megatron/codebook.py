@@ -11,69 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from air_moe_megatron.ops.coarse import NUM_SCALARS, assign, token_statistics
+
 logger = logging.getLogger(__name__)
 
 _SEED = 20260504  # of the first, random directions and of the splits; the same on every rank, layer and run
 _STARVED = 0.1  # a codeword with less than this share of the mean load is revived
-# Columns of the statistics beside the H of the summed unit vectors.
-_NUM_SCALARS = 3  # count, sum of cosines, sum of lengths
-
-
-def assign(hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allowed: torch.Tensor | None = None):
-    """Find the codewords nearest in angle to each token.
-
-    The token's length does not change the order of ``<h, c>`` over codewords, so tokens are not normalised.
-
-    Args:
-        hidden: [T, H], any float dtype.
-        codewords: [C, H] fp32, unit rows.
-        num_probes: codewords per token.
-        allowed: [C] bool or None; a codeword that is not allowed is never chosen.
-    Returns:
-        [T, P] int64, nearest first.
-
-    Example: hidden [[0, 3]], codewords [[1, 0], [0, 1]], one probe gives [[1]].
-    """
-    similarity = hidden.float() @ codewords.t()
-    if allowed is not None:
-        similarity = similarity.masked_fill(~allowed, float("-inf"))
-    if num_probes == 1:
-        return similarity.argmax(dim=1, keepdim=True)
-    return similarity.topk(num_probes, dim=1).indices
-
-
-def token_statistics(hidden, codewords, assignments, keep=None, ordered=False):
-    """Sum what the update needs over the tokens of each codeword.
-
-    Args:
-        hidden: [T, H], any float dtype.
-        codewords: [C, H] fp32, unit rows.
-        assignments: [T] int64, nearest codeword.
-        keep: [T] bool or None; tokens that count (padding does not).
-        ordered: add in the order of the tokens on any device, so that ranks which do not communicate get equal bits.
-    Returns:
-        [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of lengths ``|h|``. A token that
-        is not finite makes its codeword's row not finite, which is how the update finds out.
-
-    Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], assignments [1] gives [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
-    """
-    if keep is not None:
-        hidden, assignments = hidden[keep], assignments[keep]
-    hidden = hidden.float()
-    lengths = hidden.norm(dim=1, keepdim=True)
-    unit = hidden / lengths.clamp_min(torch.finfo(torch.float32).tiny)
-    scalars = torch.cat((torch.ones_like(lengths), lengths), dim=1)
-
-    def sum_per_codeword(rows):
-        if ordered:
-            counts = torch.bincount(assignments, minlength=codewords.shape[0])
-            rows = rows.index_select(0, assignments.argsort(stable=True))
-            return torch.segment_reduce(rows, "sum", lengths=counts, initial=0)
-        return rows.new_zeros(codewords.shape[0], rows.shape[1]).index_add_(0, assignments, rows)
-
-    sums, (counts, summed_lengths) = sum_per_codeword(unit), sum_per_codeword(scalars).split(1, dim=1)
-    cosines = (sums * codewords).sum(dim=1, keepdim=True)  # of a sum of vectors: the sum of their cosines
-    return torch.cat((sums, counts, cosines, summed_lengths), dim=1)
 
 
 def window_decay(decay: float, num_updates: int) -> float:
@@ -185,10 +128,10 @@ class Codebook(torch.nn.Module):
         generator = torch.Generator().manual_seed(_SEED)
         directions = torch.randn(num_clusters, hidden_size, generator=generator)
         self.register_buffer("codewords", torch.nn.functional.normalize(directions, dim=1))
-        self.register_buffer("ema", torch.zeros(num_clusters, hidden_size + _NUM_SCALARS))
+        self.register_buffer("ema", torch.zeros(num_clusters, hidden_size + NUM_SCALARS))
         self.register_buffer("num_updates", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("num_dropped", torch.zeros(1, dtype=torch.int64))
-        self.register_buffer("statistics", torch.zeros(num_clusters, hidden_size + _NUM_SCALARS), persistent=False)
+        self.register_buffer("statistics", torch.zeros(num_clusters, hidden_size + NUM_SCALARS), persistent=False)
         # Of the last update, for logs only: mean cosine and live codewords.
         self.register_buffer("last_health", torch.zeros(2), persistent=False)
         self._updates_on_host = 0
@@ -202,14 +145,13 @@ class Codebook(torch.nn.Module):
 
     def typical_projections(self) -> torch.Tensor:
         """[C] fp32: mean length times mean cosine of the tokens of each codeword; 1 where none was seen."""
-        counts, cosines, lengths = self.ema[:, -_NUM_SCALARS:].unbind(dim=1)
+        counts, cosines, lengths = self.ema[:, -NUM_SCALARS:].unbind(dim=1)
         seen = counts.clamp_min(torch.finfo(torch.float32).tiny)
         return torch.where(counts > 0, (cosines / seen) * (lengths / seen), 1.0)
 
-    @torch.no_grad()
-    def accumulate(self, hidden, assignments, keep=None) -> None:
-        """Add the statistics of one microbatch; arguments as :func:`token_statistics`."""
-        self.statistics += token_statistics(hidden, self.codewords, assignments, keep)
+    def accumulate(self, statistics: torch.Tensor) -> None:
+        """Add the statistics [C, H + 3] of one microbatch, as :func:`token_statistics` makes them."""
+        self.statistics += statistics
 
     def discard(self) -> None:
         """Forget what was accumulated since the last update."""

@@ -19,9 +19,10 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.transformer.moe.router import TopKRouter
 
-from air_moe_megatron.codebook import Codebook, assign
+from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.config import resolve_sizes, validate
 from air_moe_megatron.index import ShortlistIndex, balanced_lists, reserved_places
+from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk
 from air_moe_megatron.ops.selected_scores import selected_scores
 
@@ -208,9 +209,12 @@ class AIRRouter(TopKRouter):
         self.index.refresh(self.codebook, self.weight, self.bias, self._selection_score())
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
-        codewords = assign(hidden, self.codebook.codewords, self.sizes.num_probes, allowed)
+        where = (hidden, self.codebook.codewords, self.sizes.num_probes, allowed)
         if learning and self.index.source == "tokens":
-            self.codebook.accumulate(hidden, codewords[:, 0], keep)
+            codewords, statistics = assign_with_statistics(*where, keep)
+            self.codebook.accumulate(statistics)
+        else:
+            codewords = assign(*where)
         if self.config.moe_router_force_load_balancing:
             # A load test: the cost of the coarse stage stays, but neither it nor the lists may favour an expert.
             num_clusters, shortlist_size = shortlist.shape

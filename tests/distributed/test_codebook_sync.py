@@ -39,9 +39,9 @@ def tokens_of(rank, update, layer):
 
 
 def accumulate(layer, hidden):
-    from air_moe_megatron.codebook import assign
+    from air_moe_megatron.ops.coarse import assign_with_statistics
 
-    layer.codebook.accumulate(hidden, assign(hidden, layer.codebook.codewords, 1).squeeze(1))
+    layer.codebook.accumulate(assign_with_statistics(hidden, layer.codebook.codewords, 1)[1])
 
 
 def codebooks(layers):

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from air_moe_megatron import codebook as codebook_module
 from air_moe_megatron.codebook import (
     Codebook,
-    assign,
     lloyd_step,
     split_loaded,
-    token_statistics,
     update_from_tokens,
     window_decay,
 )
+from air_moe_megatron.ops.coarse import assign, assign_with_statistics, token_statistics
 
 # Sums of a few hundred fp32 numbers in another order.
 CLOSE = dict(rtol=1e-5, atol=1e-6)
@@ -38,7 +37,7 @@ def clustered(num_tokens, num_clusters, hidden_size, noise=0.1, seed=0):
 def learn(codebook, *batches, keep=None):
     """One global batch: the microbatches accumulated, then the update of one rank."""
     for hidden in batches:
-        codebook.accumulate(hidden, assign(hidden, codebook.codewords, 1).squeeze(1), keep)
+        codebook.accumulate(assign_with_statistics(hidden, codebook.codewords, 1, keep=keep)[1])
     statistics = codebook.statistics.clone()
     codebook.apply_update(statistics, bool(statistics.isfinite().all()))
     codebook.discard()
@@ -119,9 +118,9 @@ def test_statistics_equal_a_loop_over_tokens(dtype):
 def test_microbatches_accumulate_to_one_batch(sizes):
     hidden = randn(64, 8)
     whole, parts = Codebook(6, 8, 0.9), Codebook(6, 8, 0.9)
-    whole.accumulate(hidden, assign(hidden, whole.codewords, 1).squeeze(1))
+    whole.accumulate(assign_with_statistics(hidden, whole.codewords, 1)[1])
     for part in hidden.split(sizes):
-        parts.accumulate(part, assign(part, parts.codewords, 1).squeeze(1))
+        parts.accumulate(assign_with_statistics(part, parts.codewords, 1)[1])
     torch.testing.assert_close(parts.statistics, whole.statistics, **CLOSE)
     assert parts.statistics[:, 8].sum() == 64
 
@@ -130,17 +129,17 @@ def test_padding_is_left_out_even_where_it_is_nan():
     hidden = randn(30, 8)
     keep = torch.arange(30) % 3 != 0
     alone, padded = Codebook(4, 8, 0.9), Codebook(4, 8, 0.9)
-    alone.accumulate(hidden[keep], assign(hidden[keep], alone.codewords, 1).squeeze(1))
+    alone.accumulate(assign_with_statistics(hidden[keep], alone.codewords, 1)[1])
     assignments = assign(hidden, padded.codewords, 1).squeeze(1)
     hidden[~keep] = float("nan")
-    padded.accumulate(hidden, assignments, keep)
+    padded.accumulate(token_statistics(hidden, padded.codewords, assignments, keep))
     assert torch.equal(padded.statistics, alone.statistics)
 
 
 def test_discard_forgets_what_was_accumulated():
     codebook = Codebook(4, 8, 0.9)
     hidden = randn(30, 8)
-    codebook.accumulate(hidden, assign(hidden, codebook.codewords, 1).squeeze(1))
+    codebook.accumulate(assign_with_statistics(hidden, codebook.codewords, 1)[1])
     assert codebook.statistics.count_nonzero() > 0
     codebook.discard()
     assert codebook.statistics.count_nonzero() == 0
@@ -396,7 +395,7 @@ def test_a_global_batch_without_tokens_changes_no_codeword(batches):
 def test_casting_the_model_keeps_every_bit(cast):
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), Codebook(6, 8, 0.9))
     learn(model[1], clustered(60, 3, 8))
-    model[1].accumulate(randn(5, 8), torch.zeros(5, dtype=torch.int64))
+    model[1].accumulate(randn(6, 8 + 3))
     before = {name: value.clone() for name, value in model[1].named_buffers()}
     getattr(model, cast)()
     assert model[0].weight.dtype == getattr(torch, cast)

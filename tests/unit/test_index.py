@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from air_moe_megatron.codebook import Codebook, assign
+from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.index import (
     ShortlistIndex,
     balanced_lists,
@@ -14,6 +14,7 @@ from air_moe_megatron.index import (
     rank_experts,
     reserved_places,
 )
+from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 
 
 def randn(*shape, seed=0):
@@ -253,7 +254,7 @@ class Setup:
         """The end of a training step: the codebook learns, the centres move."""
         if self.index.source == "tokens":
             hidden = randn(60, 6, seed=seed)
-            self.codebook.accumulate(hidden, assign(hidden, self.codebook.codewords, 1).squeeze(1))
+            self.codebook.accumulate(assign_with_statistics(hidden, self.codebook.codewords, 1)[1])
             self.codebook.apply_update(self.codebook.statistics.clone(), True)
             self.codebook.discard()
         else:

@@ -337,7 +337,7 @@ def num_counted(router):
 
 
 def test_statistics_are_those_of_the_tokens_with_their_nearest_codeword(megatron_cpu):
-    from air_moe_megatron.codebook import token_statistics
+    from air_moe_megatron.ops.coarse import token_statistics
 
     router = make_router(megatron_cpu, moe_air_num_probes=2)
     first, second = make_hidden(20), make_hidden(30, seed=11)

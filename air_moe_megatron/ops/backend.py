@@ -1,0 +1,75 @@
+"""Which way an operation goes: its Triton kernels, or torch. One function decides, for all of them.
+
+The environment variable AIR_MOE_BACKEND forces "torch" or "triton"; unset, or "auto", kernels take what is on a GPU and
+within their limits. The limits are what the kernels can do, not where they are fastest: no shape has been timed on a
+GPU yet (docs/performance.md).
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "AIR_MOE_BACKEND"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = {
+    "coarse": {"num_probes": 8},
+    "ranking": {},
+    "fine_scores": {},
+    "fine_topk": {"topk": 512},
+    "pair_products": {},
+    "granular_experts": {"ffn_hidden_size": 64},
+    "exchange": {"num_ranks": 1024, "topk": 512},
+}
+"""Operation -> the largest sizes that its kernels take."""
+
+
+def use_kernels(operation: str, *tensors: torch.Tensor, **sizes: int) -> bool:
+    """Whether the kernels of an operation take these tensors.
+
+    Args:
+        operation: folder under ``ops/`` (or "fine_topk").
+        tensors: floating-point inputs, all on one device.
+        sizes: those that the kernels limit.
+    Raises:
+        ValueError: if AIR_MOE_BACKEND is none of its values, or "triton" where the kernels cannot run.
+    """
+    forced = os.environ.get(VARIABLE, "auto")
+    if forced not in ("auto", "torch", "triton"):
+        raise ValueError(f"{VARIABLE} ({forced!r}) must be 'auto', 'torch' or 'triton'")
+    if forced == "torch":
+        return False
+    reason = _reason_against(operation, tensors, sizes)
+    if reason is not None:
+        if forced == "triton":
+            raise ValueError(f"{VARIABLE} ('triton') cannot be had for {operation}: {reason}")
+        _say_once(operation, reason)
+    return reason is None and (forced == "triton" or tensors[0].is_cuda)
+
+
+def _reason_against(operation, tensors, sizes):
+    if not tensors[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are not on a CUDA GPU"
+    if not _has_triton():
+        return "Triton is not installed"
+    for tensor in tensors:
+        if tensor.dtype not in _DTYPES:
+            return f"its kernels take no {tensor.dtype}"
+    for name, size in sizes.items():
+        if size > _LARGEST[operation][name]:
+            return f"{name} ({size}) exceeds {_LARGEST[operation][name]}"
+    return None
+
+
+@functools.cache
+def _has_triton():
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _say_once(operation, reason):
+    logger.info("%s uses torch operations: %s", operation, reason)
