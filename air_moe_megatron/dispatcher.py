@@ -12,8 +12,6 @@ way: ``H * distinct ranks <= H * min(K, ranks)``, where Megatron's all-to-all ca
 The host waits for the device once per forward, for the counts; with one expert-parallel rank too, which then
 communicates nothing. (``fine_scores`` waits once more: two waits per layer and forward. The backward has none.)
 
-On a GPU the sums of rows are made by atomic additions, unless torch's deterministic algorithms are on.
-
 Legend: T tokens, H hidden, E experts, K top-k, D expert-parallel ranks, R received rows, N received pairs.
 """
 
@@ -23,24 +21,14 @@ import torch
 from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
+from air_moe_megatron.ops.exchange import combine, make_plan, pack
 from air_moe_megatron.ops.pair_products import make_pairs
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Who gets what, known before anything is sent."""
-
-    counts: torch.Tensor  # [D, 5] int64: rows and pairs for each rank; what is invalid on this one: ids, probs, shapes
-    pair_ranks: torch.Tensor  # [T*K] int64, rank of each pair; D where there is none
-    is_wanted: torch.Tensor  # [T, D] bool, whether a rank holds any expert of a token
-    topk_ids: torch.Tensor  # [T, K] int64
 
 
 @dataclass(frozen=True)
 class _Sent:
     """What the way back needs."""
 
-    tokens: torch.Tensor | None  # [rows] int64, token of each row sent; None where all tokens stayed here, in order
     rows_sent: list[int]  # per rank
     rows_received: list[int]  # per rank
 
@@ -106,25 +94,9 @@ class CompactTokenDispatcher(MoETokenDispatcher):
             self._misfit = f"topk_ids {tuple(topk_ids.shape)}, probs {tuple(probs.shape)}, {num_tokens} tokens"
             probs = probs.new_zeros(num_tokens, probs.shape[-1] if probs.dim() else 1)
             topk_ids = torch.full(probs.shape, -1, device=probs.device)
-        self._plan = self._make_plan(topk_ids.long(), probs)
+        misfit = self._misfit is not None
+        self._plan = make_plan(topk_ids, probs, self.ep_size, self.num_local_experts, misfit)
         return hidden_states, probs
-
-    @torch.no_grad()
-    def _make_plan(self, ids, probs) -> _Plan:
-        num_ranks = self.ep_size
-        is_pair = (ids >= 0) & (ids < self.num_experts)
-        ranks = torch.where(is_pair, ids // self.num_local_experts, num_ranks)  # [T, K]
-        is_wanted = torch.zeros(ids.shape[0], num_ranks + 1, dtype=torch.bool, device=ids.device)
-        is_wanted = is_wanted.scatter_(1, ranks, True)[:, :num_ranks]
-        pair_ranks = ranks.reshape(-1)
-        num_pairs = torch.zeros(num_ranks + 1, dtype=torch.int64, device=ids.device)
-        num_pairs.index_add_(0, pair_ranks, torch.ones_like(pair_ranks))
-        invalid_ids = (~is_pair & (ids != -1)).sum().expand(num_ranks)
-        invalid_probs = (~probs.isfinite()).sum().expand(num_ranks)
-        misfits = torch.full_like(invalid_ids, self._misfit is not None)
-        columns = (is_wanted.sum(dim=0), num_pairs[:num_ranks], invalid_ids, invalid_probs, misfits)
-        counts = torch.stack(columns, dim=1)
-        return _Plan(counts, pair_ranks, is_wanted, ids)
 
     def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor):
         """Send tokens and pairs to their ranks.
@@ -147,37 +119,22 @@ class CompactTokenDispatcher(MoETokenDispatcher):
             [[rank_counts[column] for rank_counts in side] for column in (0, 1)] for side in (sent, received)
         )
         self._count_traffic(hidden_states, probs, rows_sent, pairs_sent)
+        self._sent = _Sent(rows_sent, rows_received)
         num_pairs, topk = sum(pairs_sent), probs.shape[1]
-        if self.ep_size == 1:
-            order = torch.arange(plan.pair_ranks.numel(), device=probs.device)
+        if self.ep_size == 1:  # the tokens stay where they are, those without experts too
+            order = torch.arange(probs.numel(), device=probs.device)
             if num_pairs < order.numel():
                 order = torch.nonzero_static(plan.pair_ranks == 0, size=num_pairs).flatten()
-            rows, local_ids = order // topk, plan.topk_ids.reshape(-1)[order]
-            self._sent = _Sent(None, rows_sent, rows_received)
-            self._pairs = make_pairs(rows, local_ids, hidden_states.shape[0], self.num_local_experts)
-            return hidden_states, probs.reshape(-1)[order]
-        # Rows by (rank, token), pairs by (rank, token, place among the K).
-        tokens = torch.nonzero_static(plan.is_wanted.t(), size=sum(rows_sent))[:, 1]
-        order = plan.pair_ranks.argsort(stable=True)[:num_pairs]  # those of no rank come last
-        codes = self._encode(plan, order, topk)
-        codes = all_to_all(self.ep_group, codes, pairs_received, pairs_sent)
-        hidden_states = all_to_all(self.ep_group, hidden_states[tokens], rows_received, rows_sent)
-        probs = all_to_all(self.ep_group, probs.reshape(-1)[order], pairs_received, pairs_sent)
-        starts_row = codes < 0
-        rows, local_ids = starts_row.long().cumsum(0) - 1, torch.where(starts_row, ~codes, codes)
-        self._sent = _Sent(tokens, rows_sent, rows_received)
+            rows, local_ids, probs = order // topk, plan.topk_ids.reshape(-1)[order], probs.reshape(-1)[order]
+        else:
+            hidden_states, codes, probs = pack(hidden_states, probs, plan, sum(rows_sent), num_pairs)
+            codes = all_to_all(self.ep_group, codes, pairs_received, pairs_sent)
+            hidden_states = all_to_all(self.ep_group, hidden_states, rows_received, rows_sent)
+            probs = all_to_all(self.ep_group, probs, pairs_received, pairs_sent)
+            starts_row = codes < 0
+            rows, local_ids = starts_row.long().cumsum(0) - 1, torch.where(starts_row, ~codes, codes)
         self._pairs = make_pairs(rows, local_ids, hidden_states.shape[0], self.num_local_experts)
         return hidden_states, probs
-
-    @torch.no_grad()
-    def _encode(self, plan, order, topk):
-        """[pairs] int32: the local expert id, its bits inverted for the first pair of a row, so that the receiver knows
-        the rows without being told."""
-        keys = plan.pair_ranks[order] * plan.topk_ids.shape[0] + order // topk  # (rank, token)
-        is_first = torch.ones_like(keys, dtype=torch.bool)
-        is_first[1:] = keys[1:] != keys[:-1]
-        local_ids = plan.topk_ids.reshape(-1)[order] % self.num_local_experts
-        return torch.where(is_first, ~local_ids, local_ids).int()
 
     def dispatch_postprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor):
         """Give the experts their input: rows [R, H], :class:`Pairs` of rows and local experts, probs [N]."""
@@ -195,14 +152,11 @@ class CompactTokenDispatcher(MoETokenDispatcher):
 
     def combine_postprocess(self, hidden_states: torch.Tensor):
         """Add up the partial sums of each token, in fp32 or wider; zero for a token without experts."""
-        shape, tokens = self._shape, self._sent.tokens
+        shape, plan = self._shape, self._plan
         self._release()  # or the layer would keep ids and pairs until its next forward
-        if tokens is None:
-            return hidden_states.view(shape)
-        wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        sums = torch.zeros(shape[:-1].numel(), shape[-1], dtype=wide, device=hidden_states.device)
-        sums = sums.index_add(0, tokens, hidden_states.to(wide))
-        return sums.to(hidden_states.dtype).view(shape)
+        if self.ep_size > 1:
+            hidden_states = combine(hidden_states, plan)
+        return hidden_states.view(shape)
 
     def set_shared_experts(self, shared_experts):
         """Not supported: the layer adds the shared experts itself."""

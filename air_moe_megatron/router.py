@@ -134,7 +134,7 @@ class AIRRouter(TopKRouter):
         """[T, K] probs and expert ids, where only the scores of the chosen ones reach the loss."""
         dtype = self._router_dtype(hidden)
         selected, topk_ids = fine_topk(hidden, self.weight, self.bias, shortlist, codewords, self.topk, dtype)
-        return self._probs_of(selected_scores(hidden, self.weight, self.bias, topk_ids, selected)), topk_ids
+        return self._probs_of(selected), topk_ids
 
     def _choose_from_all(self, hidden, shortlist, codewords, keep, batch_size):
         """[T, K] probs and expert ids, all candidates scored first; auxiliary losses are attached to the probs."""
@@ -206,7 +206,8 @@ class AIRRouter(TopKRouter):
     @torch.no_grad()
     def _coarse(self, hidden, keep, learning):
         """The lists to search, [C, L] int32, and which of them each token searches, [T, P]."""
-        self.index.refresh(self.codebook, self.weight, self.bias, self._selection_score())
+        ranked_by = () if self.expert_bias is None else (self.score_function, self.expert_bias)
+        self.index.refresh(self.codebook, self.weight, self.bias, *ranked_by)
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
         where = (hidden, self.codebook.codewords, self.sizes.num_probes, allowed)
@@ -269,13 +270,6 @@ class AIRRouter(TopKRouter):
         routing_map = torch.zeros(num_tokens, width, dtype=torch.bool, device=ids.device)
         routing_map[rows, ids] = True
         return probs[:, : self.num_experts], routing_map[:, : self.num_experts]
-
-    def _selection_score(self):
-        """What the top-k ranks by, where that is not the order of the scores: a function (scores [C, n], experts)."""
-        if self.expert_bias is None:
-            return None
-        activation = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda s: torch.nn.functional.softplus(s).sqrt()}
-        return lambda scores, experts: activation[self.score_function](scores) + self.expert_bias[experts]
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """As Megatron's; without codebook and lists while a checkpoint that holds none is being loaded."""

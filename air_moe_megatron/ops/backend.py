@@ -28,12 +28,13 @@ _LARGEST = {
 """Operation -> the largest sizes that its kernels take."""
 
 
-def use_kernels(operation: str, *tensors: torch.Tensor, **sizes: int) -> bool:
+def use_kernels(operation: str, *tensors: torch.Tensor, dtype: torch.dtype | None = None, **sizes: int) -> bool:
     """Whether the kernels of an operation take these tensors.
 
     Args:
         operation: folder under ``ops/`` (or "fine_topk").
         tensors: floating-point inputs, all on one device.
+        dtype: of the arithmetic, where that is not theirs.
         sizes: those that the kernels limit.
     Raises:
         ValueError: if AIR_MOE_BACKEND is none of its values, or "triton" where the kernels cannot run.
@@ -43,7 +44,8 @@ def use_kernels(operation: str, *tensors: torch.Tensor, **sizes: int) -> bool:
         raise ValueError(f"{VARIABLE} ({forced!r}) must be 'auto', 'torch' or 'triton'")
     if forced == "torch":
         return False
-    reason = _reason_against(operation, tensors, sizes)
+    dtypes = [tensor.dtype for tensor in tensors] + ([] if dtype is None else [dtype])
+    reason = _reason_against(operation, tensors[0].is_cuda, dtypes, sizes)
     if reason is not None:
         if forced == "triton":
             raise ValueError(f"{VARIABLE} ('triton') cannot be had for {operation}: {reason}")
@@ -51,14 +53,14 @@ def use_kernels(operation: str, *tensors: torch.Tensor, **sizes: int) -> bool:
     return reason is None and (forced == "triton" or tensors[0].is_cuda)
 
 
-def _reason_against(operation, tensors, sizes):
-    if not tensors[0].is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+def _reason_against(operation, is_cuda, dtypes, sizes):
+    if not is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are not on a CUDA GPU"
     if not _has_triton():
         return "Triton is not installed"
-    for tensor in tensors:
-        if tensor.dtype not in _DTYPES:
-            return f"its kernels take no {tensor.dtype}"
+    for dtype in dtypes:
+        if dtype not in _DTYPES:
+            return f"its kernels take no {dtype}"
     for name, size in sizes.items():
         if size > _LARGEST[operation][name]:
             return f"{name} ({size}) exceeds {_LARGEST[operation][name]}"

@@ -11,10 +11,11 @@ from air_moe_megatron.index import (
     balanced_lists,
     inverted_lists,
     list_every_expert,
-    rank_experts,
     reserved_places,
 )
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
+from air_moe_megatron.ops.ranking import Ranking, rank_experts
+from air_moe_megatron.ops.ranking.streamed import CHUNK_ELEMENTS, streamed_rank_experts
 
 
 def randn(*shape, seed=0):
@@ -25,9 +26,14 @@ def directions(num, hidden_size, seed=0):
     return torch.nn.functional.normalize(randn(num, hidden_size, seed=seed), dim=1)
 
 
+def in_chunks(*args, selection=(None, None), chunk_elements=CHUNK_ELEMENTS):
+    """The ranking that streams chunks of experts, of a given size."""
+    return Ranking(*streamed_rank_experts(*args, *selection, chunk_elements))
+
+
 def top_scoring_lists(*args, **kwargs):
     """The lists of the experts that score highest, without regard to the others."""
-    return list_every_expert(rank_experts(*args, **kwargs), reserved=0)
+    return list_every_expert(in_chunks(*args, **kwargs), reserved=0)
 
 
 def present(lists):
@@ -85,7 +91,7 @@ def test_ranking_equals_topk_and_argmax(num_experts, num_clusters, shortlist_siz
     codewords, weight = directions(num_clusters, 4, seed), randn(num_experts, 4, seed=seed + 1)
     if sorted_weights:
         weight = weight[(weight @ codewords[0]).argsort()]
-    ranking = rank_experts(
+    ranking = in_chunks(
         codewords, torch.ones(num_clusters), weight, None, shortlist_size, chunk_elements=chunk * num_clusters
     )
     scores = codewords @ weight.t()
@@ -385,10 +391,15 @@ def test_lists_rank_by_what_the_top_k_ranks_by():
         weight,
         None,
         2,
-        selection=lambda scores, experts: torch.sigmoid(scores) + favour[experts],
+        selection=("sigmoid", favour),
         chunk_elements=4,
     )
     assert lists[0].tolist() == [0, 4]
+
+
+def test_a_score_function_needs_an_expert_bias():
+    with pytest.raises(ValueError, match="score_function \\('sigmoid'\\) and expert_bias must be given together"):
+        rank_experts(torch.eye(2), torch.ones(2), torch.eye(2), None, 1, score_function="sigmoid")
 
 
 @pytest.mark.parametrize("saved, loading", [("tokens", "experts"), ("experts", "tokens")])

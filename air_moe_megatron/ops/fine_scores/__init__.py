@@ -5,7 +5,9 @@ Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, K top-
 
 import torch
 
+from air_moe_megatron.ops.backend import use_kernels
 from air_moe_megatron.ops.fine_scores.grouped import grouped_fine_scores, grouped_fine_topk
+from air_moe_megatron.ops.selected_scores import selected_scores
 
 __all__ = ["fine_scores", "fine_topk"]
 
@@ -21,7 +23,7 @@ def fine_scores(
     """Score every token against the experts of its codewords' shortlists: ``z_e = <w_e, h> + b_e``.
 
     Tokens are grouped by codeword, so that each shortlist is one dense tile. Differentiable in hidden, weight and
-    bias. Waits for the device, for the sizes of the groups.
+    bias. With torch operations it waits for the device, for the sizes of the groups.
 
     Args:
         hidden: [T, H], tokens.
@@ -38,6 +40,11 @@ def fine_scores(
     Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2]], assignments [[0]] gives [[[1, 3]]].
     """
     _validate(hidden, weight, bias, shortlist, assignments)
+    if use_kernels("fine_scores", hidden, weight, dtype=dtype):
+        from air_moe_megatron.ops.fine_scores.kernels import fine_scores_kernel
+
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return fine_scores_kernel(hidden, weight, bias, shortlist, assignments, dtype, deterministic)
     return grouped_fine_scores(hidden, weight, bias, shortlist, assignments, dtype)
 
 
@@ -52,8 +59,8 @@ def fine_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the experts that score highest in each token's shortlist, without writing the other scores down.
 
-    Not differentiable: ``selected_scores`` gives the scores their gradients. Waits for the device, for the sizes of the
-    groups.
+    Differentiable in hidden, weight and bias, for K rows per token (``ops/selected_scores``). With torch operations it
+    waits for the device, for the sizes of the groups.
 
     Args:
         hidden, weight, bias, shortlist, dtype: as :func:`fine_scores`.
@@ -70,7 +77,13 @@ def fine_topk(
     _validate(hidden, weight, bias, shortlist, assignments)
     if assignments.shape[1] != 1:
         raise ValueError(f"assignments {tuple(assignments.shape)} must be [T, 1]: experts may be in several lists")
-    return grouped_fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype)
+    if use_kernels("fine_topk", hidden, weight, dtype=dtype, topk=topk):
+        from air_moe_megatron.ops.fine_scores.topk_kernels import fine_topk_kernel
+
+        scores, ids, _ = fine_topk_kernel(hidden, weight, bias, shortlist, assignments, dtype, topk)
+        return scores.to(dtype), ids
+    scores, ids = grouped_fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype)
+    return selected_scores(hidden, weight, bias, ids, scores), ids
 
 
 def _validate(hidden, weight, bias, shortlist, assignments):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from air_moe_megatron.ops.backend import use_kernels
 from air_moe_megatron.ops.pair_products.sparse import PairDots, PairSums
 
 __all__ = ["Pairs", "make_pairs", "pair_dots", "pair_sums"]
@@ -110,6 +111,10 @@ def pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch
             f"hidden {tuple(hidden.shape)} {hidden.dtype} and weight {tuple(weight.shape)} {weight.dtype} must have "
             "the same last dimension and dtype"
         )
+    if use_kernels("pair_products", hidden, weight):
+        from air_moe_megatron.ops.pair_products.kernels import pair_dots_kernel
+
+        return pair_dots_kernel(hidden, weight, pairs)
     return PairDots.apply(hidden, weight, pairs)
 
 
@@ -132,6 +137,10 @@ def pair_sums(values: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch
     if values.shape != pairs.ids.shape:
         raise ValueError(f"values {tuple(values.shape)} must be [N] with N = {pairs.ids.numel()}")
     _check_weight(weight, pairs)
+    if use_kernels("pair_products", values, weight):
+        from air_moe_megatron.ops.pair_products.kernels import pair_sums_kernel
+
+        return pair_sums_kernel(values, weight, pairs)
     return PairSums.apply(values, weight, pairs)
 
 

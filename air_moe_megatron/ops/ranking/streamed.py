@@ -1,0 +1,77 @@
+"""Ranking with torch operations: the experts streamed in chunks, so that no [C, E] tensor is held for large E.
+
+Legend: H hidden, E experts, C clusters, L shortlist.
+"""
+
+import torch
+
+CHUNK_ELEMENTS = 2**26  # of the scores [C, n] of a chunk of experts: 256 MiB
+_STRIPES = 8  # experts that one maximum stands for in the first step of a top-k
+_SPARE = 32  # candidates of a chunk beyond twice those expected
+_SCORE = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda scores: torch.nn.functional.softplus(scores).sqrt()}
+
+
+def streamed_rank_experts(
+    codewords, scale, weight, bias, shortlist_size, score_function, expert_bias, chunk_elements=CHUNK_ELEMENTS
+):
+    """As :func:`air_moe_megatron.ops.ranking.rank_experts`. Waits for the device."""
+    num_clusters, num_experts = codewords.shape[0], weight.shape[0]
+    chunk = min(num_experts, max(chunk_elements // num_clusters, 1))
+    chunks = [slice(first, min(first + chunk, num_experts)) for first in range(0, num_experts, chunk)]
+    buffer = torch.empty(num_clusters * chunk, device=weight.device)  # on a CPU, fresh memory costs more than its use
+
+    def score(experts):
+        size = experts.stop - experts.start
+        scores = torch.mm(codewords, weight[experts].float().t(), out=buffer[: num_clusters * size].view(-1, size))
+        if bias is not None or score_function is not None:
+            scores *= scale.unsqueeze(1)
+        if bias is not None:
+            scores += bias[experts].float()
+        return scores if score_function is None else _SCORE[score_function](scores) + expert_bias[experts]
+
+    # About one in so many of a list's experts is in each chunk; twice that, and few lists ask for more.
+    kept = min(shortlist_size, 2 * -(-shortlist_size // len(chunks)) + _SPARE)
+    values, ids, nearest, highest = [], [], [], []
+    for experts in chunks:
+        scores = score(experts)
+        for parts, part in zip((highest, nearest), _max_per_column(scores), strict=True):
+            parts.append(part)
+        for parts, part in zip((values, ids), _topk(scores, kept), strict=True):
+            parts.append(part)
+    best, places = torch.cat(values, dim=1).topk(shortlist_size, dim=1)
+    fully_kept = [part.shape[1] == experts.stop - experts.start for part, experts in zip(values, chunks, strict=True)]
+    asks_for_more = (torch.stack([part[:, -1] for part in values]) > best[:, -1]).any(dim=1).tolist()
+    for number, experts in enumerate(chunks):
+        if asks_for_more[number] and not fully_kept[number] and kept < shortlist_size:
+            values[number], ids[number] = _topk(score(experts), shortlist_size)
+    if any(asks_for_more):
+        best, places = torch.cat(values, dim=1).topk(shortlist_size, dim=1)
+    ids = torch.cat([part + experts.start for part, experts in zip(ids, chunks, strict=True)], dim=1)
+    return ids.gather(1, places), torch.cat(nearest), torch.cat(highest)
+
+
+def _max_per_column(scores):
+    """Maximum [n] and its row [n] of scores [C, n]; over groups of rows first, as ``amax`` is the quick part."""
+    num_rows, size = scores.shape
+    if num_rows % _STRIPES:
+        return scores.max(dim=0)
+    grouped = scores.view(_STRIPES, num_rows // _STRIPES, size)
+    values, group = grouped.amax(dim=0).max(dim=0)
+    stripe = grouped.gather(1, group.expand(_STRIPES, 1, size)).squeeze(1).argmax(dim=0)
+    return values, stripe * (num_rows // _STRIPES) + group
+
+
+def _topk(scores, k):
+    """Values and columns of the k largest per row of scores [C, n], in descending order; of all n if k is larger.
+
+    The columns are divided into groups: the k largest lie in the k groups of the largest maxima.
+    """
+    num_rows, size = scores.shape
+    k, num_groups = min(k, size), size // _STRIPES
+    if size % _STRIPES or num_groups < 2 * k:
+        return scores.topk(k, dim=1)
+    grouped = scores.view(num_rows, _STRIPES, num_groups)
+    groups = grouped.amax(dim=1).topk(k, dim=1).indices
+    candidates = grouped.gather(2, groups.unsqueeze(1).expand(-1, _STRIPES, -1)).flatten(1)
+    values, places = candidates.topk(k, dim=1)
+    return values, places // k * num_groups + groups.gather(1, places % k)
