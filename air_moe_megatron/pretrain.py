@@ -24,6 +24,9 @@ def main() -> None:
         warnings.filterwarnings("ignore", category=UserWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
 
+    if "--cpu" in sys.argv:
+        # Large pages, where the system grants them on request: half the time of the gathers from 2^20 experts.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
     from air_moe_megatron import cpu

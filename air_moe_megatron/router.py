@@ -113,6 +113,7 @@ class AIRRouter(TopKRouter):
             self.local_tokens_per_expert += counted.sum(dim=0)
         return probs, routing_map
 
+    @torch.compiler.disable  # group sizes are read on the host, and the lists are rebuilt by Python's count of updates
     def _route(self, hidden_states, padding_mask) -> Routes:
         self._maintain_float32_expert_bias()
         batch_size = hidden_states.shape[1] if hidden_states.dim() == 3 else 1

@@ -644,3 +644,21 @@ def test_an_expert_that_its_bias_favours_gets_into_the_lists(megatron_cpu):
     router.expert_bias[rare] = 10.0
     routes = router.route(make_hidden(1))
     assert (routes.topk_ids == rare).any(dim=1).all()
+
+
+def test_a_compiled_model_leaves_the_router_as_it_is(megatron_cpu, monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")  # CPU mode sets it
+    router = make_router(megatron_cpu)
+    hidden = make_hidden(12)
+    expected = router.route(hidden)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch._dynamo.config.patch(disable=False):
+        compiled = torch.compile(lambda hidden: router.route(2.0 * hidden).probs + 1.0, backend=backend)
+        found = compiled(hidden / 2.0)
+    assert torch.equal(found, expected.probs + 1.0)
+    assert len(graphs) == 2  # before the router and after it
