@@ -2,23 +2,22 @@
 
 import math
 
-import numpy
 import pytest
 import torch
-import triton
-from triton.runtime.interpreter import InterpreterBuilder
 
-from air_moe_megatron.ops.coarse import kernels
 from air_moe_megatron.ops.coarse.kernels import (
     assign_tokens,
     assign_with_statistics,
-    split_codewords,
     token_statistics_sorted,
 )
 from air_moe_megatron.ops.coarse.naive import naive_assign, naive_assign_with_statistics, naive_token_statistics
+from tests.ops.conftest import relative_error
 
 # The interpreter's numpy warns of the products and quotients of tokens that are not finite.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Root mean square of the difference over that of the reference, which is naive.py in fp64 on the same rounded tokens:
@@ -35,39 +34,6 @@ SHAPES = {
     "one-everything": (1, 1, 1, 1),
 }
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory is NaN, or -77 where it holds integers: an element that no kernel writes is found."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(math.nan if tensor.is_floating_point() else -77)
-
-    monkeypatch.setattr(kernels.torch, "empty", poisoned)
-
-
-@pytest.fixture(autouse=True)
-def bf16_products(monkeypatch):
-    """Triton's interpreter multiplies bf16 numbers as the integers that hold their bits: widen them first."""
-    if not triton.knobs.runtime.interpret:
-        return
-    create_dot = InterpreterBuilder.create_dot
-
-    def widened(handle):
-        if handle.data.dtype == numpy.uint16:
-            handle = type(handle)((handle.data.astype(numpy.uint32) << 16).view(numpy.float32), triton.language.float32)
-        return handle
-
-    monkeypatch.setattr(
-        InterpreterBuilder,
-        "create_dot",
-        lambda self, a, b, *args: create_dot(self, widened(a), widened(b), *args),
-    )
-
 
 def make_inputs(shape, dtype, device, seed=0):
     num_tokens, hidden_size, num_clusters, _ = shape
@@ -75,12 +41,6 @@ def make_inputs(shape, dtype, device, seed=0):
     hidden = torch.randn(num_tokens, hidden_size, generator=generator).to(dtype)
     codewords = torch.nn.functional.normalize(torch.randn(num_clusters, hidden_size, generator=generator), dim=1)
     return hidden.to(device), codewords.to(device)
-
-
-def relative_error(actual, reference):
-    if reference.numel() == 0:
-        return 0.0
-    return ((actual.double() - reference).norm() / reference.norm().clamp_min(1e-30)).item()
 
 
 def assert_statistics(statistics, expected):
@@ -92,26 +52,34 @@ def assert_statistics(statistics, expected):
         assert relative_error(statistics[:, columns], expected[:, columns].double()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "sorted"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_equals_naive(shape, dtype, deterministic, kernel_device):
-    hidden, codewords = make_inputs(shape, dtype, kernel_device)
-    num_probes = shape[3]
-    assignments, statistics = assign_with_statistics(hidden, codewords, num_probes, deterministic=deterministic)
-    expected, expected_statistics = naive_assign_with_statistics(hidden, codewords.double(), num_probes)
+def assert_equals_naive(shape, dtype, device):
+    hidden, codewords = make_inputs(shape, dtype, device)
+    assignments, statistics = assign_with_statistics(hidden, codewords, shape[3])
+    expected, expected_statistics = naive_assign_with_statistics(hidden, codewords.double(), shape[3])
     assert assignments.dtype == torch.int64
     assert torch.equal(assignments, expected)
     assert_statistics(statistics, expected_statistics)
+    assert_statistics(token_statistics_sorted(hidden, codewords, assignments[:, 0]), expected_statistics)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_naive(shape, kernel_device):
+    assert_equals_naive(shape, torch.float32, kernel_device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", ("odd-sizes", "most-probes", "no-tokens"))
+def test_narrow_dtypes_equal_naive(shape, dtype, kernel_device):
+    assert_equals_naive(SHAPES[shape], dtype, kernel_device)
 
 
 @pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "sorted"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_masks_of_codewords_and_tokens(dtype, deterministic, kernel_device):
-    hidden, codewords = make_inputs((37, 33, 150, 3), dtype, kernel_device)
+def test_masks_of_codewords_and_tokens(deterministic, kernel_device):
+    """Both are columns of wider masks: what is read has to be made contiguous."""
+    hidden, codewords = make_inputs((21, 33, 150, 3), torch.float32, kernel_device)
     generator = torch.Generator().manual_seed(1)
-    allowed = (torch.rand(150, generator=generator) < 0.1).to(kernel_device)
-    keep = (torch.rand(37, generator=generator) < 0.5).to(kernel_device)
+    allowed = (torch.rand(150, 2, generator=generator) < 0.1).to(kernel_device)[:, 0]
+    keep = (torch.rand(21, 2, generator=generator) < 0.5).to(kernel_device)[:, 1]
     assignments, statistics = assign_with_statistics(hidden, codewords, 3, allowed, keep, deterministic)
     expected, expected_statistics = naive_assign_with_statistics(hidden, codewords.double(), 3, allowed, keep)
     assert torch.equal(assignments, expected)
@@ -132,9 +100,12 @@ def test_the_lower_codeword_wins_a_tie(dtype, kernel_device):
 
 
 @pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "sorted"))
-@pytest.mark.parametrize("value", (math.nan, -math.nan, -math.inf), ids=("nan", "minus-nan", "minus-inf"))
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_a_token_that_is_not_finite_spoils_its_codeword_only(dtype, value, deterministic, kernel_device):
+@pytest.mark.parametrize(
+    "value, dtype",
+    [(math.nan, torch.float32), (-math.nan, torch.float32), (-math.inf, torch.float32), (math.nan, torch.bfloat16)],
+    ids=("nan", "minus-nan", "minus-inf", "bf16-nan"),
+)
+def test_a_token_that_is_not_finite_spoils_its_codeword_only(value, dtype, deterministic, kernel_device):
     hidden, codewords = make_inputs((9, 33, 6, 2), dtype, kernel_device)
     hidden[4, 5] = value
     assignments, statistics = assign_with_statistics(hidden, codewords, 2, deterministic=deterministic)
@@ -151,7 +122,7 @@ def test_a_token_that_is_not_finite_spoils_its_codeword_only(dtype, value, deter
 
 @pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "sorted"))
 def test_every_token_on_one_codeword_and_tokens_of_length_zero(deterministic, kernel_device):
-    hidden, codewords = make_inputs((70, 33, 5, 1), torch.float32, kernel_device)
+    hidden, codewords = make_inputs((70, 17, 5, 1), torch.float32, kernel_device)
     hidden[3] = 0.0
     allowed = torch.arange(5, device=kernel_device) == 2
     assignments, statistics = assign_with_statistics(hidden, codewords, 1, allowed, deterministic=deterministic)
@@ -185,17 +156,6 @@ def test_products_in_tf32(dtype, kernel_device):
     assert torch.equal(assign_tokens(hidden, codewords, 3, precision="tf32"), naive_assign(hidden, codewords, 3))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_summands_add_up_to_the_codewords(dtype, kernel_device):
-    codewords = make_inputs((0, 200, 50, 1), dtype, kernel_device)[1]
-    codewords[0] = 0.0
-    codewords[0, 0] = -1.0
-    summands, scale = split_codewords(codewords, dtype)
-    assert summands.dtype == dtype and summands.shape == (3, 50, 200)
-    error = summands.double().sum(dim=0) / scale - codewords.double()
-    assert error.abs().max() <= (0.0 if dtype == torch.bfloat16 else 2.0**-38)
-
-
 def test_strided_inputs_equal_contiguous_ones(kernel_device):
     hidden, codewords = make_inputs((33, 37, 6, 2), torch.float32, kernel_device)
     expected = assign_with_statistics(hidden, codewords, 2, deterministic=True)
@@ -210,8 +170,6 @@ def test_worked_examples(kernel_device):
         assignments, statistics = assign_with_statistics(hidden, codewords, 1, deterministic=deterministic)
         assert assignments.tolist() == [[1]]
         assert statistics.tolist() == [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]]
-    summands, scale = split_codewords(torch.tensor([[1 + 2.0**-9]], device=kernel_device), torch.bfloat16)
-    assert summands.flatten().tolist() == [1, 2.0**-9, 0] and scale == 1.0
 
 
 @pytest.mark.parametrize(
@@ -238,12 +196,11 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "sorted"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large(dtype, deterministic):
+def test_large(dtype, deterministic, cuda):
     """Similarities equal to those of the reference's choice: with so many tokens, some near ties fall otherwise."""
-    hidden, codewords = make_inputs((16384, 2048, 1024, 2), dtype, "cuda")
+    hidden, codewords = make_inputs((16384, 2048, 1024, 2), dtype, cuda)
     assignments, statistics = assign_with_statistics(hidden, codewords, 2, deterministic=deterministic)
     similarity = hidden.double() @ codewords.double().t()
     best = similarity.topk(2, dim=1).values
@@ -252,12 +209,11 @@ def test_large(dtype, deterministic):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "sorted"))
-def test_tokens_beyond_2_31_elements(deterministic):
+def test_tokens_beyond_2_31_elements(deterministic, cuda):
     num_tokens, hidden_size = 2**20 + 5, 2048
-    codewords = make_inputs((0, hidden_size, 8, 1), torch.float32, "cuda")[1]
-    chosen = torch.arange(num_tokens, device="cuda") % 8
+    codewords = make_inputs((0, hidden_size, 8, 1), torch.float32, cuda)[1]
+    chosen = torch.arange(num_tokens, device=cuda) % 8
     hidden = codewords.bfloat16()[chosen]
     assignments, statistics = assign_with_statistics(hidden, codewords, 1, deterministic=deterministic)
     assert torch.equal(assignments[:, 0], chosen)

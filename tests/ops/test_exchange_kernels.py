@@ -9,33 +9,21 @@ from air_moe_megatron.ops.exchange import kernels
 from air_moe_megatron.ops.exchange.kernels import combine, make_plan, pack
 from air_moe_megatron.ops.exchange.naive import naive_combine, naive_counts, naive_pack, naive_row_tokens
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 # Everything is copied, or added in a fixed order in fp32: no tolerance.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # T, H, K, D, experts of a rank
 SHAPES = {
-    "odd-sizes": (37, 33, 5, 3, 7),
+    "odd-sizes": (11, 33, 5, 3, 7),
     "one-rank": (9, 16, 3, 1, 11),
-    "more-ranks-than-experts-per-token": (21, 8, 2, 37, 2),
-    "one-expert-per-rank": (13, 8, 6, 20, 1),
-    "several-blocks-of-places": (7, 9, 40, 4, 12),
+    "more-ranks-than-experts-per-token": (7, 8, 2, 37, 2),
+    "one-expert-per-rank": (9, 8, 6, 20, 1),
+    "several-blocks-of-places": (5, 9, 40, 4, 12),
     "no-tokens": (0, 33, 4, 3, 2),
     "one-token": (1, 33, 4, 3, 2),
     "one-everything": (1, 1, 1, 1, 1),
 }
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory is NaN, or -77 where it holds integers: an element that no kernel writes is found."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(math.nan if tensor.is_floating_point() else -77)
-
-    monkeypatch.setattr(kernels.torch, "empty", poisoned)
 
 
 def randn(generator, shape, dtype):
@@ -106,9 +94,9 @@ def test_equals_naive(shape, kernel_device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("shape", ("odd-sizes", "one-expert-per-rank"))
-def test_other_dtypes_equal_naive(shape, dtype, kernel_device):
-    assert_equals_naive(make_inputs(SHAPES[shape], dtype, kernel_device), *SHAPES[shape][3:])
+def test_other_dtypes_equal_naive(dtype, kernel_device):
+    shape = SHAPES["odd-sizes"]
+    assert_equals_naive(make_inputs(shape, dtype, kernel_device), *shape[3:])
 
 
 @pytest.mark.parametrize("absent", (0.0, 1.0), ids=("every-place-taken", "no-pairs"))
@@ -118,8 +106,8 @@ def test_full_and_empty_plans(absent, kernel_device):
 
 
 def test_every_token_on_one_rank(kernel_device):
-    hidden, _, probs = make_inputs((37, 33, 4, 3, 9), torch.float32, kernel_device)
-    ids = 9 + torch.arange(4, dtype=torch.int32, device=kernel_device).repeat(37, 1)
+    hidden, _, probs = make_inputs((7, 33, 4, 3, 9), torch.float32, kernel_device)
+    ids = 9 + torch.arange(4, dtype=torch.int32, device=kernel_device).repeat(7, 1)
     assert_equals_naive((hidden, ids, probs), 3, 9)
 
 
@@ -136,12 +124,21 @@ def test_invalid_ids_and_probs_are_counted_and_travel_nowhere(id_dtype, kernel_d
     ids[3, 2], ids[4, 0], ids[36, 4] = 21, -2, torch.iinfo(id_dtype).max
     probs[0, 0], probs[1, 1], probs[2, 2], probs[36, 3] = math.nan, math.inf, -math.inf, math.nan
     plan = make_plan(ids, probs, 3, 7)
-    assert plan.counts[:, 2:].tolist() == [[3, 4]] * 3
+    assert plan.counts[:, 2:].tolist() == [[3, 4, 0]] * 3
     assert_equal(plan.counts, naive_counts(ids, probs, 3, 7))
     rows, codes, _ = pack(hidden, probs, plan, *sizes(plan))
     expected = naive_pack(hidden, ids, probs, 3, 7)
     assert_equal(rows, expected[0])
     assert_equal(codes, expected[1])
+
+
+def test_a_misfit_is_told_to_every_rank(kernel_device):
+    """Its ids and probs are stand-ins: no pair goes anywhere."""
+    ids = torch.full((5, 1), -1, device=kernel_device)
+    probs = torch.zeros(5, 1, device=kernel_device)
+    plan = make_plan(ids, probs, 3, 7, misfit=True)
+    assert plan.counts.tolist() == [[0, 0, 0, 0, 1]] * 3
+    assert_equal(plan.counts, naive_counts(ids, probs, 3, 7, misfit=True))
 
 
 def test_plan_lists_rows_and_places(kernel_device):
@@ -177,7 +174,7 @@ def test_worked_examples(kernel_device):
     ids = torch.tensor([[0, 3, 1], [2, -1, -1]], device=kernel_device)
     probs = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]], device=kernel_device)
     plan = make_plan(ids, probs, 2, 2)
-    assert plan.counts.tolist() == [[1, 2, 0, 0], [2, 2, 0, 0]]
+    assert plan.counts.tolist() == [[1, 2, 0, 0, 0], [2, 2, 0, 0, 0]]
     assert plan.token_rows.tolist() == [[0, 1], [2, -1]]
     assert plan.pair_places.tolist() == [[0, 2, 1], [3, -1, -1]]
     assert plan.codes.tolist() == [[~0, ~1, 1], [~0, -1, -1]]
@@ -195,7 +192,7 @@ def test_worked_examples(kernel_device):
         (lambda hidden, ids, probs, plan: make_plan(ids[:, :0], probs[:, :0], 3, 7), "K at least 1"),
         (lambda hidden, ids, probs, plan: make_plan(ids, probs[1:], 3, 7), "must both be"),
         (lambda hidden, ids, probs, plan: make_plan(ids, probs, 2**16, 2**15), "2\\^31"),
-        (lambda hidden, ids, probs, plan: pack(hidden[1:], probs, plan, 1, 1), r"hidden \(36, 33\)"),
+        (lambda hidden, ids, probs, plan: pack(hidden[1:], probs, plan, 1, 1), r"hidden \(10, 33\)"),
         (lambda hidden, ids, probs, plan: pack(hidden, probs[:, 1:], plan, 1, 1), "plan's T and K"),
         (lambda hidden, ids, probs, plan: combine(hidden[0], plan), r"\[R, H\]"),
     ],
@@ -203,35 +200,34 @@ def test_worked_examples(kernel_device):
 )
 def test_what_does_not_fit_is_refused(call, message):
     hidden, ids, probs = make_inputs(SHAPES["odd-sizes"], torch.float32, "cpu")
-    width = torch.zeros(37, 3, dtype=torch.int32)
-    plan = kernels.ExchangePlan(torch.zeros(3, 4, dtype=torch.int64), width, ids, ids)
+    width = torch.zeros(11, 3, dtype=torch.int32)
+    plan = kernels.ExchangePlan(torch.zeros(3, 5, dtype=torch.int64), width, ids, ids)
     with pytest.raises(ValueError, match=message):
         call(hidden, ids, probs, plan)
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(
     "shape",
     [(8192, 2048, 512, 8, 512), (4096, 1024, 16, 1024, 16), (2048, 512, 512, 1024, 64)],
     ids=("many-pairs", "many-ranks", "many-pairs-and-ranks"),
 )
-def test_large(shape, dtype):
+def test_large(shape, dtype, cuda):
     num_tokens, hidden_size, topk, num_ranks, num_local_experts = shape
-    generator = torch.Generator("cuda").manual_seed(0)
-    first = torch.randint(num_ranks * num_local_experts, (num_tokens, 1), generator=generator, device="cuda")
+    generator = torch.Generator(cuda).manual_seed(0)
+    first = torch.randint(num_ranks * num_local_experts, (num_tokens, 1), generator=generator, device=cuda)
     stride = num_ranks * num_local_experts // topk - 1  # so many apart, the experts of a token are distinct
-    ids = (first + stride * torch.arange(topk, device="cuda")) % (num_ranks * num_local_experts)
-    hidden = torch.randn(num_tokens, hidden_size, generator=generator, device="cuda").to(dtype)
-    probs = torch.rand(num_tokens, topk, generator=generator, device="cuda")
+    ids = (first + stride * torch.arange(topk, device=cuda)) % (num_ranks * num_local_experts)
+    hidden = torch.randn(num_tokens, hidden_size, generator=generator, device=cuda).to(dtype)
+    probs = torch.rand(num_tokens, topk, generator=generator, device=cuda)
     layout = (num_ranks, num_local_experts)
     plan = make_plan(ids, probs, *layout)
     rows, codes, row_probs = pack(hidden, probs, plan, *sizes(plan))
     for found, expected in zip((rows, codes, row_probs), naive_pack(hidden, ids, probs, *layout), strict=True):
         assert_equal(found, expected)
     # On a GPU the reference adds in any order: whole numbers, so that all give the same.
-    whole = torch.randint(-3, 4, rows.shape, generator=generator, device="cuda").float()
+    whole = torch.randint(-3, 4, rows.shape, generator=generator, device=cuda).float()
     expected = naive_combine(whole, naive_row_tokens(ids, *layout), num_tokens)
     assert_equal(combine(whole, plan), expected)
     runs = [combine(rows, plan) for _ in range(2)]
@@ -239,12 +235,11 @@ def test_large(shape, dtype):
 
 
 @pytest.mark.gpu
-@needs_gpu
-def test_rows_beyond_2_31_elements():
+def test_rows_beyond_2_31_elements(cuda):
     num_tokens, hidden_size = 2**20 + 5, 2048
-    hidden = torch.zeros(num_tokens, hidden_size, dtype=torch.bfloat16, device="cuda")
-    hidden[-7:] = torch.arange(1, 8, device="cuda").unsqueeze(1).bfloat16()
-    ids = torch.tensor([[0, 1]], device="cuda").repeat(num_tokens, 1)
+    hidden = torch.zeros(num_tokens, hidden_size, dtype=torch.bfloat16, device=cuda)
+    hidden[-7:] = torch.arange(1, 8, device=cuda).unsqueeze(1).bfloat16()
+    ids = torch.tensor([[0, 1]], device=cuda).repeat(num_tokens, 1)
     plan = make_plan(ids, ids.float(), 2, 1)
     rows, codes, row_probs = pack(hidden, ids.float(), plan, *sizes(plan))
     assert torch.equal(rows[num_tokens - 7 : num_tokens], hidden[-7:]) and torch.equal(rows[-7:], hidden[-7:])

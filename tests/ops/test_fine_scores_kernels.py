@@ -3,37 +3,30 @@
 import pytest
 import torch
 
-from air_moe_megatron.ops.fine_scores import kernels
-from air_moe_megatron.ops.fine_scores.kernels import fine_scores_kernel, fine_topk_kernel
+from air_moe_megatron.ops.fine_scores import kernels, topk_kernels
+from air_moe_megatron.ops.fine_scores.kernels import fine_scores_kernel
 from air_moe_megatron.ops.fine_scores.naive import naive_fine_scores
+from air_moe_megatron.ops.fine_scores.topk_kernels import fine_topk_kernel
+from tests.ops.conftest import relative_error
 
 # Root mean square of the difference over that of naive.py in fp64 on the same inputs. Sums are made in fp32; what is
 # written in 16 bits is rounded once, by Triton's interpreter towards zero, and so are 16-bit gradients on their way in.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
 # Interpreted, the elements that are masked out afterwards warn.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+]
 
 # T, H, E, C, L, P
 SHAPES = {
-    "two-probes": (37, 33, 24, 5, 7, 2),
+    "two-probes": (21, 33, 24, 4, 7, 2),
     "one-codeword-in-two-blocks": (70, 17, 40, 1, 40, 1),
     "list-in-two-blocks": (5, 100, 150, 2, 140, 1),
     "one-everything": (1, 1, 1, 1, 1, 1),
     "no-tokens": (0, 8, 12, 3, 4, 2),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Whatever is not written is NaN, or an expert that there is not."""
-    empty = torch.empty
-
-    def poisoned_empty(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
 
 
 def make(shape, dtype, device, padded=True, integers=False):
@@ -61,12 +54,6 @@ def make(shape, dtype, device, padded=True, integers=False):
 
 def widened(leaves):
     return [leaf.detach().double().requires_grad_() for leaf in leaves]
-
-
-def relative_error(found, expected):
-    if expected.numel() == 0:
-        return 0.0
-    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 def assert_gradients_near(found, expected, leaves, tolerance):
@@ -97,10 +84,14 @@ def assert_scores_equal_naive(shape, input_dtype, dtype, device, **options):
     return found
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_scores_and_gradients_equal_naive(shape, dtype, kernel_device):
-    assert_scores_equal_naive(shape, dtype, dtype, kernel_device)
+def test_scores_and_gradients_equal_naive(shape, kernel_device):
+    assert_scores_equal_naive(shape, torch.float32, torch.float32, kernel_device)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_narrow_dtypes_round_once(dtype, kernel_device):
+    assert_scores_equal_naive(SHAPES["two-probes"], dtype, dtype, kernel_device)
 
 
 @pytest.mark.parametrize("input_dtype", (torch.bfloat16, torch.float16), ids=str)
@@ -109,8 +100,19 @@ def test_arithmetic_is_that_of_the_router_dtype(input_dtype, kernel_device):
     assert_scores_equal_naive(SHAPES["two-probes"], input_dtype, torch.float32, kernel_device)
 
 
-def test_fp32_gradients_of_bf16_inputs_keep_16_bits(kernel_device):
-    leaves, shortlist, assignments = make(SHAPES["two-probes"], torch.bfloat16, kernel_device)
+def test_strided_biases_equal_contiguous_ones(kernel_device):
+    (hidden, weight, bias), shortlist, assignments = make((5, 8, 12, 2, 4, 1), torch.float32, kernel_device)
+    strided = bias.detach().unsqueeze(1).repeat(1, 3)[:, 1]
+    inputs = (shortlist, assignments, torch.float32)
+    with torch.no_grad():
+        scores = [fine_scores_kernel(hidden, weight, values, *inputs) for values in (bias, strided)]
+        ids = [fine_topk_kernel(hidden, weight, None, *inputs, 2, values)[1] for values in (bias, strided)]
+    assert torch.equal(*scores) and torch.equal(*ids)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_fp32_gradients_of_16_bit_inputs_keep_16_bits(dtype, kernel_device):
+    leaves, shortlist, assignments = make(SHAPES["two-probes"], dtype, kernel_device)
     weight = torch.nn.Parameter(leaves[1].detach())
     weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
     hidden, bias = leaves[0].detach(), leaves[2].detach()
@@ -120,14 +122,16 @@ def test_fp32_gradients_of_bf16_inputs_keep_16_bits(kernel_device):
     grad = random_like(expected.float()).masked_fill(~present, 0.0)
     (expected,) = torch.autograd.grad(expected, wide, grad.double())
     fine_scores_kernel(hidden, weight, bias, shortlist, assignments, torch.float32).backward(grad)
-    assert relative_error(weight.main_grad, expected) <= 2.0**-16
+    # The interpreter rounds the parts towards zero: both parts of fp16 inputs lose something.
+    assert relative_error(weight.main_grad, expected) <= (2.0**-15 if dtype == torch.float16 else 2.0**-16)
 
 
-@pytest.mark.parametrize("chunk", (1, 3, 5), ids=lambda n: f"{n}-codewords")
+@pytest.mark.parametrize("chunk", (1, 3), ids=lambda n: f"{n}-codewords")
 def test_deterministic_gradients_equal_naive(chunk, monkeypatch, kernel_device):
     _, hidden_size, _, _, shortlist_size, _ = shape = SHAPES["two-probes"]
     monkeypatch.setattr(kernels, "_TILE_ELEMENTS", chunk * hidden_size * shortlist_size)
     found = assert_scores_equal_naive(shape, torch.float32, torch.float32, kernel_device, deterministic=True)
+    monkeypatch.setattr(kernels, "_TILE_ELEMENTS", 4 * hidden_size * shortlist_size)
     again = assert_scores_equal_naive(shape, torch.float32, torch.float32, kernel_device, deterministic=True)
     assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
 
@@ -149,8 +153,11 @@ def test_codewords_without_tokens_leave_their_experts_alone(deterministic, monke
     assert found[1][unused].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "deterministic"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    "dtype, deterministic",
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)],
+    ids=("atomic", "deterministic", "bf16-main-grad"),
+)
 def test_main_grad_is_added_to_and_only_in_used_rows(dtype, deterministic, kernel_device):
     (hidden, weight, _), shortlist, assignments = make((9, 16, 60, 4, 5, 1), torch.float32, kernel_device)
     unused = torch.ones(60, dtype=torch.bool, device=kernel_device)
@@ -168,11 +175,11 @@ def test_main_grad_is_added_to_and_only_in_used_rows(dtype, deterministic, kerne
     assert relative_error(grads[1], 3.0 + grads[0].double()) <= TOLERANCES[dtype]
 
 
-def naive_topk(leaves, shortlist, assignments, topk, selection_bias=None, function="identity"):
+def naive_topk(leaves, shortlist, assignments, topk, selection_bias=None, function=None):
     """Scores [T, K], ids and logsumexp by sorting all scores; the first of equals wins."""
     scores = naive_fine_scores(*leaves, shortlist, assignments, torch.float64).squeeze(1)
     ids = shortlist[assignments.squeeze(1)]
-    rank = {"identity": lambda s: s, "sigmoid": torch.sigmoid, "sqrtsoftplus": lambda s: torch.log1p(s.exp()).sqrt()}
+    rank = {None: lambda s: s, "sigmoid": torch.sigmoid, "sqrtsoftplus": lambda s: torch.log1p(s.exp()).sqrt()}
     rank = rank[function](scores.detach())
     if selection_bias is not None:
         rank = rank + selection_bias[ids.clamp(min=0)].double()
@@ -186,15 +193,16 @@ def naive_topk(leaves, shortlist, assignments, topk, selection_bias=None, functi
     )
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "topk"),
+    ("shape", "topk", "dtype"),
     [
-        ((37, 33, 24, 5, 7, 1), 3),
-        ((9, 16, 50, 3, 45, 1), 45),
-        ((9, 16, 50, 3, 20, 1), 30),  # more than the list
-        ((1, 1, 1, 1, 1, 1), 1),
-        ((0, 8, 12, 3, 4, 1), 2),
+        ((37, 33, 24, 5, 7, 1), 3, torch.float32),
+        ((21, 33, 24, 4, 7, 1), 3, torch.bfloat16),
+        ((21, 33, 24, 4, 7, 1), 3, torch.float16),
+        ((9, 16, 50, 3, 45, 1), 45, torch.float32),
+        ((9, 16, 50, 3, 20, 1), 30, torch.float32),  # more than the list
+        ((1, 1, 1, 1, 1, 1), 1, torch.float32),
+        ((0, 8, 12, 3, 4, 1), 2, torch.float32),
     ],
     ids=str,
 )
@@ -209,14 +217,17 @@ def test_topk_is_exact_and_the_first_of_equals_wins(shape, topk, dtype, kernel_d
     torch.testing.assert_close(logsumexp.double(), expected[2], rtol=5e-6, atol=5e-6)
 
 
-@pytest.mark.parametrize("with_bias", (False, True), ids=("no-bias", "bias"))
-@pytest.mark.parametrize("function", kernels.SELECTION_FUNCTIONS)
+@pytest.mark.parametrize(
+    "function, with_bias",
+    [(None, False), (None, True), ("sigmoid", False), ("sqrtsoftplus", True)],
+    ids=("scores", "bias", "sigmoid", "sqrtsoftplus-and-bias"),
+)
 @pytest.mark.parametrize("tile", (512, 16), ids=("one-tile", "merged-tiles"))
 def test_candidates_are_ranked_as_asked_in_one_tile_and_in_several(
     tile, function, with_bias, monkeypatch, kernel_device
 ):
-    monkeypatch.setattr(kernels, "_TILE_COLUMNS", tile)
-    leaves, shortlist, assignments = make((9, 8, 90, 3, 70, 1), torch.float32, kernel_device, integers=True)
+    monkeypatch.setattr(topk_kernels, "_TILE_COLUMNS", tile)
+    leaves, shortlist, assignments = make((7, 8, 90, 2, 55, 1), torch.float32, kernel_device, integers=True)
     bias = None
     if with_bias:  # multiples of 1/8, of which scores that differ by one do not come near
         bias = torch.randint(-8, 8, (90,), generator=torch.Generator().manual_seed(0)).div(8).to(kernel_device)
@@ -240,11 +251,19 @@ def test_the_largest_topk_of_a_list_of_two_full_tiles(kernel_device):
     assert torch.equal(scores.double(), expected[0])
 
 
-@pytest.mark.parametrize("reached", ("scores", "logsumexp", "both"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "deterministic"))
+@pytest.mark.parametrize(
+    "reached, dtype, deterministic",
+    [
+        ("scores", torch.float32, False),
+        ("scores", torch.bfloat16, False),
+        ("logsumexp", torch.float32, False),
+        ("both", torch.bfloat16, False),
+        ("both", torch.float32, True),
+    ],
+    ids=("scores", "scores-bf16", "logsumexp", "both-bf16", "both-deterministic"),
+)
 def test_topk_gradients_equal_naive(reached, dtype, deterministic, kernel_device):
-    leaves, shortlist, assignments = make((21, 17, 40, 4, 18, 1), dtype, kernel_device)
+    leaves, shortlist, assignments = make((11, 17, 40, 3, 18, 1), dtype, kernel_device)
     results = []
     for is_kernel, inputs in ((False, widened(leaves)), (True, leaves)):
         if is_kernel:
@@ -325,15 +344,13 @@ def test_worked_examples(kernel_device):
 
 
 @pytest.mark.gpu
-def test_scores_beyond_2_31_elements():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
+def test_scores_beyond_2_31_elements(cuda):
     num_tokens, shortlist_size = 2**20 + 64, 2048
-    generator = torch.Generator("cuda").manual_seed(0)
-    hidden = torch.randn(num_tokens, 16, generator=generator, device="cuda").bfloat16().requires_grad_()
-    weight = torch.randn(4096, 16, generator=generator, device="cuda").bfloat16().requires_grad_()
-    shortlist = torch.rand(64, 4096, generator=generator, device="cuda").argsort(dim=1)[:, :shortlist_size]
-    assignments = torch.randint(64, (num_tokens, 1), generator=generator, device="cuda")
+    generator = torch.Generator(cuda).manual_seed(0)
+    hidden = torch.randn(num_tokens, 16, generator=generator, device=cuda).bfloat16().requires_grad_()
+    weight = torch.randn(4096, 16, generator=generator, device=cuda).bfloat16().requires_grad_()
+    shortlist = torch.rand(64, 4096, generator=generator, device=cuda).argsort(dim=1)[:, :shortlist_size]
+    assignments = torch.randint(64, (num_tokens, 1), generator=generator, device=cuda)
     scores = fine_scores_kernel(hidden, weight, None, shortlist, assignments, torch.bfloat16)
     topk_scores, topk_ids, _ = fine_topk_kernel(hidden, weight, None, shortlist, assignments, torch.bfloat16, 64)
     last = slice(num_tokens - 100, num_tokens)
@@ -355,12 +372,10 @@ def test_scores_beyond_2_31_elements():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("shortlist_size", (512, 2048))
-def test_large_shapes_equal_naive(shortlist_size, dtype):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
+def test_large_shapes_equal_naive(shortlist_size, dtype, cuda):
     shape = (1000, 257, 4096, 48, shortlist_size, 1)
-    assert_scores_equal_naive(shape, dtype, dtype, "cuda")
-    leaves, shortlist, assignments = make(shape, dtype, "cuda", integers=True)
+    assert_scores_equal_naive(shape, dtype, dtype, cuda)
+    leaves, shortlist, assignments = make(shape, dtype, cuda, integers=True)
     with torch.no_grad():
         for topk in (1, 64, 512):
             expected = naive_topk(leaves, shortlist, assignments, topk)

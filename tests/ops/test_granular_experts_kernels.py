@@ -8,6 +8,9 @@ from air_moe_megatron.ops.granular_experts import kernels
 from air_moe_megatron.ops.granular_experts.kernels import granular_experts_kernel
 from air_moe_megatron.ops.granular_experts.naive import naive_granular_experts
 from air_moe_megatron.ops.pair_products import make_pairs
+from tests.ops.conftest import relative_error
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # Root mean square of the difference over that of naive.py in fp64 on the same inputs. Between the projections
 # everything is fp32; what is written in 16 bits is rounded once, by Triton's interpreter towards zero.
@@ -23,29 +26,14 @@ ACTIVATIONS = {
 
 # R, E, experts per row at most, F, H
 SHAPES = {
-    "one-row-each": (11, 7, 3, 1, 33),
-    "several-rows-each": (7, 5, 4, 3, 16),
+    "one-row-each": (7, 5, 3, 1, 33),
+    "several-rows-each": (5, 3, 3, 3, 16),
     "sums-in-expert-order": (9, 4, 3, 9, 130),
-    "long-segments": (70, 2, 2, 2, 5),
+    "long-segments": (90, 1, 1, 8, 5),
     "one-everything": (1, 1, 1, 1, 1),
     "no-rows": (0, 3, 1, 2, 8),
     "no-pairs": (3, 4, 0, 8, 8),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Whatever is not written is NaN."""
-
-    def poison(create):
-        def poisoned_empty(*args, **kwargs):
-            tensor = create(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return poisoned_empty
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
 
 
 def make(shape, dtype, device, gated=False):
@@ -65,12 +53,6 @@ def make(shape, dtype, device, gated=False):
     leaves = [leaf.to(dtype).to(device).requires_grad_() for leaf in leaves]
     rows, ids = rows.to(device), ids.to(device)
     return leaves, rows, ids, make_pairs(rows, ids, num_rows, num_experts)
-
-
-def relative_error(found, expected):
-    if expected.numel() == 0:
-        return 0.0
-    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 def assert_equals_naive(shape, activation, gated, dtype, device, **options):
@@ -104,7 +86,7 @@ def test_narrow_dtypes_round_once(shape, dtype, kernel_device):
 @pytest.mark.parametrize("gated", (False, True), ids=("plain", "gated"))
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
 def test_every_activation_equals_naive(activation, gated, kernel_device):
-    assert_equals_naive(SHAPES["several-rows-each"], activation, gated, torch.float32, kernel_device)
+    assert_equals_naive((3, 2, 2, 3, 16), activation, gated, torch.float32, kernel_device)
 
 
 def test_the_largest_gated_experts_equal_naive(kernel_device):
@@ -139,7 +121,7 @@ def test_fp32_sums_of_bf16_rows_keep_16_bits(kernel_device):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_main_grad_is_added_to_and_only_in_used_experts(dtype, kernel_device):
-    leaves, _, ids, pairs = make((4, 30, 2, 2, 16), torch.float32, kernel_device)
+    leaves, _, ids, pairs = make((3, 30, 2, 2, 16), torch.float32, kernel_device)
     unused = torch.ones(30, dtype=torch.bool, device=kernel_device)
     unused[ids] = False
     expected = torch.autograd.grad(granular_experts_kernel(*leaves, pairs, "gelu").sum(), leaves[1:3])
@@ -179,8 +161,8 @@ def test_only_the_gradient_that_is_asked_for(wanted, kernel_device):
     "change, message",
     [
         (lambda h, w1, w2, p: (h.double(), w1, w2, p, "gelu"), "hidden is torch.float64"),
-        (lambda h, w1, w2, p: (h, w1[:, :2], w2, p, "gelu"), r"weight1 \(5, 2, 16\)"),
-        (lambda h, w1, w2, p: (h[:-1], w1, w2, p, "gelu"), "R = 7"),
+        (lambda h, w1, w2, p: (h, w1[:, :2], w2, p, "gelu"), r"weight1 \(3, 2, 16\)"),
+        (lambda h, w1, w2, p: (h[:-1], w1, w2, p, "gelu"), "R = 5"),
         (lambda h, w1, w2, p: (h, w1, w2, p[:-1], "gelu"), r"probs \("),
         (lambda h, w1, w2, p: (h, w1.repeat(1, 22, 1), w2.repeat(1, 22, 1), p, "gelu"), r"expert \(66\)"),
         (lambda h, w1, w2, p: (h, w1, w2, p, "quick_gelu"), "'quick_gelu'"),
@@ -202,21 +184,19 @@ def test_worked_example(kernel_device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("ffn_hidden_size", (2, 16))
-def test_weights_beyond_2_31_elements(ffn_hidden_size):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
+def test_weights_beyond_2_31_elements(ffn_hidden_size, cuda):
     hidden_size = 1024
     num_experts = 2**31 // (ffn_hidden_size * hidden_size) + 3
-    used = torch.tensor([0, num_experts - 2, num_experts - 1], device="cuda")
-    rows = torch.tensor([0, 0, 1, 1], device="cuda")
-    ids = used[torch.tensor([0, 2, 1, 2], device="cuda")]
+    used = torch.tensor([0, num_experts - 2, num_experts - 1], device=cuda)
+    rows = torch.tensor([0, 0, 1, 1], device=cuda)
+    ids = used[torch.tensor([0, 2, 1, 2], device=cuda)]
     pairs = make_pairs(rows, ids, 2, num_experts)
-    hidden = torch.randn(2, hidden_size, device="cuda").bfloat16().requires_grad_()
-    probs = torch.rand(4, device="cuda").requires_grad_()
-    few = [torch.randn(3, ffn_hidden_size, hidden_size, device="cuda").bfloat16() / 32 for _ in range(2)]
+    hidden = torch.randn(2, hidden_size, device=cuda).bfloat16().requires_grad_()
+    probs = torch.rand(4, device=cuda).requires_grad_()
+    few = [torch.randn(3, ffn_hidden_size, hidden_size, device=cuda).bfloat16() / 32 for _ in range(2)]
     weights = []
     for rows_in_use in few:
-        weight = torch.zeros(num_experts, ffn_hidden_size, hidden_size, dtype=torch.bfloat16, device="cuda")
+        weight = torch.zeros(num_experts, ffn_hidden_size, hidden_size, dtype=torch.bfloat16, device=cuda)
         weight[used] = rows_in_use
         weights.append(weight.requires_grad_())
     found = granular_experts_kernel(hidden, *weights, probs, pairs, "silu")
@@ -235,9 +215,7 @@ def test_weights_beyond_2_31_elements(ffn_hidden_size):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("ffn_hidden_size", (1, 4, 64))
-def test_large_shapes_equal_naive(ffn_hidden_size, dtype):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
+def test_large_shapes_equal_naive(ffn_hidden_size, dtype, cuda):
     shape = (500, 700, 16, ffn_hidden_size, 513)
     for gated, options in ((False, {}), (True, {}), (True, {"deterministic": True})):
-        assert_equals_naive(shape, "gelu_tanh", gated, dtype, "cuda", **options)
+        assert_equals_naive(shape, "gelu_tanh", gated, dtype, cuda, **options)

@@ -2,15 +2,15 @@
 
 import math
 
-import numpy
 import pytest
 import torch
-import triton
-from triton.runtime.interpreter import InterpreterBuilder
 
 from air_moe_megatron.ops.ranking import kernels
 from air_moe_megatron.ops.ranking.kernels import rank_experts_kernel
 from air_moe_megatron.ops.ranking.naive import naive_rank_experts, naive_scores
+from tests.ops.conftest import relative_error
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of the scores, as the root mean square of the difference over that of the reference, which is naive.py in fp64 on the
@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = 2e-6
 # C, H, E, L
 SHAPES = {
-    "odd-sizes": (11, 33, 333, 7),
+    "odd-sizes": (11, 33, 201, 5),
     "several-tiles-of-codewords": (140, 20, 70, 2),
     "list-longer-than-groups": (9, 33, 100, 37),
     "every-expert": (5, 16, 40, 40),
@@ -32,39 +32,6 @@ RANKED_BY = {
     "sigmoid": (False, "sigmoid"),
     "sqrtsoftplus": (True, "sqrtsoftplus"),
 }
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory is NaN, or a very high key where it holds integers: an element that no kernel writes is found."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(math.nan if tensor.is_floating_point() else 2**62)
-
-    monkeypatch.setattr(kernels.torch, "empty", poisoned)
-
-
-@pytest.fixture(autouse=True)
-def bf16_products(monkeypatch):
-    """Triton's interpreter multiplies bf16 numbers as the integers that hold their bits: widen them first."""
-    if not triton.knobs.runtime.interpret:
-        return
-    create_dot = InterpreterBuilder.create_dot
-
-    def widened(handle):
-        if handle.data.dtype == numpy.uint16:
-            handle = type(handle)((handle.data.astype(numpy.uint32) << 16).view(numpy.float32), triton.language.float32)
-        return handle
-
-    monkeypatch.setattr(
-        InterpreterBuilder,
-        "create_dot",
-        lambda self, a, b, *args: create_dot(self, widened(a), widened(b), *args),
-    )
 
 
 def make_inputs(shape, dtype, ranked_by, device, seed=0):
@@ -92,23 +59,38 @@ def assert_equals_naive(inputs, **options):
     assert (lists.dtype, nearest.dtype, score.dtype) == (torch.int64, torch.int64, torch.float32)
     assert torch.equal(lists, expected_lists)
     assert torch.equal(nearest, expected_nearest)
-    assert (score.double() - expected_score).norm() <= TOLERANCE * expected_score.norm()
+    assert relative_error(score, expected_score) <= TOLERANCE
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_naive(shape, kernel_device):
+    assert_equals_naive(make_inputs(shape, torch.float32, RANKED_BY["sqrtsoftplus"], kernel_device))
 
 
 @pytest.mark.parametrize("ranked_by", ("scores", "sqrtsoftplus"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_equals_naive(shape, dtype, ranked_by, kernel_device):
-    assert_equals_naive(make_inputs(shape, dtype, RANKED_BY[ranked_by], kernel_device))
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_narrow_dtypes_equal_naive(dtype, ranked_by, kernel_device):
+    assert_equals_naive(make_inputs(SHAPES["odd-sizes"], dtype, RANKED_BY[ranked_by], kernel_device))
 
 
-@pytest.mark.parametrize("ranked_by", ("bias", "sigmoid"))
+@pytest.mark.parametrize("ranked_by", ("scores", "bias", "sigmoid"))
 def test_ranked_by_other_scores(ranked_by, kernel_device):
     assert_equals_naive(make_inputs(SHAPES["odd-sizes"], torch.float32, RANKED_BY[ranked_by], kernel_device))
 
 
-@pytest.mark.parametrize("group_size", (16, 64, 128))
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_strided_biases_equal_contiguous_ones(kernel_device):
+    *inputs, bias, size, function, expert_bias = make_inputs(
+        SHAPES["every-expert"], torch.float32, RANKED_BY["sqrtsoftplus"], kernel_device
+    )
+    strided = (values.unsqueeze(1).repeat(1, 3)[:, 1] for values in (bias, expert_bias))
+    assert_equals_naive((*inputs, next(strided), size, function, next(strided)))
+
+
+@pytest.mark.parametrize(
+    "dtype, group_size",
+    [(torch.float32, 16), (torch.float32, 64), (torch.float32, 128), (torch.bfloat16, 128)],
+    ids=str,
+)
 def test_groups_of_any_size(dtype, group_size, kernel_device):
     inputs = make_inputs(SHAPES["odd-sizes"], dtype, RANKED_BY["sqrtsoftplus"], kernel_device)
     assert_equals_naive(inputs, group_size=group_size)
@@ -116,8 +98,8 @@ def test_groups_of_any_size(dtype, group_size, kernel_device):
 
 @pytest.mark.parametrize("codewords_of_a_chunk", (1, 3))
 def test_chunks_of_codewords_change_nothing(codewords_of_a_chunk, monkeypatch, kernel_device):
-    monkeypatch.setattr(kernels, "_CHUNK_ELEMENTS", codewords_of_a_chunk * 7 * 32 + 5)
-    assert_equals_naive(make_inputs(SHAPES["odd-sizes"], torch.float32, RANKED_BY["bias"], kernel_device))
+    monkeypatch.setattr(kernels, "_CHUNK_ELEMENTS", codewords_of_a_chunk * 3 * 32 + 5)
+    assert_equals_naive(make_inputs((5, 33, 150, 3), torch.float32, RANKED_BY["bias"], kernel_device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -210,12 +192,11 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("ranked_by", RANKED_BY.values(), ids=RANKED_BY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large(dtype, ranked_by):
+def test_large(dtype, ranked_by, cuda):
     """Scores equal to those of the reference's lists: among so many experts, some near ties fall otherwise."""
-    inputs = make_inputs((512, 1024, 65536, 512), dtype, ranked_by, "cuda")
+    inputs = make_inputs((512, 1024, 65536, 512), dtype, ranked_by, cuda)
     lists, nearest, score = rank_experts_kernel(*inputs)
     wide = in_fp64(inputs)
     scores = naive_scores(*wide[:4], *wide[5:])
@@ -227,15 +208,14 @@ def test_large(dtype, ranked_by):
 
 
 @pytest.mark.gpu
-@needs_gpu
-def test_weight_beyond_2_31_elements():
+def test_weight_beyond_2_31_elements(cuda):
     """The best experts of each codeword, made so, are the last ones."""
     num_experts, hidden_size = 2**20 + 37, 2048
-    codewords, scale, *_ = make_inputs((64, hidden_size, 1, 1), torch.bfloat16, RANKED_BY["scores"], "cuda")
-    weight = torch.zeros(num_experts, hidden_size, dtype=torch.bfloat16, device="cuda")
+    codewords, scale, *_ = make_inputs((64, hidden_size, 1, 1), torch.bfloat16, RANKED_BY["scores"], cuda)
+    weight = torch.zeros(num_experts, hidden_size, dtype=torch.bfloat16, device=cuda)
     weight[-64:] = codewords.bfloat16()
     lists, nearest, score = rank_experts_kernel(codewords, scale, weight, None, 40)
-    last = torch.arange(num_experts - 64, num_experts, device="cuda")
+    last = torch.arange(num_experts - 64, num_experts, device=cuda)
     assert torch.equal(lists[:, 0], last)
-    assert torch.equal(nearest[-64:], torch.arange(64, device="cuda"))
+    assert torch.equal(nearest[-64:], torch.arange(64, device=cuda))
     assert (score[-64:] > 0.99).all() and not score[:-64].any()

@@ -9,8 +9,8 @@ Exactness. The codewords are fp32. fp32 tokens are multiplied in fp32. 16-bit to
 already, so the codewords are split into three summands of the tokens' dtype that add up to them exactly: three products
 of 16-bit numbers accumulated in fp32 give what an fp32 product gives, for one and a half times the cost of a tf32 one.
 
-A candidate is one int64 *key*: its similarity in the upper half, so that integers order as similarities do, and its id
-in the lower, so that the lower id wins a tie. The maximum of keys is an arg-max that no tie and no NaN can disturb.
+A candidate is one int64 key of similarity and id (``order_key``). The maximum of keys is an arg-max that no tie and no
+NaN can disturb.
 
 Legend: T tokens, H hidden, C clusters, P probes, S summands of a codeword.
 """
@@ -19,30 +19,23 @@ import torch
 import triton
 import triton.language as tl
 
+from air_moe_megatron.ops.tiles import (
+    HIGHEST_KEY,
+    LOWEST_KEY,
+    contiguous,
+    dot,
+    id_of_key,
+    order_key,
+    require_kernel_dtypes,
+    sort_into_segments,
+    split_codewords,
+)
+
 PRECISIONS = ("ieee", "tf32")
 MAX_PROBES = 8
 
-_LOWEST_KEY = tl.constexpr(-(2**63))
-_HIGHEST_KEY = tl.constexpr(2**63 - 1)
-_ID_BITS = tl.constexpr(2**31 - 1)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _NUM_SCALARS = tl.constexpr(3)  # count, sum of cosines, sum of lengths
-
-# An entry of a unit row is at most 1, and small ones fall out of fp16's range: scaled so, what is lost is below 2^-38.
-_FP16_SCALE = 2.0**14
-
-
-@triton.jit
-def order_key(values, ids):
-    """int64 that orders fp32 values with their ids (below 2^31): by value, NaN first, then by lower id."""
-    bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
-    bits = tl.where(values != values, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    return (bits.to(tl.int64) << 32) | (_ID_BITS - ids.to(tl.int64))
-
-
-@triton.jit
-def _id_of(keys):
-    return _ID_BITS - (keys & _ID_BITS)
 
 
 @triton.jit
@@ -64,23 +57,24 @@ def _assign_fwd_kernel(
     HAS_ALLOWED: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     WITH_STATISTICS: tl.constexpr,
-    BT: tl.constexpr,
-    BC: tl.constexpr,
-    BH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
-    tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = tokens < T
     slots = tl.arange(0, P_PAD)[:, None]
     # Distinct keys below all real ones; slots beyond P are never the worst, so never replaced.
-    best = tl.where(slots < P, _LOWEST_KEY + slots.to(tl.int64), _HIGHEST_KEY) + tl.zeros([1, BT], tl.int64)  # [P, BT]
-    for first in range(0, C, BC):
-        ids = first + tl.arange(0, BC)
+    best = tl.where(slots < P, LOWEST_KEY + slots.to(tl.int64), HIGHEST_KEY) + tl.zeros(
+        [1, BLOCK_T], tl.int64
+    )  # [P, BLOCK_T]
+    for first in range(0, C, BLOCK_C):
+        ids = first + tl.arange(0, BLOCK_C)
         is_codeword = ids < C
-        similarity = tl.zeros(
-            [BC, BT], tl.float32
-        )  # codewords are the rows: a product's M is at least 64, BT need not be
-        for start in range(0, H, BH):
-            columns = start + tl.arange(0, BH)
+        # Codewords are the rows: a product's M is at least 64, BLOCK_T need not be.
+        similarity = tl.zeros([BLOCK_C, BLOCK_T], tl.float32)
+        for start in range(0, H, BLOCK_H):
+            columns = start + tl.arange(0, BLOCK_H)
             h = tl.load(
                 hidden + tokens[None, :] * H + columns[:, None],
                 mask=is_token[None, :] & (columns < H)[:, None],
@@ -92,47 +86,50 @@ def _assign_fwd_kernel(
                     mask=is_codeword[:, None] & (columns < H)[None, :],
                     other=0.0,
                 )
-                similarity = tl.dot(c, h.to(c.dtype), similarity, input_precision=PRECISION)
+                if PRECISION == "tf32":
+                    similarity = tl.dot(c, h.to(c.dtype), similarity, input_precision="tf32")
+                else:
+                    similarity = dot(c, h.to(c.dtype), similarity)
         if HAS_ALLOWED:
             is_allowed = tl.load(allowed + ids, mask=is_codeword, other=0) != 0
             similarity = tl.where(is_allowed[:, None], similarity, float("-inf"))
-        keys = tl.where(is_codeword[:, None], order_key(similarity, ids[:, None]), _LOWEST_KEY)
+        keys = tl.where(is_codeword[:, None], order_key(similarity, ids[:, None]), LOWEST_KEY)
         for _ in tl.static_range(P):
             candidate = tl.max(keys, axis=0)[None, :]
             worst = tl.min(best, axis=0)[None, :]
             best = tl.where((best == worst) & (candidate > worst), candidate, best)
-            keys = tl.where(keys == candidate, _LOWEST_KEY, keys)
+            keys = tl.where(keys == candidate, LOWEST_KEY, keys)
 
-    best = tl.where(slots < P, best, _LOWEST_KEY)
-    nearest = _id_of(tl.max(best, axis=0))  # [BT] int64
+    best = tl.where(slots < P, best, LOWEST_KEY)
+    nearest = id_of_key(tl.max(best, axis=0))  # [BLOCK_T] int64
     for p in tl.static_range(P):
         key = tl.max(best, axis=0)
-        tl.store(assignments + tokens * P + p, _id_of(key), mask=is_token)
-        best = tl.where(best == key[None, :], _LOWEST_KEY, best)
+        tl.store(assignments + tokens * P + p, id_of_key(key), mask=is_token)
+        best = tl.where(best == key[None, :], LOWEST_KEY, best)
 
     if WITH_STATISTICS:
         counts = is_token
         if HAS_KEEP:
             counts = counts & (tl.load(keep + tokens, mask=is_token, other=0) != 0)
-        squares = tl.zeros([BT], tl.float32)
-        for start in range(0, H, BH):
-            columns = start + tl.arange(0, BH)
+        squares = tl.zeros([BLOCK_T], tl.float32)
+        for start in range(0, H, BLOCK_H):
+            columns = start + tl.arange(0, BLOCK_H)
             mask = counts[:, None] & (columns < H)[None, :]
             h = tl.load(hidden + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             squares += tl.sum(h * h, axis=1)
         lengths = tl.sqrt_rn(squares)
         divisors = tl.maximum(lengths, _TINY)
-        cosines = tl.zeros([BT], tl.float32)
+        cosines = tl.zeros([BLOCK_T], tl.float32)
         rows = statistics + nearest * (H + _NUM_SCALARS)
-        for start in range(0, H, BH):
-            columns = start + tl.arange(0, BH)
+        for start in range(0, H, BLOCK_H):
+            columns = start + tl.arange(0, BLOCK_H)
             mask = counts[:, None] & (columns < H)[None, :]
             h = tl.load(hidden + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             unit = h / divisors[:, None]
             c = tl.load(codewords + nearest[:, None] * H + columns[None, :], mask=mask, other=0.0)
             cosines += tl.sum(unit * c, axis=1)
             tl.atomic_add(rows[:, None] + columns[None, :], unit, mask=mask, sem="relaxed")
-        tl.atomic_add(rows + H, tl.full([BT], 1.0, tl.float32), mask=counts, sem="relaxed")
+        tl.atomic_add(rows + H, tl.full([BLOCK_T], 1.0, tl.float32), mask=counts, sem="relaxed")
         tl.atomic_add(rows + H + 1, cosines, mask=counts, sem="relaxed")
         tl.atomic_add(rows + H + 2, lengths, mask=counts, sem="relaxed")
 
@@ -145,17 +142,17 @@ def _sorted_statistics_fwd_kernel(
     first_places,  # [C + 1] int64, of each codeword in order
     statistics,  # [C, H + 3] fp32; the sums of cosines are left out
     H: tl.constexpr,
-    BT: tl.constexpr,
-    BH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     codeword = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BH + tl.arange(0, BH)
+    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     place, end = tl.load(first_places + codeword), tl.load(first_places + codeword + 1)
     count = (end - place).to(tl.float32)
-    sums = tl.zeros([BT, BH], tl.float32)
-    summed_lengths = tl.zeros([BT], tl.float32)
-    while place < end:  # each of BT lanes adds every BT-th token; the lanes are added up last
-        places = place + tl.arange(0, BT)
+    sums = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    summed_lengths = tl.zeros([BLOCK_T], tl.float32)
+    while place < end:  # each of BLOCK_T lanes adds every BLOCK_T-th token; the lanes are added up last
+        places = place + tl.arange(0, BLOCK_T)
         is_place = places < end
         tokens = tl.load(order + places, mask=is_place, other=0)
         length = tl.load(lengths + tokens, mask=is_place, other=0.0)
@@ -163,7 +160,7 @@ def _sorted_statistics_fwd_kernel(
         h = tl.load(hidden + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         sums += h / tl.maximum(length, _TINY)[:, None]
         summed_lengths += length
-        place += BT
+        place += BLOCK_T
     row = statistics + codeword * (H + _NUM_SCALARS)
     tl.store(row + columns, tl.sum(sums, axis=0), mask=columns < H)
     if tl.program_id(1) == 0:
@@ -171,30 +168,10 @@ def _sorted_statistics_fwd_kernel(
         tl.store(row + H + 2, tl.sum(summed_lengths, axis=0))
 
 
-def split_codewords(codewords: torch.Tensor, dtype: torch.dtype):
-    """Split fp32 unit rows into three 16-bit summands, for exact products with 16-bit numbers on the tensor cores.
-
-    Args:
-        codewords: [C, H] fp32, unit rows.
-        dtype: bf16 or fp16.
-    Returns:
-        [3, C, H] in ``dtype``, largest summand first; and the power of two by which their sum is too large.
-
-    Example: 1 + 2^-9 in bf16 (8 bits) is 1, 2^-9 and 0, times 1.
-    """
-    scale = _FP16_SCALE if dtype == torch.float16 else 1.0
-    summands = torch.empty(3, *codewords.shape, dtype=dtype, device=codewords.device)
-    rest = codewords * scale
-    for summand in summands:
-        summand.copy_(rest)
-        rest = rest - summand
-    return summands, scale
-
-
 def _blocks(hidden, num_probes, precision):
     """Block sizes and launch options as a function of T, P and the kind of product.
 
-    - 16-bit tensor cores: [128, 64] tiles of the three summands and [64, BT] of the tokens are 56 or 64 KiB, three
+    - 16-bit tensor cores: [128, 64] tiles of the three summands and [64, BLOCK_T] of the tokens are 56 or 64 KiB, three
       stages of them fit the 227 KiB of a multiprocessor. Every program reads all codewords through the L2 cache, which
       limits small blocks of tokens: 128 from 8,192 tokens on, although only 64 programs run then, else 64. With more
       than two probes the keys of 128 would not fit the registers.
@@ -202,27 +179,26 @@ def _blocks(hidden, num_probes, precision):
     - fp32 without tensor cores: limited by arithmetic; small tiles fill the multiprocessors.
     """
     if hidden.dtype == torch.float32:
-        return {"BT": 64, "BC": 64, "BH": 32, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
     if precision == "tf32":
-        return {"BT": 64, "BC": 128, "BH": 32, "num_warps": 8, "num_stages": 3}
+        return {"BLOCK_T": 64, "BLOCK_C": 128, "BLOCK_H": 32, "num_warps": 8, "num_stages": 3}
     block = 128 if hidden.shape[0] >= 8192 and num_probes <= 2 else 64
-    return {"BT": block, "BC": 128, "BH": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_T": block, "BLOCK_C": 128, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
 
 
-def _launch_assign(hidden, codewords, num_probes, allowed, keep, precision, with_statistics):
+def launch_assign(hidden, codewords, num_probes, allowed, keep, precision, with_statistics):
+    """Codewords [T, P], and the statistics [C, H + 3] by atomic additions or None; blocks as :func:`_blocks`."""
     (num_tokens, hidden_size), num_clusters = hidden.shape, codewords.shape[0]
-    hidden, codewords = hidden.contiguous(), codewords.contiguous()
-    if hidden.dtype == torch.float32 or precision == "tf32":
-        summands = codewords.unsqueeze(0)
-    else:
-        summands, _ = split_codewords(codewords, hidden.dtype)  # a common factor does not change an arg-max
+    hidden, codewords, allowed, keep = contiguous(hidden, codewords, allowed, keep)
+    # A common factor does not change an arg-max.
+    summands, _ = split_codewords(codewords, torch.float32 if precision == "tf32" else hidden.dtype)
     assignments = torch.empty(num_tokens, num_probes, dtype=torch.int64, device=hidden.device)
     statistics = None
     if with_statistics:
         shape = (num_clusters, hidden_size + _NUM_SCALARS.value)
         statistics = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
     blocks = _blocks(hidden, num_probes, precision)
-    _assign_fwd_kernel[(triton.cdiv(num_tokens, blocks["BT"]),)](
+    _assign_fwd_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
         hidden,
         summands,
         codewords,
@@ -245,18 +221,18 @@ def _launch_assign(hidden, codewords, num_probes, allowed, keep, precision, with
     return assignments, statistics
 
 
-def _launch_sorted_statistics(hidden, codewords, assignments, keep):
+def launch_sorted_statistics(hidden, codewords, assignments, keep):
+    """Statistics [C, H + 3] in a fixed order; 8 tokens by up to 256 columns at once, where a lane reads 16 bytes."""
     hidden, (num_clusters, hidden_size) = hidden.contiguous(), codewords.shape
     if keep is not None:
         assignments = assignments.masked_fill(~keep, num_clusters)  # behind all codewords
-    sorted_codewords, order = assignments.sort(stable=True)
-    first_places = torch.searchsorted(sorted_codewords, torch.arange(num_clusters + 1, device=hidden.device))
+    order, first_places = sort_into_segments(assignments, num_clusters)
     lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32)
     shape = (num_clusters, hidden_size + _NUM_SCALARS.value)
     statistics = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-    block = min(triton.next_power_of_2(hidden_size), 256)  # a warp reads 16 bytes per lane and token, 8 tokens at once
+    block = min(triton.next_power_of_2(hidden_size), 256)
     _sorted_statistics_fwd_kernel[(num_clusters, triton.cdiv(hidden_size, block))](
-        hidden, lengths, order, first_places, statistics, H=hidden_size, BT=8, BH=block, num_warps=4
+        hidden, lengths, order, first_places, statistics, H=hidden_size, BLOCK_T=8, BLOCK_H=block, num_warps=4
     )
     sums = statistics[:, :hidden_size]
     statistics[:, hidden_size + 1] = (sums * codewords).sum(dim=1)  # of a sum of vectors: the sum of their cosines
@@ -270,7 +246,9 @@ def assign_tokens(
     allowed: torch.Tensor | None = None,
     precision: str = "ieee",
 ) -> torch.Tensor:
-    """Find the codewords nearest in angle to each token, without [T, C] in memory. Does not wait for the device.
+    """Find the codewords nearest in angle to each token, without [T, C] in memory.
+
+    Deterministic, does not wait for the device.
 
     Which codeword a token gets that is not finite is not defined, beyond that it is one of the C.
 
@@ -289,7 +267,7 @@ def assign_tokens(
     Example: hidden [[0, 3]], codewords [[1, 0], [0, 1]], one probe gives [[1]].
     """
     _validate(hidden, codewords, num_probes, allowed, None, precision)
-    return _launch_assign(hidden, codewords, num_probes, allowed, None, precision, with_statistics=False)[0]
+    return launch_assign(hidden, codewords, num_probes, allowed, None, precision, with_statistics=False)[0]
 
 
 def token_statistics_sorted(
@@ -316,7 +294,7 @@ def token_statistics_sorted(
     _validate(hidden, codewords, 1, None, keep, "ieee")
     if assignments.shape != hidden.shape[:1]:
         raise ValueError(f"assignments {tuple(assignments.shape)} must be [T] with T = {hidden.shape[0]}")
-    return _launch_sorted_statistics(hidden, codewords, assignments, keep)
+    return launch_sorted_statistics(hidden, codewords, assignments, keep)
 
 
 def assign_with_statistics(
@@ -352,9 +330,9 @@ def assign_with_statistics(
     """
     _validate(hidden, codewords, num_probes, allowed, keep, precision)
     if not deterministic:
-        return _launch_assign(hidden, codewords, num_probes, allowed, keep, precision, with_statistics=True)
-    assignments, _ = _launch_assign(hidden, codewords, num_probes, allowed, None, precision, with_statistics=False)
-    return assignments, _launch_sorted_statistics(hidden, codewords, assignments[:, 0], keep)
+        return launch_assign(hidden, codewords, num_probes, allowed, keep, precision, with_statistics=True)
+    assignments, _ = launch_assign(hidden, codewords, num_probes, allowed, None, precision, with_statistics=False)
+    return assignments, launch_sorted_statistics(hidden, codewords, assignments[:, 0], keep)
 
 
 def _validate(hidden, codewords, num_probes, allowed, keep, precision):
@@ -363,10 +341,9 @@ def _validate(hidden, codewords, num_probes, allowed, keep, precision):
             f"hidden {tuple(hidden.shape)} and codewords {tuple(codewords.shape)} must be [T, H] and [C, H] "
             "with the same H"
         )
-    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16) or codewords.dtype != torch.float32:
-        raise ValueError(
-            f"hidden ({hidden.dtype}) must be fp32, bf16 or fp16, and codewords ({codewords.dtype}) must be fp32"
-        )
+    require_kernel_dtypes(hidden=hidden)
+    if codewords.dtype != torch.float32:
+        raise ValueError(f"codewords ({codewords.dtype}) must be fp32")
     if not 1 <= num_probes <= min(MAX_PROBES, codewords.shape[0]):
         raise ValueError(f"num_probes ({num_probes}) must be between 1 and {MAX_PROBES} and C = {codewords.shape[0]}")
     for name, mask, size in (("allowed", allowed, codewords.shape[0]), ("keep", keep, hidden.shape[0])):

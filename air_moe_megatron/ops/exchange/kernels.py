@@ -1,6 +1,6 @@
 """The two permutations of the compact dispatcher as Triton kernels: tokens to rows for each rank, and back.
 
-    make_plan experts [T, K]  ->  counts [D, 4], and where each token's rows and pairs go
+    make_plan experts [T, K]  ->  counts [D, 5], and where each token's rows and pairs go
     pack      tokens [T, H]   ->  rows [R, H], codes [N], probs [N], sorted by rank: what the all-to-alls send
     combine   rows [R, H]     ->  tokens [T, H]: each token adds up its rows in the order of the ranks
 
@@ -31,7 +31,7 @@ _MAX_COLUMNS = 2048  # of a row that one program copies or adds: 16 per thread, 
 class ExchangePlan:
     """Who gets what, and where it lies in the buffers that are sent."""
 
-    counts: torch.Tensor  # [D, 4] int64: rows and pairs for each rank; ids and probs of this rank that are invalid
+    counts: torch.Tensor  # [D, 5] int64: rows and pairs for each rank; what is invalid on this one: ids, probs, shapes
     token_rows: torch.Tensor  # [T, W] int32, rows of each token, in the order of the ranks; then -1
     pair_places: torch.Tensor  # [T, K] int32, place of each pair; -1 where there is none
     codes: torch.Tensor  # [T, K] int32, local expert of each pair, bits inverted for the first of a row; -1 for none
@@ -50,24 +50,24 @@ def _count_fwd_kernel(
     topk_ids,  # [T, K]
     probs,  # [T, K]
     pair_counts,  # [D, T] int32
-    invalid,  # [T / BT, 2] int32
+    invalid,  # [T / BLOCK_T, 2] int32
     T,
     num_local_experts,
     K: tl.constexpr,
     D: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
-    tokens = block * BT + tl.arange(0, BT)
+    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = tokens < T
-    own = tl.program_id(1) * BD + tl.arange(0, BD)
-    counts = tl.zeros([BT, BD], tl.int32)
-    invalid_ids = tl.zeros([BT], tl.int32)
-    invalid_probs = tl.zeros([BT], tl.int32)
-    for first in range(0, K, BK):
-        places = first + tl.arange(0, BK)
+    own = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    counts = tl.zeros([BLOCK_T, BLOCK_D], tl.int32)
+    invalid_ids = tl.zeros([BLOCK_T], tl.int32)
+    invalid_probs = tl.zeros([BLOCK_T], tl.int32)
+    for first in range(0, K, BLOCK_K):
+        places = first + tl.arange(0, BLOCK_K)
         mask = is_token[:, None] & (places < K)[None, :]
         where = tokens[:, None] * K + places[None, :]
         ids = tl.load(topk_ids + where, mask=mask, other=-1)
@@ -101,15 +101,15 @@ def _place_fwd_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BD: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = tokens < T
-    num_rows = tl.zeros([BT], tl.int32)
-    for first in range(0, D, BD):
-        ranks = first + tl.arange(0, BD)
+    num_rows = tl.zeros([BLOCK_T], tl.int32)
+    for first in range(0, D, BLOCK_D):
+        ranks = first + tl.arange(0, BLOCK_D)
         where = ranks.to(tl.int64)[None, :] * T + tokens[:, None]
         mask = is_token[:, None] & (ranks < D)[None, :]
         is_wanted = tl.load(pair_counts + where, mask=mask, other=0) > 0
@@ -117,26 +117,26 @@ def _place_fwd_kernel(
         columns = num_rows[:, None] + tl.cumsum(is_wanted.to(tl.int32), axis=1) - 1
         tl.store(token_rows + tokens[:, None] * W + columns, rows, mask=is_wanted)
         num_rows += tl.sum(is_wanted.to(tl.int32), axis=1)
-    for first in range(0, W, BD):
-        columns = first + tl.arange(0, BD)[None, :]
+    for first in range(0, W, BLOCK_D):
+        columns = first + tl.arange(0, BLOCK_D)[None, :]
         is_free = is_token[:, None] & (columns < W) & (columns >= num_rows[:, None])
-        tl.store(token_rows + tokens[:, None] * W + columns, tl.full([BT, BD], -1, tl.int32), mask=is_free)
+        tl.store(token_rows + tokens[:, None] * W + columns, tl.full([BLOCK_T, BLOCK_D], -1, tl.int32), mask=is_free)
 
-    for first in range(0, K, BK):
-        places = first + tl.arange(0, BK)
+    for first in range(0, K, BLOCK_K):
+        places = first + tl.arange(0, BLOCK_K)
         mask = is_token[:, None] & (places < K)[None, :]
         where = tokens[:, None] * K + places[None, :]
         ranks, local_ids, is_pair = _ranks_of(tl.load(topk_ids + where, mask=mask, other=-1), num_local_experts, D)
-        num_before = tl.zeros([BT, BK], tl.int32)  # pairs of the same row
-        for other in range(0, first + BK, BK):
-            others = other + tl.arange(0, BK)
+        num_before = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)  # pairs of the same row
+        for other in range(0, first + BLOCK_K, BLOCK_K):
+            others = other + tl.arange(0, BLOCK_K)
             other_ids = tl.load(
                 topk_ids + tokens[:, None] * K + others[None, :],
                 mask=is_token[:, None] & (others < K)[None, :],
                 other=-1,
             )
             other_ranks, _, _ = _ranks_of(other_ids, num_local_experts, D)
-            is_before = (others[None, :] < places[:, None])[None, :, :]  # [1, BK, BK]
+            is_before = (others[None, :] < places[:, None])[None, :, :]  # [1, BLOCK_K, BLOCK_K]
             is_same = ranks[:, :, None] == other_ranks[:, None, :]
             num_before += tl.sum((is_same & is_before).to(tl.int32), axis=2)
         row = ranks.to(tl.int64) * T + tokens[:, None]
@@ -160,15 +160,15 @@ def _pack_fwd_kernel(
     K: tl.constexpr,
     W: tl.constexpr,
     HAS_PAIRS: tl.constexpr,
-    BH: tl.constexpr,
-    BW: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BH + tl.arange(0, BH)
+    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_column = columns < H
     values = tl.load(hidden + token * H + columns, mask=is_column)
-    slots = tl.arange(0, BW)
+    slots = tl.arange(0, BLOCK_W)
     num_rows = tl.sum((tl.load(token_rows + token * W + slots, mask=slots < W, other=-1) >= 0).to(tl.int32), axis=0)
     slot = num_rows * 0
     while slot < num_rows:
@@ -177,7 +177,7 @@ def _pack_fwd_kernel(
         slot += 1
     if HAS_PAIRS:
         if tl.program_id(1) == 0:
-            pairs = tl.arange(0, BK)
+            pairs = tl.arange(0, BLOCK_K)
             places = tl.load(pair_places + token * K + pairs, mask=pairs < K, other=-1)
             is_pair = places >= 0
             tl.store(row_codes + places, tl.load(codes + token * K + pairs, mask=is_pair, other=0), mask=is_pair)
@@ -197,16 +197,16 @@ def _combine_fwd_kernel(
     W: tl.constexpr,
     HAS_PAIRS: tl.constexpr,
     WIDE: tl.constexpr,
-    BH: tl.constexpr,
-    BW: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BH + tl.arange(0, BH)
+    columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     is_column = columns < H
-    slots = tl.arange(0, BW)
+    slots = tl.arange(0, BLOCK_W)
     num_rows = tl.sum((tl.load(token_rows + token * W + slots, mask=slots < W, other=-1) >= 0).to(tl.int32), axis=0)
-    sums = tl.zeros([BH], WIDE)
+    sums = tl.zeros([BLOCK_H], WIDE)
     slot = num_rows * 0
     while slot < num_rows:
         row = tl.load(token_rows + token * W + slot).to(tl.int64)
@@ -215,7 +215,7 @@ def _combine_fwd_kernel(
     tl.store(hidden + token * H + columns, sums.to(hidden.dtype.element_ty), mask=is_column)
     if HAS_PAIRS:
         if tl.program_id(1) == 0:
-            pairs = tl.arange(0, BK)
+            pairs = tl.arange(0, BLOCK_K)
             places = tl.load(pair_places + token * K + pairs, mask=pairs < K, other=-1)
             values = tl.load(row_probs + places, mask=places >= 0, other=0.0)
             tl.store(probs + token * K + pairs, values, mask=pairs < K)
@@ -230,31 +230,34 @@ def _pair_blocks(num_ranks, topk):
     block_places = min(triton.next_power_of_2(topk), _MAX_BLOCK)
     block_ranks = min(triton.next_power_of_2(num_ranks), _MAX_BLOCK)
     block_tokens = min(_TILE_ELEMENTS // (block_places * max(block_places, block_ranks)), 128)
-    return {"BT": block_tokens, "BK": block_places, "BD": block_ranks, "num_warps": 4}
+    return {"BLOCK_T": block_tokens, "BLOCK_K": block_places, "BLOCK_D": block_ranks, "num_warps": 4}
 
 
 def _row_blocks(hidden_size, width, topk):
     """A program takes one token and up to 2,048 columns of it: its loop over rows has the whole width in flight."""
     return {
-        "BH": min(triton.next_power_of_2(hidden_size), _MAX_COLUMNS),
-        "BW": triton.next_power_of_2(width),
-        "BK": triton.next_power_of_2(topk),
+        "BLOCK_H": min(triton.next_power_of_2(hidden_size), _MAX_COLUMNS),
+        "BLOCK_W": triton.next_power_of_2(width),
+        "BLOCK_K": triton.next_power_of_2(topk),
         "num_warps": 4,
     }
 
 
-def _launch_plan(topk_ids, probs, num_ranks, num_local_experts):
+def launch_plan(topk_ids, probs, num_ranks, num_local_experts, misfit):
+    """The plan, by two launches with prefix sums between them."""
     (num_tokens, topk), device = topk_ids.shape, topk_ids.device
     topk_ids, probs = topk_ids.contiguous(), probs.contiguous()
     blocks = _pair_blocks(num_ranks, topk)
-    grid = (triton.cdiv(num_tokens, blocks["BT"]), triton.cdiv(num_ranks, blocks["BD"]))
+    grid = (triton.cdiv(num_tokens, blocks["BLOCK_T"]), triton.cdiv(num_ranks, blocks["BLOCK_D"]))
     pair_counts = torch.empty(num_ranks, num_tokens, dtype=torch.int32, device=device)
     invalid = torch.empty(grid[0], 2, dtype=torch.int32, device=device)
     _count_fwd_kernel[grid](
         topk_ids, probs, pair_counts, invalid, num_tokens, num_local_experts, K=topk, D=num_ranks, **blocks
     )
     is_wanted = pair_counts > 0
-    columns = (is_wanted.sum(dim=1), pair_counts.sum(dim=1), *invalid.sum(dim=0).unsqueeze(1).expand(2, num_ranks))
+    invalid_ids, invalid_probs = invalid.sum(dim=0).unsqueeze(1).expand(2, num_ranks)
+    misfits = torch.full_like(invalid_ids, misfit)
+    columns = (is_wanted.sum(dim=1), pair_counts.sum(dim=1), invalid_ids, invalid_probs, misfits)
     pair_ends = pair_counts.view(-1).cumsum(0, dtype=torch.int32)
     row_ends = is_wanted.view(-1).cumsum(0, dtype=torch.int32)
     width = min(topk, num_ranks)
@@ -279,7 +282,7 @@ def _launch_plan(topk_ids, probs, num_ranks, num_local_experts):
     return ExchangePlan(torch.stack(columns, dim=1), token_rows, pair_places, codes)
 
 
-def _launch_pack(hidden, token_rows, num_rows, probs=None, pair_places=None, codes=None, num_pairs=0):
+def launch_pack(hidden, token_rows, num_rows, probs=None, pair_places=None, codes=None, num_pairs=0):
     """[R, H] rows; and with pairs [N] codes and [N] probs."""
     (num_tokens, hidden_size), device = hidden.shape, hidden.device
     has_pairs = pair_places is not None
@@ -288,7 +291,7 @@ def _launch_pack(hidden, token_rows, num_rows, probs=None, pair_places=None, cod
     row_codes = torch.empty(num_pairs, dtype=torch.int32, device=device) if has_pairs else None
     row_probs = torch.empty(num_pairs, dtype=probs.dtype, device=device) if has_pairs else None
     blocks = _row_blocks(hidden_size, width, topk)
-    _pack_fwd_kernel[(num_tokens, triton.cdiv(hidden_size, blocks["BH"]))](
+    _pack_fwd_kernel[(num_tokens, triton.cdiv(hidden_size, blocks["BLOCK_H"]))](
         hidden.contiguous(),
         probs.contiguous() if has_pairs else None,
         token_rows,
@@ -306,7 +309,7 @@ def _launch_pack(hidden, token_rows, num_rows, probs=None, pair_places=None, cod
     return rows, row_codes, row_probs
 
 
-def _launch_combine(rows, token_rows, row_probs=None, pair_places=None):
+def launch_combine(rows, token_rows, row_probs=None, pair_places=None):
     """[T, H] sums of each token's rows; and with pairs [T, K] probs, zero where there is no pair."""
     (num_tokens, width), hidden_size, device = token_rows.shape, rows.shape[1], rows.device
     has_pairs = pair_places is not None
@@ -314,7 +317,7 @@ def _launch_combine(rows, token_rows, row_probs=None, pair_places=None):
     hidden = torch.empty(num_tokens, hidden_size, dtype=rows.dtype, device=device)
     probs = torch.empty(num_tokens, topk, dtype=row_probs.dtype, device=device) if has_pairs else None
     blocks = _row_blocks(hidden_size, width, topk)
-    _combine_fwd_kernel[(num_tokens, triton.cdiv(hidden_size, blocks["BH"]))](
+    _combine_fwd_kernel[(num_tokens, triton.cdiv(hidden_size, blocks["BLOCK_H"]))](
         rows.contiguous(),
         row_probs.contiguous() if has_pairs else None,
         token_rows,
@@ -335,7 +338,7 @@ class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, probs, plan, num_rows, num_pairs):
         ctx.save_for_backward(plan.token_rows, plan.pair_places)
-        rows, codes, row_probs = _launch_pack(
+        rows, codes, row_probs = launch_pack(
             hidden, plan.token_rows, num_rows, probs, plan.pair_places, plan.codes, num_pairs
         )
         ctx.mark_non_differentiable(codes)
@@ -345,7 +348,7 @@ class _Pack(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_rows, _, grad_row_probs):
         token_rows, pair_places = ctx.saved_tensors
-        grad_hidden, grad_probs = _launch_combine(grad_rows, token_rows, grad_row_probs, pair_places)
+        grad_hidden, grad_probs = launch_combine(grad_rows, token_rows, grad_row_probs, pair_places)
         return grad_hidden, grad_probs, None, None, None
 
 
@@ -354,17 +357,19 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, partial_sums, token_rows):
         ctx.save_for_backward(token_rows)
         ctx.num_rows = partial_sums.shape[0]
-        return _launch_combine(partial_sums, token_rows)[0]
+        return launch_combine(partial_sums, token_rows)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_hidden):
         (token_rows,) = ctx.saved_tensors
-        return _launch_pack(grad_hidden, token_rows, ctx.num_rows)[0], None
+        return launch_pack(grad_hidden, token_rows, ctx.num_rows)[0], None
 
 
 @torch.no_grad()
-def make_plan(topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int) -> ExchangePlan:
+def make_plan(
+    topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, misfit: bool = False
+) -> ExchangePlan:
     """Count what each rank gets, and find the place of every row and pair. Does not wait for the device.
 
     Rows lie in the order of (rank, token), pairs in that of (rank, token, place among the K).
@@ -374,14 +379,17 @@ def make_plan(topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_l
         probs: [T, K] any float dtype; looked at only to count those that are not finite (in fp32).
         num_ranks: D.
         num_local_experts: experts of each rank.
+        misfit: whether the shapes of this rank's ids and probs were wrong, which the others learn from the counts. Then
+            the ids are stand-ins: all -1, [T, 1] for example.
     Returns:
         the plan; R and N are the sums of the first two columns of its counts.
     Raises:
         ValueError: if the shapes do not fit, or there are 2^31 pairs or experts.
 
     Example: ids [[0, 3, 1], [2, -1, -1]] over 2 ranks of 2 experts make the rows (rank 0, token 0), (1, 0), (1, 1) and
-    the pairs 0, 1 | 3 | 2: counts [[1, 2, 0, 0], [2, 2, 0, 0]], token_rows [[0, 1], [2, -1]], pair_places [[0, 2, 1],
-    [3, -1, -1]] and codes [[~0, ~1, 1], [~0, -1, -1]]. (A code of -1 is ~0, or no pair where the place is -1.)
+    the pairs 0, 1 | 3 | 2: counts [[1, 2, 0, 0, 0], [2, 2, 0, 0, 0]], token_rows [[0, 1], [2, -1]], pair_places
+    [[0, 2, 1], [3, -1, -1]] and codes [[~0, ~1, 1], [~0, -1, -1]]. (A code of -1 is ~0, or no pair where the place is
+    -1.)
     """
     if topk_ids.dim() != 2 or topk_ids.shape != probs.shape or topk_ids.shape[1] == 0:
         raise ValueError(
@@ -391,13 +399,13 @@ def make_plan(topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_l
         raise ValueError(
             f"pairs ({topk_ids.numel()}) and experts ({num_ranks} * {num_local_experts}) must be fewer than 2^31"
         )
-    return _launch_plan(topk_ids, probs, num_ranks, num_local_experts)
+    return launch_plan(topk_ids, probs, num_ranks, num_local_experts, misfit)
 
 
 def pack(hidden: torch.Tensor, probs: torch.Tensor, plan: ExchangePlan, num_rows: int, num_pairs: int):
     """Write each token's row for every rank that wants it, and each pair, where the all-to-alls take them from.
 
-    Differentiable in hidden and probs. Does not wait for the device.
+    Differentiable in hidden and probs, deterministic, does not wait for the device.
 
     Args:
         hidden: [T, H] any float dtype.
@@ -423,9 +431,9 @@ def pack(hidden: torch.Tensor, probs: torch.Tensor, plan: ExchangePlan, num_rows
 
 
 def combine(partial_sums: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
-    """Add up the rows of each token, in the order of the ranks and in fp32 or wider: equal bits in every run.
+    """Add up the rows of each token, in the order of the ranks and in fp32 or wider.
 
-    Differentiable in the partial sums. Does not wait for the device.
+    Differentiable in the partial sums, deterministic, does not wait for the device.
 
     Args:
         partial_sums: [R, H] any float dtype, in the order of :func:`pack`'s rows.

@@ -28,19 +28,18 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from air_moe_megatron.ops.fine_scores.kernels import (
+from air_moe_megatron.ops.pair_products.kernels import launch_pair_sums
+from air_moe_megatron.ops.tiles import (
+    add_weight_gradient,
     block_of,
+    block_rows_of,
+    contiguous,
     dot,
     dot_dtype_of,
     dot_wide,
-    step_of,
-    wide_dot_dtype,
-)
-from air_moe_megatron.ops.pair_products.kernels import (
-    add_weight_gradient,
-    launch_pair_sums,
     require_kernel_dtypes,
     segment_blocks,
+    step_of,
 )
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "squared_relu")
@@ -85,9 +84,9 @@ def _granular_experts_fwd_kernel(
     starts,  # [B]
     inputs,  # [N, Q] fp32, written
     values,  # [N, F] fp32, written
-    num_experts,
-    hidden_size: tl.constexpr,
-    FFN: tl.constexpr,
+    E,
+    H: tl.constexpr,
+    F: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -95,38 +94,38 @@ def _granular_experts_fwd_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    PARTS: tl.constexpr = 2 * FFN if GATED else FFN
+    Q: tl.constexpr = 2 * F if GATED else F
     block = tl.program_id(0)
     expert = tl.load(segments + block)
-    if expert == num_experts:
+    if expert == E:
         return
     places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
     inside = places < tl.load(id_first + expert + 1)
     pairs = tl.load(by_id + places, mask=inside, other=0)
-    hidden_rows = hidden + tl.load(rows + pairs, mask=inside, other=0)[:, None] * hidden_size
+    hidden_rows = hidden + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
     parts = tl.arange(0, BLOCK_F)
-    weight_rows = weight + (expert * PARTS + parts)[:, None] * hidden_size
+    weight_rows = weight + (expert * Q + parts)[:, None] * H
     gate = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
     linear = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
-    for start in range(0, hidden_size, BLOCK_H):
+    for start in range(0, H, BLOCK_H):
         columns = start + tl.arange(0, BLOCK_H)
-        in_row = columns < hidden_size
-        kept = (parts < FFN)[:, None] & in_row[None, :]
+        in_row = columns < H
+        kept = (parts < F)[:, None] & in_row[None, :]
         x = tl.load(hidden_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0).to(DOT_DTYPE)
         w = tl.load(weight_rows + columns[None, :], mask=kept, other=0.0)
         gate = dot(x, tl.trans(w.to(DOT_DTYPE)), gate)
         if GATED:
-            w = tl.load(weight_rows + FFN * hidden_size + columns[None, :], mask=kept, other=0.0)
+            w = tl.load(weight_rows + F * H + columns[None, :], mask=kept, other=0.0)
             linear = dot(x, tl.trans(w.to(DOT_DTYPE)), linear)
-    kept = inside[:, None] & (parts < FFN)[None, :]
-    out = pairs[:, None] * PARTS + parts[None, :]
+    kept = inside[:, None] & (parts < F)[None, :]
+    out = pairs[:, None] * Q + parts[None, :]
     tl.store(inputs + out, gate, mask=kept)
     value, _ = _activation(gate, ACTIVATION)
     if GATED:
-        tl.store(inputs + out + FFN, linear, mask=kept)
+        tl.store(inputs + out + F, linear, mask=kept)
         value *= linear
     prob = tl.load(probs + pairs, mask=inside, other=0.0).to(tl.float32)
-    tl.store(values + pairs[:, None] * FFN + parts[None, :], prob[:, None] * value, mask=kept)
+    tl.store(values + pairs[:, None] * F + parts[None, :], prob[:, None] * value, mask=kept)
 
 
 @triton.jit
@@ -139,10 +138,10 @@ def _expert_sums_fwd_kernel(
     segments,  # [B]
     starts,  # [B]
     sums,  # [R, H] fp32, added to
-    num_experts,
+    E,
     num_column_blocks,
-    hidden_size: tl.constexpr,
-    PARTS: tl.constexpr,
+    H: tl.constexpr,
+    Q: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -151,24 +150,26 @@ def _expert_sums_fwd_kernel(
     program = tl.program_id(0)
     block = program // num_column_blocks
     expert = tl.load(segments + block)
-    if expert == num_experts:
+    if expert == E:
         return
     places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
     inside = places < tl.load(id_first + expert + 1)
     pairs = tl.load(by_id + places, mask=inside, other=0)
-    parts = tl.arange(0, BLOCK_Q)
     columns = (program % num_column_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-    in_row = columns < hidden_size
-    value = tl.load(
-        values + pairs[:, None] * PARTS + parts[None, :], mask=inside[:, None] & (parts < PARTS)[None, :], other=0.0
-    )
-    w = tl.load(
-        weight + (expert * PARTS + parts)[:, None] * hidden_size + columns[None, :],
-        mask=(parts < PARTS)[:, None] & in_row[None, :],
-        other=0.0,
-    )
-    tile = dot_wide(value, w, tl.zeros([BLOCK_N, BLOCK_H], tl.float32), DOT_DTYPE)
-    out = sums + tl.load(rows + pairs, mask=inside, other=0)[:, None] * hidden_size + columns[None, :]
+    in_row = columns < H
+    tile = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    for first in range(0, Q, BLOCK_Q):
+        parts = first + tl.arange(0, BLOCK_Q)
+        value = tl.load(
+            values + pairs[:, None] * Q + parts[None, :], mask=inside[:, None] & (parts < Q)[None, :], other=0.0
+        )
+        w = tl.load(
+            weight + (expert * Q + parts)[:, None] * H + columns[None, :],
+            mask=(parts < Q)[:, None] & in_row[None, :],
+            other=0.0,
+        )
+        tile = dot_wide(value, w, tile, DOT_DTYPE)
+    out = sums + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H + columns[None, :]
     tl.atomic_add(out, tile, mask=inside[:, None] & in_row[None, :], sem="relaxed")
 
 
@@ -186,9 +187,9 @@ def _granular_experts_bwd_kernel(
     values,  # [N, F] fp32, written
     grad_inputs,  # [N, Q] fp32, written
     grad_probs,  # [N], written
-    num_experts,
-    hidden_size: tl.constexpr,
-    FFN: tl.constexpr,
+    E,
+    H: tl.constexpr,
+    F: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -196,38 +197,38 @@ def _granular_experts_bwd_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    PARTS: tl.constexpr = 2 * FFN if GATED else FFN
+    Q: tl.constexpr = 2 * F if GATED else F
     block = tl.program_id(0)
     expert = tl.load(segments + block)
-    if expert == num_experts:
+    if expert == E:
         return
     places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
     inside = places < tl.load(id_first + expert + 1)
     pairs = tl.load(by_id + places, mask=inside, other=0)
-    grad_rows = grad_out + tl.load(rows + pairs, mask=inside, other=0)[:, None] * hidden_size
+    grad_rows = grad_out + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
     parts = tl.arange(0, BLOCK_F)
-    weight_rows = weight + (expert * FFN + parts)[:, None] * hidden_size
+    weight_rows = weight + (expert * F + parts)[:, None] * H
     grad_value = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
-    for start in range(0, hidden_size, BLOCK_H):
+    for start in range(0, H, BLOCK_H):
         columns = start + tl.arange(0, BLOCK_H)
-        in_row = columns < hidden_size
+        in_row = columns < H
         g = tl.load(grad_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
-        w = tl.load(weight_rows + columns[None, :], mask=(parts < FFN)[:, None] & in_row[None, :], other=0.0)
+        w = tl.load(weight_rows + columns[None, :], mask=(parts < F)[:, None] & in_row[None, :], other=0.0)
         grad_value = dot(g.to(DOT_DTYPE), tl.trans(w.to(DOT_DTYPE)), grad_value)
-    kept = inside[:, None] & (parts < FFN)[None, :]
-    where = pairs[:, None] * PARTS + parts[None, :]
+    kept = inside[:, None] & (parts < F)[None, :]
+    where = pairs[:, None] * Q + parts[None, :]
     gate = tl.load(inputs + where, mask=kept, other=0.0)
     prob = tl.load(probs + pairs, mask=inside, other=0.0).to(tl.float32)[:, None]
     active, slope = _activation(gate, ACTIVATION)
     grad_active = grad_value * prob
     if GATED:
-        linear = tl.load(inputs + where + FFN, mask=kept, other=0.0)
-        tl.store(grad_inputs + where + FFN, grad_active * active, mask=kept)
+        linear = tl.load(inputs + where + F, mask=kept, other=0.0)
+        tl.store(grad_inputs + where + F, grad_active * active, mask=kept)
         tl.store(grad_inputs + where, grad_active * linear * slope, mask=kept)
         active *= linear
     else:
         tl.store(grad_inputs + where, grad_active * slope, mask=kept)
-    tl.store(values + pairs[:, None] * FFN + parts[None, :], active * prob, mask=kept)
+    tl.store(values + pairs[:, None] * F + parts[None, :], active * prob, mask=kept)
     tl.store(grad_probs + pairs, tl.sum(grad_value * active, axis=1), mask=inside)
 
 
@@ -240,10 +241,10 @@ def _expert_weight_bwd_kernel(
     id_first,  # [E + 1]
     segments,  # [B]
     grad_weight,  # [E, Q, H], added to
-    num_experts,
+    E,
     num_column_blocks,
-    hidden_size: tl.constexpr,
-    PARTS: tl.constexpr,
+    H: tl.constexpr,
+    Q: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -251,11 +252,11 @@ def _expert_weight_bwd_kernel(
 ):
     program = tl.program_id(0)
     expert = tl.load(segments + program // num_column_blocks)
-    if expert == num_experts:
+    if expert == E:
         return
     parts = tl.arange(0, BLOCK_Q)
     columns = (program % num_column_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-    in_row = columns < hidden_size
+    in_row = columns < H
     sums = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
     start, end = tl.load(id_first + expert), tl.load(id_first + expert + 1)
     while start < end:
@@ -263,23 +264,17 @@ def _expert_weight_bwd_kernel(
         inside = places < end
         pairs = tl.load(by_id + places, mask=inside, other=0)
         value = tl.load(
-            values + pairs[None, :] * PARTS + parts[:, None],
-            mask=(parts < PARTS)[:, None] & inside[None, :],
+            values + pairs[None, :] * Q + parts[:, None],
+            mask=(parts < Q)[:, None] & inside[None, :],
             other=0.0,
         )
-        source_rows = source + tl.load(rows + pairs, mask=inside, other=0)[:, None] * hidden_size
+        source_rows = source + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
         x = tl.load(source_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
         sums = dot_wide(value, x, sums, DOT_DTYPE)
         start += BLOCK_N
-    out = grad_weight + (expert * PARTS + parts)[:, None] * hidden_size + columns[None, :]
-    kept = (parts < PARTS)[:, None] & in_row[None, :]
+    out = grad_weight + (expert * Q + parts)[:, None] * H + columns[None, :]
+    kept = (parts < Q)[:, None] & in_row[None, :]
     tl.store(out, tl.load(out, mask=kept, other=0.0).to(tl.float32) + sums, mask=kept)
-
-
-def _block_rows(pairs):
-    """Pairs of a block: about those of an expert, from the 16 of a matrix product to 64."""
-    num_pairs = pairs.ids.numel()
-    return min(64, max(16, triton.next_power_of_2(num_pairs // max(1, min(num_pairs, pairs.num_ids)))))
 
 
 def launch_granular_values(hidden, weight1, probs, pairs, ffn_hidden_size, activation):
@@ -293,12 +288,12 @@ def launch_granular_values(hidden, weight1, probs, pairs, ffn_hidden_size, activ
     values = torch.empty(num_pairs, ffn_hidden_size, dtype=torch.float32, device=hidden.device)
     if num_pairs == 0:
         return inputs, values
-    block_rows, dot_dtype = _block_rows(pairs), dot_dtype_of(hidden, weight1, torch.float32)
+    block_rows, dot_dtype = block_rows_of(num_pairs, pairs.num_ids), dot_dtype_of(hidden, weight1, torch.float32)
     segments, starts = segment_blocks(pairs.id_first, num_pairs, block_rows)
     _granular_experts_fwd_kernel[(segments.numel(),)](
         hidden, weight1, probs, pairs.rows, pairs.by_id, pairs.id_first, segments, starts, inputs, values,
         pairs.num_ids, hidden_size,
-        FFN=ffn_hidden_size, GATED=num_inputs == 2 * ffn_hidden_size, ACTIVATION=activation, DOT_DTYPE=dot_dtype,
+        F=ffn_hidden_size, GATED=num_inputs == 2 * ffn_hidden_size, ACTIVATION=activation, DOT_DTYPE=dot_dtype,
         BLOCK_N=block_rows, BLOCK_F=block_of(ffn_hidden_size, MAX_FFN_HIDDEN_SIZE),
         BLOCK_H=step_of(hidden_size, dot_dtype), num_warps=4, num_stages=4,
     )  # fmt: skip
@@ -316,14 +311,15 @@ def launch_granular_sums(values, weight, pairs, dtype, deterministic):
     sums = torch.zeros(pairs.num_rows, hidden_size, dtype=torch.float32, device=weight.device)
     num_pairs = pairs.ids.numel()
     if num_pairs:
-        block_rows, block_columns = _block_rows(pairs), block_of(hidden_size, 128)
+        block_rows, block_columns = block_rows_of(num_pairs, pairs.num_ids), block_of(hidden_size, 128)
+        dot_dtype = dot_dtype_of(weight, weight, torch.float32)
         num_column_blocks = triton.cdiv(hidden_size, block_columns)
         segments, starts = segment_blocks(pairs.id_first, num_pairs, block_rows)
         _expert_sums_fwd_kernel[(segments.numel() * num_column_blocks,)](
             values, weight, pairs.rows, pairs.by_id, pairs.id_first, segments, starts, sums,
             pairs.num_ids, num_column_blocks, hidden_size,
-            PARTS=num_parts, DOT_DTYPE=wide_dot_dtype(values, dot_dtype_of(weight, weight, torch.float32)),
-            BLOCK_N=block_rows, BLOCK_Q=block_of(num_parts, 2 * MAX_FFN_HIDDEN_SIZE), BLOCK_H=block_columns,
+            Q=num_parts, DOT_DTYPE=dot_dtype,
+            BLOCK_N=block_rows, BLOCK_Q=step_of(num_parts, dot_dtype), BLOCK_H=block_columns,
         )  # fmt: skip
     return sums.to(dtype)
 
@@ -333,15 +329,15 @@ def launch_granular_gradients(grad_out, weight2, inputs, probs, pairs, activatio
     num_pairs, hidden_size = pairs.ids.numel(), grad_out.shape[1]
     ffn_hidden_size = weight2.shape[1]
     values = torch.empty(num_pairs, ffn_hidden_size, dtype=torch.float32, device=inputs.device)
-    grad_inputs, grad_probs = torch.empty_like(inputs), torch.empty_like(probs)
+    grad_inputs, grad_probs = torch.empty_like(inputs), torch.zeros_like(probs)
     if num_pairs == 0:
         return values, grad_inputs, grad_probs
-    block_rows, dot_dtype = _block_rows(pairs), dot_dtype_of(grad_out, weight2, torch.float32)
+    block_rows, dot_dtype = block_rows_of(num_pairs, pairs.num_ids), dot_dtype_of(grad_out, weight2, torch.float32)
     segments, starts = segment_blocks(pairs.id_first, num_pairs, block_rows)
     _granular_experts_bwd_kernel[(segments.numel(),)](
         grad_out, weight2, inputs, probs, pairs.rows, pairs.by_id, pairs.id_first, segments, starts,
         values, grad_inputs, grad_probs, pairs.num_ids, hidden_size,
-        FFN=ffn_hidden_size, GATED=inputs.shape[1] == 2 * ffn_hidden_size, ACTIVATION=activation, DOT_DTYPE=dot_dtype,
+        F=ffn_hidden_size, GATED=inputs.shape[1] == 2 * ffn_hidden_size, ACTIVATION=activation, DOT_DTYPE=dot_dtype,
         BLOCK_N=block_rows, BLOCK_F=block_of(ffn_hidden_size, MAX_FFN_HIDDEN_SIZE),
         BLOCK_H=step_of(hidden_size, dot_dtype), num_warps=4, num_stages=4,
     )  # fmt: skip
@@ -356,7 +352,7 @@ def launch_granular_weight_gradient(source, values, pairs, grad_weight_out):
     """
     num_pairs, num_parts, hidden_size = *values.shape, source.shape[1]
     block_parts = block_of(num_parts, 2 * MAX_FFN_HIDDEN_SIZE)
-    dot_dtype = wide_dot_dtype(values, dot_dtype_of(source, source, torch.float32))
+    dot_dtype = dot_dtype_of(source, source, torch.float32)
     # The operands of fp32 products are in registers, too.
     block_columns = block_of(hidden_size, (4096 if dot_dtype == tl.float32 else 8192) // block_parts)
     num_column_blocks = triton.cdiv(hidden_size, block_columns)
@@ -364,7 +360,7 @@ def launch_granular_weight_gradient(source, values, pairs, grad_weight_out):
     _expert_weight_bwd_kernel[(segments.numel() * num_column_blocks,)](
         values, source, pairs.rows, pairs.by_id, pairs.id_first, segments, grad_weight_out,
         pairs.num_ids, num_column_blocks, hidden_size,
-        PARTS=num_parts, DOT_DTYPE=dot_dtype, BLOCK_N=16, BLOCK_Q=block_parts, BLOCK_H=block_columns,
+        Q=num_parts, DOT_DTYPE=dot_dtype, BLOCK_N=16, BLOCK_Q=block_parts, BLOCK_H=block_columns,
     )  # fmt: skip
 
 
@@ -373,7 +369,7 @@ class _GranularExpertsKernel(torch.autograd.Function):
     def forward(ctx, hidden, weight1, weight2, probs, pairs, activation, deterministic):
         ctx.weights = weight1, weight2  # the parameters themselves, for their main_grad
         ctx.pairs, ctx.activation, ctx.deterministic = pairs, activation, deterministic
-        hidden, weight1, weight2, probs = (tensor.contiguous() for tensor in (hidden, weight1, weight2, probs))
+        hidden, weight1, weight2, probs = contiguous(hidden, weight1, weight2, probs)
         inputs, values = launch_granular_values(hidden, weight1, probs, pairs, weight2.shape[1], activation)
         ctx.save_for_backward(hidden, weight1, weight2, probs, inputs)
         return launch_granular_sums(values, weight2, pairs, weight2.dtype, deterministic)
@@ -423,7 +419,8 @@ def granular_experts_kernel(
         probs: [N], likewise.
         pairs: N pairs of rows and experts, see :class:`air_moe_megatron.ops.pair_products.Pairs`.
         activation: "gelu" (exact), "gelu_tanh", "silu", "relu" or "squared_relu".
-        deterministic: sum per row of tokens in row order, however many weight rows an expert has.
+        deterministic: sum per row of tokens in row order, however many weight rows an expert has; otherwise sums over
+            many are atomic additions.
     Returns:
         [R, H] in the dtype of weight2, summed in fp32; zero where a row has no pairs.
     Raises:

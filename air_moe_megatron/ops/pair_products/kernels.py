@@ -6,9 +6,7 @@ the order of the tokens and gather weight rows. Every element has one writer and
 additions, and two runs give equal bits.
 
 A block of pairs is one program. How many blocks a weight row has is known on the device only, so the grid is the
-largest number that N pairs can need, and the programs beyond the last block return at once (:func:`segment_blocks`).
-A loop over what only the device can count is a ``while``: Triton pipelines no loop without a matrix product, and its
-interpreter does not take such bounds in a ``for`` (NumPy 2.5).
+largest number that N pairs can need, and the programs beyond the last block return at once (``segment_blocks``).
 
 The products are memory bound, a few operations per byte, so they are plain multiplications: a matrix product would pad
 the few pairs of a weight row to sixteen.
@@ -21,10 +19,9 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from air_moe_megatron.ops.weight_gradient import added_to_main_grad, main_grad_of
+from air_moe_megatron.ops.tiles import add_weight_gradient, require_kernel_dtypes, segment_blocks
 
 _TILE = 4096  # elements in fp32 of a tile of 4 warps: 32 registers of each thread
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -37,24 +34,24 @@ def _pair_dots_fwd_kernel(
     segments,  # [B]
     starts,  # [B]
     dots,  # [N] fp32, written
-    num_ids,
-    hidden_size: tl.constexpr,
+    M,
+    H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     block = tl.program_id(0)
     weight_row = tl.load(segments + block)
-    if weight_row == num_ids:
+    if weight_row == M:
         return
     places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
     inside = places < tl.load(id_first + weight_row + 1)
     pairs = tl.load(by_id + places, mask=inside, other=0)
-    hidden_rows = hidden + tl.load(rows + pairs, mask=inside, other=0)[:, None] * hidden_size
+    hidden_rows = hidden + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
     products = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    for start in range(0, hidden_size, BLOCK_H):
+    for start in range(0, H, BLOCK_H):
         columns = start + tl.arange(0, BLOCK_H)
-        in_row = columns < hidden_size
-        w = tl.load(weight + weight_row * hidden_size + columns, mask=in_row, other=0.0).to(tl.float32)
+        in_row = columns < H
+        w = tl.load(weight + weight_row * H + columns, mask=in_row, other=0.0).to(tl.float32)
         x = tl.load(hidden_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
         products += x.to(tl.float32) * w[None, :]
     tl.store(dots + pairs, tl.sum(products, axis=1), mask=inside)
@@ -67,29 +64,29 @@ def _pair_sums_fwd_kernel(
     ids,  # [N], -1 for no pair
     row_first,  # [R + 1]
     sums,  # [R, H], written
-    hidden_size: tl.constexpr,
+    H: tl.constexpr,
     num_column_blocks,
-    PARTS: tl.constexpr,
+    Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = (program // num_column_blocks).to(tl.int64)
     columns = (program % num_column_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-    in_row = columns < hidden_size
-    end = tl.load(row_first + row + 1) * PARTS
+    in_row = columns < H
+    end = tl.load(row_first + row + 1) * Q
     products = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    start = tl.load(row_first + row) * PARTS
+    start = tl.load(row_first + row) * Q
     while start < end:
         places = start + tl.arange(0, BLOCK_N)
-        expert = tl.load(ids + places // PARTS, mask=places < end, other=-1)
+        expert = tl.load(ids + places // Q, mask=places < end, other=-1)
         present = expert >= 0
         value = tl.load(values + places, mask=present, other=0.0).to(tl.float32)
-        weight_rows = weight + (expert * PARTS + places % PARTS)[:, None] * hidden_size
+        weight_rows = weight + (expert * Q + places % Q)[:, None] * H
         w = tl.load(weight_rows + columns[None, :], mask=present[:, None] & in_row[None, :], other=0.0)
         products += value[:, None] * w.to(tl.float32)
         start += BLOCK_N
-    tl.store(sums + row * hidden_size + columns, tl.sum(products, axis=0), mask=in_row)
+    tl.store(sums + row * H + columns, tl.sum(products, axis=0), mask=in_row)
 
 
 @triton.jit
@@ -101,18 +98,18 @@ def _pair_weight_bwd_kernel(
     id_first,  # [M + 1]
     segments,  # [B]
     grad_weight,  # [M, H], added to
-    num_ids,
-    hidden_size: tl.constexpr,
+    M,
+    H: tl.constexpr,
     num_column_blocks,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     program = tl.program_id(0)
     weight_row = tl.load(segments + program // num_column_blocks)
-    if weight_row == num_ids:
+    if weight_row == M:
         return
     columns = (program % num_column_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-    in_row = columns < hidden_size
+    in_row = columns < H
     end = tl.load(id_first + weight_row + 1)
     products = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     start = tl.load(id_first + weight_row)
@@ -121,58 +118,21 @@ def _pair_weight_bwd_kernel(
         inside = places < end
         pairs = tl.load(by_id + places, mask=inside, other=0)
         value = tl.load(values + pairs, mask=inside, other=0.0).to(tl.float32)
-        source_rows = source + tl.load(rows + pairs, mask=inside, other=0)[:, None] * hidden_size
+        source_rows = source + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
         x = tl.load(source_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
         products += value[:, None] * x.to(tl.float32)
         start += BLOCK_N
-    out = grad_weight + weight_row * hidden_size + columns
+    out = grad_weight + weight_row * H + columns
     tl.store(out, tl.load(out, mask=in_row, other=0.0).to(tl.float32) + tl.sum(products, axis=0), mask=in_row)
 
 
-def segment_blocks(first: torch.Tensor, num_items: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut segments of consecutive items into blocks, without waiting for the device.
-
-    There are as many blocks as ``num_items`` items in S segments can need at most: with n segments in use, each but for
-    its last block full, that is ``(num_items + (block_size - 1) * n) / block_size``.
-
-    Args:
-        first: [S + 1] int64, first item of each segment; the last is where the last segment ends. S is at least 1.
-        num_items: items at most; with ``block_size`` at least as many, each segment in use is one block.
-        block_size: items of a block.
-    Returns:
-        [B] int64 segment of each block, S where there is no block; [B] int64 first item of each block.
-
-    Example: first [0, 3, 3, 4], 4 items, blocks of 2: segments [0, 0, 2], starts [0, 2, 3].
-    """
-    num_segments = first.numel() - 1
-    num_used = min(num_segments, num_items)
-    num_blocks = (num_items + (block_size - 1) * num_used) // block_size
-    blocks = (first.diff() + block_size - 1) // block_size
-    ends = blocks.cumsum(0)
-    places = torch.arange(num_blocks, device=first.device)
-    segments = torch.searchsorted(ends, places, right=True)
-    near = segments.clamp(max=num_segments - 1)
-    return segments, first[near] + (places - (ends - blocks)[near]) * block_size
-
-
-def add_weight_gradient(weight, add):
-    """Have ``add`` add to ``main_grad`` [M, H] where there is one, otherwise to zeros; give what backward returns."""
-    main_grad = main_grad_of(weight)
-    if main_grad is None:
-        grad_weight = torch.zeros_like(weight)
-        add(grad_weight.view(-1, weight.shape[-1]))
-        return grad_weight
-    add(main_grad)
-    return added_to_main_grad(weight)
-
-
 def launch_pair_dots(hidden, weight, pairs):
-    """[N] fp32 dot products of hidden [R, H] and weight [M, H]; left unwritten where the id is -1.
+    """[N] fp32 dot products of hidden [R, H] and weight [M, H]; zero where the id is -1.
 
     Blocks hold about as many pairs as a weight row has on average, 4 to 32, and as much of a row as a tile then takes.
     """
     num_pairs, hidden_size = pairs.ids.numel(), hidden.shape[1]
-    dots = torch.empty(num_pairs, dtype=torch.float32, device=hidden.device)
+    dots = torch.zeros(num_pairs, dtype=torch.float32, device=hidden.device)
     if num_pairs == 0:
         return dots
     block_rows = min(32, max(4, triton.next_power_of_2(num_pairs // min(num_pairs, pairs.num_ids))))
@@ -197,7 +157,7 @@ def launch_pair_sums(values, weight, pairs, dtype, parts=1):
     num_column_blocks = triton.cdiv(hidden_size, block_columns)
     _pair_sums_fwd_kernel[(pairs.num_rows * num_column_blocks,)](
         values.contiguous(), weight.contiguous(), pairs.ids, pairs.row_first, sums, hidden_size, num_column_blocks,
-        PARTS=parts, BLOCK_N=8, BLOCK_H=block_columns,
+        Q=parts, BLOCK_N=8, BLOCK_H=block_columns,
     )  # fmt: skip
     return sums
 
@@ -259,14 +219,6 @@ class _PairSumsKernel(torch.autograd.Function):
                 ctx.weight, lambda out: launch_pair_weight_gradient(grad_sums, values, ctx.pairs, out)
             )
         return grad_values, grad_weight, None
-
-
-def require_kernel_dtypes(**tensors_or_dtypes) -> None:
-    """Refuse what the kernels do not compute with: they accumulate in fp32."""
-    for name, value in tensors_or_dtypes.items():
-        dtype = getattr(value, "dtype", value)
-        if dtype not in _DTYPES:
-            raise ValueError(f"{name} is {dtype}, but the kernels take {', '.join(map(str, _DTYPES))}")
 
 
 def pair_dots_kernel(hidden: torch.Tensor, weight: torch.Tensor, pairs) -> torch.Tensor:

@@ -11,8 +11,9 @@ Three steps; a *group* is G experts with consecutive ids:
    tile for the tensor cores; rows gathered for each codeword would be read 4 G times over with C * L = 4 E. The L best
    of the L * G candidates (``topk``) are the list.
 
-Ranks compare int64 keys of score and id (``ops/coarse``): the lower id wins a tie, so every rank makes the same lists
-whatever ``topk`` does with equal values. Products are exact as there: fp32, or three summands on the tensor cores.
+What is compared are int64 keys of score and id (``order_key``): the lower id wins a tie, so every rank makes the same
+lists whatever ``topk`` does with equal values. Products are exact: fp32, or three summands on the tensor cores, as in
+``ops/coarse``.
 
 Memory: 8 bytes for each of the C * E/G keys of groups, and for each of the at most 2^26 keys of candidates
 (C * L * G of them, in chunks of codewords); 512 MiB each at E = 2^20, C = L = 2^11. The [C, E] scores would be 8 GiB.
@@ -25,21 +26,22 @@ import torch
 import triton
 import triton.language as tl
 
-from air_moe_megatron.ops.coarse.kernels import order_key, split_codewords
+from air_moe_megatron.ops.tiles import (
+    LOWEST_KEY,
+    SCORE_FUNCTIONS,
+    apply_score_function,
+    contiguous,
+    dot,
+    ids_of_keys,
+    order_key,
+    require_kernel_dtypes,
+    sort_into_segments,
+    split_codewords,
+)
 
-SCORE_FUNCTIONS = (None, "sigmoid", "sqrtsoftplus")
 _GROUP_SIZES = (16, 32, 64, 128)  # a tile's side for the tensor cores
 
 _CHUNK_ELEMENTS = 2**26  # of the keys [n, k * G] of a chunk of codewords: 512 MiB
-_LOWEST_KEY = tl.constexpr(-(2**63))
-_ID_BITS = 2**31 - 1
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x >= 0, exact where 1 + x loses the digits of x. Source: Kahan; Goldberg 1991, theorem 4."""
-    y = 1.0 + x
-    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
 
 @triton.jit
@@ -48,11 +50,8 @@ def _ranked(products, factors, bias, expert_bias, experts, is_expert, HAS_BIAS: 
     scores = products * factors[:, None]
     if HAS_BIAS:
         scores += tl.load(bias + experts, mask=is_expert, other=0.0).to(tl.float32)[None, :]
-    if FUNCTION == "sigmoid":
-        scores = 1.0 / (1.0 + tl.exp(-scores))
-    if FUNCTION == "sqrtsoftplus":
-        scores = tl.sqrt_rn(tl.maximum(scores, 0.0) + _log1p(tl.exp(-tl.abs(scores))))
     if FUNCTION is not None:
+        scores = apply_score_function(scores, FUNCTION)
         scores += tl.load(expert_bias + experts, mask=is_expert, other=0.0).to(tl.float32)[None, :]
     return tl.where(scores != scores, float("inf"), scores)  # a maximum would ignore NaN
 
@@ -75,22 +74,22 @@ def _group_maxima_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     FUNCTION: tl.constexpr,
     G: tl.constexpr,
-    BC: tl.constexpr,
-    BE: tl.constexpr,
-    BH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
-    experts = block * BE + tl.arange(0, BE)
+    experts = block * BLOCK_E + tl.arange(0, BLOCK_E)
     is_expert = experts < E
-    groups = block * (BE // G) + tl.arange(0, BE // G)
-    best = tl.full([BE], float("-inf"), tl.float32)
-    best_ids = tl.zeros([BE], tl.int32)
-    for first in range(0, C, BC):
-        ids = first + tl.arange(0, BC)
+    groups = block * (BLOCK_E // G) + tl.arange(0, BLOCK_E // G)
+    best = tl.full([BLOCK_E], float("-inf"), tl.float32)
+    best_ids = tl.zeros([BLOCK_E], tl.int32)
+    for first in range(0, C, BLOCK_C):
+        ids = first + tl.arange(0, BLOCK_C)
         is_codeword = ids < C
-        products = tl.zeros([BC, BE], tl.float32)
-        for start in range(0, H, BH):
-            columns = start + tl.arange(0, BH)
+        products = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
+        for start in range(0, H, BLOCK_H):
+            columns = start + tl.arange(0, BLOCK_H)
             w = tl.load(
                 weight + experts[None, :] * H + columns[:, None],
                 mask=is_expert[None, :] & (columns < H)[:, None],
@@ -102,7 +101,7 @@ def _group_maxima_fwd_kernel(
                     mask=is_codeword[:, None] & (columns < H)[None, :],
                     other=0.0,
                 )
-                products = tl.dot(c, w, products, input_precision="ieee")
+                products = dot(c, w, products)
         factor = tl.load(factors + ids, mask=is_codeword, other=0.0)
         scores = _ranked(products, factor, bias, expert_bias, experts, is_expert, HAS_BIAS, FUNCTION)
         scores = tl.where(is_codeword[:, None] & is_expert[None, :], scores, float("-inf"))
@@ -110,7 +109,7 @@ def _group_maxima_fwd_kernel(
         tile_best_ids = tl.min(tl.where(scores == tile_best[None, :], ids[:, None], C), axis=0)
         is_better = tile_best > best
         best, best_ids = tl.where(is_better, tile_best, best), tl.where(is_better, tile_best_ids, best_ids)
-        maxima = tl.max(tl.reshape(scores, [BC, BE // G, G]), axis=2)
+        maxima = tl.max(tl.reshape(scores, [BLOCK_C, BLOCK_E // G, G]), axis=2)
         tl.store(
             group_keys + ids.to(tl.int64)[:, None] * num_groups + groups[None, :],
             order_key(maxima, groups[None, :]),
@@ -140,26 +139,24 @@ def _candidates_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     FUNCTION: tl.constexpr,
     G: tl.constexpr,
-    BC: tl.constexpr,
-    BH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     program = tl.program_id(0)
-    group = (
-        program // num_tiles
-    )  # the tiles of a group are neighbours: the second finds its weight rows in the L2 cache
-    first = tl.load(first_pairs + group) + (program % num_tiles) * BC
+    group = program // num_tiles  # tiles of a group are neighbours: the second finds its weight rows in the L2 cache
+    first = tl.load(first_pairs + group) + (program % num_tiles) * BLOCK_C
     end = tl.load(first_pairs + group + 1)
     if first >= end:
         return
-    places = first + tl.arange(0, BC)
+    places = first + tl.arange(0, BLOCK_C)
     is_pair = places < end
     pair = tl.load(pairs + places, mask=is_pair, other=0)
     ids = first_codeword + pair // k
     experts = group.to(tl.int64) * G + tl.arange(0, G)
     is_expert = experts < E
-    products = tl.zeros([BC, G], tl.float32)
-    for start in range(0, H, BH):
-        columns = start + tl.arange(0, BH)
+    products = tl.zeros([BLOCK_C, G], tl.float32)
+    for start in range(0, H, BLOCK_H):
+        columns = start + tl.arange(0, BLOCK_H)
         w = tl.load(
             weight + experts[None, :] * H + columns[:, None],
             mask=is_expert[None, :] & (columns < H)[:, None],
@@ -171,10 +168,10 @@ def _candidates_fwd_kernel(
                 mask=is_pair[:, None] & (columns < H)[None, :],
                 other=0.0,
             )
-            products = tl.dot(c, w, products, input_precision="ieee")
+            products = dot(c, w, products)
     factor = tl.load(factors + ids, mask=is_pair, other=0.0)
     scores = _ranked(products, factor, bias, expert_bias, experts, is_expert, HAS_BIAS, FUNCTION)
-    keys = tl.where(is_expert[None, :], order_key(scores, experts[None, :]), _LOWEST_KEY)
+    keys = tl.where(is_expert[None, :], order_key(scores, experts[None, :]), LOWEST_KEY)
     tl.store(candidates + pair[:, None] * G + tl.arange(0, G)[None, :], keys, mask=is_pair[:, None])
 
 
@@ -186,28 +183,64 @@ def _blocks(weight, group_size):
     - fp32: limited by arithmetic without tensor cores; small tiles.
     """
     if weight.dtype == torch.float32:
-        return {"BC": 64, "BE": max(64, group_size), "BH": 32, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_C": 64, "BLOCK_E": max(64, group_size), "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
     block = max(128 if weight.shape[0] >= 16384 else 64, group_size)
-    return {"BC": 128, "BE": block, "BH": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_C": 128, "BLOCK_E": block, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
 
 
 def _candidate_blocks(weight):
     """The same of the third step: about 4 G codewords choose a group, so two tiles of 64 with G = 32."""
     if weight.dtype == torch.float32:
-        return {"BC": 64, "BH": 32, "num_warps": 4, "num_stages": 2}
-    return {"BC": 64, "BH": 64, "num_warps": 4, "num_stages": 3}
-
-
-def _ids_of(keys):
-    return _ID_BITS - (keys & _ID_BITS)
+        return {"BLOCK_C": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_C": 64, "BLOCK_H": 64, "num_warps": 4, "num_stages": 3}
 
 
 def _best_groups(group_keys, num_kept):
-    """[n, k] ids of the best groups, the pairs of (codeword, place) sorted by group, and each group's first pair."""
-    groups = _ids_of(group_keys.topk(num_kept, dim=1).values)
-    sorted_groups, pairs = groups.flatten().sort(stable=True)
-    every_group = torch.arange(group_keys.shape[1] + 1, device=groups.device)
-    return pairs, torch.searchsorted(sorted_groups, every_group)
+    """[n * k] pairs (codeword, place among its best groups) sorted by group, and [E / G + 1] each group's first."""
+    groups = ids_of_keys(group_keys.topk(num_kept, dim=1).values)
+    return sort_into_segments(groups.flatten(), group_keys.shape[1])
+
+
+def launch_ranking(codewords, factors, weight, bias, shortlist_size, function, expert_bias, group_size):
+    """Lists [C, L], and of each expert the best codeword [E] and its score [E]: the three steps above."""
+    (num_clusters, hidden_size), num_experts, device = codewords.shape, weight.shape[0], weight.device
+    weight, bias, expert_bias = contiguous(weight, bias, expert_bias)
+    summands, too_large = split_codewords(codewords, weight.dtype)
+    factors = (factors / too_large).contiguous()  # by a power of two: exact
+    tensors = (summands, factors, weight, bias, expert_bias)
+    constants = {
+        "C": num_clusters,
+        "H": hidden_size,
+        "S": summands.shape[0],
+        "HAS_BIAS": bias is not None,
+        "FUNCTION": function,
+        "G": group_size,
+    }
+    num_groups = triton.cdiv(num_experts, group_size)
+    group_keys = torch.empty(num_clusters, num_groups, dtype=torch.int64, device=device)
+    nearest = torch.empty(num_experts, dtype=torch.int64, device=device)
+    score = torch.empty(num_experts, dtype=torch.float32, device=device)
+    blocks = _blocks(weight, group_size)
+    _group_maxima_fwd_kernel[(triton.cdiv(num_experts, blocks["BLOCK_E"]),)](
+        *tensors, group_keys, nearest, score, num_experts, num_groups, **constants, **blocks
+    )
+
+    num_kept = min(shortlist_size, num_groups)
+    chunk = min(num_clusters, max(_CHUNK_ELEMENTS // (num_kept * group_size), 1))
+    candidates = torch.empty(chunk, num_kept * group_size, dtype=torch.int64, device=device)
+    lists = torch.empty(num_clusters, shortlist_size, dtype=torch.int64, device=device)
+    blocks = _candidate_blocks(weight)
+    for first in range(0, num_clusters, chunk):
+        part = slice(first, min(first + chunk, num_clusters))
+        size = part.stop - part.start
+        pairs, first_pairs = _best_groups(group_keys[part], num_kept)
+        # A codeword chooses a group once, so this is enough; the tiles without pairs return.
+        num_tiles = triton.cdiv(size, blocks["BLOCK_C"])
+        _candidates_fwd_kernel[(num_groups * num_tiles,)](
+            *tensors, pairs, first_pairs, candidates, first, num_kept, num_experts, num_tiles, **constants, **blocks
+        )
+        lists[part] = ids_of_keys(candidates[:size].topk(shortlist_size, dim=1).values)
+    return lists, nearest, score
 
 
 @torch.no_grad()
@@ -225,7 +258,7 @@ def rank_experts_kernel(
 
     With a score function the experts are ranked by ``function(that score) + expert_bias_e``, as the top-k of a router
     with an expert bias ranks them. Without bias and score function the scale, which changes no order, is left out.
-    Scores that are NaN count as infinite. Does not wait for the device.
+    Scores that are NaN count as infinite. Deterministic, does not wait for the device.
 
     Args:
         codewords: [C, H] fp32, unit rows.
@@ -247,48 +280,9 @@ def rank_experts_kernel(
     [[2, 0], [1, 2]], the nearest codewords [0, 1, 0] and the scores [1, 3, 2].
     """
     _validate(codewords, scale, weight, bias, shortlist_size, score_function, expert_bias, group_size)
-    (num_clusters, hidden_size), num_experts, device = codewords.shape, weight.shape[0], weight.device
-    weight, scale = weight.contiguous(), scale.float()
+    scale = scale.float()
     factors = scale if bias is not None or score_function is not None else torch.ones_like(scale)
-    if weight.dtype == torch.float32:
-        summands = codewords.contiguous().unsqueeze(0)
-    else:
-        summands, too_large = split_codewords(codewords, weight.dtype)
-        factors = factors / too_large  # a power of two: exact
-    factors = factors.contiguous()
-    tensors = (summands, factors, weight, bias, expert_bias)
-    constants = {
-        "C": num_clusters,
-        "H": hidden_size,
-        "S": summands.shape[0],
-        "HAS_BIAS": bias is not None,
-        "FUNCTION": score_function,
-        "G": group_size,
-    }
-    num_groups = triton.cdiv(num_experts, group_size)
-    group_keys = torch.empty(num_clusters, num_groups, dtype=torch.int64, device=device)
-    nearest = torch.empty(num_experts, dtype=torch.int64, device=device)
-    score = torch.empty(num_experts, dtype=torch.float32, device=device)
-    blocks = _blocks(weight, group_size)
-    _group_maxima_fwd_kernel[(triton.cdiv(num_experts, blocks["BE"]),)](
-        *tensors, group_keys, nearest, score, num_experts, num_groups, **constants, **blocks
-    )
-
-    num_kept = min(shortlist_size, num_groups)
-    chunk = min(num_clusters, max(_CHUNK_ELEMENTS // (num_kept * group_size), 1))
-    candidates = torch.empty(chunk, num_kept * group_size, dtype=torch.int64, device=device)
-    lists = torch.empty(num_clusters, shortlist_size, dtype=torch.int64, device=device)
-    blocks = _candidate_blocks(weight)
-    for first in range(0, num_clusters, chunk):
-        part = slice(first, min(first + chunk, num_clusters))
-        size = part.stop - part.start
-        pairs, first_pairs = _best_groups(group_keys[part], num_kept)
-        num_tiles = triton.cdiv(size, blocks["BC"])  # a codeword chooses a group once; the tiles without pairs return
-        _candidates_fwd_kernel[(num_groups * num_tiles,)](
-            *tensors, pairs, first_pairs, candidates, first, num_kept, num_experts, num_tiles, **constants, **blocks
-        )
-        lists[part] = _ids_of(candidates[:size].topk(shortlist_size, dim=1).values)
-    return lists, nearest, score
+    return launch_ranking(codewords, factors, weight, bias, shortlist_size, score_function, expert_bias, group_size)
 
 
 def _validate(codewords, scale, weight, bias, shortlist_size, score_function, expert_bias, group_size):
@@ -297,10 +291,9 @@ def _validate(codewords, scale, weight, bias, shortlist_size, score_function, ex
             f"codewords {tuple(codewords.shape)} and weight {tuple(weight.shape)} must be [C, H] and [E, H] "
             "with the same H"
         )
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or codewords.dtype != torch.float32:
-        raise ValueError(
-            f"weight ({weight.dtype}) must be fp32, bf16 or fp16, and codewords ({codewords.dtype}) must be fp32"
-        )
+    require_kernel_dtypes(weight=weight)
+    if codewords.dtype != torch.float32:
+        raise ValueError(f"codewords ({codewords.dtype}) must be fp32")
     if scale.shape != codewords.shape[:1]:
         raise ValueError(f"scale {tuple(scale.shape)} must be [C] with C = {codewords.shape[0]}")
     for name, values in (("bias", bias), ("expert_bias", expert_bias)):

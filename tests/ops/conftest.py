@@ -1,0 +1,36 @@
+"""What the tests of kernels share."""
+
+import math
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Fresh memory is NaN, or very large where it holds integers: an element that no kernel writes is found."""
+
+    def poison(create):
+        def poisoned(*args, **kwargs):
+            tensor = create(*args, **kwargs)
+            return tensor.fill_(math.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 2)
+
+        return poisoned
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+@pytest.fixture
+def cuda() -> str:
+    """Device of a test that is not interpreted, since its tensors are large."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    return "cuda"
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference over that of what is expected."""
+    if expected.numel() == 0:
+        return 0.0
+    return ((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
