@@ -222,7 +222,7 @@ def test_topk_is_exact_and_the_first_of_equals_wins(shape, topk, dtype, kernel_d
     [(None, False), (None, True), ("sigmoid", False), ("sqrtsoftplus", True)],
     ids=("scores", "bias", "sigmoid", "sqrtsoftplus-and-bias"),
 )
-@pytest.mark.parametrize("tile", (512, 16), ids=("one-tile", "merged-tiles"))
+@pytest.mark.parametrize("tile", (512, 32), ids=("one-tile", "merged-tiles"))
 def test_candidates_are_ranked_as_asked_in_one_tile_and_in_several(
     tile, function, with_bias, monkeypatch, kernel_device
 ):

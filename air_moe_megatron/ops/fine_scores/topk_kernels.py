@@ -40,7 +40,7 @@ from air_moe_megatron.ops.tiles import (
 
 MAX_TOPK = 512
 
-_TILE_COLUMNS = 512  # of a list whose scores are on the chip at once
+_TILE_COLUMNS = 512  # of a list whose scores are on the chip at once; half as many beside those of earlier tiles
 
 
 @triton.jit
@@ -202,8 +202,8 @@ def launch_fine_topk(hidden, weight, bias, selection_bias, function, shortlist, 
     """Top-k [T, K] scores, ids and columns, and the logsumexp [T].
 
     16 rows by a list of up to 512 are one tile, a warp for each 32 columns: 32 KiB of fp32 scores and 64 KiB of keys,
-    of which a thread holds 16. A longer list takes several tiles of 512, merged into the best K so far, which are up to
-    another 64 KiB; beyond K = 256 that spills some registers.
+    of which a thread holds 16. A longer list takes several tiles of half of that, merged into the best K so far, which
+    need as much room again; more than K = 256 of these spill registers, by some hundred bytes for each thread.
     """
     num_tokens, shortlist_size = hidden.shape[0], shortlist.shape[1]
     empty = dict(device=hidden.device)
@@ -213,7 +213,8 @@ def launch_fine_topk(hidden, weight, bias, selection_bias, function, shortlist, 
     if num_tokens == 0:
         return scores, ids, columns, logsumexp
     block_topk = block_of(topk, MAX_TOPK)
-    block_list = max(block_topk, block_of(shortlist_size, _TILE_COLUMNS))
+    longest = _TILE_COLUMNS if shortlist_size <= _TILE_COLUMNS else _TILE_COLUMNS // 2
+    block_list = max(block_topk, block_of(shortlist_size, longest))
     segments, starts = rows.blocks(16)
     _fine_topk_fwd_kernel[(segments.numel(),)](
         hidden, weight, bias, selection_bias, shortlist, rows.order, rows.row_first, segments, starts,
@@ -309,7 +310,7 @@ def fine_topk_kernel(
     of the logsumexp, the backward costs K rows per token and is deterministic; otherwise it recomputes all scores. The
     weight's gradient goes into ``weight.main_grad`` where there is one. Does not wait for the device.
 
-    A list of up to 512 is one tile on the chip, a longer one several (:func:`launch_fine_topk`).
+    A list of up to 512 is one tile on the chip, a longer one several of 256 (:func:`launch_fine_topk`).
 
     Args:
         hidden: [T, H], tokens; fp32, bf16 or fp16.
