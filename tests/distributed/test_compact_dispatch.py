@@ -1,6 +1,7 @@
 """Compact dispatch and granular experts over gloo ranks: against K copies of each token on a plain all-to-all, and
 against Megatron's own all-to-all dispatcher with its SequentialMLP experts of the same weights."""
 
+import os
 import types
 
 import pytest
@@ -22,6 +23,7 @@ SCENARIOS = {
     "fewer-candidates": (16, 5, lambda rank: 9 + rank, "holes"),
     "tokens-without-experts": (16, 5, lambda rank: 9 + rank, "none for some"),
 }
+INTERPRETED = ("unequal-tokens", "all-to-the-last-rank", "no-tokens-at-all", "tokens-without-experts")  # with kernels
 FULL = [name for name, (*_, which) in SCENARIOS.items() if which not in ("holes", "none for some")]
 
 
@@ -181,6 +183,12 @@ def scenario(name, rank, world_size, groups):
     }
     result["compact"] = run(compact_steps(dispatcher, experts, ids), hidden, probs, weights, grad)
     result["traffic"] = vars(dispatcher.traffic)
+    if name in INTERPRETED:
+        os.environ["AIR_MOE_BACKEND"] = "triton"
+        again = CompactTokenDispatcher(local, config, groups)
+        result["kernels"] = run(compact_steps(again, experts, ids), hidden, probs, weights, grad)
+        result["traffic of kernels"] = vars(again.traffic)
+        del os.environ["AIR_MOE_BACKEND"]
     copies = []
 
     def plain_steps(hidden, probs):
@@ -291,6 +299,13 @@ def test_output_and_all_gradients_equal_a_plain_all_to_all(ranks, name):
     for result in (results[name] for results in ranks):
         assert_alike(result["compact"], result["plain"])
         assert name == "no-tokens-at-all" or any(results[name]["compact"][3].any() for results in ranks)
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_kernels_send_and_compute_the_same(ranks, name):
+    for result in (results[name] for results in ranks):
+        assert_alike(result["kernels"], result["plain"])
+        assert result["traffic of kernels"] == result["traffic"]
 
 
 @pytest.mark.parametrize("name", FULL)
