@@ -13,9 +13,13 @@ UV_INSTALL = $(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python
 unexport PYTHONDONTWRITEBYTECODE
 OUT ?= out/demo
 DATA ?= data/stdlib
+OUT_BENCH ?= docs/results
+RUN = $(BIN)/python -W ignore benchmarks/run.py
+GPU_SIZES := --hidden 1024 --tokens 16384 --topk 64
+GPU_RUNS := --warmup 3 --repetitions 20 --slow-repetitions 10
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train test lint bench-router bench-layer clean
+.PHONY: help install data train test lint bench bench-gpu bench-layer clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-13s%s\n", $$1, $$2}'
@@ -51,13 +55,30 @@ lint: install  ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench-router: install  ## Time the routers on this machine
-	$(BIN)/python -W ignore benchmarks/run.py router
+# The sizes are those of the bars, which `bars.py` prints at the end.
+bench: install  ## Run all benchmarks (10 minutes on two cores), write $(OUT_BENCH)/*.csv, print the bars
+	$(RUN) router --out $(OUT_BENCH)/router.csv
+	$(RUN) growth --out $(OUT_BENCH)/growth.csv
+	$(RUN) layer --slow-repetitions 2 --out $(OUT_BENCH)/layer.csv
+	$(RUN) refresh --out $(OUT_BENCH)/refresh.csv
+	$(RUN) train --slow-repetitions 2 --out $(OUT_BENCH)/train.csv
+	$(RUN) dispatch --slow-repetitions 2 --out $(OUT_BENCH)/dispatch.csv
+	$(RUN) scaling --out $(OUT_BENCH)/scaling.csv --plot $(OUT_BENCH)/route_time.png
+	@$(BIN)/python benchmarks/bars.py $(OUT_BENCH)
 
-bench-layer: bench-router  ## Time router, growth and the whole layer, and measure its memory
-	$(BIN)/python -W ignore benchmarks/run.py growth
-	$(BIN)/python -W ignore benchmarks/run.py layer
-	$(BIN)/python -W ignore benchmarks/run.py layer --experts 1048576 --hidden 128 --no-rival
+bench-gpu: install  ## The same on a large GPU, with its sizes, into $(OUT_BENCH)/gpu
+	$(RUN) router $(GPU_SIZES) $(GPU_RUNS) --out $(OUT_BENCH)/gpu/router.csv
+	$(RUN) growth $(GPU_SIZES) $(GPU_RUNS) --out $(OUT_BENCH)/gpu/growth.csv
+	$(RUN) layer $(GPU_SIZES) --stock-experts 65536 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/layer.csv
+	$(RUN) refresh --hidden 1024 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/refresh.csv
+	$(RUN) train --hidden 1024 --tokens 8192 --sequence 1024 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/train.csv
+	$(RUN) dispatch --hidden 1024 --tokens 8192 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/dispatch.csv
+	$(RUN) scaling $(GPU_SIZES) --dense-gib 5 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/scaling.csv --plot $(OUT_BENCH)/gpu/route_time.png
+	@$(BIN)/python benchmarks/bars.py $(OUT_BENCH)
+
+bench-layer: install  ## Time the whole layer, also at a million experts, and measure its memory
+	$(RUN) layer --out $(OUT_BENCH)/layer.csv
+	$(RUN) layer --experts 1048576 --hidden 128 --no-rival --repetitions 3 --out $(OUT_BENCH)/layer_million.csv
 
 clean:  ## Remove what the targets above make by default, .venv included
 	rm -rf $(VENV) data/stdlib out .pytest_cache .ruff_cache .hypothesis *.egg-info

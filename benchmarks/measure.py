@@ -1,11 +1,11 @@
-"""How benchmarks measure: interleaved repetitions after a warm-up, medians with spread, rows that say where they come
-from."""
+"""How benchmarks measure: seconds, memory, Megatron's process groups and gradient buffers, and the origin of a row."""
 
+import contextlib
 import csv
 import ctypes
 import gc
 import importlib.metadata
-import logging
+import os
 import platform
 import statistics
 import subprocess
@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,31 +31,10 @@ class Timing:
     def columns(self, phase: str) -> dict[str, float]:
         """Median and spread as columns of a row, in milliseconds."""
         return {
-            f"{phase}_ms": round(1e3 * self.median, 2),
-            f"{phase}_min_ms": round(1e3 * min(self.seconds), 2),
-            f"{phase}_max_ms": round(1e3 * max(self.seconds), 2),
+            f"{phase}_ms": round(1e3 * self.median, 3),
+            f"{phase}_min_ms": round(1e3 * min(self.seconds), 3),
+            f"{phase}_max_ms": round(1e3 * max(self.seconds), 3),
         }
-
-
-def interleave(contenders: dict[str, Callable[[], dict[str, float]]], repetitions: int, warmup: int):
-    """Run the contenders in turn, so that a drift of the machine's speed meets them all alike.
-
-    Args:
-        contenders: name -> function that runs once and returns seconds per phase.
-        repetitions: counted runs of each.
-        warmup: uncounted runs of each, first.
-    Returns:
-        name -> phase -> Timing.
-    """
-    seconds = {name: {} for name in contenders}
-    for repetition in range(-warmup, repetitions):
-        for name, run in contenders.items():
-            phases = run()
-            if repetition >= 0:
-                for phase, value in phases.items():
-                    seconds[name].setdefault(phase, []).append(value)
-        logger.info("repetition %d of %d done", max(repetition + 1, 0), repetitions)
-    return {name: {phase: Timing(runs) for phase, runs in phases.items()} for name, phases in seconds.items()}
 
 
 def clock(device: torch.device) -> float:
@@ -67,28 +44,39 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def world_of_one():
-    """Megatron's process groups for this process alone, on the GPU if there is one, else in CPU mode.
+@contextlib.contextmanager
+def world(rank: int = 0, ranks: int = 1, init_method: str | None = None, expert_parallel: int = 1):
+    """Megatron's process groups, on the GPU if there is one, else in CPU mode; by default of this process alone.
 
-    Returns:
+    They are gone at the end; CPU mode stays on.
+
+    Yields:
         the device and the ProcessGroupCollection.
     """
     warnings.filterwarnings("ignore", message="Using a large number of experts")
     warnings.filterwarnings("ignore", message="moe_ffn_hidden_size is not set")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
         from air_moe_megatron import cpu
 
         cpu.enable()
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(0)
-    return device, ProcessGroupCollection.use_mpu_process_groups()
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    where = {"store": torch.distributed.HashStore()} if init_method is None else {"init_method": init_method}
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=ranks, **where)
+    try:
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel)
+        model_parallel_cuda_manual_seed(0)
+        yield device, ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        get_cuda_rng_tracker().reset()
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
 
 
 def give_main_grad(module: torch.nn.Module) -> None:
@@ -143,7 +131,7 @@ def _status_bytes(field: str) -> int:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What every row carries: device, threads, versions and commit."""
+    """What every row carries: device, threads, large pages, versions and commit."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
@@ -151,18 +139,28 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         "device": name,
         "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
+        "large_pages": large_pages(),
+        "torch": str(torch.__version__),
         "triton": importlib.metadata.version("triton"),
         "megatron_core": importlib.metadata.version("megatron-core"),
         "commit": commit or "unknown",
     }
 
 
+def large_pages() -> str:
+    """The kernel's mode of transparent huge pages, and whether torch's CPU allocator was told to ask for them."""
+    try:
+        mode = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().split("[")[1].split("]")[0]
+    except (OSError, IndexError):
+        return "unknown"
+    return f"{mode}, {'asked for' if os.environ.get('THP_MEM_ALLOC_ENABLE') == '1' else 'not asked for'}"
+
+
 def write_rows(rows: list[dict], path: Path) -> None:
-    """Write the rows as CSV, replacing the file."""
+    """Write the rows as CSV, replacing the file; a column that a row lacks stays empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -3,21 +3,37 @@
 import argparse
 import importlib
 import logging
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# Large pages for all contenders alike, where the kernel gives them to those who ask. torch reads it once, when it
+# first allocates, so it is set before anything imports torch.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 NAMES = {
-    "router": "AIRRouter against TopKRouter, forward and backward",
+    "router": "AIRRouter against TopKRouter and product keys, forward and backward",
     "growth": "AIRRouter at growing numbers of experts",
-    "layer": "the whole layer against PEER: time and peak memory",
+    "scaling": "time of a routing step against the number of experts, with a plot",
+    "layer": "the whole layer against PEER and against Megatron's: time and peak memory",
+    "dispatch": "dispatch and combine over expert-parallel processes: time and bytes",
+    "refresh": "the rebuild of the shortlists as a share of a step",
+    "train": "a training step of a small GPT, AIR against TopKRouter",
 }
+_TIMES = ("forward_ms", "backward_ms", "optimizer_ms", "total_ms", "total_min_ms", "total_max_ms")
+_FIGURES = (
+    *("times_faster", "times_slower", "times_ours", "percent_of_step", "peak_mib", "peak_with_rebuild_mib"),
+    *("forward_remote_mib", "floor_ms", "times_floor", "gflops_per_s", "gbytes_per_s"),
+)
 
 
-def main() -> None:
-    """Parse the command line, run the benchmark, print its rows and write them as CSV."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def main(argv: Sequence[str] | None = None) -> list[dict]:
+    """Parse the command line, run the benchmark, print its rows and write them as CSV; returns the rows."""
+    logging.basicConfig(format="%(message)s")
+    for name in ("benchmarks", "air_moe_megatron"):  # not Megatron's own, which lists every parameter
+        logging.getLogger(name).setLevel(logging.INFO)
     parser = argparse.ArgumentParser(description=__doc__)
     benchmarks = parser.add_subparsers(dest="name", required=True)
     modules = {name: importlib.import_module(f"benchmarks.{name}") for name in NAMES}
@@ -25,22 +41,30 @@ def main() -> None:
         sub = benchmarks.add_parser(name, help=NAMES[name], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         module.add_arguments(sub)
         sub.add_argument("--repetitions", type=int, default=5, help="counted runs of each contender")
+        sub.add_argument("--slow-repetitions", type=int, default=3, help="counted runs of each slow rival, at most")
         sub.add_argument("--warmup", type=int, default=1, help="uncounted runs of each, first")
+        sub.add_argument("--dtype", choices=("fp32", "bf16"), help="of tokens and weights; bf16 on a GPU, else fp32")
+        sub.add_argument("--router-dtype", choices=("model", "fp32"), default="model", help="of scores and probs")
         sub.add_argument("--out", type=Path, help="CSV file to write the rows to")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+
+    import torch
 
     from benchmarks.measure import write_rows
 
+    dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+    args.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+    args.routing_dtype = args.dtype if args.router_dtype == "model" else torch.float32
     rows = modules[args.name].run(args)
-    phases = ("forward_ms", "backward_ms", "total_ms", "total_min_ms", "total_max_ms")
-    figures = ("times_faster", "times_slower", "peak_mib", "peak_with_rebuild_mib")
-    shown = ("contender", *phases, *(name for name in figures if name in rows[0]))
-    widths = [max(len(name), *(len(str(row[name])) for row in rows)) for name in shown]
-    for cells in (shown, *([str(row[name]) for name in shown] for row in rows)):
+    present = {name for row in rows for name, value in row.items() if value != ""}
+    shown = [name for name in ("contender", "experts", *_TIMES, *_FIGURES) if name in present]
+    widths = [max(len(name), *(len(str(row.get(name, ""))) for row in rows)) for name in shown]
+    for cells in (shown, *([str(row.get(name, "")) for name in shown] for row in rows)):
         sys.stdout.write("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) + "\n")
     if args.out is not None:
         write_rows(rows, args.out)
         sys.stdout.write(f"rows written to {args.out}\n")
+    return rows
 
 
 if __name__ == "__main__":

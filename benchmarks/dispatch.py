@@ -1,0 +1,224 @@
+"""Dispatch and combine alone: the compact dispatcher against Megatron's all-to-all, over expert-parallel processes.
+
+On a CPU two processes talk through gloo and divide the cores. On GPUs a process has a GPU of its own (NCCL takes no two
+ranks on one), so with a single GPU one rank remains: permutation and combination, and no communication.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import floor
+from benchmarks.gates import same
+from benchmarks.measure import clock, world
+from benchmarks.models import Sizes, add_sizes, inputs, make_config
+from benchmarks.race import Contender, race
+
+logger = logging.getLogger(__name__)
+
+_OURS, _STOCK = "CompactTokenDispatcher", "MoEAlltoAllTokenDispatcher"
+_MIB = 2**20
+
+
+def add_arguments(parser) -> None:
+    add_sizes(parser, experts=16_384, hidden=512, tokens=2048, topk=64)
+    parser.add_argument("--ranks", type=int, default=2, help="expert-parallel processes; on GPUs at most one for each")
+
+
+def run(args) -> list[dict]:
+    """Time both dispatchers on the same routes, the experts left out: what is received is sent back as it is.
+
+    ``--tokens`` is per rank. Every token has K distinct experts at random, so that nearly all go to every rank, the
+    worst for ours. A step is dispatch and combine, forward and backward, probs and their gradients included; its
+    seconds are those of the slowest rank. Bytes are what rank 0 hands to the all-to-alls in a forward, to other ranks
+    and to itself.
+    """
+    ranks = min(args.ranks, max(1, torch.cuda.device_count())) if torch.cuda.is_available() else args.ranks
+    if ranks < args.ranks:
+        logger.info("%d rank(s), one for each GPU", ranks)
+    with tempfile.TemporaryDirectory() as directory:
+        if ranks == 1:
+            return _rank(0, 1, args, directory)
+        # A fork of a process that has imported torch, but run nothing, starts in less than a second.
+        start = "spawn" if torch.cuda.is_available() else "forkserver"
+        if start == "forkserver":
+            torch.multiprocessing.get_context(start).set_forkserver_preload(["air_moe_megatron.sync"])
+        torch.multiprocessing.start_processes(_rank, args=(ranks, args, directory), nprocs=ranks, start_method=start)
+        return json.loads(Path(directory, "rows.json").read_text())
+
+
+@dataclass(frozen=True)
+class _Routes:
+    """The routes of this rank's tokens, compact and dense."""
+
+    hidden: torch.Tensor  # [T, 1, H]
+    grad: torch.Tensor  # [T, 1, H]
+    ids: torch.Tensor  # [T, K] int32
+    probs: torch.Tensor  # [T, K]
+    dense_probs: torch.Tensor  # [T, E]
+    routing_map: torch.Tensor  # [T, E] bool
+
+
+def _rank(rank, ranks, args, directory):
+    if ranks > 1:
+        logging.basicConfig(format="%(message)s", force=True)
+        logging.getLogger("benchmarks").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if not torch.cuda.is_available() and ranks > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    init_method = None if ranks == 1 else f"file://{directory}/store"
+    with world(rank, ranks, init_method, expert_parallel=ranks) as (device, pg_collection):
+        _gate(rank, ranks, pg_collection, device)
+        rows = _measure(args, rank, ranks, pg_collection, device)
+        if rank == 0 and ranks > 1:
+            Path(directory, "rows.json").write_text(json.dumps(rows))
+    return rows
+
+
+def _measure(args, rank, ranks, pg_collection, device):
+    sizes = Sizes.of(args)
+    routes = _routes(sizes, rank, device)
+    dispatchers = {name: _dispatcher(name, sizes, ranks, pg_collection) for name in (_OURS, _STOCK)}
+    runs, contenders, figures = {}, {}, {}
+    for name, dispatcher in dispatchers.items():
+        runs[name] = lambda name=name, dispatcher=dispatcher: _step(name, dispatcher, routes, None)
+        received = _gate_at_size(name, runs[name](), routes, sizes, ranks)
+        figures[name] = _bytes(name, dispatcher, sizes, rank, ranks)
+        work = floor.dispatch(sizes.tokens, received, sizes.hidden, sizes.dtype.itemsize)
+        contenders[name] = Contender(
+            lambda name=name: _slowest(runs[name], device, ranks), work, sizes.tokens, name == _STOCK
+        )
+    outcome = race(contenders, args, device)
+    rows = []
+    for name in contenders:
+        times_faster = round(outcome.median(_STOCK) / outcome.median(name), 2)
+        columns = sizes.columns() | {"ranks": ranks}
+        rows.append(outcome.row(name, columns, {"times_faster": times_faster} | figures[name]))
+    return rows
+
+
+def _routes(sizes, rank, device):
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.rand(sizes.tokens, sizes.experts, generator=generator).topk(sizes.topk, dim=1).indices.to(device)
+    hidden, probs = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden), (sizes.tokens, sizes.topk))
+    probs = probs.softmax(dim=1)
+    dense_probs = torch.zeros(sizes.tokens, sizes.experts, dtype=probs.dtype, device=device).scatter_(1, ids, probs)
+    routing_map = torch.zeros_like(dense_probs, dtype=torch.bool).scatter_(1, ids, True)
+    grad = hidden.flip(0)
+    return _Routes(hidden, grad, ids.int(), probs, dense_probs, routing_map)
+
+
+def _dispatcher(name, sizes, ranks, pg_collection):
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    from air_moe_megatron.dispatcher import CompactTokenDispatcher
+
+    is_ours = name == _OURS
+    config = make_config(sizes, "air" if is_ours else "topk", compact=is_ours, expert_model_parallel_size=ranks)
+    local = sizes.experts // ranks
+    if is_ours:
+        return CompactTokenDispatcher(local, config, pg_collection)
+    first = local * pg_collection.ep.rank()
+    return MoEAlltoAllTokenDispatcher(local, list(range(first, first + local)), config, pg_collection)
+
+
+def _step(name, dispatcher, routes, experts):
+    """One forward and backward; without experts, rows come back as they were received, and the probs' gradient is one.
+
+    Returns:
+        seconds per phase; output, gradients of tokens and probs, rows and probs received.
+    """
+    device = routes.hidden.device
+    hidden = routes.hidden.detach().requires_grad_()
+    probs = (routes.probs if name == _OURS else routes.dense_probs).detach().requires_grad_()
+    where = routes.ids if name == _OURS else routes.routing_map
+    start = clock(device)
+    rows, sent_probs = dispatcher.dispatch_preprocess(hidden, where, probs)
+    rows, received_probs = dispatcher.token_dispatch(rows, sent_probs)
+    rows, work_list, received_probs = dispatcher.dispatch_postprocess(rows, received_probs)
+    outputs = rows if experts is None else experts(rows, work_list, received_probs)[0]
+    out = dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(outputs)))
+    middle = clock(device)
+    ends, grads = [out], [routes.grad]
+    if experts is None:
+        ends, grads = [out, received_probs], [routes.grad, torch.ones_like(received_probs)]
+    torch.autograd.backward(ends, grads)
+    end = clock(device)
+    seconds = {"forward": middle - start, "backward": end - middle, "total": end - start}
+    return seconds, (out.detach(), hidden.grad, probs.grad, rows.shape[0], received_probs.detach())
+
+
+def _slowest(run, device, ranks):
+    """Seconds per phase of the slowest rank, all starting together."""
+    if ranks > 1:
+        torch.distributed.barrier()
+    seconds, _ = run()
+    if ranks == 1:
+        return seconds
+    slowest = torch.tensor(list(seconds.values()), device=device, dtype=torch.float64)
+    torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
+    return dict(zip(seconds, slowest.tolist(), strict=True))
+
+
+def _bytes(name, dispatcher, sizes, rank, ranks):
+    """MiB that this rank handed to the all-to-alls in the forward just done, and bytes of rows per token one way."""
+    if name == _OURS:
+        traffic = dispatcher.traffic
+        rows, pairs = traffic.row_bytes, traffic.pair_bytes
+        remote_rows, remote_pairs = traffic.remote_row_bytes, traffic.remote_pair_bytes
+    else:
+        splits = [sizes.tokens * sizes.topk] if ranks == 1 else [int(n) for n in dispatcher.input_splits]
+        row_bytes = sizes.hidden * sizes.dtype.itemsize
+        rows, pairs = sum(splits) * row_bytes, sum(splits) * sizes.routing_dtype.itemsize
+        remote = sum(splits) - splits[rank]
+        remote_rows, remote_pairs = remote * row_bytes, remote * sizes.routing_dtype.itemsize
+    return {
+        "row_bytes_per_token": round(rows / sizes.tokens),
+        "forward_mib": round((2 * rows + pairs) / _MIB, 2),  # rows go out and come back
+        "forward_remote_mib": round((2 * remote_rows + remote_pairs) / _MIB, 2),
+    }
+
+
+def _gate(rank, ranks, pg_collection, device):
+    """Both dispatchers around the same experts: equal outputs and gradients."""
+    from air_moe_megatron.experts import GranularExperts
+
+    sizes = Sizes(experts=16 * ranks, hidden=12, tokens=20, topk=4, ffn=2)
+    routes = _routes(sizes, rank, device)
+    results = []
+    config = make_config(sizes, "air", compact=True, expert_model_parallel_size=ranks)
+    experts = GranularExperts(16, config, pg_collection=pg_collection).to(device)
+    for name in (_OURS, _STOCK):
+        experts.zero_grad()
+        found = _step(name, _dispatcher(name, sizes, ranks, pg_collection), routes, experts)[1]
+        out, hidden_grad, probs_grad = found[:3]
+        if name == _STOCK:
+            probs_grad = probs_grad.gather(1, routes.ids.long())
+        results.append((out, hidden_grad, probs_grad, experts.weight1.grad.clone(), experts.weight2.grad.clone()))
+    names = ("output", "input grad", "probs grad", "weight1 grad", "weight2 grad")
+    for name, found, expected in zip(names, *results, strict=True):
+        same(name, found, expected)
+    logger.info("gate passed: both dispatchers give equal outputs and gradients")
+
+
+def _gate_at_size(name, step, routes, sizes, ranks):
+    """Each token and its gradient come back once per row sent, each prob has travelled; returns the rows received."""
+    out, hidden_grad, probs_grad, received, received_probs = step[1]
+    owners = routes.ids.long() // (sizes.experts // ranks)
+    if name == _OURS:
+        copies = sum((owners == owner).any(dim=1) for owner in range(ranks)).view(-1, 1, 1)
+    else:
+        copies = torch.full((sizes.tokens, 1, 1), sizes.topk, device=owners.device)
+    same("output", out, (routes.hidden.float() * copies).to(out.dtype), atol=1e-3)
+    same("input grad", hidden_grad, (routes.grad.float() * copies).to(hidden_grad.dtype), atol=1e-3)
+    expected = torch.ones_like(probs_grad) if name == _OURS else routes.routing_map.to(probs_grad.dtype)
+    same("probs grad", probs_grad, expected)
+    total = torch.stack((received_probs.double().sum(), routes.probs.double().sum()))
+    if ranks > 1:
+        torch.distributed.all_reduce(total)
+    same("probs", *total.float(), rtol=1e-3)
+    return received

@@ -1,0 +1,232 @@
+"""The floor of a row: the time below which the work cannot be done at the rates that the machine was measured at.
+
+Floor of a phase: the larger of its arithmetic over the measured matmul rate and its compulsory bytes over the measured
+copy rate. Floor of a row: the sum over its phases. Every benchmark goes through :func:`floor`.
+
+What counts as compulsory is chosen small, so that the distance from the floor is not flattered: no intermediate result,
+no index or count, no second reading of anything that could stay in a cache, weights' gradients written once in the
+dtype of the weight although Megatron's ``main_grad`` is fp32 and is read too. A contender is measured against the floor
+of its own work: that of ``TopKRouter`` holds the dense product and the dense maps that its interface demands.
+
+Legend: T tokens, H hidden, E experts, C clusters, L shortlist, K top-k, F rows of an expert.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.measure import Timing, clock
+
+_ID_BYTES = 4  # int32
+_FP32_BYTES = 4
+_ADAM_BYTES = 7 * _FP32_BYTES  # a parameter's value and two moments are read and written, its gradient is read
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine was measured at, in this process."""
+
+    flops_per_s: float  # of a large matmul
+    bytes_per_s: float  # of a large copy, read and written bytes together
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a phase cannot do without."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+def floor(phases: dict[str, Work], ceilings: Ceilings) -> dict[str, float]:
+    """Seconds below which each phase cannot go, and under "total" their sum.
+
+    Example: 100 FLOPs and 30 bytes forward, 20 FLOPs and 40 bytes backward, at 10 FLOP/s and 2 byte/s: 15 s forward,
+    20 s backward, 35 s in total.
+    """
+    seconds = {
+        name: max(work.flops / ceilings.flops_per_s, work.bytes / ceilings.bytes_per_s) for name, work in phases.items()
+    }
+    return {**seconds, "total": sum(seconds.values())}
+
+
+def floor_columns(phases: dict[str, Work], ceilings: Ceilings, seconds: float, tokens: int | None) -> dict:
+    """What every row shows of its floor, for a row whose total took ``seconds``.
+
+    Args:
+        tokens: tokens of the row; None where it has none, such as the rebuild of the shortlists.
+    """
+    least = floor(phases, ceilings)
+    done = sum(phases.values(), Work())
+    return {
+        "floor_forward_ms": _milliseconds(least.get("forward")),
+        "floor_backward_ms": _milliseconds(least.get("backward")),
+        "floor_ms": _milliseconds(least["total"]),
+        "times_floor": round(seconds / least["total"], 2),
+        "tokens_per_s": "" if tokens is None else round(tokens / seconds),
+        "gflops_per_s": round(done.flops / seconds / 1e9, 2),
+        "ceiling_gflops_per_s": round(ceilings.flops_per_s / 1e9, 1),
+        "gbytes_per_s": round(done.bytes / seconds / 1e9, 2),
+        "ceiling_gbytes_per_s": round(ceilings.bytes_per_s / 1e9, 1),
+    }
+
+
+def _milliseconds(seconds):
+    return "" if seconds is None else round(1e3 * seconds, 4)
+
+
+class CeilingProbe:
+    """A large matmul and a large copy, ready to be timed again and again between the contenders' runs.
+
+    Args:
+        dtype: of the matmul. On a CPU always fp32: what it lacks instructions for would make a ceiling too easy.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        on_gpu = device.type == "cuda"
+        self.device, self.size, numel = device, (8192 if on_gpu else 2048), (2**28 if on_gpu else 2**25)
+        shape, dtype = (self.size, self.size), dtype if on_gpu else torch.float32
+        self._left, self._right, self._product = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+        self._source, self._target = (torch.zeros(numel, device=device) for _ in range(2))  # touched: no page faults
+
+    def matmul(self) -> dict[str, float]:
+        """Seconds of one matmul, the best of a few."""
+        return self._best(lambda: torch.mm(self._left, self._right, out=self._product), 2)
+
+    def copy(self) -> dict[str, float]:
+        """Seconds of one copy, the best of a few."""
+        return self._best(lambda: self._target.copy_(self._source), 3)
+
+    def ceilings(self, matmul_seconds: float, copy_seconds: float) -> Ceilings:
+        """The rates that these times mean."""
+        return Ceilings(2 * self.size**3 / matmul_seconds, 2 * self._source.nbytes / copy_seconds)
+
+    def _best(self, work, runs):
+        seconds = []
+        for _ in range(runs):
+            start = clock(self.device)
+            work()
+            seconds.append(clock(self.device) - start)
+        return {"total": min(seconds)}
+
+
+def ceilings(device: torch.device, dtype: torch.dtype = torch.float32, repetitions: int = 3) -> Ceilings:
+    """Measure the ceilings of the device by themselves; within a comparison ``race.py`` times them in turn with it."""
+    probe = CeilingProbe(device, dtype)
+    kinds: tuple[Callable[[], dict[str, float]], ...] = (probe.matmul, probe.copy)
+    medians = [Timing([kind()["total"] for _ in range(repetitions + 1)][1:]).median for kind in kinds]
+    return probe.ceilings(*medians)
+
+
+def together(*parts: dict[str, Work]) -> dict[str, Work]:
+    """The phases of several parts of a step as those of one; phases of one name are added."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum((part[name] for part in parts if name in part), Work()) for name in names}
+
+
+def air_route(tokens, hidden, topk, num_clusters, shortlist_size, num_live, num_used, element, prob_bytes=4):
+    """``AIRRouter.route`` with one probe.
+
+    Forward: products of tokens with codewords and with their shortlists; bytes: tokens once per stage (there are two),
+    the fp32 codebook, each row of a shortlist once per codeword that has tokens, expert ids and probs. Backward: the
+    two products of the selected scores' gradients; bytes: K rows per token read once, each touched row written once.
+
+    Args:
+        num_live: codewords that have tokens.
+        num_used: distinct experts that were selected.
+        element: bytes of a number of tokens and weights.
+        prob_bytes: bytes of a probability.
+    Example: T = 2, H = 10, K = 1, C = 4, L = 3, 2 codewords live, 1 expert used, 4 bytes: forward 2*2*10*(4+3) = 280
+    FLOPs and 2*2*40 + 4*40 + 2*3*40 + 2*8 = 576 bytes, backward 4*2*10 = 80 FLOPs and 2*40 + 40 = 120 bytes.
+    """
+    row, pairs = hidden * element, tokens * topk
+    forward = 2 * tokens * row + num_clusters * hidden * _FP32_BYTES + num_live * shortlist_size * row
+    return {
+        "forward": Work(
+            2 * tokens * hidden * (num_clusters + shortlist_size), forward + pairs * (_ID_BYTES + prob_bytes)
+        ),
+        "backward": Work(4 * pairs * hidden, pairs * row + num_used * row),
+    }
+
+
+def dense_maps(tokens, num_experts, prob_bytes=4):
+    """Megatron's probs and routing map [T, E]: written once forward; the gradient of the probs read once backward."""
+    numbers = tokens * num_experts
+    return {"forward": Work(0, numbers * (prob_bytes + 1)), "backward": Work(0, numbers * prob_bytes)}
+
+
+def topk_route(tokens, hidden, num_experts, element, prob_bytes=4):
+    """``TopKRouter.forward``: tokens and centres once, and the dense maps; backward centres read and written once."""
+    row = hidden * element
+    products = {
+        "forward": Work(2 * tokens * num_experts * hidden, (tokens + num_experts) * row),
+        "backward": Work(4 * tokens * num_experts * hidden, 2 * num_experts * row),
+    }
+    return together(products, dense_maps(tokens, num_experts, prob_bytes))
+
+
+def product_key_route(tokens, hidden, topk, num_heads, num_keys, key_size, element, prob_bytes=4):
+    """``ProductKeyRouter``: tokens, query weights and keys once, ids and probs; backward weights and keys read and
+    written once."""
+    queries, keys = 2 * num_heads * key_size, 2 * num_heads * num_keys * key_size
+    flops, weights = 2 * tokens * (hidden * queries + keys), (hidden * queries + keys) * element
+    outputs = tokens * topk * (_ID_BYTES + prob_bytes)
+    return {
+        "forward": Work(flops, tokens * hidden * element + weights + outputs),
+        "backward": Work(2 * flops, 2 * weights),
+    }
+
+
+def experts(tokens, hidden, topk, num_inputs, ffn, num_used, element):
+    """Tiny experts: the product with the rows of the first projection, and with those of the second.
+
+    Each product needs, per direction, the rows of the K experts of each token once; where that is less, one row per
+    pair (its token) and the rows of the used experts once, as in the order of the experts. Forward also: tokens read
+    and sums written once. Backward also: each touched row of both projections written once.
+
+    Args:
+        num_inputs: rows of the first projection, F or 2F with a gated linear unit.
+        num_used: distinct experts that were selected.
+    Example: T = 2, H = 10, K = 2, one row each, 3 experts used, 4 bytes: forward 2*4*2*10 = 160 FLOPs and 2*2*40 +
+    2*4*40 = 480 bytes, backward 320 FLOPs and 2*4*40 + 3*2*40 = 560 bytes.
+    """
+    pairs, row = tokens * topk, hidden * element
+    read = sum(min(pairs * rows, pairs + num_used * rows) for rows in (num_inputs, ffn)) * row
+    flops = 2 * pairs * (num_inputs + ffn) * hidden
+    return {
+        "forward": Work(flops, 2 * tokens * row + read),
+        "backward": Work(2 * flops, read + num_used * (num_inputs + ffn) * row),
+    }
+
+
+def dispatch(tokens, rows_received, hidden, element):
+    """Dispatch and combine on one rank: tokens read and the rows received written once, the results of these rows read
+    and the tokens' sums written once; backward the same. No arithmetic is counted."""
+    work = Work(0, 2 * (tokens + rows_received) * hidden * element)
+    return {"forward": work, "backward": work}
+
+
+def codebook_update(num_clusters, hidden):
+    """fp32 statistics read, running sums read and written, codewords written."""
+    return {"total": Work(0, 4 * num_clusters * hidden * _FP32_BYTES)}
+
+
+def rebuild(num_experts, hidden, num_clusters, shortlist_size, element):
+    """All codewords times all centres: each centre and codeword read once, the lists written once."""
+    numbers = num_experts * hidden * element + num_clusters * (hidden * _FP32_BYTES + shortlist_size * _ID_BYTES)
+    return {"total": Work(2 * num_clusters * num_experts * hidden, numbers)}
+
+
+def transformer(tokens, hidden, num_layers, sequence, vocabulary):
+    """Attention of every layer (half of the scores, as it is causal) and the output layer; no bytes are counted."""
+    per_token = num_layers * (8 * hidden**2 + 2 * sequence * hidden) + 2 * hidden * vocabulary
+    return {"forward": Work(tokens * per_token), "backward": Work(2 * tokens * per_token)}
+
+
+def adam(num_parameters):
+    """Every parameter's fp32 value and moments read and written once, its fp32 gradient read once."""
+    return {"optimizer": Work(0, num_parameters * _ADAM_BYTES)}

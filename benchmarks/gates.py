@@ -1,0 +1,151 @@
+"""No time is reported for what is wrong: each contender against a direct computation, before it is timed.
+
+At small sizes in fp32, whatever is timed; at the sizes and in the dtype that are timed, for some tokens.
+"""
+
+import logging
+from functools import partial
+
+import torch
+
+from benchmarks.measure import take_gradients
+from benchmarks.models import Sizes, inputs, make_layer, make_router, settle
+
+logger = logging.getLogger(__name__)
+
+_RMS_RATIO = 0.02  # of what is rounded to bf16, against fp32
+
+
+def same(name: str, found: torch.Tensor, expected: torch.Tensor, rtol=1e-4, atol=1e-5) -> None:
+    """Raise if two results differ: beyond the tolerances in fp32, by RMS where one is in a narrower dtype."""
+    if found.dtype == torch.float32 == expected.dtype:
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, msg=partial("{}: {}".format, name))
+        return
+    error = (found.float() - expected.float()).square().mean().sqrt()
+    size = expected.float().square().mean().sqrt()
+    if not error <= _RMS_RATIO * size:
+        raise AssertionError(f"{name}: an RMS of {float(error)} away from values of {float(size)}")
+
+
+def gate_router(pg_collection, device) -> None:
+    """With full lists AIRRouter must equal TopKRouter."""
+    sizes = Sizes(experts=96, hidden=32, tokens=200, topk=8, clusters=6, shortlist=96)
+    topk, air = (make_router(kind, sizes, pg_collection, device) for kind in ("topk", "air"))
+    with torch.no_grad():
+        air.weight.copy_(topk.weight)
+    hidden, grad = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden), (sizes.tokens, sizes.experts))
+    settle(air, hidden)
+    results = []
+    for router in (topk, air):
+        tokens = hidden.clone().requires_grad_()
+        probs, routing_map = router(tokens)
+        probs.backward(grad)
+        results.append((routing_map.float(), probs, tokens.grad, *take_gradients(router)))
+    names = ("routing map", "probs", "input grad", "weight grad")
+    for name, expected, found in zip(names, *results, strict=True):
+        same(name, found, expected, atol=1e-6)
+    logger.info("gate passed: with full lists AIRRouter equals TopKRouter")
+
+
+def gate_at_size(air, hidden: torch.Tensor, num_checked: int = 64) -> None:
+    """At the sizes to be timed: experts, probabilities and gradients of some tokens against a direct computation."""
+    tokens = hidden[:, 0].clone().requires_grad_()
+    take_gradients(air)
+    routes = air.route(tokens)
+    every = max(1, tokens.shape[0] // num_checked)
+    grad = torch.zeros_like(routes.probs)
+    grad[::every] = torch.randn_like(grad[::every])
+    routes.probs.backward(grad)
+    weight_grad = take_gradients(air)[0]
+
+    exact = hidden[::every, 0].float().requires_grad_()
+    ids = routes.topk_ids[::every].long()
+    candidates = air.index.shortlist[routes.codewords[::every, 0]].long()  # [checked, L]
+    with torch.no_grad():
+        scores = _scores(exact, air.weight, candidates)
+        best = scores.topk(air.topk, dim=1).values
+        chosen = _scores(exact, air.weight, ids)
+    tolerance = (1e-5 if tokens.dtype == torch.float32 else _RMS_RATIO) * scores.square().mean().sqrt()
+    are_distinct = (ids.sort(dim=1).values.diff(dim=1) > 0).all()
+    are_listed = all(torch.isin(row, allowed).all() for row, allowed in zip(ids, candidates, strict=True))
+    if not are_distinct or not are_listed or (chosen.sort(dim=1, descending=True).values < best - tolerance).any():
+        raise AssertionError("the experts of some tokens are not the best of their shortlists")
+    weight = air.weight[ids].float().detach().requires_grad_()  # [checked, K, H]
+    probs = torch.einsum("th,tkh->tk", exact, weight).softmax(dim=1)
+    probs.backward(grad[::every].float())
+    expected = torch.zeros_like(weight_grad).index_add_(0, ids.flatten(), weight.grad.flatten(0, 1))
+    same("probs", routes.probs[::every], probs)
+    same("input grad", tokens.grad[::every], exact.grad)
+    same("weight grad", weight_grad.to(tokens.dtype), expected)
+    logger.info("gate passed: %d tokens at the timed sizes equal a direct computation", ids.shape[0])
+
+
+def _scores(tokens, weight, ids):
+    """[checked, n] scores of the experts ``ids`` [checked, n], gathered in few tokens at a time."""
+    rows = zip(tokens, ids, strict=True)
+    return torch.stack([weight[experts].float() @ token for token, experts in rows])
+
+
+def gate_product_keys(pg_collection, device) -> None:
+    """The rival must find the best of all its experts."""
+    sizes = Sizes(experts=400, hidden=32, tokens=50, topk=16)
+    router = make_router("product_key", sizes, pg_collection, device)
+    (hidden,) = inputs(sizes, device, (sizes.tokens, sizes.hidden))
+    _, found = router.route(hidden)
+    queries = router.queries(hidden).view(sizes.tokens, 2, router.num_heads, router.key_size)
+    halves = torch.einsum("tphd,hnpd->pthn", queries, router.keys)
+    every = (halves[0].unsqueeze(-1) + halves[1].unsqueeze(-2)).flatten(-2)
+    same("scores", found, every.topk(router.topk, dim=-1).values)
+    logger.info("gate passed: product keys find the best of all their experts")
+
+
+def gate_layer(kind: str, pg_collection, device) -> None:
+    """Output and gradients of a layer against a direct computation of its routes."""
+    sizes = Sizes(experts=256, hidden=32, tokens=100, topk=8)
+    layer = make_layer(kind, sizes, pg_collection, device)
+    shape = (sizes.tokens, 1, sizes.hidden)
+    hidden, grad = inputs(sizes, device, shape, shape)
+    router, experts = layer.router, layer.experts
+    if kind == "AIRMoELayer":
+        settle(router, hidden)
+        ids = router.route(hidden).topk_ids.long()
+    else:
+        ids = (hidden.view(-1, sizes.hidden) @ router.weight.t()).topk(sizes.topk, dim=1).indices
+    take_gradients(layer)
+    tokens = hidden.clone().requires_grad_()
+    out = layer(tokens)[0]
+    out.backward(grad)
+    found = [out, tokens.grad, *take_gradients(layer)]
+
+    exact = hidden.clone().requires_grad_()
+    flat = exact.view(-1, sizes.hidden)
+    probs = torch.einsum("th,tkh->tk", flat, router.weight[ids]).softmax(dim=1)
+    hidden_rows = torch.einsum("th,tkfh->tkf", flat, experts.weight1[ids])
+    values = torch.nn.functional.gelu(hidden_rows) * probs.unsqueeze(2)
+    expected = torch.einsum("tkf,tkfh->th", values, experts.weight2[ids]).view_as(exact)
+    weights = [router.weight, experts.weight1, experts.weight2]
+    gradients = torch.autograd.grad(expected, [exact, *weights], grad)
+    names = ("output", "input grad", "router grad", "weight1 grad", "weight2 grad")
+    for name, wanted, got in zip(names, [expected, *gradients], found, strict=True):
+        same(name, got, wanted)
+    logger.info("gate passed: %s equals a direct computation of its routes", kind)
+
+
+def gate_lists(router, index=None, num_checked: int = 16) -> None:
+    """The lists of some codewords must hold the best experts there, and all lists together every expert.
+
+    Args:
+        index: lists made of the router's codebook and centres; None means its own.
+    """
+    index = index or router.index
+    reserved, shortlist = index.num_reserved, index.shortlist.long()
+    every = max(1, shortlist.shape[0] // num_checked)
+    scores = router.codebook.codewords[::every] @ router.weight.float().t()
+    number = shortlist.shape[1] - reserved
+    best = scores.topk(number, dim=1).values
+    listed = scores.gather(1, shortlist[::every]).topk(number, dim=1).values
+    same("scores of the lists", listed.to(router.weight.dtype), best)
+    room = shortlist.shape[0] * reserved
+    if room >= router.num_experts and shortlist.unique().numel() != router.num_experts:
+        raise AssertionError("some experts are in no list")
+    logger.info("gate passed: the lists hold the best experts, and every expert")

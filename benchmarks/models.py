@@ -1,0 +1,268 @@
+"""What is measured, of given sizes: routers and layers, ours and the rivals', with one builder of configs.
+
+Legend: T tokens, H hidden, E experts, C clusters, L shortlist, K top-k, F rows of an expert.
+"""
+
+import copy
+from dataclasses import dataclass, fields
+
+import torch
+
+from benchmarks import floor
+from benchmarks.measure import accumulate_gradient, clock, give_main_grad
+from benchmarks.peer import PEERLayer, ProductKeyRouter
+
+_HEADS = 8  # as in PEER's paper; K is divided among them
+_FLAGS = {
+    "experts": "number of experts E",
+    "hidden": "hidden size H",
+    "tokens": "tokens T",
+    "topk": "experts per token K",
+    "ffn": "rows of an expert F",
+    "clusters": "codewords C; 0 is automatic",
+    "shortlist": "shortlist size L; 0 is automatic",
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes and dtypes of a router or a layer."""
+
+    experts: int
+    hidden: int
+    tokens: int
+    topk: int
+    ffn: int = 1
+    clusters: int = 0
+    shortlist: int = 0
+    dtype: torch.dtype = torch.float32  # of tokens and weights
+    routing_dtype: torch.dtype = torch.float32  # of scores and probs
+
+    @classmethod
+    def of(cls, args, **changes) -> "Sizes":
+        """From parsed arguments, which need not have all of them."""
+        given = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
+        return cls(**{**given, **changes})
+
+    def columns(self) -> dict:
+        """As columns of a row."""
+        named = {name: getattr(self, name) for name in ("experts", "hidden", "tokens", "topk")}
+        return named | {name: str(getattr(self, name)).removeprefix("torch.") for name in ("dtype", "routing_dtype")}
+
+
+def add_sizes(parser, **defaults: int) -> None:
+    """Add a flag for each of the sizes named, with its default."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=_FLAGS[name])
+
+
+def make_config(sizes: Sizes, router: str, compact: bool = False, **more):
+    """Megatron's config with our fields, for a router alone, a layer or a model; the one place that makes it.
+
+    Args:
+        router: "air", or "topk" for Megatron's own.
+        compact: the compact path around the router; else Megatron's all-to-all dispatcher.
+        more: fields that a benchmark sets beside these.
+    """
+    from air_moe_megatron import AIRMoEConfig
+
+    is_air = router == "air"
+    sizes_of_air = {"moe_air_num_clusters": sizes.clusters, "moe_air_shortlist_size": sizes.shortlist}
+    given = {
+        "num_layers": 1,
+        "hidden_size": sizes.hidden,
+        "num_attention_heads": 4,
+        "num_moe_experts": sizes.experts,
+        "moe_ffn_hidden_size": sizes.ffn,
+        "moe_router_topk": sizes.topk,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32" if sizes.routing_dtype == torch.float32 else None,
+        "moe_token_dispatcher_type": "allgather" if compact else "alltoall",
+        "add_bias_linear": False,
+        "params_dtype": sizes.dtype,
+        "bf16": sizes.dtype == torch.bfloat16,
+        "moe_router_type": router,
+        "moe_dispatch": "compact" if compact else "stock",
+        "moe_granular_experts": compact,
+        **(sizes_of_air if is_air else {}),
+    }
+    return AIRMoEConfig(**{**given, **more})
+
+
+def make_router(kind: str, sizes: Sizes, pg_collection, device):
+    """A router on the device, with main_grad buffers: "air", "topk" or "product_key"."""
+    if kind == "product_key":
+        torch.manual_seed(0)
+        return _ready(ProductKeyRouter(*_product_keys(sizes)).to(sizes.dtype), device)
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from air_moe_megatron import AIRRouter
+
+    router = (AIRRouter if kind == "air" else TopKRouter)(make_config(sizes, kind), pg_collection)
+    router.set_layer_number(1)
+    return _ready(router, device)
+
+
+def make_layer(kind: str, sizes: Sizes, pg_collection, device):
+    """A layer on the device, with main_grad buffers: "AIRMoELayer" on the compact path, "PEERLayer", or "MoELayer".
+
+    The last is Megatron's layer with its ``TopKRouter`` and its all-to-all dispatcher, around our granular experts:
+    Megatron's own would be a module per expert, tens of thousands of them.
+    """
+    if kind == "PEERLayer":
+        torch.manual_seed(0)
+        return _ready(PEERLayer(*_product_keys(sizes)).to(sizes.dtype), device)
+    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from air_moe_megatron import AIRMoELayer, AIRRouter
+    from air_moe_megatron.experts import GranularExperts
+
+    is_air = kind == "AIRMoELayer"
+    config = make_config(sizes, "air" if is_air else "topk", compact=is_air)
+    submodules = MoESubmodules(experts=GranularExperts, router=AIRRouter if is_air else TopKRouter)
+    layer = (AIRMoELayer if is_air else MoELayer)(config, submodules, 1, pg_collection)
+    layer.set_layer_number(1)
+    return _ready(layer, device)
+
+
+def _product_keys(sizes):
+    """The smallest keys that are usual: the rival's router should not be what makes it slow."""
+    heads = num_heads(sizes.topk)
+    return sizes.hidden, sizes.experts, heads, sizes.topk // heads, max(1, sizes.hidden // 8)
+
+
+def num_heads(topk: int) -> int:
+    """Heads of the product keys; all K belong to one where K is not divisible."""
+    return _HEADS if topk % _HEADS == 0 else 1
+
+
+def _ready(module, device):
+    module = module.to(device)
+    give_main_grad(module)
+    return module
+
+
+def inputs(sizes: Sizes, device, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Random tensors of the shapes, the same on every device: the first in the model's dtype, the others, which are
+    gradients of probs, in that of the routing."""
+    generator = torch.Generator().manual_seed(0)
+    dtypes = [sizes.dtype, *[sizes.routing_dtype] * (len(shapes) - 1)]
+    return [
+        torch.randn(shape, generator=generator).to(device, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+
+
+def settle(router, hidden: torch.Tensor, num_updates: int = 3):
+    """Give an AIR router a codebook that has seen the tokens a few times, as in training, and the lists that follow.
+
+    The codebook does not depend on the experts: a router of as few experts as can be learns it, so that the lists of
+    the large one are built only once. Its count of updates is that of a codebook past its youth, whose lists are not
+    rebuilt again for most of a refresh interval.
+
+    Returns:
+        the small router.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from air_moe_megatron.sync import update_codebooks
+
+    config, sizes = copy.copy(router.config), router.sizes
+    config.num_moe_experts = max(sizes.num_clusters, 2 * sizes.topk)
+    config.moe_air_num_clusters, config.moe_air_shortlist_size = sizes.num_clusters, 2 * sizes.topk
+    learner = type(router)(config, ProcessGroupCollection.use_mpu_process_groups()).to(hidden.device)
+    learner.set_layer_number(1)
+    for _ in range(num_updates):
+        learner.route(hidden)
+        update_codebooks(learner)
+    learned = learner.codebook.state_dict()
+    router.codebook.load_state_dict({**learned, "num_updates": torch.full((1,), router.index.refresh_interval + 1)})
+    with torch.no_grad():
+        router.route(hidden)
+    return learner
+
+
+def usage(router, hidden: torch.Tensor) -> tuple[int, int]:
+    """How many codewords have tokens, and how many experts are selected."""
+    with torch.no_grad():
+        routes = router.route(hidden)
+    return routes.codewords.unique().numel(), routes.topk_ids.unique().numel()
+
+
+def air_work(router, hidden: torch.Tensor, sizes: Sizes) -> dict[str, floor.Work]:
+    """What ``route`` cannot do without for these tokens."""
+    num_live, num_used = usage(router, hidden)
+    return floor.air_route(
+        sizes.tokens,
+        sizes.hidden,
+        sizes.topk,
+        router.sizes.num_clusters,
+        router.sizes.shortlist_size,
+        num_live,
+        num_used,
+        sizes.dtype.itemsize,
+        sizes.routing_dtype.itemsize,
+    )
+
+
+def topk_work(sizes: Sizes) -> dict[str, floor.Work]:
+    """What ``TopKRouter.forward`` cannot do without."""
+    return floor.topk_route(
+        sizes.tokens, sizes.hidden, sizes.experts, sizes.dtype.itemsize, sizes.routing_dtype.itemsize
+    )
+
+
+def product_key_work(router: ProductKeyRouter, sizes: Sizes) -> dict[str, floor.Work]:
+    """What the product-key router cannot do without."""
+    keys = (router.num_heads, router.num_keys, router.key_size)
+    return floor.product_key_route(sizes.tokens, sizes.hidden, sizes.topk, *keys, sizes.dtype.itemsize)
+
+
+def expert_work(sizes: Sizes, num_used: int) -> dict[str, floor.Work]:
+    """What the experts cannot do without."""
+    numbers = (sizes.tokens, sizes.hidden, sizes.topk, sizes.ffn, sizes.ffn, num_used)
+    return floor.experts(*numbers, sizes.dtype.itemsize)
+
+
+def rebuild_work(router, sizes: Sizes) -> dict[str, floor.Work]:
+    """What a rebuild of the router's lists cannot do without."""
+    lists = (router.sizes.num_clusters, router.sizes.shortlist_size)
+    return floor.rebuild(sizes.experts, sizes.hidden, *lists, sizes.dtype.itemsize)
+
+
+def step(forward, module, hidden: torch.Tensor, grad: torch.Tensor) -> dict[str, float]:
+    """Seconds of ``forward(hidden)`` and of its backward, gradients of the module's weights accumulated."""
+    hidden = hidden.detach().requires_grad_()
+    start = clock(hidden.device)
+    out = forward(hidden)
+    middle = clock(hidden.device)
+    out.backward(grad)
+    accumulate_gradient(module)
+    end = clock(hidden.device)
+    return {"forward": middle - start, "backward": end - middle, "total": end - start}
+
+
+def timed(device, work) -> dict[str, float]:
+    """Seconds of something that has no phases."""
+    start = clock(device)
+    work()
+    return {"total": clock(device) - start}
+
+
+def rebuild_run(router):
+    """A function that rebuilds the lists of a router with all that belongs to it, and returns its seconds.
+
+    It works on copies of codebook and lists, so that the router keeps its own.
+    """
+    codebook, index = copy.deepcopy(router.codebook), copy.deepcopy(router.index)
+    index.refresh_interval = 2**62  # every update makes a rebuild due, as in a codebook's youth
+
+    def run():
+        codebook.count_update()
+        start = clock(router.weight.device)
+        if not index.refresh(codebook, router.weight, router.bias):
+            raise AssertionError("the lists were not rebuilt")
+        return {"total": clock(router.weight.device) - start}
+
+    run.index = index
+    return run

@@ -1,0 +1,54 @@
+"""What AIR-MoE pays beside its steps: the rebuild of the shortlists and the codebook's update, as shares of a step."""
+
+from benchmarks import floor, gates
+from benchmarks.layer import layer_inputs, layer_step, layer_work
+from benchmarks.measure import world
+from benchmarks.models import Sizes, add_sizes, make_layer, rebuild_run, rebuild_work, settle
+from benchmarks.race import Contender, race
+from benchmarks.router import codebook_update_run
+
+
+def add_arguments(parser) -> None:
+    add_sizes(parser, experts=65_536, hidden=512, tokens=8192, topk=64, ffn=1)
+    parser.add_argument("--interval", type=int, default=10, help="steps between two rebuilds, as the flag of training")
+
+
+def run(args) -> list[dict]:
+    """Time the rebuild whole, and compare its share per step with a step of the whole layer that rebuilds nothing.
+
+    The share is of a step without any rebuild, the larger of the two ways to say it. In training the first
+    ``--interval`` steps rebuild each; here is what comes after.
+    """
+    with world() as (device, pg_collection):
+        gates.gate_router(pg_collection, device)
+        gates.gate_layer("AIRMoELayer", pg_collection, device)
+        sizes = Sizes.of(args)
+        layer = make_layer("AIRMoELayer", sizes, pg_collection, device)
+        hidden, grad = layer_inputs(sizes, device)
+        learner = settle(layer.router, hidden)
+        gates.gate_at_size(layer.router, hidden)
+        learner.route(hidden)
+        rebuild = rebuild_run(layer.router)
+        rebuild()
+        gates.gate_lists(layer.router, rebuild.index)
+        contenders = {
+            "AIRMoELayer": Contender(
+                lambda: layer_step(layer, hidden, grad), layer_work(layer, hidden, sizes), args.tokens
+            ),
+            "shortlist rebuild": Contender(rebuild, rebuild_work(layer.router, sizes)),
+            "codebook update": Contender(
+                codebook_update_run(learner), floor.codebook_update(layer.router.sizes.num_clusters, args.hidden)
+            ),
+        }
+        outcome = race(contenders, args, device)
+        sizes_of_air = {"clusters": layer.router.sizes.num_clusters, "shortlist": layer.router.sizes.shortlist_size}
+        step_seconds = outcome.median("AIRMoELayer")
+        rows = []
+        for name, interval in (("AIRMoELayer", ""), ("shortlist rebuild", args.interval), ("codebook update", 1)):
+            figures = dict.fromkeys(("every_steps", "per_step_ms", "percent_of_step"), "")
+            if interval:
+                per_step = outcome.median(name) / interval
+                share = round(100 * per_step / step_seconds, 2)
+                figures = {"every_steps": interval, "per_step_ms": round(1e3 * per_step, 3), "percent_of_step": share}
+            rows.append(outcome.row(name, sizes.columns() | {"ffn": args.ffn} | sizes_of_air, figures))
+        return rows

@@ -1,0 +1,107 @@
+"""Time of a routing step against the number of experts, ours and the rivals', with a plot."""
+
+import gc
+import logging
+from pathlib import Path
+
+import torch
+
+from benchmarks import gates
+from benchmarks.measure import world
+from benchmarks.models import (
+    Sizes,
+    add_sizes,
+    air_work,
+    inputs,
+    make_router,
+    product_key_work,
+    settle,
+    step,
+    topk_work,
+)
+from benchmarks.race import Contender, race
+
+logger = logging.getLogger(__name__)
+
+_EXPERTS = [4096, 16_384, 65_536, 262_144, 1_048_576]
+_GIB = 2**30
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--experts", type=int, nargs="+", default=_EXPERTS, help="numbers of experts E, squares")
+    add_sizes(parser, hidden=128, tokens=4096, topk=64)
+    parser.add_argument("--dense-gib", type=float, default=1.5, help="largest [T, E] fp32 map that TopKRouter may make")
+    parser.add_argument("--plot", type=Path, help="PNG file of time against experts")
+
+
+def run(args) -> list[dict]:
+    """Time the routers at each number of experts, forward and backward; TopKRouter as far as its dense maps go."""
+    with world() as (device, pg_collection):
+        gates.gate_router(pg_collection, device)
+        gates.gate_product_keys(pg_collection, device)
+        rows = []
+        for num_experts in args.experts:
+            rows += _rows(args, num_experts, pg_collection, device)
+            gc.collect()
+    if args.plot is not None:
+        plot(rows, args.plot)
+    return rows
+
+
+def _rows(args, num_experts, pg_collection, device):
+    sizes = Sizes.of(args, experts=num_experts)
+    logger.info("%d experts: building the shortlists", num_experts)
+    air, keys = (make_router(kind, sizes, pg_collection, device) for kind in ("air", "product_key"))
+    hidden, grad = inputs(sizes, device, (args.tokens, 1, args.hidden), (args.tokens, args.topk))
+    settle(air, hidden)
+    gates.gate_lists(air)
+    gates.gate_at_size(air, hidden, num_checked=16)
+    key_grad = grad.view(args.tokens, keys.num_heads, keys.topk).to(sizes.dtype)
+    contenders = {
+        "AIRRouter.route": Contender(
+            lambda: step(lambda x: air.route(x).probs, air, hidden, grad), air_work(air, hidden, sizes), args.tokens
+        ),
+        "ProductKeyRouter": Contender(
+            lambda: step(lambda x: keys(x)[1], keys, hidden, key_grad), product_key_work(keys, sizes), args.tokens
+        ),
+    }
+    map_gib = 4 * args.tokens * num_experts / _GIB
+    if map_gib > args.dense_gib:
+        logger.info("TopKRouter left out: one map of [%d, %d] takes %.1f GiB", args.tokens, num_experts, map_gib)
+    else:
+        topk = make_router("topk", sizes, pg_collection, device)
+        dense_grad = torch.randn(args.tokens, num_experts, device=device).to(sizes.routing_dtype)
+        contenders["TopKRouter.forward"] = Contender(
+            lambda: step(lambda x: topk(x)[0], topk, hidden, dense_grad), topk_work(sizes), args.tokens, True
+        )
+    outcome = race(contenders, args, device)
+    ours = outcome.median("AIRRouter.route")
+    columns = sizes.columns() | {"clusters": air.sizes.num_clusters, "shortlist": air.sizes.shortlist_size}
+    return [outcome.row(name, columns, {"times_ours": round(outcome.median(name) / ours, 2)}) for name in contenders]
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Time against experts on logarithmic axes: a line per contender, and the floor of ours dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 5))
+    lines = {}
+    for row in rows:
+        lines.setdefault(row["contender"], []).append((row["experts"], row["total_ms"]))
+    for name, points in lines.items():
+        axes.loglog(*zip(*points, strict=True), marker="o", label=name)
+    floor = [(row["experts"], row["floor_ms"]) for row in rows if row["contender"] == "AIRRouter.route"]
+    axes.loglog(*zip(*floor, strict=True), linestyle="--", color="grey", label="floor of AIRRouter.route")
+    first = rows[0]
+    sizes = ", ".join(f"{letter} = {first[name]}" for letter, name in (("T", "tokens"), ("H", "hidden"), ("K", "topk")))
+    axes.set(xlabel="experts", ylabel="forward and backward, ms", title=f"Routing step on {first['device']}: {sizes}")
+    axes.set_xticks([row["experts"] for row in rows], [f"{row['experts']:,}" for row in rows], minor=False)
+    axes.grid(which="major", alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+    logger.info("plot written to %s", path)

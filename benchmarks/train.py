@@ -1,0 +1,212 @@
+"""A training step of a small GPT with Megatron's optimizer: AIR-MoE on the compact path against TopKRouter."""
+
+import functools
+import logging
+
+import torch
+
+from benchmarks import floor, gates
+from benchmarks.measure import clock, world
+from benchmarks.models import (
+    Sizes,
+    add_sizes,
+    air_work,
+    expert_work,
+    make_config,
+    rebuild_run,
+    rebuild_work,
+    settle,
+    topk_work,
+)
+from benchmarks.race import Contender, race
+
+logger = logging.getLogger(__name__)
+
+_AIR, _TOPK = "GPT, AIRMoELayer", "GPT, MoELayer with TopKRouter"
+_VOCABULARY = 256
+
+
+def add_arguments(parser) -> None:
+    add_sizes(parser, experts=16_384, hidden=256, tokens=2048, topk=32, ffn=2)
+    parser.add_argument("--layers", type=int, default=2, help="layers, each with a mixture of experts")
+    parser.add_argument("--sequence", type=int, default=256, help="tokens of a sequence")
+
+
+def run(args) -> list[dict]:
+    """Time forward, backward and the optimizer's step of both models on the same tokens.
+
+    Both have our granular experts: Megatron's would be a module per expert. The rival's are reached through Megatron's
+    all-to-all dispatcher. The optimizer's phase of AIR includes the codebooks' update. The rebuild of the lists, once
+    per refresh interval, is timed apart, and its share is part of what is compared.
+    """
+    if args.tokens % args.sequence:
+        raise ValueError(f"--tokens ({args.tokens}) must be divisible by --sequence ({args.sequence})")
+    with world() as (device, pg_collection):
+        gates.gate_router(pg_collection, device)
+        _gate(pg_collection, device)
+        sizes = Sizes.of(args)
+        batch = _batch(sizes, args.sequence, device)
+        steps = {
+            name: Trainer(name, sizes, args.layers, args.sequence, pg_collection, device) for name in (_AIR, _TOPK)
+        }
+        work, rebuilds, rebuild_works = {}, [], []
+        for name, trainer in steps.items():
+            layers = []
+            for layer, hidden in trainer.layers_and_inputs(batch):
+                if name == _AIR:
+                    settle(layer.router, hidden)
+                    gates.gate_lists(layer.router)
+                    gates.gate_at_size(layer.router, hidden.reshape(-1, 1, sizes.hidden))
+                    routing = air_work(layer.router, hidden, sizes)
+                    rebuilds.append(rebuild_run(layer.router))
+                    rebuild_works.append(rebuild_work(layer.router, sizes))
+                else:
+                    routing = topk_work(sizes)
+                layers += [routing, expert_work(sizes, trainer.num_used(layer, hidden))]
+            shared = floor.transformer(sizes.tokens, sizes.hidden, args.layers, args.sequence, _VOCABULARY)
+            work[name] = floor.together(*layers, shared, floor.adam(trainer.num_parameters))
+        contenders = {
+            name: Contender(functools.partial(trainer.step, batch), work[name], sizes.tokens, name == _TOPK)
+            for name, trainer in steps.items()
+        }
+        rebuild = "shortlist rebuild, all layers"
+        contenders[rebuild] = Contender(
+            lambda: {"total": sum(rebuild()["total"] for rebuild in rebuilds)}, floor.together(*rebuild_works)
+        )
+        outcome = race(contenders, args, device, extra_phases=("optimizer",))
+        interval = steps[_AIR].routers[0].index.refresh_interval
+        seconds = {name: outcome.median(name) for name in steps}
+        seconds[_AIR] += outcome.median(rebuild) / interval
+        columns = sizes.columns() | {"ffn": sizes.ffn, "layers": args.layers}
+        rows = []
+        for name in contenders:
+            figures = dict.fromkeys(("with_rebuild_ms", "times_faster"), "")
+            if name in seconds:
+                figures["with_rebuild_ms"] = round(1e3 * seconds[name], 3)
+                figures["times_faster"] = round(seconds[_TOPK] / seconds[name], 2)
+            rows.append(outcome.row(name, columns, figures))
+        return rows
+
+
+class Trainer:
+    """A GPT with Megatron's data-parallel wrapper and optimizer, in a world of one rank."""
+
+    def __init__(self, name, sizes, num_layers, sequence, pg_collection, device) -> None:
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.transformer.module import Float16Module
+
+        from air_moe_megatron.sync import air_routers
+
+        torch.manual_seed(0)
+        is_air = name == _AIR
+        config = make_config(
+            sizes,
+            "air" if is_air else "topk",
+            compact=is_air,
+            num_layers=num_layers,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            masked_softmax_fusion=False,
+            bias_dropout_fusion=False,
+            gradient_accumulation_fusion=False,
+        )
+        model = GPTModel(config, _layer_spec(config), _VOCABULARY, sequence, pg_collection=pg_collection).to(device)
+        if config.bf16:
+            model = Float16Module(config, model)
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        self.model = DistributedDataParallel(config, ddp_config, model, pg_collection=pg_collection)
+        self.model.train()
+        optimizer_config = OptimizerConfig(
+            optimizer="adam", lr=1e-4, bf16=config.bf16, params_dtype=sizes.dtype, clip_grad=1.0
+        )
+        self.optimizer = get_megatron_optimizer(optimizer_config, [self.model])
+        self.routers = air_routers(self.model)
+        self.device, self.num_parameters = device, sum(parameter.numel() for parameter in model.parameters())
+
+    def step(self, batch) -> dict[str, float]:
+        """Seconds of one training step, as Megatron's training loop makes it; the loss is kept in ``loss``."""
+        from air_moe_megatron.sync import discard_statistics, update_codebooks
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        start = clock(self.device)
+        discard_statistics(self.model)
+        loss = self.model(batch["tokens"], batch["positions"], batch["mask"], labels=batch["labels"]).float().mean()
+        forward = clock(self.device)
+        loss.backward()
+        self.model.finish_grad_sync()
+        backward = clock(self.device)
+        is_successful, _, _ = self.optimizer.step()
+        if not is_successful:
+            raise AssertionError("the optimizer skipped its step")
+        if self.routers:
+            update_codebooks(self.model)
+        end = clock(self.device)
+        self.loss = loss.detach()
+        return {
+            "forward": forward - start,
+            "backward": backward - forward,
+            "optimizer": end - backward,
+            "total": end - start,
+        }
+
+    def layers_and_inputs(self, batch):
+        """The MoE layers, each with what reaches it [S, B, H]."""
+        from megatron.core.transformer.moe.moe_layer import MoELayer
+
+        seen, hooks = [], []
+        for module in self.model.modules():
+            if isinstance(module, MoELayer):
+                keep = lambda module, inputs: seen.append((module, inputs[0].detach().clone()))  # noqa: E731
+                hooks.append(module.register_forward_pre_hook(keep))
+        with torch.no_grad():
+            self.model(batch["tokens"], batch["positions"], batch["mask"], labels=batch["labels"])
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    @torch.no_grad()
+    def num_used(self, layer, hidden) -> int:
+        """Distinct experts that a layer selects."""
+        if self.routers:
+            return layer.router.route(hidden).topk_ids.unique().numel()
+        return int(layer.router(hidden)[1].any(dim=0).sum())
+
+
+def _layer_spec(config):
+    """Megatron's own layer; granular experts in it, and AIR routing where the config asks for it."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+
+    from air_moe_megatron.experts import GranularExperts
+    from air_moe_megatron.specs import with_air_layers
+
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
+    spec.submodules.mlp = functools.partial(MoELayer, submodules=MoESubmodules(experts=GranularExperts))
+    return with_air_layers(spec, config)
+
+
+def _batch(sizes, sequence, device):
+    generator = torch.Generator().manual_seed(0)
+    shape = (sizes.tokens // sequence, sequence + 1)
+    text = torch.randint(_VOCABULARY, shape, generator=generator).to(device)
+    positions = torch.arange(sequence, device=device).expand(shape[0], sequence)
+    mask = torch.ones(1, 1, sequence, sequence, dtype=torch.bool, device=device).triu(1)  # True: not attended to
+    return {"tokens": text[:, :-1], "labels": text[:, 1:], "positions": positions, "mask": mask}
+
+
+def _gate(pg_collection, device):
+    """With full lists and equal weights both models have equal losses, after steps of the optimizer too."""
+    sizes = Sizes(experts=64, hidden=32, tokens=64, topk=4, ffn=2, clusters=4, shortlist=64)
+    batch = _batch(sizes, 16, device)
+    air, topk = (Trainer(name, sizes, 2, 16, pg_collection, device) for name in (_AIR, _TOPK))
+    missing, unexpected = air.model.module.load_state_dict(topk.model.module.state_dict(), strict=False)
+    if unexpected or any(".router.codebook." not in name and ".router.index." not in name for name in missing):
+        raise AssertionError(f"the models differ in {missing} and {unexpected}")
+    for number in range(3):
+        for trainer in (air, topk):
+            trainer.step(batch)
+        gates.same(f"loss of step {number}", air.loss, topk.loss)
+    logger.info("gate passed: with full lists a GPT with AIRMoELayer learns as one with TopKRouter")
