@@ -28,7 +28,7 @@ ACTIVATIONS = {
 SHAPES = {
     "one-row-each": (7, 5, 3, 1, 33),
     "several-rows-each": (5, 3, 3, 3, 16),
-    "sums-in-expert-order": (9, 4, 3, 9, 130),
+    "sums-in-expert-order": (5, 4, 3, 9, 130),
     "long-segments": (90, 1, 1, 8, 5),
     "one-everything": (1, 1, 1, 1, 1),
     "no-rows": (0, 3, 1, 2, 8),

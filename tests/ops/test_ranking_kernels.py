@@ -108,8 +108,8 @@ def test_the_lower_id_wins_a_tie(dtype, kernel_device):
     generator = torch.Generator().manual_seed(0)
     codewords = torch.randint(-1, 2, (140, 3), generator=generator).float()
     weight, bias = (
-        torch.randint(-1, 2, (300, 3), generator=generator),
-        torch.randint(-1, 2, (300,), generator=generator),
+        torch.randint(-1, 2, (100, 3), generator=generator),
+        torch.randint(-1, 2, (100,), generator=generator),
     )
     inputs = (codewords, torch.ones(140), weight.to(dtype), bias.to(dtype), 19)
     assert_equals_naive(tuple(x.to(kernel_device) if torch.is_tensor(x) else x for x in inputs))
