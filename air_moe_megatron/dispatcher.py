@@ -92,7 +92,7 @@ class CompactTokenDispatcher(MoETokenDispatcher):
         if topk_ids.dim() != 2 or topk_ids.shape != probs.shape or topk_ids.shape[0] != num_tokens:
             # The other ranks are about to wait for this one: it tells them, and plans nothing.
             self._misfit = f"topk_ids {tuple(topk_ids.shape)}, probs {tuple(probs.shape)}, {num_tokens} tokens"
-            probs = probs.new_zeros(num_tokens, probs.shape[-1] if probs.dim() else 1)
+            probs = probs.new_zeros(num_tokens, max(1, probs.shape[-1]) if probs.dim() else 1)
             topk_ids = torch.full(probs.shape, -1, device=probs.device)
         misfit = self._misfit is not None
         self._plan = make_plan(topk_ids, probs, self.ep_size, self.num_local_experts, misfit)
