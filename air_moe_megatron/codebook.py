@@ -102,7 +102,7 @@ def lloyd_step(codewords: torch.Tensor, weight: torch.Tensor):
     Returns:
         [C, H] fp32 new codewords, unit rows; [C, H + 3] statistics of the experts at the old ones.
     """
-    statistics = token_statistics(weight, codewords, assign(weight, codewords, 1).squeeze(1), ordered=True)
+    statistics = token_statistics(weight, codewords, assign(weight, codewords, 1).squeeze(1))
     return update_from_tokens(codewords, torch.zeros_like(statistics), statistics, 0.0, 0)[0], statistics
 
 

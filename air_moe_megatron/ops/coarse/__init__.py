@@ -38,15 +38,15 @@ def assign(hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allow
 
 
 @torch.no_grad()
-def token_statistics(hidden, codewords, assignments, keep=None, ordered=False):
-    """Sum what the update needs over the tokens of each codeword.
+def token_statistics(hidden, codewords, assignments, keep=None):
+    """Sum what the update needs over the tokens of each codeword, in the order of the tokens: equal bits in every run,
+    and on ranks that do not communicate.
 
     Args:
         hidden: [T, H], any float dtype.
         codewords: [C, H] fp32, unit rows.
         assignments: [T] int64, nearest codeword.
         keep: [T] bool or None; tokens that count (padding does not).
-        ordered: add in the order of the tokens on any device, so that ranks which do not communicate get equal bits.
     Returns:
         [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of lengths ``|h|``. A token that
         is not finite makes its codeword's row not finite, which is how the update finds out.
@@ -57,7 +57,7 @@ def token_statistics(hidden, codewords, assignments, keep=None, ordered=False):
         from air_moe_megatron.ops.coarse.kernels import token_statistics_sorted
 
         return token_statistics_sorted(hidden, codewords, assignments, keep)
-    return dense_token_statistics(hidden, codewords, assignments, keep, ordered)
+    return dense_token_statistics(hidden, codewords, assignments, keep)
 
 
 @torch.no_grad()
@@ -81,4 +81,4 @@ def assign_with_statistics(hidden, codewords, num_probes, allowed=None, keep=Non
         deterministic = torch.are_deterministic_algorithms_enabled()
         return kernels.assign_with_statistics(hidden, codewords, num_probes, allowed, keep, deterministic)
     assignments = dense_assign(hidden, codewords, num_probes, allowed)
-    return assignments, dense_token_statistics(hidden, codewords, assignments[:, 0], keep, ordered=False)
+    return assignments, dense_token_statistics(hidden, codewords, assignments[:, 0], keep)

@@ -1,6 +1,7 @@
-"""The coarse stage with torch operations: the similarities [T, C] in memory, sums by `index_add_`."""
+"""The coarse stage with torch operations: the similarities [T, C] in memory, sums by `embedding_bag`."""
 
 import torch
+from torch.nn.functional import embedding_bag
 
 
 def dense_assign(hidden, codewords, num_probes, allowed):
@@ -13,22 +14,16 @@ def dense_assign(hidden, codewords, num_probes, allowed):
     return similarity.topk(num_probes, dim=1).indices
 
 
-def dense_token_statistics(hidden, codewords, assignments, keep, ordered):
+def dense_token_statistics(hidden, codewords, assignments, keep):
     """As :func:`air_moe_megatron.ops.coarse.token_statistics`. Waits for the device where tokens are left out."""
     if keep is not None:
         hidden, assignments = hidden[keep], assignments[keep]
     hidden = hidden.float()
-    lengths = hidden.norm(dim=1, keepdim=True)
-    unit = hidden / lengths.clamp_min(torch.finfo(torch.float32).tiny)
-    scalars = torch.cat((torch.ones_like(lengths), lengths), dim=1)
-
-    def sum_per_codeword(rows):
-        if ordered:
-            counts = torch.bincount(assignments, minlength=codewords.shape[0])
-            rows = rows.index_select(0, assignments.argsort(stable=True))
-            return torch.segment_reduce(rows, "sum", lengths=counts, initial=0)
-        return rows.new_zeros(codewords.shape[0], rows.shape[1]).index_add_(0, assignments, rows)
-
-    sums, (counts, summed_lengths) = sum_per_codeword(unit), sum_per_codeword(scalars).split(1, dim=1)
-    cosines = (sums * codewords).sum(dim=1, keepdim=True)  # of a sum of vectors: the sum of their cosines
-    return torch.cat((sums, counts, cosines, summed_lengths), dim=1)
+    lengths = hidden.norm(dim=1)
+    sorted_assignments, order = assignments.sort(stable=True)
+    first = torch.searchsorted(sorted_assignments, torch.arange(codewords.shape[0] + 1, device=hidden.device))
+    weights = (1.0 / lengths.clamp_min(torch.finfo(torch.float32).tiny))[order]
+    sums = embedding_bag(order, hidden, first[:-1], per_sample_weights=weights, mode="sum")
+    cosines = (sums * codewords).sum(dim=1)  # of a sum of vectors: the sum of their cosines
+    summed_lengths = embedding_bag(order, lengths.unsqueeze(1), first[:-1], mode="sum").squeeze(1)
+    return torch.cat((sums, torch.stack((first.diff().float(), cosines, summed_lengths), dim=1)), dim=1)
