@@ -4,11 +4,12 @@ import logging
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from air_moe_megatron import update_codebooks
 from air_moe_megatron.ops import backend
 from air_moe_megatron.ops.backend import VARIABLE, use_kernels
-from tests.unit.test_layer import EVERY_LOSS, HIDDEN, make_layer
+from tests.unit.test_layer import EVERY_LOSS, HIDDEN, Recorder, make_layer
 
 SMALL = torch.zeros(2, 2)
 
@@ -95,3 +96,26 @@ def test_a_layer_of_kernels_equals_one_of_torch_operations(megatron_cpu, forced,
     assert torch.equal(lists, expected_lists)
     for got, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [LAYERS[name] for name in ("softmax", "every-loss", "sigmoid-bias")], ids=str)
+def test_a_router_of_kernels_does_not_wait_for_the_device(megatron_cpu, forced, monkeypatch, fields):
+    """Not even for the padding mask; what the interpreter itself reads is left out of the count."""
+    forced("triton")
+    router = make_layer(megatron_cpu, **fields).train().router
+    hidden, padding = torch.randn(20, 1, HIDDEN), torch.zeros(1, 20, dtype=torch.bool)
+    padding[0, 15:] = True
+    router.route(hidden, padding)  # builds the lists
+    lists, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor.shape) or tolist(tensor))
+    recorder = Recorder()
+    run = InterpretedFunction.run
+
+    def run_unseen(self, *args, **kwargs):
+        with torch.utils._python_dispatch._disable_current_modes():
+            return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", run_unseen)
+    with recorder:
+        router.route(hidden.requires_grad_(), padding).probs.sum().backward()
+    assert recorder.waits == [] and lists == []
