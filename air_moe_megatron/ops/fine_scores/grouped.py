@@ -31,6 +31,7 @@ class _Batch:
     """Codewords whose tiles are one batched product."""
 
     rows: torch.Tensor  # [B, n] int64, R where padded
+    tokens: torch.Tensor  # [B, n] int64, the token of each row; any where padded
     experts: torch.Tensor  # [B, length], dtype of the shortlist, -1 after the end of a shorter list
     is_full: bool  # whether no list is shorter
     num_rows: int  # without padding
@@ -44,7 +45,7 @@ class _Batch:
 
 def _make_batches(shortlist, assignments, hidden_size) -> list[_Batch]:
     """Group the rows by codeword; codewords without rows or experts are left out. Waits for the device once."""
-    codewords = assignments.reshape(-1)
+    num_probes, codewords = assignments.shape[1], assignments.reshape(-1)
     num_rows = codewords.numel()
     order = torch.argsort(codewords, stable=True)
     counts = torch.zeros(shortlist.shape[0], dtype=torch.int64, device=codewords.device)
@@ -59,9 +60,11 @@ def _make_batches(shortlist, assignments, hidden_size) -> list[_Batch]:
     for batch, (count, length, is_full) in _spans(sizes, hidden_size):
         places_in = places[:count]
         where = (first[batch].unsqueeze(1) + places_in).clamp(max=num_rows - 1)
-        rows = order[where].masked_fill_(places_in >= sorted_counts[batch].unsqueeze(1), num_rows)
+        some_rows = order[where]
+        rows = some_rows.masked_fill(places_in >= sorted_counts[batch].unsqueeze(1), num_rows)
+        tokens = some_rows // num_probes if num_probes > 1 else some_rows
         num_rows_in = sum(rows_in for rows_in, _ in sizes[batch])
-        batches.append(_Batch(rows, shortlist[batch, :length], is_full, num_rows_in))
+        batches.append(_Batch(rows, tokens, shortlist[batch, :length], is_full, num_rows_in))
     return batches
 
 
@@ -109,11 +112,11 @@ class _Centres:
         return rows.view(*batch.experts.shape, -1)
 
 
-def _tiles(batches, hidden, weight, bias, num_probes, dtype):
+def _tiles(batches, hidden, weight, bias, dtype):
     """Yield each batch with its scores [B, n, length], -inf where a list is shorter."""
     centres = _Centres(batches, weight, dtype)
     for batch in batches:
-        tile = torch.bmm(_tokens(hidden, batch, num_probes, dtype), centres.gather(weight, batch).transpose(1, 2))
+        tile = torch.bmm(_tokens(hidden, batch, dtype), centres.gather(weight, batch).transpose(1, 2))
         if bias is not None:
             tile += bias.index_select(0, batch.ids).to(dtype).view_as(batch.experts).unsqueeze(1)
         if not batch.is_full:
@@ -130,7 +133,7 @@ class _GroupedFineScores(torch.autograd.Function):
         scores = torch.empty(num_rows + 1, shortlist.shape[1], dtype=dtype, device=hidden.device)
         if _leave_gaps(batches, num_rows, scores.shape[1]):
             scores.fill_(float("-inf"))
-        for batch, tile in _tiles(batches, hidden, weight, bias, num_probes, dtype):
+        for batch, tile in _tiles(batches, hidden, weight, bias, dtype):
             scores[:, : tile.shape[2]].index_copy_(0, batch.rows.reshape(-1), tile.flatten(0, 1))
         ctx.save_for_backward(hidden, weight, bias)
         ctx.weight = weight  # the parameter itself, for its main_grad
@@ -162,7 +165,7 @@ class _GroupedFineScores(torch.autograd.Function):
                 grad_rows.index_copy_(0, batch.rows.reshape(-1), tile.flatten(0, 1))
             if need_weight:
                 grad_centres = centres.room_for(batch)
-                torch.bmm(grad.transpose(1, 2), _tokens(hidden, batch, num_probes, dtype), out=grad_centres)
+                torch.bmm(grad.transpose(1, 2), _tokens(hidden, batch, dtype), out=grad_centres)
                 grad_weight.index_add_(0, batch.ids, grad_centres.flatten(0, 1).to(grad_weight.dtype))
             if need_bias:
                 grad_bias.index_add_(0, batch.ids, grad.sum(dim=1, dtype=wide).reshape(-1))
@@ -184,10 +187,9 @@ class _GroupedFineScores(torch.autograd.Function):
         )
 
 
-def _tokens(hidden, batch, num_probes, dtype):
+def _tokens(hidden, batch, dtype):
     """[B, n, H] tokens of the batch's rows; any where padded."""
-    tokens = (batch.rows // num_probes).clamp(max=hidden.shape[0] - 1)
-    return hidden.index_select(0, tokens.reshape(-1)).to(dtype).view(*batch.rows.shape, -1)
+    return hidden.index_select(0, batch.tokens.reshape(-1)).to(dtype).view(*batch.rows.shape, -1)
 
 
 def _rows_or_zero(values, batch):
@@ -213,7 +215,7 @@ def grouped_fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype)
     if _leave_gaps(batches, num_rows, topk):
         scores.fill_(float("-inf"))
         ids.fill_(-1)
-    for batch, tile in _tiles(batches, hidden, weight, bias, 1, dtype):
+    for batch, tile in _tiles(batches, hidden, weight, bias, dtype):
         best, places = tile.topk(min(topk, tile.shape[2]), dim=2)
         experts = batch.experts.unsqueeze(1).expand_as(tile).gather(2, places)
         rows = batch.rows.reshape(-1)
