@@ -10,7 +10,8 @@ again on the way back; the backward repeats those of rows and probs in the other
 way: ``H * distinct ranks <= H * min(K, ranks)``, where Megatron's all-to-all carries ``H * K``.
 
 The host waits for the device once per forward, for the counts; with one expert-parallel rank too, which then
-communicates nothing. (``fine_scores`` waits once more: two waits per layer and forward. The backward has none.)
+communicates nothing. (With torch operations ``fine_scores`` waits once more: two waits per layer and forward. The
+backward has none.)
 
 Legend: T tokens, H hidden, E experts, K top-k, D expert-parallel ranks, R received rows, N received pairs.
 """

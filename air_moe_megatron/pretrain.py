@@ -25,7 +25,7 @@ def main() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning)
 
     if "--cpu" in sys.argv:
-        # Large pages, where the system grants them on request: half the time of the gathers from 2^20 experts.
+        # Large pages, where the system grants them on request: gathered experts each lie on another page.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
