@@ -6,13 +6,18 @@
 #   TOKENIZER   Megatron's flags of the tokenizer that made DATA; default bytes, as in the default DATA
 #   RANKS       processes on this node; default all GPUs, or 2 on CPU
 #   EP          expert-parallel size; default RANKS, so that dispatched tokens stay within a node
-#   PYTHON      default python
+#   PYTHON      default python; .venv/bin/python after `make install`
 # Any Megatron flag given to a launcher comes last and wins. For tensor parallelism give
 # `--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1`.
 #
 # The branches for GPUs are written from Megatron's documentation and have not been run yet.
 
 PYTHON=${PYTHON:-python}
+has_module() { "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)' "$1"; }
+if ! has_module torch; then
+  echo "$0: PYTHON ($PYTHON) has no torch; activate its environment, or after 'make install' give PYTHON=.venv/bin/python" >&2
+  exit 1
+fi
 NNODES=${NNODES:-1}
 
 # --- Device ---
@@ -32,8 +37,6 @@ if [ "$GPUS" != 0 ] && [ "$RANKS" -gt "$GPUS" ]; then
   echo "$0: $RANKS processes need as many GPUs on a node, and $GPUS are visible" >&2
   exit 1
 fi
-
-has_module() { "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)' "$1"; }
 
 if [ "$GPUS" = 0 ]; then
   DEVICE=(--cpu)

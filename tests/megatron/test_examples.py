@@ -22,6 +22,7 @@ FAKE_PYTHON = """#!/bin/sh
 case "$*" in
   *device_count*) echo 8 ;;
   *find_spec*transformer_engine) exit "$TE_IS_MISSING" ;;
+  *find_spec*" torch") exit 0 ;;
   *find_spec*) exit 1 ;;
   *) printf '%s\\n' "$@" ;;
 esac
@@ -175,6 +176,13 @@ def test_million_experts_with_fewer(cpu_flags, tmp_path):
 def test_missing_data_is_named(tmp_path):
     output = finish(start("single_node.sh", "--cpu", env={"DATA": tmp_path / "absent"}), succeeds=False)
     assert f"{tmp_path / 'absent'}.idx does not exist" in output
+
+
+def test_a_python_without_torch_is_named():
+    output = finish(start("single_node.sh", "--cpu", env={"PYTHON": "false"}), succeeds=False)
+    assert output.splitlines()[-1].endswith(
+        "PYTHON (false) has no torch; activate its environment, or after 'make install' give PYTHON=.venv/bin/python"
+    )
 
 
 def test_slurm_starts_the_launcher_on_each_node(fake_machine):
