@@ -56,8 +56,8 @@ class AIRFields:
     moe_ffn_hidden_size may be as small as 1."""
 
     moe_product_key_heads: int = 0
-    """Heads of the product keys, which find top-k / heads experts each; 0 chooses the largest divisor of the top-k up to
-    8 that leaves each head at least two."""
+    """Heads of the product keys, which find top-k / heads experts each; 0 chooses the largest divisor of the top-k up
+    to 8 that leaves each head at least two."""
 
     moe_product_key_dim: int = 0
     """Size of a sub-key, and of each half of a head's query; 0 chooses 128, at most half of the hidden size."""
@@ -67,10 +67,12 @@ class AIRFields:
     moe_product_key_on_tokens."""
 
     moe_product_key_on_tokens: bool = False
-    """Compare sub-keys of the hidden size with the token itself, without a query projection (OmniMoE, with one head)."""
+    """Compare sub-keys of the hidden size with the token itself, without a query projection (OmniMoE, with one
+    head)."""
 
     moe_hierarchical_num_groups: int = 0
-    """Number of groups of consecutive experts, a divisor of the experts; 0 chooses the divisor nearest sqrt(experts)."""
+    """Number of groups of consecutive experts, a divisor of the experts; 0 chooses the smallest one from
+    sqrt(experts)."""
 
     moe_hierarchical_topk_groups: int = 0
     """Groups whose experts are scored for a token; 0 chooses 2, or as many as hold twice the top-k."""
@@ -420,8 +422,8 @@ def _validate_groups(config):
 def _validate_hash(config):
     if config.moe_hash_vocab_size < 1:
         raise ValueError(
-            f"moe_hash_vocab_size ({config.moe_hash_vocab_size}) must be the number of token ids, padding included; the "
-            "entry point takes it from the arguments, other scripts give it"
+            f"moe_hash_vocab_size ({config.moe_hash_vocab_size}) must be the number of token ids, padding included; "
+            "the entry point takes it from the arguments, other scripts give it"
         )
     if config.moe_hash_seed < 0:
         raise ValueError(f"moe_hash_seed ({config.moe_hash_seed}) must not be negative")

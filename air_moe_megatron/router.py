@@ -110,7 +110,7 @@ class AIRRouter(CompactRouter):
         """
         scores = fine_scores(hidden, self.weight, self.bias, shortlist, codewords, self._router_dtype(hidden))
         if self.sizes.num_probes > 1:
-            logits, ids = _merge_probes(scores, shortlist[codewords])
+            logits, ids = merge_probes(scores, shortlist[codewords])
         else:
             needs_ids = self.expert_bias is not None or self._needs_aux_scores()
             logits, ids = scores.squeeze(1), shortlist[codewords.squeeze(1)] if needs_ids else None
@@ -189,7 +189,7 @@ def _sort_candidates(ids):
     return ids, places, repeated
 
 
-def _merge_probes(scores, ids):
+def merge_probes(scores, ids):
     """Join the shortlists of a token's probes; an expert in two of them is one candidate.
 
     Args:

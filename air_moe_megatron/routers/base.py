@@ -14,6 +14,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import (
     apply_router_token_dropping,
     compute_routing_scores_for_aux_loss,
+    router_gating_linear,
     topk_routing_with_score_function,
 )
 from megatron.core.transformer.moe.router import TopKRouter
@@ -221,6 +222,16 @@ class CompactRouter(TopKRouter):
             counted &= keep.unsqueeze(1)
         where = topk_ids.clamp(min=0).reshape(-1)
         return torch.zeros_like(self.expert_load).index_add_(0, where, counted.reshape(-1).long())
+
+    def _linear(self, hidden, weight, bias=None, dtype=None):
+        """[T, N] scores of tokens against the N rows of a weight, by Megatron's product for router gates.
+
+        It does not take an empty batch.
+        """
+        dtype = dtype or self._router_dtype(hidden)
+        if hidden.shape[0]:
+            return router_gating_linear(hidden, weight, bias, dtype)
+        return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def _router_dtype(self, hidden):
         return _ROUTER_DTYPES.get(self.config.moe_router_dtype, hidden.dtype)

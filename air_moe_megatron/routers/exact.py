@@ -8,7 +8,9 @@ Cost of a token: forward 2*H*E FLOPs, backward 4*H*E, and a row of E scores.
 Legend: T tokens, H hidden, E experts, K top-k.
 """
 
+import torch
 from megatron.core.transformer.moe.moe_utils import (
+    apply_biased_logits,
     apply_random_logits,
     compute_routing_scores_for_aux_loss,
     topk_routing_with_score_function,
@@ -22,9 +24,11 @@ class ExactRouter(CompactRouter):
 
     def _choose(self, hidden, keep, batch_size) -> Routes:
         padded = None if keep is None else ~keep
-        logits = self.gating(hidden)  # [T, E]
+        logits = self._linear(hidden, self.weight, self.bias)  # [T, E]
         if self.config.moe_router_force_load_balancing:
             logits = apply_random_logits(logits)
+        if self.config.moe_router_force_biased is not None:
+            logits = apply_biased_logits(logits, self.config.moe_router_force_biased, self.layer_number)
         logits = self.apply_z_loss(logits, padding_mask=padded)
         probs, topk_ids = topk_routing_with_score_function(
             logits,
@@ -41,6 +45,9 @@ class ExactRouter(CompactRouter):
 
     def _attach_dense_aux_losses(self, probs, logits, padded, batch_size):
         """As ``TopKRouter.routing``: every expert is a candidate, in order."""
+        if logits.shape[0] == 0:  # which Megatron's reshaping does not take
+            ids = torch.arange(self.num_experts, device=logits.device).expand_as(logits)
+            return self._attach_aux_losses(probs, logits, ids, padded, batch_size)
         routing_map, scores = compute_routing_scores_for_aux_loss(
             logits, self.topk, self.score_function, padding_mask=padded
         )

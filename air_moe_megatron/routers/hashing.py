@@ -1,9 +1,11 @@
 """HashRouter: the experts of a token are fixed by its token id.
 
 Each layer has a random table of K distinct experts per token id, balanced: every expert stands in the same number of
-(id, place) pairs, up to one. Nothing is learned, and all K experts weigh 1/K. Source: Roller et al. 2021, "Hash Layers For
-Large Sparse Models", arXiv 2106.04426. Ours, not theirs: K experts per id instead of one, and balance over ids instead of
-over their frequencies, so that frequent ids still load their experts more.
+(id, place) pairs, up to one. Nothing is learned, and all K experts weigh 1/K.
+
+Source: Roller et al. 2021, "Hash Layers For Large Sparse Models", arXiv 2106.04426. Ours, not theirs: K experts per id
+instead of one, and balance over ids instead of over their frequencies, so that frequent ids still load their experts
+more.
 
 Cost of a token: none; a row of the table.
 

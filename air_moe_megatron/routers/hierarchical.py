@@ -1,10 +1,12 @@
 """HierarchicalRouter: a gate chooses groups of experts, and only the experts of those are scored.
 
-The experts are split into G groups of E/G consecutive ones. A token takes its best g groups by a learned group gate, and
-of their experts the best K by the product of both gates, ``log p(group) + log p(expert within its group)``; with all groups
-taken this is a softmax over all experts. Source: Shazeer et al. 2017, "Outrageously Large Neural Networks", arXiv
-1701.06538, appendix B (hierarchical mixture of experts). Ours, not theirs: no noise on the gates, both softmaxes run
-over all of their entries, and the K experts are taken from the g groups together instead of so many from each.
+The experts are split into G groups of E/G consecutive ones. A token takes its best g groups by a learned group gate,
+and of their experts the best K by the product of both gates, ``log p(group) + log p(expert within its group)``; with
+all groups taken this is a distribution over all experts.
+
+Source: Shazeer et al. 2017, "Outrageously Large Neural Networks", arXiv 1701.06538, appendix B (hierarchical mixture of
+experts). Ours, not theirs: no noise on the gates, both softmaxes run over all of their entries, and the K experts are
+taken from the g groups together instead of so many from each.
 
 Cost of a token: forward ``2*H*(G + g*E/G)`` FLOPs, backward twice that.
 
@@ -12,7 +14,6 @@ Legend: T tokens, H hidden, E experts, G groups, M = E/G experts of a group, g g
 """
 
 import torch
-from megatron.core.transformer.moe.moe_utils import router_gating_linear
 
 from air_moe_megatron.config import resolve_groups
 from air_moe_megatron.ops.fine_scores import fine_scores
@@ -32,9 +33,8 @@ class HierarchicalRouter(CompactRouter):
             self.group_bias = None
 
     def _choose(self, hidden, keep, batch_size) -> Routes:
-        sizes, num_tokens = self.sizes, hidden.shape[0]
-        dtype = self._router_dtype(hidden)
-        group_logits = router_gating_linear(hidden, self.group_weight, self.group_bias, dtype)  # [T, G]
+        sizes, dtype = self.sizes, self._router_dtype(hidden)
+        group_logits = self._linear(hidden, self.group_weight, self.group_bias)  # [T, G]
         groups = group_logits.topk(sizes.topk_groups, dim=1).indices
         experts = torch.arange(self.num_experts, dtype=torch.int32, device=hidden.device)
         lists = experts.view(sizes.num_groups, sizes.group_size)
@@ -44,8 +44,8 @@ class HierarchicalRouter(CompactRouter):
         wide = torch.promote_types(dtype, torch.float32)
         group_scores = group_logits.log_softmax(dim=1, dtype=wide).gather(1, groups)
         scores = group_scores.unsqueeze(2) + logits.log_softmax(dim=2, dtype=wide)
-        ids = lists[groups].view(num_tokens, -1).long()
-        return self._choose_among(scores.view(num_tokens, -1).to(dtype), ids, keep, batch_size)
+        ids = lists[groups].flatten(1).long()
+        return self._choose_among(scores.flatten(1).to(dtype), ids, keep, batch_size)
 
     def _with_z_loss(self, group_logits, logits, keep):
         """The logits of both gates with the z-loss of all that were computed; the products are normalised already."""

@@ -1,12 +1,13 @@
 """ProductKeyRouter: an expert is a pair of sub-keys, and the best pairs are found without scoring the others.
 
-Expert ``i * n2 + j`` has the key (first sub-key i, second sub-key j) and the score ``<q1, k1_i> + <q2, k2_j>``. The best
-k pairs are among the products of the best k of each half, so the search is exact within the product structure. Source:
-He 2024, "Mixture of A Million Experts" (PEER), arXiv 2407.04153, after Lample et al. 2019, arXiv 1907.05242: heads with
-queries and keys of their own, batch-normalised queries, a softmax over the k of each head, heads summed (the probs of a
-token sum to the number of heads). With ``moe_product_key_on_tokens`` and one head it is the Cartesian product router of
-OmniMoE, arXiv 2602.05711: sub-keys of the hidden size, compared with the token itself. Ours, not theirs: halves of unequal
-sizes where the number of experts is no square, and Megatron's options for scores and losses.
+Expert ``i * n2 + j`` has the key (first sub-key i, second sub-key j) and the score ``<q1, k1_i> + <q2, k2_j>``. The
+best k pairs are among the products of the best k of each half, so the search is exact within the product structure.
+
+Source: He 2024, "Mixture of A Million Experts" (PEER), arXiv 2407.04153, after Lample et al. 2019, arXiv 1907.05242:
+heads with queries and keys of their own, batch-normalised queries, a softmax over the k of each head, heads summed: the
+probs of a token sum to the number of heads. With ``moe_product_key_on_tokens`` and one head it is the Cartesian
+product router of OmniMoE, arXiv 2602.05711: sub-keys of the hidden size, compared with the token itself. Ours, not
+theirs: halves of unequal sizes where the number of experts is no square, and Megatron's options for scores and losses.
 
 Cost of a token, R heads with sub-keys of size D: forward ``4*H*R*D`` FLOPs for the queries (none on tokens) and
 ``2*R*D*(n1 + n2)`` for the keys, backward twice that.
@@ -17,7 +18,6 @@ Legend: T tokens, H hidden, E = n1*n2 experts, R heads, D size of a sub-key, K t
 import torch
 from megatron.core.transformer.moe.moe_utils import (
     compute_routing_scores_for_aux_loss,
-    router_gating_linear,
     topk_routing_with_score_function,
 )
 
@@ -56,7 +56,7 @@ class ProductKeyRouter(CompactRouter):
             self.register_buffer("running_var", torch.ones(num_inputs))
 
     def _choose(self, hidden, keep, batch_size) -> Routes:
-        sizes, num_tokens = self.sizes, hidden.shape[0]
+        sizes = self.sizes
         halves = self._queries(hidden, keep)  # 2 of [T, R, D]
         topk = sizes.topk_per_head
         best = []
@@ -64,8 +64,8 @@ class ProductKeyRouter(CompactRouter):
             scores = torch.einsum("trd,rnd->trn", queries, keys.to(queries.dtype))
             best.append(scores.topk(min(topk, scores.shape[2]), dim=2))
         (scores1, ids1), (scores2, ids2) = best
-        logits = (scores1.unsqueeze(3) + scores2.unsqueeze(2)).reshape(num_tokens, -1)  # [T, R * N]
-        ids = (ids1.unsqueeze(3) * sizes.num_keys[1] + ids2.unsqueeze(2)).reshape(num_tokens, -1)
+        logits = (scores1.unsqueeze(3) + scores2.unsqueeze(2)).flatten(1)  # [T, R * N]
+        ids = (ids1.unsqueeze(3) * sizes.num_keys[1] + ids2.unsqueeze(2)).flatten(1)
         return self._choose_among(logits, ids, keep, batch_size)
 
     def _queries(self, hidden, keep):
@@ -74,7 +74,7 @@ class ProductKeyRouter(CompactRouter):
         if self.query_weight is None:
             halves = self._normalise(hidden.to(dtype), keep).unsqueeze(1)
             return (halves.expand(-1, self.sizes.num_heads, -1),) * 2
-        queries = router_gating_linear(hidden, self.query_weight, None, dtype)
+        queries = self._linear(hidden, self.query_weight)
         shape = (hidden.shape[0], self.sizes.num_heads, 2, self.sizes.key_dim)
         return self._normalise(queries, keep).view(shape).unbind(dim=2)
 
@@ -115,22 +115,26 @@ class ProductKeyRouter(CompactRouter):
 
     def _select(self, logits, ids):
         """[T, K] probs and columns, the best k of each head beside each other."""
-        num_tokens, heads, topk = logits.shape[0], self.sizes.num_heads, self.sizes.topk_per_head
-        logits = logits.view(num_tokens * heads, -1)  # [T * R, N]
+        heads, topk = self.sizes.num_heads, self.sizes.topk_per_head
+        logits = self._per_head(logits)
         probs, columns = topk_routing_with_score_function(logits, topk, dense_output=True, **self._score_settings())
         first = torch.arange(heads, device=columns.device).unsqueeze(1) * logits.shape[1]
-        columns = columns.view(num_tokens, heads, topk) + first
-        return probs.view(num_tokens, -1), columns.view(num_tokens, -1)
+        columns = columns.view(-1, heads, topk) + first
+        return probs.view(-1, self.topk), columns.view(-1, self.topk)
 
     def _aux_scores(self, logits, padded):
         """Each head is a routing of its own; their scores are averaged."""
-        heads, per_head = self.sizes.num_heads, logits.view(logits.shape[0] * self.sizes.num_heads, -1)
+        heads = self.sizes.num_heads
         if padded is not None:
             padded = padded.repeat_interleave(heads)
         routing_map, scores = compute_routing_scores_for_aux_loss(
-            per_head, self.sizes.topk_per_head, self.score_function, padding_mask=padded
+            self._per_head(logits), self.sizes.topk_per_head, self.score_function, padding_mask=padded
         )
         return routing_map.view_as(logits), scores.view_as(logits) / heads
+
+    def _per_head(self, logits):
+        """[T, R * N] logits as [T * R, N]."""
+        return logits.unflatten(1, (self.sizes.num_heads, -1)).flatten(0, 1)
 
     def _apply(self, fn, recurse=True):
         # Megatron's Float16Module casts every floating buffer; the running statistics stay fp32.

@@ -1,23 +1,25 @@
 """VQRouter: half of a token's experts by its discrete code, half by an ordinary top-k router.
 
-Each expert has a code, a vector of the hidden size. The discrete branch takes the experts of the K/2 codes nearest to the
-token, with equal weights; the continuous branch the top K/2 by score; a learned gate of two weighs the branches. Source:
-Do et al., "On the Role of Discrete Representation in Sparse Mixture of Experts" (VQMoE), arXiv 2411.19402: learned codebook,
-codebook and commitment loss, both branches combined by a linear gate. Ours, not theirs: K/2 codes instead of one, so that
-every router uses K experts; the experts of a code see the token itself instead of its code, as those of all routers do;
-no layer norm between.
+Each expert has a code, a vector of the hidden size. The discrete branch takes the experts of the K/2 codes nearest to
+the token, with equal weights; the continuous branch the top K/2 by score; a learned gate of two weighs the branches.
+
+Source: Do et al., "On the Role of Discrete Representation in Sparse Mixture of Experts" (VQMoE), arXiv 2411.19402: a
+learned codebook with codebook and commitment loss, both branches combined by a linear gate. Ours, not theirs: K/2 codes
+instead of one, so that every router uses K experts; the experts of a code see the token itself instead of its code, as
+those of all routers do, and without another layer norm.
 
 **Changes the loss**: adds ``moe_vq_loss_coeff * (|sg(h) - c|^2 + moe_vq_commitment * |h - sg(c)|^2)``, the mean over
 tokens, their K/2 codes and the hidden size, attached to the probs as Megatron attaches auxiliary losses.
 
-Cost of a token: two exact searches, forward ``4*H*E + 4*H`` FLOPs, backward ``4*H*E + 8*H``; the codes get theirs by K/2
-row sums.
+Cost of a token: two exact searches, forward ``4*H*E + 4*H`` FLOPs, backward ``4*H*E + 8*H``; the codes get theirs by
+K/2 row sums.
 
 Legend: T tokens, H hidden, E experts, K top-k.
 """
 
 import torch
-from megatron.core.transformer.moe.moe_utils import router_gating_linear, topk_routing_with_score_function
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+from torch.autograd.function import once_differentiable
 
 from air_moe_megatron.routers.base import CompactRouter, Routes
 
@@ -35,11 +37,11 @@ class VQRouter(CompactRouter):
 
     def _choose(self, hidden, keep, batch_size) -> Routes:
         dtype, topk = self._router_dtype(hidden), self.topk_per_branch
-        code_ids = self._nearest_codes(hidden, dtype)
-        logits = router_gating_linear(hidden, self.weight, self.bias, dtype)  # [T, E]
+        code_ids = self._nearest_codes(hidden)
+        logits = self._linear(hidden, self.weight, self.bias)  # [T, E]
         logits = self.apply_z_loss(logits, padding_mask=None if keep is None else ~keep)
         top_probs, top_ids = topk_routing_with_score_function(logits, topk, dense_output=True, **self._score_settings())
-        gate = router_gating_linear(hidden, self.branch_weight, None, dtype).softmax(dim=1)  # [T, 2]
+        gate = self._linear(hidden, self.branch_weight).softmax(dim=1)  # [T, 2]
         scale = (self.config.moe_router_topk_scaling_factor or 1.0) / topk
         code_probs = (gate[:, :1] * scale).expand(-1, topk)
         probs = torch.cat((code_probs, gate[:, 1:] * top_probs), dim=1).to(dtype)
@@ -48,25 +50,57 @@ class VQRouter(CompactRouter):
         return Routes(torch.cat((code_ids, top_ids), dim=1).int(), probs)
 
     @torch.no_grad()
-    def _nearest_codes(self, hidden, dtype):
-        """[T, K/2] experts of the nearest codes, nearest first: by ``<h, c> - |c|^2 / 2``."""
-        norms = self.codes.to(torch.promote_types(dtype, torch.float32)).square().sum(dim=1)
-        products = router_gating_linear(hidden, self.codes, None, dtype)
+    def _nearest_codes(self, hidden):
+        """[T, K/2] experts of the nearest codes, nearest first: by ``<h, c> - |c|^2 / 2``, in fp32 or wider."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        products = self._linear(hidden, self.codes, dtype=wide)
+        norms = self.codes.to(wide).square().sum(dim=1)
         return (products - 0.5 * norms).topk(self.topk_per_branch, dim=1).indices
 
     def _attach_vq_loss(self, probs, hidden, code_ids, keep):
         """The probs, with codebook and commitment loss attached and logged as "vq_loss"."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        codes = torch.nn.functional.embedding(code_ids, self.codes).to(wide)  # [T, K/2, H]
-        tokens = hidden.to(wide).unsqueeze(1)
-        errors = (codes - tokens.detach()).square() + self.config.moe_vq_commitment * (tokens - codes.detach()).square()
-        errors = errors.mean(dim=(1, 2))  # [T]
-        num_tokens = errors.shape[0] if keep is None else keep.sum()
-        total = errors.sum() if keep is None else (errors * keep).sum()
-        # Each rank of the group adds its share, as with Megatron's z-loss.
+        counted = torch.ones(hidden.shape[0], device=hidden.device) if keep is None else keep
+        counted = counted.to(wide)
+        num_tokens = counted.sum()
+        # The mean; each rank of the group adds its share, as with Megatron's z-loss.
         coeff = self.config.moe_vq_loss_coeff
-        loss = total / max(num_tokens, 1) if keep is None else total / num_tokens.clamp_min(1)
-        loss = loss * coeff / self.tp_cp_group.size()
+        weights = counted * (coeff / (hidden.shape[1] * self.topk_per_branch * self.tp_cp_group.size()))
+        weights = weights / num_tokens.clamp_min(1.0)
+        loss = _VQLoss.apply(hidden, self.codes, code_ids, weights, self.config.moe_vq_commitment)
         return self.attach_and_log_load_balancing_loss(
             probs, coeff, loss, "vq_loss", self.tp_cp_group, valid_token_count=num_tokens
         )
+
+
+class _VQLoss(torch.autograd.Function):
+    """``sum over t, k of weight_t * (|sg(h_t) - c_tk|^2 + commitment * |h_t - sg(c_tk)|^2)``, in fp32 or wider.
+
+    One code of each token at a time, so that nothing of size [T, K, H] is made.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, codes, code_ids, weights, commitment):
+        ctx.save_for_backward(hidden, codes, code_ids, weights)
+        ctx.commitment = commitment
+        squares = sum(error.square().sum(dim=1) for _, error in _errors(hidden, codes, code_ids, weights.dtype))
+        return (1.0 + commitment) * (squares * weights).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, codes, code_ids, weights = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=weights.dtype)
+        grad_codes = torch.zeros_like(codes, dtype=weights.dtype)
+        scale = (2.0 * grad * weights).unsqueeze(1)
+        for ids, error in _errors(hidden, codes, code_ids, weights.dtype):
+            error = error * scale
+            grad_codes.index_add_(0, ids, error)
+            grad_hidden -= ctx.commitment * error
+        return grad_hidden.to(hidden.dtype), grad_codes.to(codes.dtype), None, None, None
+
+
+def _errors(hidden, codes, code_ids, dtype):
+    """Yield the ids [T] and the errors ``c - h`` [T, H] of the nearest codes, of the second nearest, ..."""
+    for ids in code_ids.unbind(dim=1):
+        yield ids, codes[ids].to(dtype) - hidden.to(dtype)
