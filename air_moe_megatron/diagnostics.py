@@ -116,7 +116,7 @@ def recall(router: AIRRouter) -> tuple[float, float] | None:
         return None
     hidden = sample.hidden.float()
     lists = router.index.shortlist.long()
-    listed = fine_scores(hidden, router.weight, router.bias, lists, sample.codewords, torch.float32)
+    listed = fine_scores(sample.hidden, router.weight, router.bias, lists, sample.codewords, torch.float32)
     listed, ids = merge_probes(listed, lists[sample.codewords])  # [n, P*L]
     mass = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
     best = hidden.new_empty(hidden.shape[0], 0)
