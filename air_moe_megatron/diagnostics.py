@@ -193,6 +193,8 @@ def log_health(model, iteration: int) -> None:
     figures |= load_figures(expert_loads(routers), routers[0].config.expert_model_parallel_size)
     figures |= dispatch_figures(layers, routers[0].tp_dp_cp_group)
     figures |= recall_figures(air) if air else {}
+    if routers[0].config.moe_router_type == "vq":
+        figures["vq-loss"] = vq_loss(routers)
     line = [f"routing health at iteration {iteration:8d}"]
     if air:
         line += [
@@ -212,6 +214,8 @@ def log_health(model, iteration: int) -> None:
         )
     if "mass-recall" in figures:
         line += [f"mass recall: {figures['mass-recall']:.2f}", f"top-k recall: {figures['top-k-recall']:.2f}"]
+    if "vq-loss" in figures:
+        line.append(f"vq loss: {figures['vq-loss']:.4f}")
     if air:
         line.append(f"dropped codebook updates: {figures['dropped-updates']}")
     print_rank_last(f" {' | '.join(line)} |")
@@ -222,6 +226,24 @@ def log_health(model, iteration: int) -> None:
             writer.add_scalar(name, value, iteration)
     if wandb_writer:
         wandb_writer.log(scalars, iteration)
+
+
+def vq_loss(routers) -> float:
+    """Codebook and commitment loss of this step, a mean over routers, microbatches and ranks, without its coefficient.
+
+    Read from Megatron's tracker, whose report leaves out losses that it does not know. Communicates (one all-reduce
+    over ``tp_dp_cp``) and waits for the device.
+    """
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    entry = get_moe_metrics_tracker().metrics.get("vq_loss")
+    total = torch.zeros((), device=routers[0].weight.device) if entry is None else entry.values.sum()
+    group, part_group = routers[0].tp_dp_cp_group, routers[0].tp_cp_group  # each rank of the latter adds a part
+    if group is not None and group.size() > 1:
+        torch.distributed.all_reduce(total, group=group)
+    num_parts = group.size() // part_group.size() if group is not None else 1
+    return float(total) / (len(routers) * get_num_microbatches() * num_parts)
 
 
 def codebook_figures(routers) -> dict[str, float]:
