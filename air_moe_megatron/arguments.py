@@ -3,9 +3,10 @@
 from dataclasses import fields
 
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
+from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from air_moe_megatron.compat import megatron_has_our_fields
-from air_moe_megatron.config import AIRFields, AIRMoEConfig, attach
+from air_moe_megatron.config import AIRFields, AIRMoEConfig, attach, is_plain_topk, router_type_of
 
 
 def add_air_arguments(parser):
@@ -24,25 +25,38 @@ def flag_of(field_name: str) -> str:
 
 
 def transformer_config_from_args(args):
-    """The transformer config of the arguments: Megatron's own class for the top-k router, else one with our fields.
+    """The transformer config of the arguments: Megatron's own class where nothing of ours is asked for.
 
     Raises:
         ValueError: naming the field, value and rule that the arguments break.
     """
-    if args.moe_router_type == "topk":
-        _refuse_unused(args)
+    _refuse_unused(args)
+    if is_plain_topk(args):
         return core_transformer_config_from_args(args)
+    if args.moe_router_type == "hash" and args.moe_hash_vocab_size == 0:
+        args.moe_hash_vocab_size = _padded_vocab_size(args)
     config = core_transformer_config_from_args(args, AIRMoEConfig)
     if not isinstance(config, AIRMoEConfig):
         attach(config, args)  # multi-latent attention and heterogeneous layers bring config classes of their own
     return config
 
 
+def _padded_vocab_size(args):
+    """The size that the model's embedding will have; 0 where the arguments do not tell."""
+    if args.padded_vocab_size is not None or args.vocab_size is None:
+        return args.padded_vocab_size or 0
+    sizes = (args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
+    return calculate_padded_vocab_size(args.vocab_size, *sizes, logging_enabled=False)
+
+
 def _refuse_unused(args):
-    changed = [field for field in fields(AIRFields) if getattr(args, field.name) != field.default]
-    if changed:
-        field = changed[0]
-        raise ValueError(
-            f"{flag_of(field.name)} ({getattr(args, field.name)!r}) has no effect with --moe-router-type topk; "
-            "add --moe-router-type air or leave it out"
-        )
+    for field in fields(AIRFields):
+        value, owner = getattr(args, field.name), router_type_of(field.name)
+        if value == field.default or owner == args.moe_router_type:
+            continue
+        if owner is not None or (field.name == "moe_dispatch" and is_plain_topk(args)):
+            remedy = f"--moe-router-type {owner}" if owner else "--moe-granular-experts"
+            raise ValueError(
+                f"{flag_of(field.name)} ({value!r}) has no effect with --moe-router-type {args.moe_router_type}; "
+                f"add {remedy} or leave it out"
+            )

@@ -13,14 +13,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 # The automatic sizes go no lower: so few experts are cheap to score exactly.
 _MIN_AUTO_SIZE = 16
 
+ROUTER_TYPES = ("topk", "air", "product_key", "hierarchical", "hash", "vq")
+
 
 @dataclass
 class AIRFields:
     """AIR-MoE: two-stage inverted-index routing for granular mixtures of experts."""
 
-    moe_router_type: Literal["topk", "air"] = "topk"
+    moe_router_type: Literal["topk", "air", "product_key", "hierarchical", "hash", "vq"] = "topk"
     """Router of the MoE layers: 'topk' is Megatron's own, untouched; 'air' scores only a shortlist of the experts,
-    looked up by the token's codeword."""
+    looked up by the token's codeword; 'product_key' (PEER), 'hierarchical' (groups of experts), 'hash' (fixed, by token
+    id) and 'vq' (VQMoE) are rivals from the literature."""
 
     moe_air_num_clusters: int = 0
     """Number of codewords C in the codebook of one router; 0 chooses 2*sqrt(experts), up to a multiple of 8."""
@@ -51,6 +54,40 @@ class AIRFields:
     moe_granular_experts: bool = False
     """Keep the experts of a rank in one tensor per projection, for very many tiny experts, instead of one module each;
     moe_ffn_hidden_size may be as small as 1."""
+
+    moe_product_key_heads: int = 0
+    """Heads of the product keys, which find top-k / heads experts each; 0 chooses the largest divisor of the top-k up
+    to 8 that leaves each head at least two."""
+
+    moe_product_key_dim: int = 0
+    """Size of a sub-key, and of each half of a head's query; 0 chooses 128, at most half of the hidden size."""
+
+    moe_product_key_query_norm: Literal["auto", "batchnorm", "layernorm", "none"] = "auto"
+    """Normalisation of the queries; 'auto' is 'batchnorm', over the tokens of all ranks, as in PEER, and 'none' with
+    moe_product_key_on_tokens."""
+
+    moe_product_key_on_tokens: bool = False
+    """Compare sub-keys of the hidden size with the token itself, without a query projection (OmniMoE, with one
+    head)."""
+
+    moe_hierarchical_num_groups: int = 0
+    """Number of groups of consecutive experts, a divisor of the experts; 0 chooses the smallest one from
+    sqrt(experts)."""
+
+    moe_hierarchical_topk_groups: int = 0
+    """Groups whose experts are scored for a token; 0 chooses 2, or as many as hold twice the top-k."""
+
+    moe_hash_vocab_size: int = 0
+    """Token ids that the 'hash' router has experts for; 0 takes the padded vocabulary size of the arguments."""
+
+    moe_hash_seed: int = 0
+    """Seed of the tables of the 'hash' router; each layer draws its own from it."""
+
+    moe_vq_loss_coeff: float = 0.1
+    """Coefficient of the codebook and commitment losses of the 'vq' router."""
+
+    moe_vq_commitment: float = 0.25
+    """Weight of the commitment loss of the 'vq' router relative to its codebook loss."""
 
 
 @dataclass
@@ -105,25 +142,101 @@ def resolve_sizes(config: TransformerConfig) -> AIRSizes:
     return AIRSizes(num_experts, topk, num_clusters, shortlist_size, config.moe_air_num_probes)
 
 
+@dataclass(frozen=True)
+class ProductKeySizes:
+    """The sizes of one product-key router after the automatic ones are chosen."""
+
+    num_keys: tuple[int, int]  # of the two halves; their product is the number of experts
+    num_heads: int
+    topk_per_head: int
+    key_dim: int  # of a half
+    query_norm: str
+
+
+def resolve_product_keys(config: TransformerConfig) -> ProductKeySizes:
+    """Choose the automatic sizes of product keys; the halves are as equal as the number of experts allows.
+
+    Example: E = 65536, K = 64, H = 512 gives 256 and 256 keys, 8 heads of 8 experts, sub-keys of 128.
+    """
+    num_experts, topk = config.num_moe_experts, config.moe_router_topk
+    first = _balanced_divisor(num_experts)
+    heads = config.moe_product_key_heads
+    if heads == 0:
+        heads = max([n for n in range(1, 9) if topk % n == 0 and topk // n >= 2], default=1)
+    if config.moe_product_key_on_tokens:
+        key_dim, auto_norm = config.hidden_size, "none"
+    else:
+        key_dim = config.moe_product_key_dim or max(1, min(config.hidden_size // 2, 128))
+        auto_norm = "batchnorm"
+    norm = config.moe_product_key_query_norm
+    return ProductKeySizes(
+        (first, num_experts // first), heads, topk // heads, key_dim, auto_norm if norm == "auto" else norm
+    )
+
+
+@dataclass(frozen=True)
+class GroupSizes:
+    """The sizes of one hierarchical router after the automatic ones are chosen."""
+
+    num_groups: int
+    group_size: int
+    topk_groups: int
+
+
+def resolve_groups(config: TransformerConfig) -> GroupSizes:
+    """Choose the automatic sizes of groups: with sqrt(E) groups, group scores cost as much as those of one group.
+
+    Example: E = 65536, K = 64 gives 256 groups of 256, of which 2 are searched.
+    """
+    num_experts = config.num_moe_experts
+    num_groups = config.moe_hierarchical_num_groups
+    if num_groups == 0:
+        num_groups = num_experts // _balanced_divisor(num_experts)
+    group_size = num_experts // num_groups
+    wanted = max(2, -(-2 * config.moe_router_topk // group_size))
+    return GroupSizes(num_groups, group_size, config.moe_hierarchical_topk_groups or min(wanted, num_groups))
+
+
+def _balanced_divisor(number: int) -> int:
+    """The largest divisor up to the root."""
+    return next(n for n in range(math.isqrt(number), 0, -1) if number % n == 0)
+
+
+def is_plain_topk(values: object) -> bool:
+    """Whether config or arguments ask for Megatron's router with Megatron's experts, and so for nothing of ours."""
+    return getattr(values, "moe_router_type", "topk") == "topk" and not getattr(values, "moe_granular_experts", False)
+
+
+def router_type_of(field_name: str) -> str | None:
+    """The router type that a field belongs to; None for those that every router heeds.
+
+    Example: ``moe_product_key_dim`` belongs to 'product_key', ``moe_dispatch`` to none.
+    """
+    return next((name for name in ROUTER_TYPES if field_name.startswith(f"moe_{name}_")), None)
+
+
 def validate(config: TransformerConfig) -> None:
-    """Check the fields of AIR-MoE against each other and against Megatron's, before anything is built.
+    """Check our fields against each other and against Megatron's, before anything is built.
 
     Raises:
         ValueError: naming the field, its value, the rule and the other value.
     """
-    if config.moe_router_type == "topk":
-        refuse = _refusal(config, "moe_router_type 'topk'")
-        if config.moe_granular_experts:
-            refuse("moe_granular_experts", "they are built for the routes of 'air'")
+    router_type = config.moe_router_type
+    if router_type not in ROUTER_TYPES:
+        *others, last = map(repr, ROUTER_TYPES)
+        raise ValueError(f"moe_router_type ({router_type!r}) must be {', '.join(others)} or {last}")
+    if is_plain_topk(config):
         if config.moe_dispatch != "stock":
-            refuse("moe_dispatch", "Megatron's router makes dense maps; use 'stock'")
+            _refusal(config, "moe_router_type 'topk' and Megatron's own experts")(
+                "moe_dispatch", "they take dense maps; use 'stock', or add --moe-granular-experts"
+            )
         return
-    if config.moe_router_type != "air":
-        raise ValueError(f"moe_router_type ({config.moe_router_type!r}) must be 'topk' or 'air'")
     if config.num_moe_experts is None:
-        raise ValueError("moe_router_type ('air') needs num_moe_experts (--num-experts), which is not set")
-    _validate_codebook(config)
-    _validate_sizes(config)
+        raise ValueError(f"moe_router_type ({router_type!r}) needs num_moe_experts (--num-experts), which is not set")
+    if router_type == "air":
+        _validate_codebook(config)
+    _validate_counts(config)
+    _VALIDATE_SIZES[router_type](config)
     _refuse_unsupported(config)
     if config.moe_granular_experts:
         validate_experts(config)
@@ -218,13 +331,17 @@ def _validate_codebook(config):
         raise ValueError(f"moe_air_num_probes ({config.moe_air_num_probes}) must be at least 1")
 
 
-def _validate_sizes(config):
+def _validate_counts(config):
     num_experts, topk = config.num_moe_experts, config.moe_router_topk
     ep_size = config.expert_model_parallel_size
     if num_experts % ep_size:
         raise ValueError(f"num_moe_experts ({num_experts}) must be divisible by expert_model_parallel_size ({ep_size})")
     if not 1 <= topk <= num_experts:
         raise ValueError(f"moe_router_topk ({topk}) must be between 1 and num_moe_experts ({num_experts})")
+
+
+def _validate_shortlists(config):
+    num_experts, topk = config.num_moe_experts, config.moe_router_topk
     if config.moe_air_shortlist_size > num_experts:
         raise ValueError(
             f"moe_air_shortlist_size ({config.moe_air_shortlist_size}) must not exceed num_moe_experts ({num_experts})"
@@ -258,23 +375,106 @@ def _validate_sizes(config):
         )
 
 
-def _refuse_unsupported(config):
-    """Refuse what cannot keep Megatron's meaning with a shortlist; each refusal says why."""
+def _validate_product_keys(config):
+    num_experts, topk = config.num_moe_experts, config.moe_router_topk
+    for name in ("moe_product_key_heads", "moe_product_key_dim"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic size")
+    norms = ("auto", "batchnorm", "layernorm", "none")
+    if config.moe_product_key_query_norm not in norms:
+        raise ValueError(f"moe_product_key_query_norm ({config.moe_product_key_query_norm!r}) must be one of {norms}")
+    if config.moe_product_key_on_tokens and config.moe_product_key_dim:
+        refuse = _refusal(config, "moe_product_key_on_tokens (True)")
+        refuse("moe_product_key_dim", "the sub-keys are then of hidden_size; leave it at 0")
+    sizes = resolve_product_keys(config)
+    if topk % sizes.num_heads:
+        raise ValueError(f"moe_product_key_heads ({sizes.num_heads}) must divide moe_router_topk ({topk})")
+    if sizes.num_keys[0] == 1:
+        raise ValueError(f"num_moe_experts ({num_experts}) must be a product of two numbers above 1, the sub-keys")
+    if sizes.topk_per_head == 1 and config.moe_router_score_function == "softmax":
+        raise ValueError(
+            f"moe_product_key_heads ({sizes.num_heads}) must leave each head two experts of moe_router_topk ({topk}): "
+            "the softmax over one is constant, and the keys would get no gradient (or use the score function 'sigmoid')"
+        )
 
-    refuse = _refusal(config, "moe_router_type 'air'")
+
+def _validate_groups(config):
+    num_experts, topk = config.num_moe_experts, config.moe_router_topk
+    groups, searched = config.moe_hierarchical_num_groups, config.moe_hierarchical_topk_groups
+    if groups < 0 or (groups and num_experts % groups):
+        raise ValueError(
+            f"moe_hierarchical_num_groups ({groups}) must divide num_moe_experts ({num_experts}), or be 0 for the "
+            "automatic size"
+        )
+    sizes = resolve_groups(config)
+    if not 0 <= searched <= sizes.num_groups:
+        raise ValueError(
+            f"moe_hierarchical_topk_groups ({searched}) must be between 1 and moe_hierarchical_num_groups "
+            f"({sizes.num_groups}), or 0 for the automatic size"
+        )
+    if sizes.topk_groups * sizes.group_size < topk:
+        raise ValueError(
+            f"moe_router_topk ({topk}) must not exceed moe_hierarchical_topk_groups ({sizes.topk_groups}) times the "
+            f"{sizes.group_size} experts of a group"
+        )
+
+
+def _validate_hash(config):
+    if config.moe_hash_vocab_size < 1:
+        raise ValueError(
+            f"moe_hash_vocab_size ({config.moe_hash_vocab_size}) must be the number of token ids, padding included; "
+            "the entry point takes it from the arguments, other scripts give it"
+        )
+    if config.moe_hash_seed < 0:
+        raise ValueError(f"moe_hash_seed ({config.moe_hash_seed}) must not be negative")
+
+
+def _validate_vq(config):
+    topk = config.moe_router_topk
+    if topk % 2:
+        raise ValueError(f"moe_router_topk ({topk}) must be even: half are found by code, half by score")
+    if topk == 2 and config.moe_router_score_function == "softmax" and not config.moe_router_pre_softmax:
+        raise ValueError(
+            f"moe_router_topk ({topk}) leaves the continuous branch one expert, and the softmax over one is constant: "
+            "add --moe-router-pre-softmax, or use more experts"
+        )
+    if not config.moe_vq_loss_coeff > 0.0:
+        raise ValueError(
+            f"moe_vq_loss_coeff ({config.moe_vq_loss_coeff}) must be positive: the codes learn by no other"
+        )
+    if not config.moe_vq_commitment >= 0.0:
+        raise ValueError(f"moe_vq_commitment ({config.moe_vq_commitment}) must not be negative")
+
+
+_VALIDATE_SIZES = {
+    "topk": lambda config: None,
+    "air": _validate_shortlists,
+    "product_key": _validate_product_keys,
+    "hierarchical": _validate_groups,
+    "hash": _validate_hash,
+    "vq": _validate_vq,
+}
+
+
+def _refuse_unsupported(config):
+    """Refuse what cannot keep Megatron's meaning with the router; each refusal says why."""
+
+    router_type = config.moe_router_type
+    refuse = _refusal(config, f"moe_router_type {router_type!r}")
     balancing = config.moe_router_load_balancing_type
     for kind in [balancing] if isinstance(balancing, str) else balancing:
         if kind == "sinkhorn":
             refuse("moe_router_load_balancing_type", "it normalises over all experts, most of which are unscored")
         if kind == "quantile_balancing":
             refuse("moe_router_load_balancing_type", "the quantile of an expert needs its score for every token")
-    if config.moe_router_num_groups is not None or config.moe_router_group_topk is not None:
-        field = "moe_router_num_groups" if config.moe_router_num_groups is not None else "moe_router_group_topk"
-        refuse(field, "group scores need every expert of a group; a shortlist holds only some")
+    if router_type != "topk":
+        if config.moe_router_num_groups is not None or config.moe_router_group_topk is not None:
+            field = "moe_router_num_groups" if config.moe_router_num_groups is not None else "moe_router_group_topk"
+            refuse(field, "group scores need every expert of a group; a shortlist holds only some")
+        if config.moe_router_force_biased is not None:
+            refuse("moe_router_force_biased", "its bias is drawn over the columns of dense logits")
     if config.moe_enable_routing_replay:
         refuse("moe_enable_routing_replay", "a replay records expert ids of exact routing, not places in a shortlist")
-    if config.moe_router_force_biased is not None:
-        refuse("moe_router_force_biased", "its bias is drawn over the columns of dense logits")
     if config.moe_router_fusion:
         refuse("moe_router_fusion", "Transformer Engine's fused router takes dense logits")
     if config.transformer_impl == "inference_optimized":
@@ -285,14 +485,48 @@ def _refuse_unsupported(config):
         config.cuda_graph_impl != "none" and _captures_router(config.cuda_graph_modules)
     ):
         refuse("cuda_graph_impl", "grouping tokens by codeword waits for counts on the host, which capture forbids")
-    if config.moe_router_score_function == "sqrtsoftplus" and (
-        config.moe_air_num_probes > 1 or config.moe_air_codebook_source == "experts"
-    ):
-        refuse(
-            "moe_router_score_function",
-            "its gradient is undefined at the masked candidates of several probes or of inverted lists; "
-            "use one probe and source 'tokens'",
-        )
+    if router_type == "air":
+        if config.moe_router_score_function == "sqrtsoftplus" and (
+            config.moe_air_num_probes > 1 or config.moe_air_codebook_source == "experts"
+        ):
+            refuse(
+                "moe_router_score_function",
+                "its gradient is undefined at the masked candidates of several probes or of inverted lists; "
+                "use one probe and source 'tokens'",
+            )
+    elif router_type != "topk":
+        _refuse_with_rivals(config, refuse)
+
+
+def _refuse_with_rivals(config, refuse):
+    router_type = config.moe_router_type
+    if config.moe_router_enable_expert_bias:
+        refuse("moe_router_enable_expert_bias", "the search finds experts by its own scores, without a bias of each")
+    if config.moe_router_force_load_balancing:
+        refuse("moe_router_force_load_balancing", "random scores of the candidates would not balance the experts")
+    if router_type == "hierarchical" and config.moe_router_score_function != "softmax":
+        refuse("moe_router_score_function", "the gates of groups and experts are probabilities; use 'softmax'")
+    coeffs = config.moe_aux_loss_coeff
+    has_aux_loss = any(coeff > 0 for coeff in (coeffs if isinstance(coeffs, list) else [coeffs]))
+    if router_type in ("hash", "vq") and config.moe_router_load_balancing_type != "none" and has_aux_loss:
+        reason = {"hash": "there is nothing to learn", "vq": "half of the experts are chosen by code, without scores"}
+        refuse("moe_aux_loss_coeff", reason[router_type])
+    if router_type != "hash":
+        return
+    if config.moe_z_loss_coeff is not None:
+        refuse("moe_z_loss_coeff", "there are no scores")
+    if config.moe_input_jitter_eps is not None:
+        refuse("moe_input_jitter_eps", "the hidden states are not looked at")
+    if config.moe_router_score_function != "softmax":
+        refuse("moe_router_score_function", "there are no scores")
+    if config.moe_router_pre_softmax:
+        refuse("moe_router_pre_softmax", "there are no scores")
+    if config.pipeline_model_parallel_size > 1:
+        refuse("pipeline_model_parallel_size", "only the first stage knows the token ids")
+    if config.mtp_num_layers is not None:
+        refuse("mtp_num_layers", "these layers see other tokens than the embedding was given last")
+    if config.overlap_moe_expert_parallel_comm:
+        refuse("overlap_moe_expert_parallel_comm", "its schedule mixes the token ids of two microbatches")
 
 
 def _captures_router(modules) -> bool:

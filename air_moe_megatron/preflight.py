@@ -36,6 +36,8 @@ _SPLITS = ("train", "valid", "test")
 
 _PER_RANK = ("rank", "local_rank", "load", "save", "pretrained_checkpoint", "ict_load", "bert_load", "tokenizer_model")
 """Arguments that may differ between ranks: their number, and paths whose names do not say so."""
+_ONLY_IN = {"product_key": "keys1", "hierarchical": "group_weight", "hash": "table", "vq": "codes"}
+"""What only the router of a type holds in a checkpoint."""
 _PAIR_RULE = "a Megatron indexed data set is a pair x.bin, x.idx, named without its ending"
 
 
@@ -249,21 +251,25 @@ class Codebooks(enum.Enum):
 def check_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Codebooks:
     """Compare the checkpoint that the run will load with its router, and say what will become of the codebooks.
 
-    Reads the metadata of a ``torch_dist`` checkpoint; does not communicate. Between plain top-k and AIR only the
-    codebooks differ, so either loads into the other: one that is missing is learned anew, one not wanted is left.
+    Reads the metadata of a ``torch_dist`` checkpoint; does not communicate. Between top-k and AIR only the codebooks
+    differ, so either loads into the other: one that is missing is learned anew, one not wanted is left. The rivals have
+    parameters of their own.
 
     Args:
         args: Megatron's parsed and validated arguments.
         config: the transformer config of the run.
     Raises:
-        ValueError: if the checkpoint holds codebooks or shortlists of other sizes, or the other form of experts.
+        ValueError: if the checkpoint holds codebooks or shortlists of other sizes, or the other form of experts,
+            or routers of another type.
     """
     found = _codebooks_in_checkpoint(args)
     if found is None:
         return Codebooks.AS_NEEDED
     directory, keys, shapes = found
     _check_experts(directory, keys, getattr(config, "moe_granular_experts", False))
-    if getattr(config, "moe_router_type", "topk") != "air":
+    router_type = getattr(config, "moe_router_type", "topk")
+    _check_router(directory, keys, router_type)
+    if router_type != "air":
         if shapes:
             print_rank_0(f"> {directory} was trained with AIR routing: its codebooks are left, its experts are loaded")
         return Codebooks.AS_NEEDED
@@ -296,6 +302,19 @@ def check_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Cod
                     f"--load '{directory}': {key} is {list(shape[-2:])}, so {flag} ({own}) must be {in_checkpoint}"
                 )
     return Codebooks.AS_NEEDED
+
+
+def _check_router(directory, keys, router_type):
+    """Routers of different types have different parameters; only top-k and AIR load into each other."""
+    routers = {key.rpartition(".router.")[2] for key in keys if ".router." in key and not key.startswith("optimizer.")}
+    if not routers:
+        return
+    found = next((name for name, parameter in _ONLY_IN.items() if parameter in routers), None)
+    if found != (router_type if router_type in _ONLY_IN else None):
+        raise ValueError(
+            f"--load '{directory}' holds routers of type {found or 'topk or air'}: "
+            f"--moe-router-type {router_type} cannot load them"
+        )
 
 
 def _check_experts(directory, keys, granular):

@@ -1,4 +1,4 @@
-"""Layer specs: put AIR routing, and granular experts where the config asks for them, into any spec that Megatron makes.
+"""Layer specs: put our routers, and granular experts where the config asks for them, into any spec that Megatron makes.
 
 Specs are rewritten, not built, so that norms, attention and all that the config does not ask of us stay Megatron's
 choice. Base specs are shared constants: every part on the way to an MoE layer is copied.
@@ -13,20 +13,20 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
 from air_moe_megatron.compat import require_supported_megatron
-from air_moe_megatron.config import validate
+from air_moe_megatron.config import is_plain_topk, validate
 from air_moe_megatron.experts import GranularExperts
 from air_moe_megatron.layer import AIRMoELayer
-from air_moe_megatron.router import AIRRouter
+from air_moe_megatron.router import ROUTERS
 
 # Attributes of submodule dataclasses that lead to a layer or to its mlp.
 _NESTED = ("mlp", "moe_layer", "mtp_model_layer", "transformer_layer")
 
 
 def with_air_layers(spec, config):
-    """Return the spec with AIR routing in its MoE layers; the same object where the config asks for top-k.
+    """Return the spec with our routing in its MoE layers; the same object where the config asks for Megatron's.
 
-    Each MoE layer becomes an :class:`AIRMoELayer` with an :class:`AIRRouter`, and with :class:`GranularExperts` where
-    the config asks for them; a layer class of someone else's keeps its class.
+    Each MoE layer becomes an :class:`AIRMoELayer` with the router of ``moe_router_type``, and with
+    :class:`GranularExperts` where the config asks for them; a layer class of someone else's keeps its class.
 
     Args:
         spec: a ModuleSpec, a ``partial`` of MoELayer, the submodules of a block or stack, or a list of these.
@@ -34,7 +34,7 @@ def with_air_layers(spec, config):
     Raises:
         ValueError: if the config is not valid, or asks for compact dispatch in a layer class of someone else's.
     """
-    if spec is None or getattr(config, "moe_router_type", "topk") == "topk":
+    if spec is None or is_plain_topk(config):
         return spec
     require_supported_megatron()
     validate(config)
@@ -73,7 +73,7 @@ def _air_layer(layer, config):
 
 def _air_submodules(submodules, config):
     changes = {"experts": GranularExperts} if config.moe_granular_experts else {}
-    return _replace(submodules, router=AIRRouter, **changes)
+    return _replace(submodules, router=ROUTERS[config.moe_router_type], **changes)
 
 
 def _rewrite_submodules(submodules, config):
@@ -131,7 +131,7 @@ def mtp_specs_with_air_layers():
     """Within this context, the multi-token-prediction layers of a GPT model get AIR routing too.
 
     Adapts one name, ``megatron.training.models.gpt.mtp_block_spec``, because Megatron derives those layers anew
-    instead of from the decoder spec it was given; restored on leaving. A no-op for configs with the top-k router.
+    instead of from the decoder spec it was given; restored on leaving. A no-op where nothing of ours is asked for.
     """
     from megatron.training.models import gpt
 

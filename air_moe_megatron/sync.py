@@ -17,8 +17,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 
 from air_moe_megatron.compat import megatron_has_our_fields
+from air_moe_megatron.config import is_plain_topk
 from air_moe_megatron.dispatcher import CompactTokenDispatcher
-from air_moe_megatron.router import AIRRouter
+from air_moe_megatron.router import ROUTERS, AIRRouter
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +74,9 @@ def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = Non
     return finite.count(False)
 
 
-def require_air_routers(model) -> list:
-    """Check that every router of a model for AIR routing is one, whatever spec it was built from, and that those which
-    give compact routes are in a layer that dispatches them.
+def require_routers(model) -> list:
+    """Check that every router of a model is of the class that its config asks for, whatever spec it was built from, and
+    that those which give compact routes are in a layer that dispatches them.
 
     Args:
         model: Megatron's list of model chunks.
@@ -92,11 +93,13 @@ def require_air_routers(model) -> list:
                         f"moe_dispatch 'compact' did not reach {name}, a {type(module).__name__}: its layer spec must "
                         "build AIRMoELayer, as air_layer_spec does"
                     )
-            if isinstance(module, TopKRouter) and not isinstance(module, AIRRouter):
-                raise ValueError(
-                    f"moe_router_type 'air' did not reach {name}, a {type(module).__name__}: its layer spec must build "
-                    "MoE layers with MoESubmodules, whose router can be replaced"
-                )
+            if isinstance(module, TopKRouter) and not is_plain_topk(module.config):
+                if not isinstance(module, ROUTERS[module.config.moe_router_type]):
+                    raise ValueError(
+                        f"moe_router_type {module.config.moe_router_type!r} did not reach {name}, a "
+                        f"{type(module).__name__}: its layer spec must build MoE layers with MoESubmodules, whose "
+                        "router can be replaced"
+                    )
     return model
 
 
@@ -108,11 +111,11 @@ def finish_step(model, iteration: int, successful: bool) -> None:
         iteration: the step's number, counted from 1 as in Megatron's log.
         successful: whether the optimizer has stepped.
     Raises:
-        ValueError: as :func:`require_air_routers`.
+        ValueError: as :func:`require_routers`.
     """
     from air_moe_megatron.diagnostics import log_health
 
-    routers = air_routers(require_air_routers(model))
+    routers = air_routers(require_routers(model))
     if successful and routers:
         update_codebooks(model, routers[0].tp_dp_cp_group)
     log_health(model, iteration)

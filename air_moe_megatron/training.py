@@ -25,8 +25,10 @@ from air_moe_megatron import preflight
 from air_moe_megatron.arguments import add_air_arguments, transformer_config_from_args
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.compat import release_process_groups, repair_help, require_supported_megatron
+from air_moe_megatron.config import is_plain_topk
+from air_moe_megatron.routers.hashing import hand_over_token_ids
 from air_moe_megatron.specs import air_hybrid_stack_spec, air_layer_spec, mtp_specs_with_air_layers
-from air_moe_megatron.sync import air_routers, codebook_updates, require_air_routers
+from air_moe_megatron.sync import air_routers, codebook_updates, require_routers
 
 
 def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -57,14 +59,16 @@ def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridM
         config = hybrid_config_from_args(args, transformer_config)
     else:
         config = gpt_config_from_args(args, transformer_config)
-    if args.moe_router_type == "topk":
+    if is_plain_topk(args):
         return config
     # A spec may be given by --spec; None means Megatron's own choice.
     if args.hybrid_layer_pattern is not None:
         config.hybrid_stack_spec = air_hybrid_stack_spec(transformer_config, given=config.hybrid_stack_spec)
     else:
         config.transformer_layer_spec = partial(air_layer_spec, given=config.transformer_layer_spec)
-    config.pre_wrap_hooks.append(require_air_routers)
+    config.pre_wrap_hooks.append(require_routers)
+    if args.moe_router_type == "hash":
+        config.pre_wrap_hooks.append(hand_over_token_ids)
     return config
 
 
@@ -94,12 +98,12 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
             f"--logits-load-dir ({args.logits_load_dir}) is not supported: "
             "this entry has no knowledge distillation from cached logits"
         )
-    if args.moe_router_type != "topk" and args.moe_routing_trace_capture_logits:
+    if not is_plain_topk(args) and args.moe_routing_trace_capture_logits:
         raise ValueError(
             f"--moe-routing-trace-capture-logits is not supported with --moe-router-type {args.moe_router_type}: "
-            "it would record exact logits of all experts, which this router never computes"
+            "it records exact logits of all experts inside Megatron's own router"
         )
-    if args.moe_router_type != "topk" and args.use_megatron_fsdp:
+    if not is_plain_topk(args) and args.use_megatron_fsdp:
         raise ValueError(
             f"--use-megatron-fsdp is not supported with --moe-router-type {args.moe_router_type}: "
             "codebooks and main_grad have not been tested with sharded parameters"
@@ -128,17 +132,17 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
         )
 
 
-def run(config: PretrainConfigContainer, pretrain_func: Callable, store: Any, router_type: str) -> None:
+def run(config: PretrainConfigContainer, pretrain_func: Callable, store: Any, adapted: bool) -> None:
     """Hand over to Megatron's training loop.
 
     Args:
         config: everything Megatron configures, the model included.
         pretrain_func: `megatron.training.pretrain`, wrapped where in-process restart is on.
         store: the `torch.distributed` store of in-process restart, or None.
-        router_type: with "topk", Megatron runs without any of our adaptations.
+        adapted: whether a layer is ours; otherwise Megatron runs without any of our adaptations.
     """
     with contextlib.ExitStack() as adaptations:
-        if router_type != "topk":
+        if adapted:
             adaptations.enter_context(mtp_specs_with_air_layers())
             adaptations.enter_context(codebook_updates())
         pretrain_func(
@@ -176,5 +180,5 @@ def train(program_start: float | None = None) -> None:
     if preflight.check_checkpoint(args, model_config.transformer) == preflight.Codebooks.ABSENT:
         model_config.pre_wrap_hooks.append(leave_out_codebooks)
     pretrain_func, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, args.moe_router_type)
+    run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, not is_plain_topk(args))
     release_process_groups()

@@ -27,7 +27,7 @@ def make_config(**settings):
 
 # Settings, and what the message must hold: the field, its value, the rule and the other value.
 REFUSED = {
-    "unknown-router": (dict(moe_router_type="soft"), ["moe_router_type ('soft')", "'topk' or 'air'"]),
+    "unknown-router": (dict(moe_router_type="soft"), ["moe_router_type ('soft')", "'topk', 'air'", "or 'vq'"]),
     "no-experts": (
         dict(num_moe_experts=None, moe_ffn_hidden_size=None),
         ["moe_router_type ('air')", "num_moe_experts", "not set"],
@@ -295,12 +295,12 @@ def test_compact_dispatch_needs_granular_experts():
     assert_says(error, ["moe_granular_experts (False)", "moe_dispatch 'compact'", "--moe-granular-experts"])
 
 
-@pytest.mark.parametrize("settings", [dict(moe_granular_experts=True), dict(moe_dispatch="compact")], ids=str)
-def test_the_compact_path_is_refused_with_the_topk_router(settings):
-    ((name, value),) = settings.items()
+def test_the_topk_router_takes_granular_experts_and_then_compact_dispatch():
+    make_config(moe_router_type="topk", moe_granular_experts=True)
+    make_config(moe_router_type="topk", moe_granular_experts=True, moe_dispatch="compact")
     with pytest.raises(ValueError) as error:
-        make_config(moe_router_type="topk", **settings)
-    assert_says(error, [f"{name} ({value!r})", "moe_router_type 'topk'"])
+        make_config(moe_router_type="topk", moe_dispatch="compact")
+    assert_says(error, ["moe_dispatch ('compact')", "moe_router_type 'topk'", "--moe-granular-experts"])
 
 
 def test_an_unknown_dispatch_is_refused():
@@ -435,7 +435,7 @@ def test_an_unknown_choice_is_refused_by_the_parser(flag, capsys):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(moe_granular_experts=True), "--moe-granular-experts (True)"),
+        (dict(moe_product_key_heads=2), "--moe-product-key-heads (2)"),
         (dict(moe_dispatch="compact"), "--moe-dispatch ('compact')"),
         (dict(moe_air_num_probes=2), "--moe-air-num-probes (2)"),
     ],
@@ -446,6 +446,95 @@ def test_flags_that_the_topk_router_ignores_are_refused(settings, words):
     with pytest.raises(ValueError) as error:
         transformer_config_from_args(AIRFields(**settings))
     assert_says(error, [words, "has no effect with --moe-router-type topk"])
+
+
+# Rivals.
+
+RIVALS_REFUSED = {
+    "vocabulary": (dict(moe_router_type="hash"), ["moe_hash_vocab_size (0)", "number of token ids"]),
+    "heads": (
+        dict(moe_router_type="product_key", moe_product_key_heads=3),
+        ["moe_product_key_heads (3)", "divide moe_router_topk (4)"],
+    ),
+    "one-per-head": (
+        dict(moe_router_type="product_key", moe_product_key_heads=4),
+        ["moe_product_key_heads (4)", "moe_router_topk (4)", "no gradient"],
+    ),
+    "prime": (dict(moe_router_type="product_key", num_moe_experts=61), ["num_moe_experts (61)", "product"]),
+    "key-size": (dict(moe_router_type="product_key", moe_product_key_dim=-1), ["moe_product_key_dim (-1)", "positive"]),
+    "norm": (
+        dict(moe_router_type="product_key", moe_product_key_query_norm="rms"),
+        ["moe_product_key_query_norm ('rms')", "'batchnorm'"],
+    ),
+    "key-size-on-tokens": (
+        dict(moe_router_type="product_key", moe_product_key_on_tokens=True, moe_product_key_dim=4),
+        ["moe_product_key_dim (4)", "moe_product_key_on_tokens (True)"],
+    ),
+    "groups": (
+        dict(moe_router_type="hierarchical", moe_hierarchical_num_groups=7),
+        ["moe_hierarchical_num_groups (7)", "divide num_moe_experts (64)"],
+    ),
+    "too-many-groups": (
+        dict(moe_router_type="hierarchical", moe_hierarchical_topk_groups=9),
+        ["moe_hierarchical_topk_groups (9)", "moe_hierarchical_num_groups (8)"],
+    ),
+    "too-few-candidates": (
+        dict(moe_router_type="hierarchical", moe_hierarchical_num_groups=32, moe_hierarchical_topk_groups=1),
+        ["moe_router_topk (4)", "moe_hierarchical_topk_groups (1)", "2 experts"],
+    ),
+    "hierarchical-sigmoid": (
+        dict(moe_router_type="hierarchical", moe_router_score_function="sigmoid"),
+        ["moe_router_score_function ('sigmoid')", "probabilities"],
+    ),
+    "expert-bias": (
+        dict(moe_router_type="vq", moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
+        ["moe_router_enable_expert_bias (True)", "moe_router_type 'vq'"],
+    ),
+    "forced-balance": (
+        dict(moe_router_type="product_key", moe_router_force_load_balancing=True),
+        ["moe_router_force_load_balancing (True)", "moe_router_type 'product_key'"],
+    ),
+    "group-limited": (
+        dict(moe_router_type="hierarchical", moe_router_num_groups=4, moe_router_group_topk=2),
+        ["moe_router_num_groups (4)", "moe_router_type 'hierarchical'"],
+    ),
+    "replay-with-granular-experts": (
+        dict(moe_router_type="topk", moe_granular_experts=True, moe_enable_routing_replay=True),
+        ["moe_enable_routing_replay (True)", "moe_router_type 'topk'"],
+    ),
+    "experts-over-ranks": (
+        dict(moe_router_type="vq", num_moe_experts=63, expert_model_parallel_size=2),
+        ["num_moe_experts (63)", "expert_model_parallel_size (2)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("settings, words", RIVALS_REFUSED.values(), ids=RIVALS_REFUSED)
+def test_settings_of_rivals_that_cannot_be_are_refused(settings, words):
+    with pytest.raises(ValueError) as error:
+        make_config(**settings)
+    assert_says(error, words)
+
+
+@pytest.mark.parametrize("router_type", ("air", "hierarchical", "hash", "vq"))
+def test_flags_of_another_router_are_refused(router_type):
+    from air_moe_megatron.arguments import transformer_config_from_args
+
+    with pytest.raises(ValueError) as error:
+        transformer_config_from_args(AIRFields(moe_router_type=router_type, moe_product_key_dim=8))
+    words = ["--moe-product-key-dim (8)", f"--moe-router-type {router_type}", "add --moe-router-type product_key"]
+    assert_says(error, words)
+
+
+@pytest.mark.parametrize(
+    "padded, vocab, expected", [(640, 600, 640), (None, 600, 640), (None, None, 0)], ids=("given", "padded", "unknown")
+)
+def test_hash_takes_the_vocabulary_of_the_arguments(padded, vocab, expected):
+    from air_moe_megatron.arguments import _padded_vocab_size
+
+    sizes = dict(padded_vocab_size=padded, vocab_size=vocab, make_vocab_size_divisible_by=64)
+    args = argparse.Namespace(**sizes, tensor_model_parallel_size=2)
+    assert _padded_vocab_size(args) == expected
 
 
 # Config classes that lack our fields.

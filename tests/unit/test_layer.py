@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from air_moe_megatron import AIRMoEConfig, AIRMoELayer, AIRRouter, update_codebooks
 from air_moe_megatron.experts import GranularExperts
-from air_moe_megatron.sync import require_air_routers
+from air_moe_megatron.sync import require_routers
 
 HIDDEN = 8
 EVERY_LOSS = dict(
@@ -201,8 +201,8 @@ def test_a_layer_that_cannot_dispatch_compact_routes_is_named(megatron_cpu):
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
     layer = make_layer(megatron_cpu)
-    assert require_air_routers([layer]) == [layer]
+    assert require_routers([layer]) == [layer]
     submodules = MoESubmodules(experts=GranularExperts, router=AIRRouter)
     plain = torch.nn.ModuleDict({"mlp": MoELayer(layer.config, submodules, 1, megatron_cpu)})
     with pytest.raises(ValueError, match="moe_dispatch 'compact' did not reach mlp, a MoELayer"):
-        require_air_routers([plain])
+        require_routers([plain])

@@ -15,9 +15,10 @@ NAME = PACKAGE.name
 # A module may import from lower layers and from its own, if it is not listed there as unable to.
 LAYERS = (
     {"ops", "config", "compat"},
-    {"codebook", "cpu"},
+    {"codebook", "cpu", "flops"},
     {"index"},
-    {"router", "routers", "dispatcher", "experts"},
+    {"routers", "dispatcher", "experts"},
+    {"router"},
     {"layer", "sync"},
     {"specs", "diagnostics", "arguments"},
     {"batches", "preflight"},

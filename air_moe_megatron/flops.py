@@ -1,0 +1,103 @@
+"""Floating-point operations of routers and experts, from the config alone: one formula per router, to compare fairly.
+
+Counted are the products of vectors (a multiplication and an addition are two operations), forward and backward, of one
+layer and token, at the paper's meaning of each router; not counted are what is linear in the scores: softmax, top-k,
+sorting, norms, statistics of the codebook. ``tests/unit/test_flops.py`` compares the formulas with the operations that
+torch counts while the routers run.
+
+Legend: H hidden, E experts, C clusters, L shortlist, P probes, K top-k.
+"""
+
+from dataclasses import dataclass
+
+from air_moe_megatron.config import resolve_groups, resolve_product_keys, resolve_sizes
+
+DISPATCH_CONSTANT = 14
+"""Operations per scored row and hidden unit that Krajewski et al. 2024 (arXiv 2402.07871) charge for routing with its
+dispatch, forward and backward, in place of the 6 of the scores alone."""
+
+
+@dataclass(frozen=True)
+class RouterFlops:
+    """Operations per token of one router."""
+
+    forward: float
+    backward: float
+    refresh: float = 0.0  # AIR's rebuilding of the shortlists, spread over the tokens between two of them
+
+    @property
+    def total(self) -> float:
+        """Forward, backward and refresh."""
+        return self.forward + self.backward + self.refresh
+
+    @property
+    def with_dispatch(self) -> float:
+        """Forward, backward, refresh and dispatch: 14 operations where the scores take 2 forward (Krajewski et al.)."""
+        return DISPATCH_CONSTANT / 2 * self.forward + self.refresh
+
+
+def router_flops(config, tokens_per_batch: int | None = None) -> RouterFlops:
+    """Operations per token of the router that the config asks for.
+
+    | router | forward | backward |
+    |---|---|---|
+    | topk | 2HE | 4HE |
+    | air | 2H(C + PL) | 4HK; 4HPL where losses or probabilities need every score of the lists |
+    | product_key, R heads, sub-keys of D, n1*n2 = E | 4HRD + 2RD(n1 + n2) | twice that |
+    | hierarchical, G groups, g searched | 2H(G + gE/G) | twice that |
+    | hash | 0 | 0 |
+    | vq | 4HE + 4H | 4HE + 8H |
+
+    Args:
+        config: a valid transformer config with our fields.
+        tokens_per_batch: tokens that one rank routes per global batch, for AIR's refresh (every rank rebuilds its own
+            lists): ``2CEH / (tokens * moe_air_refresh_interval)``, and as much again with source 'experts', whose
+            k-means step assigns the experts anew. None leaves it out.
+
+    Example: H = 8, E = 100, K = 2 and topk: forward 1600, backward 3200.
+    """
+    hidden, num_experts, topk = config.hidden_size, config.num_moe_experts, config.moe_router_topk
+    router_type = config.moe_router_type
+    if router_type == "topk":
+        return RouterFlops(2 * hidden * num_experts, 4 * hidden * num_experts)
+    if router_type == "air":
+        sizes = resolve_sizes(config)
+        candidates = sizes.num_probes * sizes.shortlist_size
+        refresh = 0.0
+        if tokens_per_batch is not None:
+            products = 1 if config.moe_air_codebook_source == "tokens" else 2
+            rebuild = products * 2 * sizes.num_clusters * num_experts * hidden
+            refresh = rebuild / (tokens_per_batch * config.moe_air_refresh_interval)
+        with_gradient = candidates if _all_scores_matter(config) else topk
+        return RouterFlops(2 * hidden * (sizes.num_clusters + candidates), 4 * hidden * with_gradient, refresh)
+    if router_type == "product_key":
+        sizes = resolve_product_keys(config)
+        width = sizes.num_heads * sizes.key_dim
+        queries = 0 if config.moe_product_key_on_tokens else 4 * hidden * width
+        forward = queries + 2 * width * sum(sizes.num_keys)
+        return RouterFlops(forward, 2 * forward)
+    if router_type == "hierarchical":
+        sizes = resolve_groups(config)
+        forward = 2 * hidden * (sizes.num_groups + sizes.topk_groups * sizes.group_size)
+        return RouterFlops(forward, 2 * forward)
+    if router_type == "hash":
+        return RouterFlops(0, 0)
+    return RouterFlops(4 * hidden * num_experts + 4 * hidden, 4 * hidden * num_experts + 8 * hidden)
+
+
+def expert_flops(config) -> int:
+    """Operations per token of the K experts of a layer, forward and backward: ``6 * K * H * F`` per projection."""
+    projections = 3 if config.gated_linear_unit else 2
+    return 6 * config.moe_router_topk * config.hidden_size * config.moe_ffn_hidden_size * projections
+
+
+def _all_scores_matter(config) -> bool:
+    """Whether gradients reach the scores of a whole shortlist, as in ``AIRRouter``."""
+    coeffs = config.moe_aux_loss_coeff
+    has_aux_loss = any(coeff > 0 for coeff in (coeffs if isinstance(coeffs, list) else [coeffs]))
+    return (
+        (config.moe_router_load_balancing_type != "none" and has_aux_loss)
+        or config.moe_z_loss_coeff is not None
+        or (config.moe_router_score_function == "softmax" and config.moe_router_pre_softmax)
+        or config.moe_router_force_load_balancing
+    )

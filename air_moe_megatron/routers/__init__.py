@@ -1,0 +1,1 @@
+"""The rivals of AIR, one file each, and what all routers share."""

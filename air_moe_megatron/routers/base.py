@@ -1,0 +1,248 @@
+"""What every router of ours has in common: compact routes, and Megatron's own functions around them.
+
+A router gives candidates, [T, N] logits with their expert ids, or chooses by itself; selection, probabilities, losses
+and counts are Megatron's functions, applied to the columns of the candidates. Nothing on the way to ``Routes`` is of
+size [T, E], unless the router scores all experts; ``_to_dense`` is the one place that densifies, for Megatron's own
+dispatchers.
+
+Legend: S sequence, B batch, T = S*B tokens, H hidden, E experts, P probes, K top-k, N candidates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.moe.moe_utils import (
+    apply_router_token_dropping,
+    compute_routing_scores_for_aux_loss,
+    router_gating_linear,
+    topk_routing_with_score_function,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+
+from air_moe_megatron.config import validate
+
+_ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The experts of each token, compactly."""
+
+    topk_ids: torch.Tensor  # [T, K] int32, in no order; -1 where candidates ran out
+    probs: torch.Tensor  # [T, K] router dtype, 0 where the id is -1; carries the gradients and the auxiliary losses
+    # [T, P] int64, AIR only: probed codewords, nearest first (in a load test: taken in turn)
+    codewords: torch.Tensor | None = None
+
+
+class CompactRouter(TopKRouter):
+    """A router that gives :class:`Routes`; what it chooses by is its subclass's.
+
+    A subclass defines ``_choose``. One that has no centre per expert sets ``has_expert_weight`` to False: the [E, H]
+    weight of ``TopKRouter`` is then never touched.
+    """
+
+    has_expert_weight = True
+    # Whether every place of the routes holds an expert, and whether an expert may hold several places of a token.
+    always_complete = True
+    may_repeat = False
+
+    def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
+        validate(config)
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        # Tokens each expert got since the last health line; for logs only.
+        self.register_buffer("expert_load", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """As Megatron's; without a centre per expert, drop the empty weight before anything is written to it."""
+        if self.has_expert_weight:
+            super().reset_parameters()
+        else:
+            self.weight = self.bias = None
+
+    def add_parameter(self, name: str, *shape: int, init_method=None) -> None:
+        """Register a parameter of the router, made and marked as ``Router.reset_parameters`` does with the weight."""
+        values = torch.empty(shape, dtype=torch.float32)
+        if self.config.perform_initialization:
+            (init_method or self.config.init_method)(values)
+        parameter = torch.nn.Parameter(values.to(self.config.params_dtype))
+        parameter.sequence_parallel = self.config.sequence_parallel
+        self.register_parameter(name, parameter)
+
+    def route(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Routes:
+        """Choose the experts of each token.
+
+        Args:
+            hidden_states: [S, B, H] or [T, H].
+            padding_mask: [S, B] or [T] bool, True for padding: such tokens are routed, but count neither in the losses
+                nor in any statistics.
+        Returns:
+            the routes of the T tokens, in the order of ``hidden_states``.
+        Raises:
+            ValueError: with ``moe_expert_capacity_factor``, which needs the dense maps of :meth:`forward`.
+        """
+        if self.config.moe_expert_capacity_factor is not None:
+            raise ValueError(
+                f"moe_expert_capacity_factor ({self.config.moe_expert_capacity_factor}) is not supported by compact "
+                "routes: tokens are dropped on Megatron's dense maps"
+            )
+        routes = self._route(hidden_states, padding_mask)
+        if self.enable_expert_bias and torch.is_grad_enabled():
+            self.local_tokens_per_expert += self._count(routes.topk_ids, self._keep(padding_mask))
+        return routes
+
+    def forward(self, input: torch.Tensor, padding_mask: torch.Tensor | None = None):
+        """What the layer's dispatcher takes: compactly probs and expert ids [T, K], as :meth:`route` gives them; for
+        Megatron's own dispatchers, as ``TopKRouter.forward``, dense [T, E] probs and routing map.
+
+        A layer must come this way: hooks of the module, such as that which gathers parameters, run only then.
+        """
+        if self.config.moe_dispatch == "compact":
+            routes = self.route(input, padding_mask)
+            return routes.probs, routes.topk_ids
+        routes = self._route(input, padding_mask)
+        probs, routing_map = self._to_dense(routes)
+        if self.config.moe_expert_capacity_factor is not None:
+            probs, routing_map = apply_router_token_dropping(
+                probs,
+                routing_map,
+                router_topk=self.topk,
+                capacity_factor=self.config.moe_expert_capacity_factor,
+                drop_policy=self.config.moe_token_drop_policy,
+                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
+            )
+        if self.enable_expert_bias and torch.is_grad_enabled():
+            keep = self._keep(padding_mask)
+            counted = routing_map if keep is None else routing_map & keep.unsqueeze(1)
+            self.local_tokens_per_expert += counted.sum(dim=0)
+        return probs, routing_map
+
+    @torch.compiler.disable  # group sizes are read on the host, and AIR's lists are rebuilt by a count of updates
+    def _route(self, hidden_states, padding_mask) -> Routes:
+        self._maintain_float32_expert_bias()
+        batch_size = hidden_states.shape[1] if hidden_states.dim() == 3 else 1
+        hidden = self.apply_input_jitter(hidden_states).reshape(-1, self.config.hidden_size)  # [T, H]
+        keep = self._keep(padding_mask)
+        self._follow_device(hidden)
+        routes = self._choose(hidden, keep, batch_size)
+        if self.training and torch.is_grad_enabled():
+            self.expert_load += self._count(routes.topk_ids, keep)
+        return routes
+
+    def _choose(self, hidden, keep, batch_size) -> Routes:
+        """The routes of tokens [T, H]; ``keep`` is [T] bool, True for tokens that count, or None if all do."""
+        raise NotImplementedError
+
+    def _choose_among(self, logits, ids, keep, batch_size) -> Routes:
+        """The best K of each token's candidates, by logits [T, N] with expert ids [T, N], as Megatron chooses."""
+        padded = None if keep is None else ~keep
+        logits = self.apply_z_loss(logits, padding_mask=padded)
+        probs, columns = self._select(logits, ids)
+        if self._needs_aux_scores():
+            probs = self._attach_aux_losses(probs, logits, ids, padded, batch_size)
+        return Routes(ids.gather(1, columns).int(), probs)
+
+    def _select(self, logits, ids):
+        """[T, K] probs and columns of the selected candidates, as Megatron selects them."""
+        expert_bias = None
+        if self.expert_bias is not None:  # what is no candidate must not win by its bias
+            expert_bias = self.expert_bias[ids.clamp(min=0)].masked_fill(ids < 0, float("-inf"))
+        return topk_routing_with_score_function(
+            logits, self.topk, expert_bias=expert_bias, dense_output=True, **self._score_settings()
+        )
+
+    def _score_settings(self):
+        return {
+            "use_pre_softmax": self.config.moe_router_pre_softmax,
+            "scaling_factor": self.config.moe_router_topk_scaling_factor,
+            "score_function": self.score_function,
+        }
+
+    def _attach_aux_losses(self, probs, logits, ids, padded, batch_size):
+        """Megatron's auxiliary losses in O(T*N + E): its functions need only per-expert sums, given as one row.
+
+        With ``with_padding_mask`` it derives the number of tokens from the counts, not from the number of rows; where
+        inverted lists leave a token fewer than K candidates, it counts as the part of a token that it routes.
+        """
+        routing_map, scores = self._aux_scores(logits, padded)
+        present = ids >= 0
+        ids, counts, scores = ids.clamp(min=0), routing_map & present, scores * present
+
+        def sum_per_expert(values, offsets, size):
+            where = (ids + offsets).reshape(-1)
+            return values.new_zeros(size).index_add(0, where, values.reshape(-1)).unsqueeze(0)
+
+        num_experts = self.num_experts
+        sums = sum_per_expert(scores, 0, num_experts)
+        totals = sum_per_expert(counts.long(), 0, num_experts)
+        probs = self._apply_aux_loss(probs, sums, totals, with_padding_mask=True)
+        if self.get_aux_loss_coeff("seq_aux_loss") > 0:
+            # Token t = s*B + b; Megatron lays the experts of each sequence b side by side.
+            offsets = (torch.arange(ids.shape[0], device=ids.device) % batch_size).unsqueeze(1) * num_experts
+            probs = self._apply_seq_aux_loss(
+                probs,
+                sum_per_expert(scores, offsets, batch_size * num_experts),
+                sum_per_expert(counts.long(), offsets, batch_size * num_experts),
+                1,
+                batch_size,
+                with_padding_mask=True,
+            )
+        return self._apply_global_aux_loss(probs, sums, totals, with_padding_mask=True)
+
+    def _aux_scores(self, logits, padded):
+        """[T, N] which candidates count as selected, and their scores, which sum to one."""
+        return compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function, padding_mask=padded)
+
+    def _to_dense(self, routes: Routes):
+        """[T, E] probs and routing map of the routes: linear in E, for the stock dispatchers only.
+
+        The probs of an expert that holds several places of a token add up. Megatron's all-to-all counts on K experts
+        for each token, so others are then named too, with a prob of zero.
+        """
+        num_tokens, width = routes.topk_ids.shape[0], self.num_experts
+        ids = routes.topk_ids.long()
+        if not self.always_complete:
+            ids = torch.where(ids < 0, width, ids)  # a column of its own, cut off below
+            width += 1
+        rows = torch.arange(num_tokens, device=ids.device).unsqueeze(1)
+        probs = routes.probs.new_zeros(num_tokens, width).index_put((rows, ids), routes.probs, self.may_repeat)
+        routing_map = torch.zeros(num_tokens, width, dtype=torch.bool, device=ids.device)
+        routing_map[rows, ids] = True
+        if self.may_repeat:
+            routing_map.scatter_(1, routing_map.byte().topk(self.topk, dim=1).indices, True)
+        return probs[:, : self.num_experts], routing_map[:, : self.num_experts]
+
+    def _needs_aux_scores(self) -> bool:
+        return self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled()
+
+    @torch.no_grad()
+    def _count(self, topk_ids, keep):
+        """[E] int64: tokens of each expert, padding left out."""
+        counted = topk_ids >= 0
+        if keep is not None:
+            counted &= keep.unsqueeze(1)
+        where = topk_ids.clamp(min=0).reshape(-1)
+        return torch.zeros_like(self.expert_load).index_add_(0, where, counted.reshape(-1).long())
+
+    def _linear(self, hidden, weight, bias=None, dtype=None):
+        """[T, N] scores of tokens against the N rows of a weight, by Megatron's product for router gates.
+
+        It does not take an empty batch.
+        """
+        dtype = dtype or self._router_dtype(hidden)
+        if hidden.shape[0]:
+            return router_gating_linear(hidden, weight, bias, dtype)
+        return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    def _router_dtype(self, hidden):
+        return _ROUTER_DTYPES.get(self.config.moe_router_dtype, hidden.dtype)
+
+    def _follow_device(self, hidden):
+        # As Router.gating: with use_cpu_initialization the weight may still be on the host.
+        for parameter in self.parameters(recurse=False):
+            if parameter.device != hidden.device:
+                parameter.data = parameter.data.to(hidden.device)
+
+    @staticmethod
+    def _keep(padding_mask):
+        """[T] bool, True for tokens that count; None if all do."""
+        return None if padding_mask is None else ~padding_mask.reshape(-1)

@@ -1,0 +1,118 @@
+"""HashRouter: the experts of a token are fixed by its token id.
+
+Each layer has a random table of K distinct experts per token id, balanced: every expert stands in the same number of
+(id, place) pairs, up to one. Nothing is learned, and all K experts weigh 1/K.
+
+Source: Roller et al. 2021, "Hash Layers For Large Sparse Models", arXiv 2106.04426. Ours, not theirs: K experts per id
+instead of one, and balance over ids instead of over their frequencies, so that frequent ids still load their experts
+more.
+
+Cost of a token: none; a row of the table.
+
+Routers see hidden states, not token ids: :func:`hand_over_token_ids` brings them from the model's embedding. It is
+therefore limited to what has the embedding on the same rank and runs forward and backward of a microbatch in turn; the
+rest is refused by name in ``config.py``.
+
+Legend: S sequence, B batch, T = S*B tokens, E experts, V token ids, K top-k.
+"""
+
+import torch
+
+from air_moe_megatron.routers.base import CompactRouter, Routes
+
+
+class HashRouter(CompactRouter):
+    """Route each token to the experts of its id; waits for nothing and has no parameters."""
+
+    has_expert_weight = False
+
+    def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        table = torch.zeros(config.moe_hash_vocab_size, config.moe_router_topk, dtype=torch.int32)
+        self.register_buffer("table", table)
+        # [B, S] of the microbatch, whole sequences of this context-parallel rank.
+        self.token_ids: torch.Tensor | None = None
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Set the layer's number, which chooses its table."""
+        super().set_layer_number(layer_number)
+        seed = self.config.moe_hash_seed * 65537 + layer_number
+        self.table.copy_(balanced_table(*self.table.shape, self.num_experts, seed))
+
+    def _choose(self, hidden, keep, batch_size) -> Routes:
+        topk_ids = self.table[self._ids_of(hidden.shape[0])]
+        weight = (self.config.moe_router_topk_scaling_factor or 1.0) / self.topk
+        return Routes(topk_ids, hidden.new_full(topk_ids.shape, weight, dtype=self._router_dtype(hidden)))
+
+    def _ids_of(self, num_tokens):
+        """[T] token ids in the order of the hidden states."""
+        if self.token_ids is None:
+            raise ValueError(
+                f"layer {self.layer_number}: the router has been given no token ids; call hand_over_token_ids(model) "
+                "after the model is built, as the entry point does"
+            )
+        ids = self.token_ids.t()  # [S, B]
+        if self.config.sequence_parallel:
+            ids = ids.chunk(self.tp_group.size(), dim=0)[self.tp_group.rank()]
+        if ids.numel() != num_tokens:
+            raise ValueError(
+                f"layer {self.layer_number}: {num_tokens} tokens, but {ids.numel()} token ids (of {tuple(ids.shape)} "
+                "[sequence, batch]) came from the embedding"
+            )
+        return ids.reshape(-1)
+
+
+def hand_over_token_ids(model) -> list:
+    """Have the embedding of a model tell its hash routers the token ids of each microbatch.
+
+    Args:
+        model: Megatron's list of model chunks.
+    Returns:
+        The same list, as Megatron's hooks must.
+    Raises:
+        ValueError: if a chunk has hash routers and no embedding.
+    """
+    for chunk in model:
+        routers = [module for module in chunk.modules() if isinstance(module, HashRouter)]
+        if not routers:
+            continue
+        embedding = next((module for name, module in chunk.named_modules() if name.split(".")[-1] == "embedding"), None)
+        if embedding is None:
+            raise ValueError(
+                f"moe_router_type 'hash' needs the model's embedding on the same rank; {type(chunk).__name__} has none"
+            )
+
+        def tell(module, args, kwargs, routers=routers):
+            token_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            for router in routers:
+                router.token_ids = token_ids
+
+        embedding.register_forward_pre_hook(tell, with_kwargs=True)
+    return model
+
+
+def balanced_table(num_ids: int, topk: int, num_experts: int, seed: int) -> torch.Tensor:
+    """K distinct experts for each id, every expert as often as any other, up to one.
+
+    The experts are dealt in turn, in an order that is drawn anew whenever a row ends with the last of them, to rows in
+    random order.
+
+    Args:
+        num_ids: V.
+        topk: K, at most E.
+        num_experts: E.
+        seed: of the random numbers.
+    Returns:
+        [V, K] int32.
+
+    Example: 4 ids, K = 1 and 4 experts: a permutation of the experts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ends = torch.arange(1, num_experts + 1) * topk % num_experts  # 0 where a row ends with the last expert
+    rows_per_deal = int((ends == 0).nonzero()[0]) + 1
+    num_deals = -(-num_ids // rows_per_deal)
+    orders = torch.rand(num_deals, num_experts, generator=generator).argsort(dim=1)
+    row = torch.arange(num_ids).unsqueeze(1)
+    places = (row % rows_per_deal * topk + torch.arange(topk)) % num_experts
+    table = orders[row // rows_per_deal, places]
+    return table[torch.randperm(num_ids, generator=generator)].int()

@@ -1,0 +1,59 @@
+"""HierarchicalRouter: a gate chooses groups of experts, and only the experts of those are scored.
+
+The experts are split into G groups of E/G consecutive ones. A token takes its best g groups by a learned group gate,
+and of their experts the best K by the product of both gates, ``log p(group) + log p(expert within its group)``; with
+all groups taken this is a distribution over all experts.
+
+Source: Shazeer et al. 2017, "Outrageously Large Neural Networks", arXiv 1701.06538, appendix B (hierarchical mixture of
+experts). Ours, not theirs: no noise on the gates, both softmaxes run over all of their entries, and the K experts are
+taken from the g groups together instead of so many from each.
+
+Cost of a token: forward ``2*H*(G + g*E/G)`` FLOPs, backward twice that.
+
+Legend: T tokens, H hidden, E experts, G groups, M = E/G experts of a group, g groups taken, K top-k.
+"""
+
+import torch
+
+from air_moe_megatron.config import resolve_groups
+from air_moe_megatron.ops.fine_scores import fine_scores
+from air_moe_megatron.routers.base import CompactRouter, Routes
+
+
+class HierarchicalRouter(CompactRouter):
+    """Route each token to the top-k experts of its top groups; gradients reach both gates through the probs."""
+
+    def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.sizes = resolve_groups(config)
+        self.add_parameter("group_weight", self.sizes.num_groups, config.hidden_size)
+        if config.add_bias_linear:
+            self.add_parameter("group_bias", self.sizes.num_groups)
+        else:
+            self.group_bias = None
+
+    def _choose(self, hidden, keep, batch_size) -> Routes:
+        sizes, dtype = self.sizes, self._router_dtype(hidden)
+        group_logits = self._linear(hidden, self.group_weight, self.group_bias)  # [T, G]
+        groups = group_logits.topk(sizes.topk_groups, dim=1).indices
+        experts = torch.arange(self.num_experts, dtype=torch.int32, device=hidden.device)
+        lists = experts.view(sizes.num_groups, sizes.group_size)
+        logits = fine_scores(hidden, self.weight, self.bias, lists, groups, dtype)  # [T, g, M]
+        if self.config.moe_z_loss_coeff is not None:
+            group_logits, logits = self._with_z_loss(group_logits, logits, keep)
+        wide = torch.promote_types(dtype, torch.float32)
+        group_scores = group_logits.log_softmax(dim=1, dtype=wide).gather(1, groups)
+        scores = group_scores.unsqueeze(2) + logits.log_softmax(dim=2, dtype=wide)
+        ids = lists[groups].flatten(1).long()
+        return self._choose_among(scores.flatten(1).to(dtype), ids, keep, batch_size)
+
+    def _with_z_loss(self, group_logits, logits, keep):
+        """The logits of both gates with the z-loss of all that were computed; the products are normalised already."""
+        both = torch.cat((group_logits, logits.flatten(1)), dim=1)
+        both = super().apply_z_loss(both, padding_mask=None if keep is None else ~keep)
+        group_logits, flat = both.split([group_logits.shape[1], both.shape[1] - group_logits.shape[1]], dim=1)
+        return group_logits, flat.view_as(logits)
+
+    def apply_z_loss(self, logits, padding_mask=None):
+        """Nothing: the z-loss is attached to the logits of both gates, before they are normalised."""
+        return logits

@@ -1,0 +1,167 @@
+"""ProductKeyRouter: an expert is a pair of sub-keys, and the best pairs are found without scoring the others.
+
+Expert ``i * n2 + j`` has the key (first sub-key i, second sub-key j) and the score ``<q1, k1_i> + <q2, k2_j>``. The
+best k pairs are among the products of the best k of each half, so the search is exact within the product structure.
+
+Source: He 2024, "Mixture of A Million Experts" (PEER), arXiv 2407.04153, after Lample et al. 2019, arXiv 1907.05242:
+heads with queries and keys of their own, batch-normalised queries, a softmax over the k of each head, heads summed: the
+probs of a token sum to the number of heads. With ``moe_product_key_on_tokens`` and one head it is the Cartesian
+product router of OmniMoE, arXiv 2602.05711: sub-keys of the hidden size, compared with the token itself. Ours, not
+theirs: halves of unequal sizes where the number of experts is no square, and Megatron's options for scores and losses.
+
+Cost of a token, R heads with sub-keys of size D: forward ``4*H*R*D`` FLOPs for the queries (none on tokens) and
+``2*R*D*(n1 + n2)`` for the keys, backward twice that.
+
+Legend: T tokens, H hidden, E = n1*n2 experts, R heads, D size of a sub-key, K top-k, k = K / R, N candidates.
+"""
+
+import torch
+from megatron.core.transformer.moe.moe_utils import (
+    compute_routing_scores_for_aux_loss,
+    topk_routing_with_score_function,
+)
+
+from air_moe_megatron.config import resolve_product_keys
+from air_moe_megatron.routers.base import CompactRouter, Routes
+
+_EPSILON = 1e-5
+_MOMENTUM = 0.1  # of the running statistics, torch's default
+
+
+class ProductKeyRouter(CompactRouter):
+    """Route each token to the best k experts of each head's product keys; two heads may find the same expert.
+
+    Communicates with batch-normalised queries: one all-reduce per training forward over ``tp_dp_cp``, the ranks that
+    hold different tokens, and one in its backward; so N ranks equal one rank on all their tokens.
+    """
+
+    has_expert_weight = False
+
+    def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.sizes = sizes = resolve_product_keys(config)
+        self.may_repeat = sizes.num_heads > 1
+        num_inputs = 2 * sizes.num_heads * sizes.key_dim
+        if config.moe_product_key_on_tokens:
+            self.query_weight, num_inputs = None, config.hidden_size
+        else:
+            self.add_parameter("query_weight", num_inputs, config.hidden_size)
+        for name, num_keys in zip(("keys1", "keys2"), sizes.num_keys, strict=True):
+            self.add_parameter(name, sizes.num_heads, num_keys, sizes.key_dim)
+        if sizes.query_norm != "none":
+            self.add_parameter("norm_weight", num_inputs, init_method=torch.nn.init.ones_)
+            self.add_parameter("norm_bias", num_inputs, init_method=torch.nn.init.zeros_)
+        if sizes.query_norm == "batchnorm":
+            self.register_buffer("running_mean", torch.zeros(num_inputs))
+            self.register_buffer("running_var", torch.ones(num_inputs))
+
+    def _choose(self, hidden, keep, batch_size) -> Routes:
+        sizes = self.sizes
+        halves = self._queries(hidden, keep)  # 2 of [T, R, D]
+        topk = sizes.topk_per_head
+        best = []
+        for queries, keys in zip(halves, (self.keys1, self.keys2), strict=True):
+            scores = torch.einsum("trd,rnd->trn", queries, keys.to(queries.dtype))
+            best.append(scores.topk(min(topk, scores.shape[2]), dim=2))
+        (scores1, ids1), (scores2, ids2) = best
+        logits = (scores1.unsqueeze(3) + scores2.unsqueeze(2)).flatten(1)  # [T, R * N]
+        ids = (ids1.unsqueeze(3) * sizes.num_keys[1] + ids2.unsqueeze(2)).flatten(1)
+        return self._choose_among(logits, ids, keep, batch_size)
+
+    def _queries(self, hidden, keep):
+        """The first and the second halves of each head's query, normalised; [T, R, D] each."""
+        dtype = self._router_dtype(hidden)
+        if self.query_weight is None:
+            halves = self._normalise(hidden.to(dtype), keep).unsqueeze(1)
+            return (halves.expand(-1, self.sizes.num_heads, -1),) * 2
+        queries = self._linear(hidden, self.query_weight)
+        shape = (hidden.shape[0], self.sizes.num_heads, 2, self.sizes.key_dim)
+        return self._normalise(queries, keep).view(shape).unbind(dim=2)
+
+    def _normalise(self, queries, keep):
+        """[T, F] queries, normalised in fp32 or wider."""
+        norm = self.sizes.query_norm
+        if norm == "none":
+            return queries
+        wide = queries.to(torch.promote_types(queries.dtype, torch.float32))
+        if norm == "layernorm":  # over the half of a head
+            parts = wide.view(-1, self.sizes.key_dim)
+            normal = torch.nn.functional.layer_norm(parts, parts.shape[1:], eps=_EPSILON).view_as(wide)
+        else:
+            normal = self._batch_normalise(wide, keep)
+        return (normal * self.norm_weight + self.norm_bias).to(queries.dtype)
+
+    def _batch_normalise(self, queries, keep):
+        """[T, F], with mean and variance of the tokens that count on all ranks; of the running ones when evaluating.
+
+        Sums are taken around the running mean, which is the same on all ranks, so that the variance loses no digits.
+        """
+        if not self.training:
+            return (queries - self.running_mean) * (self.running_var + _EPSILON).rsqrt()
+        centred = queries - self.running_mean
+        counted = centred if keep is None else centred * keep.unsqueeze(1)
+        count = centred.new_tensor(centred.shape[0]) if keep is None else keep.sum()
+        sums = torch.cat((counted.sum(dim=0), counted.square().sum(dim=0), count.to(centred.dtype).view(1)))
+        sums = _AllReduce.apply(sums, self.tp_dp_cp_group)
+        count = sums[-1].clamp_min(1.0)
+        shift, square = (sums[:-1] / count).chunk(2)
+        variance = (square - shift.square()).clamp_min(0.0)
+        if torch.is_grad_enabled():
+            with torch.no_grad():  # the unbiased variance, as torch's
+                unbiased = variance * count / (count - 1.0).clamp_min(1.0)
+                self.running_mean += _MOMENTUM * shift
+                self.running_var += _MOMENTUM * (unbiased - self.running_var)
+        return (centred - shift) * (variance + _EPSILON).rsqrt()
+
+    def _select(self, logits, ids):
+        """[T, K] probs and columns, the best k of each head beside each other."""
+        heads, topk = self.sizes.num_heads, self.sizes.topk_per_head
+        logits = self._per_head(logits)
+        probs, columns = topk_routing_with_score_function(logits, topk, dense_output=True, **self._score_settings())
+        first = torch.arange(heads, device=columns.device).unsqueeze(1) * logits.shape[1]
+        columns = columns.view(-1, heads, topk) + first
+        return probs.view(-1, self.topk), columns.view(-1, self.topk)
+
+    def _aux_scores(self, logits, padded):
+        """Each head is a routing of its own; their scores are averaged."""
+        heads = self.sizes.num_heads
+        if padded is not None:
+            padded = padded.repeat_interleave(heads)
+        routing_map, scores = compute_routing_scores_for_aux_loss(
+            self._per_head(logits), self.sizes.topk_per_head, self.score_function, padding_mask=padded
+        )
+        return routing_map.view_as(logits), scores.view_as(logits) / heads
+
+    def _per_head(self, logits):
+        """[T, R * N] logits as [T * R, N]."""
+        return logits.unflatten(1, (self.sizes.num_heads, -1)).flatten(0, 1)
+
+    def _apply(self, fn, recurse=True):
+        # Megatron's Float16Module casts every floating buffer; the running statistics stay fp32.
+        originals = {name: self._buffers.get(name) for name in ("running_mean", "running_var")}
+        super()._apply(fn, recurse)
+        for name, original in originals.items():
+            if original is not None and self._buffers[name].dtype != original.dtype:
+                self._buffers[name] = original.to(self._buffers[name].device)
+        return self
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over the ranks of a group, which is every rank's; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, values, group):
+        ctx.group = group
+        return _sum_over(values, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _sum_over(grad, ctx.group), None
+
+
+def _sum_over(values, group):
+    if group is None or group.size() == 1:
+        return values.clone()
+    values = values.contiguous().clone()
+    torch.distributed.all_reduce(values, group=group)
+    return values

@@ -1,0 +1,106 @@
+"""VQRouter: half of a token's experts by its discrete code, half by an ordinary top-k router.
+
+Each expert has a code, a vector of the hidden size. The discrete branch takes the experts of the K/2 codes nearest to
+the token, with equal weights; the continuous branch the top K/2 by score; a learned gate of two weighs the branches.
+
+Source: Do et al., "On the Role of Discrete Representation in Sparse Mixture of Experts" (VQMoE), arXiv 2411.19402: a
+learned codebook with codebook and commitment loss, both branches combined by a linear gate. Ours, not theirs: K/2 codes
+instead of one, so that every router uses K experts; the experts of a code see the token itself instead of its code, as
+those of all routers do, and without another layer norm.
+
+**Changes the loss**: adds ``moe_vq_loss_coeff * (|sg(h) - c|^2 + moe_vq_commitment * |h - sg(c)|^2)``, the mean over
+tokens, their K/2 codes and the hidden size, attached to the probs as Megatron attaches auxiliary losses.
+
+Cost of a token: two exact searches, forward ``4*H*E + 4*H`` FLOPs, backward ``4*H*E + 8*H``; the codes get theirs by
+K/2 row sums.
+
+Legend: T tokens, H hidden, E experts, K top-k.
+"""
+
+import torch
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+from torch.autograd.function import once_differentiable
+
+from air_moe_megatron.routers.base import CompactRouter, Routes
+
+
+class VQRouter(CompactRouter):
+    """Route each token to the experts of its nearest codes and to its top experts; both may find the same one."""
+
+    may_repeat = True
+
+    def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.topk_per_branch = config.moe_router_topk // 2
+        self.add_parameter("codes", config.num_moe_experts, config.hidden_size)
+        self.add_parameter("branch_weight", 2, config.hidden_size)
+
+    def _choose(self, hidden, keep, batch_size) -> Routes:
+        dtype, topk = self._router_dtype(hidden), self.topk_per_branch
+        code_ids = self._nearest_codes(hidden)
+        logits = self._linear(hidden, self.weight, self.bias)  # [T, E]
+        logits = self.apply_z_loss(logits, padding_mask=None if keep is None else ~keep)
+        top_probs, top_ids = topk_routing_with_score_function(logits, topk, dense_output=True, **self._score_settings())
+        gate = self._linear(hidden, self.branch_weight).softmax(dim=1)  # [T, 2]
+        scale = (self.config.moe_router_topk_scaling_factor or 1.0) / topk
+        code_probs = (gate[:, :1] * scale).expand(-1, topk)
+        probs = torch.cat((code_probs, gate[:, 1:] * top_probs), dim=1).to(dtype)
+        if self.training and torch.is_grad_enabled():
+            probs = self._attach_vq_loss(probs, hidden, code_ids, keep)
+        return Routes(torch.cat((code_ids, top_ids), dim=1).int(), probs)
+
+    @torch.no_grad()
+    def _nearest_codes(self, hidden):
+        """[T, K/2] experts of the nearest codes, nearest first: by ``<h, c> - |c|^2 / 2``, in fp32 or wider."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        products = self._linear(hidden, self.codes, dtype=wide)
+        norms = self.codes.to(wide).square().sum(dim=1)
+        return (products - 0.5 * norms).topk(self.topk_per_branch, dim=1).indices
+
+    def _attach_vq_loss(self, probs, hidden, code_ids, keep):
+        """The probs, with codebook and commitment loss attached and logged as "vq_loss"."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        counted = torch.ones(hidden.shape[0], device=hidden.device) if keep is None else keep
+        counted = counted.to(wide)
+        num_tokens = counted.sum()
+        # The mean; each rank of the group adds its share, as with Megatron's z-loss.
+        coeff = self.config.moe_vq_loss_coeff
+        weights = counted * (coeff / (hidden.shape[1] * self.topk_per_branch * self.tp_cp_group.size()))
+        weights = weights / num_tokens.clamp_min(1.0)
+        loss = _VQLoss.apply(hidden, self.codes, code_ids, weights, self.config.moe_vq_commitment)
+        return self.attach_and_log_load_balancing_loss(
+            probs, coeff, loss, "vq_loss", self.tp_cp_group, valid_token_count=num_tokens
+        )
+
+
+class _VQLoss(torch.autograd.Function):
+    """``sum over t, k of weight_t * (|sg(h_t) - c_tk|^2 + commitment * |h_t - sg(c_tk)|^2)``, in fp32 or wider.
+
+    One code of each token at a time, so that nothing of size [T, K, H] is made.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, codes, code_ids, weights, commitment):
+        ctx.save_for_backward(hidden, codes, code_ids, weights)
+        ctx.commitment = commitment
+        squares = sum(error.square().sum(dim=1) for _, error in _errors(hidden, codes, code_ids, weights.dtype))
+        return (1.0 + commitment) * (squares * weights).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, codes, code_ids, weights = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=weights.dtype)
+        grad_codes = torch.zeros_like(codes, dtype=weights.dtype)
+        scale = (2.0 * grad * weights).unsqueeze(1)
+        for ids, error in _errors(hidden, codes, code_ids, weights.dtype):
+            error = error * scale
+            grad_codes.index_add_(0, ids, error)
+            grad_hidden -= ctx.commitment * error
+        return grad_hidden.to(hidden.dtype), grad_codes.to(codes.dtype), None, None, None
+
+
+def _errors(hidden, codes, code_ids, dtype):
+    """Yield the ids [T] and the errors ``c - h`` [T, H] of the nearest codes, of the second nearest, ..."""
+    for ids in code_ids.unbind(dim=1):
+        yield ids, codes[ids].to(dtype) - hidden.to(dtype)

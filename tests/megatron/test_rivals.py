@@ -1,0 +1,99 @@
+"""Every rival in the real training loop: compact and stock path alike, learning, and resumed in another layout."""
+
+import re
+
+import pytest
+import torch
+
+from tests.megatron.conftest import AIR, EP2, read_checkpoint
+
+STEPS, SAVED = 4, 2
+ROUTER = "decoder.layers.mlp.router."
+NO_LOSS = ["--moe-router-load-balancing-type", "none", "--moe-aux-loss-coeff", "0"]
+GRANULAR = [
+    *("--moe-granular-experts", "--moe-router-topk", "4", "--attention-dropout", "0", "--hidden-dropout", "0"),
+    *("--init-method-std", "0.1"),
+]
+COMPACT = ["--moe-dispatch", "compact"]
+FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"]
+RIVALS = {
+    # type: (flags, what only its checkpoint holds, ranks and flags of the run that goes on)
+    "topk": ([], "weight", (1, [])),
+    "product_key": ([], "running_var", (2, [*EP2, *FULL_RECOMPUTE])),
+    "hierarchical": ([], "group_weight", (1, FULL_RECOMPUTE)),
+    "hash": (NO_LOSS, "table", (2, [*TP2, *EP2])),
+    "vq": (NO_LOSS, "codes", (1, [])),
+}
+PRINTED_NORM, PRINTED_LOSS = 1.1e-3, 1.1e-6
+
+
+def save_flags(directory):
+    return ["--save", directory, "--save-interval", SAVED]
+
+
+def assert_same(run, expected, steps):
+    for place, close in ((0, dict(rel=PRINTED_LOSS)), (1, dict(abs=PRINTED_NORM))):
+        found, wanted = ({step: float(r.steps[step][place]) for step in steps} for r in (run, expected))
+        assert found == pytest.approx(wanted, **close)
+
+
+@pytest.fixture(scope="module", params=RIVALS)
+def rival(request, pretrain, tmp_path_factory):
+    """A compact run: (type, flags, run, directory of its checkpoints)."""
+    flags = [*GRANULAR, "--moe-router-type", request.param, *RIVALS[request.param][0], "--train-iters", STEPS]
+    directory = tmp_path_factory.mktemp(request.param)
+    return request.param, flags, pretrain(*flags, *COMPACT, *EP2, *save_flags(directory)), directory
+
+
+def test_it_trains_and_says_how_it_routes(rival):
+    router_type, _, run, _ = rival
+    assert list(run.steps) == list(range(1, STEPS + 1))
+    assert float(run.steps[STEPS][0]) < float(run.steps[1][0])
+    lines = [line for line in run.output.splitlines() if "routing health at iteration" in line]
+    assert len(lines) == STEPS
+    assert all("experts used: " in line and "dispatched bytes per token: " in line for line in lines)
+    assert not any("codeword" in line or "recall" in line for line in lines)
+    assert all(re.search(r"vq loss: \d+\.\d+ ", line) for line in lines) == (router_type == "vq")
+
+
+def test_the_stock_path_trains_the_same(rival, pretrain):
+    _, flags, run, _ = rival
+    assert_same(pretrain(*flags, *EP2), run, range(1, STEPS + 1))
+
+
+def test_resumed_in_another_layout_it_goes_on(rival, pretrain, tmp_path):
+    router_type, flags, run, directory = rival
+    _, only_here, (ranks, layout) = RIVALS[router_type]
+    (directory / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
+    resumed = pretrain(*flags, *COMPACT, *layout, "--load", directory, *save_flags(tmp_path), ranks=ranks)
+    assert_same(resumed, run, range(SAVED + 1, STEPS + 1))
+    found, expected = (read_checkpoint(path, STEPS) for path in (tmp_path, directory))
+    assert found.keys() == expected.keys() and ROUTER + only_here in expected
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_another_router_does_not_load_it(rival, pretrain):
+    router_type, _, _, directory = rival
+    if router_type == "topk":
+        return
+    other = pretrain(*GRANULAR, *AIR, "--load", directory, "--train-iters", "5", ranks=1, succeeds=False)
+    assert other.returncode != 0 and "time to initialize megatron" not in other.output
+    assert f"holds routers of type {router_type}: --moe-router-type air cannot load them" in other.output
+
+
+def test_megatrons_own_experts_take_product_keys_of_two_heads(pretrain):
+    """Two heads may name one expert; Megatron's all-to-all still finds K for each token."""
+    flags = ["--moe-router-type", "product_key", "--moe-router-topk", "4", "--moe-product-key-heads", "2"]
+    run = pretrain(*flags, *EP2, "--train-iters", "2")
+    assert len(run.steps) == 2
+    run = pretrain(*AIR, "--moe-product-key-heads", "2", "--train-iters", "1", ranks=1, succeeds=False)
+    assert "--moe-product-key-heads (2) has no effect with --moe-router-type air" in run.output
+
+
+def test_air_reports_its_recall(pretrain):
+    run = pretrain(*AIR, *GRANULAR, *COMPACT, *EP2, "--train-iters", "2")
+    found = re.findall(r"mass recall: ([0-9.]+) \| top-k recall: ([0-9.]+)", run.output)
+    assert len(found) == 2
+    assert all(0.2 < float(mass) <= 1.0 and 0.2 < float(topk) <= 1.0 for mass, topk in found)

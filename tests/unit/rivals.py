@@ -1,0 +1,48 @@
+"""Layers and routers of every type, for the tests of the rivals."""
+
+import torch
+
+from air_moe_megatron import AIRMoEConfig, AIRMoELayer
+from air_moe_megatron.experts import GranularExperts
+from air_moe_megatron.router import ROUTERS
+
+HIDDEN, EXPERTS, VOCABULARY = 16, 64, 40
+
+
+def make_config(**fields):
+    """A config, with what it was given in ``given``."""
+    base = dict(
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, num_moe_experts=EXPERTS, moe_router_topk=4,
+        moe_ffn_hidden_size=1, ffn_hidden_size=1, add_bias_linear=False, use_cpu_initialization=True,
+        moe_router_load_balancing_type="none", moe_router_dtype="fp32", moe_granular_experts=True,
+        moe_dispatch="compact", init_method_std=0.5,
+    )  # fmt: skip
+    if fields.get("moe_router_type") == "hash":
+        base["moe_hash_vocab_size"] = VOCABULARY
+    given = {**base, **fields}
+    return AIRMoEConfig(**given), given
+
+
+def make_layer(groups, **fields):
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
+
+    config, given = make_config(**fields)
+    torch.manual_seed(0)
+    router = ROUTERS[config.moe_router_type]
+    layer = AIRMoELayer(config, MoESubmodules(experts=GranularExperts, router=router), 1, groups)
+    layer.set_layer_number(1)
+    layer.given = given
+    return layer
+
+
+def make_router(groups, seed=0, **fields):
+    config, _ = make_config(**fields)
+    torch.manual_seed(seed)
+    router = ROUTERS[config.moe_router_type](config, groups)
+    router.set_layer_number(1)
+    return router
+
+
+def tell_ids(router, token_ids):
+    """Give a hash router token ids [B, S]; others need none."""
+    router.token_ids = token_ids

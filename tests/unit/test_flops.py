@@ -1,0 +1,95 @@
+"""The formulas of flops.py against the operations that torch counts while each router runs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from air_moe_megatron.flops import expert_flops, router_flops
+from air_moe_megatron.router import ROUTERS
+from tests.unit.rivals import VOCABULARY, make_config, tell_ids
+
+pytestmark = pytest.mark.usefixtures("megatron_cpu")
+
+HIDDEN, EXPERTS, TOPK, TOKENS = 32, 256, 8, 64
+
+# Settings, and the products of backward that are bags of rows, outside torch's count: per token 2 * H for each of
+# these (token, row) pairs, once for the tokens' gradient and once for the rows'.
+SETTINGS = {
+    "topk": (dict(moe_router_type="topk"), 0),
+    "air": (dict(moe_router_type="air"), TOPK),
+    "air-two-probes": (dict(moe_router_type="air", moe_air_num_probes=2), TOPK),
+    "air-every-score": (dict(moe_router_type="air", moe_router_pre_softmax=True), 0),
+    "product-keys": (dict(moe_router_type="product_key"), 0),
+    "product-keys-one-head": (dict(moe_router_type="product_key", moe_product_key_heads=1), 0),
+    "product-keys-on-tokens": (
+        dict(moe_router_type="product_key", moe_product_key_heads=1, moe_product_key_on_tokens=True), 0,
+    ),
+    "hierarchical": (dict(moe_router_type="hierarchical"), 0),
+    "hash": (dict(moe_router_type="hash"), 0),
+    "vq": (dict(moe_router_type="vq"), 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields, bags", SETTINGS.values(), ids=SETTINGS)
+def test_formulas_equal_what_torch_counts(megatron_cpu, fields, bags):
+    config, _ = make_config(
+        hidden_size=HIDDEN, num_moe_experts=EXPERTS, moe_router_topk=TOPK,
+        **{"moe_air_num_clusters": 16, "moe_air_shortlist_size": 24, **fields},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    router = ROUTERS[config.moe_router_type](config, megatron_cpu)
+    router.set_layer_number(1)
+    tell_ids(router, torch.randint(VOCABULARY, (1, TOKENS)))
+    hidden = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    router.route(hidden.detach())  # AIR's lists are built
+    with FlopCounterMode(display=False) as forward:
+        routes = router.route(hidden)
+    with FlopCounterMode(display=False) as backward:
+        if routes.probs.requires_grad:
+            routes.probs.square().sum().backward()
+    expected = router_flops(config)
+    padded = padding_of_tiles(router, hidden, routes, config)
+    assert forward.get_total_flops() == TOKENS * expected.forward + 2 * padded
+    assert backward.get_total_flops() + TOKENS * 4 * HIDDEN * bags == TOKENS * expected.backward + (
+        0 if bags else 4 * padded
+    )
+
+
+def padding_of_tiles(router, hidden, routes, config):
+    """Products of a token and an expert that the torch path computes beyond those wanted, for tiles of unequal size."""
+    from air_moe_megatron.ops.fine_scores.grouped import _make_batches
+
+    if config.moe_router_type == "air":
+        lists, assignments = router.index.shortlist, routes.codewords
+    elif config.moe_router_type == "hierarchical":
+        lists = torch.arange(EXPERTS).view(router.sizes.num_groups, -1)
+        assignments = (hidden @ router.group_weight.t()).topk(router.sizes.topk_groups, dim=1).indices
+    else:
+        return 0
+    batches = _make_batches(lists, assignments, HIDDEN)
+    computed = sum(batch.rows.numel() * batch.experts.shape[1] for batch in batches)
+    return HIDDEN * (computed - assignments.numel() * lists.shape[1])
+
+
+def test_refresh_is_spread_over_the_tokens_between_two():
+    config, _ = make_config(moe_router_type="air", moe_air_num_clusters=16, moe_air_refresh_interval=5)
+    plain, spread = router_flops(config), router_flops(config, tokens_per_batch=100)
+    assert plain.refresh == 0.0
+    assert spread.refresh == 2 * 16 * 64 * 16 / 500
+    assert spread.total == plain.total + spread.refresh
+    config.moe_air_codebook_source = "experts"
+    assert router_flops(config, tokens_per_batch=100).refresh == 2 * spread.refresh
+
+
+def test_dispatch_constant_of_krajewski():
+    config, _ = make_config(moe_router_type="topk")
+    flops = router_flops(config)
+    assert flops.total == 6 * 16 * 64
+    assert flops.with_dispatch == 14 * 16 * 64
+
+
+def test_expert_flops_are_those_of_k_small_mlps():
+    config, _ = make_config(moe_router_type="topk", moe_ffn_hidden_size=3)
+    assert expert_flops(config) == 3 * (2 * 4 * 16 * 3) * 2
+    config.gated_linear_unit = True
+    assert expert_flops(config) == 3 * (2 * 4 * 16 * 3) * 3

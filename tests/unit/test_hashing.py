@@ -1,0 +1,108 @@
+"""HashRouter: fixed, distinct, balanced experts of each token id; how the ids reach it."""
+
+import pytest
+import torch
+
+from air_moe_megatron.routers.hashing import balanced_table, hand_over_token_ids
+from tests.unit.rivals import HIDDEN, VOCABULARY, make_config, make_router, tell_ids
+
+pytestmark = pytest.mark.usefixtures("megatron_cpu")
+
+
+@pytest.mark.parametrize(
+    "num_ids, topk, num_experts",
+    [(1000, 4, 64), (999, 3, 64), (40, 6, 64), (500, 8, 12), (100, 7, 7), (5, 1, 3), (3, 2, 64), (1, 1, 1)],
+)
+def test_tables_are_distinct_and_balanced(num_ids, topk, num_experts):
+    table = balanced_table(num_ids, topk, num_experts, seed=1)
+    assert table.shape == (num_ids, topk) and table.dtype == torch.int32
+    assert all(len(set(row)) == topk for row in table.tolist())
+    counts = torch.bincount(table.flatten().long(), minlength=num_experts)
+    assert counts.numel() == num_experts
+    assert int(counts.max() - counts.min()) <= 1
+
+
+def test_tables_depend_on_seed_and_layer_alone(megatron_cpu):
+    tables = {}
+    for seed in (0, 1):
+        for layer in (1, 2):
+            for attempt in range(2):
+                torch.manual_seed(attempt)
+                router = make_router(megatron_cpu, moe_router_type="hash", moe_hash_seed=seed)
+                router.set_layer_number(layer)
+                tables[seed, layer, attempt] = router.table.clone()
+            assert torch.equal(tables[seed, layer, 0], tables[seed, layer, 1])
+    alike = [torch.equal(tables[a], tables[b]) for a in tables for b in tables if a[:2] != b[:2]]
+    assert not any(alike)
+
+
+def test_experts_depend_on_the_token_id_alone_and_weigh_the_same(megatron_cpu):
+    router = make_router(megatron_cpu, moe_router_type="hash")
+    ids = torch.randint(VOCABULARY, (3, 5))
+    tell_ids(router, ids)
+    routes = router.route(torch.randn(5, 3, HIDDEN))
+    assert torch.equal(routes.topk_ids, router.table[ids.t().reshape(-1)])
+    assert torch.equal(routes.probs, torch.full((15, 4), 0.25))
+    assert torch.equal(router.route(torch.randn(5, 3, HIDDEN)).topk_ids, routes.topk_ids)
+
+
+def test_sequence_parallel_ranks_take_their_part_of_the_sequence(megatron_cpu):
+    class Rank:
+        def __init__(self, rank):
+            self.rank, self.size = lambda: rank, lambda: 2
+
+    router = make_router(megatron_cpu, moe_router_type="hash")
+    router.config.sequence_parallel = True
+    tell_ids(router, torch.arange(12).view(2, 6))
+    for rank, expected in ((0, [0, 6, 1, 7, 2, 8]), (1, [3, 9, 4, 10, 5, 11])):
+        router.tp_group = Rank(rank)
+        assert torch.equal(router.route(torch.randn(3, 2, HIDDEN)).topk_ids, router.table[expected])
+
+
+def test_missing_and_wrong_token_ids_are_named(megatron_cpu):
+    router = make_router(megatron_cpu, moe_router_type="hash")
+    with pytest.raises(ValueError, match="layer 1: the router has been given no token ids"):
+        router.route(torch.randn(5, 3, HIDDEN))
+    tell_ids(router, torch.zeros(3, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="layer 1: 15 tokens, but 12 token ids"):
+        router.route(torch.randn(5, 3, HIDDEN))
+
+
+@pytest.mark.parametrize("by_name", (True, False))
+def test_the_embedding_hands_over_the_ids(megatron_cpu, by_name):
+    class Embedding(torch.nn.Module):
+        def forward(self, input_ids, position_ids=None):
+            return input_ids
+
+    routers = [make_router(megatron_cpu, moe_router_type="hash") for _ in range(2)]
+    model = torch.nn.ModuleDict({"embedding": Embedding(), "decoder": torch.nn.ModuleList(routers)})
+    assert hand_over_token_ids([model]) == [model]
+    ids = torch.arange(6).view(2, 3)
+    model["embedding"](input_ids=ids, position_ids=None) if by_name else model["embedding"](ids)
+    assert all(router.token_ids is ids for router in routers)
+    with pytest.raises(ValueError, match="needs the model's embedding"):
+        hand_over_token_ids([torch.nn.ModuleList(routers)])
+
+
+REFUSED = {
+    "vocabulary": (dict(moe_hash_vocab_size=0), "moe_hash_vocab_size (0)"),
+    "pipeline": (
+        dict(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32),
+        "pipeline_model_parallel_size (2)",
+    ),
+    "mtp": (dict(mtp_num_layers=1), "mtp_num_layers (1)"),
+    "z-loss": (dict(moe_z_loss_coeff=0.1), "moe_z_loss_coeff (0.1)"),
+    "jitter": (dict(moe_input_jitter_eps=0.1), "moe_input_jitter_eps (0.1)"),
+    "sigmoid": (dict(moe_router_score_function="sigmoid"), "moe_router_score_function ('sigmoid')"),
+    "pre-softmax": (dict(moe_router_pre_softmax=True), "moe_router_pre_softmax (True)"),
+    "aux": (dict(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.1), "moe_aux_loss_coeff (0.1)"),
+    "forced": (dict(moe_router_force_load_balancing=True), "moe_router_force_load_balancing (True)"),
+    "seed": (dict(moe_hash_seed=-1), "moe_hash_seed (-1)"),
+}
+
+
+@pytest.mark.parametrize("settings, words", REFUSED.values(), ids=REFUSED)
+def test_what_makes_no_sense_is_refused(settings, words):
+    with pytest.raises(ValueError) as error:
+        make_config(moe_router_type="hash", **settings)
+    assert words in str(error.value)

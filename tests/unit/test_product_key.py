@@ -1,0 +1,160 @@
+"""ProductKeyRouter: the best of all products, found without scoring them; queries normalised as PEER's."""
+
+import pytest
+import torch
+
+from air_moe_megatron.config import resolve_product_keys
+from tests.unit.rivals import HIDDEN, make_config, make_router
+
+pytestmark = pytest.mark.usefixtures("megatron_cpu")
+
+SETTINGS = {
+    "one-head": dict(moe_product_key_heads=1),
+    "two-heads": dict(moe_product_key_heads=2),
+    "on-tokens": dict(moe_product_key_heads=1, moe_product_key_on_tokens=True),
+    "on-tokens-two-heads": dict(moe_product_key_heads=2, moe_product_key_on_tokens=True),
+    "no-square": dict(moe_product_key_heads=1, num_moe_experts=96, moe_router_topk=12),
+    "more-per-head-than-keys": dict(moe_product_key_heads=1, num_moe_experts=6, moe_router_topk=6),
+    "pre-softmax": dict(moe_product_key_heads=2, moe_router_pre_softmax=True),
+    "sigmoid": dict(moe_product_key_heads=2, moe_router_score_function="sigmoid"),
+    "layernorm": dict(moe_product_key_query_norm="layernorm"),
+    "no-norm": dict(moe_product_key_query_norm="none"),
+}
+
+
+def naive_queries(router, hidden):
+    """[T, R, 2, D] in words: projection, normalisation, halves."""
+    sizes = router.sizes
+    if router.query_weight is None:
+        return hidden[:, None, None].expand(-1, sizes.num_heads, 2, -1)
+    queries = hidden @ router.query_weight.t()
+    if sizes.query_norm == "batchnorm":
+        normal = (queries - queries.mean(dim=0)) / (queries.var(dim=0, unbiased=False) + 1e-5).sqrt()
+    elif sizes.query_norm == "layernorm":
+        parts = queries.view(len(hidden), -1, sizes.key_dim)
+        centred = parts - parts.mean(dim=2, keepdim=True)
+        normal = (centred / (parts.var(dim=2, unbiased=False, keepdim=True) + 1e-5).sqrt()).view_as(queries)
+    else:
+        normal = queries
+    if sizes.query_norm != "none":
+        normal = normal * router.norm_weight + router.norm_bias
+    return normal.view(len(hidden), sizes.num_heads, 2, sizes.key_dim)
+
+
+def naive_routes(router, hidden):
+    """Every one of the E products scored, then the best k of each head, then the softmax over those."""
+    config, topk = router.config, router.sizes.topk_per_head
+    queries = naive_queries(router, hidden)
+    all_ids, all_probs = [], []
+    for head in range(router.sizes.num_heads):
+        first = queries[:, head, 0] @ router.keys1[head].t()
+        second = queries[:, head, 1] @ router.keys2[head].t()
+        scores = (first[:, :, None] + second[:, None, :]).flatten(1)  # [T, E]
+        assert scores.shape[1] == config.num_moe_experts
+        best, ids = scores.topk(topk, dim=1)
+        if config.moe_router_score_function == "sigmoid":
+            probs = best.sigmoid() / best.sigmoid().sum(dim=1, keepdim=True)
+        else:
+            probs = best.softmax(dim=1)
+        all_ids.append(ids)
+        all_probs.append(probs)
+    return torch.cat(all_ids, dim=1), torch.cat(all_probs, dim=1)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_search_is_exact_within_the_products(megatron_cpu, settings):
+    router = make_router(megatron_cpu, moe_router_type="product_key", **settings)
+    hidden = torch.randn(50, HIDDEN, requires_grad=True)
+    routes = router.route(hidden)
+    ids, probs = naive_routes(router, hidden)
+    assert routes.topk_ids.tolist() == ids.tolist()
+    if not router.config.moe_router_pre_softmax:
+        torch.testing.assert_close(routes.probs, probs)
+        weights = torch.randn(probs.shape)
+        leaves = [hidden, *router.parameters()]
+        found = torch.autograd.grad((routes.probs * weights).sum(), leaves)
+        for actual, wanted in zip(found, torch.autograd.grad((probs * weights).sum(), leaves), strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_two_heads_may_find_one_expert_and_both_count(megatron_cpu):
+    router = make_router(megatron_cpu, moe_router_type="product_key", moe_product_key_heads=2, moe_dispatch="stock")
+    with torch.no_grad():  # the heads alike: every expert is found twice
+        router.keys1[1] = router.keys1[0]
+        router.keys2[1] = router.keys2[0]
+        half = router.query_weight.shape[0] // 2
+        router.query_weight[half:] = router.query_weight[:half]
+    hidden = torch.randn(9, HIDDEN)
+    routes = router.route(hidden)
+    assert torch.equal(routes.topk_ids[:, :2], routes.topk_ids[:, 2:])
+    probs, routing_map = router(hidden.unsqueeze(1))
+    torch.testing.assert_close(probs.gather(1, routes.topk_ids[:, :2].long()), 2 * routes.probs[:, :2])
+    torch.testing.assert_close(probs.sum(dim=1), torch.full((9,), 2.0))
+    assert (routing_map.sum(dim=1) == 4).all()  # as many as Megatron's dispatchers count on
+
+
+def test_batch_norm_is_torchs(megatron_cpu):
+    router = make_router(megatron_cpu, moe_router_type="product_key")
+    reference = torch.nn.BatchNorm1d(router.query_weight.shape[0])
+    for step in range(3):
+        hidden = torch.randn(20, HIDDEN, generator=torch.Generator().manual_seed(step)) + 5.0
+        with torch.no_grad():  # the first pass of a recomputation changes nothing
+            router.route(hidden)
+        router.route(hidden)
+        expected = reference(hidden @ router.query_weight.t())
+        torch.testing.assert_close(router.running_mean, reference.running_mean, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(router.running_var, reference.running_var, rtol=1e-4, atol=1e-4)
+    router.eval(), reference.eval()
+    before = router.running_mean.clone()
+    queries = hidden @ router.query_weight.t()
+    expected = reference(queries)
+    torch.testing.assert_close(router._normalise(queries, None), expected, rtol=1e-4, atol=1e-4)
+    router.route(hidden)
+    assert torch.equal(router.running_mean, before)
+
+
+# E, K, H, fields -> keys, heads, per head, size of a sub-key, norm
+SIZES = {
+    "65536": ((65536, 64, 512, {}), ((256, 256), 8, 8, 128, "batchnorm")),
+    "no-square": ((8192, 48, 64, {}), ((64, 128), 8, 6, 32, "batchnorm")),
+    "few": ((16, 2, 32, {}), ((4, 4), 1, 2, 16, "batchnorm")),
+    "odd": ((64, 7, 32, {}), ((8, 8), 1, 7, 16, "batchnorm")),
+    "two-of-each": ((64, 6, 32, {}), ((8, 8), 3, 2, 16, "batchnorm")),
+    "on-tokens": (
+        (64, 4, 32, dict(moe_product_key_on_tokens=True, moe_product_key_heads=1)), ((8, 8), 1, 4, 32, "none"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given, expected", SIZES.values(), ids=SIZES)
+def test_automatic_sizes(given, expected):
+    num_experts, topk, hidden_size, fields = given
+    config, _ = make_config(
+        moe_router_type="product_key", num_moe_experts=num_experts, moe_router_topk=topk, hidden_size=hidden_size,
+        **fields,
+    )  # fmt: skip
+    sizes = resolve_product_keys(config)
+    found = (sizes.num_keys, sizes.num_heads, sizes.topk_per_head, sizes.key_dim, sizes.query_norm)
+    assert found == expected
+
+
+def test_balancing_loss_sees_every_head_as_a_routing(megatron_cpu):
+    """Against Megatron's formula on dense per-head scores, where every product is a candidate."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+
+    destroy_moe_metrics_tracker()
+    router = make_router(
+        megatron_cpu, moe_router_type="product_key", num_moe_experts=9, moe_router_topk=6, moe_product_key_heads=2,
+        moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.5,
+    )  # fmt: skip
+    hidden = torch.randn(30, HIDDEN)
+    router.route(hidden)
+    logged = get_moe_metrics_tracker().metrics["load_balancing_loss"].values[0]
+    queries = naive_queries(router, hidden)
+    counts, scores = torch.zeros(9), torch.zeros(9)
+    for head in range(2):
+        parts = [queries[:, head, i] @ keys[head].t() for i, keys in enumerate((router.keys1, router.keys2))]
+        logits = (parts[0][:, :, None] + parts[1][:, None, :]).flatten(1)
+        scores += logits.softmax(dim=1).sum(dim=0) / 2
+        counts += torch.zeros_like(logits).scatter(1, logits.topk(3, dim=1).indices, 1.0).sum(dim=0)
+    torch.testing.assert_close(logged, 9 * (counts / (30 * 6) * scores / 30).sum().detach())
