@@ -14,12 +14,13 @@ unexport PYTHONDONTWRITEBYTECODE
 OUT ?= out/demo
 DATA ?= data/stdlib
 OUT_BENCH ?= docs/results
+OUT_STUDY ?= out/study
 RUN = $(BIN)/python -W ignore benchmarks/run.py
 GPU_SIZES := --hidden 1024 --tokens 16384 --topk 64
 GPU_RUNS := --warmup 3 --repetitions 20 --slow-repetitions 10
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train test lint bench bench-gpu bench-layer clean
+.PHONY: help install data train test lint bench bench-gpu bench-layer study clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-13s%s\n", $$1, $$2}'
@@ -79,6 +80,10 @@ bench-gpu: install  ## The same on a large GPU, with its sizes, into $(OUT_BENCH
 bench-layer: install  ## Time the whole layer, also at a million experts, and measure its memory
 	$(RUN) layer --out $(OUT_BENCH)/layer.csv
 	$(RUN) layer --experts 1048576 --hidden 128 --no-rival --repetitions 3 --out $(OUT_BENCH)/layer_million.csv
+
+study: install data  ## Compare the routers' quality on small models (15 minutes on two cores); table and plots in $(OUT_STUDY)
+	$(BIN)/python -W ignore benchmarks/quality/study.py benchmarks/quality/small.toml --data-dir $(DATA) --out $(OUT_STUDY)
+	$(BIN)/python -W ignore benchmarks/quality/report.py $(OUT_STUDY)/small.jsonl --out $(OUT_STUDY)
 
 clean:  ## Remove what the targets above make by default, .venv included
 	rm -rf $(VENV) data/stdlib out .pytest_cache .ruff_cache .hypothesis *.egg-info

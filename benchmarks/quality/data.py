@@ -1,0 +1,138 @@
+"""The corpora of the quality study as Megatron data sets: a byte-level BPE of the training text, and its splits.
+
+Each corpus becomes a folder with {train,valid,test}.{bin,idx}, tokenizer.json and meta.json. The sizes in meta.json
+turn Megatron's loss, nats per token, into figures that no tokenizer changes: perplexity per word and bits per byte.
+"""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "valid", "test")
+_STDLIB_EOD = 256  # of the byte-level data set that examples/prepare_stdlib.py makes
+_WIKI_TITLE = re.compile(r"(?=^ = [^=].* = $)", re.MULTILINE)
+_TOKENIZER_BYTES = 20 * 2**20  # of training text that the tokenizer is trained on, at most
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Sizes of a prepared corpus."""
+
+    corpus: str
+    vocabulary: int  # token ids; the last one ends a document
+    tokens: dict[str, int]  # of each split, ends of documents included
+    bytes: dict[str, int]  # of text
+    words: dict[str, int] | None  # separated by white space, and one for each end of a line; None where it is not prose
+
+
+def prepare(corpus: str, vocabulary: int, source: Path, out: Path) -> Meta:
+    """Make a corpus' data sets, or find them made.
+
+    Args:
+        corpus: "stdlib", "wikitext-2" or "gutenberg-100m".
+        vocabulary: token ids, the end of a document included.
+        source: for "stdlib" the folder that ``make data`` fills; else the folder that holds the unpacked corpora.
+        out: folder for the data sets.
+    Raises:
+        ValueError: for an unknown corpus, or a source that lacks its files.
+    """
+    meta_file = out / "meta.json"
+    if meta_file.is_file():
+        meta = Meta(**json.loads(meta_file.read_text()))
+        if (meta.corpus, meta.vocabulary) == (corpus, vocabulary):
+            return meta
+    if corpus not in _READERS:
+        raise ValueError(f"corpus ({corpus!r}) must be one of {', '.join(_READERS)}")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    read, is_prose = _READERS[corpus]
+    tokenizer = _train_tokenizer((text for text in read(source, "train")), vocabulary - 1)
+    tokenizer.save(str(out / "tokenizer.json"))
+    sizes = {split: _write(read(source, split), tokenizer, vocabulary, out / split) for split in SPLITS}
+    tokens, num_bytes, words = ({split: sizes[split][i] for split in SPLITS} for i in range(3))
+    meta = Meta(corpus, vocabulary, tokens, num_bytes, words if is_prose else None)
+    meta_file.write_text(json.dumps(asdict(meta), indent=2) + "\n")  # last: where it is, the data sets are whole
+    logger.info("%s: %s tokens of %s in %s", corpus, f"{tokens['train']:,}", vocabulary, out)
+    return meta
+
+
+def _train_tokenizer(texts, num_ids):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=num_ids,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<unk>"],  # WikiText's own word for rare ones; elsewhere it never occurs
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_first_bytes(texts, _TOKENIZER_BYTES), trainer)
+    if tokenizer.get_vocab_size() != num_ids:
+        raise ValueError(f"vocabulary: the training text gives {tokenizer.get_vocab_size()} token ids, not {num_ids}")
+    return tokenizer
+
+
+def _first_bytes(texts, limit):
+    for text in texts:
+        if limit <= 0:
+            return
+        yield text[:limit]
+        limit -= len(text)
+
+
+def _write(texts, tokenizer, vocabulary, prefix) -> tuple[int, int, int]:
+    """Write one split; its tokens, bytes and words. A document of several ends with the last id."""
+    dtype = DType.optimal_dtype(vocabulary)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    texts = list(texts)
+    end = [vocabulary - 1] if len(texts) > 1 else []
+    num_tokens = num_bytes = num_words = 0
+    for text in texts:
+        tokens = numpy.array(tokenizer.encode(text, add_special_tokens=False).ids + end, dtype=dtype)
+        builder.add_document(tokens, [len(tokens)])
+        num_tokens += len(tokens)
+        num_bytes += len(text.encode())
+        num_words += len(text.split()) + text.count("\n")
+    builder.finalize(f"{prefix}.idx")
+    return num_tokens, num_bytes, num_words
+
+
+def _stdlib(source: Path, split: str) -> Iterator[str]:
+    prefix = source / f"stdlib_{split}"
+    _require(prefix.with_suffix(".idx"), "run `make data`")
+    for document in IndexedDataset(str(prefix)):
+        yield document[document != _STDLIB_EOD].astype(numpy.uint8).tobytes().decode(errors="replace")
+
+
+def _wikitext(source: Path, split: str) -> Iterator[str]:
+    path = _require(source / "wikitext-2" / f"wiki.{split}.tokens", "unpack wikitext-2 there")
+    text = path.read_text(encoding="utf-8")
+    # Articles are documents for training; the text that is measured stays whole, as others measure it.
+    yield from [part for part in _WIKI_TITLE.split(text) if part.strip()] if split == "train" else [text]
+
+
+def _gutenberg(source: Path, split: str) -> Iterator[str]:
+    path = _require(source / "gutenberg-100m" / f"{split}.jsonl", "unpack gutenberg-100m there")
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)["text"]
+
+
+def _require(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {what}")
+    return path
+
+
+_READERS = {"stdlib": (_stdlib, False), "wikitext-2": (_wikitext, True), "gutenberg-100m": (_gutenberg, True)}

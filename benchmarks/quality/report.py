@@ -1,0 +1,214 @@
+"""Tables and plots of a study's results: `python benchmarks/quality/report.py RESULTS.jsonl --out FOLDER`."""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+_USED, _IMBALANCE, _RECALL = "experts-used", "imbalance-factor", "mass-recall"
+
+
+def groups(rows: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
+    """Rows that may be compared: (corpus, E, K, F) -> variant -> rows of its seeds."""
+    found: dict[tuple, dict[str, list[dict]]] = {}
+    for row in sorted(rows, key=lambda row: (row["corpus"], row["experts"], row["topk"], row["seed"])):
+        place = (row["corpus"], row["experts"], row["topk"], row["ffn"])
+        found.setdefault(place, {}).setdefault(row["variant"], []).append(row)
+    return found
+
+
+def quality(row: dict) -> float:
+    """The figure that a run is judged by: perplexity per word where the corpus has words, else bits per byte."""
+    return row.get("word_perplexity", row["bits_per_byte"])
+
+
+def quality_name(rows: list[dict]) -> str:
+    """The name of that figure."""
+    return "word perplexity" if "word_perplexity" in rows[0] else "bits per byte"
+
+
+def last(row: dict, name: str) -> float | None:
+    """A health figure over the last tenth of the training; None where the router has no such figure."""
+    values = row["health"].get(name)
+    return values[-1][1] if values else None
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean and, of several values, standard deviation.
+
+    Example: [1.0, 3.0] with ".1f" gives "2.0 +- 1.4".
+    """
+    mean = format(statistics.mean(values), form)
+    return f"{mean} +- {format(statistics.stdev(values), form.lstrip('+'))}" if len(values) > 1 else mean
+
+
+def table(variants: dict[str, list[dict]], reference: str = "topk") -> str:
+    """A table of one group, best first; differences to the reference are of runs of the same seed."""
+    rows = [row for of_variant in variants.values() for row in of_variant]
+    by_seed = {row["seed"]: quality(row) for row in variants.get(reference, [])}
+    digits = ".2f" if "word_perplexity" in rows[0] else ".4f"
+    columns = (
+        "router", "seeds", quality_name(rows), f"against {reference}", "router MFLOPs per token", "total",
+        "experts used", "imbalance factor", "mass recall", "hours",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for name, of_variant in sorted(variants.items(), key=lambda item: statistics.mean(map(quality, item[1]))):
+        changes = [
+            100 * (quality(row) / by_seed[row["seed"]] - 1)
+            for row in of_variant
+            if row["seed"] in by_seed and name != reference
+        ]
+        flops = of_variant[0]["flops_per_token"]
+        cells = (
+            name,
+            str(len(of_variant)),
+            spread([quality(row) for row in of_variant], digits),
+            f"{spread(changes, '+.2f')} %" if changes else "",
+            f"{flops['router'] / 1e6:.3f}",
+            f"{flops['total'] / 1e6:.2f}",
+            _percent(of_variant, _USED),
+            _mean(of_variant, _IMBALANCE, ".2f"),
+            _percent(of_variant, _RECALL),
+            f"{sum(row['seconds'] for row in of_variant) / 3600:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _values(rows, name):
+    return [value for row in rows if (value := last(row, name)) is not None]
+
+
+def _mean(rows, name, form):
+    values = _values(rows, name)
+    return spread(values, form) if values else ""
+
+
+def _percent(rows, name):
+    values = [100 * value for value in _values(rows, name)]
+    return f"{spread(values, '.1f')} %" if values else ""
+
+
+def tables(rows: list[dict]) -> str:
+    """All tables, with what they were measured on."""
+    parts = []
+    for (corpus, experts, topk, ffn), variants in groups(rows).items():
+        of_group = [row for of_variant in variants.values() for row in of_variant]
+        origins = sorted({(row["device"], row["torch"], row["megatron_core"], row["commit"]) for row in of_group})
+        tokens = sorted({row["tokens"] for row in of_group})
+        parts.append(f"### {corpus}, E = {experts:,}, K = {topk}, F = {ffn}\n")
+        parts.append(f"{' or '.join(f'{count:,}' for count in tokens)} tokens of training.\n")
+        parts.append(table(variants) + "\n")
+        measured = "; ".join(
+            f"{device}, torch {torch}, megatron-core {core}, commit {commit}" for device, torch, core, commit in origins
+        )
+        parts.append(f"Measured on: {measured}.\n")
+    return "\n".join(parts)
+
+
+def plots(rows: list[dict], out: Path) -> list[Path]:
+    """Draw every plot into the folder; returns the files.
+
+    Quality against router FLOPs and total FLOPs, both with and without dispatch; and over training: loss, experts used,
+    imbalance factor, mass recall.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = groups(rows)
+    names = sorted({row["variant"] for row in rows})
+    colours = {name: pyplot.cm.tab20(index % 20) for index, name in enumerate(names)}
+    files = []
+    kinds = {
+        "router": "router",
+        "router_with_dispatch": "router with dispatch",
+        "total": "all",
+        "total_with_dispatch": "all with dispatch",
+    }
+    for file, pair in (
+        ("flops_router", ("router", "router_with_dispatch")),
+        ("flops_total", ("total", "total_with_dispatch")),
+    ):
+
+        def draw(axis, variants, column, kind=pair):
+            for name, of_variant in variants.items():
+                flops = of_variant[0]["flops_per_token"][kind[column]] / 1e6
+                values = [quality(row) for row in of_variant]
+                error = statistics.stdev(values) if len(values) > 1 else None
+                place = (max(flops, 1e-3), statistics.mean(values), error)
+                axis.errorbar(*place, fmt="o", capsize=3, color=colours[name], label=name)
+            axis.set_xscale("log")
+            axis.set_xlabel(f"MFLOPs per token, {kinds[kind[column]]}")
+            axis.set_ylabel(quality_name(rows))
+
+        files.append(_grid(pyplot, found, 2, draw, out / f"quality_{file}.png"))
+
+    def over_training(axis, variants, column):
+        what = (None, _USED, _IMBALANCE, _RECALL)[column]
+        for name, of_variant in variants.items():
+            series = [row["train_losses"] if what is None else row["health"].get(what, []) for row in of_variant]
+            if not all(series):
+                continue
+            steps = [step for step, _ in series[0]]
+            means = [
+                statistics.mean(values)
+                for values in zip(*([value for _, value in one] for one in series), strict=False)
+            ]
+            axis.plot(steps[: len(means)], means, color=colours[name], label=name)
+        axis.set_xlabel("step")
+        axis.set_ylabel(
+            ("training loss, nats per token", "share of experts used", "imbalance factor", "mass recall")[column]
+        )
+        if column == 2:
+            axis.set_yscale("log")
+
+    files.append(_grid(pyplot, found, 4, over_training, out / "training.png"))
+    return files
+
+
+def _grid(pyplot, found, columns: int, draw: Callable, file: Path) -> Path:
+    """One row of axes per group, one legend for all."""
+    figure, axes = pyplot.subplots(
+        len(found), columns, figsize=(4.6 * columns, 3.6 * len(found)), squeeze=False, layout="constrained"
+    )
+    handles = {}
+    for (place, variants), line in zip(found.items(), axes, strict=True):
+        corpus, experts, topk, ffn = place
+        for column, axis in enumerate(line):
+            draw(axis, variants, column)
+            axis.set_title(f"{corpus}, E = {experts:,}, K = {topk}, F = {ffn}", fontsize=9)
+            axis.grid(alpha=0.3)
+            found_handles, labels = axis.get_legend_handles_labels()
+            handles |= dict(zip(labels, found_handles, strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+    return file
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write tables.md and the plots of one or more files of results."""
+    from benchmarks.quality.study import read_results
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, nargs="+", help="files of JSON lines")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tables.md and the plots")
+    args = parser.parse_args(argv)
+    rows = [row for path in args.results for row in read_results(path)]
+    if not rows:
+        sys.exit(f"{', '.join(map(str, args.results))}: no results")
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = tables(rows)
+    (args.out / "tables.md").write_text(text)
+    files = plots(rows, args.out)
+    sys.stdout.write(f"{text}\n{args.out / 'tables.md'}\n" + "".join(f"{file}\n" for file in files))
+
+
+if __name__ == "__main__":
+    main()

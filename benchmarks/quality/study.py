@@ -1,0 +1,326 @@
+"""Train the runs of a study and keep what came of each: `python benchmarks/quality/study.py CONFIG.toml`.
+
+A run is one call of Megatron's training through `air_moe_megatron.pretrain`; all of its flags stand in its result, one
+JSON line. A run whose result exists is not repeated, so an interrupted study goes on where it was.
+"""
+
+import argparse
+import fnmatch
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+logger = logging.getLogger(__name__)
+
+_CPU_FLAGS = {"cpu": True}
+# Megatron's own layers, as Transformer Engine and Apex may be missing.
+_GPU_FLAGS = {
+    "bf16": True,
+    "transformer-impl": "local",
+    "no-gradient-accumulation-fusion": True,
+    "no-masked-softmax-fusion": True,
+    "no-persist-layer-norm": True,
+    "no-rope-fusion": True,
+    "no-bias-dropout-fusion": True,
+}
+_LOSS = re.compile(r"validation loss at iteration (\d+)( on (\w+) set)? \| lm loss value: ([0-9.E+-]+)")
+_LOSS_POINTS = 50  # of the training loss in a result; each is a mean over its share of the steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    variant: str
+    experts: int
+    topk: int
+    ffn: int
+    seed: int
+    corpus: str
+    vocabulary: int
+    flags: dict  # Megatron's and ours, without dashes in front; True for a flag that takes no value
+
+    @property
+    def key(self) -> str:
+        """Names the run: equal for equal flags and data."""
+        given = json.dumps([self.corpus, self.vocabulary, self.flags], sort_keys=True)
+        return hashlib.sha256(given.encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant} E={self.experts} K={self.topk} F={self.ffn} seed={self.seed}"
+
+
+def load_runs(config: dict) -> list[Run]:
+    """The runs of a study, in the order in which they are made: all of one seed before the next.
+
+    Args:
+        config: a parsed study file; benchmarks/quality/README.md says what stands in it.
+    Raises:
+        ValueError: naming an entry that is missing, unknown or does not fit.
+    """
+    for entry in ("corpus", "vocabulary", "seeds", "flags", "variants", "runs"):
+        if entry not in config:
+            raise ValueError(f"{entry} is missing in the study's config")
+    runs = {}
+    for block in config["runs"]:
+        unknown = [name for name in block["variants"] if name not in config["variants"]]
+        if unknown:
+            raise ValueError(
+                f"variants ({unknown[0]!r}) is not among those of the config: {', '.join(config['variants'])}"
+            )
+        seeds = block.get("seeds", config["seeds"])
+        for seed, experts, shape, variant in itertools.product(
+            seeds, block["experts"], block["shapes"], block["variants"]
+        ):
+            topk, ffn = shape
+            flags = {
+                **config["flags"],
+                "num-experts": experts,
+                "moe-router-topk": topk,
+                "moe-ffn-hidden-size": ffn,
+                "seed": seed,
+                **config["variants"][variant],
+            }
+            flags = {name: value for name, value in flags.items() if value is not False}
+            run = Run(variant, experts, topk, ffn, seed, config["corpus"], config["vocabulary"], flags)
+            runs.setdefault(run.key, run)
+    return list(runs.values())
+
+
+def command(run: Run, data: Path, folder: Path, eval_iters: int, on_gpu: bool) -> list[str]:
+    """The command line of a run; without an "eval-iters" of its own it measures the whole of the test split."""
+    flags = {
+        **(_GPU_FLAGS if on_gpu else _CPU_FLAGS),
+        "eval-iters": eval_iters,
+        **run.flags,
+        "tokenizer-type": "NullTokenizer",
+        "vocab-size": run.vocabulary,
+        "make-vocab-size-divisible-by": 1,
+        "train-data-path": data / "train",
+        "valid-data-path": data / "valid",
+        "test-data-path": data / "test",
+        "data-cache-path": folder / "cache",
+        "tensorboard-dir": folder / "tensorboard",
+    }
+    words = [
+        word
+        for name, value in flags.items()
+        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    return [*launcher, "-m", "air_moe_megatron.pretrain", *words]
+
+
+class Study:
+    """What all runs of a study share: data, places, and the file of results.
+
+    Args:
+        runs: those to be made.
+        meta: sizes of the corpus.
+        data: folder of its data sets.
+        out: folder for logs and TensorBoard files.
+        results: file of JSON lines, which may hold results already.
+        threads: of a run on a CPU.
+    """
+
+    def __init__(self, runs: list[Run], meta, data: Path, out: Path, results: Path, threads: int) -> None:
+        import torch
+
+        self.runs, self.meta, self.data, self.out, self.results, self.threads = runs, meta, data, out, results, threads
+        self.on_gpu = torch.cuda.is_available()
+        self._lock = threading.Lock()
+
+    def pending(self) -> list[Run]:
+        """The runs that have no result yet."""
+        done = {row["key"] for row in read_results(self.results)}
+        return [run for run in self.runs if run.key not in done]
+
+    def make(self, jobs: int) -> list[Run]:
+        """Make the pending runs, ``jobs`` at a time; returns those that failed."""
+        pending, started, failed = self.pending(), time.perf_counter(), []
+        logger.info("%d runs, %d of them done before", len(self.runs), len(self.runs) - len(pending))
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = {pool.submit(self._make_one, run): run for run in pending}
+            try:
+                for count, future in enumerate(as_completed(futures), 1):
+                    run, row = futures[future], future.result()
+                    left = (time.perf_counter() - started) / count * (len(pending) - count)
+                    if row is None:
+                        failed.append(run)
+                        outcome = f"FAILED, see {self._folder(run) / 'log.txt'}"
+                    else:
+                        outcome = f"{describe(row)}, {row['seconds']:.0f} s"
+                    logger.info(
+                        "[%d of %d] %s: %s; about %s left", count, len(pending), run.name, outcome, _duration(left)
+                    )
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return failed
+
+    def _folder(self, run):
+        return self.out / "runs" / run.key
+
+    def _make_one(self, run):
+        folder = self._folder(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (folder / "tensorboard").glob("*"):
+            old.unlink()
+        per_step = run.flags["global-batch-size"]
+        samples = (self.meta.tokens["test"] - 1) // run.flags["seq-length"]
+        eval_iters = max(1, samples // per_step)
+        line = command(run, self.data, folder, eval_iters, self.on_gpu)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if not self.on_gpu:
+            environment |= {"OMP_NUM_THREADS": str(self.threads)}
+        start = time.perf_counter()
+        with (folder / "log.txt").open("w") as log:
+            log.write(" ".join(line) + "\n")
+            log.flush()
+            code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+        if code:
+            return None
+        row = self._result(run, folder, time.perf_counter() - start)
+        with self._lock, self.results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+    def _result(self, run, folder, seconds):
+        from benchmarks.quality.flops import flops_per_token
+
+        evaluations = [match.groups() for match in _LOSS.finditer((folder / "log.txt").read_text())]
+        final = {which: float(loss) for _, _, which, loss in evaluations if which}
+        scalars = _scalars(folder / "tensorboard")
+        row = {
+            "key": run.key,
+            **{name: getattr(run, name) for name in ("variant", "experts", "topk", "ffn", "seed", "corpus")},
+            "vocabulary": run.vocabulary,
+            "valid_loss": final["validation"],
+            "test_loss": final["test"],
+            "bits_per_byte": final["test"] * self.meta.tokens["test"] / self.meta.bytes["test"] / math.log(2),
+        }
+        if self.meta.words is not None:
+            row["word_perplexity"] = math.exp(final["test"] * self.meta.tokens["test"] / self.meta.words["test"])
+        return row | {
+            "train_losses": _thinned(scalars["lm loss"], _LOSS_POINTS),
+            "valid_losses": [[int(iteration), float(loss)] for iteration, _, which, loss in evaluations if not which],
+            "health": {name.removeprefix("air/"): values for name, values in scalars.items() if "/" in name},
+            "flops_per_token": flops_per_token(run.flags, run.vocabulary),
+            "tokens": run.flags["train-iters"] * run.flags["global-batch-size"] * run.flags["seq-length"],
+            "seconds": round(seconds, 1),
+            "flags": run.flags,
+            **origin(self.on_gpu),
+        }
+
+
+def read_results(path: Path) -> list[dict]:
+    """The rows of a file of JSON lines; none where it does not exist.
+
+    Raises:
+        ValueError: naming the line that is no JSON.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not a result ({error}); remove the line") from error
+    return rows
+
+
+def describe(row: dict) -> str:
+    """The figure that a result is judged by, in words."""
+    if "word_perplexity" in row:
+        return f"{row['word_perplexity']:.1f} per word"
+    return f"{row['bits_per_byte']:.4f} bits per byte"
+
+
+def origin(on_gpu: bool) -> dict[str, str]:
+    """What every result carries: commit, versions, device."""
+    import torch
+
+    from benchmarks.measure import environment
+
+    given = environment(torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
+    return {name: given[name] for name in ("device", "torch", "megatron_core", "commit")}
+
+
+def _scalars(folder):
+    """TensorBoard's scalars: name -> [[iteration, value], ...]."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [[event.step, event.value] for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def _thinned(values, num_points):
+    """Means over ``num_points`` equal stretches, each at its last iteration."""
+    size = max(1, math.ceil(len(values) / num_points))
+    parts = [values[start : start + size] for start in range(0, len(values), size)]
+    return [[part[-1][0], round(sum(value for _, value in part) / len(part), 5)] for part in parts]
+
+
+def _duration(seconds):
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prepare the data, make what is missing, and say where the results are."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("benchmarks").setLevel(logging.INFO)
+    logger.setLevel(logging.INFO)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("config", type=Path, help="TOML file of the study")
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data/stdlib", help="where the corpus is")
+    parser.add_argument("--out", type=Path, default=ROOT / "out/quality", help="for data sets, logs, TensorBoard files")
+    parser.add_argument("--results", type=Path, help="file of JSON lines (OUT/CONFIG.jsonl where not given)")
+    parser.add_argument("--jobs", type=int, default=None, help="runs at a time (a CPU's cores over a run's threads)")
+    parser.add_argument("--threads", type=int, default=1, help="of a run on a CPU")
+    parser.add_argument("--only", default="*", help="pattern of the names of runs, such as 'air*E=16384*'")
+    parser.add_argument("--list", action="store_true", help="list the runs, done or not, and make none")
+    args = parser.parse_args(argv)
+
+    from benchmarks.quality.data import prepare
+
+    config = tomllib.loads(args.config.read_text())
+    runs = [run for run in load_runs(config) if fnmatch.fnmatch(run.name, args.only)]
+    results = args.results or args.out / f"{args.config.stem}.jsonl"
+    if args.list:
+        done = {row["key"]: row for row in read_results(results)}
+        for run in runs:
+            sys.stdout.write(f"{run.key}  {run.name}: {describe(done[run.key]) if run.key in done else 'to be made'}\n")
+        return
+    results.parent.mkdir(parents=True, exist_ok=True)
+    data = args.out / "data" / f"{config['corpus']}-{config['vocabulary']}"
+    meta = prepare(config["corpus"], config["vocabulary"], args.data_dir, data)
+    study = Study(runs, meta, data, args.out, results, args.threads)
+    jobs = args.jobs or (1 if study.on_gpu else max(1, len(os.sched_getaffinity(0)) // args.threads))
+    failed = study.make(jobs)
+    logger.info("results: %s", results)
+    if failed:
+        sys.exit(f"{len(failed)} runs failed: {', '.join(run.name for run in failed)}")
+
+
+if __name__ == "__main__":
+    main()

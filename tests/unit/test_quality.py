@@ -1,0 +1,150 @@
+"""The quality study: its runs, what it reads from them, and its tables."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from benchmarks.quality import data, report, study
+from benchmarks.quality.flops import flops_per_token
+
+FOLDER = Path(study.__file__).parent
+CONFIG = {
+    "corpus": "stdlib",
+    "vocabulary": 300,
+    "seeds": [1, 2],
+    "flags": {"train-iters": 10, "hidden-size": 8, "cpu": False, "disable-bias-linear": True},
+    "variants": {"topk": {"moe-router-type": "topk"}, "air": {"moe-router-type": "air", "train-iters": 5}},
+    "runs": [{"experts": [16, 64], "shapes": [[4, 1]], "variants": ["topk", "air"]}],
+}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_study_of_the_folder_loads_and_its_flops_are_known(path):
+    runs = study.load_runs(tomllib.loads(path.read_text()))
+    assert len({run.key for run in runs}) == len(runs)
+    for run in runs:
+        flops = flops_per_token(run.flags, run.vocabulary)
+        assert flops["total"] == flops["router"] + flops["experts"] + flops["other"]
+        assert (flops["router"] == 0) == (run.flags["moe-router-type"] == "hash")
+
+
+def test_runs_are_all_combinations_one_seed_after_the_other():
+    runs = study.load_runs(CONFIG)
+    assert [run.name for run in runs[:4]] == [
+        "topk E=16 K=4 F=1 seed=1", "air E=16 K=4 F=1 seed=1", "topk E=64 K=4 F=1 seed=1", "air E=64 K=4 F=1 seed=1",
+    ]  # fmt: skip
+    assert [run.seed for run in runs] == [1] * 4 + [2] * 4
+    assert runs[1].flags["train-iters"] == 5 and runs[0].flags["train-iters"] == 10
+    assert "cpu" not in runs[0].flags
+    repeated = study.load_runs(CONFIG | {"runs": CONFIG["runs"] * 2})
+    assert [run.key for run in repeated] == [run.key for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"runs": [{"experts": [16], "shapes": [[4, 1]], "variants": ["other"]}]}, r"variants \('other'\)"),
+        ({"seeds": None}, "seeds is missing"),
+    ],
+    ids=["unknown-variant", "missing-entry"],
+)
+def test_a_bad_study_is_refused(change, message):
+    config = {name: value for name, value in (CONFIG | change).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        study.load_runs(config)
+
+
+def test_the_command_has_every_flag_and_the_study_may_override_the_evaluation(tmp_path):
+    run = study.load_runs(CONFIG)[1]
+    words = study.command(run, tmp_path, tmp_path, eval_iters=7, on_gpu=False)
+    assert "--cpu" in words and "--disable-bias-linear" in words
+    assert words[words.index("--moe-router-type") + 1] == "air"
+    assert words[words.index("--eval-iters") + 1] == "7"
+    run.flags["eval-iters"] = 3
+    words = study.command(run, tmp_path, tmp_path, eval_iters=7, on_gpu=True)
+    assert words[words.index("--eval-iters") + 1] == "3" and words.count("--eval-iters") == 1
+    assert "--cpu" not in words and "--bf16" in words
+
+
+def test_a_run_with_a_result_is_not_repeated(tmp_path):
+    runs = study.load_runs(CONFIG)
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps({"key": run.key}) + "\n" for run in runs[:3]))
+    made = study.Study(runs, None, tmp_path, tmp_path, results, 1)
+    assert made.pending() == runs[3:]
+    results.write_text(results.read_text() + "{broken\n")
+    with pytest.raises(ValueError, match="line 4"):
+        made.pending()
+
+
+def test_losses_are_read_from_megatrons_log():
+    lines = (
+        " validation loss at iteration 75 | lm loss value: 2.5E+00 | lm loss PPL: 1.2E+01 | \n"
+        " validation loss at iteration 150 on validation set | lm loss value: 2.0E+00 | lm loss PPL: 7.4E+00 | \n"
+        " validation loss at iteration 150 on test set | lm loss value: 1.5E+00 | lm loss PPL: 4.5E+00 | \n"
+    )
+    found = [match.groups() for match in study._LOSS.finditer(lines)]
+    assert [(iteration, which, float(loss)) for iteration, _, which, loss in found] == [
+        ("75", None, 2.5), ("150", "validation", 2.0), ("150", "test", 1.5),
+    ]  # fmt: skip
+
+
+def test_a_corpus_becomes_data_sets_whose_text_comes_back(tmp_path):
+    from tokenizers import Tokenizer
+
+    articles = [f" \n = Title {i} = \n \n Some <unk> words , number {i * 7919} .\n" for i in range(50)]
+    source = tmp_path / "corpora"
+    (source / "wikitext-2").mkdir(parents=True)
+    for split in data.SPLITS:
+        (source / "wikitext-2" / f"wiki.{split}.tokens").write_text("".join(articles))
+    meta = data.prepare("wikitext-2", 300, source, tmp_path / "out")
+    text = "".join(articles)
+    assert meta.bytes["test"] == len(text)
+    assert meta.words["test"] == len(text.replace("\n", " <eos> ").split())
+    tokens = IndexedDataset(str(tmp_path / "out" / "test"))
+    assert len(tokens) == 1 and meta.tokens["test"] == len(tokens[0])
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert tokenizer.decode(tokens[0].tolist(), skip_special_tokens=False) == text
+    train = IndexedDataset(str(tmp_path / "out" / "train"))
+    assert all(document[-1] == 299 for document in train) and meta.tokens["train"] == sum(map(len, train))
+    assert data.prepare("wikitext-2", 300, tmp_path / "gone", tmp_path / "out") == meta  # made once
+
+
+def test_a_missing_corpus_is_named(tmp_path):
+    with pytest.raises(ValueError, match="unpack wikitext-2 there"):
+        data.prepare("wikitext-2", 300, tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"corpus \('other'\)"):
+        data.prepare("other", 300, tmp_path, tmp_path / "out")
+
+
+def result(variant, seed, perplexity, **health):
+    return {
+        "variant": variant, "corpus": "wikitext-2", "experts": 64, "topk": 4, "ffn": 1, "seed": seed,
+        "word_perplexity": perplexity, "bits_per_byte": 1.0, "tokens": 1000, "seconds": 36.0,
+        "flops_per_token": {"router": 2e6, "router_with_dispatch": 4e6, "total": 5e6, "total_with_dispatch": 7e6},
+        "health": {name: [[5, value / 2], [10, value]] for name, value in health.items()},
+        "train_losses": [[5, 3.0], [10, 2.0]], "device": "d", "torch": "t", "megatron_core": "m", "commit": "c",
+    }  # fmt: skip
+
+
+def test_the_table_compares_runs_of_the_same_seed_and_puts_the_best_first():
+    rows = [
+        result("topk", 1, 100.0), result("topk", 2, 120.0),
+        result("air", 1, 90.0, **{"experts-used": 0.5, "mass-recall": 0.25}),
+        result("air", 2, 114.0, **{"experts-used": 0.7, "mass-recall": 0.75}),
+    ]  # fmt: skip
+    lines = report.table(report.groups(rows)["wikitext-2", 64, 4, 1]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| air", "| topk"]
+    assert "102.00 +- 16.97" in lines[2]
+    assert "-7.50 +- 3.54 %" in lines[2]
+    assert "60.0 +- 14.1 %" in lines[2] and "50.0 +- 35.4 %" in lines[2]
+    assert "110.00 +- 14.14" in lines[3]
+
+
+def test_the_plots_are_drawn(tmp_path):
+    rows = [result("topk", 1, 100.0), result("air", 1, 90.0, **{"experts-used": 0.5, "imbalance-factor": 3.0})]
+    files = report.plots(rows, tmp_path)
+    assert len(files) == 3 and all(file.stat().st_size > 10_000 for file in files)
