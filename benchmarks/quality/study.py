@@ -124,8 +124,8 @@ def command(run: Run, data: Path, folder: Path, eval_iters: int, on_gpu: bool) -
         for name, value in flags.items()
         for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
     ]
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    return [*launcher, "-m", "air_moe_megatron.pretrain", *words]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"] if on_gpu else []
+    return [sys.executable, "-W", "ignore", *launcher, "-m", "air_moe_megatron.pretrain", *words]
 
 
 class Study:
