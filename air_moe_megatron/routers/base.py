@@ -28,7 +28,7 @@ _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 class Routes:
     """The experts of each token, compactly."""
 
-    topk_ids: torch.Tensor  # [T, K] int32, best first while gradients are enabled; -1 where candidates ran out
+    topk_ids: torch.Tensor  # [T, K] int32, in no order; -1 where candidates ran out
     probs: torch.Tensor  # [T, K] router dtype, 0 where the id is -1; carries the gradients and the auxiliary losses
     # [T, P] int64, AIR only: probed codewords, nearest first (in a load test: taken in turn)
     codewords: torch.Tensor | None = None

@@ -67,7 +67,7 @@ def fine_topk(
         assignments: [T, 1] int64, the codeword of each token.
         topk: K.
     Returns:
-        [T, K] scores in ``dtype``, best first, and their [T, K] int32 expert ids; -inf and -1 where a list has fewer.
+        [T, K] scores in ``dtype``, in no order, and their [T, K] int32 expert ids; -inf and -1 where a list has fewer.
     Raises:
         ValueError: if the shapes do not fit together.
 

@@ -4,15 +4,16 @@ Rows are (token, probe) pairs. For the n rows of codeword c and its list S_c the
 ``X_c [n, H] @ W[S_c].T [H, L]``; its gradients are ``G @ W[S_c]`` and ``G.T @ X_c``, scattered back. Gathering W once
 per codeword instead of once per token is what makes a shortlist cheaper than the dense product.
 
-Codewords with about as many rows share a batched product, their rows padded to the largest. The gathered centres of a
-batch share one buffer with those of all others: on a CPU, fresh memory for every list costs more in page faults than
-the products themselves.
+Codewords with about as many rows share a batched product, their rows padded to the largest. Where every row stands in
+this padded order is worked out once for all batches: on a CPU a batch is so small that a few operations more are felt.
+The gathered centres of a batch share one buffer with those of all others: fresh memory for every list costs more in
+page faults than the products themselves.
 
 Where only the best K scores of a token are wanted, each tile is reduced to them while it is in the cache: the [T, L]
 scores are never written.
 
 Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, K top-k, R = T*P rows, B codewords of a batch,
-n their rows after padding.
+n their rows after padding, N rows of all batches after padding.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from air_moe_megatron.ops.weight_gradient import added_to_main_grad, main_grad_of
 
-_BATCH_ELEMENTS = 2**22  # of the gathered centres: 16 MiB in fp32, which the largest cache of a CPU still holds
+_BATCH_ELEMENTS = 2**21  # of the gathered centres: 8 MiB in fp32, which the cache of a CPU holds beside the tiles
 _MIN_FILL = 0.75  # rows of the smallest codeword of a batch over those of the largest
 
 
@@ -30,11 +31,12 @@ _MIN_FILL = 0.75  # rows of the smallest codeword of a batch over those of the l
 class _Batch:
     """Codewords whose tiles are one batched product."""
 
-    rows: torch.Tensor  # [B, n] int64, R where padded
-    tokens: torch.Tensor  # [B, n] int64, the token of each row; any where padded
+    span: slice  # of the N padded rows
+    shape: tuple[int, int]  # B, n
+    rows: torch.Tensor  # [B * n] int64, R where padded
+    tokens: torch.Tensor  # [B * n] int64, the token of each row; any where padded
     experts: torch.Tensor  # [B, length], dtype of the shortlist, -1 after the end of a shorter list
     is_full: bool  # whether no list is shorter
-    num_rows: int  # without padding
 
     @property
     def ids(self):
@@ -43,40 +45,57 @@ class _Batch:
         return ids if self.is_full else ids.clamp(min=0)
 
 
-def _make_batches(shortlist, assignments, hidden_size) -> list[_Batch]:
-    """Group the rows by codeword; codewords without rows or experts are left out. Waits for the device once."""
+@dataclass(frozen=True)
+class _Grouping:
+    """All batches, and where the rows are among them."""
+
+    batches: list[_Batch]
+    places: torch.Tensor  # [R] int64, padded row of each row; N for the rows of codewords without experts
+    num_padded: int  # N
+    width: int  # experts of the shortest list in a batch as long as the batch is wide; 0 if a row is in no batch
+
+
+def _group(shortlist, assignments, hidden_size) -> _Grouping:
+    """Group the rows by codeword; codewords without rows or experts are in no batch. Waits for the device once."""
     num_probes, codewords = assignments.shape[1], assignments.reshape(-1)
-    num_rows = codewords.numel()
+    num_rows, device = codewords.numel(), codewords.device
     order = torch.argsort(codewords, stable=True)
-    counts = torch.zeros(shortlist.shape[0], dtype=torch.int64, device=codewords.device)
+    counts = torch.zeros(shortlist.shape[0], dtype=torch.int64, device=device)
     counts.index_add_(0, codewords, torch.ones_like(codewords))
     lengths = (shortlist >= 0).sum(dim=1)
     by_count = torch.argsort(counts, descending=True, stable=True)
-    first = (counts.cumsum(0) - counts)[by_count]
-    sorted_counts, shortlist = counts[by_count], shortlist[by_count]
-    sizes = torch.stack((sorted_counts, lengths[by_count]), dim=1).tolist()
-    places = torch.arange(sizes[0][0] if sizes else 0, device=codewords.device)
-    batches = []
-    for batch, (count, length, is_full) in _spans(sizes, hidden_size):
-        places_in = places[:count]
-        where = (first[batch].unsqueeze(1) + places_in).clamp(max=num_rows - 1)
-        some_rows = order[where]
-        rows = some_rows.masked_fill(places_in >= sorted_counts[batch].unsqueeze(1), num_rows)
-        tokens = some_rows // num_probes if num_probes > 1 else some_rows
-        num_rows_in = sum(rows_in for rows_in, _ in sizes[batch])
-        batches.append(_Batch(rows, tokens, shortlist[batch, :length], is_full, num_rows_in))
-    return batches
+    sizes = torch.stack((counts[by_count], lengths[by_count]), dim=1).tolist()
+    spans = list(_spans(sizes, hidden_size))
+    num_padded = sum((end - start) * count for start, end, count, _, _ in spans)
 
+    # The padded row of the first row of each codeword, in the order of ``by_count``.
+    starts, offset = [num_padded] * len(sizes), 0
+    for start, end, count, _, _ in spans:
+        starts[start:end] = range(offset, offset + (end - start) * count, count)
+        offset += (end - start) * count
+    first = torch.empty_like(counts).index_copy_(0, by_count, torch.tensor(starts, dtype=torch.int64, device=device))
+    sorted_codewords = codewords[order]
+    shift = first - (counts.cumsum(0) - counts)
+    places = (torch.arange(num_rows, device=device) + shift[sorted_codewords]).clamp(max=num_padded)
+    rows = torch.full((num_padded + 1,), num_rows, device=device).index_copy_(0, places, order)
+    tokens = rows.clamp(max=max(num_rows - 1, 0))
+    tokens = tokens // num_probes if num_probes > 1 else tokens
 
-def _leave_gaps(batches, num_rows, width):
-    """Whether a row has fewer than ``width`` experts: its list is shorter, or empty and in no batch."""
-    return sum(batch.num_rows for batch in batches) < num_rows or any(
-        not batch.is_full or batch.experts.shape[1] < width for batch in batches
+    experts, batches, offset = shortlist[by_count], [], 0
+    for start, end, count, length, is_full in spans:
+        span = slice(offset, offset + (end - start) * count)
+        shape, offset = (end - start, count), span.stop
+        batches.append(_Batch(span, shape, rows[span], tokens[span], experts[start:end, :length], is_full))
+    num_batched = sum(rows_of for start, end, *_ in spans for rows_of, _ in sizes[start:end])
+    width = min((batch.experts.shape[1] if batch.is_full else 0 for batch in batches), default=0)
+    return _Grouping(
+        batches, torch.empty_like(places).index_copy_(0, order, places), num_padded, width * (num_batched == num_rows)
     )
 
 
 def _spans(sizes, hidden_size):
-    """Yield (slice of the codewords sorted by rows, (most rows, longest list, whether all lists are that long))."""
+    """Yield (start, end, most rows, longest list, whether all lists are that long) of the codewords of each batch,
+    which are sorted by their rows."""
     start = 0
     while start < len(sizes) and sizes[start][0]:
         count, length = sizes[start]
@@ -87,7 +106,7 @@ def _spans(sizes, hidden_size):
                 break
             length, shortest, end = longest, min(shortest, sizes[end][1]), end + 1
         if length:
-            yield slice(start, end), (count, length, shortest == length)
+            yield start, end, count, length, shortest == length
         start = end
 
 
@@ -128,16 +147,16 @@ class _GroupedFineScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, shortlist, assignments, dtype):
         num_rows, num_probes = assignments.numel(), assignments.shape[1]
-        batches = _make_batches(shortlist, assignments, hidden.shape[1])
+        grouping = _group(shortlist, assignments, hidden.shape[1])
         # One row more, for what padding gives.
         scores = torch.empty(num_rows + 1, shortlist.shape[1], dtype=dtype, device=hidden.device)
-        if _leave_gaps(batches, num_rows, scores.shape[1]):
+        if grouping.width < scores.shape[1]:
             scores.fill_(float("-inf"))
-        for batch, tile in _tiles(batches, hidden, weight, bias, dtype):
-            scores[:, : tile.shape[2]].index_copy_(0, batch.rows.reshape(-1), tile.flatten(0, 1))
+        for batch, tile in _tiles(grouping.batches, hidden, weight, bias, dtype):
+            scores[:, : tile.shape[2]].index_copy_(0, batch.rows, tile.flatten(0, 1))
         ctx.save_for_backward(hidden, weight, bias)
         ctx.weight = weight  # the parameter itself, for its main_grad
-        ctx.batches, ctx.num_probes, ctx.dtype = batches, num_probes, dtype
+        ctx.batches, ctx.num_probes, ctx.dtype = grouping.batches, num_probes, dtype
         return scores[:num_rows].view(-1, num_probes, shortlist.shape[1])
 
     @staticmethod
@@ -162,7 +181,7 @@ class _GroupedFineScores(torch.autograd.Function):
                 grad = grad.masked_fill((batch.experts < 0).unsqueeze(1), 0.0)
             if need_hidden:
                 tile = torch.bmm(grad, centres.gather(weight, batch))
-                grad_rows.index_copy_(0, batch.rows.reshape(-1), tile.flatten(0, 1))
+                grad_rows.index_copy_(0, batch.rows, tile.flatten(0, 1))
             if need_weight:
                 grad_centres = centres.room_for(batch)
                 torch.bmm(grad.transpose(1, 2), _tokens(hidden, batch, dtype), out=grad_centres)
@@ -189,14 +208,14 @@ class _GroupedFineScores(torch.autograd.Function):
 
 def _tokens(hidden, batch, dtype):
     """[B, n, H] tokens of the batch's rows; any where padded."""
-    return hidden.index_select(0, batch.tokens.reshape(-1)).to(dtype).view(*batch.rows.shape, -1)
+    return hidden.index_select(0, batch.tokens).to(dtype).view(*batch.shape, -1)
 
 
 def _rows_or_zero(values, batch):
     """[B, n, length] rows of values [R, length]; zero where padded."""
     num_rows = values.shape[0]
-    rows = values.index_select(0, batch.rows.reshape(-1).clamp(max=num_rows - 1)).view(*batch.rows.shape, -1)
-    return rows.masked_fill_((batch.rows == num_rows).unsqueeze(2), 0.0)
+    rows = values.index_select(0, batch.rows.clamp(max=num_rows - 1))
+    return rows.masked_fill_((batch.rows == num_rows).unsqueeze(1), 0.0).view(*batch.shape, -1)
 
 
 def grouped_fine_scores(hidden, weight, bias, shortlist, assignments, dtype):
@@ -207,18 +226,22 @@ def grouped_fine_scores(hidden, weight, bias, shortlist, assignments, dtype):
 @torch.no_grad()
 def grouped_fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype):
     """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`, whose caller has validated the shapes."""
-    num_rows = assignments.numel()
-    batches = _make_batches(shortlist, assignments, hidden.shape[1])
-    # One row more, for what padding gives.
-    scores = torch.empty(num_rows + 1, topk, dtype=dtype, device=hidden.device)
-    ids = torch.empty(num_rows + 1, topk, dtype=torch.int32, device=hidden.device)
-    if _leave_gaps(batches, num_rows, topk):
+    grouping = _group(shortlist, assignments, hidden.shape[1])
+    num_padded, list_size = grouping.num_padded + 1, shortlist.shape[1]  # one row more, for rows in no batch
+    scores = torch.empty(num_padded, topk, dtype=dtype, device=hidden.device)
+    columns = torch.empty(num_padded, topk, dtype=torch.int64, device=hidden.device)
+    if grouping.width < topk:
         scores.fill_(float("-inf"))
-        ids.fill_(-1)
-    for batch, tile in _tiles(batches, hidden, weight, bias, dtype):
-        best, places = tile.topk(min(topk, tile.shape[2]), dim=2)
-        experts = batch.experts.unsqueeze(1).expand_as(tile).gather(2, places)
-        rows = batch.rows.reshape(-1)
-        scores[:, : best.shape[2]].index_copy_(0, rows, best.flatten(0, 1))
-        ids[:, : best.shape[2]].index_copy_(0, rows, experts.flatten(0, 1).int())
-    return scores[:num_rows], ids[:num_rows]
+        columns.fill_(list_size)
+        shortlist = torch.nn.functional.pad(shortlist, (0, 1), value=-1)
+    for batch, tile in _tiles(grouping.batches, hidden, weight, bias, dtype):
+        num_best = min(topk, tile.shape[2])
+        if num_best == topk:
+            out = tuple(values[batch.span].view(*batch.shape, topk) for values in (scores, columns))
+            torch.topk(tile, topk, dim=2, sorted=False, out=out)
+        else:
+            for values, best in zip((scores, columns), tile.topk(num_best, dim=2, sorted=False), strict=True):
+                values[batch.span, :num_best] = best.flatten(0, 1)
+    scores, columns = scores.index_select(0, grouping.places), columns.index_select(0, grouping.places)
+    ids = shortlist.reshape(-1).index_select(0, (assignments * shortlist.shape[1] + columns).reshape(-1))
+    return scores, ids.int().view_as(columns)

@@ -35,7 +35,7 @@ class _BaggedSelectedScores(torch.autograd.Function):
             sorted_ids, order = ids.reshape(-1).int().sort(stable=True)
             experts = torch.arange(weight.shape[0] + 1, dtype=torch.int32, device=ids.device)
             first = torch.searchsorted(sorted_ids, experts)
-            values = grad_scores.reshape(-1)[order]
+            values = grad_scores.reshape(-1).index_select(0, order)
             grad_weight = weight_gradient(ctx.weight, hidden.to(dtype), first, order // num_selected, values)
         if need_bias:
             wide = torch.promote_types(dtype, torch.float32)
