@@ -77,6 +77,20 @@ def data_prefix(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def successors(tmp_path_factory) -> list:
+    """The flags of a data set that is learned in a few steps: every token is followed by the next number."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
+
+    folder = tmp_path_factory.mktemp("successors")
+    prefix = str(folder / "count")
+    builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=DType.optimal_dtype(VOCABULARY))
+    for start in numpy.random.default_rng(0).integers(0, VOCABULARY, size=200):
+        builder.add_document(torch.from_numpy((start + numpy.arange(61)) % VOCABULARY), [61])
+    builder.finalize(get_idx_path(prefix))
+    return ["--data-path", prefix, "--split", "8,1,1", "--data-cache-path", folder]
+
+
+@pytest.fixture(scope="session")
 def zygote(tmp_path_factory):
     """A function that trains with our entry: flags, ranks, more flags by rank -> Run."""
     process = subprocess.Popen(

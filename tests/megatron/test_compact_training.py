@@ -7,7 +7,6 @@ ranks or missing in the norm shows there, as do weights, codebooks and Adam stat
 
 import re
 
-import numpy
 import pytest
 import torch
 
@@ -45,20 +44,6 @@ ADAM_MEAN, ADAM_SQUARE = "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq
 PRINTED_NORM, PRINTED_LOSS = 1.1e-3, 1.1e-6
 CLOSE = 1e-5  # relative to the largest entry of a tensor, after some steps; 5e-7 is usual
 BF16 = 1e-2  # relative: weights and activations are rounded to 2^-9, one after the other
-
-
-@pytest.fixture(scope="module")
-def successors(tmp_path_factory) -> list:
-    """The flags of a data set that is learned in a few steps: every token is followed by the next number."""
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
-
-    folder = tmp_path_factory.mktemp("successors")
-    prefix = str(folder / "count")
-    builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=DType.optimal_dtype(VOCABULARY))
-    for start in numpy.random.default_rng(0).integers(0, VOCABULARY, size=200):
-        builder.add_document(torch.from_numpy((start + numpy.arange(61)) % VOCABULARY), [61])
-    builder.finalize(get_idx_path(prefix))
-    return ["--data-path", prefix, "--split", "8,1,1", "--data-cache-path", folder]
 
 
 @pytest.fixture(scope="module")

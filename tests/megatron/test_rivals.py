@@ -32,24 +32,33 @@ def save_flags(directory):
     return ["--save", directory, "--save-interval", SAVED]
 
 
-def assert_same(run, expected, steps):
-    for place, close in ((0, dict(rel=PRINTED_LOSS)), (1, dict(abs=PRINTED_NORM))):
-        found, wanted = ({step: float(r.steps[step][place]) for step in steps} for r in (run, expected))
-        assert found == pytest.approx(wanted, **close)
+def assert_same_norms(run, expected, steps):
+    found, wanted = ({step: float(r.norms[step]) for step in steps} for r in (run, expected))
+    assert found == pytest.approx(wanted, abs=PRINTED_NORM)
+
+
+@pytest.fixture(scope="module")
+def train(pretrain, successors):
+    """A function that trains a granular model: flags -> Run."""
+
+    def run(*flags, **settings):
+        return pretrain(*GRANULAR, *successors, *flags, data=False, **settings)
+
+    return run
 
 
 @pytest.fixture(scope="module", params=RIVALS)
-def rival(request, pretrain, tmp_path_factory):
+def rival(request, train, tmp_path_factory):
     """A compact run: (type, flags, run, directory of its checkpoints)."""
-    flags = [*GRANULAR, "--moe-router-type", request.param, *RIVALS[request.param][0], "--train-iters", STEPS]
+    flags = ["--moe-router-type", request.param, *RIVALS[request.param][0], "--train-iters", STEPS]
     directory = tmp_path_factory.mktemp(request.param)
-    return request.param, flags, pretrain(*flags, *COMPACT, *EP2, *save_flags(directory)), directory
+    return request.param, flags, train(*flags, *COMPACT, *EP2, *save_flags(directory)), directory
 
 
 def test_it_trains_and_says_how_it_routes(rival):
     router_type, _, run, _ = rival
     assert list(run.steps) == list(range(1, STEPS + 1))
-    assert float(run.steps[STEPS][0]) < float(run.steps[1][0])
+    assert float(run.steps[STEPS][0]) < float(run.steps[1][0]) - 0.1
     lines = [line for line in run.output.splitlines() if "routing health at iteration" in line]
     assert len(lines) == STEPS
     assert all("experts used: " in line and "dispatched bytes per token: " in line for line in lines)
@@ -57,30 +66,32 @@ def test_it_trains_and_says_how_it_routes(rival):
     assert all(re.search(r"vq loss: \d+\.\d+ ", line) for line in lines) == (router_type == "vq")
 
 
-def test_the_stock_path_trains_the_same(rival, pretrain):
+def test_the_stock_path_trains_the_same(rival, train):
     _, flags, run, _ = rival
-    assert_same(pretrain(*flags, *EP2), run, range(1, STEPS + 1))
+    stock = train(*flags, *EP2)
+    assert_same_norms(stock, run, run.steps)
+    found, expected = ([float(r.steps[step][0]) for step in run.steps] for r in (stock, run))
+    assert found == pytest.approx(expected, rel=PRINTED_LOSS)
 
 
-def test_resumed_in_another_layout_it_goes_on(rival, pretrain, tmp_path):
+def test_resumed_in_another_layout_it_goes_on(rival, train, tmp_path):
     router_type, flags, run, directory = rival
     _, only_here, (ranks, layout) = RIVALS[router_type]
-    (directory / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
-    resumed = pretrain(*flags, *COMPACT, *layout, "--load", directory, *save_flags(tmp_path), ranks=ranks)
-    assert_same(resumed, run, range(SAVED + 1, STEPS + 1))
+    load = ["--load", directory, "--ckpt-step", SAVED]
+    resumed = train(*flags, *COMPACT, *layout, *load, *save_flags(tmp_path), ranks=ranks)
+    assert_same_norms(resumed, run, range(SAVED + 1, STEPS + 1))
     found, expected = (read_checkpoint(path, STEPS) for path in (tmp_path, directory))
     assert found.keys() == expected.keys() and ROUTER + only_here in expected
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_another_router_does_not_load_it(rival, pretrain):
+def test_another_router_does_not_load_it(rival, train):
     router_type, _, _, directory = rival
-    if router_type == "topk":
-        return
-    other = pretrain(*GRANULAR, *AIR, "--load", directory, "--train-iters", "5", ranks=1, succeeds=False)
-    assert other.returncode != 0 and "time to initialize megatron" not in other.output
-    assert f"holds routers of type {router_type}: --moe-router-type air cannot load them" in other.output
+    if router_type == "product_key":
+        other = train(*AIR, "--load", directory, "--train-iters", "5", ranks=1, succeeds=False)
+        assert other.returncode != 0 and "time to initialize megatron" not in other.output
+        assert f"holds routers of type {router_type}: --moe-router-type air cannot load them" in other.output
 
 
 def test_megatrons_own_experts_take_product_keys_of_two_heads(pretrain):
@@ -92,8 +103,8 @@ def test_megatrons_own_experts_take_product_keys_of_two_heads(pretrain):
     assert "--moe-product-key-heads (2) has no effect with --moe-router-type air" in run.output
 
 
-def test_air_reports_its_recall(pretrain):
-    run = pretrain(*AIR, *GRANULAR, *COMPACT, *EP2, "--train-iters", "2")
+def test_air_reports_its_recall(train):
+    run = train(*AIR, *COMPACT, *EP2, "--train-iters", "2")
     found = re.findall(r"mass recall: ([0-9.]+) \| top-k recall: ([0-9.]+)", run.output)
     assert len(found) == 2
     assert all(0.2 < float(mass) <= 1.0 and 0.2 < float(topk) <= 1.0 for mass, topk in found)
