@@ -25,6 +25,10 @@ class AIRFields:
     looked up by the token's codeword; 'product_key' (PEER), 'hierarchical' (groups of experts), 'hash' (fixed, by token
     id) and 'vq' (VQMoE) are rivals from the literature."""
 
+    moe_router_input_norm: Literal["none", "running"] = "none"
+    """Normalise the tokens per feature before they are scored, by the 'running' mean and variance of earlier global
+    batches; for 'topk', 'air', 'hierarchical' and 'vq'."""
+
     moe_air_num_clusters: int = 0
     """Number of codewords C in the codebook of one router; 0 chooses 2*sqrt(experts), up to a multiple of 8."""
 
@@ -225,10 +229,15 @@ def validate(config: TransformerConfig) -> None:
     if router_type not in ROUTER_TYPES:
         *others, last = map(repr, ROUTER_TYPES)
         raise ValueError(f"moe_router_type ({router_type!r}) must be {', '.join(others)} or {last}")
+    _validate_input_norm(config)
     if is_plain_topk(config):
         if config.moe_dispatch != "stock":
             _refusal(config, "moe_router_type 'topk' and Megatron's own experts")(
                 "moe_dispatch", "they take dense maps; use 'stock', or add --moe-granular-experts"
+            )
+        if config.moe_router_input_norm != "none":
+            _refusal(config, "moe_router_type 'topk' and Megatron's own experts")(
+                "moe_router_input_norm", "that is Megatron's own router; add --moe-granular-experts"
             )
         return
     if config.num_moe_experts is None:
@@ -241,6 +250,17 @@ def validate(config: TransformerConfig) -> None:
     if config.moe_granular_experts:
         validate_experts(config)
     _validate_dispatch(config)
+
+
+def _validate_input_norm(config):
+    if config.moe_router_input_norm not in ("none", "running"):
+        raise ValueError(f"moe_router_input_norm ({config.moe_router_input_norm!r}) must be 'none' or 'running'")
+    if config.moe_router_input_norm != "none":
+        refuse = _refusal(config, f"moe_router_type {config.moe_router_type!r}")
+        if config.moe_router_type == "product_key":
+            refuse("moe_router_input_norm", "it has moe_product_key_query_norm")
+        if config.moe_router_type == "hash":
+            refuse("moe_router_input_norm", "it does not look at the tokens")
 
 
 def validate_experts(config: TransformerConfig) -> None:

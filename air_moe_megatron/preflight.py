@@ -269,6 +269,7 @@ def check_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Cod
     _check_experts(directory, keys, getattr(config, "moe_granular_experts", False))
     router_type = getattr(config, "moe_router_type", "topk")
     _check_router(directory, keys, router_type)
+    _check_input_norm(directory, keys, getattr(config, "moe_router_input_norm", "none"))
     if router_type != "air":
         if shapes:
             print_rank_0(f"> {directory} was trained with AIR routing: its codebooks are left, its experts are loaded")
@@ -314,6 +315,17 @@ def _check_router(directory, keys, router_type):
         raise ValueError(
             f"--load '{directory}' holds routers of type {found or 'topk or air'}: "
             f"--moe-router-type {router_type} cannot load them"
+        )
+
+
+def _check_input_norm(directory, keys, norm):
+    """Centres that were trained on normalised tokens are of no use for others, nor the other way round."""
+    has_routers = any(".router." in key for key in keys)
+    found = "running" if any(key.endswith("router.input_norm.mean") for key in keys) else "none"
+    if has_routers and found != norm:
+        raise ValueError(
+            f"--load '{directory}' was trained with --moe-router-input-norm {found}, so --moe-router-input-norm "
+            f"({norm}) must be {found}"
         )
 
 

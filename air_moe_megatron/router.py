@@ -166,6 +166,10 @@ class AIRRouter(CompactRouter):
             state = {key: value for key, value in state.items() if not key.startswith(left_out)}
         return state
 
+    def learners(self) -> list[torch.nn.Module]:
+        """As the base's, and the codebook where it learns from tokens."""
+        return super().learners() + ([self.codebook] if self.index.source == "tokens" else [])
+
     def _load_from_state_dict(self, *args, **kwargs):
         self.is_codebook_left_out = False
         return super()._load_from_state_dict(*args, **kwargs)

@@ -1,7 +1,7 @@
 """The step boundary: when the codebooks learn, and the one collective that it takes.
 
 Communication per optimizer step and pipeline stage: one all-reduce of ``layers * C * (H + 3)`` fp32 numbers over
-``tp_dp_cp``, the ranks of the stage that hold different tokens.
+``tp_dp_cp``, the ranks of the stage that hold different tokens; with input norms ``layers * (2H + 1)`` more.
 
 The order within a step: every attempt starts with ``discard_statistics`` (a step that Megatron runs again must not
 count twice), forwards accumulate, and ``update_codebooks`` runs once after the optimizer has really stepped. A skipped
@@ -16,10 +16,12 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 
+from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.config import is_plain_topk
 from air_moe_megatron.dispatcher import CompactTokenDispatcher
 from air_moe_megatron.router import ROUTERS, AIRRouter
+from air_moe_megatron.routers.base import CompactRouter
 
 logger = logging.getLogger(__name__)
 
@@ -30,48 +32,59 @@ def air_routers(modules) -> list[AIRRouter]:
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, AIRRouter)]
 
 
+def learners(modules) -> list[tuple[CompactRouter, torch.nn.Module]]:
+    """What learns without gradients in the modules, each with its router, in a fixed order."""
+    chunks = [modules] if isinstance(modules, torch.nn.Module) else modules
+    routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, CompactRouter)]
+    return [(router, learner) for router in routers for learner in router.learners()]
+
+
 def discard_statistics(modules) -> None:
     """Forget what the routers have accumulated since the last update; call it before each attempt at a step."""
-    for router in air_routers(modules):
-        router.codebook.discard()
+    for _, learner in learners(modules):
+        learner.discard()
 
 
 @torch.no_grad()
 def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = None) -> int:
-    """All-reduce the accumulated statistics of all AIR routers in ``modules`` and apply the update.
+    """All-reduce the accumulated statistics of all routers in ``modules``, of codebooks and input norms, and apply them.
 
     Every rank of the group must call it with the same routers. Sums are reduced first and divided after, so that N
     ranks equal one rank on all their tokens; all ranks get bitwise the same codebooks. Waits for the device: once for
-    all routers, and for each router while it looks for starved codewords.
+    all routers, and for each codebook while it looks for starved codewords.
 
     Args:
         modules: a module or a list of modules (all model chunks of the pipeline stage).
         group: ranks whose statistics are summed; None means this rank alone.
     Returns:
-        the number of codebooks whose update was dropped because a token was NaN or infinite.
+        the number of routers whose update was dropped because a token was NaN or infinite.
     """
-    routers = air_routers(modules)
-    learning = [router for router in routers if router.index.source == "tokens"]
-    for router in routers:
+    for router in air_routers(modules):
         if router.index.source == "experts":
             router.codebook.count_update()  # learned from the centres, at the next refresh of the lists
+    learning = learners(modules)
     if not learning:
         return 0
-    flat = torch.cat([router.codebook.statistics.flatten() for router in learning])
+    flat = torch.cat([learner.statistics.flatten() for _, learner in learning])
     if group is not None and group.size() > 1:
         torch.distributed.all_reduce(flat, group=group)
-    parts = flat.split([router.codebook.statistics.numel() for router in learning])
+    parts = flat.split([learner.statistics.numel() for _, learner in learning])
     finite = torch.stack([part.isfinite().all() for part in parts]).tolist()
-    for router, part, is_finite in zip(learning, parts, finite, strict=True):
-        router.codebook.apply_update(part.view_as(router.codebook.statistics), is_finite)
-        router.codebook.discard()
+    dropped = {}
+    for (router, learner), part, is_finite in zip(learning, parts, finite, strict=True):
+        learner.apply_update(part.view_as(learner.statistics), is_finite)
+        learner.discard()
         if not is_finite:
-            logger.warning(
-                "layer %s: a token of this global batch was NaN or infinite; its codebook stays as it was (%d so far)",
-                router.layer_number,
-                int(router.codebook.num_dropped),
-            )
-    return finite.count(False)
+            dropped[router] = learner
+    for router, learner in dropped.items():
+        so_far = f" ({int(learner.num_dropped)} so far)" if isinstance(learner, Codebook) else ""
+        logger.warning(
+            "layer %s: a token of this global batch was NaN or infinite; its %s as it was%s",
+            router.layer_number,
+            "codebook stays" if isinstance(learner, Codebook) else "input norm stays",
+            so_far,
+        )
+    return len(dropped)
 
 
 def require_routers(model) -> list:
@@ -115,7 +128,7 @@ def finish_step(model, iteration: int, successful: bool) -> None:
     """
     from air_moe_megatron.diagnostics import log_health
 
-    routers = air_routers(require_routers(model))
+    routers = [router for router, _ in learners(require_routers(model))] or air_routers(model)
     if successful and routers:
         update_codebooks(model, routers[0].tp_dp_cp_group)
     log_health(model, iteration)

@@ -20,6 +20,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 
 from air_moe_megatron.config import validate
+from air_moe_megatron.routers.input_norm import InputNorm
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -49,6 +50,7 @@ class CompactRouter(TopKRouter):
     def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
         validate(config)
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.input_norm = InputNorm(config.hidden_size) if config.moe_router_input_norm == "running" else None
         # Tokens each expert got since the last health line; for logs only.
         self.register_buffer("expert_load", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
 
@@ -123,10 +125,19 @@ class CompactRouter(TopKRouter):
         hidden = self.apply_input_jitter(hidden_states).reshape(-1, self.config.hidden_size)  # [T, H]
         keep = self._keep(padding_mask)
         self._follow_device(hidden)
+        if self.input_norm is not None:
+            if self.training and torch.is_grad_enabled():
+                self.input_norm.accumulate(hidden, keep)
+            hidden = self.input_norm(hidden)
         routes = self._choose(hidden, keep, batch_size)
         if self.training and torch.is_grad_enabled():
             self.expert_load += self._count(routes.topk_ids, keep)
         return routes
+
+    def learners(self) -> list[torch.nn.Module]:
+        """What learns from each global batch without gradients: parts with ``statistics`` to be summed over ranks,
+        ``apply_update`` and ``discard``."""
+        return [] if self.input_norm is None else [self.input_norm]
 
     def _choose(self, hidden, keep, batch_size) -> Routes:
         """The routes of tokens [T, H]; ``keep`` is [T] bool, True for tokens that count, or None if all do."""

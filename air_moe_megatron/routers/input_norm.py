@@ -1,0 +1,81 @@
+"""InputNorm: tokens centred and scaled per feature before they are scored, by statistics of earlier batches.
+
+Hidden states share a large mean, above all in a young model: their directions are then nearly one, and the experts that
+lie along it win every token. Without the mean the differences between tokens decide. It is what PEER's batch norm does
+for its queries (He 2024, arXiv 2407.04153), with statistics that are learned like the codebook: without gradients, once
+per global batch, from sums over all ranks. So no token sees the others of its batch, training and evaluation compute
+the same, and the one all-reduce of ``sync.py`` carries the sums.
+
+Legend: T tokens, H hidden.
+"""
+
+import torch
+
+_DECAY = 0.9  # weight of the past per global batch; the first batch counts alone, the n-th 1/n until that is less
+_EPSILON = 1e-5
+
+
+class InputNorm(torch.nn.Module):
+    """``(h - mean) / sqrt(variance + 1e-5)`` with running statistics: fp32, equal on all ranks, saved and restored.
+
+    Before the first update it changes nothing. Life of a training step: ``accumulate`` in each microbatch's forward,
+    ``discard`` when the step is attempted again, ``apply_update`` with the sums over ranks after a successful step.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(hidden_size))
+        self.register_buffer("variance", torch.ones(hidden_size))
+        self.register_buffer("num_updates", torch.zeros(1, dtype=torch.int64))
+        # Sums of (h - mean) and of its squares, and the number of tokens.
+        self.register_buffer("statistics", torch.zeros(2 * hidden_size + 1), persistent=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, H] normalised tokens, in their dtype."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        scale = (self.variance + _EPSILON).rsqrt()
+        return ((hidden.to(wide) - self.mean) * scale).to(hidden.dtype)
+
+    @torch.no_grad()
+    def accumulate(self, hidden: torch.Tensor, keep: torch.Tensor | None) -> None:
+        """Add the tokens [T, H] of one microbatch; ``keep`` is [T] bool, True for tokens that count, or None.
+
+        Sums are taken around the running mean, which all ranks share, so that the variance loses no digits.
+        """
+        centred = hidden.float() - self.mean
+        if keep is None:
+            count = centred.new_full((1,), centred.shape[0])
+        else:
+            centred = torch.where(keep.unsqueeze(1), centred, 0.0)
+            count = keep.sum().to(centred.dtype).view(1)
+        self.statistics += torch.cat((centred.sum(dim=0), centred.square().sum(dim=0), count))
+
+    def discard(self) -> None:
+        """Forget what was accumulated since the last update."""
+        self.statistics.zero_()
+
+    @torch.no_grad()
+    def apply_update(self, statistics: torch.Tensor, finite: bool) -> None:
+        """Move towards the mean and variance of a global batch; does not wait for the device.
+
+        Args:
+            statistics: [2H + 1] fp32, summed over all ranks.
+            finite: whether all of them are, as every rank has found alike; otherwise nothing changes.
+        """
+        if not finite:
+            return
+        count = statistics[-1]
+        shift, square = (statistics[:-1] / count.clamp_min(1.0)).chunk(2)
+        self.num_updates += (count > 0).long()
+        rate = (1.0 / self.num_updates.clamp_min(1)).clamp_min(1.0 - _DECAY) * (count > 0)
+        self.mean += rate * shift
+        self.variance += rate * ((square - shift.square()).clamp_min(0.0) - self.variance)
+
+    def _apply(self, fn, recurse=True):
+        # Megatron's Float16Module casts every floating buffer; running statistics stay fp32.
+        originals = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, original in originals.items():
+            if self._buffers[name].dtype != original.dtype:
+                self._buffers[name] = original.to(self._buffers[name].device)
+        return self

@@ -1,0 +1,132 @@
+"""InputNorm: what it makes of tokens, how its statistics are learned, and what routers make of it."""
+
+import pytest
+import torch
+
+from air_moe_megatron.router import ROUTERS
+from air_moe_megatron.routers.input_norm import InputNorm
+from air_moe_megatron.sync import discard_statistics, learners, update_codebooks
+from tests.unit.rivals import make_config
+
+HIDDEN = 16
+
+
+def batches(count, size=40):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, HIDDEN, generator=generator) * 3.0 + 100.0 for _ in range(count)]
+
+
+def learn(norm, *microbatches, keep=None):
+    for tokens in microbatches:
+        norm.accumulate(tokens, keep)
+    norm.apply_update(norm.statistics.clone(), True)
+    norm.discard()
+
+
+def test_it_changes_nothing_before_the_first_update_and_the_first_batch_counts_alone():
+    norm, (tokens,) = InputNorm(HIDDEN), batches(1)
+    torch.testing.assert_close(norm(tokens), tokens, rtol=1e-4, atol=0)
+    learn(norm, tokens[:15], tokens[15:])
+    torch.testing.assert_close(norm.mean, tokens.mean(dim=0), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(norm.variance, tokens.var(dim=0, unbiased=False), rtol=1e-3, atol=1e-3)
+    found = norm(tokens)
+    torch.testing.assert_close(found.mean(dim=0), torch.zeros(HIDDEN), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.std(dim=0, unbiased=False), torch.ones(HIDDEN), rtol=1e-3, atol=1e-3)
+
+
+def test_the_first_ten_batches_count_alike_and_later_ones_a_tenth():
+    norm, given = InputNorm(HIDDEN), batches(12)
+    for tokens in given[:10]:
+        learn(norm, tokens)
+    expected = torch.stack([tokens.mean(dim=0) for tokens in given[:10]]).mean(dim=0)
+    torch.testing.assert_close(norm.mean, expected, rtol=1e-5, atol=1e-4)
+    learn(norm, given[10])
+    torch.testing.assert_close(norm.mean, 0.9 * expected + 0.1 * given[10].mean(dim=0), rtol=1e-5, atol=1e-4)
+
+
+def test_padding_and_batches_without_tokens_do_not_count():
+    norm, (tokens,) = InputNorm(HIDDEN), batches(1)
+    keep = torch.arange(40) < 30
+    padded = tokens.clone()
+    padded[30:] = float("nan")
+    learn(norm, padded, keep=keep)
+    torch.testing.assert_close(norm.mean, tokens[:30].mean(dim=0), rtol=1e-5, atol=1e-4)
+    before = norm.mean.clone()
+    learn(norm, padded, keep=torch.zeros(40, dtype=torch.bool))
+    assert torch.equal(norm.mean, before) and int(norm.num_updates) == 1
+
+
+def test_statistics_stay_fp32_and_results_keep_the_dtype_of_the_tokens():
+    norm = InputNorm(HIDDEN).bfloat16()
+    assert norm.mean.dtype == norm.variance.dtype == norm.statistics.dtype == torch.float32
+    assert norm(torch.ones(2, HIDDEN, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("router_type", ("topk", "air", "hierarchical", "vq"))
+def test_a_router_sees_normalised_tokens_and_learns_only_in_training(megatron_cpu, router_type):
+    def make(norm):
+        config, _ = make_config(moe_router_type=router_type, moe_router_input_norm=norm)
+        torch.manual_seed(0)
+        router = ROUTERS[router_type](config, megatron_cpu)
+        router.set_layer_number(1)
+        return router
+
+    (tokens,) = batches(1)
+    router, plain = make("running"), make("none")
+    assert [type(learner) for _, learner in learners(router)][0] is InputNorm
+    router.route(tokens)
+    discard_statistics(router)  # a step that is attempted again
+    router.route(tokens)
+    with torch.no_grad():
+        router.route(tokens * 5)
+    router.eval()
+    router.route(tokens * 7)
+    router.train()
+    update_codebooks(router)
+    torch.testing.assert_close(router.input_norm.mean, tokens.mean(dim=0), rtol=1e-5, atol=1e-4)
+    normal = router.input_norm(tokens)
+    if router_type == "air":
+        plain.codebook.load_state_dict(router.codebook.state_dict())
+    hidden = tokens.clone().requires_grad_()
+    routes, expected = router.route(hidden), plain.route(normal)
+    assert torch.equal(routes.topk_ids.sort(dim=1).values, expected.topk_ids.sort(dim=1).values)
+    torch.testing.assert_close(routes.probs, expected.probs)
+    assert torch.autograd.grad(routes.probs.square().sum(), hidden)[0].abs().max() > 0
+
+
+def test_a_token_that_is_not_finite_leaves_the_statistics_as_they_were(megatron_cpu, caplog):
+    config, _ = make_config(moe_router_type="topk", moe_router_input_norm="running")
+    router = ROUTERS["topk"](config, megatron_cpu)
+    (tokens,) = batches(1)
+    router.route(tokens)
+    update_codebooks(router)
+    before = router.input_norm.mean.clone()
+    tokens[3, 3] = float("inf")
+    router.route(tokens)
+    assert update_codebooks(router) == 1
+    assert torch.equal(router.input_norm.mean, before) and "input norm stays" in caplog.text
+
+
+def test_the_statistics_are_saved_and_restored(megatron_cpu):
+    config, _ = make_config(moe_router_type="topk", moe_router_input_norm="running")
+    router, other = (ROUTERS["topk"](config, megatron_cpu) for _ in range(2))
+    router.route(batches(1)[0])
+    update_codebooks(router)
+    other.load_state_dict(router.state_dict())
+    assert torch.equal(other.input_norm.mean, router.input_norm.mean)
+    assert "input_norm.statistics" not in router.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"moe_router_type": "hash", "moe_hash_vocab_size": 9}, "does not look at the tokens"),
+        ({"moe_router_type": "product_key"}, "moe_product_key_query_norm"),
+        ({"moe_router_input_norm": "batch"}, r"'batch'\) must be 'none' or 'running'"),
+        ({"moe_router_type": "topk", "moe_granular_experts": False, "moe_dispatch": "stock"}, "Megatron's own router"),
+    ],
+    ids=["hash", "product-keys", "unknown", "plain-topk"],
+)
+def test_what_cannot_be_normalised_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**{"moe_router_type": "topk", "moe_router_input_norm": "running", **fields})
