@@ -48,7 +48,7 @@ class AIRFields:
     """Decay, per global batch, of the running statistics from which the codewords are computed."""
 
     moe_air_refresh_interval: int = 10
-    """Rebuild the shortlists every this many codebook updates (and after each of the first this many)."""
+    """Rebuild the shortlists every this many codebook updates; while the codebook is young, more often."""
 
     moe_dispatch: Literal["stock", "compact"] = "stock"
     """How tokens reach their experts: 'stock' is the dispatcher that moe_token_dispatcher_type names, 'compact' sends a

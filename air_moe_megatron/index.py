@@ -148,15 +148,25 @@ class ShortlistIndex(torch.nn.Module):
         self._built_at_on_host = -1
 
     def version(self, num_updates: int) -> int:
-        """The update after which the lists in force were due: each of the first ``refresh_interval``, then every such
-        many, so that a young codebook is followed closely."""
+        """The update after which the lists in force were due.
+
+        The younger the codebook, the faster tokens and centres move, and the more often lists are rebuilt: with an
+        interval of 10 every update makes a rebuild due at first, every second from 20 on, every third from 30 on, and every
+        tenth from 100 on.
+
+        Example: interval 10, updates 20 to 25: 20, 20, 22, 22, 24, 24.
+        """
         interval = self.refresh_interval
-        return num_updates if num_updates <= interval else num_updates // interval * interval
+        start = num_updates // interval * interval
+        step = min(max(1, num_updates // interval), interval)
+        return start + (num_updates - start) // step * step
 
     def _turn(self, version: int) -> int:
         """How many versions there were before this one."""
         interval = self.refresh_interval
-        return version if version <= interval else interval - 1 + version // interval
+        blocks, rest = divmod(version, interval)
+        young = sum(-(-interval // max(1, block)) for block in range(min(blocks, interval)))
+        return young + max(0, blocks - interval) + rest // min(max(1, blocks), interval)
 
     @torch.no_grad()
     def refresh(self, codebook: Codebook, weight, bias, score_function=None, expert_bias=None) -> bool:

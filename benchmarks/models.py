@@ -176,7 +176,7 @@ def settle(router, hidden: torch.Tensor, num_updates: int = 3):
         learner.route(hidden)
         update_codebooks(learner)
     learned = learner.codebook.state_dict()
-    router.codebook.load_state_dict({**learned, "num_updates": torch.full((1,), router.index.refresh_interval + 1)})
+    router.codebook.load_state_dict({**learned, "num_updates": torch.full((1,), router.index.refresh_interval**2 + 1)})
     with torch.no_grad():
         router.route(hidden)
     return learner

@@ -16,8 +16,8 @@ def add_arguments(parser) -> None:
 def run(args) -> list[dict]:
     """Time the rebuild whole, and compare its share per step with a step of the whole layer that rebuilds nothing.
 
-    The share is of a step without any rebuild, the larger of the two ways to say it. In training the first
-    ``--interval`` steps rebuild each; here is what comes after.
+    The share is of a step without any rebuild, the larger of the two ways to say it. In training a young codebook
+    rebuilds more often, for ``--interval`` squared steps; here is what comes after.
     """
     with world() as (device, pg_collection):
         gates.gate_router(pg_collection, device)
