@@ -115,7 +115,20 @@ class CodebookHealth:
     num_dropped: int  # updates dropped so far because a token was not finite
 
 
-class Codebook(torch.nn.Module):
+class Float32Buffers(torch.nn.Module):
+    """A module whose own buffers keep their dtype and values when a model is cast, as Megatron's Float16Module does
+    with every floating buffer: statistics rounded to bf16 could not be restored."""
+
+    def _apply(self, fn, recurse=True):
+        originals = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, original in originals.items():
+            if original is not None and self._buffers[name].dtype != original.dtype:
+                self._buffers[name] = original.to(self._buffers[name].device)
+        return self
+
+
+class Codebook(Float32Buffers):
     """The codewords of one router with their running statistics: fp32 whatever the model's dtype, equal on all ranks.
 
     Life of a training step: ``accumulate`` in each microbatch's forward, ``discard`` when the step is attempted again,
@@ -205,15 +218,6 @@ class Codebook(torch.nn.Module):
         """Read the last update's figures; waits for the device."""
         cosine, live = self.last_health.tolist()
         return CodebookHealth(1.0 - cosine, int(live), int(self.num_dropped))
-
-    def _apply(self, fn, recurse=True):
-        # Megatron's Float16Module casts every floating buffer; a codebook rounded to bf16 could not be restored.
-        originals = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, original in originals.items():
-            if self._buffers[name].dtype != original.dtype:
-                self._buffers[name] = original.to(self._buffers[name].device)
-        return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         strict, missing_keys = args[1], args[2]

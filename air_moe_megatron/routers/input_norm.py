@@ -11,11 +11,13 @@ Legend: T tokens, H hidden.
 
 import torch
 
+from air_moe_megatron.codebook import Float32Buffers
+
 _DECAY = 0.9  # weight of the past per global batch; the first batch counts alone, the n-th 1/n until that is less
 _EPSILON = 1e-5
 
 
-class InputNorm(torch.nn.Module):
+class InputNorm(Float32Buffers):
     """``(h - mean) / sqrt(variance + 1e-5)`` with running statistics: fp32, equal on all ranks, saved and restored.
 
     Before the first update it changes nothing. Life of a training step: ``accumulate`` in each microbatch's forward,
@@ -70,12 +72,3 @@ class InputNorm(torch.nn.Module):
         rate = (1.0 / self.num_updates.clamp_min(1)).clamp_min(1.0 - _DECAY) * (count > 0)
         self.mean += rate * shift
         self.variance += rate * ((square - shift.square()).clamp_min(0.0) - self.variance)
-
-    def _apply(self, fn, recurse=True):
-        # Megatron's Float16Module casts every floating buffer; running statistics stay fp32.
-        originals = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, original in originals.items():
-            if self._buffers[name].dtype != original.dtype:
-                self._buffers[name] = original.to(self._buffers[name].device)
-        return self

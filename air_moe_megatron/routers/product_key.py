@@ -21,6 +21,7 @@ from megatron.core.transformer.moe.moe_utils import (
     topk_routing_with_score_function,
 )
 
+from air_moe_megatron.codebook import Float32Buffers
 from air_moe_megatron.config import resolve_product_keys
 from air_moe_megatron.routers.base import CompactRouter, Routes
 
@@ -28,7 +29,7 @@ _EPSILON = 1e-5
 _MOMENTUM = 0.1  # of the running statistics, torch's default
 
 
-class ProductKeyRouter(CompactRouter):
+class ProductKeyRouter(Float32Buffers, CompactRouter):
     """Route each token to the best k experts of each head's product keys; two heads may find the same expert.
 
     Communicates with batch-normalised queries: one all-reduce per training forward over ``tp_dp_cp``, the ranks that
@@ -135,15 +136,6 @@ class ProductKeyRouter(CompactRouter):
     def _per_head(self, logits):
         """[T, R * N] logits as [T * R, N]."""
         return logits.unflatten(1, (self.sizes.num_heads, -1)).flatten(0, 1)
-
-    def _apply(self, fn, recurse=True):
-        # Megatron's Float16Module casts every floating buffer; the running statistics stay fp32.
-        originals = {name: self._buffers.get(name) for name in ("running_mean", "running_var")}
-        super()._apply(fn, recurse)
-        for name, original in originals.items():
-            if original is not None and self._buffers[name].dtype != original.dtype:
-                self._buffers[name] = original.to(self._buffers[name].device)
-        return self
 
 
 class _AllReduce(torch.autograd.Function):
