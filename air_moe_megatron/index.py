@@ -151,8 +151,8 @@ class ShortlistIndex(torch.nn.Module):
         """The update after which the lists in force were due.
 
         The younger the codebook, the faster tokens and centres move, and the more often lists are rebuilt: with an
-        interval of 10 every update makes a rebuild due at first, every second from 20 on, every third from 30 on, and every
-        tenth from 100 on.
+        interval of 10 every update makes a rebuild due at first, every second from 20 on, every third from 30 on, and
+        every tenth from 100 on.
 
         Example: interval 10, updates 20 to 25: 20, 20, 22, 22, 24, 24.
         """
