@@ -47,7 +47,7 @@ def discard_statistics(modules) -> None:
 
 @torch.no_grad()
 def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = None) -> int:
-    """All-reduce the statistics that all routers in ``modules``, codebooks and input norms, accumulated, and apply them.
+    """All-reduce what the routers in ``modules`` accumulated, for codebooks and input norms, and apply it.
 
     Every rank of the group must call it with the same routers. Sums are reduced first and divided after, so that N
     ranks equal one rank on all their tokens; all ranks get bitwise the same codebooks. Waits for the device: once for
