@@ -114,8 +114,11 @@ class CompactRouter(TopKRouter):
             )
         if self.enable_expert_bias and torch.is_grad_enabled():
             keep = self._keep(padding_mask)
-            counted = routing_map if keep is None else routing_map & keep.unsqueeze(1)
-            self.local_tokens_per_expert += counted.sum(dim=0)
+            if self.config.moe_expert_capacity_factor is None:
+                self.local_tokens_per_expert += self._count(routes.topk_ids, keep)
+            else:  # what was dropped does not count
+                counted = routing_map if keep is None else routing_map & keep.unsqueeze(1)
+                self.local_tokens_per_expert += counted.sum(dim=0)
         return probs, routing_map
 
     @torch.compiler.disable  # group sizes are read on the host, and AIR's lists are rebuilt by a count of updates
@@ -207,7 +210,7 @@ class CompactRouter(TopKRouter):
         """[T, E] probs and routing map of the routes: linear in E, for the stock dispatchers only.
 
         The probs of an expert that holds several places of a token add up. Megatron's all-to-all counts on K experts
-        for each token, so others are then named too, with a prob of zero.
+        for each token: where that leaves fewer, or candidates ran out, others are named too, with a prob of zero.
         """
         num_tokens, width = routes.topk_ids.shape[0], self.num_experts
         ids = routes.topk_ids.long()
@@ -218,9 +221,10 @@ class CompactRouter(TopKRouter):
         probs = routes.probs.new_zeros(num_tokens, width).index_put((rows, ids), routes.probs, self.may_repeat)
         routing_map = torch.zeros(num_tokens, width, dtype=torch.bool, device=ids.device)
         routing_map[rows, ids] = True
-        if self.may_repeat:
-            routing_map.scatter_(1, routing_map.byte().topk(self.topk, dim=1).indices, True)
-        return probs[:, : self.num_experts], routing_map[:, : self.num_experts]
+        probs, routing_map = probs[:, : self.num_experts], routing_map[:, : self.num_experts]
+        if self.may_repeat or not self.always_complete:
+            routing_map = routing_map.scatter(1, routing_map.byte().topk(self.topk, dim=1).indices, True)
+        return probs, routing_map
 
     def _needs_aux_scores(self) -> bool:
         return self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled()

@@ -136,9 +136,17 @@ def steps(layer, seed=0):
         EVERY_LOSS,
         dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
         dict(moe_air_codebook_source="experts", moe_air_num_probes=2),
+        dict(
+            moe_air_codebook_source="experts",
+            moe_air_num_clusters=32,
+            moe_air_shortlist_size=8,
+            moe_router_topk=6,
+            moe_router_score_function="sigmoid",
+            moe_router_enable_expert_bias=True,
+        ),
         dict(moe_shared_expert_intermediate_size=4),
     ),
-    ids=("softmax", "every-loss", "sigmoid-bias", "lists-of-experts", "shared-expert"),
+    ids=("softmax", "every-loss", "sigmoid-bias", "lists-of-experts", "lists-that-run-out", "shared-expert"),
 )
 def test_compact_equals_stock(megatron_cpu, fields):
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec

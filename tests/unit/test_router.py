@@ -149,8 +149,9 @@ def test_places_stay_empty_where_candidates_run_out(megatron_cpu, scores):
     assert assert_equals_reference(router, hidden) > 0
     probs, routing_map = router(hidden.unsqueeze(1))
     expected = reference(router, hidden)
-    assert routing_map.sum(dim=1).tolist() == [len(ids) for ids, _ in expected]
-    assert (probs != 0).sum() <= routing_map.sum()
+    assert (routing_map.sum(dim=1) == 6).all()  # Megatron's all-to-all counts on K experts
+    for row, places, (ids, _) in zip(probs, routing_map, expected, strict=True):
+        assert set(row.nonzero().flatten().tolist()) <= set(ids) <= set(places.nonzero().flatten().tolist())
 
 
 def test_an_expert_in_two_probed_lists_is_one_candidate(megatron_cpu):
@@ -183,7 +184,9 @@ def test_dense_forward_agrees_with_route(megatron_cpu, scores, source, num_probe
             if expert >= 0:
                 expected_probs[token, expert], expected_map[token, expert] = value, True
     torch.testing.assert_close(probs, expected_probs, rtol=0, atol=0)
-    assert routing_map.dtype == torch.bool and torch.equal(routing_map, expected_map)
+    # Where candidates ran out, others are named with a prob of zero: Megatron's all-to-all counts on K experts.
+    assert routing_map.dtype == torch.bool and (routing_map.sum(dim=1) == router.topk).all()
+    assert (routing_map | ~expected_map).all()
 
 
 @pytest.mark.parametrize("shape", ((5, 3), (15,)), ids=("S-B-H", "T-H"))
@@ -218,8 +221,8 @@ def test_a_repeated_candidate_never_displaces_an_expert_whose_score_underflows(m
     with torch.no_grad():
         router.weight[39] = hidden[0] * 1000
     probs, routing_map = router(hidden.unsqueeze(1))
-    assert probs[0, 39] == 1 and probs.sum() == 1
-    assert routing_map[0, 39] and not routing_map[0, :31].any()
+    assert probs[0, 39] == 1 and probs.sum() == 1 and routing_map[0, 39]
+    assert set(router.route(hidden).topk_ids[0].tolist()) <= {-1, *range(31, 40)}
 
 
 # Gradients.
