@@ -413,6 +413,7 @@ def test_every_flag_has_a_help_text():
 def test_flags_are_converted_to_the_types_of_the_fields():
     _, values = parsed(
         *("--moe-router-type", "air"),
+        *("--moe-router-input-norm", "running"),
         *("--moe-air-num-clusters", "8"),
         *("--moe-air-shortlist-size", "16"),
         *("--moe-air-num-probes", "2"),
@@ -422,7 +423,19 @@ def test_flags_are_converted_to_the_types_of_the_fields():
         *("--moe-dispatch", "compact"),
         "--moe-granular-experts",
     )
-    assert vars(values) == vars(AIRFields("air", 8, 16, 2, "experts", 0.5, 3, "compact", True))
+    expected = AIRFields(
+        moe_router_type="air",
+        moe_router_input_norm="running",
+        moe_air_num_clusters=8,
+        moe_air_shortlist_size=16,
+        moe_air_num_probes=2,
+        moe_air_codebook_source="experts",
+        moe_air_codebook_ema=0.5,
+        moe_air_refresh_interval=3,
+        moe_dispatch="compact",
+        moe_granular_experts=True,
+    )
+    assert vars(values) == vars(expected)
 
 
 @pytest.mark.parametrize("flag", ("--moe-router-type", "--moe-air-codebook-source", "--moe-dispatch"))
@@ -438,6 +451,7 @@ def test_an_unknown_choice_is_refused_by_the_parser(flag, capsys):
         (dict(moe_product_key_heads=2), "--moe-product-key-heads (2)"),
         (dict(moe_dispatch="compact"), "--moe-dispatch ('compact')"),
         (dict(moe_air_num_probes=2), "--moe-air-num-probes (2)"),
+        (dict(moe_router_input_norm="running"), "--moe-router-input-norm ('running')"),
     ],
 )
 def test_flags_that_the_topk_router_ignores_are_refused(settings, words):
