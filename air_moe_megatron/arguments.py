@@ -54,7 +54,7 @@ def _refuse_unused(args):
         value, owner = getattr(args, field.name), router_type_of(field.name)
         if value == field.default or owner == args.moe_router_type:
             continue
-        if owner is not None or (field.name == "moe_dispatch" and is_plain_topk(args)):
+        if owner is not None or (field.name in ("moe_dispatch", "moe_router_input_norm") and is_plain_topk(args)):
             remedy = f"--moe-router-type {owner}" if owner else "--moe-granular-experts"
             raise ValueError(
                 f"{flag_of(field.name)} ({value!r}) has no effect with --moe-router-type {args.moe_router_type}; "
