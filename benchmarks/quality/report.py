@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-_USED, _IMBALANCE, _RECALL = "experts-used", "imbalance-factor", "mass-recall"
+_USED, _IMBALANCE, _RECALL, _TOPK_RECALL = "experts-used", "imbalance-factor", "mass-recall", "top-k-recall"
 
 
 def groups(rows: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
@@ -53,7 +53,7 @@ def table(variants: dict[str, list[dict]], reference: str = "topk") -> str:
     digits = ".2f" if "word_perplexity" in rows[0] else ".4f"
     columns = (
         "router", "seeds", quality_name(rows), f"against {reference}", "router MFLOPs per token", "total",
-        "experts used", "imbalance factor", "mass recall", "hours",
+        "experts used", "imbalance factor", "mass recall", "top-k recall", "hours",
     )  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for name, of_variant in sorted(variants.items(), key=lambda item: statistics.mean(map(quality, item[1]))):
@@ -73,6 +73,7 @@ def table(variants: dict[str, list[dict]], reference: str = "topk") -> str:
             _percent(of_variant, _USED),
             _mean(of_variant, _IMBALANCE, ".2f"),
             _percent(of_variant, _RECALL),
+            _percent(of_variant, _TOPK_RECALL),
             f"{sum(row['seconds'] for row in of_variant) / 3600:.2f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -152,7 +153,9 @@ def plots(rows: list[dict], out: Path) -> list[Path]:
     def over_training(axis, variants, column):
         what = (None, _USED, _IMBALANCE, _RECALL)[column]
         for name, of_variant in variants.items():
-            series = [row["train_losses"] if what is None else row["health"].get(what, []) for row in of_variant]
+            series = [row["health"].get(what, []) for row in of_variant]
+            if what is None:  # without the first steps, whose fall hides the rest
+                series = [row["train_losses"][len(row["train_losses"]) // 8 :] for row in of_variant]
             if not all(series):
                 continue
             steps = [step for step, _ in series[0]]
