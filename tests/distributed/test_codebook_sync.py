@@ -1,4 +1,4 @@
-"""The codebook all-reduce over gloo ranks with unequal numbers of tokens, bitwise equal on all of them."""
+"""The all-reduce of codebooks and input norms over gloo ranks with unequal numbers of tokens, bitwise equal on all."""
 
 import contextlib
 import logging
@@ -17,6 +17,7 @@ def make_layers(num_layers, source="tokens"):
     from air_moe_megatron.codebook import Codebook
     from air_moe_megatron.index import ShortlistIndex
     from air_moe_megatron.router import AIRRouter
+    from air_moe_megatron.routers.input_norm import InputNorm
 
     layers = torch.nn.ModuleList()
     for number in range(num_layers):
@@ -25,6 +26,7 @@ def make_layers(num_layers, source="tokens"):
         layer.layer_number = number + 1
         layer.codebook = Codebook(CLUSTERS, HIDDEN, 0.8)
         layer.index = ShortlistIndex(CLUSTERS, 4, source, 1)
+        layer.input_norm = InputNorm(HIDDEN) if source == "tokens" else None
         layers.append(layer)
     return layers
 
@@ -41,11 +43,13 @@ def tokens_of(rank, update, layer):
 def accumulate(layer, hidden):
     from air_moe_megatron.ops.coarse import assign_with_statistics
 
+    layer.input_norm.accumulate(hidden, None)
     layer.codebook.accumulate(assign_with_statistics(hidden, layer.codebook.codewords, 1)[1])
 
 
 def codebooks(layers):
-    return {name: value.clone() for name, value in layers.state_dict().items() if "codebook" in name}
+    learned = ("codebook", "input_norm")
+    return {name: value.clone() for name, value in layers.state_dict().items() if name.split(".")[1] in learned}
 
 
 @contextlib.contextmanager
@@ -170,6 +174,8 @@ def test_a_nan_on_one_rank_drops_the_update_of_that_layer_on_all(ranks):
         before, after = history[poisoned_update - 1], history[poisoned_update]
         assert torch.equal(after["0.codebook.codewords"], before["0.codebook.codewords"])
         assert torch.equal(after["0.codebook.ema"], before["0.codebook.ema"])
+        assert torch.equal(after["0.input_norm.mean"], before["0.input_norm.mean"])
+        assert not torch.equal(after["1.input_norm.mean"], before["1.input_norm.mean"])
         assert after["0.codebook.num_dropped"] == 1 and after["1.codebook.num_dropped"] == 0
         assert not torch.equal(after["1.codebook.codewords"], before["1.codebook.codewords"])
         assert history[-1]["0.codebook.codewords"].isfinite().all()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from air_moe_megatron import preflight
 from air_moe_megatron.router import ROUTERS
 from air_moe_megatron.routers.input_norm import InputNorm
 from air_moe_megatron.sync import discard_statistics, learners, update_codebooks
@@ -115,6 +116,17 @@ def test_the_statistics_are_saved_and_restored(megatron_cpu):
     other.load_state_dict(router.state_dict())
     assert torch.equal(other.input_norm.mean, router.input_norm.mean)
     assert "input_norm.statistics" not in router.state_dict()
+
+
+@pytest.mark.parametrize("found, wanted", (("none", "running"), ("running", "none")))
+def test_a_checkpoint_with_another_norm_is_refused(found, wanted):
+    keys = ["decoder.layers.mlp.router.weight"]
+    if found == "running":
+        keys.append("decoder.layers.mlp.router.input_norm.mean")
+    with pytest.raises(ValueError, match=f"was trained with --moe-router-input-norm {found}"):
+        preflight._check_input_norm("directory", keys, wanted)
+    preflight._check_input_norm("directory", keys, found)
+    preflight._check_input_norm("directory", ["decoder.layers.mlp.linear_fc1.weight"], wanted)
 
 
 @pytest.mark.parametrize(
