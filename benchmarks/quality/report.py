@@ -124,7 +124,8 @@ def plots(rows: list[dict], out: Path) -> list[Path]:
 
     found = groups(rows)
     names = sorted({row["variant"] for row in rows})
-    colours = {name: pyplot.cm.tab20(index % 20) for index, name in enumerate(names)}
+    palette = pyplot.cm.tab10 if len(names) <= 10 else pyplot.cm.tab20
+    colours = {name: palette(index % 20) for index, name in enumerate(names)}
     files = []
     kinds = {
         "router": "router",
@@ -142,9 +143,13 @@ def plots(rows: list[dict], out: Path) -> list[Path]:
                 flops = of_variant[0]["flops_per_token"][kind[column]] / 1e6
                 values = [quality(row) for row in of_variant]
                 error = statistics.stdev(values) if len(values) > 1 else None
-                place = (max(flops, 1e-3), statistics.mean(values), error)
+                place = (flops, statistics.mean(values), error)
                 axis.errorbar(*place, fmt="o", capsize=3, color=colours[name], label=name)
-            axis.set_xscale("log")
+            if axis.dataLim.x0 > 0:
+                axis.set_xscale("log")
+            else:  # a router that costs nothing
+                axis.set_xscale("symlog", linthresh=0.1)
+                axis.set_xlim(left=-0.02)
             axis.set_xlabel(f"MFLOPs per token, {kinds[kind[column]]}")
             axis.set_ylabel(quality_name(rows))
 
