@@ -59,24 +59,29 @@ class Outcome:
 def race(contenders: dict[str, Contender], args, device: torch.device, extra_phases: tuple[str, ...] = ()) -> Outcome:
     """Run the contenders and the ceilings in turn, so that a drift of the machine's speed meets them all alike.
 
+    What is timed is the steady state: before every counted run come uncounted ones of the same contender, so that no
+    contender pays for the caches and the memory that the one before it has left behind. The ceilings, each the best of
+    a few runs, are measured so too.
+
     Args:
-        args: ``warmup`` uncounted runs of each first, then ``repetitions`` counted ones, of slow contenders at most
-            ``slow_repetitions``; ``dtype`` of the matmul.
+        args: ``repetitions`` counted runs of each, of slow contenders at most ``slow_repetitions``, and ``warmup``
+            uncounted ones directly before each of them; ``dtype`` of the matmul.
         extra_phases: phases beside forward and backward that rows show.
     """
     probe = CeilingProbe(device, args.dtype)
     runs = {name: contender.run for name, contender in contenders.items()}
     runs |= {_MATMUL: probe.matmul, _COPY: probe.copy}
     seconds = {name: {} for name in runs}
-    for repetition in range(-args.warmup, args.repetitions):
+    for repetition in range(args.repetitions):
         for name, run in runs.items():
             is_slow = name in contenders and contenders[name].is_slow
             if is_slow and repetition >= args.slow_repetitions:
                 continue
+            for _ in range(args.warmup):
+                run()
             for phase, value in run().items():
-                if repetition >= 0:
-                    seconds[name].setdefault(phase, []).append(value)
-        logger.info("repetition %d of %d done", max(repetition + 1, 0), args.repetitions)
+                seconds[name].setdefault(phase, []).append(value)
+        logger.info("repetition %d of %d done", repetition + 1, args.repetitions)
     timings = {name: {phase: Timing(runs) for phase, runs in phases.items()} for name, phases in seconds.items()}
     matmul, copy = (timings.pop(name)["total"].median for name in (_MATMUL, _COPY))
     phases = ("forward", "backward", *extra_phases, "total")

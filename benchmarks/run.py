@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         module.add_arguments(sub)
         sub.add_argument("--repetitions", type=int, default=5, help="counted runs of each contender")
         sub.add_argument("--slow-repetitions", type=int, default=3, help="counted runs of each slow rival, at most")
-        sub.add_argument("--warmup", type=int, default=1, help="uncounted runs of each, first")
+        sub.add_argument("--warmup", type=int, default=1, help="uncounted runs before each counted one")
         sub.add_argument("--dtype", choices=("fp32", "bf16"), help="of tokens and weights; bf16 on a GPU, else fp32")
         sub.add_argument("--router-dtype", choices=("model", "fp32"), default="model", help="of scores and probs")
         sub.add_argument("--out", type=Path, help="CSV file to write the rows to")

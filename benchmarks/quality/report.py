@@ -13,12 +13,20 @@ _USED, _IMBALANCE, _RECALL, _TOPK_RECALL = "experts-used", "imbalance-factor", "
 
 
 def groups(rows: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
-    """Rows that may be compared: (corpus, E, K, F) -> variant -> rows of its seeds."""
+    """Rows that may be compared: (corpus, tokens, E, K, F) -> variant -> rows of its seeds."""
     found: dict[tuple, dict[str, list[dict]]] = {}
-    for row in sorted(rows, key=lambda row: (row["corpus"], row["experts"], row["topk"], row["seed"])):
-        place = (row["corpus"], row["experts"], row["topk"], row["ffn"])
+    for row in sorted(rows, key=lambda row: (*_place(row), row["seed"])):
+        place = _place(row)
         found.setdefault(place, {}).setdefault(row["variant"], []).append(row)
     return found
+
+
+def _place(row):
+    return tuple(row[name] for name in ("corpus", "tokens", "experts", "topk", "ffn"))
+
+
+def _title(corpus, tokens, experts, topk, ffn):
+    return f"{corpus}, {tokens / 1e6:.1f} M tokens, E = {experts:,}, K = {topk}, F = {ffn}"
 
 
 def quality(row: dict) -> float:
@@ -97,12 +105,10 @@ def _percent(rows, name):
 def tables(rows: list[dict]) -> str:
     """All tables, with what they were measured on."""
     parts = []
-    for (corpus, experts, topk, ffn), variants in groups(rows).items():
+    for place, variants in groups(rows).items():
         of_group = [row for of_variant in variants.values() for row in of_variant]
         origins = sorted({(row["device"], row["torch"], row["megatron_core"], row["commit"]) for row in of_group})
-        tokens = sorted({row["tokens"] for row in of_group})
-        parts.append(f"### {corpus}, E = {experts:,}, K = {topk}, F = {ffn}\n")
-        parts.append(f"{' or '.join(f'{count:,}' for count in tokens)} tokens of training.\n")
+        parts.append(f"### {_title(*place)}\n")
         parts.append(table(variants) + "\n")
         measured = "; ".join(
             f"{device}, torch {torch}, megatron-core {core}, commit {commit}" for device, torch, core, commit in origins
@@ -187,10 +193,9 @@ def _grid(pyplot, found, columns: int, draw: Callable, file: Path) -> Path:
     )
     handles = {}
     for (place, variants), line in zip(found.items(), axes, strict=True):
-        corpus, experts, topk, ffn = place
         for column, axis in enumerate(line):
             draw(axis, variants, column)
-            axis.set_title(f"{corpus}, E = {experts:,}, K = {topk}, F = {ffn}", fontsize=9)
+            axis.set_title(_title(*place), fontsize=8)
             axis.grid(alpha=0.3)
             found_handles, labels = axis.get_legend_handles_labels()
             handles |= dict(zip(labels, found_handles, strict=True))

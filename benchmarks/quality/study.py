@@ -39,6 +39,7 @@ _GPU_FLAGS = {
     "no-rope-fusion": True,
     "no-bias-dropout-fusion": True,
 }
+_BLOCK = ("experts", "shapes", "variants", "seeds", "corpus", "vocabulary", "flags")
 _LOSS = re.compile(r"validation loss at iteration (\d+)( on (\w+) set)? \| lm loss value: ([0-9.E+-]+)")
 _LOSS_POINTS = 50  # of the training loss in a result; each is a mean over its share of the steps
 
@@ -64,7 +65,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.variant} E={self.experts} K={self.topk} F={self.ffn} seed={self.seed}"
+        of_data = f"seed={self.seed} {self.corpus} {self.flags['train-iters']} steps"
+        return f"{self.variant} E={self.experts} K={self.topk} F={self.ffn} {of_data}"
+
+    @property
+    def prepared(self) -> str:
+        """Name of the folder of its data sets."""
+        return f"{self.corpus}-{self.vocabulary}"
 
 
 def load_runs(config: dict) -> list[Run]:
@@ -80,18 +87,22 @@ def load_runs(config: dict) -> list[Run]:
             raise ValueError(f"{entry} is missing in the study's config")
     runs = {}
     for block in config["runs"]:
+        unknown = [name for name in block if name not in _BLOCK]
+        if unknown:
+            raise ValueError(f"runs: {unknown[0]!r} is not among the entries of a block: {', '.join(_BLOCK)}")
         unknown = [name for name in block["variants"] if name not in config["variants"]]
         if unknown:
             raise ValueError(
                 f"variants ({unknown[0]!r}) is not among those of the config: {', '.join(config['variants'])}"
             )
-        seeds = block.get("seeds", config["seeds"])
+        seeds, corpus, vocabulary = (block.get(name, config[name]) for name in ("seeds", "corpus", "vocabulary"))
         for seed, experts, shape, variant in itertools.product(
             seeds, block["experts"], block["shapes"], block["variants"]
         ):
             topk, ffn = shape
             flags = {
                 **config["flags"],
+                **block.get("flags", {}),
                 "num-experts": experts,
                 "moe-router-topk": topk,
                 "moe-ffn-hidden-size": ffn,
@@ -99,7 +110,7 @@ def load_runs(config: dict) -> list[Run]:
                 **config["variants"][variant],
             }
             flags = {name: value for name, value in flags.items() if value is not False}
-            run = Run(variant, experts, topk, ffn, seed, config["corpus"], config["vocabulary"], flags)
+            run = Run(variant, experts, topk, ffn, seed, corpus, vocabulary, flags)
             runs.setdefault(run.key, run)
     return list(runs.values())
 
@@ -133,17 +144,16 @@ class Study:
 
     Args:
         runs: those to be made.
-        meta: sizes of the corpus.
-        data: folder of its data sets.
-        out: folder for logs and TensorBoard files.
+        metas: ``data.Meta`` of the corpora, by the names of their folders.
+        out: folder for logs, TensorBoard files and, under "data", the corpora's data sets.
         results: file of JSON lines, which may hold results already.
         threads: of a run on a CPU.
     """
 
-    def __init__(self, runs: list[Run], meta, data: Path, out: Path, results: Path, threads: int) -> None:
+    def __init__(self, runs: list[Run], metas: dict, out: Path, results: Path, threads: int) -> None:
         import torch
 
-        self.runs, self.meta, self.data, self.out, self.results, self.threads = runs, meta, data, out, results, threads
+        self.runs, self.metas, self.out, self.results, self.threads = runs, metas, out, results, threads
         self.on_gpu = torch.cuda.is_available()
         self._lock = threading.Lock()
 
@@ -184,9 +194,9 @@ class Study:
         for old in (folder / "tensorboard").glob("*"):
             old.unlink()
         per_step = run.flags["global-batch-size"]
-        samples = (self.meta.tokens["test"] - 1) // run.flags["seq-length"]
+        samples = (self.metas[run.prepared].tokens["test"] - 1) // run.flags["seq-length"]
         eval_iters = max(1, samples // per_step)
-        line = command(run, self.data, folder, eval_iters, self.on_gpu)
+        line = command(run, self.out / "data" / run.prepared, folder, eval_iters, self.on_gpu)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         if not self.on_gpu:
             environment |= {"OMP_NUM_THREADS": str(self.threads)}
@@ -207,6 +217,7 @@ class Study:
 
         evaluations = [match.groups() for match in _LOSS.finditer((folder / "log.txt").read_text())]
         final = {which: float(loss) for _, _, which, loss in evaluations if which}
+        meta = self.metas[run.prepared]
         scalars = _scalars(folder / "tensorboard")
         row = {
             "key": run.key,
@@ -214,10 +225,10 @@ class Study:
             "vocabulary": run.vocabulary,
             "valid_loss": final["validation"],
             "test_loss": final["test"],
-            "bits_per_byte": final["test"] * self.meta.tokens["test"] / self.meta.bytes["test"] / math.log(2),
+            "bits_per_byte": final["test"] * meta.tokens["test"] / meta.bytes["test"] / math.log(2),
         }
-        if self.meta.words is not None:
-            row["word_perplexity"] = math.exp(final["test"] * self.meta.tokens["test"] / self.meta.words["test"])
+        if meta.words is not None:
+            row["word_perplexity"] = math.exp(final["test"] * meta.tokens["test"] / meta.words["test"])
         return row | {
             "train_losses": _thinned(scalars["lm loss"], _LOSS_POINTS),
             "valid_losses": [[int(iteration), float(loss)] for iteration, _, which, loss in evaluations if not which],
@@ -312,9 +323,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stdout.write(f"{run.key}  {run.name}: {describe(done[run.key]) if run.key in done else 'to be made'}\n")
         return
     results.parent.mkdir(parents=True, exist_ok=True)
-    data = args.out / "data" / f"{config['corpus']}-{config['vocabulary']}"
-    meta = prepare(config["corpus"], config["vocabulary"], args.data_dir, data)
-    study = Study(runs, meta, data, args.out, results, args.threads)
+    corpora = {run.prepared: (run.corpus, run.vocabulary) for run in runs}
+    metas = {name: prepare(*corpus, args.data_dir, args.out / "data" / name) for name, corpus in corpora.items()}
+    study = Study(runs, metas, args.out, results, args.threads)
     jobs = args.jobs or (1 if study.on_gpu else max(1, len(os.sched_getaffinity(0)) // args.threads))
     failed = study.make(jobs)
     logger.info("results: %s", results)

@@ -34,7 +34,8 @@ def test_every_study_of_the_folder_loads_and_its_flops_are_known(path):
 def test_runs_are_all_combinations_one_seed_after_the_other():
     runs = study.load_runs(CONFIG)
     assert [run.name for run in runs[:4]] == [
-        "topk E=16 K=4 F=1 seed=1", "air E=16 K=4 F=1 seed=1", "topk E=64 K=4 F=1 seed=1", "air E=64 K=4 F=1 seed=1",
+        "topk E=16 K=4 F=1 seed=1 stdlib 10 steps", "air E=16 K=4 F=1 seed=1 stdlib 5 steps",
+        "topk E=64 K=4 F=1 seed=1 stdlib 10 steps", "air E=64 K=4 F=1 seed=1 stdlib 5 steps",
     ]  # fmt: skip
     assert [run.seed for run in runs] == [1] * 4 + [2] * 4
     assert runs[1].flags["train-iters"] == 5 and runs[0].flags["train-iters"] == 10
@@ -43,13 +44,22 @@ def test_runs_are_all_combinations_one_seed_after_the_other():
     assert [run.key for run in repeated] == [run.key for run in runs]
 
 
+def test_a_block_may_differ_from_the_study():
+    longer = CONFIG["runs"][0] | {"corpus": "wikitext-2", "vocabulary": 500, "seeds": [3], "flags": {"train-iters": 20}}
+    runs = study.load_runs(CONFIG | {"runs": [*CONFIG["runs"], longer]})
+    assert len(runs) == 12 and {run.prepared for run in runs[:8]} == {"stdlib-300"}
+    assert {(run.prepared, run.seed) for run in runs[8:]} == {("wikitext-2-500", 3)}
+    assert [run.flags["train-iters"] for run in runs[8:]] == [20, 5, 20, 5]  # a variant's own flag is the last word
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"runs": [CONFIG["runs"][0] | {"steps": 3}]}, "'steps' is not among the entries"),
         ({"runs": [{"experts": [16], "shapes": [[4, 1]], "variants": ["other"]}]}, r"variants \('other'\)"),
         ({"seeds": None}, "seeds is missing"),
     ],
-    ids=["unknown-variant", "missing-entry"],
+    ids=["unknown-entry", "unknown-variant", "missing-entry"],
 )
 def test_a_bad_study_is_refused(change, message):
     config = {name: value for name, value in (CONFIG | change).items() if value is not None}
@@ -73,7 +83,7 @@ def test_a_run_with_a_result_is_not_repeated(tmp_path):
     runs = study.load_runs(CONFIG)
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps({"key": run.key}) + "\n" for run in runs[:3]))
-    made = study.Study(runs, None, tmp_path, tmp_path, results, 1)
+    made = study.Study(runs, {}, tmp_path, results, 1)
     assert made.pending() == runs[3:]
     results.write_text(results.read_text() + "{broken\n")
     with pytest.raises(ValueError, match="line 4"):
@@ -136,7 +146,7 @@ def test_the_table_compares_runs_of_the_same_seed_and_puts_the_best_first():
         result("air", 1, 90.0, **{"experts-used": 0.5, "mass-recall": 0.25}),
         result("air", 2, 114.0, **{"experts-used": 0.7, "mass-recall": 0.75}),
     ]  # fmt: skip
-    lines = report.table(report.groups(rows)["wikitext-2", 64, 4, 1]).splitlines()
+    lines = report.table(report.groups(rows)["wikitext-2", 1000, 64, 4, 1]).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| air", "| topk"]
     assert "102.00 +- 16.97" in lines[2]
     assert "-7.50 +- 3.54 %" in lines[2]
