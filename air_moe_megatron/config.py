@@ -30,11 +30,11 @@ class AIRFields:
     batches; for 'topk', 'air', 'hierarchical' and 'vq'."""
 
     moe_air_num_clusters: int = 0
-    """Number of codewords C in the codebook of one router; 0 chooses 2*sqrt(experts), up to a multiple of 8."""
+    """Number of codewords C in the codebook of one router; 0 chooses 4*sqrt(experts), up to a multiple of 8."""
 
     moe_air_shortlist_size: int = 0
     """Number of experts L in the shortlist of one codeword, for source 'tokens'; the capacity of one inverted list for
-    source 'experts'. 0 chooses 2*sqrt(experts) for 'tokens', twice the mean list for 'experts', and never fewer than
+    source 'experts'. 0 chooses sqrt(experts) for 'tokens', twice the mean list for 'experts', and never fewer than
     two times the top-k."""
 
     moe_air_num_probes: int = 1
@@ -47,7 +47,7 @@ class AIRFields:
     moe_air_codebook_ema: float = 0.9
     """Decay, per global batch, of the running statistics from which the codewords are computed."""
 
-    moe_air_refresh_interval: int = 10
+    moe_air_refresh_interval: int = 20
     """Rebuild the shortlists every this many codebook updates; while the codebook is young, more often."""
 
     moe_dispatch: Literal["stock", "compact"] = "stock"
@@ -131,19 +131,23 @@ class AIRSizes:
 def resolve_sizes(config: TransformerConfig) -> AIRSizes:
     """Choose the automatic sizes of a config.
 
-    With C = L = 2*sqrt(E) every expert has about four places in the lists and the cost of a token,
+    With C = 4*sqrt(E) and L = sqrt(E) every expert has about four places in the lists and the cost of a token,
     ``2*H*(C + P*L)`` FLOPs, grows as sqrt(E). Source: docs/design-choices.md.
 
-    Example: E = 16384, K = 32, source 'tokens' gives C = L = 256.
+    Example: E = 16384, K = 32, source 'tokens' gives C = 512, L = 128.
     """
     num_experts, topk = config.num_moe_experts, config.moe_router_topk
-    root = _round_up(max(_MIN_AUTO_SIZE, math.ceil(2 * math.sqrt(num_experts))), 8)
-    num_clusters = config.moe_air_num_clusters or min(root, num_experts)
+    num_clusters = config.moe_air_num_clusters or min(_automatic(4 * math.sqrt(num_experts)), num_experts)
     shortlist_size = config.moe_air_shortlist_size
     if shortlist_size == 0:
+        root = _automatic(math.sqrt(num_experts))
         wanted = root if config.moe_air_codebook_source == "tokens" else math.ceil(2 * num_experts / num_clusters)
         shortlist_size = min(max(wanted, 2 * topk), num_experts)
     return AIRSizes(num_experts, topk, num_clusters, shortlist_size, config.moe_air_num_probes)
+
+
+def _automatic(size):
+    return _round_up(max(_MIN_AUTO_SIZE, math.ceil(size)), 8)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def reserved_places(num_experts: int, num_clusters: int, shortlist_size: int, to
     """Places at the end of each list that go to experts which no list would hold: enough for all of them, where the
     top-k leaves room.
 
-    Example: E = 16384, C = L = 256 reserves 64 of the 256 places.
+    Example: E = 16384, C = 512, L = 128 reserves 32 of the 128 places.
     """
     return min(-(-num_experts // num_clusters), shortlist_size - topk)
 

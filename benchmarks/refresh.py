@@ -10,7 +10,7 @@ from benchmarks.router import codebook_update_run
 
 def add_arguments(parser) -> None:
     add_sizes(parser, experts=65_536, hidden=512, tokens=8192, topk=64, ffn=1)
-    parser.add_argument("--interval", type=int, default=10, help="steps between two rebuilds, as the flag of training")
+    parser.add_argument("--interval", type=int, default=20, help="steps between two rebuilds, as the flag of training")
 
 
 def run(args) -> list[dict]:

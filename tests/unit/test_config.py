@@ -49,8 +49,8 @@ REFUSED = {
         ["moe_air_num_probes (9)", "must not exceed", "moe_air_num_clusters (8)"],
     ),
     "probes-above-automatic-clusters": (
-        dict(moe_air_num_probes=17),
-        ["moe_air_num_probes (17)", "must not exceed", "moe_air_num_clusters (16)"],
+        dict(moe_air_num_probes=33),
+        ["moe_air_num_probes (33)", "must not exceed", "moe_air_num_clusters (32)"],
     ),
     "clusters-above-experts": (
         dict(moe_air_num_clusters=65),
@@ -339,16 +339,16 @@ def test_topk_is_the_default():
 
 # E, K, source -> C, L
 AUTOMATIC = {
-    "16384": (16384, 32, "tokens", 256, 256),
-    "4096": (4096, 16, "tokens", 128, 128),
-    "65536": (65536, 64, "tokens", 512, 512),
-    "1048576": (1048576, 512, "tokens", 2048, 2048),
-    "rounded-up-to-8": (1000, 4, "tokens", 64, 64),
-    "two-times-topk": (1024, 100, "tokens", 64, 200),
+    "16384": (16384, 32, "tokens", 512, 128),
+    "4096": (4096, 16, "tokens", 256, 64),
+    "65536": (65536, 64, "tokens", 1024, 256),
+    "1048576": (1048576, 512, "tokens", 4096, 1024),
+    "rounded-up-to-8": (1000, 4, "tokens", 128, 32),
+    "two-times-topk": (1024, 100, "tokens", 128, 200),
     "few-experts": (8, 2, "tokens", 8, 8),
-    "topk-all": (64, 64, "tokens", 16, 64),
-    "experts-twice-the-mean-list": (16384, 32, "experts", 256, 128),
-    "experts-two-times-topk": (16384, 100, "experts", 256, 200),
+    "topk-all": (64, 64, "tokens", 32, 64),
+    "experts-twice-the-mean-list": (16384, 32, "experts", 512, 64),
+    "experts-two-times-topk": (16384, 100, "experts", 512, 200),
     "experts-few": (8, 2, "experts", 8, 4),
 }
 
