@@ -57,7 +57,7 @@ lint: install  ## Check style and format
 	$(BIN)/ruff format --check .
 
 # The sizes are those of the bars, which `bars.py` prints at the end.
-bench: install  ## Run all benchmarks (10 minutes on two cores), write $(OUT_BENCH)/*.csv, print the bars
+bench: install  ## Run all benchmarks (12 minutes on two cores), write $(OUT_BENCH)/*.csv, print the bars
 	$(RUN) router --repetitions 11 --slow-repetitions 2 --out $(OUT_BENCH)/router.csv
 	$(RUN) growth --out $(OUT_BENCH)/growth.csv
 	$(RUN) layer --slow-repetitions 2 --out $(OUT_BENCH)/layer.csv
