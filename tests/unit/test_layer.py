@@ -61,7 +61,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("fields", ({}, EVERY_LOSS), ids=("no-loss", "every-loss"))
 def test_nothing_is_as_large_as_tokens_times_experts(megatron_cpu, fields):
-    """Nor much larger than the scores [T, L] or the weights; and the recorder does see [T, E] in the stock path."""
+    """Nor much larger than [T, C], [T, L] or the weights; and the recorder does see [T, E] in the stock path."""
     tokens, num_experts = 512, 8192
     largest, rebuilding = {}, {}
     for dispatch in ("compact", "stock"):
@@ -78,9 +78,8 @@ def test_nothing_is_as_large_as_tokens_times_experts(megatron_cpu, fields):
     sizes = layer.router.sizes
     # Rebuilding streams the experts in chunks, of which this small layer needs only one.
     assert rebuilding["compact"] <= max(sizes.num_clusters, 2 * sizes.shortlist_size) * num_experts < largest["stock"]
-    assert (
-        largest["compact"] <= 2 * max(tokens * sizes.shortlist_size, num_experts * HIDDEN) < tokens * num_experts / 10
-    )
+    per_token = max(sizes.num_clusters, sizes.shortlist_size)
+    assert largest["compact"] <= 2 * max(tokens * per_token, num_experts * HIDDEN) < tokens * num_experts / 10
     assert largest["stock"] >= tokens * num_experts
 
 
