@@ -44,7 +44,7 @@ class AIRFields:
     """What the codebook is learned from: the directions of the 'tokens' (a shortlist holds the experts that score
     highest at the codeword), or of the 'experts' (an inverted file: each expert stands in one list)."""
 
-    moe_air_codebook_ema: float = 0.9
+    moe_air_codebook_ema: float = 0.99
     """Decay, per global batch, of the running statistics from which the codewords are computed."""
 
     moe_air_refresh_interval: int = 20

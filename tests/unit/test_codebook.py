@@ -187,18 +187,18 @@ def test_decayed_sums_equal_a_naive_reference():
 
 
 def test_window_decay_grows_to_the_decay_and_stays_there():
-    decays = [window_decay(0.9, num_updates) for num_updates in range(200)]
-    assert decays[:3] == pytest.approx([1 / 10, 2 / 11, 3 / 12])
-    assert decays == sorted(decays) and decays[79] < 0.9 and set(decays[80:]) == {0.9}
-    assert {window_decay(0.05, num_updates) for num_updates in range(200)} == {0.05}
+    decays = [window_decay(0.99, num_updates) for num_updates in range(400)]
+    assert decays[:3] == pytest.approx([1 / 3, 2 / 4, 3 / 5])
+    assert decays == sorted(decays) and decays[196] < 0.99 and set(decays[197:]) == {0.99}
+    assert {window_decay(0.25, num_updates) for num_updates in range(400)} == {0.25}
 
 
 def test_the_codebook_forgets_by_the_window_decay():
-    codebook = Codebook(2, 4, 0.15)
+    codebook = Codebook(2, 4, 0.45)
     with torch.no_grad():
         codebook.codewords.copy_(torch.eye(2, 4))
     counts = 0.0
-    for decay, num_tokens in zip((0.1, 0.15, 0.15), (10, 30, 20), strict=True):
+    for decay, num_tokens in zip((1 / 3, 0.45, 0.45), (10, 30, 20), strict=True):
         learn(codebook, torch.eye(2, 4).repeat(num_tokens, 1))
         counts = decay * counts + (1.0 - decay) * num_tokens
         torch.testing.assert_close(codebook.ema[:, 4], torch.tensor([counts, counts]))
