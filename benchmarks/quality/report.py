@@ -61,7 +61,7 @@ def table(variants: dict[str, list[dict]], reference: str = "topk") -> str:
     digits = ".2f" if "word_perplexity" in rows[0] else ".4f"
     columns = (
         "router", "seeds", quality_name(rows), f"against {reference}", "router MFLOPs per token", "total",
-        "experts used", "imbalance factor", "mass recall", "top-k recall", "hours",
+        "experts used", "imbalance factor", "mass recall", "top-k recall",
     )  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for name, of_variant in sorted(variants.items(), key=lambda item: statistics.mean(map(quality, item[1]))):
@@ -82,7 +82,6 @@ def table(variants: dict[str, list[dict]], reference: str = "topk") -> str:
             _mean(of_variant, _IMBALANCE, ".2f"),
             _percent(of_variant, _RECALL),
             _percent(of_variant, _TOPK_RECALL),
-            f"{sum(row['seconds'] for row in of_variant) / 3600:.2f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
