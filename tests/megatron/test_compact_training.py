@@ -15,7 +15,7 @@ from tests.megatron.conftest import AIR, EP2, GLOBAL_BATCH, SEQUENCE, VOCABULARY
 HIDDEN, EXPERTS, FFN, LAYERS = 32, 16, 8, 4
 STEPS, SAVED = 8, 4
 TOKENS = GLOBAL_BATCH * SEQUENCE  # per global batch
-FIRST_DECAY = 0.1  # window_decay of the first update
+FIRST_DECAY = 1 / 3  # window_decay of the first update
 COMPACT = [
     *(*AIR, "--moe-granular-experts", "--moe-dispatch", "compact", "--num-layers", LAYERS),
     *("--attention-dropout", "0", "--hidden-dropout", "0"),

@@ -10,7 +10,7 @@ from tests.megatron.conftest import AIR, EP2, GLOBAL_BATCH, OURS, SEQUENCE, read
 HIDDEN = 32
 ROUTER = "decoder.layers.mlp.router."
 TOKENS = GLOBAL_BATCH * SEQUENCE  # per global batch
-FIRST_DECAY = 0.1  # window_decay of the first update
+FIRST_DECAY = 1 / 3  # window_decay of the first update
 LONGER = "--override-opt-param-scheduler"  # the run that goes on has more steps than the one before
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 
