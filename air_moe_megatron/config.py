@@ -40,6 +40,10 @@ class AIRFields:
     moe_air_num_probes: int = 1
     """Number of codewords P whose shortlists are searched for a token."""
 
+    moe_air_num_candidates: int = 0
+    """Number of candidates M of a token, the best of those that its shortlists hold, which probabilities and losses are
+    computed over where they take more than the top-k; only these get gradients. 0 takes them all."""
+
     moe_air_codebook_source: Literal["tokens", "experts"] = "tokens"
     """What the codebook is learned from: the directions of the 'tokens' (a shortlist holds the experts that score
     highest at the codeword), or of the 'experts' (an inverted file: each expert stands in one list)."""
@@ -126,6 +130,7 @@ class AIRSizes:
     num_clusters: int
     shortlist_size: int
     num_probes: int
+    num_candidates: int
 
 
 def resolve_sizes(config: TransformerConfig) -> AIRSizes:
@@ -143,7 +148,9 @@ def resolve_sizes(config: TransformerConfig) -> AIRSizes:
         root = _automatic(math.sqrt(num_experts))
         wanted = root if config.moe_air_codebook_source == "tokens" else math.ceil(2 * num_experts / num_clusters)
         shortlist_size = min(max(wanted, 2 * topk), num_experts)
-    return AIRSizes(num_experts, topk, num_clusters, shortlist_size, config.moe_air_num_probes)
+    num_probes = config.moe_air_num_probes
+    num_candidates = config.moe_air_num_candidates or num_probes * shortlist_size
+    return AIRSizes(num_experts, topk, num_clusters, shortlist_size, num_probes, num_candidates)
 
 
 def _automatic(size):
@@ -353,6 +360,9 @@ def _validate_codebook(config):
             raise ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic size")
     if config.moe_air_num_probes < 1:
         raise ValueError(f"moe_air_num_probes ({config.moe_air_num_probes}) must be at least 1")
+    if config.moe_air_num_candidates and config.moe_router_enable_expert_bias:
+        refuse = _refusal(config, "moe_router_enable_expert_bias (True)")
+        refuse("moe_air_num_candidates", "a biased expert may win from behind the best candidates; leave it at 0")
 
 
 def _validate_counts(config):
@@ -379,6 +389,13 @@ def _validate_shortlists(config):
     if sizes.num_probes > sizes.num_clusters:
         raise ValueError(
             f"moe_air_num_probes ({sizes.num_probes}) must not exceed moe_air_num_clusters ({sizes.num_clusters})"
+        )
+    searched = sizes.num_probes * sizes.shortlist_size
+    if config.moe_air_num_candidates and not topk <= config.moe_air_num_candidates <= searched:
+        raise ValueError(
+            f"moe_air_num_candidates ({config.moe_air_num_candidates}) must be between moe_router_topk ({topk}) and "
+            f"moe_air_num_probes ({sizes.num_probes}) times moe_air_shortlist_size ({sizes.shortlist_size}), or 0 for "
+            "all of them"
         )
     if config.moe_air_codebook_source == "tokens":
         if topk > sizes.shortlist_size:

@@ -5,7 +5,7 @@ layer and token, at the paper's meaning of each router; not counted are what is 
 sorting, norms, statistics of the codebook. ``tests/unit/test_flops.py`` compares the formulas with the operations that
 torch counts while the routers run.
 
-Legend: H hidden, E experts, C clusters, L shortlist, P probes, K top-k.
+Legend: H hidden, E experts, C clusters, L shortlist, P probes, M candidates with gradients, K top-k.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def router_flops(config, tokens_per_batch: int | None = None) -> RouterFlops:
     | router | forward | backward |
     |---|---|---|
     | topk | 2HE | 4HE |
-    | air | 2H(C + PL) | 4HK; 4HPL where losses or probabilities need every score of the lists |
+    | air | 2H(C + PL) | 4HK; 4HM where losses or probabilities take more scores than the top-k |
     | product_key, R heads, sub-keys of D, n1*n2 = E | 4HRD + 2RD(n1 + n2) | twice that |
     | hierarchical, G groups, g searched | 2H(G + gE/G) | twice that |
     | hash | 0 | 0 |
@@ -62,14 +62,14 @@ def router_flops(config, tokens_per_batch: int | None = None) -> RouterFlops:
         return RouterFlops(2 * hidden * num_experts, 4 * hidden * num_experts)
     if router_type == "air":
         sizes = resolve_sizes(config)
-        candidates = sizes.num_probes * sizes.shortlist_size
+        searched = sizes.num_probes * sizes.shortlist_size
         refresh = 0.0
         if tokens_per_batch is not None:
             products = 1 if config.moe_air_codebook_source == "tokens" else 2
             rebuild = products * 2 * sizes.num_clusters * num_experts * hidden
             refresh = rebuild / (tokens_per_batch * config.moe_air_refresh_interval)
-        with_gradient = candidates if _all_scores_matter(config) else topk
-        return RouterFlops(2 * hidden * (sizes.num_clusters + candidates), 4 * hidden * with_gradient, refresh)
+        with_gradient = sizes.num_candidates if _all_scores_matter(config) else topk
+        return RouterFlops(2 * hidden * (sizes.num_clusters + searched), 4 * hidden * with_gradient, refresh)
     if router_type == "product_key":
         sizes = resolve_product_keys(config)
         width = sizes.num_heads * sizes.key_dim
@@ -92,7 +92,7 @@ def expert_flops(config) -> int:
 
 
 def _all_scores_matter(config) -> bool:
-    """Whether gradients reach the scores of a whole shortlist, as in ``AIRRouter``."""
+    """Whether gradients reach the scores of all candidates, as in ``AIRRouter``."""
     coeffs = config.moe_aux_loss_coeff
     has_aux_loss = any(coeff > 0 for coeff in (coeffs if isinstance(coeffs, list) else [coeffs]))
     return (

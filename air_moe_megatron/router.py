@@ -4,8 +4,8 @@ Scores, top-k, probabilities and losses are Megatron's own functions, applied to
 of all experts; with a full shortlist the router therefore equals ``TopKRouter``. Nothing on the way to ``Routes`` is
 of size [T, E]; ``_to_dense`` is the one place that densifies, for Megatron's own dispatchers.
 
-Legend: S sequence, B batch, T = S*B tokens, H hidden, E experts, C clusters, L shortlist, P probes, K top-k, N = P*L
-candidates.
+Legend: S sequence, B batch, T = S*B tokens, H hidden, E experts, C clusters, L shortlist, P probes, N = P*L
+candidates, M the best of them that probabilities and losses see, K top-k.
 """
 
 from dataclasses import dataclass
@@ -69,7 +69,9 @@ class AIRRouter(CompactRouter):
     def _choose(self, hidden, keep, batch_size) -> Routes:
         learning = self.training and torch.is_grad_enabled()
         shortlist, codewords = self._coarse(hidden, keep, learning)
-        if self._all_scores_matter() or self.expert_bias is not None or self.sizes.num_probes > 1:
+        if self._is_narrowed():
+            probs, topk_ids = self._choose_from_best(hidden, shortlist, codewords, keep, batch_size)
+        elif self._all_scores_matter() or self.expert_bias is not None or self.sizes.num_probes > 1:
             probs, topk_ids = self._choose_from_all(hidden, shortlist, codewords, keep, batch_size)
         else:
             probs, topk_ids = self._choose_best(hidden, shortlist, codewords)
@@ -84,6 +86,20 @@ class AIRRouter(CompactRouter):
         dtype = self._router_dtype(hidden)
         selected, topk_ids = fine_topk(hidden, self.weight, self.bias, shortlist, codewords, self.topk, dtype)
         return self._probs_of(selected), topk_ids
+
+    def _choose_from_best(self, hidden, shortlist, codewords, keep, batch_size):
+        """[T, K] probs and expert ids; probabilities and losses see the best M candidates [T, M] and no others."""
+        if self.sizes.num_probes == 1:
+            where = (shortlist, codewords, self.sizes.num_candidates, self._router_dtype(hidden))
+            logits, ids = fine_topk(hidden, self.weight, self.bias, *where)
+        else:
+            with torch.no_grad():
+                scores, ids = self._score_candidates(hidden, shortlist.long(), codewords)
+                scores, columns = scores.topk(self.sizes.num_candidates, dim=1, sorted=False)
+                ids = ids.gather(1, columns)
+            logits = selected_scores(hidden, self.weight, self.bias, ids, scores)
+        routes = self._choose_among(logits, ids.long(), keep, batch_size)
+        return routes.probs, routes.topk_ids
 
     def _choose_from_all(self, hidden, shortlist, codewords, keep, batch_size):
         """[T, K] probs and expert ids, all candidates scored first; auxiliary losses are attached to the probs."""
@@ -126,6 +142,15 @@ class AIRRouter(CompactRouter):
         return topk_routing_with_score_function(
             selected, self.topk, precomputed_indices=columns, dense_output=True, **self._score_settings()
         )[0]
+
+    def _is_narrowed(self) -> bool:
+        """Whether scores beside the top-k matter, but not those of all candidates. A load test draws all at random."""
+        searched = self.sizes.num_probes * self.sizes.shortlist_size
+        return (
+            self.sizes.num_candidates < searched
+            and self._all_scores_matter()
+            and not self.config.moe_router_force_load_balancing
+        )
 
     def _all_scores_matter(self) -> bool:
         """Whether scores beside the selected ones reach the loss, and so need gradients."""

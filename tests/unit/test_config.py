@@ -43,6 +43,22 @@ REFUSED = {
     "interval-zero": (dict(moe_air_refresh_interval=0), ["moe_air_refresh_interval (0)", "at least 1"]),
     "clusters-negative": (dict(moe_air_num_clusters=-8), ["moe_air_num_clusters (-8)", "positive, or 0"]),
     "shortlist-negative": (dict(moe_air_shortlist_size=-1), ["moe_air_shortlist_size (-1)", "positive, or 0"]),
+    "candidates-fewer-than-topk": (
+        dict(moe_air_num_candidates=1),
+        ["moe_air_num_candidates (1)", "between moe_router_topk (4)"],
+    ),
+    "candidates-more-than-searched": (
+        dict(moe_air_num_candidates=33, moe_air_num_probes=2, moe_air_shortlist_size=16),
+        ["moe_air_num_candidates (33)", "moe_air_num_probes (2) times moe_air_shortlist_size (16)"],
+    ),
+    "candidates-with-expert-bias": (
+        dict(
+            moe_air_num_candidates=4,
+            moe_router_enable_expert_bias=True,
+            moe_router_score_function="sigmoid",
+        ),
+        ["moe_air_num_candidates (4)", "moe_router_enable_expert_bias (True)"],
+    ),
     "probes-zero": (dict(moe_air_num_probes=0), ["moe_air_num_probes (0)", "at least 1"]),
     "probes-above-clusters": (
         dict(moe_air_num_probes=9, moe_air_num_clusters=8),
@@ -359,6 +375,7 @@ def test_automatic_sizes(num_experts, topk, source, num_clusters, shortlist_size
     sizes = resolve_sizes(config)
     assert (sizes.num_clusters, sizes.shortlist_size) == (num_clusters, shortlist_size)
     assert (sizes.num_experts, sizes.topk, sizes.num_probes) == (num_experts, topk, 1)
+    assert sizes.num_candidates == shortlist_size
 
 
 @pytest.mark.parametrize("source", ("tokens", "experts"))
@@ -367,7 +384,9 @@ def test_given_sizes_are_kept(source):
         moe_air_num_clusters=9, moe_air_shortlist_size=11, moe_air_num_probes=2, moe_air_codebook_source=source
     )
     sizes = resolve_sizes(config)
-    assert (sizes.num_clusters, sizes.shortlist_size, sizes.num_probes) == (9, 11, 2)
+    assert (sizes.num_clusters, sizes.shortlist_size, sizes.num_probes, sizes.num_candidates) == (9, 11, 2, 22)
+    config.moe_air_num_candidates = 20
+    assert resolve_sizes(config).num_candidates == 20
 
 
 @pytest.mark.parametrize("source", ("tokens", "experts"))

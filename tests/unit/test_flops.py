@@ -20,6 +20,15 @@ SETTINGS = {
     "air": (dict(moe_router_type="air"), TOPK),
     "air-two-probes": (dict(moe_router_type="air", moe_air_num_probes=2), TOPK),
     "air-every-score": (dict(moe_router_type="air", moe_router_pre_softmax=True), 0),
+    "air-best-candidates": (
+        dict(moe_router_type="air", moe_router_pre_softmax=True, moe_air_num_candidates=2 * TOPK), 2 * TOPK,
+    ),
+    "air-best-candidates-of-two-probes": (
+        dict(
+            moe_router_type="air", moe_router_pre_softmax=True, moe_air_num_probes=2, moe_air_num_candidates=2 * TOPK,
+        ),
+        2 * TOPK,
+    ),
     "product-keys": (dict(moe_router_type="product_key"), 0),
     "product-keys-one-head": (dict(moe_router_type="product_key", moe_product_key_heads=1), 0),
     "product-keys-on-tokens": (

@@ -222,6 +222,34 @@ def test_the_scale_of_the_main_loss_reaches_the_auxiliary_losses(megatron_cpu):
 
 
 @pytest.mark.parametrize("full", FULL.values(), ids=FULL)
+@pytest.mark.parametrize("scores", ("softmax", "pre-softmax", "scaled-sigmoid"))
+@pytest.mark.parametrize("num_candidates", (TOPK, TOPK + 2))
+def test_the_best_candidates_alone(megatron_cpu, num_candidates, scores, full):
+    """Probabilities, losses and gradients are those of a TopKRouter that knows no experts but the token's best M."""
+    settings = {**SCORES[scores], **LOSSES["aux-seq-global"], **full, "moe_z_loss_coeff": 0.05}
+    topk, every = make_routers(megatron_cpu, **settings)
+    narrowed = make_routers(megatron_cpu, moe_air_num_candidates=num_candidates, **settings)[1]
+    inputs = make_inputs((7, 3), num_microbatches=2, padding=True)
+    gating = topk.gating
+
+    def gating_of_the_best(hidden):
+        logits = gating(hidden)
+        worst = logits.detach().topk(num_candidates, dim=-1).values[..., -1:]
+        return logits.masked_fill(logits < worst, float("-inf"))
+
+    topk.gating = gating_of_the_best
+    expected = run(topk, *inputs)
+    assert_equal(run(narrowed, *inputs), expected)
+    assert not torch.allclose(run(every, *inputs).gradients["weight"], expected.gradients["weight"])
+
+
+@pytest.mark.parametrize("full", SAME_COLUMNS)
+def test_force_load_balancing_draws_from_all_candidates(megatron_cpu, full):
+    settings = dict(moe_router_force_load_balancing=True, moe_air_num_candidates=TOPK, **FULL[full], **LOSSES["aux"])
+    compare(megatron_cpu, **settings)
+
+
+@pytest.mark.parametrize("full", FULL.values(), ids=FULL)
 def test_input_jitter(megatron_cpu, full):
     jittered = compare(megatron_cpu, moe_input_jitter_eps=0.2, **full)
     plain = compare(megatron_cpu, **full)
