@@ -6,9 +6,8 @@ import torch
 
 from air_moe_megatron.layer import AIRMoELayer
 from air_moe_megatron.ops.fine_scores import fine_scores
-from air_moe_megatron.router import AIRRouter, merge_probes
+from air_moe_megatron.router import AIRRouter, air_routers, merge_probes
 from air_moe_megatron.routers.base import CompactRouter
-from air_moe_megatron.sync import air_routers
 
 logger = logging.getLogger(__name__)
 

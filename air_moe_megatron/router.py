@@ -26,7 +26,7 @@ from air_moe_megatron.routers.hierarchical import HierarchicalRouter
 from air_moe_megatron.routers.product_key import ProductKeyRouter
 from air_moe_megatron.routers.vq import VQRouter
 
-__all__ = ["AIRRouter", "ROUTERS", "Routes", "TokenSample"]
+__all__ = ["AIRRouter", "ROUTERS", "Routes", "TokenSample", "air_routers"]
 
 _SAMPLE_SIZE = 64  # tokens
 
@@ -230,6 +230,12 @@ def merge_probes(scores, ids):
     ids, places, repeated = _sort_candidates(ids.flatten(1))
     scores = scores.flatten(1).gather(1, places).masked_fill(repeated, float("-inf"))
     return scores, ids.masked_fill(repeated, -1)
+
+
+def air_routers(modules) -> list[AIRRouter]:
+    """All AIR routers in the modules (a module, or a list such as Megatron's model chunks), in a fixed order."""
+    chunks = [modules] if isinstance(modules, torch.nn.Module) else modules
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, AIRRouter)]
 
 
 ROUTERS: dict[str, type[CompactRouter]] = {

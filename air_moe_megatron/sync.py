@@ -19,17 +19,12 @@ from megatron.core.transformer.moe.router import TopKRouter
 from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.config import is_plain_topk
+from air_moe_megatron.diagnostics import log_health
 from air_moe_megatron.dispatcher import CompactTokenDispatcher
-from air_moe_megatron.router import ROUTERS, AIRRouter
+from air_moe_megatron.router import ROUTERS, air_routers
 from air_moe_megatron.routers.base import CompactRouter
 
 logger = logging.getLogger(__name__)
-
-
-def air_routers(modules) -> list[AIRRouter]:
-    """All AIR routers in the modules (a module, or a list such as Megatron's model chunks), in a fixed order."""
-    chunks = [modules] if isinstance(modules, torch.nn.Module) else modules
-    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, AIRRouter)]
 
 
 def learners(modules) -> list[tuple[CompactRouter, torch.nn.Module]]:
@@ -126,8 +121,6 @@ def finish_step(model, iteration: int, successful: bool) -> None:
     Raises:
         ValueError: as :func:`require_routers`.
     """
-    from air_moe_megatron.diagnostics import log_health
-
     routers = [router for router, _ in learners(require_routers(model))] or air_routers(model)
     if successful and routers:
         update_codebooks(model, routers[0].tp_dp_cp_group)

@@ -26,9 +26,10 @@ from air_moe_megatron.arguments import add_air_arguments, transformer_config_fro
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.compat import release_process_groups, repair_help, require_supported_megatron
 from air_moe_megatron.config import is_plain_topk
+from air_moe_megatron.router import air_routers
 from air_moe_megatron.routers.hashing import hand_over_token_ids
 from air_moe_megatron.specs import air_hybrid_stack_spec, air_layer_spec, mtp_specs_with_air_layers
-from air_moe_megatron.sync import air_routers, codebook_updates, require_routers
+from air_moe_megatron.sync import codebook_updates, require_routers
 
 
 def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -97,7 +97,7 @@ class Trainer:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.transformer.module import Float16Module
 
-        from air_moe_megatron.sync import air_routers
+        from air_moe_megatron.router import air_routers
 
         torch.manual_seed(0)
         is_air = name == _AIR

@@ -19,9 +19,9 @@ LAYERS = (
     {"index"},
     {"routers", "dispatcher", "experts"},
     {"router"},
-    {"layer", "sync"},
+    {"layer"},
     {"specs", "diagnostics", "arguments"},
-    {"batches", "preflight"},
+    {"sync", "batches", "preflight"},
     {"training"},
     {"pretrain"},
 )

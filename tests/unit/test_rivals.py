@@ -169,8 +169,9 @@ def test_capacity_on_the_stock_path(megatron_cpu, router_type):
 def test_specs_build_the_router_of_the_type(megatron_cpu):
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 
+    from air_moe_megatron.router import air_routers
     from air_moe_megatron.specs import with_air_layers
-    from air_moe_megatron.sync import air_routers, require_routers
+    from air_moe_megatron.sync import require_routers
 
     for router_type, router_class in ROUTERS.items():
         layer = make_layer(megatron_cpu, moe_router_type=router_type)

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from air_moe_megatron.config import AIRMoEConfig
-from air_moe_megatron.router import AIRRouter
-from air_moe_megatron.sync import air_routers, discard_statistics, update_codebooks
+from air_moe_megatron.router import AIRRouter, air_routers
+from air_moe_megatron.sync import discard_statistics, update_codebooks
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 
