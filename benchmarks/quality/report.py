@@ -152,6 +152,7 @@ def plots(rows: list[dict], out: Path) -> list[Path]:
                 axis.errorbar(*place, fmt="o", capsize=3, color=colours[name], label=name)
             if axis.dataLim.x0 > 0:
                 axis.set_xscale("log")
+                _number_ticks(axis.xaxis)
             else:  # a router that costs nothing
                 axis.set_xscale("symlog", linthresh=0.1)
                 axis.set_xlim(left=-0.02)
@@ -180,9 +181,19 @@ def plots(rows: list[dict], out: Path) -> list[Path]:
         )
         if column == 2:
             axis.set_yscale("log")
+            _number_ticks(axis.yaxis)
 
     files.append(_grid(pyplot, found, 4, over_training, out / "training.png"))
     return files
+
+
+def _number_ticks(axis):
+    """Plain numbers at 1, 2 and 5 of each decade of a logarithmic axis: few decades leave no room for powers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _grid(pyplot, found, columns: int, draw: Callable, file: Path) -> Path:
