@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 logger = logging.getLogger(__name__)
 
 _CPU_FLAGS = {"cpu": True}
-# glibc gives large tensors back to the kernel and takes them again page by page: with these it keeps them, and a step of
+# glibc gives large tensors back to the kernel and takes them again page by page. With these it keeps them: a step of
 # an exact router over 65,536 experts takes 3.5 s instead of 8.2 (docs/log.md). No number depends on it.
 _CPU_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 # Megatron's own layers, as Transformer Engine and Apex may be missing.
