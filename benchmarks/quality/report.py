@@ -4,6 +4,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -119,72 +120,100 @@ def tables(rows: list[dict]) -> str:
 def plots(rows: list[dict], out: Path) -> list[Path]:
     """Draw every plot into the folder; returns the files.
 
-    Quality against router FLOPs and total FLOPs, both with and without dispatch; and over training: loss, experts used,
-    imbalance factor, mass recall.
+    Quality against router FLOPs and total FLOPs, both with and without dispatch; over training: loss, experts used,
+    imbalance factor, mass recall; and, where there are several, over the number of experts: quality, router FLOPs.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = groups(rows)
+    found, figure = groups(rows), quality_name(rows)
     names = sorted({row["variant"] for row in rows})
     palette = pyplot.cm.tab10 if len(names) <= 10 else pyplot.cm.tab20
     colours = {name: palette(index % 20) for index, name in enumerate(names)}
     files = []
-    kinds = {
-        "router": "router",
-        "router_with_dispatch": "router with dispatch",
-        "total": "all",
-        "total_with_dispatch": "all with dispatch",
-    }
-    for file, pair in (
-        ("flops_router", ("router", "router_with_dispatch")),
-        ("flops_total", ("total", "total_with_dispatch")),
-    ):
-
-        def draw(axis, variants, column, kind=pair):
-            for name, of_variant in variants.items():
-                flops = of_variant[0]["flops_per_token"][kind[column]] / 1e6
-                values = [quality(row) for row in of_variant]
-                error = statistics.stdev(values) if len(values) > 1 else None
-                place = (flops, statistics.mean(values), error)
-                axis.errorbar(*place, fmt="o", capsize=3, color=colours[name], label=name)
-            if axis.dataLim.x0 > 0:
-                axis.set_xscale("log")
-                _number_ticks(axis.xaxis)
-            else:  # a router that costs nothing
-                axis.set_xscale("symlog", linthresh=0.1)
-                axis.set_xlim(left=-0.02)
-            axis.set_xlabel(f"MFLOPs per token, {kinds[kind[column]]}")
-            axis.set_ylabel(quality_name(rows))
-
-        files.append(_grid(pyplot, found, 2, draw, out / f"quality_{file}.png"))
-
-    def over_training(axis, variants, column):
-        what = (None, _USED, _IMBALANCE, _RECALL)[column]
-        for name, of_variant in variants.items():
-            series = [row["health"].get(what, []) for row in of_variant]
-            if what is None:  # without the first steps, whose fall hides the rest
-                series = [row["train_losses"][len(row["train_losses"]) // 8 :] for row in of_variant]
-            if not all(series):
-                continue
-            steps = [step for step, _ in series[0]]
-            means = [
-                statistics.mean(values)
-                for values in zip(*([value for _, value in one] for one in series), strict=False)
-            ]
-            axis.plot(steps[: len(means)], means, color=colours[name], label=name)
-        axis.set_xlabel("step")
-        axis.set_ylabel(
-            ("training loss, nats per token", "share of experts used", "imbalance factor", "mass recall")[column]
+    for what, label in (("router", "router"), ("total", "all")):
+        draw = partial(
+            _draw_against_flops, figure, colours, ((what, label), (f"{what}_with_dispatch", f"{label} with dispatch"))
         )
-        if column == 2:
-            axis.set_yscale("log")
-            _number_ticks(axis.yaxis)
-
-    files.append(_grid(pyplot, found, 4, over_training, out / "training.png"))
+        files.append(_grid(pyplot, found, 2, draw, out / f"quality_flops_{what}.png"))
+    files.append(_grid(pyplot, found, 4, partial(_draw_training, colours), out / "training.png"))
+    over_experts = _over_experts(found)
+    if over_experts:
+        files.append(_grid(pyplot, over_experts, 2, partial(_draw_over_experts, figure, colours), out / "experts.png"))
     return files
+
+
+def _over_experts(found):
+    """Groups that differ in nothing but E, joined: title -> E -> variant -> rows; those with several E only."""
+    joined: dict[str, dict] = {}
+    for (corpus, tokens, experts, topk, ffn), variants in found.items():
+        joined.setdefault(f"{corpus}, {tokens / 1e6:.1f} M tokens, K = {topk}, F = {ffn}", {})[experts] = variants
+    return {title: by_experts for title, by_experts in joined.items() if len(by_experts) > 1}
+
+
+def _draw_against_flops(figure, colours, kinds, axis, variants, column):
+    kind, label = kinds[column]
+    for name, of_variant in variants.items():
+        place = (of_variant[0]["flops_per_token"][kind] / 1e6, *_mean_and_error(of_variant))
+        axis.errorbar(*place, fmt="o", capsize=3, color=colours[name], label=name)
+    if axis.dataLim.x0 > 0:
+        axis.set_xscale("log")
+        _number_ticks(axis.xaxis)
+    else:  # a router that costs nothing
+        axis.set_xscale("symlog", linthresh=0.1)
+        axis.set_xlim(left=-0.02)
+    axis.set_xlabel(f"MFLOPs per token, {label}")
+    axis.set_ylabel(figure)
+
+
+def _draw_over_experts(figure, colours, axis, by_experts, column):
+    for name in sorted({name for variants in by_experts.values() for name in variants}):
+        of_name = {experts: variants[name] for experts, variants in by_experts.items() if name in variants}
+        if column == 0:
+            values = zip(*map(_mean_and_error, of_name.values()), strict=True)
+        else:
+            flops = [of_variant[0]["flops_per_token"]["router"] / 1e6 for of_variant in of_name.values()]
+            if not all(flops):  # has no place on a logarithmic axis
+                continue
+            values = (flops, None)
+        axis.errorbar(list(of_name), *values, fmt="o-", capsize=3, color=colours[name], label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(by_experts), [f"{experts:,}" for experts in by_experts])
+    axis.set_xlabel("experts E")
+    axis.set_ylabel((figure, "router MFLOPs per token")[column])
+    if column == 1:
+        axis.set_yscale("log")
+        _number_ticks(axis.yaxis)
+
+
+def _draw_training(colours, axis, variants, column):
+    what = (None, _USED, _IMBALANCE, _RECALL)[column]
+    for name, of_variant in variants.items():
+        series = [row["health"].get(what, []) for row in of_variant]
+        if what is None:  # without the first steps, whose fall hides the rest
+            series = [row["train_losses"][len(row["train_losses"]) // 8 :] for row in of_variant]
+        if not all(series):
+            continue
+        steps = [step for step, _ in series[0]]
+        means = [
+            statistics.mean(values) for values in zip(*([value for _, value in one] for one in series), strict=False)
+        ]
+        axis.plot(steps[: len(means)], means, color=colours[name], label=name)
+    axis.set_xlabel("step")
+    axis.set_ylabel(
+        ("training loss, nats per token", "share of experts used", "imbalance factor", "mass recall")[column]
+    )
+    if column == 2:
+        axis.set_yscale("log")
+        _number_ticks(axis.yaxis)
+
+
+def _mean_and_error(of_variant):
+    """Mean quality of the seeds, and standard deviation; 0 of one seed."""
+    values = [quality(row) for row in of_variant]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _number_ticks(axis):
@@ -197,7 +226,7 @@ def _number_ticks(axis):
 
 
 def _grid(pyplot, found, columns: int, draw: Callable, file: Path) -> Path:
-    """One row of axes per group, one legend for all."""
+    """One row of axes per group, titled by its place, one legend for all."""
     figure, axes = pyplot.subplots(
         len(found), columns, figsize=(4.6 * columns, 3.6 * len(found)), squeeze=False, layout="constrained"
     )
@@ -205,7 +234,7 @@ def _grid(pyplot, found, columns: int, draw: Callable, file: Path) -> Path:
     for (place, variants), line in zip(found.items(), axes, strict=True):
         for column, axis in enumerate(line):
             draw(axis, variants, column)
-            axis.set_title(_title(*place), fontsize=8)
+            axis.set_title(place if isinstance(place, str) else _title(*place), fontsize=8)
             axis.grid(alpha=0.3)
             found_handles, labels = axis.get_legend_handles_labels()
             handles |= dict(zip(labels, found_handles, strict=True))

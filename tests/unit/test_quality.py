@@ -158,3 +158,13 @@ def test_the_plots_are_drawn(tmp_path):
     rows = [result("topk", 1, 100.0), result("air", 1, 90.0, **{"experts-used": 0.5, "imbalance-factor": 3.0})]
     files = report.plots(rows, tmp_path)
     assert len(files) == 3 and all(file.stat().st_size > 10_000 for file in files)
+
+
+def test_numbers_of_experts_are_joined_where_nothing_else_differs(tmp_path):
+    larger = result("topk", 1, 80.0) | {"experts": 256}
+    rows = [result("topk", 1, 100.0), larger, result("air", 1, 90.0), larger | {"ffn": 2}]
+    joined = report._over_experts(report.groups(rows))
+    assert {title: {experts: set(of) for experts, of in found.items()} for title, found in joined.items()} == {
+        "wikitext-2, 0.0 M tokens, K = 4, F = 1": {64: {"topk", "air"}, 256: {"topk"}}
+    }
+    assert "experts.png" in {file.name for file in report.plots(rows, tmp_path)}
