@@ -1,6 +1,7 @@
 """Tables and plots of a study's results: `python benchmarks/quality/report.py RESULTS.jsonl --out FOLDER`."""
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ def _place(row):
 
 
 def _title(corpus, tokens, experts, topk, ffn):
-    return f"{corpus}, {tokens / 1e6:.1f} M tokens, E = {experts:,}, K = {topk}, F = {ffn}"
+    of_experts = f"E = {experts:,}, " if experts is not None else ""
+    return f"{corpus}, {tokens / 1e6:.1f} M tokens, {of_experts}K = {topk}, F = {ffn}"
 
 
 def quality(row: dict) -> float:
@@ -146,11 +148,11 @@ def plots(rows: list[dict], out: Path) -> list[Path]:
 
 
 def _over_experts(found):
-    """Groups that differ in nothing but E, joined: title -> E -> variant -> rows; those with several E only."""
-    joined: dict[str, dict] = {}
+    """Groups that differ in nothing but E, joined: (corpus, tokens, None, K, F) -> E -> variant -> rows."""
+    joined: dict[tuple, dict] = {}
     for (corpus, tokens, experts, topk, ffn), variants in found.items():
-        joined.setdefault(f"{corpus}, {tokens / 1e6:.1f} M tokens, K = {topk}, F = {ffn}", {})[experts] = variants
-    return {title: by_experts for title, by_experts in joined.items() if len(by_experts) > 1}
+        joined.setdefault((corpus, tokens, None, topk, ffn), {})[experts] = variants
+    return {place: by_experts for place, by_experts in joined.items() if len(by_experts) > 1}
 
 
 def _draw_against_flops(figure, colours, kinds, axis, variants, column):
@@ -211,9 +213,9 @@ def _draw_training(colours, axis, variants, column):
 
 
 def _mean_and_error(of_variant):
-    """Mean quality of the seeds, and standard deviation; 0 of one seed."""
+    """Mean quality of the seeds, and standard deviation; NaN, which draws no bar, of one seed."""
     values = [quality(row) for row in of_variant]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def _number_ticks(axis):
@@ -234,7 +236,7 @@ def _grid(pyplot, found, columns: int, draw: Callable, file: Path) -> Path:
     for (place, variants), line in zip(found.items(), axes, strict=True):
         for column, axis in enumerate(line):
             draw(axis, variants, column)
-            axis.set_title(place if isinstance(place, str) else _title(*place), fontsize=8)
+            axis.set_title(_title(*place), fontsize=8)
             axis.grid(alpha=0.3)
             found_handles, labels = axis.get_legend_handles_labels()
             handles |= dict(zip(labels, found_handles, strict=True))

@@ -164,7 +164,7 @@ def test_numbers_of_experts_are_joined_where_nothing_else_differs(tmp_path):
     larger = result("topk", 1, 80.0) | {"experts": 256}
     rows = [result("topk", 1, 100.0), larger, result("air", 1, 90.0), larger | {"ffn": 2}]
     joined = report._over_experts(report.groups(rows))
-    assert {title: {experts: set(of) for experts, of in found.items()} for title, found in joined.items()} == {
-        "wikitext-2, 0.0 M tokens, K = 4, F = 1": {64: {"topk", "air"}, 256: {"topk"}}
+    assert {place: {experts: set(of) for experts, of in found.items()} for place, found in joined.items()} == {
+        ("wikitext-2", 1000, None, 4, 1): {64: {"topk", "air"}, 256: {"topk"}}
     }
     assert "experts.png" in {file.name for file in report.plots(rows, tmp_path)}
