@@ -1,6 +1,6 @@
 """Put the logs of an expert-parallel scaling run into one table and one plot.
 
-    python examples/ep_scaling.py --warmup 20 --out out/ep_scaling out/ep_scaling/ep1.log out/ep_scaling/ep2.log ...
+    python examples/ep_scaling.py --warmup 400 --out out/ep_scaling out/ep_scaling/ep1.log out/ep_scaling/ep2.log ...
 
 `examples/ep_scaling.sh` makes the logs and calls this. Sizes are read from the list of arguments that Megatron prints
 at its start, times from its iteration lines, bytes and loads from the lines of routing health. Writes

@@ -6,8 +6,9 @@
 #   EP_SIZES="1 2 4" bash examples/ep_scaling.sh --cpu       # tiny, on CPU
 #
 # Any Megatron flag may follow; the sizes of examples/granular_gpt.sh are environment variables. The shortlists are
-# rebuilt after each of the first ten steps and every tenth step later, so the first WARMUP steps do not count, and a
-# log line of ten steps holds one rebuild. All ranks of a CPU share its cores, so tokens per second do not scale there;
+# rebuilt after each of the first forty steps, then less and less often, and every twentieth step from the 400th on: steps
+# before WARMUP do not count, and a log line of twenty steps holds one rebuild. For a quick look at the pace of a young
+# codebook: WARMUP=20 TRAIN_ITERS=70 LOG_INTERVAL=10. All ranks of a CPU share its cores, so tokens per second do not scale there;
 # bytes and loads are counted as on GPUs. Not yet run on GPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,8 +16,8 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 EP_SIZES=${EP_SIZES:-1 2 4 8}
 OUT=${OUT:-out/ep_scaling}
-WARMUP=${WARMUP:-20}
-export TRAIN_ITERS=${TRAIN_ITERS:-70} LOG_INTERVAL=${LOG_INTERVAL:-10}
+WARMUP=${WARMUP:-400}
+export TRAIN_ITERS=${TRAIN_ITERS:-480} LOG_INTERVAL=${LOG_INTERVAL:-20}
 
 mkdir -p "$OUT"
 LOGS=()
