@@ -81,7 +81,7 @@ class CompactTokenDispatcher(MoETokenDispatcher):
 
         Args:
             hidden_states: [..., H], T tokens.
-            topk_ids: [T, K] integer, global expert ids, distinct in a row; -1 for none.
+            topk_ids: [T, K] integer, global expert ids; -1 for none. The probs of one that stands twice add up.
             probs: [T, K].
         Returns:
             [T, H] tokens, [T, K] probs.

@@ -11,6 +11,7 @@ Legend: H hidden, E experts, C clusters, L shortlist, P probes, M candidates wit
 from dataclasses import dataclass
 
 from air_moe_megatron.config import resolve_groups, resolve_product_keys, resolve_sizes
+from air_moe_megatron.index import num_rebuilds
 
 DISPATCH_CONSTANT = 14
 """Operations per scored row and hidden unit that Krajewski et al. 2024 (arXiv 2402.07871) charge for routing with its
@@ -23,7 +24,7 @@ class RouterFlops:
 
     forward: float
     backward: float
-    refresh: float = 0.0  # AIR's rebuilding of the shortlists, spread over the tokens between two of them
+    refresh: float = 0.0  # AIR's rebuilding of the shortlists, spread over all tokens
 
     @property
     def total(self) -> float:
@@ -36,7 +37,7 @@ class RouterFlops:
         return DISPATCH_CONSTANT / 2 * self.forward + self.refresh
 
 
-def router_flops(config, tokens_per_batch: int | None = None) -> RouterFlops:
+def router_flops(config, tokens_per_batch: int | None = None, num_steps: int | None = None) -> RouterFlops:
     """Operations per token of the router that the config asks for.
 
     | router | forward | backward |
@@ -53,6 +54,8 @@ def router_flops(config, tokens_per_batch: int | None = None) -> RouterFlops:
         tokens_per_batch: tokens that one rank routes per global batch, for AIR's refresh (every rank rebuilds its own
             lists): ``2CEH / (tokens * moe_air_refresh_interval)``, and as much again with source 'experts', whose
             k-means step assigns the experts anew. None leaves it out.
+        num_steps: of a training that starts with a new codebook, whose lists are rebuilt more often
+            (``index.num_rebuilds``); None counts those of an old one.
 
     Example: H = 8, E = 100, K = 2 and topk: forward 1600, backward 3200.
     """
@@ -67,7 +70,9 @@ def router_flops(config, tokens_per_batch: int | None = None) -> RouterFlops:
         if tokens_per_batch is not None:
             products = 1 if config.moe_air_codebook_source == "tokens" else 2
             rebuild = products * 2 * sizes.num_clusters * num_experts * hidden
-            refresh = rebuild / (tokens_per_batch * config.moe_air_refresh_interval)
+            interval = config.moe_air_refresh_interval
+            rebuilds_per_step = 1 / interval if num_steps is None else num_rebuilds(num_steps, interval) / num_steps
+            refresh = rebuild * rebuilds_per_step / tokens_per_batch
         with_gradient = sizes.num_candidates if _all_scores_matter(config) else topk
         return RouterFlops(2 * hidden * (sizes.num_clusters + searched), 4 * hidden * with_gradient, refresh)
     if router_type == "product_key":

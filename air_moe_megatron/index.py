@@ -127,6 +127,35 @@ def balanced_lists(num_clusters, shortlist_size, num_experts, device):
     return lists.sort(dim=1).values.int()
 
 
+def due_version(num_updates: int, interval: int) -> int:
+    """The update after which the lists in force were due.
+
+    The younger the codebook, the faster tokens and centres move, and the more often lists are rebuilt: with an interval
+    of 10 every update makes a rebuild due at first, every second from 20 on, every third from 30 on, and every tenth
+    from 100 on.
+
+    Example: interval 10, updates 20 to 25: 20, 20, 22, 22, 24, 24.
+    """
+    start = num_updates // interval * interval
+    step = min(max(1, num_updates // interval), interval)
+    return start + (num_updates - start) // step * step
+
+
+def versions_before(version: int, interval: int) -> int:
+    """How many versions of the lists there were before this one: rebuilds in training until then."""
+    blocks, rest = divmod(version, interval)
+    young = sum(-(-interval // max(1, block)) for block in range(min(blocks, interval)))
+    return young + max(0, blocks - interval) + rest // min(max(1, blocks), interval)
+
+
+def num_rebuilds(num_steps: int, interval: int) -> int:
+    """How often the first steps of a training rebuild the lists, with an update of the codebook after each.
+
+    Example: interval 10: 29 in the first 40 steps (20 in twenty, 5 in ten, 4 in ten), then one in ten from step 100 on.
+    """
+    return 0 if num_steps < 1 else versions_before(due_version(num_steps - 1, interval), interval) + 1
+
+
 class ShortlistIndex(torch.nn.Module):
     """The shortlists of one router: derived from codewords and expert centres, rebuilt lazily.
 
@@ -147,27 +176,6 @@ class ShortlistIndex(torch.nn.Module):
         self.register_buffer("source_code", torch.tensor([SOURCES.index(source)]))
         self._built_at_on_host = -1
 
-    def version(self, num_updates: int) -> int:
-        """The update after which the lists in force were due.
-
-        The younger the codebook, the faster tokens and centres move, and the more often lists are rebuilt: with an
-        interval of 10 every update makes a rebuild due at first, every second from 20 on, every third from 30 on, and
-        every tenth from 100 on.
-
-        Example: interval 10, updates 20 to 25: 20, 20, 22, 22, 24, 24.
-        """
-        interval = self.refresh_interval
-        start = num_updates // interval * interval
-        step = min(max(1, num_updates // interval), interval)
-        return start + (num_updates - start) // step * step
-
-    def _turn(self, version: int) -> int:
-        """How many versions there were before this one."""
-        interval = self.refresh_interval
-        blocks, rest = divmod(version, interval)
-        young = sum(-(-interval // max(1, block)) for block in range(min(blocks, interval)))
-        return young + max(0, blocks - interval) + rest // min(max(1, blocks), interval)
-
     @torch.no_grad()
     def refresh(self, codebook: Codebook, weight, bias, score_function=None, expert_bias=None) -> bool:
         """Rebuild the lists if an update made that due; tells whether it did.
@@ -177,13 +185,13 @@ class ShortlistIndex(torch.nn.Module):
         """
         if self._built_at_on_host is None:
             self._built_at_on_host = int(self.built_at)
-        version = self.version(codebook.updates_on_host)
+        version = due_version(codebook.updates_on_host, self.refresh_interval)
         if self._built_at_on_host == version:
             return False
         if self.source == "tokens":
             where = (codebook.codewords, codebook.typical_projections())
             ranking = rank_experts(*where, weight, bias, self.shortlist.shape[1], score_function, expert_bias)
-            lists = list_every_expert(ranking, self.num_reserved, self._turn(version))
+            lists = list_every_expert(ranking, self.num_reserved, versions_before(version, self.refresh_interval))
         else:
             if self._built_at_on_host < 0:
                 # Start from expert centres spread over the ids instead of from random directions.

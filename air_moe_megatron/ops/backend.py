@@ -22,6 +22,7 @@ _LARGEST = {
     "fine_scores": {},
     "fine_topk": {"topk": 512},
     "pair_products": {},
+    "selected_scores": {},
     "granular_experts": {"ffn_hidden_size": 64},
     "exchange": {"num_ranks": 1024, "topk": 512},
 }

@@ -12,17 +12,19 @@ def flops_per_token(flags: dict, vocabulary: int) -> dict[str, float]:
         flags: of a run, without dashes in front.
         vocabulary: token ids of the output layer.
     Returns:
-        "router" (scores and refresh), "router_with_dispatch" (with the constant of Krajewski et al.), "experts",
+        "router" (scores and rebuilds), "rebuilds" (of the lists, as often as this run makes them; in "router" too),
+        "router_with_dispatch" (with the constant of Krajewski et al.), "experts",
         "other" (attention and output layer), "total" (without dispatch) and "total_with_dispatch".
     """
     from air_moe_megatron.flops import expert_flops, router_flops
 
     config = config_of(flags)
     tokens = flags["global-batch-size"] * flags["seq-length"]
-    router, layers = router_flops(config, tokens), config.num_layers
+    router, layers = router_flops(config, tokens, flags["train-iters"]), config.num_layers
     sizes = (config.hidden_size, layers, flags["seq-length"], vocabulary)
     given = {
         "router": layers * router.total,
+        "rebuilds": layers * router.refresh,
         "router_with_dispatch": layers * router.with_dispatch,
         "experts": layers * expert_flops(config),
         "other": sum(work.flops for work in floor.transformer(1, *sizes).values()),

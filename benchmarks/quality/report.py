@@ -15,7 +15,7 @@ _USED, _IMBALANCE, _RECALL, _TOPK_RECALL = "experts-used", "imbalance-factor", "
 
 
 def groups(rows: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
-    """Rows that may be compared: (corpus, tokens, E, K, F) -> variant -> rows of its seeds."""
+    """Rows that may be compared: (corpus, tokens, precision, E, K, F) -> variant -> rows of its seeds."""
     found: dict[tuple, dict[str, list[dict]]] = {}
     for row in sorted(rows, key=lambda row: (*_place(row), row["seed"])):
         place = _place(row)
@@ -24,12 +24,12 @@ def groups(rows: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
 
 
 def _place(row):
-    return tuple(row[name] for name in ("corpus", "tokens", "experts", "topk", "ffn"))
+    return tuple(row[name] for name in ("corpus", "tokens", "precision", "experts", "topk", "ffn"))
 
 
-def _title(corpus, tokens, experts, topk, ffn):
+def _title(corpus, tokens, precision, experts, topk, ffn):
     of_experts = f"E = {experts:,}, " if experts is not None else ""
-    return f"{corpus}, {tokens / 1e6:.1f} M tokens, {of_experts}K = {topk}, F = {ffn}"
+    return f"{corpus}, {tokens / 1e6:.1f} M tokens, {precision}, {of_experts}K = {topk}, F = {ffn}"
 
 
 def quality(row: dict) -> float:
@@ -43,7 +43,7 @@ def quality_name(rows: list[dict]) -> str:
 
 
 def last(row: dict, name: str) -> float | None:
-    """A health figure over the last tenth of the training; None where the router has no such figure."""
+    """A health figure at the end, over the last log interval; None where the router has no such figure."""
     values = row["health"].get(name)
     return values[-1][1] if values else None
 
@@ -130,32 +130,31 @@ def plots(rows: list[dict], out: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found, figure = groups(rows), quality_name(rows)
+    found = groups(rows)
     names = sorted({row["variant"] for row in rows})
     palette = pyplot.cm.tab10 if len(names) <= 10 else pyplot.cm.tab20
     colours = {name: palette(index % 20) for index, name in enumerate(names)}
     files = []
     for what, label in (("router", "router"), ("total", "all")):
-        draw = partial(
-            _draw_against_flops, figure, colours, ((what, label), (f"{what}_with_dispatch", f"{label} with dispatch"))
-        )
+        kinds = ((what, label), (f"{what}_with_dispatch", f"{label} with dispatch"))
+        draw = partial(_draw_against_flops, colours, kinds)
         files.append(_grid(pyplot, found, 2, draw, out / f"quality_flops_{what}.png"))
     files.append(_grid(pyplot, found, 4, partial(_draw_training, colours), out / "training.png"))
     over_experts = _over_experts(found)
     if over_experts:
-        files.append(_grid(pyplot, over_experts, 2, partial(_draw_over_experts, figure, colours), out / "experts.png"))
+        files.append(_grid(pyplot, over_experts, 2, partial(_draw_over_experts, colours), out / "experts.png"))
     return files
 
 
 def _over_experts(found):
-    """Groups that differ in nothing but E, joined: (corpus, tokens, None, K, F) -> E -> variant -> rows."""
+    """Groups that differ in nothing but E, joined: (corpus, tokens, precision, None, K, F) -> E -> variant -> rows."""
     joined: dict[tuple, dict] = {}
-    for (corpus, tokens, experts, topk, ffn), variants in found.items():
-        joined.setdefault((corpus, tokens, None, topk, ffn), {})[experts] = variants
+    for (corpus, tokens, precision, experts, topk, ffn), variants in found.items():
+        joined.setdefault((corpus, tokens, precision, None, topk, ffn), {})[experts] = variants
     return {place: by_experts for place, by_experts in joined.items() if len(by_experts) > 1}
 
 
-def _draw_against_flops(figure, colours, kinds, axis, variants, column):
+def _draw_against_flops(colours, kinds, axis, variants, column):
     kind, label = kinds[column]
     for name, of_variant in variants.items():
         place = (of_variant[0]["flops_per_token"][kind] / 1e6, *_mean_and_error(of_variant))
@@ -167,10 +166,10 @@ def _draw_against_flops(figure, colours, kinds, axis, variants, column):
         axis.set_xscale("symlog", linthresh=0.1)
         axis.set_xlim(left=-0.02)
     axis.set_xlabel(f"MFLOPs per token, {label}")
-    axis.set_ylabel(figure)
+    axis.set_ylabel(_quality_name_of(variants))
 
 
-def _draw_over_experts(figure, colours, axis, by_experts, column):
+def _draw_over_experts(colours, axis, by_experts, column):
     for name in sorted({name for variants in by_experts.values() for name in variants}):
         of_name = {experts: variants[name] for experts, variants in by_experts.items() if name in variants}
         if column == 0:
@@ -184,7 +183,7 @@ def _draw_over_experts(figure, colours, axis, by_experts, column):
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(by_experts), [f"{experts:,}" for experts in by_experts])
     axis.set_xlabel("experts E")
-    axis.set_ylabel((figure, "router MFLOPs per token")[column])
+    axis.set_ylabel("router MFLOPs per token" if column else _quality_name_of(next(iter(by_experts.values()))))
     if column == 1:
         axis.set_yscale("log")
         _number_ticks(axis.yaxis)
@@ -210,6 +209,10 @@ def _draw_training(colours, axis, variants, column):
     if column == 2:
         axis.set_yscale("log")
         _number_ticks(axis.yaxis)
+
+
+def _quality_name_of(variants):
+    return quality_name(next(iter(variants.values())))
 
 
 def _mean_and_error(of_variant):

@@ -158,11 +158,12 @@ class Study:
 
         self.runs, self.metas, self.out, self.results, self.threads = runs, metas, out, results, threads
         self.on_gpu = torch.cuda.is_available()
+        self.precision = "bf16" if self.on_gpu else "fp32"
         self._lock = threading.Lock()
 
     def pending(self) -> list[Run]:
-        """The runs that have no result yet."""
-        done = {row["key"] for row in read_results(self.results)}
+        """The runs that have no result of this precision yet."""
+        done = {row["key"] for row in read_results(self.results) if row["precision"] == self.precision}
         return [run for run in self.runs if run.key not in done]
 
     def make(self, jobs: int) -> list[Run]:
@@ -239,6 +240,7 @@ class Study:
             "flops_per_token": flops_per_token(run.flags, run.vocabulary),
             "tokens": run.flags["train-iters"] * run.flags["global-batch-size"] * run.flags["seq-length"],
             "seconds": round(seconds, 1),
+            "precision": self.precision,
             "flags": run.flags,
             **origin(self.on_gpu),
         }

@@ -25,6 +25,7 @@ from air_moe_megatron.ops.granular_experts.kernels import granular_experts_kerne
 from air_moe_megatron.ops.pair_products import make_pairs
 from air_moe_megatron.ops.pair_products.kernels import pair_dots_kernel, pair_sums_kernel
 from air_moe_megatron.ops.ranking.kernels import rank_experts_kernel
+from air_moe_megatron.ops.selected_scores.kernels import selected_scores_kernel
 
 T, H, E, C, L, K = 512, 512, 4096, 8, 512, 64
 BF16 = torch.bfloat16
@@ -139,6 +140,13 @@ def pair_products():
     backward((pair_sums_kernel(values, weight, pairs),), (values, weight))
 
 
+def selected_scores():
+    """As the recommended mixture has it: parameters in bf16, scores in fp32."""
+    hidden, weight, bias = leaf(T, H), leaf(E, H), leaf(E)
+    ids = torch.arange(T * K).view(T, K) % E
+    backward((selected_scores_kernel(hidden, weight, bias, ids, torch.zeros(T, K)),), (hidden, weight, bias))
+
+
 def granular_experts(deterministic):
     """Gated experts of 8 rows, with 64 pairs each."""
     pairs = make_pairs(torch.arange(T).repeat_interleave(8), torch.arange(8 * T) % 64, T, 64)
@@ -158,6 +166,7 @@ CASES = {
     "fine-topk": lambda: fine_topk(of_logsumexp=False),
     "fine-topk-logsumexp": lambda: fine_topk(of_logsumexp=True),
     "pair-products": pair_products,
+    "selected-scores": selected_scores,
     "granular-experts": lambda: granular_experts(deterministic=False),
     "granular-experts-deterministic": lambda: granular_experts(deterministic=True),
 }

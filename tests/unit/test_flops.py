@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from air_moe_megatron.flops import expert_flops, router_flops
+from air_moe_megatron.index import num_rebuilds
 from air_moe_megatron.ops.fine_scores import grouped
 from air_moe_megatron.router import ROUTERS
 from tests.unit.rivals import VOCABULARY, make_config, tell_ids
@@ -69,6 +70,9 @@ def test_refresh_is_spread_over_the_tokens_between_two():
     assert plain.refresh == 0.0
     assert spread.refresh == 2 * 16 * 64 * 16 / 500
     assert spread.total == plain.total + spread.refresh
+    young = router_flops(config, tokens_per_batch=100, num_steps=10).refresh
+    assert young == pytest.approx(2 * 16 * 64 * 16 / 100 * num_rebuilds(10, 5) / 10)
+    assert young > spread.refresh
     config.moe_air_codebook_source = "experts"
     assert router_flops(config, tokens_per_batch=100).refresh == 2 * spread.refresh
 

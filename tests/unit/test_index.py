@@ -9,9 +9,12 @@ from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.index import (
     ShortlistIndex,
     balanced_lists,
+    due_version,
     inverted_lists,
     list_every_expert,
+    num_rebuilds,
     reserved_places,
+    versions_before,
 )
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.ranking import Ranking, rank_experts
@@ -163,9 +166,8 @@ def test_more_orphans_than_places_take_turns():
 
 
 def test_each_rebuild_of_an_index_is_another_turn():
-    index = ShortlistIndex(4, 10, "tokens", refresh_interval=5, num_reserved=3)
-    versions = [index.version(updates) for updates in range(60)]
-    turns = [index._turn(version) for version in dict.fromkeys(versions)]
+    versions = [due_version(updates, 5) for updates in range(60)]
+    turns = [versions_before(version, 5) for version in dict.fromkeys(versions)]
     assert turns == list(range(len(turns)))
 
 
@@ -240,9 +242,8 @@ VERSIONS = {
 
 @pytest.mark.parametrize("interval", VERSIONS)
 def test_version_follows_a_young_codebook_closely_and_then_in_intervals(interval):
-    index = ShortlistIndex(4, 2, "tokens", interval)
-    assert [index.version(updates) for updates in range(8)] == VERSIONS[interval]
-    assert [index.version(100 * interval + i) for i in range(interval)] == [100 * interval] * interval
+    assert [due_version(updates, interval) for updates in range(8)] == VERSIONS[interval]
+    assert [due_version(100 * interval + i, interval) for i in range(interval)] == [100 * interval] * interval
 
 
 class Setup:
@@ -288,6 +289,17 @@ def assert_same_bits(actual, expected):
 
 
 SOURCES = pytest.mark.parametrize("source", ("tokens", "experts"))
+
+
+@SOURCES
+@pytest.mark.parametrize("interval", (1, 3, 7))
+def test_num_rebuilds_counts_those_of_a_training(source, interval):
+    setup, rebuilt = Setup(source, interval), 0
+    assert num_rebuilds(0, interval) == 0
+    for step in range(1, 8 * interval):
+        rebuilt += setup.forward()
+        assert rebuilt == num_rebuilds(step, interval)
+        setup.step(step)
 
 
 @SOURCES

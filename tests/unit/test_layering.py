@@ -15,9 +15,9 @@ NAME = PACKAGE.name
 # A module may import from lower layers and from its own, if it is not listed there as unable to.
 LAYERS = (
     {"ops", "config", "compat"},
-    {"codebook", "cpu", "flops"},
+    {"codebook", "cpu"},
     {"index"},
-    {"routers", "dispatcher", "experts"},
+    {"flops", "routers", "dispatcher", "experts"},
     {"router"},
     {"layer"},
     {"specs", "diagnostics", "arguments"},

@@ -29,6 +29,7 @@ def test_every_study_of_the_folder_loads_and_its_flops_are_known(path):
         flops = flops_per_token(run.flags, run.vocabulary)
         assert flops["total"] == flops["router"] + flops["experts"] + flops["other"]
         assert (flops["router"] == 0) == (run.flags["moe-router-type"] == "hash")
+        assert (flops["rebuilds"] > 0) == (run.flags["moe-router-type"] == "air")
 
 
 def test_runs_are_all_combinations_one_seed_after_the_other():
@@ -81,12 +82,14 @@ def test_the_command_has_every_flag_and_the_study_may_override_the_evaluation(tm
 
 def test_a_run_with_a_result_is_not_repeated(tmp_path):
     runs = study.load_runs(CONFIG)
-    results = tmp_path / "results.jsonl"
-    results.write_text("".join(json.dumps({"key": run.key}) + "\n" for run in runs[:3]))
-    made = study.Study(runs, {}, tmp_path, results, 1)
-    assert made.pending() == runs[3:]
+    results, made = tmp_path / "results.jsonl", study.Study(runs, {}, tmp_path, tmp_path / "results.jsonl", 1)
+    other = {"fp32": "bf16", "bf16": "fp32"}[made.precision]
+    given = zip(runs[:4], (made.precision, made.precision, other, made.precision), strict=True)
+    rows = [{"key": run.key, "precision": precision} for run, precision in given]
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert made.pending() == [runs[2], *runs[4:]]
     results.write_text(results.read_text() + "{broken\n")
-    with pytest.raises(ValueError, match="line 4"):
+    with pytest.raises(ValueError, match="line 5"):
         made.pending()
 
 
@@ -133,7 +136,7 @@ def test_a_missing_corpus_is_named(tmp_path):
 def result(variant, seed, perplexity, **health):
     return {
         "variant": variant, "corpus": "wikitext-2", "experts": 64, "topk": 4, "ffn": 1, "seed": seed,
-        "word_perplexity": perplexity, "bits_per_byte": 1.0, "tokens": 1000, "seconds": 36.0,
+        "word_perplexity": perplexity, "bits_per_byte": 1.0, "tokens": 1000, "seconds": 36.0, "precision": "fp32",
         "flops_per_token": {"router": 2e6, "router_with_dispatch": 4e6, "total": 5e6, "total_with_dispatch": 7e6},
         "health": {name: [[5, value / 2], [10, value]] for name, value in health.items()},
         "train_losses": [[5, 3.0], [10, 2.0]], "device": "d", "torch": "t", "megatron_core": "m", "commit": "c",
@@ -146,7 +149,7 @@ def test_the_table_compares_runs_of_the_same_seed_and_puts_the_best_first():
         result("air", 1, 90.0, **{"experts-used": 0.5, "mass-recall": 0.25}),
         result("air", 2, 114.0, **{"experts-used": 0.7, "mass-recall": 0.75}),
     ]  # fmt: skip
-    lines = report.table(report.groups(rows)["wikitext-2", 1000, 64, 4, 1]).splitlines()
+    lines = report.table(report.groups(rows)["wikitext-2", 1000, "fp32", 64, 4, 1]).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| air", "| topk"]
     assert "102.00 +- 16.97" in lines[2]
     assert "-7.50 +- 3.54 %" in lines[2]
@@ -165,6 +168,6 @@ def test_numbers_of_experts_are_joined_where_nothing_else_differs(tmp_path):
     rows = [result("topk", 1, 100.0), larger, result("air", 1, 90.0), larger | {"ffn": 2}]
     joined = report._over_experts(report.groups(rows))
     assert {place: {experts: set(of) for experts, of in found.items()} for place, found in joined.items()} == {
-        ("wikitext-2", 1000, None, 4, 1): {64: {"topk", "air"}, 256: {"topk"}}
+        ("wikitext-2", 1000, "fp32", None, 4, 1): {64: {"topk", "air"}, 256: {"topk"}}
     }
     assert "experts.png" in {file.name for file in report.plots(rows, tmp_path)}

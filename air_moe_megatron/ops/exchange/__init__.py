@@ -17,7 +17,7 @@ def make_plan(topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_l
     Rows lie in the order of (rank, token), pairs in that of (rank, token, place among the K).
 
     Args:
-        topk_ids: [T, K] int32 or int64, global expert ids, distinct in a row; -1 for none.
+        topk_ids: [T, K] int32 or int64, global expert ids; -1 for none. One may stand twice in a row: two pairs.
         probs: [T, K], any float dtype; looked at only to count those that are not finite.
         num_ranks: D.
         num_local_experts: experts of each rank.

@@ -21,12 +21,10 @@ from air_moe_megatron.ops.fine_scores.kernels import (
     score_tile,
     sort_rows,
 )
-from air_moe_megatron.ops.pair_products import make_pairs
-from air_moe_megatron.ops.pair_products.kernels import launch_pair_sums, launch_pair_weight_gradient
+from air_moe_megatron.ops.selected_scores.kernels import gradients_of_selected
 from air_moe_megatron.ops.tiles import (
     LOWEST_KEY,
     SCORE_FUNCTIONS,
-    add_weight_gradient,
     apply_score_function,
     block_of,
     contiguous,
@@ -238,27 +236,6 @@ def _gradients_of_all(ctx, grad_topk, grad_logsumexp, columns, logsumexp, hidden
     return dense_gradients(ctx, grad_scores, hidden, weight, bias, shortlist, 1)
 
 
-def _gradients_of_selected(ctx, grad_topk, ids, hidden, weight, bias, shortlist):
-    """Only selected candidates have a gradient: sums over the (token, expert) pairs."""
-    num_tokens, topk = ids.shape
-    need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-    tokens = torch.arange(num_tokens, device=ids.device).repeat_interleave(topk)
-    pairs = make_pairs(tokens, ids.reshape(-1), num_tokens, weight.shape[0])
-    values = grad_topk.reshape(-1)
-    grad_hidden = grad_weight = grad_bias = None
-    if need_hidden:
-        grad_hidden = launch_pair_sums(values, weight, pairs, hidden.dtype)
-    if need_weight:
-        grad_weight = add_weight_gradient(
-            ctx.weight, lambda out: launch_pair_weight_gradient(hidden, values, pairs, out)
-        )
-    if need_bias:
-        grad_bias = torch.zeros_like(bias)
-        ones = torch.ones(num_tokens, 1, dtype=torch.float32, device=ids.device)
-        launch_pair_weight_gradient(ones, values, pairs, grad_bias.unsqueeze(1))
-    return grad_hidden, grad_weight, grad_bias
-
-
 class _FineTopkKernel(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -286,7 +263,7 @@ class _FineTopkKernel(torch.autograd.Function):
         if grad_logsumexp is not None:
             grads = _gradients_of_all(ctx, grad_topk, grad_logsumexp, columns, logsumexp, *inputs)
         elif grad_topk is not None:
-            grads = _gradients_of_selected(ctx, grad_topk, ids, *inputs)
+            grads = gradients_of_selected(grad_topk, ids, *inputs[:3], ctx.weight, ctx.needs_input_grad)
         else:
             grads = (None, None, None)
         return *grads, *[None] * 7

@@ -64,7 +64,7 @@ def make_pairs(rows: torch.Tensor, ids: torch.Tensor, num_rows: int, num_ids: in
 
     Args:
         rows: [N] integer, rows of tokens, ascending.
-        ids: [N] integer, weight rows; a row of tokens meets each at most once.
+        ids: [N] integer, weight rows; one that a row of tokens meets twice counts twice. Kernels skip ids of -1.
         num_rows: R.
         num_ids: M.
     Raises:

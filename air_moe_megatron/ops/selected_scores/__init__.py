@@ -5,6 +5,7 @@ Legend: T tokens, H hidden, E experts, K selected.
 
 import torch
 
+from air_moe_megatron.ops.backend import use_kernels
 from air_moe_megatron.ops.selected_scores.bags import bagged_selected_scores
 
 __all__ = ["selected_scores"]
@@ -21,7 +22,8 @@ def selected_scores(
 
     Where only the selected scores reach the loss, the gradients need K rows per token instead of a whole shortlist:
     ``grad_h = sum_k g_k w_k`` and ``grad_w_e = sum over the tokens that selected e of g h``. Differentiable in hidden,
-    weight and bias. Does not wait for the device.
+    weight and bias. The weight's gradient goes into ``weight.main_grad`` where there is one
+    (``ops/weight_gradient.py``). Does not wait for the device.
 
     Args:
         hidden: [T, H], tokens.
@@ -47,4 +49,8 @@ def selected_scores(
         raise ValueError(
             f"ids {tuple(ids.shape)} and scores {tuple(scores.shape)} must both be [T, K] with T = {hidden.shape[0]}"
         )
+    if use_kernels("selected_scores", hidden, weight, dtype=scores.dtype):
+        from air_moe_megatron.ops.selected_scores.kernels import selected_scores_kernel
+
+        return selected_scores_kernel(hidden, weight, bias, ids, scores)
     return bagged_selected_scores(hidden, weight, bias, ids, scores)

@@ -1,7 +1,8 @@
 """Gradients of the selected scores as two weighted sums of rows, each one ``embedding_bag``.
 
 The tokens' gradient sums K centres per token. The centres' gradient sums the tokens of each expert, the (token, expert)
-pairs sorted by expert, into ``main_grad`` where there is one (``ops/weight_gradient.py``).
+pairs sorted by expert, into ``main_grad`` where there is one (``ops/weight_gradient.py``). Scores of another dtype than
+the weight's cost a copy of the weight: ``embedding_bag`` takes one dtype.
 
 Legend: T tokens, H hidden, E experts, K selected.
 """

@@ -1,0 +1,60 @@
+"""Gradients of the selected scores by the kernels of the pair products: sums over (token, expert) pairs.
+
+No copy of the weight is made, whatever the dtype of the scores; sums are made in fp32.
+
+Legend: T tokens, H hidden, E experts, K selected, N = T*K pairs.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from air_moe_megatron.ops.pair_products import make_pairs
+from air_moe_megatron.ops.pair_products.kernels import launch_pair_sums, launch_pair_weight_gradient
+from air_moe_megatron.ops.tiles import add_weight_gradient, contiguous
+
+
+def gradients_of_selected(grad_scores, ids, hidden, weight, bias, parameter, needed):
+    """Gradients for hidden, weight and bias, each None where it is not needed.
+
+    Args:
+        grad_scores: [T, K], any float dtype.
+        ids: [T, K] integer expert ids; where -1, what arrives is ignored.
+        hidden, weight, bias: [T, H], [E, H], [E] or None; contiguous; fp32, bf16 or fp16.
+        parameter: the weight as the caller was given it, for its ``main_grad``.
+        needed: three bools.
+    """
+    num_tokens, num_selected = ids.shape
+    tokens = torch.arange(num_tokens, device=ids.device).repeat_interleave(num_selected)
+    pairs = make_pairs(tokens, ids.reshape(-1), num_tokens, weight.shape[0])
+    values = grad_scores.masked_fill(ids < 0, 0.0).reshape(-1)
+    grad_hidden = grad_weight = grad_bias = None
+    if needed[0]:
+        grad_hidden = launch_pair_sums(values, weight, pairs, hidden.dtype)
+    if needed[1]:
+        grad_weight = add_weight_gradient(
+            parameter, lambda out: launch_pair_weight_gradient(hidden, values, pairs, out)
+        )
+    if needed[2]:
+        grad_bias = torch.zeros_like(bias)
+        ones = torch.ones(num_tokens, 1, dtype=torch.float32, device=ids.device)
+        launch_pair_weight_gradient(ones, values, pairs, grad_bias.unsqueeze(1))
+    return grad_hidden, grad_weight, grad_bias
+
+
+class _SelectedScoresKernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ids, scores):
+        ctx.weight = weight
+        ctx.save_for_backward(*contiguous(hidden, weight, bias), ids)
+        return scores.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_scores):
+        *inputs, ids = ctx.saved_tensors
+        return *gradients_of_selected(grad_scores, ids, *inputs, ctx.weight, ctx.needs_input_grad), None, None
+
+
+def selected_scores_kernel(hidden, weight, bias, ids, scores):
+    """As :func:`air_moe_megatron.ops.selected_scores.selected_scores`, whose caller has validated the shapes."""
+    return _SelectedScoresKernel.apply(hidden, weight, bias, ids, scores)
