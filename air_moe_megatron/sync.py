@@ -1,7 +1,7 @@
 """The step boundary: when the codebooks learn, and the one collective that it takes.
 
 Communication per optimizer step and pipeline stage: one all-reduce of ``layers * C * (H + 3)`` fp32 numbers over
-``tp_dp_cp``, the ranks of the stage that hold different tokens; with input norms ``layers * (2H + 1)`` more.
+``tp_dp_cp``, the ranks of the stage that hold different tokens; a running norm of F features adds ``2F + 1``.
 
 The order within a step: every attempt starts with ``discard_statistics`` (a step that Megatron runs again must not
 count twice), forwards accumulate, and ``update_codebooks`` runs once after the optimizer has really stepped. A skipped
@@ -42,7 +42,7 @@ def discard_statistics(modules) -> None:
 
 @torch.no_grad()
 def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = None) -> int:
-    """All-reduce what the routers in ``modules`` accumulated, for codebooks and input norms, and apply it.
+    """All-reduce what the routers in ``modules`` accumulated, for codebooks and running norms, and apply it.
 
     Every rank of the group must call it with the same routers. Sums are reduced first and divided after, so that N
     ranks equal one rank on all their tokens; all ranks get bitwise the same codebooks. Waits for the device: once for
@@ -76,7 +76,7 @@ def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = Non
         logger.warning(
             "layer %s: a token of this global batch was NaN or infinite; its %s as it was%s",
             router.layer_number,
-            "codebook stays" if isinstance(learner, Codebook) else "input norm stays",
+            "codebook stays" if isinstance(learner, Codebook) else "running norm stays",
             so_far,
         )
     return len(dropped)

@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 
 from air_moe_megatron.config import validate
-from air_moe_megatron.routers.input_norm import InputNorm
+from air_moe_megatron.routers.running_norm import RunningNorm
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -50,7 +50,7 @@ class CompactRouter(TopKRouter):
     def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
         validate(config)
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.input_norm = InputNorm(config.hidden_size) if config.moe_router_input_norm == "running" else None
+        self.input_norm = RunningNorm(config.hidden_size) if config.moe_router_input_norm == "running" else None
         # Tokens each expert got since the last health line; for logs only.
         self.register_buffer("expert_load", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
 

@@ -21,19 +21,17 @@ from megatron.core.transformer.moe.moe_utils import (
     topk_routing_with_score_function,
 )
 
-from air_moe_megatron.codebook import Float32Buffers
 from air_moe_megatron.config import resolve_product_keys
 from air_moe_megatron.routers.base import CompactRouter, Routes
-
-_EPSILON = 1e-5
-_MOMENTUM = 0.1  # of the running statistics, torch's default
+from air_moe_megatron.routers.running_norm import EPSILON, RunningNorm
 
 
-class ProductKeyRouter(Float32Buffers, CompactRouter):
+class ProductKeyRouter(CompactRouter):
     """Route each token to the best k experts of each head's product keys; two heads may find the same expert.
 
     Communicates with batch-normalised queries: one all-reduce per training forward over ``tp_dp_cp``, the ranks that
-    hold different tokens, and one in its backward; so N ranks equal one rank on all their tokens.
+    hold different tokens, and one in its backward; so N ranks equal one rank on all their tokens. The statistics for
+    evaluation are learned at the step boundary (``sync.py``).
     """
 
     has_expert_weight = False
@@ -52,9 +50,11 @@ class ProductKeyRouter(Float32Buffers, CompactRouter):
         if sizes.query_norm != "none":
             self.add_parameter("norm_weight", num_inputs, init_method=torch.nn.init.ones_)
             self.add_parameter("norm_bias", num_inputs, init_method=torch.nn.init.zeros_)
-        if sizes.query_norm == "batchnorm":
-            self.register_buffer("running_mean", torch.zeros(num_inputs))
-            self.register_buffer("running_var", torch.ones(num_inputs))
+        self.query_norm = RunningNorm(num_inputs) if sizes.query_norm == "batchnorm" else None
+
+    def learners(self) -> list[torch.nn.Module]:
+        """As of every router; with batch-normalised queries their running norm too."""
+        return super().learners() + ([] if self.query_norm is None else [self.query_norm])
 
     def _choose(self, hidden, keep, batch_size) -> Routes:
         sizes = self.sizes
@@ -87,32 +87,29 @@ class ProductKeyRouter(Float32Buffers, CompactRouter):
         wide = queries.to(torch.promote_types(queries.dtype, torch.float32))
         if norm == "layernorm":  # over the half of a head
             parts = wide.view(-1, self.sizes.key_dim)
-            normal = torch.nn.functional.layer_norm(parts, parts.shape[1:], eps=_EPSILON).view_as(wide)
+            normal = torch.nn.functional.layer_norm(parts, parts.shape[1:], eps=EPSILON).view_as(wide)
         else:
             normal = self._batch_normalise(wide, keep)
         return (normal * self.norm_weight + self.norm_bias).to(queries.dtype)
 
     def _batch_normalise(self, queries, keep):
-        """[T, F], with mean and variance of the tokens that count on all ranks; of the running ones when evaluating.
+        """[T, F], with mean and variance of the tokens that count on all ranks; with the running ones when evaluating.
 
         Sums are taken around the running mean, which is the same on all ranks, so that the variance loses no digits.
         """
         if not self.training:
-            return (queries - self.running_mean) * (self.running_var + _EPSILON).rsqrt()
-        centred = queries - self.running_mean
-        counted = centred if keep is None else centred * keep.unsqueeze(1)
+            return self.query_norm(queries)
+        if torch.is_grad_enabled():
+            self.query_norm.accumulate(queries.detach(), keep)
+        centred = queries - self.query_norm.mean
+        counted = centred if keep is None else torch.where(keep.unsqueeze(1), centred, 0.0)
         count = centred.new_tensor(centred.shape[0]) if keep is None else keep.sum()
         sums = torch.cat((counted.sum(dim=0), counted.square().sum(dim=0), count.to(centred.dtype).view(1)))
         sums = _AllReduce.apply(sums, self.tp_dp_cp_group)
         count = sums[-1].clamp_min(1.0)
         shift, square = (sums[:-1] / count).chunk(2)
         variance = (square - shift.square()).clamp_min(0.0)
-        if torch.is_grad_enabled():
-            with torch.no_grad():  # the unbiased variance, as torch's
-                unbiased = variance * count / (count - 1.0).clamp_min(1.0)
-                self.running_mean += _MOMENTUM * shift
-                self.running_var += _MOMENTUM * (unbiased - self.running_var)
-        return (centred - shift) * (variance + _EPSILON).rsqrt()
+        return (centred - shift) * (variance + EPSILON).rsqrt()
 
     def _select(self, logits, ids):
         """[T, K] probs and columns, the best k of each head beside each other."""

@@ -17,7 +17,7 @@ def make_layers(num_layers, source="tokens"):
     from air_moe_megatron.codebook import Codebook
     from air_moe_megatron.index import ShortlistIndex
     from air_moe_megatron.router import AIRRouter
-    from air_moe_megatron.routers.input_norm import InputNorm
+    from air_moe_megatron.routers.running_norm import RunningNorm
 
     layers = torch.nn.ModuleList()
     for number in range(num_layers):
@@ -26,7 +26,7 @@ def make_layers(num_layers, source="tokens"):
         layer.layer_number = number + 1
         layer.codebook = Codebook(CLUSTERS, HIDDEN, 0.8)
         layer.index = ShortlistIndex(CLUSTERS, 4, source, 1)
-        layer.input_norm = InputNorm(HIDDEN) if source == "tokens" else None
+        layer.input_norm = RunningNorm(HIDDEN) if source == "tokens" else None
         layers.append(layer)
     return layers
 

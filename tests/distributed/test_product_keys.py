@@ -15,6 +15,7 @@ FIELDS = {
 
 def run(name, rank, world_size, groups):
     """Output, ids and gradients of one rank's part of the tokens."""
+    from air_moe_megatron.sync import update_codebooks
     from tests.unit.rivals import HIDDEN, make_layer
 
     fields = dict(num_moe_experts=36, moe_router_type="product_key", expert_model_parallel_size=world_size)
@@ -32,12 +33,13 @@ def run(name, rank, world_size, groups):
     out, _ = layer(hidden)
     parameters = dict(layer.named_parameters())
     grads = torch.autograd.grad(out, [hidden, *parameters.values()], grad)
+    update_codebooks(layer, groups.tp_dp_cp)
     return {
         "ids": layer.router.route(hidden.detach()).topk_ids,
         "output": out.detach(),
         "input": grads[0],
         "gradients": dict(zip(parameters, grads[1:], strict=True)),
-        "buffers": {key: value.clone() for key, value in layer.router.named_buffers() if "running" in key},
+        "statistics": {key: value for key, value in layer.router.state_dict().items() if "query_norm" in key},
     }
 
 
@@ -94,8 +96,8 @@ def test_ranks_equal_one_rank_on_all_tokens(one_rank, ranks, name, backend):
         whole = torch.cat(parts) if key.startswith("experts.") else sum(parts)
         torch.testing.assert_close(whole, wanted, **close, msg=lambda text, key=key: f"{key}: {text}")
     for part in found:
-        for key, wanted in expected["buffers"].items():
-            torch.testing.assert_close(part["buffers"][key], wanted, **close)
+        for key, wanted in expected["statistics"].items():
+            torch.testing.assert_close(part["statistics"][key], wanted, **close)
 
 
 @pytest.mark.parametrize("name", FIELDS)

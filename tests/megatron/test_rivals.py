@@ -20,7 +20,7 @@ TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-ten
 RIVALS = {
     # type: (flags, what only its checkpoint holds, ranks and flags of the run that goes on)
     "topk": ([], None, None),
-    "product_key": ([], "running_var", (2, [*EP2, *FULL_RECOMPUTE])),
+    "product_key": ([], "query_norm.variance", (2, [*EP2, *FULL_RECOMPUTE])),
     "hierarchical": ([], None, None),
     "hash": (NO_LOSS, "table", (2, [*TP2, *EP2])),
     "vq": (NO_LOSS, None, None),

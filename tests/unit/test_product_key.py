@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from air_moe_megatron.config import resolve_product_keys
+from air_moe_megatron.sync import discard_statistics, update_codebooks
 from tests.unit.rivals import HIDDEN, make_config, make_router
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
@@ -93,24 +94,58 @@ def test_two_heads_may_find_one_expert_and_both_count(megatron_cpu):
     assert (routing_map.sum(dim=1) == 4).all()  # as many as Megatron's dispatchers count on
 
 
+def batch(step, num_tokens=20):
+    return torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(step)) + 5.0
+
+
 def test_batch_norm_is_torchs(megatron_cpu):
     router = make_router(megatron_cpu, moe_router_type="product_key")
-    reference = torch.nn.BatchNorm1d(router.query_weight.shape[0])
+    reference = torch.nn.BatchNorm1d(router.query_weight.shape[0], momentum=None)  # the plain average, as of the young
     for step in range(3):
-        hidden = torch.randn(20, HIDDEN, generator=torch.Generator().manual_seed(step)) + 5.0
+        hidden = batch(step)
         with torch.no_grad():  # the first pass of a recomputation changes nothing
             router.route(hidden)
         router.route(hidden)
-        expected = reference(hidden @ router.query_weight.t())
-        torch.testing.assert_close(router.running_mean, reference.running_mean, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(router.running_var, reference.running_var, rtol=1e-4, atol=1e-4)
-    router.eval(), reference.eval()
-    before = router.running_mean.clone()
-    queries = hidden @ router.query_weight.t()
-    expected = reference(queries)
+        queries = hidden @ router.query_weight.t()
+        torch.testing.assert_close(router._normalise(queries, None), reference(queries), rtol=1e-4, atol=1e-4)
+        assert update_codebooks(router) == 0
+        torch.testing.assert_close(router.query_norm.mean, reference.running_mean, rtol=1e-4, atol=1e-4)
+        # torch divides by one token less
+        torch.testing.assert_close(router.query_norm.variance * 20 / 19, reference.running_var, rtol=1e-2, atol=1e-2)
+    router.eval()
+    before = router.query_norm.mean.clone()
+    expected = (queries - before) * (router.query_norm.variance + 1e-5).rsqrt()
     torch.testing.assert_close(router._normalise(queries, None), expected, rtol=1e-4, atol=1e-4)
     router.route(hidden)
-    assert torch.equal(router.running_mean, before)
+    assert torch.equal(router.query_norm.mean, before) and not router.query_norm.statistics.any()
+
+
+def test_a_step_that_is_attempted_again_or_not_finite_leaves_no_trace(megatron_cpu, caplog):
+    router, once = (make_router(megatron_cpu, moe_router_type="product_key") for _ in range(2))
+    router.route(batch(7))
+    discard_statistics(router)
+    for module in (router, once):
+        module.route(batch(0))
+        update_codebooks(module)
+    infinite = batch(1)
+    infinite[3, 2] = torch.inf
+    router.route(infinite)
+    assert update_codebooks(router) == 1 and "running norm stays" in caplog.text
+    for (name, found), (_, expected) in zip(router.named_buffers(), once.named_buffers(), strict=True):
+        if "query_norm" in name:
+            assert torch.equal(found, expected), name
+    assert router.route(batch(2)).probs.isfinite().all()
+
+
+def test_padding_may_hold_anything(megatron_cpu):
+    found = []
+    for filling in (0.0, torch.nan):
+        router, hidden = make_router(megatron_cpu, moe_router_type="product_key"), batch(0).unsqueeze(1)
+        hidden[12:] = filling
+        found.append(router.route(hidden, torch.arange(20).view(20, 1) >= 12).probs[:12])
+        update_codebooks(router)
+        assert router.query_norm.mean.isfinite().all() and router.query_norm.mean.any()
+    assert torch.equal(*found)
 
 
 # E, K, H, fields -> keys, heads, per head, size of a sub-key, norm

@@ -1,5 +1,6 @@
-"""InputNorm: tokens centred and scaled per feature before they are scored, by statistics of earlier batches.
+"""RunningNorm: features centred and scaled by statistics of earlier batches.
 
+For tokens before they are scored (``moe_router_input_norm``), and for the queries of product keys when evaluating.
 Hidden states share a large mean, above all in a young model: their directions are then nearly one, and the experts that
 lie along it win every token. Without the mean the differences between tokens decide. It is what PEER's batch norm does
 for its queries (He 2024, arXiv 2407.04153), with statistics that are learned like the codebook: without gradients, once
@@ -14,28 +15,28 @@ import torch
 from air_moe_megatron.codebook import Float32Buffers
 
 _DECAY = 0.9  # weight of the past per global batch; the first batch counts alone, the n-th 1/n until that is less
-_EPSILON = 1e-5
+EPSILON = 1e-5
 
 
-class InputNorm(Float32Buffers):
+class RunningNorm(Float32Buffers):
     """``(h - mean) / sqrt(variance + 1e-5)`` with running statistics: fp32, equal on all ranks, saved and restored.
 
     Before the first update it changes nothing. Life of a training step: ``accumulate`` in each microbatch's forward,
     ``discard`` when the step is attempted again, ``apply_update`` with the sums over ranks after a successful step.
     """
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(hidden_size))
-        self.register_buffer("variance", torch.ones(hidden_size))
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("variance", torch.ones(num_features))
         self.register_buffer("num_updates", torch.zeros(1, dtype=torch.int64))
         # Sums of (h - mean) and of its squares, and the number of tokens.
-        self.register_buffer("statistics", torch.zeros(2 * hidden_size + 1), persistent=False)
+        self.register_buffer("statistics", torch.zeros(2 * num_features + 1), persistent=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] normalised tokens, in their dtype."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        scale = (self.variance + _EPSILON).rsqrt()
+        scale = (self.variance + EPSILON).rsqrt()
         return ((hidden.to(wide) - self.mean) * scale).to(hidden.dtype)
 
     @torch.no_grad()

@@ -1,11 +1,11 @@
-"""InputNorm: what it makes of tokens, how its statistics are learned, and what routers make of it."""
+"""RunningNorm: what it makes of tokens, how its statistics are learned, and what routers make of it."""
 
 import pytest
 import torch
 
 from air_moe_megatron import preflight
 from air_moe_megatron.router import ROUTERS
-from air_moe_megatron.routers.input_norm import InputNorm
+from air_moe_megatron.routers.running_norm import RunningNorm
 from air_moe_megatron.sync import discard_statistics, learners, update_codebooks
 from tests.unit.rivals import make_config
 
@@ -25,7 +25,7 @@ def learn(norm, *microbatches, keep=None):
 
 
 def test_it_changes_nothing_before_the_first_update_and_the_first_batch_counts_alone():
-    norm, (tokens,) = InputNorm(HIDDEN), batches(1)
+    norm, (tokens,) = RunningNorm(HIDDEN), batches(1)
     torch.testing.assert_close(norm(tokens), tokens, rtol=1e-4, atol=0)
     learn(norm, tokens[:15], tokens[15:])
     torch.testing.assert_close(norm.mean, tokens.mean(dim=0), rtol=1e-5, atol=1e-4)
@@ -36,7 +36,7 @@ def test_it_changes_nothing_before_the_first_update_and_the_first_batch_counts_a
 
 
 def test_the_first_ten_batches_count_alike_and_later_ones_a_tenth():
-    norm, given = InputNorm(HIDDEN), batches(12)
+    norm, given = RunningNorm(HIDDEN), batches(12)
     for tokens in given[:10]:
         learn(norm, tokens)
     expected = torch.stack([tokens.mean(dim=0) for tokens in given[:10]]).mean(dim=0)
@@ -46,7 +46,7 @@ def test_the_first_ten_batches_count_alike_and_later_ones_a_tenth():
 
 
 def test_padding_and_batches_without_tokens_do_not_count():
-    norm, (tokens,) = InputNorm(HIDDEN), batches(1)
+    norm, (tokens,) = RunningNorm(HIDDEN), batches(1)
     keep = torch.arange(40) < 30
     padded = tokens.clone()
     padded[30:] = float("nan")
@@ -58,7 +58,7 @@ def test_padding_and_batches_without_tokens_do_not_count():
 
 
 def test_statistics_stay_fp32_and_results_keep_the_dtype_of_the_tokens():
-    norm = InputNorm(HIDDEN).bfloat16()
+    norm = RunningNorm(HIDDEN).bfloat16()
     assert norm.mean.dtype == norm.variance.dtype == norm.statistics.dtype == torch.float32
     assert norm(torch.ones(2, HIDDEN, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
@@ -74,7 +74,7 @@ def test_a_router_sees_normalised_tokens_and_learns_only_in_training(megatron_cp
 
     (tokens,) = batches(1)
     router, plain = make("running"), make("none")
-    assert [type(learner) for _, learner in learners(router)][0] is InputNorm
+    assert [type(learner) for _, learner in learners(router)][0] is RunningNorm
     router.route(tokens)
     discard_statistics(router)  # a step that is attempted again
     router.route(tokens)
@@ -105,7 +105,7 @@ def test_a_token_that_is_not_finite_leaves_the_statistics_as_they_were(megatron_
     tokens[3, 3] = float("inf")
     router.route(tokens)
     assert update_codebooks(router) == 1
-    assert torch.equal(router.input_norm.mean, before) and "input norm stays" in caplog.text
+    assert torch.equal(router.input_norm.mean, before) and "running norm stays" in caplog.text
 
 
 def test_the_statistics_are_saved_and_restored(megatron_cpu):
