@@ -30,6 +30,8 @@ class HashRouter(CompactRouter):
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         table = torch.zeros(config.moe_hash_vocab_size, config.moe_router_topk, dtype=torch.int32)
         self.register_buffer("table", table)
+        # Saved, because a table that was drawn with another seed would come back under the name of this one.
+        self.register_buffer("seed", torch.tensor([config.moe_hash_seed]))
         # [B, S] of the microbatch, whole sequences of this context-parallel rank.
         self.token_ids: torch.Tensor | None = None
 
@@ -39,6 +41,22 @@ class HashRouter(CompactRouter):
         seed = self.config.moe_hash_seed * 65537 + layer_number
         self.table.copy_(balanced_table(*self.table.shape, self.num_experts, seed))
 
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """As Megatron's; the table loads, as the embedding does, where the vocabulary is padded to another size, which
+        depends on the tensor-parallel size. Rows that a checkpoint lacks are zero: padding has no tokens."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state[prefix + "table"].allow_shape_mismatch = True
+        return state
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        seed = state_dict.get(prefix + "seed")
+        if seed is not None and int(seed) != self.config.moe_hash_seed:
+            raise ValueError(
+                f"moe_hash_seed ({self.config.moe_hash_seed}) must be that of the checkpoint, {int(seed)}: the experts "
+                "of each token id come from it"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _choose(self, hidden, keep, batch_size) -> Routes:
         topk_ids = self.table[self._ids_of(hidden.shape[0])]
         weight = (self.config.moe_router_topk_scaling_factor or 1.0) / self.topk
@@ -46,6 +64,8 @@ class HashRouter(CompactRouter):
 
     def _ids_of(self, num_tokens):
         """[T] token ids in the order of the hidden states."""
+        if self.layer_number is None:
+            raise ValueError("layer_number (None) must be set before a hash router is used: it chooses the table")
         if self.token_ids is None:
             raise ValueError(
                 f"layer {self.layer_number}: the router has been given no token ids; call hand_over_token_ids(model) "

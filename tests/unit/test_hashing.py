@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 
-from air_moe_megatron.routers.hashing import balanced_table, hand_over_token_ids
+from air_moe_megatron.routers.hashing import HashRouter, balanced_table, hand_over_token_ids
 from tests.unit.rivals import HIDDEN, VOCABULARY, make_config, make_router, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
@@ -66,6 +67,33 @@ def test_missing_and_wrong_token_ids_are_named(megatron_cpu):
     tell_ids(router, torch.zeros(3, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="layer 1: 15 tokens, but 12 token ids"):
         router.route(torch.randn(5, 3, HIDDEN))
+
+
+def test_a_router_without_a_layer_number_is_refused(megatron_cpu):
+    config, _ = make_config(moe_router_type="hash")
+    router = HashRouter(config, megatron_cpu)
+    tell_ids(router, torch.zeros(3, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"layer_number \(None\)"):
+        router.route(torch.randn(5, 3, HIDDEN))
+
+
+def test_a_checkpoint_of_another_seed_is_refused(megatron_cpu):
+    router, other = (make_router(megatron_cpu, moe_router_type="hash", moe_hash_seed=seed) for seed in (1, 2))
+    with pytest.raises(ValueError, match=r"moe_hash_seed \(2\) must be that of the checkpoint, 1"):
+        other.load_state_dict(router.state_dict())
+
+
+@pytest.mark.parametrize("padded", (VOCABULARY + 24, VOCABULARY - 8))
+def test_a_vocabulary_padded_to_another_size_loads(megatron_cpu, tmp_path, padded):
+    router = make_router(megatron_cpu, moe_router_type="hash")
+    dist_checkpointing.save(router.sharded_state_dict("router."), str(tmp_path))
+    other = make_router(megatron_cpu, moe_router_type="hash", moe_hash_vocab_size=padded)
+    shared = min(padded, VOCABULARY)
+    assert not torch.equal(other.table[:shared], router.table[:shared])
+    state = dist_checkpointing.load(other.sharded_state_dict("router."), str(tmp_path))
+    other.load_state_dict({name.removeprefix("router."): value for name, value in state.items()})
+    assert torch.equal(other.table[:shared], router.table[:shared])
+    assert not other.table[shared:].any()
 
 
 @pytest.mark.parametrize("by_name", (True, False))
