@@ -7,6 +7,7 @@ Legend: T tokens, H hidden, C clusters, P probes, E experts. Derivation: docs/co
 """
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -109,10 +110,13 @@ def lloyd_step(codewords: torch.Tensor, weight: torch.Tensor):
 
 @dataclass(frozen=True)
 class CodebookHealth:
-    """How the vectors that a codebook was last fitted to (tokens, or expert centres) lie around its codewords."""
+    """How the vectors that a codebook was last fitted to (tokens, or expert centres) lie around its codewords.
 
-    quantisation_error: float  # 1 - mean cosine between vector and codeword
-    live_codewords: int  # codewords that got a vector
+    The first two are None until it is fitted in this process: a checkpoint does not hold them.
+    """
+
+    quantisation_error: float | None  # 1 - mean cosine between vector and codeword
+    live_codewords: int | None  # codewords that got a vector
     num_dropped: int  # updates dropped so far because a token was not finite
 
 
@@ -147,7 +151,7 @@ class Codebook(Float32Buffers):
         self.register_buffer("num_dropped", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("statistics", torch.zeros(num_clusters, hidden_size + NUM_SCALARS), persistent=False)
         # Of the last update, for logs only: mean cosine and live codewords.
-        self.register_buffer("last_health", torch.zeros(2), persistent=False)
+        self.register_buffer("last_health", torch.full((2,), torch.nan), persistent=False)
         self._updates_on_host = 0
 
     @property
@@ -218,6 +222,8 @@ class Codebook(Float32Buffers):
     def health(self) -> CodebookHealth:
         """Read the last update's figures; waits for the device."""
         cosine, live = self.last_health.tolist()
+        if math.isnan(cosine):
+            return CodebookHealth(None, None, int(self.num_dropped))
         return CodebookHealth(1.0 - cosine, int(live), int(self.num_dropped))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

@@ -195,12 +195,13 @@ def log_health(model, iteration: int) -> None:
     if routers[0].config.moe_router_type == "vq":
         figures["vq-loss"] = vq_loss(routers)
     line = [f"routing health at iteration {iteration:8d}"]
-    if air:
+    if "quantisation-error" in figures:
         line += [
             f"quantisation error: {figures['quantisation-error']:.4f}",
             f"live codewords: {figures['live-codewords']:.1f} of {air[0].sizes.num_clusters}",
-            f"experts listed: {100 * figures['experts-listed']:.1f}%",
         ]
+    if air:
+        line.append(f"experts listed: {100 * figures['experts-listed']:.1f}%")
     line += [
         f"experts used: {100 * figures['experts-used']:.1f}% of {routers[0].num_experts}",
         f"imbalance factor: {figures['imbalance-factor']:.2f}",
@@ -246,14 +247,18 @@ def vq_loss(routers) -> float:
 
 
 def codebook_figures(routers) -> dict[str, float]:
-    """How the codebooks of AIR routers fit, as means over them; waits for the device."""
+    """How the codebooks of AIR routers fit, as means over them, where they were fitted since a checkpoint was loaded;
+    waits for the device."""
     healths = [router.codebook.health() for router in routers]
-    return {
-        "quantisation-error": _mean([health.quantisation_error for health in healths]),
-        "live-codewords": _mean([health.live_codewords for health in healths]),
+    figures = {
         "experts-listed": listed_share(routers),
         "dropped-updates": sum(health.num_dropped for health in healths),
     }
+    fitted = [health for health in healths if health.quantisation_error is not None]
+    if fitted:
+        figures["quantisation-error"] = _mean([health.quantisation_error for health in fitted])
+        figures["live-codewords"] = _mean([health.live_codewords for health in fitted])
+    return figures
 
 
 def _mean(values):

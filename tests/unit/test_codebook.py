@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from air_moe_megatron import codebook as codebook_module
 from air_moe_megatron.codebook import (
     Codebook,
+    CodebookHealth,
     lloyd_step,
     split_loaded,
     update_from_tokens,
@@ -347,6 +348,9 @@ def test_health_tells_of_the_last_batch():
     health = codebook.health()
     assert health.quantisation_error == pytest.approx(1.0 - (0.8 + 1.0) / 2)
     assert health.live_codewords == 1 and health.num_dropped == 0
+    other = Codebook(3, 4, 0.5)
+    other.load_state_dict(codebook.state_dict())
+    assert other.health() == CodebookHealth(None, None, 0)
 
 
 # What must not poison it.
