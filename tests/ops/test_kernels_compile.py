@@ -46,6 +46,7 @@ LAUNCHES = {
     "fine-topk": {FINE_TOPK, PAIR_SUMS, PAIR_WEIGHT},
     "fine-topk-logsumexp": FINE_SCORES | {FINE_TOPK},
     "pair-products": {("_pair_dots_fwd_kernel", ""), PAIR_SUMS, PAIR_WEIGHT},
+    "selected-scores": {PAIR_SUMS, PAIR_WEIGHT},
     "granular-experts": GRANULAR_EXPERTS | {("_expert_sums_fwd_kernel", "bf16")},
     "granular-experts-deterministic": GRANULAR_EXPERTS | {PAIR_SUMS},
 }
