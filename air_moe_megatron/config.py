@@ -71,12 +71,13 @@ class AIRFields:
     """Size of a sub-key, and of each half of a head's query; 0 chooses 128, at most half of the hidden size."""
 
     moe_product_key_query_norm: Literal["auto", "batchnorm", "layernorm", "none"] = "auto"
-    """Normalisation of the queries; 'auto' is 'batchnorm', over the tokens of all ranks, as in PEER, and 'none' with
-    moe_product_key_on_tokens."""
+    """Normalisation of the queries, by gain and bias of their own; 'auto' is 'batchnorm', over the tokens of all ranks,
+    as in PEER. With moe_product_key_on_tokens 'batchnorm' is one of the sub-keys' scores instead, without gain and
+    bias, as in OmniMoE."""
 
     moe_product_key_on_tokens: bool = False
-    """Compare sub-keys of the hidden size with the token itself, without a query projection (OmniMoE, with one
-    head)."""
+    """Compare sub-keys of the hidden size with the token itself, without a query projection: OmniMoE's router, with one
+    head and moe_router_pre_softmax."""
 
     moe_hierarchical_num_groups: int = 0
     """Number of groups of consecutive experts, a divisor of the experts; 0 chooses the smallest one from
@@ -179,14 +180,11 @@ def resolve_product_keys(config: TransformerConfig) -> ProductKeySizes:
     if heads == 0:
         heads = max([n for n in range(1, 9) if topk % n == 0 and topk // n >= 2], default=1)
     if config.moe_product_key_on_tokens:
-        key_dim, auto_norm = config.hidden_size, "none"
+        key_dim = config.hidden_size
     else:
         key_dim = config.moe_product_key_dim or max(1, min(config.hidden_size // 2, 128))
-        auto_norm = "batchnorm"
-    norm = config.moe_product_key_query_norm
-    return ProductKeySizes(
-        (first, num_experts // first), heads, topk // heads, key_dim, auto_norm if norm == "auto" else norm
-    )
+    norm = "batchnorm" if config.moe_product_key_query_norm == "auto" else config.moe_product_key_query_norm
+    return ProductKeySizes((first, num_experts // first), heads, topk // heads, key_dim, norm)
 
 
 @dataclass(frozen=True)

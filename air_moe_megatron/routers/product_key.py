@@ -5,15 +5,20 @@ best k pairs are among the products of the best k of each half, so the search is
 
 Source: He 2024, "Mixture of A Million Experts" (PEER), arXiv 2407.04153, after Lample et al. 2019, arXiv 1907.05242:
 heads with queries and keys of their own, batch-normalised queries, a softmax over the k of each head, heads summed: the
-probs of a token sum to the number of heads. With ``moe_product_key_on_tokens`` and one head it is the Cartesian
-product router of OmniMoE, arXiv 2602.05711: sub-keys of the hidden size, compared with the token itself. Ours, not
-theirs: halves of unequal sizes where the number of experts is no square, and Megatron's options for scores and losses.
+probs of a token sum to the number of heads. With ``moe_product_key_on_tokens``, one head and
+``moe_router_pre_softmax`` it is the Cartesian product router of OmniMoE, arXiv 2602.05711: sub-keys of the hidden size,
+compared with the token itself; each one's scores batch-normalised, without gain and bias; and probs that are the
+products of two softmaxes, each over all sub-keys of a half. That is the softmax over all experts, which
+``moe_router_pre_softmax`` asks for in any case. Ours, not theirs: halves of unequal sizes where the number of experts
+is no square, and Megatron's options for scores and losses.
 
 Cost of a token, R heads with sub-keys of size D: forward ``4*H*R*D`` FLOPs for the queries (none on tokens) and
 ``2*R*D*(n1 + n2)`` for the keys, backward twice that.
 
 Legend: T tokens, H hidden, E = n1*n2 experts, R heads, D size of a sub-key, K top-k, k = K / R, N candidates.
 """
+
+from dataclasses import replace
 
 import torch
 from megatron.core.transformer.moe.moe_utils import (
@@ -40,41 +45,62 @@ class ProductKeyRouter(CompactRouter):
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.sizes = sizes = resolve_product_keys(config)
         self.may_repeat = sizes.num_heads > 1
-        num_inputs = 2 * sizes.num_heads * sizes.key_dim
-        if config.moe_product_key_on_tokens:
-            self.query_weight, num_inputs = None, config.hidden_size
+        self.on_tokens = config.moe_product_key_on_tokens
+        num_inputs = config.hidden_size if self.on_tokens else 2 * sizes.num_heads * sizes.key_dim
+        if self.on_tokens:
+            self.query_weight = None
         else:
             self.add_parameter("query_weight", num_inputs, config.hidden_size)
         for name, num_keys in zip(("keys1", "keys2"), sizes.num_keys, strict=True):
             self.add_parameter(name, sizes.num_heads, num_keys, sizes.key_dim)
-        if sizes.query_norm != "none":
+        self.normalises_scores = self.on_tokens and sizes.query_norm == "batchnorm"
+        if self.normalises_scores:
+            num_inputs = sizes.num_heads * sum(sizes.num_keys)
+        elif sizes.query_norm != "none":
             self.add_parameter("norm_weight", num_inputs, init_method=torch.nn.init.ones_)
             self.add_parameter("norm_bias", num_inputs, init_method=torch.nn.init.zeros_)
         self.query_norm = RunningNorm(num_inputs) if sizes.query_norm == "batchnorm" else None
 
     def learners(self) -> list[torch.nn.Module]:
-        """As of every router; with batch-normalised queries their running norm too."""
+        """As of every router; with batch-normalised queries or scores their running norm too."""
         return super().learners() + ([] if self.query_norm is None else [self.query_norm])
 
     def _choose(self, hidden, keep, batch_size) -> Routes:
         sizes = self.sizes
-        halves = self._queries(hidden, keep)  # 2 of [T, R, D]
-        topk = sizes.topk_per_head
-        best = []
-        for queries, keys in zip(halves, (self.keys1, self.keys2), strict=True):
-            scores = torch.einsum("trd,rnd->trn", queries, keys.to(queries.dtype))
-            best.append(scores.topk(min(topk, scores.shape[2]), dim=2))
-        (scores1, ids1), (scores2, ids2) = best
+        halves = self._scores(hidden, keep)
+        (scores1, ids1), (scores2, ids2) = (
+            scores.topk(min(sizes.topk_per_head, scores.shape[2]), dim=2) for scores in halves
+        )
         logits = (scores1.unsqueeze(3) + scores2.unsqueeze(2)).flatten(1)  # [T, R * N]
         ids = (ids1.unsqueeze(3) * sizes.num_keys[1] + ids2.unsqueeze(2)).flatten(1)
-        return self._choose_among(logits, ids, keep, batch_size)
+        routes = self._choose_among(logits, ids, keep, batch_size)
+        if not (self.config.moe_router_pre_softmax and self.score_function == "softmax"):
+            return routes
+        # So far a softmax over the candidates: times their share of the softmax over all, it is that.
+        log_share = logits.unflatten(1, (sizes.num_heads, -1)).logsumexp(dim=2)
+        log_share = log_share - halves[0].logsumexp(dim=2) - halves[1].logsumexp(dim=2)  # [T, R]
+        return replace(routes, probs=routes.probs * log_share.exp().repeat_interleave(sizes.topk_per_head, dim=1))
+
+    def _scores(self, hidden, keep):
+        """Of the first and the second sub-keys of each head, [T, R, n1] and [T, R, n2]."""
+        scores = [
+            torch.einsum("trd,rnd->trn", queries, keys.to(queries.dtype))
+            for queries, keys in zip(self._queries(hidden, keep), (self.keys1, self.keys2), strict=True)
+        ]
+        if not self.normalises_scores:
+            return scores
+        both = torch.cat(scores, dim=2)
+        wide = both.flatten(1).to(torch.promote_types(both.dtype, torch.float32))
+        normal = self._batch_normalise(wide, keep).to(both.dtype)
+        return normal.view_as(both).split(self.sizes.num_keys, dim=2)
 
     def _queries(self, hidden, keep):
         """The first and the second halves of each head's query, normalised; [T, R, D] each."""
-        dtype = self._router_dtype(hidden)
-        if self.query_weight is None:
-            halves = self._normalise(hidden.to(dtype), keep).unsqueeze(1)
-            return (halves.expand(-1, self.sizes.num_heads, -1),) * 2
+        if self.on_tokens:
+            tokens = hidden.to(self._router_dtype(hidden))
+            if not self.normalises_scores:
+                tokens = self._normalise(tokens, keep)
+            return (tokens.unsqueeze(1).expand(-1, self.sizes.num_heads, -1),) * 2
         queries = self._linear(hidden, self.query_weight)
         shape = (hidden.shape[0], self.sizes.num_heads, 2, self.sizes.key_dim)
         return self._normalise(queries, keep).view(shape).unbind(dim=2)

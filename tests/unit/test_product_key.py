@@ -16,29 +16,37 @@ SETTINGS = {
     "on-tokens-two-heads": dict(moe_product_key_heads=2, moe_product_key_on_tokens=True),
     "no-square": dict(moe_product_key_heads=1, num_moe_experts=96, moe_router_topk=12),
     "more-per-head-than-keys": dict(moe_product_key_heads=1, num_moe_experts=6, moe_router_topk=6),
+    "on-tokens-layernorm": dict(moe_product_key_on_tokens=True, moe_product_key_query_norm="layernorm"),
+    "omnimoe": dict(moe_product_key_heads=1, moe_product_key_on_tokens=True, moe_router_pre_softmax=True),
     "pre-softmax": dict(moe_product_key_heads=2, moe_router_pre_softmax=True),
+    "scaled": dict(moe_product_key_heads=2, moe_router_topk_scaling_factor=3.0),
+    "pre-softmax-scaled": dict(moe_router_pre_softmax=True, moe_router_topk_scaling_factor=3.0),
     "sigmoid": dict(moe_product_key_heads=2, moe_router_score_function="sigmoid"),
     "layernorm": dict(moe_product_key_query_norm="layernorm"),
     "no-norm": dict(moe_product_key_query_norm="none"),
 }
 
 
+def naive_batch_norm(values):
+    return (values - values.mean(dim=0)) / (values.var(dim=0, unbiased=False) + 1e-5).sqrt()
+
+
 def naive_queries(router, hidden):
     """[T, R, 2, D] in words: projection, normalisation, halves."""
-    sizes = router.sizes
-    if router.query_weight is None:
-        return hidden[:, None, None].expand(-1, sizes.num_heads, 2, -1)
-    queries = hidden @ router.query_weight.t()
+    sizes, on_tokens = router.sizes, router.config.moe_product_key_on_tokens
+    queries = hidden if on_tokens else hidden @ router.query_weight.t()
     if sizes.query_norm == "batchnorm":
-        normal = (queries - queries.mean(dim=0)) / (queries.var(dim=0, unbiased=False) + 1e-5).sqrt()
+        normal = queries if on_tokens else naive_batch_norm(queries)
     elif sizes.query_norm == "layernorm":
         parts = queries.view(len(hidden), -1, sizes.key_dim)
         centred = parts - parts.mean(dim=2, keepdim=True)
         normal = (centred / (parts.var(dim=2, unbiased=False, keepdim=True) + 1e-5).sqrt()).view_as(queries)
     else:
         normal = queries
-    if sizes.query_norm != "none":
+    if sizes.query_norm != "none" and not router.normalises_scores:
         normal = normal * router.norm_weight + router.norm_bias
+    if on_tokens:
+        return normal[:, None, None].expand(-1, sizes.num_heads, 2, -1)
     return normal.view(len(hidden), sizes.num_heads, 2, sizes.key_dim)
 
 
@@ -50,15 +58,19 @@ def naive_routes(router, hidden):
     for head in range(router.sizes.num_heads):
         first = queries[:, head, 0] @ router.keys1[head].t()
         second = queries[:, head, 1] @ router.keys2[head].t()
+        if router.normalises_scores:
+            first, second = naive_batch_norm(first), naive_batch_norm(second)
         scores = (first[:, :, None] + second[:, None, :]).flatten(1)  # [T, E]
         assert scores.shape[1] == config.num_moe_experts
         best, ids = scores.topk(topk, dim=1)
         if config.moe_router_score_function == "sigmoid":
             probs = best.sigmoid() / best.sigmoid().sum(dim=1, keepdim=True)
+        elif config.moe_router_pre_softmax:  # over all E
+            probs = scores.softmax(dim=1).gather(1, ids)
         else:
             probs = best.softmax(dim=1)
         all_ids.append(ids)
-        all_probs.append(probs)
+        all_probs.append(probs * (config.moe_router_topk_scaling_factor or 1.0))
     return torch.cat(all_ids, dim=1), torch.cat(all_probs, dim=1)
 
 
@@ -69,13 +81,12 @@ def test_the_search_is_exact_within_the_products(megatron_cpu, settings):
     routes = router.route(hidden)
     ids, probs = naive_routes(router, hidden)
     assert routes.topk_ids.tolist() == ids.tolist()
-    if not router.config.moe_router_pre_softmax:
-        torch.testing.assert_close(routes.probs, probs)
-        weights = torch.randn(probs.shape)
-        leaves = [hidden, *router.parameters()]
-        found = torch.autograd.grad((routes.probs * weights).sum(), leaves)
-        for actual, wanted in zip(found, torch.autograd.grad((probs * weights).sum(), leaves), strict=True):
-            torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(routes.probs, probs)
+    weights = torch.randn(probs.shape)
+    leaves = [hidden, *router.parameters()]
+    found = torch.autograd.grad((routes.probs * weights).sum(), leaves)
+    for actual, wanted in zip(found, torch.autograd.grad((probs * weights).sum(), leaves), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_two_heads_may_find_one_expert_and_both_count(megatron_cpu):
@@ -92,6 +103,24 @@ def test_two_heads_may_find_one_expert_and_both_count(megatron_cpu):
     torch.testing.assert_close(probs.gather(1, routes.topk_ids[:, :2].long()), 2 * routes.probs[:, :2])
     torch.testing.assert_close(probs.sum(dim=1), torch.full((9,), 2.0))
     assert (routing_map.sum(dim=1) == 4).all()  # as many as Megatron's dispatchers count on
+
+
+def test_probs_of_omnimoe_are_products_of_two_softmaxes(megatron_cpu):
+    """The authors' words: log_softmax of each half's batch-normalised scores, summed, the best K, and their exp."""
+    router = make_router(
+        megatron_cpu, moe_router_type="product_key", moe_product_key_heads=1, moe_product_key_on_tokens=True,
+        moe_router_pre_softmax=True,
+    )  # fmt: skip
+    hidden = torch.randn(50, HIDDEN)
+    halves = [
+        torch.nn.BatchNorm1d(keys.shape[1], affine=False)(hidden @ keys[0].t()).log_softmax(dim=1)
+        for keys in (router.keys1, router.keys2)
+    ]
+    scores, ids = (halves[0][:, :, None] + halves[1][:, None, :]).flatten(1).topk(router.topk, dim=1)
+    routes = router.route(hidden)
+    assert routes.topk_ids.tolist() == ids.tolist()
+    torch.testing.assert_close(routes.probs, scores.exp())
+    assert {name for name, _ in router.named_parameters()} == {"keys1", "keys2"}
 
 
 def batch(step, num_tokens=20):
@@ -156,7 +185,7 @@ SIZES = {
     "odd": ((64, 7, 32, {}), ((8, 8), 1, 7, 16, "batchnorm")),
     "two-of-each": ((64, 6, 32, {}), ((8, 8), 3, 2, 16, "batchnorm")),
     "on-tokens": (
-        (64, 4, 32, dict(moe_product_key_on_tokens=True, moe_product_key_heads=1)), ((8, 8), 1, 4, 32, "none"),
+        (64, 4, 32, dict(moe_product_key_on_tokens=True, moe_product_key_heads=1)), ((8, 8), 1, 4, 32, "batchnorm"),
     ),
 }  # fmt: skip
 

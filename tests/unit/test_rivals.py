@@ -26,13 +26,17 @@ RIVALS = {
     "product-keys-on-tokens": dict(
         moe_router_type="product_key", moe_product_key_heads=1, moe_product_key_on_tokens=True
     ),
+    "omnimoe": dict(
+        moe_router_type="product_key", moe_product_key_heads=1, moe_product_key_on_tokens=True,
+        moe_router_pre_softmax=True, **EVERY_LOSS,
+    ),
     "product-keys-sigmoid": dict(
         moe_router_type="product_key", moe_product_key_heads=4, moe_router_score_function="sigmoid"
     ),
     "hierarchical": dict(moe_router_type="hierarchical", **EVERY_LOSS),
     "hash": dict(moe_router_type="hash"),
     "vq": dict(moe_router_type="vq", moe_z_loss_coeff=0.001),
-}
+}  # fmt: skip
 
 
 def steps(layer, seed=0):
@@ -78,6 +82,18 @@ def test_megatrons_own_experts_take_the_dense_maps(megatron_cpu, fields):
         for expert, prob in zip(routes.topk_ids[token].tolist(), routes.probs[token].tolist(), strict=True):
             expected[token, expert] += prob
     torch.testing.assert_close(probs, expected)
+
+
+@pytest.mark.parametrize("fields", RIVALS.values(), ids=RIVALS)
+def test_the_scaling_factor_scales_every_prob(megatron_cpu, fields):
+    """Without it a comparison of routers compares the scales of their probs."""
+    hidden, routes = torch.randn(21, HIDDEN), []
+    for scaled in ({}, dict(moe_router_topk_scaling_factor=3.0)):
+        router = make_router(megatron_cpu, **fields, **scaled)
+        tell_ids(router, torch.arange(21).view(1, 21))
+        routes.append(router.route(hidden))
+    assert torch.equal(routes[0].topk_ids, routes[1].topk_ids)
+    torch.testing.assert_close(routes[1].probs, 3 * routes[0].probs)
 
 
 @pytest.mark.parametrize("fields", RIVALS.values(), ids=RIVALS)

@@ -27,12 +27,17 @@ def vq_losses(router, hidden):
 
 def test_routes_equal_brute_force(megatron_cpu):
     router = make_router(megatron_cpu, moe_router_type="vq")
-    hidden = torch.randn(40, HIDDEN)
+    router.eval()  # without the loss, which has a test of its own
+    hidden = torch.randn(40, HIDDEN, requires_grad=True)
     routes = router.route(hidden)
     ids, probs = naive_routes(router, hidden)
     assert torch.equal(routes.topk_ids.long(), ids)
     torch.testing.assert_close(routes.probs, probs)
     torch.testing.assert_close(routes.probs.sum(dim=1), torch.ones(40))
+    weights, leaves = torch.randn(probs.shape), [hidden, router.weight, router.branch_weight]
+    found = torch.autograd.grad((routes.probs * weights).sum(), leaves)
+    for actual, wanted in zip(found, torch.autograd.grad((probs * weights).sum(), leaves), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_the_codes_learn_by_the_codebook_loss_only_and_tokens_are_committed_to_them(megatron_cpu):
