@@ -14,7 +14,7 @@ from air_moe_megatron.config import resolve_groups, resolve_product_keys, resolv
 from air_moe_megatron.index import num_rebuilds
 
 DISPATCH_CONSTANT = 14
-"""Operations per scored row and hidden unit that Krajewski et al. 2024 (arXiv 2402.07871) charge for routing with its
+"""Operations per scored row and hidden unit that Krajewski et al. 2024 (arXiv 2402.07871) charge an exact router with its
 dispatch, forward and backward, in place of the 6 of the scores alone."""
 
 
@@ -33,7 +33,8 @@ class RouterFlops:
 
     @property
     def with_dispatch(self) -> float:
-        """Forward, backward, refresh and dispatch: 14 operations where the scores take 2 forward (Krajewski et al.)."""
+        """Refresh, and 14 operations for each 2 of the forward (Krajewski et al.), which stand for both directions and
+        the dispatch. It charges the dispatch by what is scored, so nothing to the hash, whatever the dispatch costs."""
         return DISPATCH_CONSTANT / 2 * self.forward + self.refresh
 
 

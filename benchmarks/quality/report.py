@@ -15,11 +15,20 @@ _USED, _IMBALANCE, _RECALL, _TOPK_RECALL = "experts-used", "imbalance-factor", "
 
 
 def groups(rows: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
-    """Rows that may be compared: (corpus, tokens, precision, E, K, F) -> variant -> rows of its seeds."""
+    """Rows that may be compared: (corpus, tokens, precision, E, K, F) -> variant -> rows of its seeds.
+
+    Raises:
+        ValueError: if two rows of a variant have one seed: they are runs with different flags, and no two seeds.
+    """
     found: dict[tuple, dict[str, list[dict]]] = {}
     for row in sorted(rows, key=lambda row: (*_place(row), row["seed"])):
-        place = _place(row)
-        found.setdefault(place, {}).setdefault(row["variant"], []).append(row)
+        of_variant = found.setdefault(_place(row), {}).setdefault(row["variant"], [])
+        if of_variant and of_variant[-1]["seed"] == row["seed"]:
+            raise ValueError(
+                f"seed ({row['seed']}) of variant {row['variant']!r} occurs twice in {_title(*_place(row))}: runs with "
+                "different flags need variants of different names, or files of their own"
+            )
+        of_variant.append(row)
     return found
 
 

@@ -157,6 +157,11 @@ def test_the_table_compares_runs_of_the_same_seed_and_puts_the_best_first():
     assert "110.00 +- 14.14" in lines[3]
 
 
+def test_runs_with_different_flags_are_not_taken_for_seeds():
+    with pytest.raises(ValueError, match=r"seed \(1\) of variant 'air' occurs twice"):
+        report.groups([result("air", 1, 90.0), result("topk", 1, 90.0), result("air", 1, 80.0)])
+
+
 def test_the_plots_are_drawn(tmp_path):
     rows = [result("topk", 1, 100.0), result("air", 1, 90.0, **{"experts-used": 0.5, "imbalance-factor": 3.0})]
     files = report.plots(rows, tmp_path)
