@@ -13,7 +13,7 @@ UV_INSTALL = $(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python
 unexport PYTHONDONTWRITEBYTECODE
 OUT ?= out/demo
 DATA ?= data/stdlib
-OUT_BENCH ?= docs/results
+OUT_BENCH ?= out/bench
 OUT_STUDY ?= out/study
 RUN = $(BIN)/python -W ignore benchmarks/run.py
 GPU_SIZES := --hidden 1024 --tokens 16384 --topk 64

@@ -19,7 +19,7 @@ setup(
     packages=find_packages(include=["air_moe_megatron", "air_moe_megatron.*"]),
     install_requires=["torch>=2.11"],
     extras_require={
-        "train": ["megatron-core[training]==0.19.*", "tensorboard"],
+        "train": ["matplotlib", "megatron-core[training]==0.19.*", "tensorboard"],
         "dev": ["hypothesis", "matplotlib", "megatron-core==0.19.*", "psutil", "pytest", "ruff", "tensorboard"],
     },
     classifiers=[

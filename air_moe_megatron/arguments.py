@@ -1,12 +1,10 @@
 """Command-line flags, generated from the fields of ``config.py``, and the config made from them."""
 
-from dataclasses import fields
-
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from air_moe_megatron.compat import megatron_has_our_fields
-from air_moe_megatron.config import AIRFields, AIRMoEConfig, attach, is_plain_topk, router_type_of
+from air_moe_megatron.config import AIRFields, AIRMoEConfig, attach, is_plain_topk, refuse_unused
 
 
 def add_air_arguments(parser):
@@ -19,18 +17,18 @@ def add_air_arguments(parser):
     return parser
 
 
-def flag_of(field_name: str) -> str:
-    """The flag of a field: ``moe_air_num_probes`` -> ``--moe-air-num-probes``."""
-    return "--" + field_name.replace("_", "-")
-
-
 def transformer_config_from_args(args):
     """The transformer config of the arguments: Megatron's own class where nothing of ours is asked for.
 
+    Args:
+        args: Megatron's parsed and validated arguments. For the hash router ``args.moe_hash_vocab_size``, where it is
+            0, is set to the size of the embedding.
+    Returns:
+        a TransformerConfig that carries our fields, or without them one of Megatron's own.
     Raises:
         ValueError: naming the field, value and rule that the arguments break.
     """
-    _refuse_unused(args)
+    refuse_unused(args)
     if is_plain_topk(args):
         return core_transformer_config_from_args(args)
     if args.moe_router_type == "hash" and args.moe_hash_vocab_size == 0:
@@ -47,16 +45,3 @@ def _padded_vocab_size(args):
         return args.padded_vocab_size or 0
     sizes = (args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
     return calculate_padded_vocab_size(args.vocab_size, *sizes, logging_enabled=False)
-
-
-def _refuse_unused(args):
-    for field in fields(AIRFields):
-        value, owner = getattr(args, field.name), router_type_of(field.name)
-        if value == field.default or owner == args.moe_router_type:
-            continue
-        if owner is not None or (field.name in ("moe_dispatch", "moe_router_input_norm") and is_plain_topk(args)):
-            remedy = f"--moe-router-type {owner}" if owner else "--moe-granular-experts"
-            raise ValueError(
-                f"{flag_of(field.name)} ({value!r}) has no effect with --moe-router-type {args.moe_router_type}; "
-                f"add {remedy} or leave it out"
-            )

@@ -138,6 +138,11 @@ class Codebook(Float32Buffers):
 
     Life of a training step: ``accumulate`` in each microbatch's forward, ``discard`` when the step is attempted again,
     ``apply_update`` with the statistics summed over ranks after a successful step.
+
+    Args:
+        num_clusters: C.
+        hidden_size: H.
+        decay: weight of the past per update, one for each global batch.
     """
 
     def __init__(self, num_clusters: int, hidden_size: int, decay: float):

@@ -228,6 +228,26 @@ def router_type_of(field_name: str) -> str | None:
     return next((name for name in ROUTER_TYPES if field_name.startswith(f"moe_{name}_")), None)
 
 
+def refuse_unused(values: object) -> None:
+    """Refuse a field of ours that nothing would heed.
+
+    Args:
+        values: a config or arguments that have all our fields.
+    Raises:
+        ValueError: naming the flag, its value and what would heed it.
+    """
+    for field in fields(AIRFields):
+        value, owner = getattr(values, field.name), router_type_of(field.name)
+        if value == field.default or owner == values.moe_router_type:
+            continue
+        if owner is not None or (field.name in ("moe_dispatch", "moe_router_input_norm") and is_plain_topk(values)):
+            remedy = f"--moe-router-type {owner}" if owner else "--moe-granular-experts"
+            raise ValueError(
+                f"--{field.name.replace('_', '-')} ({value!r}) has no effect with --moe-router-type "
+                f"{values.moe_router_type}; add {remedy} or leave it out"
+            )
+
+
 def validate(config: TransformerConfig) -> None:
     """Check our fields against each other and against Megatron's, before anything is built.
 
@@ -334,7 +354,7 @@ def _validate_dispatch(config):
         refuse("overlap_moe_expert_parallel_comm", "its schedule has not been tested with this dispatcher")
     for field in ("moe_permute_fusion", "moe_router_padding_for_quantization", "moe_router_padding_for_fp8"):
         if getattr(config, field):
-            refuse(field, "tokens are not permuted by expert")
+            refuse(field, "tokens are not permuted by expert; leave it out")
 
 
 def _refusal(config, cause):
@@ -462,7 +482,7 @@ def _validate_hash(config):
     if config.moe_hash_vocab_size < 1:
         raise ValueError(
             f"moe_hash_vocab_size ({config.moe_hash_vocab_size}) must be the number of token ids, padding included; "
-            "the entry point takes it from the arguments, other scripts give it"
+            "give --moe-hash-vocab-size, or with air_moe_megatron.pretrain --vocab-size"
         )
     if config.moe_hash_seed < 0:
         raise ValueError(f"moe_hash_seed ({config.moe_hash_seed}) must not be negative")
@@ -499,21 +519,22 @@ def _refuse_unsupported(config):
     """Refuse what cannot keep Megatron's meaning with the router; each refusal says why."""
 
     router_type = config.moe_router_type
-    refuse = _refusal(config, f"moe_router_type {router_type!r}")
+    cause = "moe_granular_experts (True)" if router_type == "topk" else f"moe_router_type {router_type!r}"
+    refuse = _refusal(config, cause)
     balancing = config.moe_router_load_balancing_type
     for kind in [balancing] if isinstance(balancing, str) else balancing:
         if kind == "sinkhorn":
-            refuse("moe_router_load_balancing_type", "it normalises over all experts, most of which are unscored")
+            refuse("moe_router_load_balancing_type", "it assigns by dense [tokens, experts] scores, which are not made")
         if kind == "quantile_balancing":
-            refuse("moe_router_load_balancing_type", "the quantile of an expert needs its score for every token")
+            refuse("moe_router_load_balancing_type", "it takes dense [tokens, experts] scores, which are not made")
     if router_type != "topk":
         if config.moe_router_num_groups is not None or config.moe_router_group_topk is not None:
             field = "moe_router_num_groups" if config.moe_router_num_groups is not None else "moe_router_group_topk"
-            refuse(field, "group scores need every expert of a group; a shortlist holds only some")
+            refuse(field, "Megatron picks groups by dense scores of all experts, which are not made")
         if config.moe_router_force_biased is not None:
             refuse("moe_router_force_biased", "its bias is drawn over the columns of dense logits")
     if config.moe_enable_routing_replay:
-        refuse("moe_enable_routing_replay", "a replay records expert ids of exact routing, not places in a shortlist")
+        refuse("moe_enable_routing_replay", "a replay is recorded and given inside Megatron's own router")
     if config.moe_router_fusion:
         refuse("moe_router_fusion", "Transformer Engine's fused router takes dense logits")
     if config.transformer_impl == "inference_optimized":

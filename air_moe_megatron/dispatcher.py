@@ -100,7 +100,7 @@ class CompactTokenDispatcher(MoETokenDispatcher):
         return hidden_states, probs
 
     def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor):
-        """Send tokens and pairs to their ranks.
+        """Send tokens and pairs to their ranks: all-to-alls over the expert-parallel group; waits for the counts.
 
         Args:
             hidden_states: [T, H].
@@ -146,7 +146,7 @@ class CompactTokenDispatcher(MoETokenDispatcher):
         return hidden_states
 
     def token_combine(self, hidden_states: torch.Tensor):
-        """Send the partial sums back: [R, H] -> [rows sent, H]."""
+        """Send the partial sums back, by an all-to-all: [R, H] -> [rows sent, H]. Does not wait for the device."""
         if self.ep_size == 1:
             return hidden_states
         return all_to_all(self.ep_group, hidden_states, self._sent.rows_sent, self._sent.rows_received)

@@ -14,8 +14,8 @@ from air_moe_megatron.config import resolve_groups, resolve_product_keys, resolv
 from air_moe_megatron.index import num_rebuilds
 
 DISPATCH_CONSTANT = 14
-"""Operations per scored row and hidden unit that Krajewski et al. 2024 (arXiv 2402.07871) charge an exact router with its
-dispatch, forward and backward, in place of the 6 of the scores alone."""
+"""Operations per scored row and hidden unit that Krajewski et al. 2024 (arXiv 2402.07871) charge an exact router with
+its dispatch, forward and backward, in place of the 6 of the scores alone."""
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,13 @@ class ShortlistIndex(torch.nn.Module):
 
     They are saved with the model, because with a refresh interval above one they come from centres that are no longer
     there when a run resumes.
+
+    Args:
+        num_clusters: C.
+        shortlist_size: L.
+        source: "tokens" or "experts".
+        refresh_interval: codebook updates, one per global batch, between two rebuilds once the codebook is old.
+        num_reserved: places of each list, of the last ones, that orphans may take (:func:`list_every_expert`).
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
 from air_moe_megatron.compat import require_supported_megatron
-from air_moe_megatron.config import is_plain_topk, validate
+from air_moe_megatron.config import is_plain_topk, refuse_unused, validate
 from air_moe_megatron.experts import GranularExperts
 from air_moe_megatron.layer import AIRMoELayer
 from air_moe_megatron.router import ROUTERS
@@ -32,8 +32,11 @@ def with_air_layers(spec, config):
         spec: a ModuleSpec, a ``partial`` of MoELayer, the submodules of a block or stack, or a list of these.
         config: the transformer config; its ``moe_router_type`` decides, and its fields are validated.
     Raises:
-        ValueError: if the config is not valid, or asks for compact dispatch in a layer class of someone else's.
+        ValueError: if the config is not valid, sets a field of ours that nothing heeds, or asks for compact dispatch
+            in a layer class of someone else's.
     """
+    if hasattr(config, "moe_router_type"):
+        refuse_unused(config)
     if spec is None or is_plain_topk(config):
         return spec
     require_supported_megatron()
@@ -115,7 +118,9 @@ def air_layer_spec(model_config, vp_stage=None, given=None):
 
 
 def air_hybrid_stack_spec(config, given=None):
-    """The stack spec of a hybrid model with AIR routing; give it to ``HybridModelConfig.hybrid_stack_spec``.
+    """The stack spec of a hybrid model with AIR routing, for ``HybridModelConfig.hybrid_stack_spec``.
+
+    That takes the spec itself: call this with the model's transformer config.
 
     Args:
         config: the transformer config.

@@ -106,7 +106,8 @@ def require_routers(model) -> list:
                     raise ValueError(
                         f"moe_router_type {module.config.moe_router_type!r} did not reach {name}, a "
                         f"{type(module).__name__}: its layer spec must build MoE layers with MoESubmodules, whose "
-                        "router can be replaced"
+                        "router can be replaced; of multi-token-prediction layers, specs.mtp_specs_with_air_layers() "
+                        "does it while the model is built"
                     )
     return model
 

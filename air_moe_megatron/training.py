@@ -99,14 +99,15 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
             f"--logits-load-dir ({args.logits_load_dir}) is not supported: "
             "this entry has no knowledge distillation from cached logits"
         )
+    cause = "--moe-granular-experts" if args.moe_router_type == "topk" else f"--moe-router-type {args.moe_router_type}"
     if not is_plain_topk(args) and args.moe_routing_trace_capture_logits:
         raise ValueError(
-            f"--moe-routing-trace-capture-logits is not supported with --moe-router-type {args.moe_router_type}: "
+            f"--moe-routing-trace-capture-logits is not supported with {cause}: "
             "it records exact logits of all experts inside Megatron's own router"
         )
     if not is_plain_topk(args) and args.use_megatron_fsdp:
         raise ValueError(
-            f"--use-megatron-fsdp is not supported with --moe-router-type {args.moe_router_type}: "
+            f"--use-megatron-fsdp is not supported with {cause}: "
             "codebooks and main_grad have not been tested with sharded parameters"
         )
     if args.moe_granular_experts and args.save_tokens_per_expert_interval is not None:
@@ -124,7 +125,10 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
     if args.spec is not None and import_module(args.spec) is None:
         raise ValueError(f"--spec {' '.join(args.spec)} cannot be imported, and Megatron would use its default spec")
     if args.fim_data and args.hybrid_layer_pattern is not None:
-        raise ValueError("--fim-data is not supported with --hybrid-layer-pattern")
+        raise ValueError(
+            f"--fim-data is not supported with --hybrid-layer-pattern ({args.hybrid_layer_pattern}): "
+            "this entry makes such data for GPT models only"
+        )
     if args.overlap_moe_expert_parallel_comm and (args.sft or args.dataloader_inter_document_masking):
         flag = "--sft" if args.sft else "--dataloader-inter-document-masking"
         raise ValueError(

@@ -96,7 +96,11 @@ MOE=(
   --moe-router-dtype fp32 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01
   --expert-model-parallel-size "${EP:-$RANKS}"
 )
-AIR=(--moe-router-type air --moe-granular-experts --moe-dispatch compact)
+# Tokens normed and probs scaled up, so that tiny experts learn: docs/results/quality.md.
+AIR=(
+  --moe-router-type air --moe-router-input-norm running --moe-router-topk-scaling-factor "$(((TOPK + 1) / 2))"
+  --moe-granular-experts --moe-dispatch compact
+)
 TRAINING=(
   --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH" --train-iters "$TRAIN_ITERS"
   --lr "$LR" --min-lr 0 --lr-decay-style cosine --lr-warmup-fraction 0.05

@@ -32,7 +32,10 @@ MOE=(
   --num-experts 16384 --moe-ffn-hidden-size 2 --moe-router-topk 32 --moe-router-dtype fp32
   --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 --expert-model-parallel-size "$RANKS"
 )
-AIR=(--moe-router-type air --moe-granular-experts --moe-dispatch compact)
+AIR=(
+  --moe-router-type air --moe-router-input-norm running --moe-router-topk-scaling-factor 16
+  --moe-granular-experts --moe-dispatch compact
+)
 TRAINING=(
   --micro-batch-size 8 --global-batch-size 16 --train-iters 200 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine
   --lr-warmup-fraction 0.05 --init-method-std 0.06 --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95 --seed 1234

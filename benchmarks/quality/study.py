@@ -163,8 +163,12 @@ class Study:
 
     def pending(self) -> list[Run]:
         """The runs that have no result of this precision yet."""
-        done = {row["key"] for row in read_results(self.results) if row["precision"] == self.precision}
+        done = self.done()
         return [run for run in self.runs if run.key not in done]
+
+    def done(self) -> dict[str, dict]:
+        """The results of this precision, by the keys of their runs."""
+        return {row["key"]: row for row in read_results(self.results) if row["precision"] == self.precision}
 
     def make(self, jobs: int) -> list[Run]:
         """Make the pending runs, ``jobs`` at a time; returns those that failed."""
@@ -323,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [run for run in load_runs(config) if fnmatch.fnmatch(run.name, args.only)]
     results = args.results or args.out / f"{args.config.stem}.jsonl"
     if args.list:
-        done = {row["key"]: row for row in read_results(results)}
+        done = Study(runs, {}, args.out, results, args.threads).done()
         for run in runs:
             sys.stdout.write(f"{run.key}  {run.name}: {describe(done[run.key]) if run.key in done else 'to be made'}\n")
         return
