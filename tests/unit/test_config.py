@@ -112,11 +112,11 @@ REFUSED = {
 UNSUPPORTED = {
     "sinkhorn": (
         dict(moe_router_load_balancing_type="sinkhorn"),
-        ["moe_router_load_balancing_type ('sinkhorn')", "all experts"],
+        ["moe_router_load_balancing_type ('sinkhorn')", "dense"],
     ),
     "sinkhorn-in-a-list": (
         dict(moe_router_load_balancing_type=["aux_loss", "sinkhorn"], moe_aux_loss_coeff=[0.1, 0.0]),
-        ["moe_router_load_balancing_type", "sinkhorn", "all experts"],
+        ["moe_router_load_balancing_type", "sinkhorn", "dense"],
     ),
     "quantile-balancing": (
         dict(moe_router_load_balancing_type="quantile_balancing"),
@@ -533,7 +533,7 @@ RIVALS_REFUSED = {
     ),
     "replay-with-granular-experts": (
         dict(moe_router_type="topk", moe_granular_experts=True, moe_enable_routing_replay=True),
-        ["moe_enable_routing_replay (True)", "moe_router_type 'topk'"],
+        ["moe_enable_routing_replay (True)", "moe_granular_experts (True)"],
     ),
     "experts-over-ranks": (
         dict(moe_router_type="vq", num_moe_experts=63, expert_model_parallel_size=2),
