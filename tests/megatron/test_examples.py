@@ -87,6 +87,7 @@ def fake_machine(tmp_path):
         "SLURM_JOB_NODELIST": "[first,second]",
         "SLURM_JOB_ID": 1234567,
         "SLURM_GPUS_ON_NODE": 8,
+        "SLURM_CPUS_PER_TASK": 64,
     }
     path = f"{commands}:{os.environ['PATH']}"
     return {"PYTHON": commands / "python", "PATH": path, "TE_IS_MISSING": 1, "OUT": tmp_path / "out", **slurm}
