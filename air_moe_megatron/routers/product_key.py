@@ -4,13 +4,14 @@ Expert ``i * n2 + j`` has the key (first sub-key i, second sub-key j) and the sc
 best k pairs are among the products of the best k of each half, so the search is exact within the product structure.
 
 Source: He 2024, "Mixture of A Million Experts" (PEER), arXiv 2407.04153, after Lample et al. 2019, arXiv 1907.05242:
-heads with queries and keys of their own, batch-normalised queries, a softmax over the k of each head, heads summed: the
-probs of a token sum to the number of heads. With ``moe_product_key_on_tokens``, one head and
+heads with queries of their own and one set of keys, batch-normalised queries, a softmax over the k of each head, heads
+summed: the probs of a token sum to the number of heads. With ``moe_product_key_on_tokens``, one head and
 ``moe_router_pre_softmax`` it is the Cartesian product router of OmniMoE, arXiv 2602.05711: sub-keys of the hidden size,
 compared with the token itself; each one's scores batch-normalised, without gain and bias; and probs that are the
 products of two softmaxes, each over all sub-keys of a half. That is the softmax over all experts, which
 ``moe_router_pre_softmax`` asks for in any case. Ours, not theirs: halves of unequal sizes where the number of experts
-is no square, and Megatron's options for scores and losses.
+is no square, keys of their own for several heads on tokens, which would be one head otherwise, and Megatron's options
+for scores and losses.
 
 Cost of a token, R heads with sub-keys of size D: forward ``4*H*R*D`` FLOPs for the queries (none on tokens) and
 ``2*R*D*(n1 + n2)`` for the keys, backward twice that.
@@ -51,8 +52,9 @@ class ProductKeyRouter(CompactRouter):
             self.query_weight = None
         else:
             self.add_parameter("query_weight", num_inputs, config.hidden_size)
+        num_sets = sizes.num_heads if self.on_tokens else 1  # of keys
         for name, num_keys in zip(("keys1", "keys2"), sizes.num_keys, strict=True):
-            self.add_parameter(name, sizes.num_heads, num_keys, sizes.key_dim)
+            self.add_parameter(name, num_sets, num_keys, sizes.key_dim)
         self.normalises_scores = self.on_tokens and sizes.query_norm == "batchnorm"
         if self.normalises_scores:
             num_inputs = sizes.num_heads * sum(sizes.num_keys)
@@ -82,8 +84,8 @@ class ProductKeyRouter(CompactRouter):
         return replace(routes, probs=routes.probs * log_share.exp().repeat_interleave(sizes.topk_per_head, dim=1))
 
     def _scores(self, hidden, keep):
-        """Of the first and the second sub-keys of each head, [T, R, n1] and [T, R, n2]."""
-        scores = [
+        """Of each head's query with the first and the second sub-keys, [T, R, n1] and [T, R, n2]."""
+        scores = [  # one set of keys is there for all heads
             torch.einsum("trd,rnd->trn", queries, keys.to(queries.dtype))
             for queries, keys in zip(self._queries(hidden, keep), (self.keys1, self.keys2), strict=True)
         ]

@@ -21,9 +21,10 @@ def run(name, rank, world_size, groups):
     fields = dict(num_moe_experts=36, moe_router_type="product_key", expert_model_parallel_size=world_size)
     layer = make_layer(groups, **fields, **FIELDS[name])
     with torch.no_grad():  # two heads alike: experts are found twice
-        for keys in (layer.router.keys1, layer.router.keys2):
-            keys[1] = keys[0]
-        if layer.router.query_weight is not None:
+        if layer.router.on_tokens:
+            for keys in (layer.router.keys1, layer.router.keys2):
+                keys[1] = keys[0]
+        else:
             width = 2 * layer.router.sizes.key_dim
             layer.router.query_weight[width : 2 * width] = layer.router.query_weight[:width]
     generator = torch.Generator().manual_seed(3)

@@ -56,8 +56,9 @@ def naive_routes(router, hidden):
     queries = naive_queries(router, hidden)
     all_ids, all_probs = [], []
     for head in range(router.sizes.num_heads):
-        first = queries[:, head, 0] @ router.keys1[head].t()
-        second = queries[:, head, 1] @ router.keys2[head].t()
+        own = head if config.moe_product_key_on_tokens else 0  # PEER's heads share their keys
+        first = queries[:, head, 0] @ router.keys1[own].t()
+        second = queries[:, head, 1] @ router.keys2[own].t()
         if router.normalises_scores:
             first, second = naive_batch_norm(first), naive_batch_norm(second)
         scores = (first[:, :, None] + second[:, None, :]).flatten(1)  # [T, E]
@@ -92,8 +93,6 @@ def test_the_search_is_exact_within_the_products(megatron_cpu, settings):
 def test_two_heads_may_find_one_expert_and_both_count(megatron_cpu):
     router = make_router(megatron_cpu, moe_router_type="product_key", moe_product_key_heads=2, moe_dispatch="stock")
     with torch.no_grad():  # the heads alike: every expert is found twice
-        router.keys1[1] = router.keys1[0]
-        router.keys2[1] = router.keys2[0]
         half = router.query_weight.shape[0] // 2
         router.query_weight[half:] = router.query_weight[:half]
     hidden = torch.randn(9, HIDDEN)
@@ -217,7 +216,7 @@ def test_balancing_loss_sees_every_head_as_a_routing(megatron_cpu):
     queries = naive_queries(router, hidden)
     counts, scores = torch.zeros(9), torch.zeros(9)
     for head in range(2):
-        parts = [queries[:, head, i] @ keys[head].t() for i, keys in enumerate((router.keys1, router.keys2))]
+        parts = [queries[:, head, i] @ keys[0].t() for i, keys in enumerate((router.keys1, router.keys2))]
         logits = (parts[0][:, :, None] + parts[1][:, None, :]).flatten(1)
         scores += logits.softmax(dim=1).sum(dim=0) / 2
         counts += torch.zeros_like(logits).scatter(1, logits.topk(3, dim=1).indices, 1.0).sum(dim=0)
