@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+_REFERENCE = "topk"
 _USED, _IMBALANCE, _RECALL, _TOPK_RECALL = "experts-used", "imbalance-factor", "mass-recall", "top-k-recall"
 
 
@@ -66,28 +67,32 @@ def spread(values: list[float], form: str) -> str:
     return f"{mean} +- {format(statistics.stdev(values), form.lstrip('+'))}" if len(values) > 1 else mean
 
 
-def table(variants: dict[str, list[dict]], reference: str = "topk") -> str:
+def changes(rows: list[dict], reference: list[dict]) -> list[float]:
+    """Per cent by which the quality figures of runs differ from those of the reference's runs with the same seed.
+
+    Example: 99 where the reference has 90 gives [10.0].
+    """
+    by_seed = {row["seed"]: quality(row) for row in reference}
+    return [100 * (quality(row) / by_seed[row["seed"]] - 1) for row in rows if row["seed"] in by_seed]
+
+
+def table(variants: dict[str, list[dict]]) -> str:
     """A table of one group, best first; differences to the reference are of runs of the same seed."""
     rows = [row for of_variant in variants.values() for row in of_variant]
-    by_seed = {row["seed"]: quality(row) for row in variants.get(reference, [])}
     digits = ".2f" if "word_perplexity" in rows[0] else ".4f"
     columns = (
-        "router", "seeds", quality_name(rows), f"against {reference}", "router MFLOPs per token", "total",
+        "router", "seeds", quality_name(rows), f"against {_REFERENCE}", "router MFLOPs per token", "total",
         "experts used", "imbalance factor", "mass recall", "top-k recall",
     )  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for name, of_variant in sorted(variants.items(), key=lambda item: statistics.mean(map(quality, item[1]))):
-        changes = [
-            100 * (quality(row) / by_seed[row["seed"]] - 1)
-            for row in of_variant
-            if row["seed"] in by_seed and name != reference
-        ]
+        differences = changes(of_variant, variants.get(_REFERENCE, [])) if name != _REFERENCE else []
         flops = of_variant[0]["flops_per_token"]
         cells = (
             name,
             str(len(of_variant)),
             spread([quality(row) for row in of_variant], digits),
-            f"{spread(changes, '+.2f')} %" if changes else "",
+            f"{spread(differences, '+.2f')} %" if differences else "",
             f"{flops['router'] / 1e6:.3f}",
             f"{flops['total'] / 1e6:.2f}",
             _percent(of_variant, _USED),
@@ -139,20 +144,31 @@ def plots(rows: list[dict], out: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = groups(rows)
-    names = sorted({row["variant"] for row in rows})
-    palette = pyplot.cm.tab10 if len(names) <= 10 else pyplot.cm.tab20
-    colours = {name: palette(index % 20) for index, name in enumerate(names)}
+    found, styles = groups(rows), _styles(rows)
     files = []
     for what, label in (("router", "router"), ("total", "all")):
         kinds = ((what, label), (f"{what}_with_dispatch", f"{label} with dispatch"))
-        draw = partial(_draw_against_flops, colours, kinds)
-        files.append(_grid(pyplot, found, 2, draw, out / f"quality_flops_{what}.png"))
-    files.append(_grid(pyplot, found, 4, partial(_draw_training, colours), out / "training.png"))
+        draw = partial(_draw_against_flops, styles, kinds)
+        files.append(_grid(pyplot, found, 2, draw, styles, out / f"quality_flops_{what}.png"))
+    files.append(_grid(pyplot, found, 4, partial(_draw_training, styles), styles, out / "training.png"))
     over_experts = _over_experts(found)
     if over_experts:
-        files.append(_grid(pyplot, over_experts, 2, partial(_draw_over_experts, colours), out / "experts.png"))
+        draw = partial(_draw_over_experts, styles)
+        files.append(_grid(pyplot, over_experts, 2, draw, styles, out / "experts.png"))
     return files
+
+
+def _styles(rows):
+    """How each variant is drawn: a colour per type of router, black for exact top-k; variants by marker and dash."""
+    types = {row["variant"]: row["flags"]["moe-router-type"] for row in rows}
+    names = sorted(types, key=lambda name: (types[name] != "topk", types[name], len(name), name))
+    families = list(dict.fromkeys(types[name] for name in names if types[name] != "topk"))
+    styles = {}
+    for name in names:
+        colour = "black" if types[name] == "topk" else f"C{families.index(types[name])}"
+        place = sum(types[other] == types[name] for other in styles)
+        styles[name] = {"color": colour, "marker": "os^Dv"[place % 5], "linestyle": ("-", "--", ":", "-.")[place % 4]}
+    return styles
 
 
 def _over_experts(found):
@@ -163,58 +179,84 @@ def _over_experts(found):
     return {place: by_experts for place, by_experts in joined.items() if len(by_experts) > 1}
 
 
-def _draw_against_flops(colours, kinds, axis, variants, column):
+def _draw_against_flops(styles, kinds, axis, variants, column):
     kind, label = kinds[column]
     for name, of_variant in variants.items():
-        place = (of_variant[0]["flops_per_token"][kind] / 1e6, *_mean_and_error(of_variant))
-        axis.errorbar(*place, fmt="o", capsize=3, color=colours[name], label=name)
+        values = [quality(row) for row in of_variant]
+        _points(axis, styles[name], [of_variant[0]["flops_per_token"][kind] / 1e6], [values], joined=False)
     if axis.dataLim.x0 > 0:
         axis.set_xscale("log")
-        _number_ticks(axis.xaxis)
-    else:  # a router that costs nothing
-        axis.set_xscale("symlog", linthresh=0.1)
-        axis.set_xlim(left=-0.02)
-    axis.set_xlabel(f"MFLOPs per token, {label}")
+    else:  # a router that costs nothing: a narrow linear part beside the logarithmic one
+        costs = [cost for rows in variants.values() if (cost := rows[0]["flops_per_token"][kind] / 1e6) > 0]
+        axis.set_xscale("symlog", linthresh=min(costs, default=1.0) / 1.5, linscale=0.15)
+        axis.set_xlim(-min(costs, default=1.0) / 6, 1.5 * max(costs, default=1.0))
+    _number_ticks(axis.xaxis)
+    axis.set_xlabel(f"training MFLOPs per token, {label}")
     axis.set_ylabel(_quality_name_of(variants))
 
 
-def _draw_over_experts(colours, axis, by_experts, column):
-    for name in sorted({name for variants in by_experts.values() for name in variants}):
+def _draw_over_experts(styles, axis, by_experts, column):
+    for index, (name, style) in enumerate(styles.items()):
         of_name = {experts: variants[name] for experts, variants in by_experts.items() if name in variants}
         if column == 0:
-            values = zip(*map(_mean_and_error, of_name.values()), strict=True)
-        else:
-            flops = [of_variant[0]["flops_per_token"]["router"] / 1e6 for of_variant in of_name.values()]
-            if not all(flops):  # has no place on a logarithmic axis
-                continue
-            values = (flops, None)
-        axis.errorbar(list(of_name), *values, fmt="o-", capsize=3, color=colours[name], label=name)
+            values = {
+                experts: changes(rows, by_experts[experts].get(_REFERENCE, [])) for experts, rows in of_name.items()
+            }
+            values = {experts: figures for experts, figures in values.items() if figures}
+            beside = 1.02 ** (index - len(styles) / 2)  # so that bars do not cover each other
+            _points(axis, style, [experts * beside for experts in values], list(values.values()), joined=True)
+            continue
+        flops = [rows[0]["flops_per_token"]["router"] / 1e6 for rows in of_name.values()]
+        if all(flops):
+            axis.plot(list(of_name), flops, **style)
+        else:  # has no place on a logarithmic axis
+            axis.annotate(f"{name}: 0", (0.98, 0.03), xycoords="axes fraction", horizontalalignment="right")
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(by_experts), [f"{experts:,}" for experts in by_experts])
     axis.set_xlabel("experts E")
-    axis.set_ylabel("router MFLOPs per token" if column else _quality_name_of(next(iter(by_experts.values()))))
+    name = _quality_name_of(next(iter(by_experts.values())))
+    axis.set_ylabel("router, training MFLOPs per token" if column else f"{name} against {_REFERENCE}, %")
     if column == 1:
         axis.set_yscale("log")
         _number_ticks(axis.yaxis)
 
 
-def _draw_training(colours, axis, variants, column):
+def _points(axis, style, places, values, joined):
+    """Mean and standard deviation of the values at each place; hollow where there is but one value."""
+    means = [statistics.mean(figures) for figures in values]
+    errors = [statistics.stdev(figures) if len(figures) > 1 else math.nan for figures in values]  # NaN draws no bar
+    line = style | ({} if joined else {"linestyle": "none"})
+    axis.errorbar(places, means, errors, capsize=3, markersize=5, **line)
+    single = [index for index, figures in enumerate(values) if len(figures) == 1]
+    face = {"marker": style["marker"], "color": style["color"], "markerfacecolor": "white", "linestyle": "none"}
+    axis.plot([places[index] for index in single], [means[index] for index in single], markersize=5, zorder=3, **face)
+
+
+def _draw_training(styles, axis, variants, column):
     what = (None, _USED, _IMBALANCE, _RECALL)[column]
+    losses = {row["seed"]: dict(row["train_losses"]) for row in variants.get(_REFERENCE, [])}
     for name, of_variant in variants.items():
-        series = [row["health"].get(what, []) for row in of_variant]
-        if what is None:  # without the first steps, whose fall hides the rest
-            series = [row["train_losses"][len(row["train_losses"]) // 8 :] for row in of_variant]
-        if not all(series):
+        if what is not None:
+            series = [dict(row["health"].get(what, [])) for row in of_variant]
+        else:  # to the reference of the same seed: a hundredth is what counts, and the fall of both hides it
+            series = [
+                {
+                    step: loss - losses[row["seed"]][step]
+                    for step, loss in row["train_losses"]
+                    if step in losses[row["seed"]]
+                }
+                for row in of_variant
+                if row["seed"] in losses
+            ]
+            series = [{step: one[step] for step in list(one)[len(one) // 8 :]} for one in series]
+        steps = [step for step in (series[0] if series else ()) if all(step in one for one in series)]
+        means = [statistics.mean(one[step] for one in series) for step in steps]
+        if not steps:  # no such figure
             continue
-        steps = [step for step, _ in series[0]]
-        means = [
-            statistics.mean(values) for values in zip(*([value for _, value in one] for one in series), strict=False)
-        ]
-        axis.plot(steps[: len(means)], means, color=colours[name], label=name)
+        axis.plot(steps, means, color=styles[name]["color"], linestyle=styles[name]["linestyle"])
     axis.set_xlabel("step")
-    axis.set_ylabel(
-        ("training loss, nats per token", "share of experts used", "imbalance factor", "mass recall")[column]
-    )
+    labels = (f"training loss - {_REFERENCE}'s, nats", "share of experts used", "imbalance factor", "mass recall")
+    axis.set_ylabel(labels[column])
     if column == 2:
         axis.set_yscale("log")
         _number_ticks(axis.yaxis)
@@ -224,35 +266,35 @@ def _quality_name_of(variants):
     return quality_name(next(iter(variants.values())))
 
 
-def _mean_and_error(of_variant):
-    """Mean quality of the seeds, and standard deviation; NaN, which draws no bar, of one seed."""
-    values = [quality(row) for row in of_variant]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
-
-
 def _number_ticks(axis):
-    """Plain numbers at 1, 2 and 5 of each decade of a logarithmic axis: few decades leave no room for powers."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    """Plain numbers at 1, 2, 5 of each decade of a logarithmic axis, and zero: few decades leave no room for powers."""
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    positive = low if low > 0 else axis.get_transform().linthresh
+    ticks = [tick for tick in LogLocator(subs=(1, 2, 5)).tick_values(positive, high) if positive <= tick <= high]
+    axis.set_major_locator(FixedLocator(ticks if low > 0 else [0.0, *ticks]))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 
 
-def _grid(pyplot, found, columns: int, draw: Callable, file: Path) -> Path:
-    """One row of axes per group, titled by its place, one legend for all."""
+def _grid(pyplot, found, columns: int, draw: Callable, styles: dict, file: Path) -> Path:
+    """One row of axes per group, titled by its place, one legend for all above them."""
+    from matplotlib.lines import Line2D
+
     figure, axes = pyplot.subplots(
-        len(found), columns, figsize=(4.6 * columns, 3.6 * len(found)), squeeze=False, layout="constrained"
+        len(found), columns, figsize=(4.6 * columns, 3.4 * len(found) + 1), squeeze=False, layout="constrained"
     )
-    handles = {}
     for (place, variants), line in zip(found.items(), axes, strict=True):
+        line[0].set_title(_title(*place), fontsize=10, loc="left")
         for column, axis in enumerate(line):
             draw(axis, variants, column)
-            axis.set_title(_title(*place), fontsize=8)
             axis.grid(alpha=0.3)
-            found_handles, labels = axis.get_legend_handles_labels()
-            handles |= dict(zip(labels, found_handles, strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+            if not axis.has_data():
+                axis.set_axis_off()
+    handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2 * columns - (columns == 2), fontsize=9)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
     return file

@@ -140,6 +140,7 @@ def result(variant, seed, perplexity, **health):
         "flops_per_token": {"router": 2e6, "router_with_dispatch": 4e6, "total": 5e6, "total_with_dispatch": 7e6},
         "health": {name: [[5, value / 2], [10, value]] for name, value in health.items()},
         "train_losses": [[5, 3.0], [10, 2.0]], "device": "d", "torch": "t", "megatron_core": "m", "commit": "c",
+        "flags": {"moe-router-type": variant.split("-")[0]},
     }  # fmt: skip
 
 
@@ -166,6 +167,14 @@ def test_the_plots_are_drawn(tmp_path):
     rows = [result("topk", 1, 100.0), result("air", 1, 90.0, **{"experts-used": 0.5, "imbalance-factor": 3.0})]
     files = report.plots(rows, tmp_path)
     assert len(files) == 3 and all(file.stat().st_size > 10_000 for file in files)
+
+
+def test_the_reference_is_black_and_variants_of_a_router_share_their_colour():
+    styles = report._styles([result(name, 1, 1.0) for name in ("vq", "air-8-probes", "topk", "air", "topk-raw")])
+    assert list(styles) == ["topk", "topk-raw", "air", "air-8-probes", "vq"]
+    colours = [style["color"] for style in styles.values()]
+    assert colours[0] == colours[1] == "black" and colours[2] == colours[3] != colours[4]
+    assert len({(style["color"], style["marker"], style["linestyle"]) for style in styles.values()}) == 5
 
 
 def test_numbers_of_experts_are_joined_where_nothing_else_differs(tmp_path):
