@@ -1,7 +1,7 @@
 """Floating-point operations of routers and experts, from the config alone: one formula per router, to compare fairly.
 
 Counted are the products of vectors (a multiplication and an addition are two operations), forward and backward, of one
-layer and token, at the paper's meaning of each router; not counted are what is linear in the scores: softmax, top-k,
+layer and token, as each router is built here; not counted are what is linear in the scores: softmax, top-k,
 sorting, norms, statistics of the codebook. ``tests/unit/test_flops.py`` compares the formulas with the operations that
 torch counts while the routers run.
 
