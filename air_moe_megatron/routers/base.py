@@ -53,6 +53,7 @@ class CompactRouter(TopKRouter):
         self.input_norm = RunningNorm(config.hidden_size) if config.moe_router_input_norm == "running" else None
         # Tokens each expert got since the last health line; for logs only.
         self.register_buffer("expert_load", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
+        self._num_counted = None  # tokens of this rank that count in the balancing losses, while they are attached
 
     def reset_parameters(self) -> None:
         """As Megatron's; without a centre per expert, drop the empty weight before anything is written to it."""
@@ -185,6 +186,7 @@ class CompactRouter(TopKRouter):
             where = (ids + offsets).reshape(-1)
             return values.new_zeros(size).index_add(0, where, values.reshape(-1)).unsqueeze(0)
 
+        self._num_counted = counts.sum() / self.topk
         num_experts = self.num_experts
         sums = sum_per_expert(scores, 0, num_experts)
         totals = sum_per_expert(counts.long(), 0, num_experts)
@@ -200,7 +202,19 @@ class CompactRouter(TopKRouter):
                 batch_size,
                 with_padding_mask=True,
             )
-        return self._apply_global_aux_loss(probs, sums, totals, with_padding_mask=True)
+        probs = self._apply_global_aux_loss(probs, sums, totals, with_padding_mask=True)
+        self._num_counted = None
+        return probs
+
+    def attach_and_log_load_balancing_loss(self, *args, valid_token_count=None, **kwargs):
+        """As Megatron's, which with ``calculate_per_token_loss`` weighs the loss by ``valid_token_count``.
+
+        The rank's own tokens are meant; where Megatron takes them from the counts, it does so after these were summed
+        over the ranks in place.
+        """
+        if self._num_counted is not None:
+            valid_token_count = self._num_counted
+        return super().attach_and_log_load_balancing_loss(*args, valid_token_count=valid_token_count, **kwargs)
 
     def _aux_scores(self, logits, padded):
         """[T, N] which candidates count as selected, and their scores, which sum to one."""
