@@ -294,11 +294,13 @@ def is_dataset_built_on_rank(args: argparse.Namespace, vp_stage: int | None) -> 
         args: Megatron's parsed and validated arguments.
         vp_stage: index of the virtual pipeline stage; None without virtual stages.
     Returns:
-        True on tensor-parallel rank 0 of the stages that need tokens; with `--sft`, of all stages.
+        True on tensor-parallel rank 0 of the stages that need tokens; with packed sequences (`--sft`,
+        `--dataloader-inter-document-masking`), whose boundaries every stage needs, of all stages.
     """
     if mpu.get_tensor_model_parallel_rank() != 0:
         return False
-    return args.sft or needs_tokens(core_transformer_config_from_args(args), vp_stage)[0]
+    packed = args.sft or args.dataloader_inter_document_masking
+    return packed or needs_tokens(core_transformer_config_from_args(args), vp_stage)[0]
 
 
 def train_valid_test_datasets_provider(

@@ -301,6 +301,8 @@ def validate_experts(config: TransformerConfig) -> None:
     refuse = _refusal(config, "moe_granular_experts (True)")
     if config.expert_tensor_parallel_size is not None and config.expert_tensor_parallel_size > 1:
         refuse("expert_tensor_parallel_size", "an expert of a few rows is not split; use expert_model_parallel_size")
+    if config.expert_gtp_weight_remat_size > 1:
+        refuse("expert_gtp_weight_remat_size", "their weights are not sharded further than over expert-parallel ranks")
     if config.add_bias_linear:
         refuse("add_bias_linear", "tiny experts have no biases; add --disable-bias-linear")
     if config.moe_ffn_hidden_size is None or config.moe_ffn_hidden_size < 1:
@@ -537,6 +539,8 @@ def _refuse_unsupported(config):
         refuse("moe_enable_routing_replay", "a replay is recorded and given inside Megatron's own router")
     if config.moe_router_fusion:
         refuse("moe_router_fusion", "Transformer Engine's fused router takes dense logits")
+    if config.init_model_with_meta_device:
+        refuse("init_model_with_meta_device", "codebooks and lists would come from memory that nothing has written")
     if config.transformer_impl == "inference_optimized":
         refuse("transformer_impl", "it builds its own router and dispatcher")
     if config.moe_pad_experts_for_cuda_graph_inference:

@@ -94,6 +94,10 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flag and why it cannot be honoured.
     """
+    if args.freeze_all_layers:
+        raise ValueError(
+            "--freeze-all-layers is not supported: Megatron freezes only models that it builds from arguments"
+        )
     if args.logits_load_dir is not None:
         raise ValueError(
             f"--logits-load-dir ({args.logits_load_dir}) is not supported: "
@@ -105,11 +109,19 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
             f"--moe-routing-trace-capture-logits is not supported with {cause}: "
             "it records exact logits of all experts inside Megatron's own router"
         )
-    if not is_plain_topk(args) and args.use_megatron_fsdp:
-        raise ValueError(
-            f"--use-megatron-fsdp is not supported with {cause}: "
-            "codebooks and main_grad have not been tested with sharded parameters"
-        )
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if not is_plain_topk(args) and getattr(args, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is not supported with {cause}: "
+                "codebooks, health lines and main_grad read whole parameters outside of the forward"
+            )
+    packed = "--sft" if args.sft else "--dataloader-inter-document-masking"
+    if args.moe_router_type == "hash" and (args.sft or args.dataloader_inter_document_masking):
+        if args.micro_batch_size is not None and args.micro_batch_size > 1:
+            raise ValueError(
+                f"--micro-batch-size ({args.micro_batch_size}) must be 1 with --moe-router-type hash and {packed}: the "
+                "tokens reach the layer in another order than their ids the embedding"
+            )
     if args.moe_granular_experts and args.save_tokens_per_expert_interval is not None:
         raise ValueError(
             f"--save-tokens-per-expert-interval ({args.save_tokens_per_expert_interval}) is not supported with "
@@ -130,9 +142,8 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
             "this entry makes such data for GPT models only"
         )
     if args.overlap_moe_expert_parallel_comm and (args.sft or args.dataloader_inter_document_masking):
-        flag = "--sft" if args.sft else "--dataloader-inter-document-masking"
         raise ValueError(
-            f"--overlap-moe-expert-parallel-comm is not supported with {flag}: "
+            f"--overlap-moe-expert-parallel-comm is not supported with {packed}: "
             "its schedule plan drops the document boundaries"
         )
 

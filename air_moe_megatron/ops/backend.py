@@ -27,6 +27,8 @@ _LARGEST = {
     "exchange": {"num_ranks": 1024, "topk": 512},
 }
 """Operation -> the largest sizes that its kernels take."""
+_SHARED_MEMORY = 160 * 1024
+"""Bytes of shared memory per block that the kernels are sized for: an A100 has 163 KiB, an H100 227, an L40S 99."""
 
 
 def use_kernels(operation: str, *tensors: torch.Tensor, dtype: torch.dtype | None = None, **sizes: int) -> bool:
@@ -46,7 +48,7 @@ def use_kernels(operation: str, *tensors: torch.Tensor, dtype: torch.dtype | Non
     if forced == "torch":
         return False
     dtypes = [tensor.dtype for tensor in tensors] + ([] if dtype is None else [dtype])
-    reason = _reason_against(operation, tensors[0].is_cuda, dtypes, sizes)
+    reason = _reason_against(operation, tensors[0].device, dtypes, sizes)
     if reason is not None:
         if forced == "triton":
             raise ValueError(f"{VARIABLE} ('triton') cannot be had for {operation}: {reason}")
@@ -54,11 +56,16 @@ def use_kernels(operation: str, *tensors: torch.Tensor, dtype: torch.dtype | Non
     return reason is None and (forced == "triton" or tensors[0].is_cuda)
 
 
-def _reason_against(operation, is_cuda, dtypes, sizes):
+def _reason_against(operation, device, dtypes, sizes):
+    is_cuda = device.type == "cuda"
     if not is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are not on a CUDA GPU"
     if not _has_triton():
         return "Triton is not installed"
+    if is_cuda and (shared_memory := _shared_memory(device)) < _SHARED_MEMORY:
+        return (
+            f"the GPU has {shared_memory} bytes of shared memory per block, and its kernels may take {_SHARED_MEMORY}"
+        )
     for dtype in dtypes:
         if dtype not in _DTYPES:
             return f"its kernels take no {dtype}"
@@ -66,6 +73,11 @@ def _reason_against(operation, is_cuda, dtypes, sizes):
         if size > _LARGEST[operation][name]:
             return f"{name} ({size}) exceeds {_LARGEST[operation][name]}"
     return None
+
+
+@functools.cache
+def _shared_memory(device):
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @functools.cache

@@ -266,10 +266,9 @@ class CompactRouter(TopKRouter):
         return _ROUTER_DTYPES.get(self.config.moe_router_dtype, hidden.dtype)
 
     def _follow_device(self, hidden):
-        # As Router.gating: with use_cpu_initialization the weight may still be on the host.
-        for parameter in self.parameters(recurse=False):
-            if parameter.device != hidden.device:
-                parameter.data = parameter.data.to(hidden.device)
+        # As Router.gating: with use_cpu_initialization the weight may still be on the host, and buffers always are.
+        if any(tensor.device != hidden.device for tensor in (*self.parameters(), *self.buffers())):
+            self.to(hidden.device)
 
     @staticmethod
     def _keep(padding_mask):

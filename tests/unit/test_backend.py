@@ -1,5 +1,6 @@
 """Kernels or torch: who decides, and that the layer is the same either way."""
 
+import functools
 import logging
 
 import pytest
@@ -52,6 +53,15 @@ def test_what_kernels_cannot_do_is_not_forced_in_silence(forced, monkeypatch):
     monkeypatch.setattr(backend, "_has_triton", lambda: False)
     with pytest.raises(ValueError, match="Triton is not installed"):
         use_kernels("ranking", SMALL)
+
+
+def test_a_gpu_with_little_shared_memory_takes_torch(forced, monkeypatch):
+    """As of an L40S, where the largest launches would run out of resources."""
+    reason = functools.partial(backend._reason_against, "coarse", torch.device("cuda:0"), [torch.float32])
+    monkeypatch.setattr(backend, "_shared_memory", lambda device: 101_376)
+    assert "101376 bytes of shared memory" in reason({"num_probes": 1})
+    monkeypatch.setattr(backend, "_shared_memory", lambda device: 166_912)
+    assert reason({"num_probes": 1}) is None
 
 
 def test_an_unknown_choice_is_refused(forced):

@@ -128,6 +128,7 @@ UNSUPPORTED = {
     ),
     "replay": (dict(moe_enable_routing_replay=True), ["moe_enable_routing_replay (True)", "replay"]),
     "force-biased": (dict(moe_router_force_biased=0.5), ["moe_router_force_biased (0.5)", "bias"]),
+    "meta-device": (dict(init_model_with_meta_device=True), ["init_model_with_meta_device (True)", "codebooks"]),
     "fused-router": (dict(moe_router_fusion=True), ["moe_router_fusion (True)", "fused"]),
     "sqrtsoftplus-with-probes": (
         dict(moe_router_score_function="sqrtsoftplus", moe_air_num_probes=2),
@@ -198,6 +199,10 @@ NOT_WITH_GRANULAR_EXPERTS = {
     "offloaded-activation": (
         dict(fine_grained_activation_offloading=True, offload_modules=["attn_norm", "moe_act"]),
         ["offload_modules (['attn_norm', 'moe_act'])", "'expert_fc1' and 'moe_act'"],
+    ),
+    "weight-shards": (
+        dict(expert_gtp_weight_remat_size=2),
+        ["expert_gtp_weight_remat_size (2)", "expert-parallel"],
     ),
     "delayed-gradients": (dict(delay_wgrad_compute=True), ["delay_wgrad_compute (True)", "one pass"]),
     "overlapped-gradients": (

@@ -160,6 +160,16 @@ def test_checkpoints_hold_the_whole_router(megatron_cpu, fields):
         assert torch.equal(tensor, state[name]), name
 
 
+@pytest.mark.parametrize("router_type", sorted(ROUTERS))
+def test_everything_follows_the_tokens_to_their_device(megatron_cpu, router_type):
+    """With use_cpu_initialization nobody else moves the buffers to the GPU."""
+    norm = {} if router_type in ("product_key", "hash") else dict(moe_router_input_norm="running")
+    router = make_router(megatron_cpu, moe_router_type=router_type, **norm)
+    router._follow_device(torch.empty(1, device="meta"))
+    tensors = dict(router.named_parameters()) | dict(router.named_buffers())
+    assert tensors and {tensor.device.type for tensor in tensors.values()} == {"meta"}
+
+
 def test_running_statistics_stay_fp32_in_a_model_of_bf16(megatron_cpu):
     router = make_router(megatron_cpu, moe_router_type="product_key").bfloat16()
     assert router.query_norm.mean.dtype == router.query_norm.variance.dtype == torch.float32

@@ -10,6 +10,12 @@ REFUSED = {
     "cached-logits": (["--logits-load-dir", "somewhere"], "--logits-load-dir (somewhere)"),
     "captured-logits": ([*AIR, "--moe-routing-trace-capture-logits"], "--moe-routing-trace-capture-logits"),
     "megatron-fsdp": ([*AIR, "--use-megatron-fsdp"], "--use-megatron-fsdp"),
+    "torch-fsdp": ([*AIR, "--use-torch-fsdp2"], "--use-torch-fsdp2"),
+    "frozen": (["--freeze-all-layers"], "--freeze-all-layers"),
+    "packed-hash": (
+        [*AIR, "--moe-router-type", "hash", "--dataloader-inter-document-masking", "--micro-batch-size", "2"],
+        "--micro-batch-size (2) must be 1 with --moe-router-type hash and --dataloader-inter-document-masking",
+    ),
     "saved-counts": ([*GRANULAR, "--save-tokens-per-expert-interval", "5"], "--save-tokens-per-expert-interval (5)"),
     "upcycling": ([*GRANULAR, "--moe-use-upcycling"], "--moe-use-upcycling"),
     "reinforcement": (["--perform-rl-step"], "--perform-rl-step"),
