@@ -147,18 +147,19 @@ class Study:
 
     Args:
         runs: those to be made.
-        metas: ``data.Meta`` of the corpora, by the names of their folders.
+        data_dir: where the corpora are.
         out: folder for logs, TensorBoard files and, under "data", the corpora's data sets.
         results: file of JSON lines, which may hold results already.
         threads: of a run on a CPU.
     """
 
-    def __init__(self, runs: list[Run], metas: dict, out: Path, results: Path, threads: int) -> None:
+    def __init__(self, runs: list[Run], data_dir: Path, out: Path, results: Path, threads: int) -> None:
         import torch
 
-        self.runs, self.metas, self.out, self.results, self.threads = runs, metas, out, results, threads
+        self.runs, self.data_dir, self.out, self.results, self.threads = runs, data_dir, out, results, threads
         self.on_gpu = torch.cuda.is_available()
         self.precision = "bf16" if self.on_gpu else "fp32"
+        self._metas = {}  # data.Meta of the corpora, by the names of their folders
         self._lock = threading.Lock()
 
     def pending(self) -> list[Run]:
@@ -171,9 +172,15 @@ class Study:
         return {row["key"]: row for row in read_results(self.results) if row["precision"] == self.precision}
 
     def make(self, jobs: int) -> list[Run]:
-        """Make the pending runs, ``jobs`` at a time; returns those that failed."""
-        pending, started, failed = self.pending(), time.perf_counter(), []
+        """Prepare the data of the pending runs and make these, ``jobs`` at a time; returns those that failed."""
+        from benchmarks.quality.data import prepare
+
+        pending, failed = self.pending(), []
         logger.info("%d runs, %d of them done before", len(self.runs), len(self.runs) - len(pending))
+        corpora = {run.prepared: (run.corpus, run.vocabulary) for run in pending}
+        data = self.out / "data"
+        self._metas = {name: prepare(*corpus, self.data_dir, data / name) for name, corpus in corpora.items()}
+        started = time.perf_counter()
         with ThreadPoolExecutor(jobs) as pool:
             futures = {pool.submit(self._make_one, run): run for run in pending}
             try:
@@ -202,7 +209,7 @@ class Study:
         for old in (folder / "tensorboard").glob("*"):
             old.unlink()
         per_step = run.flags["global-batch-size"]
-        samples = (self.metas[run.prepared].tokens["test"] - 1) // run.flags["seq-length"]
+        samples = (self._metas[run.prepared].tokens["test"] - 1) // run.flags["seq-length"]
         eval_iters = max(1, samples // per_step)
         line = command(run, self.out / "data" / run.prepared, folder, eval_iters, self.on_gpu)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -225,7 +232,7 @@ class Study:
 
         evaluations = [match.groups() for match in _LOSS.finditer((folder / "log.txt").read_text())]
         final = {which: float(loss) for _, _, which, loss in evaluations if which}
-        meta = self.metas[run.prepared]
+        meta = self._metas[run.prepared]
         scalars = _scalars(folder / "tensorboard")
         row = {
             "key": run.key,
@@ -321,20 +328,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="list the runs, done or not, and make none")
     args = parser.parse_args(argv)
 
-    from benchmarks.quality.data import prepare
-
     config = tomllib.loads(args.config.read_text())
     runs = [run for run in load_runs(config) if fnmatch.fnmatch(run.name, args.only)]
+    if not runs:
+        parser.error(f"--only ({args.only!r}) must match the name of a run of {args.config}, as --list shows it")
     results = args.results or args.out / f"{args.config.stem}.jsonl"
+    study = Study(runs, args.data_dir, args.out, results, args.threads)
     if args.list:
-        done = Study(runs, {}, args.out, results, args.threads).done()
+        done = study.done()
         for run in runs:
             sys.stdout.write(f"{run.key}  {run.name}: {describe(done[run.key]) if run.key in done else 'to be made'}\n")
         return
     results.parent.mkdir(parents=True, exist_ok=True)
-    corpora = {run.prepared: (run.corpus, run.vocabulary) for run in runs}
-    metas = {name: prepare(*corpus, args.data_dir, args.out / "data" / name) for name, corpus in corpora.items()}
-    study = Study(runs, metas, args.out, results, args.threads)
     jobs = args.jobs or (1 if study.on_gpu else max(1, len(os.sched_getaffinity(0)) // args.threads))
     failed = study.make(jobs)
     logger.info("results: %s", results)

@@ -1,6 +1,7 @@
 """The quality study: its runs, what it reads from them, and its tables."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from benchmarks.quality import data, report, study
 from benchmarks.quality.flops import flops_per_token
 
 FOLDER = Path(study.__file__).parent
+RESULTS = study.ROOT / "docs/results"
 CONFIG = {
     "corpus": "stdlib",
     "vocabulary": 300,
@@ -82,7 +84,7 @@ def test_the_command_has_every_flag_and_the_study_may_override_the_evaluation(tm
 
 def test_a_run_with_a_result_is_not_repeated(tmp_path):
     runs = study.load_runs(CONFIG)
-    results, made = tmp_path / "results.jsonl", study.Study(runs, {}, tmp_path, tmp_path / "results.jsonl", 1)
+    results, made = tmp_path / "results.jsonl", study.Study(runs, tmp_path, tmp_path, tmp_path / "results.jsonl", 1)
     other = {"fp32": "bf16", "bf16": "fp32"}[made.precision]
     given = zip(runs[:4], (made.precision, made.precision, other, made.precision), strict=True)
     rows = [{"key": run.key, "precision": precision} for run, precision in given]
@@ -185,3 +187,22 @@ def test_numbers_of_experts_are_joined_where_nothing_else_differs(tmp_path):
         ("wikitext-2", 1000, "fp32", None, 4, 1): {64: {"topk", "air"}, 256: {"topk"}}
     }
     assert "experts.png" in {file.name for file in report.plots(rows, tmp_path)}
+
+
+@pytest.mark.parametrize("name", ["small", "full"])
+def test_committed_results_are_those_of_the_studies(name):
+    runs = {run.key: run for run in study.load_runs(tomllib.loads((FOLDER / f"{name}.toml").read_text()))}
+    rows = study.read_results(RESULTS / f"quality/{name}.jsonl")
+    assert rows and len({row["key"] for row in rows}) == len(rows)
+    for row in rows:
+        assert (row["variant"], row["flags"]) == (runs[row["key"]].variant, runs[row["key"]].flags)
+        assert row["flops_per_token"] == flops_per_token(row["flags"], row["vocabulary"])
+
+
+def test_tables_in_the_documents_are_those_of_the_results():
+    full, small = (report.tables(study.read_results(RESULTS / f"quality/{name}.jsonl")) for name in ("full", "small"))
+    assert (RESULTS / "quality/tables.md").read_text() == full
+    shown = re.findall(r"^\| router \| seeds \|.*(?:\n\|.*)+", (RESULTS / "quality.md").read_text(), re.MULTILINE)
+    assert len(shown) >= 6
+    for table in shown:
+        assert table in full + small, f"report.py makes another table of the results:\n{table}"
