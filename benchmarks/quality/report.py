@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 _REFERENCE = "topk"
+_DASHES = ("-", "--", ":", "-.", (0, (8, 2)))  # with five markers: the variants of one type of router
 _USED, _IMBALANCE, _RECALL, _TOPK_RECALL = "experts-used", "imbalance-factor", "mass-recall", "top-k-recall"
 
 
@@ -167,7 +168,7 @@ def _styles(rows):
     for name in names:
         colour = "black" if types[name] == "topk" else f"C{families.index(types[name])}"
         place = sum(types[other] == types[name] for other in styles)
-        styles[name] = {"color": colour, "marker": "os^Dv"[place % 5], "linestyle": ("-", "--", ":", "-.")[place % 4]}
+        styles[name] = {"color": colour, "marker": "os^Dv"[place % 5], "linestyle": _DASHES[place % 5]}
     return styles
 
 
