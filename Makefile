@@ -81,7 +81,7 @@ bench-layer: install  ## Time the whole layer, also at a million experts, and me
 	$(RUN) layer --out $(OUT_BENCH)/layer.csv
 	$(RUN) layer --experts 1048576 --hidden 128 --no-rival --repetitions 3 --out $(OUT_BENCH)/layer_million.csv
 
-study: install data  ## Compare the routers' quality on small models (15 minutes on two cores); table and plots in $(OUT_STUDY)
+study: install data  ## Compare the routers' quality on small models (7 to 15 minutes on two cores); table and plots in $(OUT_STUDY)
 	$(BIN)/python -W ignore benchmarks/quality/study.py benchmarks/quality/small.toml --data-dir $(DATA) --out $(OUT_STUDY)
 	$(BIN)/python -W ignore benchmarks/quality/report.py $(OUT_STUDY)/small.jsonl --out $(OUT_STUDY)
 

@@ -159,7 +159,6 @@ class Study:
         self.runs, self.data_dir, self.out, self.results, self.threads = runs, data_dir, out, results, threads
         self.on_gpu = torch.cuda.is_available()
         self.precision = "bf16" if self.on_gpu else "fp32"
-        self._metas = {}  # data.Meta of the corpora, by the names of their folders
         self._lock = threading.Lock()
 
     def pending(self) -> list[Run]:
@@ -179,10 +178,10 @@ class Study:
         logger.info("%d runs, %d of them done before", len(self.runs), len(self.runs) - len(pending))
         corpora = {run.prepared: (run.corpus, run.vocabulary) for run in pending}
         data = self.out / "data"
-        self._metas = {name: prepare(*corpus, self.data_dir, data / name) for name, corpus in corpora.items()}
+        metas = {name: prepare(*corpus, self.data_dir, data / name) for name, corpus in corpora.items()}
         started = time.perf_counter()
         with ThreadPoolExecutor(jobs) as pool:
-            futures = {pool.submit(self._make_one, run): run for run in pending}
+            futures = {pool.submit(self._make_one, run, metas[run.prepared]): run for run in pending}
             try:
                 for count, future in enumerate(as_completed(futures), 1):
                     run, row = futures[future], future.result()
@@ -203,13 +202,13 @@ class Study:
     def _folder(self, run):
         return self.out / "runs" / run.key
 
-    def _make_one(self, run):
+    def _make_one(self, run, meta):
         folder = self._folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         for old in (folder / "tensorboard").glob("*"):
             old.unlink()
         per_step = run.flags["global-batch-size"]
-        samples = (self._metas[run.prepared].tokens["test"] - 1) // run.flags["seq-length"]
+        samples = (meta.tokens["test"] - 1) // run.flags["seq-length"]
         eval_iters = max(1, samples // per_step)
         line = command(run, self.out / "data" / run.prepared, folder, eval_iters, self.on_gpu)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -222,17 +221,16 @@ class Study:
             code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
             return None
-        row = self._result(run, folder, time.perf_counter() - start)
+        row = self._result(run, meta, folder, time.perf_counter() - start)
         with self._lock, self.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         return row
 
-    def _result(self, run, folder, seconds):
+    def _result(self, run, meta, folder, seconds):
         from benchmarks.quality.flops import flops_per_token
 
         evaluations = [match.groups() for match in _LOSS.finditer((folder / "log.txt").read_text())]
         final = {which: float(loss) for _, _, which, loss in evaluations if which}
-        meta = self._metas[run.prepared]
         scalars = _scalars(folder / "tensorboard")
         row = {
             "key": run.key,

@@ -95,6 +95,12 @@ def test_a_run_with_a_result_is_not_repeated(tmp_path):
         made.pending()
 
 
+def test_a_pattern_that_matches_no_run_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        study.main([str(FOLDER / "small.toml"), "--list", "--only", "other*"])
+    assert "--only ('other*') must match the name of a run" in capsys.readouterr().err
+
+
 def test_losses_are_read_from_megatrons_log():
     lines = (
         " validation loss at iteration 75 | lm loss value: 2.5E+00 | lm loss PPL: 1.2E+01 | \n"
