@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from air_moe_megatron.learner import Learner
 from air_moe_megatron.ops.coarse import NUM_SCALARS, assign, token_statistics
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def split_loaded(codewords, ema, statistics, num_updates):
         if num_splits == 0:
             return codewords, ema
         starved, loaded = starved[:num_splits], by_load[:num_splits]
-        direction = torch.randn(num_splits, hidden_size, generator=generator).to(codewords.device)
+        direction = torch.randn(num_splits, hidden_size, generator=generator, dtype=torch.float32).to(codewords.device)
         centre = centres[loaded]
         direction = direction - (direction * centre).sum(dim=1, keepdim=True) * centre
         direction = torch.nn.functional.normalize(direction, dim=1)
@@ -120,24 +121,8 @@ class CodebookHealth:
     num_dropped: int  # updates dropped so far because a token was not finite
 
 
-class Float32Buffers(torch.nn.Module):
-    """A module whose own buffers keep their dtype and values when a model is cast, as Megatron's Float16Module does
-    with every floating buffer: statistics rounded to bf16 could not be restored."""
-
-    def _apply(self, fn, recurse=True):
-        originals = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, original in originals.items():
-            if original is not None and self._buffers[name].dtype != original.dtype:
-                self._buffers[name] = original.to(self._buffers[name].device)
-        return self
-
-
-class Codebook(Float32Buffers):
-    """The codewords of one router with their running statistics: fp32 whatever the model's dtype, equal on all ranks.
-
-    Life of a training step: ``accumulate`` in each microbatch's forward, ``discard`` when the step is attempted again,
-    ``apply_update`` with the statistics summed over ranks after a successful step.
+class Codebook(Learner):
+    """The codewords of one router with their running statistics.
 
     Args:
         num_clusters: C.
@@ -145,18 +130,18 @@ class Codebook(Float32Buffers):
         decay: weight of the past per update, one for each global batch.
     """
 
-    def __init__(self, num_clusters: int, hidden_size: int, decay: float):
-        super().__init__()
+    title = "codebook"
+
+    def __init__(self, num_clusters: int, hidden_size: int, decay: float) -> None:
+        super().__init__(num_clusters, hidden_size + NUM_SCALARS)
         self.decay = decay
         generator = torch.Generator().manual_seed(_SEED)
-        directions = torch.randn(num_clusters, hidden_size, generator=generator)
+        directions = torch.randn(num_clusters, hidden_size, generator=generator, dtype=torch.float32)
         self.register_buffer("codewords", torch.nn.functional.normalize(directions, dim=1))
-        self.register_buffer("ema", torch.zeros(num_clusters, hidden_size + NUM_SCALARS))
-        self.register_buffer("num_updates", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("ema", torch.zeros_like(self.statistics))
         self.register_buffer("num_dropped", torch.zeros(1, dtype=torch.int64))
-        self.register_buffer("statistics", torch.zeros(num_clusters, hidden_size + NUM_SCALARS), persistent=False)
         # Of the last update, for logs only: mean cosine and live codewords.
-        self.register_buffer("last_health", torch.full((2,), torch.nan), persistent=False)
+        self.register_buffer("last_health", torch.full((2,), torch.nan, dtype=torch.float32), persistent=False)
         self._updates_on_host = 0
 
     @property
@@ -176,27 +161,23 @@ class Codebook(Float32Buffers):
         """Add the statistics [C, H + 3] of one microbatch, as :func:`token_statistics` makes them."""
         self.statistics += statistics
 
-    def discard(self) -> None:
-        """Forget what was accumulated since the last update."""
-        self.statistics.zero_()
+    def num_tokens(self, statistics: torch.Tensor) -> torch.Tensor:
+        """[] tokens that statistics [C, H + 3] hold."""
+        return statistics[:, self.codewords.shape[1]].sum()
 
     @torch.no_grad()
-    def apply_update(self, statistics: torch.Tensor, finite: bool) -> None:
-        """Apply statistics summed over all ranks, or count them as dropped where they are not finite.
+    def _learn(self, statistics: torch.Tensor) -> None:
+        num_updates = self.updates_on_host
+        decay = window_decay(self.decay, num_updates)
+        codewords, ema = update_from_tokens(self.codewords, self.ema, statistics, decay, num_updates)
+        self.codewords.copy_(codewords)
+        self.ema.copy_(ema)
+        self.note_health(statistics)
+        self.count_update()
 
-        Args:
-            statistics: [C, H + 3] fp32.
-            finite: whether all of them are, as every rank has found alike.
-        """
-        if not finite:
-            self.num_dropped += 1
-        else:
-            num_updates = self.updates_on_host
-            decay = window_decay(self.decay, num_updates)
-            codewords, ema = update_from_tokens(self.codewords, self.ema, statistics, decay, num_updates)
-            self.codewords.copy_(codewords)
-            self.ema.copy_(ema)
-            self.note_health(statistics)
+    @torch.no_grad()
+    def _drop(self) -> None:
+        self.num_dropped += 1
         self.count_update()
 
     @torch.no_grad()

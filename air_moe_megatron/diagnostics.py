@@ -72,27 +72,27 @@ def dispatch_figures(layers, group) -> dict[str, float]:
     Communicates (one all-reduce over ``group``), waits for the device, and sets the counters back to zero.
 
     Returns:
-        bytes of rows (what Megatron's all-to-all would need is the top-k times a row), and all bytes, ids and probs
-        included, that left their rank. Empty without compact dispatchers.
+        bytes of rows (what Megatron's all-to-all would need is the top-k times a row); all bytes, ids and probs
+        included, that left their rank; where activations are recomputed, bytes of rows that were moved a second time.
+        Empty without compact dispatchers.
     """
-    traffics = [layer.token_dispatcher.traffic for layer in layers]
-    if not traffics:
+    dispatchers = [layer.token_dispatcher for layer in layers]
+    if not dispatchers:
         return {}
-    device = next(layers[0].parameters()).device
-    sums = torch.tensor(
-        [
-            [traffic.tokens, traffic.row_bytes, traffic.remote_row_bytes + traffic.remote_pair_bytes]
-            for traffic in traffics
-        ],
-        dtype=torch.float64,
-        device=device,
-    ).sum(dim=0)
+    traffics = [(dispatcher.traffic, dispatcher.recomputed_traffic) for dispatcher in dispatchers]
+    sums = [
+        (first.tokens, first.row_bytes, first.remote_row_bytes + first.remote_pair_bytes, again.row_bytes)
+        for first, again in traffics
+    ]
+    sums = torch.tensor(sums, dtype=torch.float64, device=next(layers[0].parameters()).device).sum(dim=0)
     if group is not None and group.size() > 1:
         torch.distributed.all_reduce(sums, group=group)
-    for traffic in traffics:
+    for traffic in sum(traffics, ()):
         traffic.reset()
-    tokens, rows, remote = sums.tolist()
-    return {"dispatch-bytes-per-token": rows / max(tokens, 1.0), "remote-bytes-per-token": remote / max(tokens, 1.0)}
+    tokens, *sums = sums.tolist()
+    rows, remote, again = (total / max(tokens, 1.0) for total in sums)
+    figures = {"dispatch-bytes-per-token": rows, "remote-bytes-per-token": remote}
+    return figures | ({"recomputed-bytes-per-token": again} if again else {})
 
 
 @torch.no_grad()
@@ -208,9 +208,11 @@ def log_health(model, iteration: int) -> None:
         f"most loaded rank: {figures['rank-imbalance']:.3f} of the mean",
     ]
     if "dispatch-bytes-per-token" in figures:
+        again = figures.get("recomputed-bytes-per-token")
         line.append(
             f"dispatched bytes per token: {figures['dispatch-bytes-per-token']:.0f} "
-            f"({figures['remote-bytes-per-token']:.0f} to other ranks)"
+            f"({figures['remote-bytes-per-token']:.0f} to other ranks"
+            + (")" if again is None else f", {again:.0f} again when recomputed)")
         )
     if "mass-recall" in figures:
         line += [f"mass recall: {figures['mass-recall']:.2f}", f"top-k recall: {figures['top-k-recall']:.2f}"]

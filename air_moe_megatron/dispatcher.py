@@ -24,6 +24,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 
 from air_moe_megatron.ops.exchange import combine, make_plan, pack
 from air_moe_megatron.ops.pair_products import make_pairs
+from air_moe_megatron.process_groups import HoldsProcessGroups
+from air_moe_megatron.recomputation import is_in_backward
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class _Sent:
 class Traffic:
     """What this rank's forwards have handed to the all-to-alls since the counters were last reset; plain integers.
 
+    A dispatcher counts forwards that a backward repeats, for tokens that were counted before, apart from the others.
     ``row_bytes`` go out, and as many come back for the same tokens; the backward repeats both. The ``remote`` ones left
     the rank; the others only changed their place, or with one rank not even that.
     """
@@ -52,7 +55,7 @@ class Traffic:
         self.tokens = self.row_bytes = self.remote_row_bytes = self.pair_bytes = self.remote_pair_bytes = 0
 
 
-class CompactTokenDispatcher(MoETokenDispatcher):
+class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
     """Megatron's dispatcher interface over compact routes; every rank of the expert-parallel group takes part.
 
     Where Megatron's methods pass a dense routing map, this one takes ``topk_ids [T, K]`` (-1 for none), and where they
@@ -68,7 +71,7 @@ class CompactTokenDispatcher(MoETokenDispatcher):
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
         self.num_experts = num_local_experts * self.ep_size
-        self.traffic = Traffic()
+        self.traffic, self.recomputed_traffic = Traffic(), Traffic()
         self._have_ranks_agreed = False
         self._misfit = None
         self._release()
@@ -213,8 +216,9 @@ class CompactTokenDispatcher(MoETokenDispatcher):
     def _count_traffic(self, hidden_states, probs, rows_sent, pairs_sent):
         row_bytes = hidden_states.shape[1] * hidden_states.element_size()
         pair_bytes = 4 + probs.element_size()  # int32 id, prob
-        self.traffic.tokens += hidden_states.shape[0]
-        self.traffic.row_bytes += sum(rows_sent) * row_bytes
-        self.traffic.remote_row_bytes += (sum(rows_sent) - rows_sent[self.ep_rank]) * row_bytes
-        self.traffic.pair_bytes += sum(pairs_sent) * pair_bytes
-        self.traffic.remote_pair_bytes += (sum(pairs_sent) - pairs_sent[self.ep_rank]) * pair_bytes
+        traffic = self.recomputed_traffic if is_in_backward() else self.traffic
+        traffic.tokens += hidden_states.shape[0]
+        traffic.row_bytes += sum(rows_sent) * row_bytes
+        traffic.remote_row_bytes += (sum(rows_sent) - rows_sent[self.ep_rank]) * row_bytes
+        traffic.pair_bytes += sum(pairs_sent) * pair_bytes
+        traffic.remote_pair_bytes += (sum(pairs_sent) - pairs_sent[self.ep_rank]) * pair_bytes

@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from air_moe_megatron.config import validate_experts
 from air_moe_megatron.ops.backend import use_kernels
 from air_moe_megatron.ops.pair_products import Pairs, make_pairs, pair_dots, pair_sums
+from air_moe_megatron.process_groups import HoldsProcessGroups
 
 _BLOCK = 256  # experts that are initialised from one seed
 _KERNEL_ACTIVATIONS = {
@@ -22,7 +23,7 @@ _KERNEL_ACTIVATIONS = {
 }
 
 
-class GranularExperts(MegatronModule):
+class GranularExperts(HoldsProcessGroups, MegatronModule):
     """The experts of one rank: ``y_t = sum over the experts e of t of p_te * W2_e.T act(W1_e x_t)``.
 
     Forward and backward cost O(N * F * H); no weight is copied per pair. ``weight1`` is [E, F, H], or [E, 2F, H] with a
@@ -139,7 +140,7 @@ def _initialise(weight, init_method, seed, first):
     end = first + weight.shape[0]
     with torch.random.fork_rng(devices=[]):
         for block in range(first // _BLOCK, -(-end // _BLOCK)):
-            values = torch.empty(_BLOCK, *weight.shape[1:])
+            values = torch.empty(_BLOCK, *weight.shape[1:], dtype=torch.float32)
             torch.default_generator.manual_seed(seed + block)  # torch.manual_seed would reseed GPUs too
             init_method(values)
             start, stop = max(first, block * _BLOCK), min(end, (block + 1) * _BLOCK)

@@ -182,34 +182,44 @@ class ShortlistIndex(torch.nn.Module):
         # Saved, because lists and codewords of one source mean nothing to the other.
         self.register_buffer("source_code", torch.tensor([SOURCES.index(source)]))
         self._built_at_on_host = -1
+        self._provisional = None  # what provisional lists were made of
 
     @torch.no_grad()
-    def refresh(self, codebook: Codebook, weight, bias, score_function=None, expert_bias=None) -> bool:
+    def refresh(
+        self, codebook: Codebook, weight, bias, score_function=None, expert_bias=None, training: bool = True
+    ) -> bool:
         """Rebuild the lists if an update made that due; tells whether it did.
 
-        Called at the start of a forward; a recomputed forward finds nothing due and sees the same lists. The arguments
-        but the codebook are those of :func:`rank_experts`.
+        Called at the start of a forward; a recomputed forward finds nothing due and sees the same lists. Evaluation
+        takes the lists that there are. Where there are none yet, it makes provisional ones, and training begins anew.
+        The other arguments but the codebook are those of :func:`rank_experts`.
         """
         if self._built_at_on_host is None:
             self._built_at_on_host = int(self.built_at)
         version = due_version(codebook.updates_on_host, self.refresh_interval)
-        if self._built_at_on_host == version:
+        is_first = self._built_at_on_host < 0
+        if self._built_at_on_host == version or not (training or is_first):
+            return False
+        made_of = (weight.data_ptr(), weight._version, codebook.updates_on_host)
+        if not training and self._provisional == made_of:
             return False
         if self.source == "tokens":
             where = (codebook.codewords, codebook.typical_projections())
             ranking = rank_experts(*where, weight, bias, self.shortlist.shape[1], score_function, expert_bias)
             lists = list_every_expert(ranking, self.num_reserved, versions_before(version, self.refresh_interval))
         else:
-            if self._built_at_on_host < 0:
+            if is_first:
                 # Start from expert centres spread over the ids instead of from random directions.
                 num_clusters = codebook.codewords.shape[0]
                 ids = torch.arange(num_clusters, device=weight.device) * weight.shape[0] // num_clusters
                 codebook.codewords.copy_(torch.nn.functional.normalize(weight[ids].float(), dim=1))
-            codebook.fit_experts(weight, _FIRST_LLOYD_STEPS if self._built_at_on_host < 0 else 1)
+            codebook.fit_experts(weight, _FIRST_LLOYD_STEPS if is_first else 1)
             lists = inverted_lists(codebook.codewords, weight, self.shortlist.shape[1])
         self.shortlist.copy_(lists)
-        self.built_at.fill_(version)
-        self._built_at_on_host = version
+        self._provisional = None if training else made_of
+        if training:
+            self.built_at.fill_(version)
+            self._built_at_on_host = version
         return True
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -230,4 +240,4 @@ class ShortlistIndex(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if strict and not any(prefix + name in state_dict for name in ("shortlist", "built_at", "source_code")):
             del missing_keys[num_missing:]  # plain top-k routing has no lists: they are built in the first forward
-        self._built_at_on_host = None
+        self._built_at_on_host = self._provisional = None

@@ -4,9 +4,10 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from air_moe_megatron.dispatcher import CompactTokenDispatcher
+from air_moe_megatron.process_groups import HoldsProcessGroups
 
 
-class AIRMoELayer(MoELayer):
+class AIRMoELayer(HoldsProcessGroups, MoELayer):
     """Route, dispatch, apply the experts, combine: Megatron's steps, with nothing of size [tokens, experts] among them.
 
     With ``moe_dispatch`` "compact" the router's :class:`Routes` go to a :class:`CompactTokenDispatcher` and

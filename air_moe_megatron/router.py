@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_utils import apply_random_logits, topk_ro
 from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.config import resolve_sizes
 from air_moe_megatron.index import ShortlistIndex, balanced_lists, reserved_places
+from air_moe_megatron.learner import Learner
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk
 from air_moe_megatron.ops.selected_scores import selected_scores
@@ -67,8 +68,7 @@ class AIRRouter(CompactRouter):
         self.sample: TokenSample | None = None
 
     def _choose(self, hidden, keep, batch_size) -> Routes:
-        learning = self.training and torch.is_grad_enabled()
-        shortlist, codewords = self._coarse(hidden, keep, learning)
+        shortlist, codewords = self._coarse(hidden, keep)
         if self._is_narrowed():
             probs, topk_ids = self._choose_from_best(hidden, shortlist, codewords, keep, batch_size)
         elif self._all_scores_matter() or self.expert_bias is not None or self.sizes.num_probes > 1:
@@ -77,7 +77,7 @@ class AIRRouter(CompactRouter):
             probs, topk_ids = self._choose_best(hidden, shortlist, codewords)
         if not self.always_complete:
             probs = probs.masked_fill(topk_ids < 0, 0.0)
-        if learning and not self.config.moe_router_force_load_balancing:
+        if self._is_counted and not self.config.moe_router_force_load_balancing:
             self.sample = _take_sample(hidden, codewords, keep)
         return Routes(topk_ids.int(), probs, codewords)
 
@@ -162,14 +162,14 @@ class AIRRouter(CompactRouter):
         )
 
     @torch.no_grad()
-    def _coarse(self, hidden, keep, learning):
+    def _coarse(self, hidden, keep):
         """The lists to search, [C, L] int32, and which of them each token searches, [T, P]."""
         ranked_by = () if self.expert_bias is None else (self.score_function, self.expert_bias)
-        self.index.refresh(self.codebook, self.weight, self.bias, *ranked_by)
+        self.index.refresh(self.codebook, self.weight, self.bias, *ranked_by, training=self.training)
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
         where = (hidden, self.codebook.codewords, self.sizes.num_probes, allowed)
-        if learning and self.index.source == "tokens":
+        if self.learns() and self.index.source == "tokens":
             codewords, statistics = assign_with_statistics(*where, keep)
             self.codebook.accumulate(statistics)
         else:
@@ -191,7 +191,7 @@ class AIRRouter(CompactRouter):
             state = {key: value for key, value in state.items() if not key.startswith(left_out)}
         return state
 
-    def learners(self) -> list[torch.nn.Module]:
+    def learners(self) -> list[Learner]:
         """As the base's, and the codebook where it learns from tokens."""
         return super().learners() + ([self.codebook] if self.index.source == "tokens" else [])
 

@@ -21,23 +21,23 @@ from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.config import is_plain_topk
 from air_moe_megatron.diagnostics import log_health
 from air_moe_megatron.dispatcher import CompactTokenDispatcher
-from air_moe_megatron.router import ROUTERS, air_routers
+from air_moe_megatron.learner import Learner
+from air_moe_megatron.router import ROUTERS, AIRRouter
 from air_moe_megatron.routers.base import CompactRouter
 
 logger = logging.getLogger(__name__)
 
 
-def learners(modules) -> list[tuple[CompactRouter, torch.nn.Module]]:
-    """What learns without gradients in the modules, each with its router, in a fixed order."""
+def find_routers(modules) -> list[CompactRouter]:
+    """All routers of ours in the modules (a module, or a list such as Megatron's model chunks), in a fixed order."""
     chunks = [modules] if isinstance(modules, torch.nn.Module) else modules
-    routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, CompactRouter)]
-    return [(router, learner) for router in routers for learner in router.learners()]
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, CompactRouter)]
 
 
 def discard_statistics(modules) -> None:
     """Forget what the routers have accumulated since the last update; call it before each attempt at a step."""
-    for _, learner in learners(modules):
-        learner.discard()
+    for router in find_routers(modules):
+        router.discard()
 
 
 @torch.no_grad()
@@ -45,8 +45,9 @@ def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = Non
     """All-reduce what the routers in ``modules`` accumulated, for codebooks and running norms, and apply it.
 
     Every rank of the group must call it with the same routers. Sums are reduced first and divided after, so that N
-    ranks equal one rank on all their tokens; all ranks get bitwise the same codebooks. Waits for the device: once for
-    all routers, and for each codebook while it looks for starved codewords.
+    ranks equal one rank on all their tokens; all ranks get bitwise the same codebooks. A learner that got no token on
+    any rank stays as it is. Waits for the device: once for all routers, and for each codebook while it looks for
+    starved codewords.
 
     Args:
         modules: a module or a list of modules (all model chunks of the pipeline stage).
@@ -54,32 +55,44 @@ def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = Non
     Returns:
         the number of routers whose update was dropped because a token was NaN or infinite.
     """
-    for router in air_routers(modules):
-        if router.index.source == "experts":
+    routers = find_routers(modules)
+    for router in routers:
+        if isinstance(router, AIRRouter) and router.index.source == "experts" and router.has_learned:
             router.codebook.count_update()  # learned from the centres, at the next refresh of the lists
-    learning = learners(modules)
-    if not learning:
-        return 0
+    learning = [(router, learner) for router in routers for learner in router.learners()]
+    dropped = _apply_statistics(learning, group) if learning else []
+    for router in routers:
+        router.end_step()
+    for router, learner in dropped:
+        logger.warning(
+            "layer %s: a token of this global batch was NaN or infinite; its %s stays as it was%s",
+            router.layer_number,
+            learner.title,
+            f" ({int(learner.num_dropped)} so far)" if isinstance(learner, Codebook) else "",
+        )
+    return len({router for router, _ in dropped})
+
+
+def _apply_statistics(learning, group) -> list[tuple[CompactRouter, Learner]]:
+    """Reduce the statistics of all learners at once and apply them; return those that were not finite."""
     flat = torch.cat([learner.statistics.flatten() for _, learner in learning])
     if group is not None and group.size() > 1:
         torch.distributed.all_reduce(flat, group=group)
     parts = flat.split([learner.statistics.numel() for _, learner in learning])
-    finite = torch.stack([part.isfinite().all() for part in parts]).tolist()
-    dropped = {}
-    for (router, learner), part, is_finite in zip(learning, parts, finite, strict=True):
-        learner.apply_update(part.view_as(learner.statistics), is_finite)
+    parts = [part.view_as(learner.statistics) for (_, learner), part in zip(learning, parts, strict=True)]
+    figures = [
+        torch.stack((part.isfinite().all(), learner.num_tokens(part) > 0))
+        for (_, learner), part in zip(learning, parts, strict=True)
+    ]
+    dropped = []
+    for (router, learner), part, (is_finite, has_tokens) in zip(
+        learning, parts, torch.stack(figures).tolist(), strict=True
+    ):
+        learner.apply_update(part, is_finite, has_tokens)
         learner.discard()
         if not is_finite:
-            dropped[router] = learner
-    for router, learner in dropped.items():
-        so_far = f" ({int(learner.num_dropped)} so far)" if isinstance(learner, Codebook) else ""
-        logger.warning(
-            "layer %s: a token of this global batch was NaN or infinite; its %s as it was%s",
-            router.layer_number,
-            "codebook stays" if isinstance(learner, Codebook) else "running norm stays",
-            so_far,
-        )
-    return len(dropped)
+            dropped.append((router, learner))
+    return dropped
 
 
 def require_routers(model) -> list:
@@ -122,9 +135,11 @@ def finish_step(model, iteration: int, successful: bool) -> None:
     Raises:
         ValueError: as :func:`require_routers`.
     """
-    routers = [router for router, _ in learners(require_routers(model))] or air_routers(model)
+    routers = find_routers(require_routers(model))
     if successful and routers:
         update_codebooks(model, routers[0].tp_dp_cp_group)
+    for router in routers:
+        router.end_step()
     log_health(model, iteration)
 
 

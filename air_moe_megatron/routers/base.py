@@ -8,7 +8,8 @@ dispatchers.
 Legend: S sequence, B batch, T = S*B tokens, H hidden, E experts, P probes, K top-k, N candidates.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.transformer.moe.moe_utils import (
@@ -20,6 +21,10 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 
 from air_moe_megatron.config import validate
+from air_moe_megatron.learner import Learner
+from air_moe_megatron.module_state import PreservedState
+from air_moe_megatron.process_groups import HoldsProcessGroups
+from air_moe_megatron.recomputation import ForwardCounter
 from air_moe_megatron.routers.running_norm import RunningNorm
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -29,17 +34,20 @@ _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 class Routes:
     """The experts of each token, compactly."""
 
-    topk_ids: torch.Tensor  # [T, K] int32, in no order; -1 where candidates ran out
+    topk_ids: torch.Tensor  # [T, K] int32, in no order; -1 where candidates ran out, and for padding
     probs: torch.Tensor  # [T, K] router dtype, 0 where the id is -1; carries the gradients and the auxiliary losses
     # [T, P] int64, AIR only: probed codewords, nearest first (in a load test: taken in turn)
     codewords: torch.Tensor | None = None
 
 
-class CompactRouter(TopKRouter):
+class CompactRouter(HoldsProcessGroups, PreservedState, TopKRouter):
     """A router that gives :class:`Routes`; what it chooses by is its subclass's.
 
     A subclass defines ``_choose``. One that has no centre per expert sets ``has_expert_weight`` to False: the [E, H]
     weight of ``TopKRouter`` is then never touched.
+
+    A training forward with gradients counts its tokens once, also where activations are recomputed
+    (``recomputation.py``). Evaluation changes no state. A router whose parameters are all frozen learns nothing.
     """
 
     has_expert_weight = True
@@ -51,8 +59,16 @@ class CompactRouter(TopKRouter):
         validate(config)
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.input_norm = RunningNorm(config.hidden_size) if config.moe_router_input_norm == "running" else None
-        # Tokens each expert got since the last health line; for logs only.
-        self.register_buffer("expert_load", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
+        # Megatron's counts of a global batch, which it makes as buffers.
+        for name in ("local_tokens_per_expert", "global_tokens_per_expert", "ga_steps"):
+            if getattr(self, name) is not None:
+                self.add_accumulator(name, getattr(self, name))
+        # Tokens each expert got since the last health line, and how many of them before this step; for logs only.
+        self.add_accumulator("expert_load", torch.zeros(self.num_experts, dtype=torch.int64))
+        self.add_accumulator("expert_load_before", torch.zeros(self.num_experts, dtype=torch.int64))
+        self._forwards = ForwardCounter()
+        self._is_counted = False  # whether the tokens of the forward that runs now count
+        self.has_learned = False  # whether a forward has learned since the last step
         self._num_counted = None  # tokens of this rank that count in the balancing losses, while they are attached
 
     def reset_parameters(self) -> None:
@@ -76,8 +92,8 @@ class CompactRouter(TopKRouter):
 
         Args:
             hidden_states: [S, B, H] or [T, H].
-            padding_mask: [S, B] or [T] bool, True for padding: such tokens are routed, but count neither in the losses
-                nor in any statistics.
+            padding_mask: [S, B] or [T] bool, True for padding: such tokens have no experts, and count neither in the
+                losses nor in any statistics.
         Returns:
             the routes of the T tokens, in the order of ``hidden_states``.
         Raises:
@@ -89,9 +105,14 @@ class CompactRouter(TopKRouter):
                 "routes: tokens are dropped on Megatron's dense maps"
             )
         routes = self._route(hidden_states, padding_mask)
-        if self.enable_expert_bias and torch.is_grad_enabled():
-            self.local_tokens_per_expert += self._count(routes.topk_ids, self._keep(padding_mask))
-        return routes
+        keep = self._keep(padding_mask)
+        self._count_for_bias(lambda: self._count(routes.topk_ids, keep))
+        if keep is None:
+            return routes
+        padded = ~keep.unsqueeze(1)
+        return replace(
+            routes, topk_ids=routes.topk_ids.masked_fill(padded, -1), probs=routes.probs.masked_fill(padded, 0.0)
+        )
 
     def forward(self, input: torch.Tensor, padding_mask: torch.Tensor | None = None):
         """What the layer's dispatcher takes: compactly probs and expert ids [T, K], as :meth:`route` gives them; for
@@ -113,35 +134,71 @@ class CompactRouter(TopKRouter):
                 drop_policy=self.config.moe_token_drop_policy,
                 pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
             )
-        if self.enable_expert_bias and torch.is_grad_enabled():
-            keep = self._keep(padding_mask)
-            if self.config.moe_expert_capacity_factor is None:
-                self.local_tokens_per_expert += self._count(routes.topk_ids, keep)
-            else:  # what was dropped does not count
-                counted = routing_map if keep is None else routing_map & keep.unsqueeze(1)
-                self.local_tokens_per_expert += counted.sum(dim=0)
+        keep = self._keep(padding_mask)
+        if self.config.moe_expert_capacity_factor is None:
+            self._count_for_bias(lambda: self._count(routes.topk_ids, keep))
+        else:  # what was dropped does not count
+            self._count_for_bias(lambda: (routing_map if keep is None else routing_map & keep.unsqueeze(1)).sum(dim=0))
         return probs, routing_map
 
     @torch.compiler.disable  # group sizes are read on the host, and AIR's lists are rebuilt by a count of updates
     def _route(self, hidden_states, padding_mask) -> Routes:
+        self._is_counted = self.training and self._forwards.counts()
         self._maintain_float32_expert_bias()
         batch_size = hidden_states.shape[1] if hidden_states.dim() == 3 else 1
         hidden = self.apply_input_jitter(hidden_states).reshape(-1, self.config.hidden_size)  # [T, H]
         keep = self._keep(padding_mask)
+        if keep is not None:  # padding may hold anything, and NaN times zero is NaN
+            hidden = self._without_padding(hidden, keep)
         self._follow_device(hidden)
         if self.input_norm is not None:
-            if self.training and torch.is_grad_enabled():
+            if self.learns():
                 self.input_norm.accumulate(hidden, keep)
             hidden = self.input_norm(hidden)
         routes = self._choose(hidden, keep, batch_size)
-        if self.training and torch.is_grad_enabled():
+        if self._is_counted:
             self.expert_load += self._count(routes.topk_ids, keep)
+            self.has_learned |= self.learns()
         return routes
 
-    def learners(self) -> list[torch.nn.Module]:
-        """What learns from each global batch without gradients: parts with ``statistics`` to be summed over ranks,
-        ``apply_update`` and ``discard``."""
+    def _without_padding(self, hidden, keep):
+        """[T, H] tokens with padding replaced by numbers: zeros, or on dense maps, which dispatch it, its finite part.
+
+        Equal rows would all go to the same experts.
+        """
+        padding = hidden.new_zeros(()) if self.config.moe_dispatch == "compact" else hidden.nan_to_num(0.0, 0.0, 0.0)
+        return torch.where(keep.unsqueeze(1), hidden, padding)
+
+    def learns(self) -> bool:
+        """Whether the forward that runs now adds to what is learned without gradients: its tokens count, and some
+        parameter of the router is trained."""
+        return self._is_counted and any(parameter.requires_grad for parameter in self.parameters())
+
+    def _count_for_bias(self, count: Callable[[], torch.Tensor]) -> None:
+        """Add [E] tokens of each expert to those that Megatron's update of the expert bias reads."""
+        if self.enable_expert_bias and self.learns():
+            self.local_tokens_per_expert += count()
+
+    def learners(self) -> list[Learner]:
+        """What learns from each global batch without gradients."""
         return [] if self.input_norm is None else [self.input_norm]
+
+    def discard(self) -> None:
+        """Forget what the forwards since the last step have added: an attempt at a step begins."""
+        for learner in self.learners():
+            learner.discard()
+        self.expert_load.copy_(self.expert_load_before)
+        if self.local_tokens_per_expert is not None:
+            self.local_tokens_per_expert.zero_()
+        self.reset_global_aux_loss_tracker()
+        self.has_learned = False
+        self._forwards.reset()
+
+    def end_step(self) -> None:
+        """Keep what the forwards since the last step have added to the logs."""
+        self.expert_load_before.copy_(self.expert_load)
+        self.has_learned = False
+        self._forwards.reset()
 
     def _choose(self, hidden, keep, batch_size) -> Routes:
         """The routes of tokens [T, H]; ``keep`` is [T] bool, True for tokens that count, or None if all do."""
@@ -266,8 +323,8 @@ class CompactRouter(TopKRouter):
         return _ROUTER_DTYPES.get(self.config.moe_router_dtype, hidden.dtype)
 
     def _follow_device(self, hidden):
-        # As Router.gating: with use_cpu_initialization the weight may still be on the host, and buffers always are.
-        if any(tensor.device != hidden.device for tensor in (*self.parameters(), *self.buffers())):
+        # As Router.gating: with use_cpu_initialization the router may still be on the host. It moves as a whole.
+        if self.expert_load.device != hidden.device:
             self.to(hidden.device)
 
     @staticmethod

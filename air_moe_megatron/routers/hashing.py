@@ -131,7 +131,7 @@ def balanced_table(num_ids: int, topk: int, num_experts: int, seed: int) -> torc
     ends = torch.arange(1, num_experts + 1) * topk % num_experts  # 0 where a row ends with the last expert
     rows_per_deal = int((ends == 0).nonzero()[0]) + 1
     num_deals = -(-num_ids // rows_per_deal)
-    orders = torch.rand(num_deals, num_experts, generator=generator).argsort(dim=1)
+    orders = torch.rand(num_deals, num_experts, generator=generator, dtype=torch.float32).argsort(dim=1)
     row = torch.arange(num_ids).unsqueeze(1)
     places = (row % rows_per_deal * topk + torch.arange(topk)) % num_experts
     table = orders[row // rows_per_deal, places]

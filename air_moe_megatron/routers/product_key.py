@@ -28,6 +28,7 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 
 from air_moe_megatron.config import resolve_product_keys
+from air_moe_megatron.learner import Learner
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.running_norm import EPSILON, RunningNorm
 
@@ -63,7 +64,7 @@ class ProductKeyRouter(CompactRouter):
             self.add_parameter("norm_bias", num_inputs, init_method=torch.nn.init.zeros_)
         self.query_norm = RunningNorm(num_inputs) if sizes.query_norm == "batchnorm" else None
 
-    def learners(self) -> list[torch.nn.Module]:
+    def learners(self) -> list[Learner]:
         """As of every router; with batch-normalised queries or scores their running norm too."""
         return super().learners() + ([] if self.query_norm is None else [self.query_norm])
 
@@ -127,7 +128,7 @@ class ProductKeyRouter(CompactRouter):
         """
         if not self.training:
             return self.query_norm(queries)
-        if torch.is_grad_enabled():
+        if self.learns():
             self.query_norm.accumulate(queries.detach(), keep)
         centred = queries - self.query_norm.mean
         counted = centred if keep is None else torch.where(keep.unsqueeze(1), centred, 0.0)

@@ -12,26 +12,24 @@ Legend: T tokens, H hidden.
 
 import torch
 
-from air_moe_megatron.codebook import Float32Buffers
+from air_moe_megatron.learner import Learner
 
-_DECAY = 0.9  # weight of the past per global batch; the first batch counts alone, the n-th 1/n until that is less
+_DECAY = 0.9  # weight of the past per global batch
 EPSILON = 1e-5
 
 
-class RunningNorm(Float32Buffers):
-    """``(h - mean) / sqrt(variance + 1e-5)`` with running statistics: fp32, equal on all ranks, saved and restored.
+class RunningNorm(Learner):
+    """``(h - mean) / sqrt(variance + 1e-5)`` with running statistics; before the first update it changes nothing.
 
-    Before the first update it changes nothing. Life of a training step: ``accumulate`` in each microbatch's forward,
-    ``discard`` when the step is attempted again, ``apply_update`` with the sums over ranks after a successful step.
+    ``statistics`` are the sums of ``h - mean`` and of its squares, and the number of tokens.
     """
 
+    title = "running norm"
+
     def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(num_features))
-        self.register_buffer("variance", torch.ones(num_features))
-        self.register_buffer("num_updates", torch.zeros(1, dtype=torch.int64))
-        # Sums of (h - mean) and of its squares, and the number of tokens.
-        self.register_buffer("statistics", torch.zeros(2 * num_features + 1), persistent=False)
+        super().__init__(2 * num_features + 1)
+        self.register_buffer("mean", torch.zeros(num_features, dtype=torch.float32))
+        self.register_buffer("variance", torch.ones(num_features, dtype=torch.float32))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] normalised tokens, in their dtype."""
@@ -53,23 +51,15 @@ class RunningNorm(Float32Buffers):
             count = keep.sum().to(centred.dtype).view(1)
         self.statistics += torch.cat((centred.sum(dim=0), centred.square().sum(dim=0), count))
 
-    def discard(self) -> None:
-        """Forget what was accumulated since the last update."""
-        self.statistics.zero_()
+    def num_tokens(self, statistics: torch.Tensor) -> torch.Tensor:
+        """[] tokens that statistics [2H + 1] hold."""
+        return statistics[-1]
 
     @torch.no_grad()
-    def apply_update(self, statistics: torch.Tensor, finite: bool) -> None:
-        """Move towards the mean and variance of a global batch; does not wait for the device.
-
-        Args:
-            statistics: [2H + 1] fp32, summed over all ranks.
-            finite: whether all of them are, as every rank has found alike; otherwise nothing changes.
-        """
-        if not finite:
-            return
-        count = statistics[-1]
-        shift, square = (statistics[:-1] / count.clamp_min(1.0)).chunk(2)
-        self.num_updates += (count > 0).long()
-        rate = (1.0 / self.num_updates.clamp_min(1)).clamp_min(1.0 - _DECAY) * (count > 0)
+    def _learn(self, statistics: torch.Tensor) -> None:
+        """Move towards the mean and variance of a global batch: the n-th update by 1/n, and by at least a tenth."""
+        shift, square = (statistics[:-1] / statistics[-1]).chunk(2)
+        self.num_updates += 1
+        rate = (1.0 / self.num_updates.float()).clamp_min(1.0 - _DECAY)
         self.mean += rate * shift
         self.variance += rate * ((square - shift.square()).clamp_min(0.0) - self.variance)

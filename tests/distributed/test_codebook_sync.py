@@ -16,6 +16,7 @@ def make_layers(num_layers, source="tokens"):
     """AIR routers without Megatron's constructor, which needs its process groups: only what the update reads."""
     from air_moe_megatron.codebook import Codebook
     from air_moe_megatron.index import ShortlistIndex
+    from air_moe_megatron.recomputation import ForwardCounter
     from air_moe_megatron.router import AIRRouter
     from air_moe_megatron.routers.running_norm import RunningNorm
 
@@ -24,6 +25,9 @@ def make_layers(num_layers, source="tokens"):
         layer = AIRRouter.__new__(AIRRouter)
         torch.nn.Module.__init__(layer)
         layer.layer_number = number + 1
+        layer._forwards, layer.has_learned = ForwardCounter(), True
+        for name in ("expert_load", "expert_load_before"):
+            layer.add_accumulator(name, torch.zeros(1, dtype=torch.int64))
         layer.codebook = Codebook(CLUSTERS, HIDDEN, 0.8)
         layer.index = ShortlistIndex(CLUSTERS, 4, source, 1)
         layer.input_norm = RunningNorm(HIDDEN) if source == "tokens" else None

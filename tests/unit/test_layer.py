@@ -193,15 +193,44 @@ def test_hooks_of_every_part_run(megatron_cpu):
     assert called == ["router", "experts"]
 
 
-def test_padding_is_routed_but_counts_nowhere(megatron_cpu):
-    layer = make_layer(megatron_cpu).train()
-    hidden = torch.randn(10, 2, HIDDEN)
-    padding = torch.zeros(2, 10, dtype=torch.bool)
-    padding[1, 4:] = True
-    layer(hidden, padding_mask=padding)
-    assert int(layer.router.expert_load.sum()) == (20 - 6) * 4
-    assert int(layer.router.codebook.statistics[:, HIDDEN].sum()) == 20 - 6
-    assert layer.token_dispatcher.traffic.tokens == 20
+def test_padding_is_not_dispatched_and_counts_nowhere(megatron_cpu):
+    """Outputs and gradients of the other tokens are those of a batch without padding; that of padding is zero."""
+    hidden = torch.randn(20, 1, HIDDEN)
+    padding = (torch.arange(20) % 10 >= 7).unsqueeze(1)
+    kept = ~padding.flatten()
+    padded = hidden.masked_fill(padding.unsqueeze(2), float("nan"))
+    found = []
+    for tokens, mask in ((hidden[kept], None), (padded, padding.t())):
+        layer = make_layer(megatron_cpu).train()
+        output = layer(tokens, padding_mask=mask)[0]
+        if mask is not None:
+            assert not output[~kept].any()
+            assert layer.token_dispatcher.traffic.tokens == 20
+            assert layer.token_dispatcher.traffic.pair_bytes == 14 * 4 * (4 + 4)
+            output = output[kept]
+        assert int(layer.router.expert_load.sum()) == 14 * 4
+        assert int(layer.router.codebook.statistics[:, HIDDEN].sum()) == 14
+        output.square().sum().backward()
+        found.append([output, *(parameter.grad for parameter in layer.parameters())])
+    for actual, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", ("tokens", "experts"))
+def test_a_batch_of_padding_alone_gives_zeros(megatron_cpu, source):
+    layer = make_layer(
+        megatron_cpu,
+        moe_air_codebook_source=source,
+        moe_aux_loss_coeff=0.1,
+        moe_z_loss_coeff=0.1,
+        moe_router_load_balancing_type="aux_loss",
+    ).train()
+    hidden = torch.randn(6, 2, HIDDEN, requires_grad=True)
+    output = layer(hidden, padding_mask=torch.ones(2, 6, dtype=torch.bool))[0]
+    assert not output.any()
+    output.sum().backward()
+    for parameter in (hidden, *layer.parameters()):
+        assert not parameter.grad.any()
 
 
 def test_a_layer_that_cannot_dispatch_compact_routes_is_named(megatron_cpu):

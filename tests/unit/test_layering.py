@@ -14,8 +14,9 @@ NAME = PACKAGE.name
 
 # A module may import from lower layers and from its own, if it is not listed there as unable to.
 LAYERS = (
-    {"ops", "config", "compat"},
-    {"codebook", "cpu"},
+    {"ops", "config", "compat", "module_state", "process_groups", "recomputation"},
+    {"learner", "cpu"},
+    {"codebook"},
     {"index"},
     {"flops", "routers", "dispatcher", "experts"},
     {"router"},
@@ -27,7 +28,7 @@ LAYERS = (
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # These import torch (and Triton) only, never Megatron.
-TORCH_ONLY = ("ops", "codebook", "index")
+TORCH_ONLY = ("ops", "module_state", "recomputation", "learner", "codebook", "index")
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

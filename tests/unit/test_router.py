@@ -308,7 +308,8 @@ def test_losses_are_megatrons_with_unscored_experts_at_zero(megatron_cpu, paddin
     mask = (torch.arange(21) % 5 == 2).view(7, 3) if padding else None
     destroy_moe_metrics_tracker()
     routes = router.route(hidden, mask)
-    assert (routes.topk_ids >= 0).all()
+    kept = torch.ones(21, dtype=torch.bool) if mask is None else ~mask.flatten()
+    assert torch.equal((routes.topk_ids >= 0).all(dim=1), kept) and torch.equal((routes.topk_ids < 0).any(dim=1), ~kept)
     actual = {name: entry.values.clone() for name, entry in get_moe_metrics_tracker().metrics.items()}
     actual_grad = torch.autograd.grad(routes.probs.square().sum(), (hidden, router.weight))
 
@@ -322,11 +323,12 @@ def test_losses_are_megatrons_with_unscored_experts_at_zero(megatron_cpu, paddin
     destroy_moe_metrics_tracker()
     probs, routing_map = dense.routing(logits, mask)
     expected = {name: entry.values.clone() for name, entry in get_moe_metrics_tracker().metrics.items()}
-    expected_grad = torch.autograd.grad(probs.square().sum(), (hidden, router.weight))
+    expected_grad = torch.autograd.grad(probs[kept].square().sum(), (hidden, router.weight))
     assert actual.keys() == expected.keys() and len(expected) == 4
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
-    torch.testing.assert_close(probs.gather(1, routes.topk_ids.long()), routes.probs, **CLOSE)
+    assert not routes.probs[~kept].any()
+    torch.testing.assert_close(probs[kept].gather(1, routes.topk_ids[kept].long()), routes.probs[kept], **CLOSE)
     for a, b in zip(actual_grad, expected_grad, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

@@ -18,7 +18,8 @@ def streamed_rank_experts(
     num_clusters, num_experts = codewords.shape[0], weight.shape[0]
     chunk = min(num_experts, max(chunk_elements // num_clusters, 1))
     chunks = [slice(first, min(first + chunk, num_experts)) for first in range(0, num_experts, chunk)]
-    buffer = torch.empty(num_clusters * chunk, device=weight.device)  # on a CPU, fresh memory costs more than its use
+    # On a CPU, fresh memory costs more than its use.
+    buffer = torch.empty(num_clusters * chunk, dtype=codewords.dtype, device=weight.device)
 
     def score(experts):
         size = experts.stop - experts.start

@@ -1,0 +1,38 @@
+"""What happens to the statistics of a module when a model is cast, moved or wrapped."""
+
+from typing import Any
+
+import torch
+
+
+class PreservedState(torch.nn.Module):
+    """A module whose statistics survive what frameworks do to a model.
+
+    Buffers keep dtype and values in a cast. Megatron's ``Float16Module`` and ``model.bfloat16()`` round every floating
+    buffer, and a rounded statistic cannot be restored.
+
+    Accumulators (:meth:`add_accumulator`) hold what one rank has summed up. They are no buffers, because
+    ``torch.nn.parallel.DistributedDataParallel`` overwrites every buffer with that of rank 0 in each forward. They move
+    with the module and keep their dtype. Checkpoints do not hold them.
+    """
+
+    def add_accumulator(self, name: str, value: torch.Tensor) -> None:
+        """Make a tensor an accumulator of the module; it replaces a buffer of the same name."""
+        self._buffers.pop(name, None)
+        self._non_persistent_buffers_set.discard(name)
+        self.__dict__.setdefault("_accumulators", []).append(name)
+        setattr(self, name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> torch.nn.Module:
+        buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, original in buffers.items():
+            self._buffers[name] = _with_dtype(self._buffers[name], original)
+        for name in self.__dict__.get("_accumulators", ()):
+            original = getattr(self, name)
+            setattr(self, name, _with_dtype(fn(original), original))
+        return self
+
+
+def _with_dtype(value: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    return value if value.dtype == original.dtype else original.to(value.device)

@@ -1,0 +1,64 @@
+"""Process groups as attributes of what is copied and pickled."""
+
+import copy
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+
+class HoldsProcessGroups:
+    """An object with process groups as attributes that can be copied and pickled.
+
+    A deep copy shares the groups. A pickle holds the name that Megatron gives each group, and loading it takes the
+    group of that name, or None where Megatron's parallel state is not initialized or did not make the group.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HoldsProcessGroups":
+        memo |= {id(value): value for value in vars(self).values() if isinstance(value, ProcessGroup)}
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = {id(group): name for name, group in _megatron_groups().items()}
+        return {
+            name: _GroupName(names.get(id(value))) if isinstance(value, ProcessGroup) else value
+            for name, value in vars(self).items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        groups = _megatron_groups()
+        state = {
+            name: groups.get(value.name) if isinstance(value, _GroupName) else value for name, value in state.items()
+        }
+        if isinstance(self, torch.nn.Module):
+            torch.nn.Module.__setstate__(self, state)
+        else:
+            self.__dict__.update(state)
+
+
+class _GroupName:
+    """Stands for a process group in a pickle."""
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+
+
+def _megatron_groups() -> dict[str, ProcessGroup]:
+    """Megatron's process groups by their names in a ProcessGroupCollection; empty before they are made."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    if not parallel_state.is_initialized():
+        return {}
+    return {
+        name: group
+        for name, group in vars(ProcessGroupCollection.use_mpu_process_groups()).items()
+        if isinstance(group, ProcessGroup)
+    }
+
+
+def group_size(group: ProcessGroup | None) -> int:
+    """Number of ranks of a group; None stands for one rank alone."""
+    return 1 if group is None else group.size()

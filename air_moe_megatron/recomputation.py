@@ -1,0 +1,51 @@
+"""Which forward of a token counts, where activations are recomputed.
+
+Checkpointing runs the forward of a layer twice for the same tokens. Statistics must count one of the two:
+
+- Reentrant checkpointing (Megatron's, and ``torch.utils.checkpoint`` with ``use_reentrant=True``) runs the first
+  forward without gradients and repeats it with gradients inside the backward. The second one counts.
+- Non-reentrant checkpointing runs both with gradients. The first one counts.
+"""
+
+import torch
+
+
+def is_in_backward() -> bool:
+    """Whether autograd is executing a backward on this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class ForwardCounter:
+    """Tells the forwards of one module that count from those that repeat one.
+
+    A forward inside a backward counts if a forward without gradients waits for its repetition. Both are told by number,
+    so the order of microbatches does not matter.
+    """
+
+    def __init__(self) -> None:
+        self._num_waiting = 0
+
+    def counts(self) -> bool:
+        """Whether the training forward that begins now counts; call it once per forward."""
+        has_gradients = torch.is_grad_enabled()
+        if not is_in_backward():
+            self._num_waiting += not has_gradients
+            return has_gradients
+        # The first pass of a checkpoint within a checkpoint has no gradients and is repeated later in this backward.
+        if not has_gradients or _is_repeated_by_torch() or self._num_waiting == 0:
+            return False
+        self._num_waiting -= 1
+        return True
+
+    def reset(self) -> None:
+        """Forget forwards that wait for their repetition: a new attempt at a step begins."""
+        self._num_waiting = 0
+
+
+def _is_repeated_by_torch() -> bool:
+    """Whether a non-reentrant checkpoint of torch repeats a forward; seen where no other hook hides it.
+
+    It matters only after a training forward without gradients that nothing repeats.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__qualname__.startswith("_recomputation_hook")

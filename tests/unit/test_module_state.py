@@ -1,0 +1,354 @@
+"""What our modules keep when a model is cast, recomputed, evaluated, frozen, copied, pickled, or built elsewhere."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+from air_moe_megatron.router import ROUTERS
+from air_moe_megatron.sync import discard_statistics, find_routers, update_codebooks
+from tests.unit.rivals import HIDDEN, VOCABULARY, make_layer, make_router, tell_ids
+
+pytestmark = pytest.mark.usefixtures("megatron_cpu")
+
+LOSSES = dict(moe_router_load_balancing_type=["aux_loss", "global_aux_loss"], moe_aux_loss_coeff=[0.1, 0.1])
+BIAS = dict(moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid")
+NORM = dict(moe_router_input_norm="running")
+# Per router type: all that a router of that type can accumulate.
+EVERYTHING = {
+    "topk": {**LOSSES, **BIAS, **NORM},
+    "air": {**LOSSES, **BIAS, **NORM},
+    "air-experts": {**LOSSES, **NORM, "moe_air_codebook_source": "experts", "moe_air_num_probes": 4},
+    "product_key": LOSSES,
+    "hierarchical": {**LOSSES, **NORM},
+    "hash": {},
+    "vq": NORM,
+}
+ALL_TYPES = pytest.mark.parametrize("name", EVERYTHING)
+BOTH_PATHS = pytest.mark.parametrize("dispatch", ("stock", "compact"))
+
+
+def fields_of(name):
+    return dict(moe_router_type=name.split("-")[0], **EVERYTHING[name])
+
+
+def microbatches(count, size=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 2, HIDDEN, generator=generator) for _ in range(count)]
+
+
+def give_ids(module, size=10):
+    for router in find_routers(module):
+        tell_ids(router, torch.arange(2 * size).view(2, size) % VOCABULARY)
+
+
+def state_of(module):
+    """Everything that forwards and updates may change."""
+    state = {name: value.clone() for name, value in module.state_dict(keep_vars=True).items() if "_extra" not in name}
+    for name, part in module.named_modules():
+        for accumulator in vars(part).get("_accumulators", ()):
+            state[f"{name}.{accumulator}"] = getattr(part, accumulator).clone()
+    return {name: value.detach() for name, value in state.items()}
+
+
+def assert_same_state(actual, expected, exact=True):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        if exact:
+            assert torch.equal(actual[name], value), name
+        else:
+            torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# Casts.
+
+
+@pytest.mark.parametrize("router_type", ("topk", "air"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_counts_are_exact_in_a_model_of_low_precision(megatron_cpu, router_type, dtype):
+    """bf16 counts stall at 256, and 256 + 3 rounds to 260."""
+    fields = dict(moe_router_type=router_type, **BIAS, moe_router_load_balancing_type="global_aux_loss",
+                  moe_aux_loss_coeff=0.1)  # fmt: skip
+    router = make_router(megatron_cpu, **fields).to(dtype)
+    token = torch.ones(3, 1, HIDDEN, dtype=dtype)
+    for _ in range(300):
+        router.route(token)
+    assert sorted(router.local_tokens_per_expert.tolist())[-4:] == [900.0] * 4
+    assert router.global_tokens_per_expert.sum() == 300 * 3 * 4 and router.ga_steps == 300
+    assert router.expert_bias.dtype == router.local_tokens_per_expert.dtype == torch.float32
+
+
+def test_the_expert_bias_is_not_rounded_by_a_cast(megatron_cpu):
+    router = make_router(megatron_cpu, moe_router_type="air", **BIAS)
+    router.expert_bias.fill_(0.1234567)
+    assert torch.equal(router.bfloat16().expert_bias, torch.full((64,), 0.1234567))
+
+
+@ALL_TYPES
+def test_a_router_is_the_same_under_any_default_dtype(megatron_cpu, name):
+    routers, routes, batches = [], [], microbatches(4)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            router = make_router(megatron_cpu, **fields_of(name), params_dtype=torch.float32)
+            give_ids(router)
+            for hidden in batches[:3]:
+                router.route(hidden)
+                update_codebooks(router)
+            routes.append(router.eval().route(batches[3]))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        routers.append(state_of(router))
+    for other in (1, 2):
+        assert_same_state(routers[other], routers[0])
+        assert torch.equal(routes[other].topk_ids, routes[0].topk_ids)
+        assert torch.equal(routes[other].probs, routes[0].probs)
+
+
+@pytest.mark.parametrize("name", ("air", "hash"))
+def test_experts_are_the_same_under_any_default_dtype(megatron_cpu, name):
+    weights = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            weights.append(make_layer(megatron_cpu, **fields_of(name)).experts.weight1.float())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*weights)
+
+
+# Recomputation.
+
+
+def reentrant(layer, hidden):
+    return torch.utils.checkpoint.checkpoint(lambda x: layer(x)[0], hidden, use_reentrant=True)
+
+
+def non_reentrant(layer, hidden):
+    return torch.utils.checkpoint.checkpoint(lambda x: layer(x)[0], hidden, use_reentrant=False)
+
+
+def megatrons(layer, hidden):
+    from megatron.core.tensor_parallel import checkpoint
+
+    return checkpoint(lambda x: layer(x)[0], False, hidden)
+
+
+def nested(inner, outer):
+    return lambda layer, hidden: outer(lambda x: (inner(layer, x),), hidden)
+
+
+CHECKPOINTS = {
+    "reentrant": reentrant,
+    "non-reentrant": non_reentrant,
+    "megatron": megatrons,
+    "reentrant-in-reentrant": nested(reentrant, reentrant),
+    "non-reentrant-in-reentrant": nested(non_reentrant, reentrant),
+    "reentrant-in-non-reentrant": nested(reentrant, non_reentrant),
+    "non-reentrant-in-non-reentrant": nested(non_reentrant, non_reentrant),
+}
+
+
+def train_step(layer, run, order):
+    """Forwards of three microbatches, then their backwards in another order; the gradients and what was counted."""
+    outputs = []
+    for hidden in microbatches(3):
+        hidden = hidden.requires_grad_()
+        outputs.append((hidden, run(layer, hidden)))
+    for index in order:
+        outputs[index][1].square().sum().backward()
+    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return state_of(layer) | grads | {f"input {i}": hidden.grad for i, (hidden, _) in enumerate(outputs)}
+
+
+@ALL_TYPES
+@BOTH_PATHS
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_recomputed_forward_counts_once(megatron_cpu, name, dispatch, checkpoint):
+    found = []
+    for run in (lambda layer, hidden: layer(hidden)[0], checkpoint):
+        layer = make_layer(megatron_cpu, **fields_of(name), moe_dispatch=dispatch)
+        give_ids(layer)
+        found.append(train_step(layer, run, order=(0, 1, 2)))
+        assert layer.router.expert_load.sum() == 3 * 20 * 4
+        if dispatch == "compact":
+            assert layer.token_dispatcher.traffic.tokens == 3 * 20
+            assert layer.token_dispatcher.recomputed_traffic.tokens >= (run is checkpoint) * 3 * 20
+    assert_same_state(found[1], found[0], exact=False)
+
+
+@pytest.mark.parametrize("checkpoint", ("reentrant", "non-reentrant", "megatron"))
+def test_forwards_without_gradients_that_nothing_repeats_do_not_confuse_the_count(megatron_cpu, checkpoint):
+    layer = make_layer(megatron_cpu, **fields_of("air"))
+    with torch.no_grad():
+        layer(microbatches(1)[0])
+    if checkpoint != "non-reentrant":
+        discard_statistics(layer)  # such a forward and a reentrant checkpoint's first pass look the same
+    train_step(layer, CHECKPOINTS[checkpoint], order=(2, 0, 1))
+    assert layer.router.expert_load.sum() == 3 * 20 * 4
+    assert layer.router.codebook.statistics[:, HIDDEN].sum() == 3 * 20
+
+
+def test_some_microbatches_may_be_recomputed_and_others_not(megatron_cpu):
+    layer = make_layer(megatron_cpu, **fields_of("air"))
+    runs = (megatrons, lambda layer, hidden: layer(hidden)[0], megatrons)
+    outputs = [run(layer, hidden.requires_grad_()) for run, hidden in zip(runs, microbatches(3), strict=True)]
+    for output in outputs:
+        output.sum().backward()
+    assert layer.router.expert_load.sum() == 3 * 20 * 4
+    assert layer.router.codebook.statistics[:, HIDDEN].sum() == 3 * 20
+
+
+# Steps.
+
+
+@ALL_TYPES
+def test_an_attempt_that_is_discarded_leaves_no_trace(megatron_cpu, name):
+    layer = make_layer(megatron_cpu, **fields_of(name))
+    give_ids(layer)
+    layer(microbatches(1)[0])
+    update_codebooks(layer)
+    layer(microbatches(1)[0])  # rebuilds the lists, as a repeated attempt would
+    discard_statistics(layer)
+    before = state_of(layer)
+    for hidden in microbatches(2, seed=1):
+        layer(hidden)[0].sum().backward()
+    discard_statistics(layer)
+    assert_same_state(state_of(layer), before)
+    assert before["router.expert_load"].sum() == 20 * 4
+
+
+@ALL_TYPES
+def test_updates_without_tokens_change_nothing(megatron_cpu, name):
+    """Of a teacher in evaluation mode within a model that trains, for one."""
+    router = make_router(megatron_cpu, **fields_of(name))
+    give_ids(router)
+    for hidden in microbatches(3):
+        router.route(hidden)
+        update_codebooks(router)
+    before = state_of(router.eval())
+    routes = router.route(microbatches(1, seed=4)[0])
+    for _ in range(200):
+        router.route(microbatches(1, seed=3)[0])
+        update_codebooks(router)
+    assert_same_state(state_of(router), before)
+    again = router.route(microbatches(1, seed=4)[0])
+    assert torch.equal(again.topk_ids, routes.topk_ids) and torch.equal(again.probs, routes.probs)
+
+
+@ALL_TYPES
+@BOTH_PATHS
+@pytest.mark.parametrize("with_gradients", (False, True), ids=("no-grad", "grad"))
+def test_evaluation_changes_no_state(megatron_cpu, name, dispatch, with_gradients):
+    """Also where an update has made a rebuild of the lists due, which the next training forward makes."""
+    trained, evaluated = (make_layer(megatron_cpu, **fields_of(name), moe_dispatch=dispatch) for _ in range(2))
+    for layer in (trained, evaluated):
+        give_ids(layer)
+        layer(microbatches(1)[0])[0].sum().backward()
+        update_codebooks(layer)
+        with torch.no_grad():
+            for parameter in layer.router.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    before = state_of(evaluated.eval())
+    with torch.set_grad_enabled(with_gradients):
+        evaluated(microbatches(1, seed=2)[0])
+    assert_same_state(state_of(evaluated), before)
+    for layer in (trained, evaluated.train()):
+        layer(microbatches(1, seed=3)[0])
+        update_codebooks(layer)
+    assert_same_state(state_of(evaluated), state_of(trained))
+
+
+@pytest.mark.parametrize("name", ("air", "air-experts"))
+def test_training_begins_anew_after_an_evaluation_of_a_new_model(megatron_cpu, name):
+    fresh, evaluated = (make_router(megatron_cpu, **fields_of(name)) for _ in range(2))
+    first, second = (evaluated.eval().route(microbatches(1)[0]) for _ in range(2))
+    assert torch.equal(first.topk_ids, second.topk_ids) and int(evaluated.index.built_at) == -1
+    with torch.no_grad():
+        for router in (fresh, evaluated.train()):
+            router.weight += torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(1))
+    for router in (fresh, evaluated):
+        router.route(microbatches(1)[0])
+    assert_same_state(state_of(evaluated), state_of(fresh))
+
+
+@ALL_TYPES
+def test_a_frozen_router_learns_nothing(megatron_cpu, name):
+    """Tokens that it routes still show in the logs."""
+    router = make_router(megatron_cpu, **fields_of(name))
+    give_ids(router)
+    for _ in range(2):
+        router.route(microbatches(1)[0])
+        update_codebooks(router)
+    router.requires_grad_(False).route(microbatches(1)[0])  # rebuilds the lists that the last update made due
+    update_codebooks(router)
+    before = state_of(router)
+    router.route(microbatches(1, seed=1)[0].requires_grad_())
+    update_codebooks(router)
+    after = state_of(router)
+    logs = ("expert_load", "expert_load_before", "global_tokens_per_expert", "ga_steps")
+    for state in (before, after):
+        for key in logs:
+            state.pop(f".{key}", None)
+    assert_same_state(after, before)
+
+
+# Copies.
+
+
+def results(layer):
+    give_ids(layer)
+    layer.zero_grad()
+    hidden = microbatches(1, seed=9)[0].requires_grad_()
+    output = layer(hidden)[0]
+    output.square().sum().backward()
+    return [output, hidden.grad, *(parameter.grad for parameter in layer.parameters())]
+
+
+def pickled(layer):
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@ALL_TYPES
+@pytest.mark.parametrize("duplicate", (copy.deepcopy, pickled), ids=("deepcopy", "pickle"))
+def test_a_copy_of_a_layer_works_as_the_layer(megatron_cpu, name, duplicate):
+    """On the compact path; Megatron's own dispatchers hold process groups, which cannot be copied."""
+    layer = make_layer(megatron_cpu, **fields_of(name))
+    give_ids(layer)
+    layer(microbatches(1)[0])
+    update_codebooks(layer)
+    copied = duplicate(layer)
+    assert copied.router.tp_dp_cp_group is layer.router.tp_dp_cp_group
+    assert_same_state(state_of(copied), state_of(layer))
+    for actual, expected in zip(results(copied), results(layer), strict=True):
+        assert torch.equal(actual, expected)
+    assert_same_state(state_of(copied), state_of(layer))
+    assert not {parameter.data_ptr() for parameter in copied.parameters()} & {
+        parameter.data_ptr() for parameter in layer.parameters()
+    }
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_a_router_without_process_groups_is_one_rank_alone(megatron_cpu, name):
+    """As a pickle is where Megatron's parallel state is not initialized."""
+    router, alone = (make_router(megatron_cpu, **fields_of(name)) for _ in range(2))
+    for attribute, value in list(vars(alone).items()):
+        if isinstance(value, torch.distributed.ProcessGroup):
+            setattr(alone, attribute, None)
+    found = []
+    for one in (router, alone):
+        give_ids(one)
+        hidden = microbatches(1)[0].requires_grad_()
+        routes = one.route(hidden)
+        parameters = list(one.parameters())
+        found.append([routes.probs, *(torch.autograd.grad(routes.probs.sum(), parameters) if parameters else ())])
+    for actual, expected in zip(*found, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_every_router_type_is_tested_here():
+    assert {name.split("-")[0] for name in EVERYTHING} == set(ROUTERS)
