@@ -21,6 +21,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from torch.autograd.function import once_differentiable
 
+from air_moe_megatron.process_groups import group_size
 from air_moe_megatron.routers.base import CompactRouter, Routes
 
 
@@ -65,7 +66,7 @@ class VQRouter(CompactRouter):
         num_tokens = counted.sum()
         # The mean; each rank of the group adds its share, as with Megatron's z-loss.
         coeff = self.config.moe_vq_loss_coeff
-        weights = counted * (coeff / (hidden.shape[1] * self.topk_per_branch * self.tp_cp_group.size()))
+        weights = counted * (coeff / (hidden.shape[1] * self.topk_per_branch * group_size(self.tp_cp_group)))
         weights = weights / num_tokens.clamp_min(1.0)
         loss = _VQLoss.apply(hidden, self.codes, code_ids, weights, self.config.moe_vq_commitment)
         return self.attach_and_log_load_balancing_loss(
