@@ -51,8 +51,9 @@ class CompactRouter(TopKRouter):
         validate(config)
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.input_norm = RunningNorm(config.hidden_size) if config.moe_router_input_norm == "running" else None
-        # Tokens each expert got since the last health line; for logs only.
+        # Tokens each expert got since the last health line, and tokens that were routed; for logs only.
         self.register_buffer("expert_load", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("num_routed", torch.zeros(1, dtype=torch.int64), persistent=False)
         self._num_counted = None  # tokens of this rank that count in the balancing losses, while they are attached
 
     def reset_parameters(self) -> None:
@@ -136,6 +137,7 @@ class CompactRouter(TopKRouter):
         routes = self._choose(hidden, keep, batch_size)
         if self.training and torch.is_grad_enabled():
             self.expert_load += self._count(routes.topk_ids, keep)
+            self.num_routed += hidden.shape[0] if keep is None else keep.sum()
         return routes
 
     def learners(self) -> list[torch.nn.Module]:

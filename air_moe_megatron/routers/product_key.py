@@ -26,7 +26,6 @@ from megatron.core.transformer.moe.moe_utils import (
     compute_routing_scores_for_aux_loss,
     topk_routing_with_score_function,
 )
-
 from torch.autograd.function import once_differentiable
 
 from air_moe_megatron.config import resolve_product_keys
@@ -123,7 +122,7 @@ class ProductKeyRouter(CompactRouter):
         return (normal * self.norm_weight + self.norm_bias).to(queries.dtype)
 
     def _batch_normalise(self, queries, keep):
-        """[T, F], with mean and variance of the tokens that count on all ranks; with the running ones when evaluating."""
+        """[T, F], by mean and variance of the tokens that count on all ranks; by the running ones when evaluating."""
         if not self.training:
             return self.query_norm(queries)
         if torch.is_grad_enabled():

@@ -16,7 +16,7 @@ from air_moe_megatron.codebook import Float32Buffers
 
 _DECAY = 0.9  # weight of the past per global batch; the first batch counts alone, the n-th 1/n until that is less
 EPSILON = 1e-5
-# Squares of larger numbers are summed apart, scaled: all finite fp32 and bf16 numbers then have squares that fp32 holds.
+# Squares of larger numbers are summed apart and scaled: fp32 then holds the squares of all finite numbers.
 _LARGE, _SCALE = 2.0**40, 2.0**-80
 
 
