@@ -12,6 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 # The automatic sizes go no lower: so few experts are cheap to score exactly.
 _MIN_AUTO_SIZE = 16
+# Mean candidates of a token per slot of its routes, for the automatic sizes of source 'experts'. With clustered centres
+# of 512 to 16,384 experts, at most 0.7% of the slots then stayed empty; with two candidates per slot up to 15%.
+_CANDIDATES_PER_SLOT = 4
 
 ROUTER_TYPES = ("topk", "air", "product_key", "hierarchical", "hash", "vq")
 
@@ -30,7 +33,8 @@ class AIRFields:
     batches; for 'topk', 'air', 'hierarchical' and 'vq'."""
 
     moe_air_num_clusters: int = 0
-    """Number of codewords C in the codebook of one router; 0 chooses 4*sqrt(experts), up to a multiple of 8."""
+    """Number of codewords C in the codebook of one router; 0 chooses 4*sqrt(experts), up to a multiple of 8. For source
+    'experts' it chooses fewer where the probed lists would hold less than four times the top-k on average."""
 
     moe_air_shortlist_size: int = 0
     """Number of experts L in the shortlist of one codeword, for source 'tokens'; the capacity of one inverted list for
@@ -140,10 +144,10 @@ def resolve_sizes(config: TransformerConfig) -> AIRSizes:
     With C = 4*sqrt(E) and L = sqrt(E) every expert has about four places in the lists and the cost of a token,
     ``2*H*(C + P*L)`` FLOPs, grows as sqrt(E). Source: docs/design-choices.md.
 
-    Example: E = 16384, K = 32, source 'tokens' gives C = 512, L = 128.
+    Example: E = 16384, K = 32, source 'tokens' gives C = 512, L = 128; source 'experts' C = 128, L = 256.
     """
     num_experts, topk = config.num_moe_experts, config.moe_router_topk
-    num_clusters = config.moe_air_num_clusters or min(_automatic(4 * math.sqrt(num_experts)), num_experts)
+    num_clusters = config.moe_air_num_clusters or _automatic_clusters(config)
     shortlist_size = config.moe_air_shortlist_size
     if shortlist_size == 0:
         root = _automatic(math.sqrt(num_experts))
@@ -152,6 +156,18 @@ def resolve_sizes(config: TransformerConfig) -> AIRSizes:
     num_probes = config.moe_air_num_probes
     num_candidates = config.moe_air_num_candidates or num_probes * shortlist_size
     return AIRSizes(num_experts, topk, num_clusters, shortlist_size, num_probes, num_candidates)
+
+
+def _automatic_clusters(config):
+    num_experts, num_probes = config.num_moe_experts, config.moe_air_num_probes
+    num_clusters = min(_automatic(4 * math.sqrt(num_experts)), num_experts)
+    if config.moe_air_codebook_source == "tokens":
+        return num_clusters
+    # Each expert stands in one list, and lists are of unequal length: a token needs room to find K experts.
+    most = num_probes * num_experts // (_CANDIDATES_PER_SLOT * config.moe_router_topk)
+    most = most // 8 * 8 if most > 8 else most
+    least = math.ceil(num_experts / (config.moe_air_shortlist_size or num_experts))  # lists that hold every expert
+    return min(num_clusters, max(num_probes, most, least))
 
 
 def _automatic(size):
@@ -418,9 +434,12 @@ def _validate_shortlists(config):
             "all of them"
         )
     if config.moe_air_codebook_source == "tokens":
-        if topk > sizes.shortlist_size:
+        if topk >= sizes.shortlist_size and sizes.shortlist_size < num_experts:
             raise ValueError(
-                f"moe_router_topk ({topk}) must not exceed moe_air_shortlist_size ({sizes.shortlist_size})"
+                f"moe_air_shortlist_size ({sizes.shortlist_size}) must exceed moe_router_topk ({topk}), unless it is "
+                f"num_moe_experts ({num_experts}): slots beyond the top-k hold the experts that no list would hold, "
+                f"which are lost for good without them; use {min(2 * topk, num_experts)} or more, or 0 for the "
+                "automatic size"
             )
         return
     if sizes.num_clusters * sizes.shortlist_size < num_experts:
@@ -429,10 +448,16 @@ def _validate_shortlists(config):
             f"be at least num_moe_experts ({num_experts}) with moe_air_codebook_source 'experts': every expert stands "
             "in one list"
         )
-    if topk > sizes.num_probes * sizes.shortlist_size:
+    if sizes.num_probes * num_experts < topk * sizes.num_clusters:
+        most_clusters, least_probes = (
+            sizes.num_probes * num_experts // topk,
+            -(-topk * sizes.num_clusters // num_experts),
+        )
         raise ValueError(
-            f"moe_router_topk ({topk}) must not exceed moe_air_num_probes ({sizes.num_probes}) times "
-            f"moe_air_shortlist_size ({sizes.shortlist_size})"
+            f"moe_air_num_probes ({sizes.num_probes}) times the mean list, num_moe_experts ({num_experts}) over "
+            f"moe_air_num_clusters ({sizes.num_clusters}), must be at least moe_router_topk ({topk}) with "
+            "moe_air_codebook_source 'experts': a token would not find its top-k; use at most "
+            f"{most_clusters} clusters, at least {least_probes} probes, or 0 for the automatic number of clusters"
         )
 
 

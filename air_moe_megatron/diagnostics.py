@@ -6,8 +6,9 @@ import torch
 
 from air_moe_megatron.layer import AIRMoELayer
 from air_moe_megatron.ops.fine_scores import fine_scores
-from air_moe_megatron.router import AIRRouter, air_routers, merge_probes
+from air_moe_megatron.router import AIRRouter, merge_probes
 from air_moe_megatron.routers.base import CompactRouter
+from air_moe_megatron.routers.vq import VQRouter
 
 logger = logging.getLogger(__name__)
 
@@ -15,25 +16,31 @@ _CHUNK = 16384  # experts whose exact scores are held at a time
 
 
 @torch.no_grad()
-def expert_loads(routers) -> torch.Tensor:
-    """[routers, E] int64: tokens that each expert got since the last call, over all ranks of the stage.
+def expert_loads(routers) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Read what the routers counted since the last call, summed over all ranks of the stage.
 
     Communicates (one all-reduce over ``tp_dp_cp``); sets the routers' counts back to zero.
+
+    Args:
+        routers: those of one pipeline stage; their numbers of experts may differ.
+    Returns:
+        for each router [E] int64, the tokens that each expert got; [routers] int64, the tokens that were routed.
     """
-    loads = torch.stack([router.expert_load for router in routers])
+    flat = torch.cat([*(router.expert_load for router in routers), *(router.num_routed for router in routers)])
     group = routers[0].tp_dp_cp_group
     if group is not None and group.size() > 1:
-        torch.distributed.all_reduce(loads, group=group)
+        torch.distributed.all_reduce(flat, group=group)
     for router in routers:
-        router.expert_load.zero_()
-    return loads
+        router.reset_log()
+    *loads, num_routed = flat.split([*(router.num_experts for router in routers), len(routers)])
+    return loads, num_routed
 
 
-def load_figures(loads: torch.Tensor, num_ranks: int) -> dict[str, float]:
+def load_figures(loads, num_ranks: int) -> dict[str, float]:
     """How evenly the tokens are spread, as means over the routers; waits for the device.
 
     Args:
-        loads: [routers, E] tokens of each expert.
+        loads: for each router [E] tokens of each expert.
         num_ranks: expert-parallel size.
     Returns:
         share of experts that got a token; imbalance factor of the experts, ``E * sum(n^2) / sum(n)^2``, which is 1 if
@@ -42,17 +49,32 @@ def load_figures(loads: torch.Tensor, num_ranks: int) -> dict[str, float]:
 
     Example: loads [[2, 0, 1, 1]] on 2 ranks: used 0.75, imbalance factor 4 * 6 / 16 = 1.5, most loaded rank 1.0.
     """
-    loads = loads.double()
-    totals = loads.sum(dim=1).clamp_min(1.0)
-    ranks = loads.view(loads.shape[0], num_ranks, -1).sum(dim=2)
-    figures = torch.stack(
-        (
-            (loads > 0).double().mean(),
-            (loads.shape[1] * loads.square().sum(dim=1) / totals.square()).mean(),
-            (ranks.amax(dim=1) * num_ranks / totals).mean(),
-        )
-    ).tolist()
+    figures = torch.stack([_load_figures_of(load.double(), num_ranks) for load in loads]).mean(dim=0).tolist()
     return dict(zip(("experts-used", "imbalance-factor", "rank-imbalance"), figures, strict=True))
+
+
+def _load_figures_of(load, num_ranks):
+    """[3] fp64: the three figures of one router."""
+    total = load.sum().clamp_min(1.0)
+    imbalance = load.numel() * load.square().sum() / total.square()
+    return torch.stack(
+        ((load > 0).double().mean(), imbalance, load.view(num_ranks, -1).sum(1).amax() * num_ranks / total)
+    )
+
+
+def empty_share(loads, num_routed: torch.Tensor, topks: list[int]) -> float:
+    """Share of the routes' slots that hold no expert, over all tokens and routers; waits for the device.
+
+    Args:
+        loads: for each router [E] tokens of each expert.
+        num_routed: [routers] tokens.
+        topks: for each router K.
+
+    Example: loads [[2, 0, 1, 1]] of 4 tokens with K = 2: 4 of 8 slots are empty, 0.5.
+    """
+    num_slots = int((num_routed * num_routed.new_tensor(topks)).sum())
+    num_filled = int(torch.stack([load.sum() for load in loads]).sum())
+    return (num_slots - num_filled) / max(num_slots, 1)
 
 
 @torch.no_grad()
@@ -118,6 +140,7 @@ def recall(router: AIRRouter) -> tuple[float, float] | None:
     listed = fine_scores(sample.hidden, router.weight, router.bias, lists, sample.codewords, torch.float32)
     listed, ids = merge_probes(listed, lists[sample.codewords])  # [n, P*L]
     mass = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
+    listed_mass = mass.clone()
     best = hidden.new_empty(hidden.shape[0], 0)
     best_ids = ids.new_empty(hidden.shape[0], 0)
     for first in range(0, router.num_experts, _CHUNK):
@@ -126,6 +149,11 @@ def recall(router: AIRRouter) -> tuple[float, float] | None:
         if router.bias is not None:
             logits += router.bias[chunk].float()
         mass = torch.logaddexp(mass, logits.logsumexp(dim=1))
+        # Of the same logits: of large ones, the rounding of two products may differ by more than any mass.
+        columns = (ids - chunk.start).clamp(-1, logits.shape[1]) + 1  # first and last column: not of this chunk
+        is_listed = torch.zeros(len(ids), logits.shape[1] + 2, dtype=torch.bool, device=ids.device)
+        is_listed = is_listed.scatter_(1, columns, True)[:, 1:-1]
+        listed_mass = torch.logaddexp(listed_mass, logits.masked_fill(~is_listed, float("-inf")).logsumexp(dim=1))
         chunk_ids = torch.arange(chunk.start, chunk.stop, device=ids.device).expand_as(logits)
         ranks = torch.cat((best, _rank(router, logits, chunk_ids)), dim=1)
         best, places = ranks.topk(min(router.topk, ranks.shape[1]), dim=1)
@@ -133,7 +161,7 @@ def recall(router: AIRRouter) -> tuple[float, float] | None:
     found = ids.gather(1, _rank(router, listed, ids).topk(router.topk, dim=1).indices)
     shares = torch.stack(
         (
-            (listed.logsumexp(dim=1) - mass).exp(),
+            (listed_mass - mass).exp(),
             (found.unsqueeze(2) == best_ids.unsqueeze(1)).any(dim=2).float().mean(dim=1),
         )
     )
@@ -169,8 +197,7 @@ def recall_figures(routers) -> dict[str, float]:
 def log_health(model, iteration: int) -> None:
     """Log the routing health of this pipeline stage where Megatron's own log line is due.
 
-    Every rank of the stage must call it. The figures are means over the stage's routers; the last rank, which also
-    prints Megatron's lines, prints those of its stage. What concerns codebooks and shortlists is AIR's alone.
+    Every rank of the stage must call it. The last rank, which also prints Megatron's lines, prints those of its stage.
 
     Args:
         model: Megatron's list of model chunks.
@@ -187,26 +214,57 @@ def log_health(model, iteration: int) -> None:
     if not routers:
         return
     layers = [module for module in modules if isinstance(module, AIRMoELayer) and module.is_compact]
-    air = air_routers(model)
+    figures = health_figures(routers, layers)
+    print_rank_last(health_line(figures, routers, iteration))
+    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
+    scalars = {f"air/{name}": value for name, value in figures.items()}
+    if writer:
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, iteration)
+    if wandb_writer:
+        wandb_writer.log(scalars, iteration)
+
+
+def health_figures(routers, layers) -> dict[str, float]:
+    """Figures of a pipeline stage, as means over the routers that have them; communicates and waits for the device.
+
+    Codebooks, lists and recall are of the AIR routers among them, the vq loss is of the vq routers.
+
+    Args:
+        routers: all routers of the stage, of any types and sizes; at least one.
+        layers: those with a compact dispatcher.
+    """
+    air = [router for router in routers if isinstance(router, AIRRouter)]
+    vq = [router for router in routers if isinstance(router, VQRouter)]
+    loads, num_routed = expert_loads(routers)
     figures = codebook_figures(air) if air else {}
-    figures |= load_figures(expert_loads(routers), routers[0].config.expert_model_parallel_size)
+    figures |= load_figures(loads, routers[0].config.expert_model_parallel_size)
+    figures["empty-slots"] = empty_share(loads, num_routed, [router.topk for router in routers])
     figures |= dispatch_figures(layers, routers[0].tp_dp_cp_group)
     figures |= recall_figures(air) if air else {}
-    if routers[0].config.moe_router_type == "vq":
-        figures["vq-loss"] = vq_loss(routers)
+    if vq:
+        figures["vq-loss"] = vq_loss(vq)
+    return figures
+
+
+def health_line(figures: dict[str, float], routers, iteration: int) -> str:
+    """Word the figures of :func:`health_figures`; empty slots are named only where there are any."""
     line = [f"routing health at iteration {iteration:8d}"]
     if "quantisation-error" in figures:
+        num_clusters = _range([router.sizes.num_clusters for router in routers if isinstance(router, AIRRouter)])
         line += [
             f"quantisation error: {figures['quantisation-error']:.4f}",
-            f"live codewords: {figures['live-codewords']:.1f} of {air[0].sizes.num_clusters}",
+            f"live codewords: {figures['live-codewords']:.1f} of {num_clusters}",
         ]
-    if air:
+    if "experts-listed" in figures:
         line.append(f"experts listed: {100 * figures['experts-listed']:.1f}%")
     line += [
-        f"experts used: {100 * figures['experts-used']:.1f}% of {routers[0].num_experts}",
+        f"experts used: {100 * figures['experts-used']:.1f}% of {_range([router.num_experts for router in routers])}",
         f"imbalance factor: {figures['imbalance-factor']:.2f}",
         f"most loaded rank: {figures['rank-imbalance']:.3f} of the mean",
     ]
+    if figures["empty-slots"]:
+        line.append(f"empty slots: {100 * figures['empty-slots']:.2g}%")
     if "dispatch-bytes-per-token" in figures:
         again = figures.get("recomputed-bytes-per-token")
         line.append(
@@ -218,16 +276,14 @@ def log_health(model, iteration: int) -> None:
         line += [f"mass recall: {figures['mass-recall']:.2f}", f"top-k recall: {figures['top-k-recall']:.2f}"]
     if "vq-loss" in figures:
         line.append(f"vq loss: {figures['vq-loss']:.4f}")
-    if air:
+    if "dropped-updates" in figures:
         line.append(f"dropped codebook updates: {figures['dropped-updates']}")
-    print_rank_last(f" {' | '.join(line)} |")
-    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
-    scalars = {f"air/{name}": value for name, value in figures.items()}
-    if writer:
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, iteration)
-    if wandb_writer:
-        wandb_writer.log(scalars, iteration)
+    return f" {' | '.join(line)} |"
+
+
+def _range(sizes):
+    """The size of all, or the smallest and the largest."""
+    return f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
 
 
 def vq_loss(routers) -> float:

@@ -1,7 +1,7 @@
 """The step boundary: when the codebooks learn, and the one collective that it takes.
 
 Communication per optimizer step and pipeline stage: one all-reduce of ``layers * C * (H + 3)`` fp32 numbers over
-``tp_dp_cp``, the ranks of the stage that hold different tokens; a running norm of F features adds ``2F + 1``.
+``tp_dp_cp``, the ranks of the stage that hold different tokens; a running norm of F features adds ``3F + 1``.
 
 The order within a step: every attempt starts with ``discard_statistics`` (a step that Megatron runs again must not
 count twice), forwards accumulate, and ``update_codebooks`` runs once after the optimizer has really stepped. A skipped

@@ -63,9 +63,11 @@ class CompactRouter(HoldsProcessGroups, PreservedState, TopKRouter):
         for name in ("local_tokens_per_expert", "global_tokens_per_expert", "ga_steps"):
             if getattr(self, name) is not None:
                 self.add_accumulator(name, getattr(self, name))
-        # Tokens each expert got since the last health line, and how many of them before this step; for logs only.
+        # For logs only: tokens of each expert and tokens that were routed since the last health line, and what both
+        # were at the last step.
         self.add_accumulator("expert_load", torch.zeros(self.num_experts, dtype=torch.int64))
-        self.add_accumulator("expert_load_before", torch.zeros(self.num_experts, dtype=torch.int64))
+        self.add_accumulator("num_routed", torch.zeros(1, dtype=torch.int64))
+        self.add_accumulator("logged_before", torch.zeros(self.num_experts + 1, dtype=torch.int64))
         self._forwards = ForwardCounter()
         self._is_counted = False  # whether the tokens of the forward that runs now count
         self.has_learned = False  # whether a forward has learned since the last step
@@ -158,6 +160,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, TopKRouter):
         routes = self._choose(hidden, keep, batch_size)
         if self._is_counted:
             self.expert_load += self._count(routes.topk_ids, keep)
+            self.num_routed += hidden.shape[0] if keep is None else keep.sum()
             self.has_learned |= self.learns()
         return routes
 
@@ -187,7 +190,8 @@ class CompactRouter(HoldsProcessGroups, PreservedState, TopKRouter):
         """Forget what the forwards since the last step have added: an attempt at a step begins."""
         for learner in self.learners():
             learner.discard()
-        self.expert_load.copy_(self.expert_load_before)
+        self.expert_load.copy_(self.logged_before[:-1])
+        self.num_routed.copy_(self.logged_before[-1:])
         if self.local_tokens_per_expert is not None:
             self.local_tokens_per_expert.zero_()
         self.reset_global_aux_loss_tracker()
@@ -196,9 +200,14 @@ class CompactRouter(HoldsProcessGroups, PreservedState, TopKRouter):
 
     def end_step(self) -> None:
         """Keep what the forwards since the last step have added to the logs."""
-        self.expert_load_before.copy_(self.expert_load)
+        self.logged_before.copy_(torch.cat((self.expert_load, self.num_routed)))
         self.has_learned = False
         self._forwards.reset()
+
+    def reset_log(self) -> None:
+        """Begin to count the tokens of the next log line."""
+        for counts in (self.expert_load, self.num_routed, self.logged_before):
+            counts.zero_()
 
     def _choose(self, hidden, keep, batch_size) -> Routes:
         """The routes of tokens [T, H]; ``keep`` is [T] bool, True for tokens that count, or None if all do."""

@@ -26,11 +26,12 @@ from megatron.core.transformer.moe.moe_utils import (
     compute_routing_scores_for_aux_loss,
     topk_routing_with_score_function,
 )
+from torch.autograd.function import once_differentiable
 
 from air_moe_megatron.config import resolve_product_keys
 from air_moe_megatron.learner import Learner
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.running_norm import EPSILON, RunningNorm
+from air_moe_megatron.routers.running_norm import EPSILON, RunningNorm, batch_sums, moments
 
 
 class ProductKeyRouter(CompactRouter):
@@ -79,9 +80,9 @@ class ProductKeyRouter(CompactRouter):
         routes = self._choose_among(logits, ids, keep, batch_size)
         if not (self.config.moe_router_pre_softmax and self.score_function == "softmax"):
             return routes
-        # So far a softmax over the candidates: times their share of the softmax over all, it is that.
-        log_share = logits.unflatten(1, (sizes.num_heads, -1)).logsumexp(dim=2)
-        log_share = log_share - halves[0].logsumexp(dim=2) - halves[1].logsumexp(dim=2)  # [T, R]
+        # So far a softmax over the candidates. Their share of the softmax over all experts makes it that one.
+        log1, log2 = (half.log_softmax(dim=2).gather(2, ids) for half, ids in zip(halves, (ids1, ids2), strict=True))
+        log_share = (log1.unsqueeze(3) + log2.unsqueeze(2)).flatten(2).logsumexp(dim=2)  # [T, R]
         return replace(routes, probs=routes.probs * log_share.exp().repeat_interleave(sizes.topk_per_head, dim=1))
 
     def _scores(self, hidden, keep):
@@ -114,31 +115,20 @@ class ProductKeyRouter(CompactRouter):
         if norm == "none":
             return queries
         wide = queries.to(torch.promote_types(queries.dtype, torch.float32))
-        if norm == "layernorm":  # over the half of a head
-            parts = wide.view(-1, self.sizes.key_dim)
-            normal = torch.nn.functional.layer_norm(parts, parts.shape[1:], eps=EPSILON).view_as(wide)
+        if norm == "layernorm":  # over the half of a head; in fp64, where no square of a finite fp32 number overflows
+            parts = wide.view(-1, self.sizes.key_dim).double()
+            normal = torch.nn.functional.layer_norm(parts, parts.shape[1:], eps=EPSILON).view_as(wide).to(wide.dtype)
         else:
             normal = self._batch_normalise(wide, keep)
         return (normal * self.norm_weight + self.norm_bias).to(queries.dtype)
 
     def _batch_normalise(self, queries, keep):
-        """[T, F], with mean and variance of the tokens that count on all ranks; with the running ones when evaluating.
-
-        Sums are taken around the running mean, which is the same on all ranks, so that the variance loses no digits.
-        """
+        """[T, F], by mean and variance of the tokens that count on all ranks; by the running ones when evaluating."""
         if not self.training:
             return self.query_norm(queries)
         if self.learns():
             self.query_norm.accumulate(queries.detach(), keep)
-        centred = queries - self.query_norm.mean
-        counted = centred if keep is None else torch.where(keep.unsqueeze(1), centred, 0.0)
-        count = centred.new_tensor(centred.shape[0]) if keep is None else keep.sum()
-        sums = torch.cat((counted.sum(dim=0), counted.square().sum(dim=0), count.to(centred.dtype).view(1)))
-        sums = _AllReduce.apply(sums, self.tp_dp_cp_group)
-        count = sums[-1].clamp_min(1.0)
-        shift, square = (sums[:-1] / count).chunk(2)
-        variance = (square - shift.square()).clamp_min(0.0)
-        return (centred - shift) * (variance + EPSILON).rsqrt()
+        return _BatchNorm.apply(queries, self.query_norm.mean, keep, self.tp_dp_cp_group)
 
     def _select(self, logits, ids):
         """[T, K] probs and columns, the best k of each head beside each other."""
@@ -164,22 +154,36 @@ class ProductKeyRouter(CompactRouter):
         return logits.unflatten(1, (self.sizes.num_heads, -1)).flatten(0, 1)
 
 
-class _AllReduce(torch.autograd.Function):
-    """The sum over the ranks of a group, which is every rank's; its gradient is the sum of theirs."""
+class _BatchNorm(torch.autograd.Function):
+    """``(q - mean) / sqrt(variance + 1e-5)`` with mean and variance of the counted tokens on all ranks of a group.
+
+    The sums are taken around the running mean, which is the same on all ranks.
+    """
 
     @staticmethod
-    def forward(ctx, values, group):
-        ctx.group = group
-        return _sum_over(values, group)
+    def forward(ctx, queries, running_mean, keep, group):
+        shift, variance, count = moments(_sum_over(batch_sums(queries, running_mean, keep), group))
+        ctx.group, ctx.count = group, count.clamp_min(1.0)
+        scale = (variance + EPSILON).rsqrt().to(queries.dtype)
+        normal = (queries - running_mean - shift.to(queries.dtype)) * scale
+        ctx.save_for_backward(normal, scale, keep)
+        return normal
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        return _sum_over(grad, ctx.group), None
+        normal, scale, keep = ctx.saved_tensors
+        sums = torch.cat((grad.sum(dim=0), (grad * normal).sum(dim=0)))
+        of_mean, of_scale = (_sum_over(sums, ctx.group) / ctx.count).to(grad.dtype).chunk(2)
+        through = of_mean + normal * of_scale  # what the tokens that count contribute by mean and variance
+        if keep is not None:
+            through = torch.where(keep.unsqueeze(1), through, 0.0)
+        return (grad - through) * scale, None, None, None
 
 
 def _sum_over(values, group):
+    """The sum over the ranks of a group; of this rank alone without one."""
     if group is None or group.size() == 1:
-        return values.clone()
-    values = values.contiguous().clone()
+        return values
     torch.distributed.all_reduce(values, group=group)
     return values

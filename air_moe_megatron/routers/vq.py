@@ -84,8 +84,9 @@ class _VQLoss(torch.autograd.Function):
     def forward(ctx, hidden, codes, code_ids, weights, commitment):
         ctx.save_for_backward(hidden, codes, code_ids, weights)
         ctx.commitment = commitment
-        squares = sum(error.square().sum(dim=1) for _, error in _errors(hidden, codes, code_ids, weights.dtype))
-        return (1.0 + commitment) * (squares * weights).sum()
+        # Weighted before they are squared: a square overflows only where the loss itself does.
+        roots = (weights * (1.0 + commitment)).sqrt().unsqueeze(1)
+        return sum((error * roots).square().sum() for _, error in _errors(hidden, codes, code_ids, weights.dtype))
 
     @staticmethod
     @once_differentiable

@@ -26,8 +26,8 @@ def make_layers(num_layers, source="tokens"):
         torch.nn.Module.__init__(layer)
         layer.layer_number = number + 1
         layer._forwards, layer.has_learned = ForwardCounter(), True
-        for name in ("expert_load", "expert_load_before"):
-            layer.add_accumulator(name, torch.zeros(1, dtype=torch.int64))
+        for name, size in (("expert_load", 1), ("num_routed", 1), ("logged_before", 2)):
+            layer.add_accumulator(name, torch.zeros(size, dtype=torch.int64))
         layer.codebook = Codebook(CLUSTERS, HIDDEN, 0.8)
         layer.index = ShortlistIndex(CLUSTERS, 4, source, 1)
         layer.input_norm = RunningNorm(HIDDEN) if source == "tokens" else None

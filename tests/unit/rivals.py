@@ -46,3 +46,14 @@ def make_router(groups, seed=0, **fields):
 def tell_ids(router, token_ids):
     """Give a hash router token ids [B, S]; others need none."""
     router.token_ids = token_ids
+
+
+def naive_layer(layer, hidden, routes):
+    """[T, H] in words: each expert of a token by itself, repeated ones as often as they stand there."""
+    out = torch.zeros_like(hidden)
+    for token, (ids, probs) in enumerate(zip(routes.topk_ids.tolist(), routes.probs, strict=True)):
+        for expert, prob in zip(ids, probs, strict=True):
+            if expert >= 0:
+                inner = torch.nn.functional.gelu(layer.experts.weight1[expert] @ hidden[token])
+                out[token] = out[token] + prob * (inner @ layer.experts.weight2[expert])
+    return out

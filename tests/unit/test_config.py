@@ -78,7 +78,15 @@ REFUSED = {
     ),
     "topk-above-shortlist": (
         dict(moe_router_topk=9, moe_air_shortlist_size=8),
-        ["moe_router_topk (9)", "must not exceed", "moe_air_shortlist_size (8)"],
+        ["moe_air_shortlist_size (8)", "must exceed moe_router_topk (9)", "unless it is num_moe_experts (64)"],
+    ),
+    "one-list-of-topk": (
+        dict(moe_air_num_clusters=1, moe_air_shortlist_size=4),
+        ["moe_air_shortlist_size (4)", "must exceed moe_router_topk (4)", "lost for good", "use 8 or more, or 0"],
+    ),
+    "many-lists-of-topk": (
+        dict(moe_air_num_clusters=64, moe_air_shortlist_size=4, moe_air_num_probes=8),
+        ["moe_air_shortlist_size (4)", "must exceed moe_router_topk (4)", "lost for good", "use 8 or more, or 0"],
     ),
     "topk-above-experts": (
         dict(moe_router_topk=65),
@@ -96,15 +104,13 @@ REFUSED = {
         dict(moe_air_codebook_source="experts", moe_air_num_clusters=8, moe_air_shortlist_size=7),
         ["moe_air_num_clusters (8)", "moe_air_shortlist_size (7)", "at least num_moe_experts (64)"],
     ),
-    "topk-above-probed-lists": (
-        dict(
-            moe_air_codebook_source="experts",
-            moe_air_num_clusters=32,
-            moe_air_shortlist_size=2,
-            moe_air_num_probes=2,
-            moe_router_topk=5,
-        ),
-        ["moe_router_topk (5)", "moe_air_num_probes (2)", "moe_air_shortlist_size (2)"],
+    "mean-lists-below-topk": (
+        dict(moe_air_codebook_source="experts", moe_air_num_clusters=32, moe_air_num_probes=2, moe_router_topk=5),
+        [
+            "moe_air_num_probes (2) times the mean list, num_moe_experts (64) over moe_air_num_clusters (32)",
+            "at least moe_router_topk (5)",
+            "use at most 25 clusters, at least 3 probes, or 0",
+        ],
     ),
 }
 
@@ -368,9 +374,11 @@ AUTOMATIC = {
     "two-times-topk": (1024, 100, "tokens", 128, 200),
     "few-experts": (8, 2, "tokens", 8, 8),
     "topk-all": (64, 64, "tokens", 32, 64),
-    "experts-twice-the-mean-list": (16384, 32, "experts", 512, 64),
-    "experts-two-times-topk": (16384, 100, "experts", 512, 200),
-    "experts-few": (8, 2, "experts", 8, 4),
+    "experts-four-topk-in-the-mean-list": (16384, 32, "experts", 128, 256),
+    "experts-small-topk": (16384, 4, "experts", 512, 64),
+    "experts-rounded-down-to-8": (4096, 20, "experts", 48, 171),
+    "experts-large-topk": (16384, 1000, "experts", 4, 8192),
+    "experts-few": (8, 2, "experts", 1, 8),
 }
 
 
@@ -406,8 +414,23 @@ def test_automatic_sizes_are_always_valid(num_experts, source):
         )
         sizes = resolve_sizes(config)
         assert 1 <= sizes.num_clusters <= num_experts
-        assert topk <= sizes.shortlist_size <= num_experts
-        assert source == "tokens" or sizes.num_clusters * sizes.shortlist_size >= num_experts
+        assert topk < sizes.shortlist_size or sizes.shortlist_size == num_experts
+        if source == "experts":
+            assert sizes.num_clusters * sizes.shortlist_size >= num_experts
+            assert num_experts / sizes.num_clusters >= min(4 * topk, num_experts)
+
+
+@pytest.mark.parametrize(
+    "topk, num_probes, shortlist_size, num_clusters",
+    ((32, 8, 0, 256), (32, 2, 0, 64), (100, 16, 0, 160), (1024, 8, 0, 8), (32, 1, 64, 64)),
+    ids=("as-for-tokens", "two-probes", "sixteen-probes", "all-lists-probed", "enough-for-short-lists"),
+)
+def test_automatic_clusters_of_expert_lists(topk, num_probes, shortlist_size, num_clusters):
+    config = make_config(
+        num_moe_experts=4096, moe_router_topk=topk, moe_air_num_probes=num_probes,
+        moe_air_shortlist_size=shortlist_size, moe_air_codebook_source="experts",
+    )  # fmt: skip
+    assert resolve_sizes(config).num_clusters == num_clusters
 
 
 # Flags.

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from air_moe_megatron.diagnostics import dispatch_figures, listed_share, load_figures
+from air_moe_megatron.diagnostics import dispatch_figures, empty_share, listed_share, load_figures
 from air_moe_megatron.dispatcher import Traffic
 
 
@@ -19,6 +19,72 @@ def test_load_figures_are_means_over_routers():
     assert figures["experts-used"] == pytest.approx((1.0 + 0.25) / 2)
     assert figures["imbalance-factor"] == pytest.approx((1.0 + 4.0) / 2)
     assert figures["rank-imbalance"] == pytest.approx((1.0 + 4.0) / 2)
+
+
+def test_load_figures_of_routers_of_different_sizes():
+    figures = load_figures([torch.tensor([1, 1, 1, 1]), torch.tensor([8, 0])], num_ranks=2)
+    assert figures == {"experts-used": 0.75, "imbalance-factor": 1.5, "rank-imbalance": 1.5}
+
+
+def test_empty_share_worked_example():
+    loads = [torch.tensor([2, 0, 1, 1])]
+    assert empty_share(loads, torch.tensor([4]), [2]) == 0.5
+    assert empty_share([*loads, torch.tensor([5, 7])], torch.tensor([4, 4]), [2, 3]) == 0.2
+    assert empty_share([torch.zeros(3)], torch.tensor([0]), [2]) == 0.0
+
+
+def mixed_routers(groups):
+    """Three types, with three numbers of experts, codewords and top-k."""
+    from tests.unit.rivals import make_router, tell_ids
+
+    routers = [
+        make_router(groups, moe_router_type="hash", num_moe_experts=32, moe_router_topk=2),
+        make_router(groups, moe_router_type="air", num_moe_experts=64),
+        make_router(
+            groups, moe_router_type="air", num_moe_experts=128, moe_air_codebook_source="experts",
+            moe_air_num_clusters=32,
+        ),
+        make_router(groups, moe_router_type="vq", num_moe_experts=16),
+    ]  # fmt: skip
+    for router in routers:
+        tell_ids(router, torch.arange(30).view(1, 30))
+    return routers
+
+
+def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatch):
+    from megatron.core import num_microbatches_calculator
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+
+    from air_moe_megatron import diagnostics
+    from tests.unit.rivals import HIDDEN
+
+    destroy_moe_metrics_tracker()
+    monkeypatch.setattr(num_microbatches_calculator, "get_num_microbatches", lambda: 1)
+    routers = mixed_routers(megatron_cpu)
+    routes = [router.route(torch.randn(30, HIDDEN)) for router in routers]
+    loads = [
+        torch.bincount(r.topk_ids[r.topk_ids >= 0], minlength=m.num_experts)
+        for r, m in zip(routes, routers, strict=True)
+    ]
+    alone = [load_figures([load], 1) for load in loads]
+    empty = sum(int((r.topk_ids < 0).sum()) for r in routes) / sum(r.topk_ids.numel() for r in routes)
+    expected_recall = [diagnostics.recall(router)[0] for router in routers[1:3]]
+    logged = float(get_moe_metrics_tracker().metrics["vq_loss"].values.sum())
+    figures = diagnostics.health_figures(routers, [])
+    for name in alone[0]:
+        assert figures[name] == pytest.approx(sum(one[name] for one in alone) / 4)
+    assert figures["empty-slots"] == pytest.approx(empty) and empty > 0
+    assert figures["mass-recall"] == pytest.approx(sum(expected_recall) / 2)
+    assert figures["vq-loss"] == pytest.approx(logged) and logged > 0
+    line = diagnostics.health_line(figures, routers, 7)
+    assert "live codewords: 32.0 of 32 |" in line  # of the one that is fitted: the other has not been updated yet
+    for words in ("% of 16 to 128", f"empty slots: {100 * empty:.2g}%", "vq loss: ", "experts listed: 100.0%"):
+        assert words in line
+    # Everything was set back; without tokens and AIR routers there is less to tell.
+    line = diagnostics.health_line(diagnostics.health_figures(routers[:1], []), routers[:1], 8)
+    assert "experts used: 0.0% of 32" in line
+    for words in ("empty slots", "codewords", "listed", "vq loss", "recall"):
+        assert words not in line
 
 
 def test_no_tokens_at_all_are_no_error():
@@ -105,3 +171,15 @@ def test_recall_of_full_lists_is_one_and_padding_is_left_out(megatron_cpu):
     assert recall(short) == pytest.approx(expected, abs=1e-5)
     short.route(hidden, padding.fill_(True))
     assert recall(short) is None
+
+
+def test_recall_of_large_finite_tokens(megatron_cpu):
+    """Of scores of 1e30 one expert holds all mass: it is listed or not, whatever the products round to."""
+    from air_moe_megatron.diagnostics import recall
+    from tests.unit.rivals import HIDDEN, make_router
+
+    router = make_router(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
+    router.route(1e30 * torch.randn(50, HIDDEN))
+    mass, topk = recall(router)
+    expected = naive_recall(router)
+    assert 0.0 < mass < 1.0 and (mass, topk) == pytest.approx(expected, abs=1e-5)

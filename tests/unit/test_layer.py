@@ -137,7 +137,7 @@ def steps(layer, seed=0):
         dict(moe_air_codebook_source="experts", moe_air_num_probes=2),
         dict(
             moe_air_codebook_source="experts",
-            moe_air_num_clusters=32,
+            moe_air_num_clusters=10,
             moe_air_shortlist_size=8,
             moe_router_topk=6,
             moe_router_score_function="sigmoid",

@@ -174,7 +174,8 @@ def test_everything_follows_the_tokens_to_their_device(megatron_cpu, router_type
 
 def test_running_statistics_stay_fp32_in_a_model_of_bf16(megatron_cpu):
     router = make_router(megatron_cpu, moe_router_type="product_key").bfloat16()
-    assert router.query_norm.mean.dtype == router.query_norm.variance.dtype == torch.float32
+    assert router.query_norm.mean.dtype == torch.float32
+    assert router.query_norm.variance.dtype == torch.float64
     assert router.keys1.dtype == torch.bfloat16
 
 

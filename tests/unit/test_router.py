@@ -140,7 +140,7 @@ def test_places_stay_empty_where_candidates_run_out(megatron_cpu, scores):
     router = make_router(
         megatron_cpu,
         moe_air_codebook_source="experts",
-        moe_air_num_clusters=16,
+        moe_air_num_clusters=6,
         moe_air_shortlist_size=9,
         moe_router_topk=6,
         **scores,
@@ -163,10 +163,11 @@ def test_an_expert_in_two_probed_lists_is_one_candidate(megatron_cpu):
     assert all(len(set(ids)) == TOPK for ids in routes.topk_ids.tolist())
     # The softmax runs over 9 candidates, not 18: all of its mass is at hand where K = 9.
     everyone = make_router(
-        megatron_cpu, moe_air_num_probes=2, moe_router_pre_softmax=True, moe_router_topk=9, learned=0
-    )
+        megatron_cpu, moe_air_num_probes=2, moe_router_pre_softmax=True, moe_router_topk=9,
+        moe_air_shortlist_size=10, learned=0,
+    )  # fmt: skip
     everyone.route(make_hidden(1))
-    everyone.index.shortlist[:] = torch.arange(9)
+    everyone.index.shortlist[:] = torch.tensor([*range(9), -1])
     torch.testing.assert_close(everyone.route(make_hidden(30)).probs.sum(dim=1), torch.ones(30))
 
 
