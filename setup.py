@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["air_moe_megatron", "air_moe_megatron.*"]),
-    install_requires=["torch>=2.11"],
+    install_requires=["packaging", "torch>=2.11"],
     extras_require={
         "train": ["matplotlib", "megatron-core[training]==0.19.*", "tensorboard"],
         "dev": ["hypothesis", "matplotlib", "megatron-core==0.19.*", "psutil", "pytest", "ruff", "tensorboard"],

@@ -1,5 +1,7 @@
 """Command-line flags, generated from the fields of ``config.py``, and the config made from them."""
 
+import argparse
+
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
@@ -13,7 +15,9 @@ def add_air_arguments(parser):
     A checkout with ``patches/`` applied has made them from its own config already.
     """
     if not megatron_has_our_fields():
-        ArgumentGroupFactory(AIRFields).build_group(parser, title="AIR-MoE")
+        group = ArgumentGroupFactory(AIRFields).build_group(parser, title="AIR-MoE")
+        for action in group._group_actions:
+            action.help += f" Default: {action.default}."
     return parser
 
 
@@ -31,15 +35,26 @@ def transformer_config_from_args(args):
     refuse_unused(args)
     if is_plain_topk(args):
         return core_transformer_config_from_args(args)
-    if args.moe_router_type == "hash" and args.moe_hash_vocab_size == 0:
-        args.moe_hash_vocab_size = _padded_vocab_size(args)
+    if args.moe_router_type == "hash":
+        args.moe_hash_vocab_size = _hash_vocab_size(args)
     config = core_transformer_config_from_args(args, AIRMoEConfig)
     if not isinstance(config, AIRMoEConfig):
         attach(config, args)  # multi-latent attention and heterogeneous layers bring config classes of their own
     return config
 
 
-def _padded_vocab_size(args):
+def _hash_vocab_size(args: argparse.Namespace) -> int:
+    """The given number of token ids of the hash router's table, or that of the embedding."""
+    given, needed = args.moe_hash_vocab_size, padded_vocab_size(args)
+    if given and given < needed:
+        raise ValueError(
+            f"--moe-hash-vocab-size ({given}) must be at least the padded vocabulary size ({needed}); leave it out to "
+            "take that"
+        )
+    return given or needed
+
+
+def padded_vocab_size(args: argparse.Namespace) -> int:
     """The size that the model's embedding will have; 0 where the arguments do not tell."""
     if args.padded_vocab_size is not None or args.vocab_size is None:
         return args.padded_vocab_size or 0

@@ -274,6 +274,10 @@ def validate(config: TransformerConfig) -> None:
     if router_type not in ROUTER_TYPES:
         *others, last = map(repr, ROUTER_TYPES)
         raise ValueError(f"moe_router_type ({router_type!r}) must be {', '.join(others)} or {last}")
+    for field in fields(AIRFields):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name} ({value}) must be a finite number")
     _validate_input_norm(config)
     if is_plain_topk(config):
         if config.moe_dispatch != "stock":
@@ -316,7 +320,8 @@ def validate_experts(config: TransformerConfig) -> None:
     """
     refuse = _refusal(config, "moe_granular_experts (True)")
     if config.expert_tensor_parallel_size is not None and config.expert_tensor_parallel_size > 1:
-        refuse("expert_tensor_parallel_size", "an expert of a few rows is not split; use expert_model_parallel_size")
+        reason = "an expert of a few rows is not split; add --expert-tensor-parallel-size 1, which is otherwise that of"
+        refuse("expert_tensor_parallel_size", f"{reason} --tensor-model-parallel-size")
     if config.expert_gtp_weight_remat_size > 1:
         refuse("expert_gtp_weight_remat_size", "their weights are not sharded further than over expert-parallel ranks")
     if config.add_bias_linear:

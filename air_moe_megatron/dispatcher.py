@@ -65,12 +65,16 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         num_local_experts: experts of this rank.
         config: transformer config.
         pg_collection: process groups; ``ep`` is used.
+
+    Attributes:
+        layer_number: named in the error on probs that are not finite; :class:`AIRMoELayer` sets it.
     """
 
     def __init__(self, num_local_experts: int, config, pg_collection=None) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
         self.num_experts = num_local_experts * self.ep_size
+        self.layer_number: int | None = None
         self.traffic, self.recomputed_traffic = Traffic(), Traffic()
         self._have_ranks_agreed = False
         self._misfit = None
@@ -187,9 +191,10 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
                     f"an expert id must be between 0 and {self.num_experts - 1}, or -1 for none"
                 )
             if invalid_probs:
+                where = "" if self.layer_number is None else f"layer {self.layer_number}: "
                 raise ValueError(
-                    f"{invalid_probs} of the routing probs of expert-parallel rank {rank} are NaN or infinite; the "
-                    "hidden states or the router's weights are not finite"
+                    f"{where}{invalid_probs} of the routing probs of expert-parallel rank {rank} are NaN or infinite; "
+                    "the hidden states or the router's weights are not finite"
                 )
 
     @torch.no_grad()

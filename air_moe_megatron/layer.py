@@ -21,3 +21,8 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
         if self.is_compact:
             self.local_expert_indices = range(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
             self.token_dispatcher = CompactTokenDispatcher(self.num_local_experts, config, pg_collection)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        super().set_layer_number(layer_number)
+        if self.is_compact:
+            self.token_dispatcher.layer_number = layer_number

@@ -4,11 +4,17 @@ import argparse
 import enum
 import json
 import os
+import re
 import struct
-from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy
 import torch
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, get_bin_path, get_idx_path
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.dist_checkpointing import check_is_distributed_checkpoint, load_tensors_metadata
@@ -21,6 +27,7 @@ from megatron.training.checkpointing import (
 )
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
+from air_moe_megatron.arguments import padded_vocab_size
 from air_moe_megatron.config import resolve_sizes
 
 _HEADER = struct.Struct("<QBQQ")
@@ -38,13 +45,39 @@ _PER_RANK = ("rank", "local_rank", "load", "save", "pretrained_checkpoint", "ict
 """Arguments that may differ between ranks: their number, and paths whose names do not say so."""
 _ONLY_IN = {"product_key": "keys1", "hierarchical": "group_weight", "hash": "table", "vq": "codes"}
 """What only the router of a type holds in a checkpoint."""
+_SCANNED_BLOCKS, _BLOCK_BYTES = 64, 2**20
+"""How much of all data sets together is searched for token ids beyond the vocabulary, at least a block of each."""
+
+_PAD_ID = -1
+"""Megatron's id of padding where the tokenizer has none: replaced before the embedding sees it."""
+
 _PAIR_RULE = "a Megatron indexed data set is a pair x.bin, x.idx, named without its ending"
 
 
-def check_data(args: argparse.Namespace) -> None:
-    """Refuse a command line whose data sets cannot be read.
+@dataclass(frozen=True)
+class _Blend:
+    """Data sets that are mixed, and the splits that Megatron takes from each of them."""
 
-    Reads a few bytes of each index; paths in object storage are left to Megatron. Does not communicate.
+    name: str  # the flag that lists them
+    prefixes: list[str]
+    is_weighted: bool
+    shares: dict[str, tuple[float, float]]  # by split: where it begins and ends, as fractions of the sequences
+
+
+@dataclass(frozen=True)
+class _IndexedDataset:
+    """What the index of a data set says, and its tokens on disk."""
+
+    prefix: str
+    lengths: numpy.ndarray  # tokens of each sequence
+    tokens: numpy.ndarray  # memory map of all of them
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Refuse a command line whose data sets cannot be read, or cannot be trained on.
+
+    Reads the lengths in each index and at most 64 MiB of the tokens, or 1 MiB of each data set; paths in object storage
+    are left to Megatron. Does not communicate.
 
     Args:
         args: Megatron's parsed and validated arguments.
@@ -65,20 +98,31 @@ def check_data(args: argparse.Namespace) -> None:
             "no data set is given: add --data-path PREFIX (with --split), or --train-data-path PREFIX "
             "(with --valid-data-path and --test-data-path), or --mock-data for random tokens"
         )
-    for name, prefix in _entries(args, single + per_split):
-        if not is_object_storage_path(prefix):
+    blends = _blends(args, single + per_split)
+    if not args.sft:
+        _check_splits_are_given(args, {split for blend in blends for split in blend.shares})
+    num_datasets = sum(len(blend.prefixes) for blend in blends)
+    for blend in blends:
+        if not args.sft:
+            _check_drawn(args, blend)
+        for prefix in blend.prefixes:
+            name = f"{blend.name} entry '{prefix}'"
+            if is_object_storage_path(prefix):
+                continue
             if args.sft:
-                _check_file(prefix, f"{name} entry '{prefix}'", "with --sft it is a JSON Lines file")
-            else:
-                _check_indexed_dataset(prefix, f"{name} entry '{prefix}'")
+                _check_file(prefix, name, "with --sft it is a JSON Lines file")
+                continue
+            dataset = _read_indexed_dataset(prefix, name)
+            _check_splits(args, blend, dataset, name)
+            _check_token_ids(dataset, name, padded_vocab_size(args), max(1, _SCANNED_BLOCKS // num_datasets))
 
 
 def _value(args: argparse.Namespace, flag: str) -> list[str] | str | None:
     return getattr(args, flag.removeprefix("--").replace("-", "_"))
 
 
-def _entries(args: argparse.Namespace, flags: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield (flag, prefix) for every data set that `flags`, or the files that they name, list."""
+def _blends(args: argparse.Namespace, flags: list[str]) -> list[_Blend]:
+    """What `flags`, or the files that they name, list."""
     for flag in ("--data-args-path", "--per-split-data-args-path"):
         path = _value(args, flag)
         if path is not None and not is_object_storage_path(path):
@@ -92,18 +136,25 @@ def _entries(args: argparse.Namespace, flags: list[str]) -> Iterator[tuple[str, 
         raise ValueError(f"{', '.join(flags)}: give every prefix a weight before it, or none of them") from error
     if blend_per_split is None:
         flag = "--data-path" if args.data_args_path is None else f"--data-args-path '{args.data_args_path}'"
-        named_blends = [(flag, blend)]
-    elif args.per_split_data_args_path is not None:
-        path = args.per_split_data_args_path
-        named_blends = [
-            (f"--per-split-data-args-path '{path}' ({split})", blend)
-            for split, blend in zip(_SPLITS, blend_per_split, strict=True)
-        ]
+        return [_Blend(flag, blend[0], blend[1] is not None, _shares(args.split))]
+    if args.per_split_data_args_path is not None:
+        names = [f"--per-split-data-args-path '{args.per_split_data_args_path}' ({split})" for split in _SPLITS]
     else:
-        named_blends = [(f"--{split}-data-path", blend) for split, blend in zip(_SPLITS, blend_per_split, strict=True)]
-    for name, blend in named_blends:
-        if blend is not None:
-            yield from ((name, prefix) for prefix in blend[0])
+        names = [f"--{split}-data-path" for split in _SPLITS]
+    return [
+        _Blend(name, blend[0], blend[1] is not None, {split: (0.0, 1.0)})
+        for name, split, blend in zip(names, _SPLITS, blend_per_split, strict=True)
+        if blend is not None
+    ]
+
+
+def _shares(split: str | None) -> dict[str, tuple[float, float]]:
+    """Where Megatron lets a split begin and end, as fractions of the sequences, by its name; without a share absent."""
+    numbers = [float(number) for number in re.findall(r"[.0-9]+", split or "")]
+    if not 1 <= len(numbers) <= len(_SPLITS) or sum(numbers) == 0:
+        raise ValueError(f"--split ({split}) must be up to three numbers, of train, valid and test, and not all 0")
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    return {name: share for name, share in zip(_SPLITS, matrix, strict=True) if share is not None}
 
 
 def _check_per_split_file(path: str) -> None:
@@ -132,7 +183,7 @@ def _check_file(path: str, name: str, rule: str) -> int:
     return size
 
 
-def _check_indexed_dataset(prefix: str, name: str) -> None:
+def _read_indexed_dataset(prefix: str, name: str) -> _IndexedDataset:
     idx_path, bin_path = get_idx_path(prefix), get_bin_path(prefix)
     idx_size = _check_file(idx_path, name, _PAIR_RULE)
     bin_size = _check_file(bin_path, name, _PAIR_RULE)
@@ -158,17 +209,95 @@ def _check_indexed_dataset(prefix: str, name: str) -> None:
             raise ValueError(
                 f"{name}: '{idx_path}' has {idx_size} bytes where {num_sequences} sequences need {idx_size_needed}"
             )
-        file.seek(pointers_at - _LENGTH.size)
-        (last_length,) = _LENGTH.unpack(file.read(_LENGTH.size))
         file.seek(boundaries_at - _POINTER.size)
         (last_pointer,) = _POINTER.unpack(file.read(_POINTER.size))
 
+    lengths = numpy.memmap(idx_path, numpy.dtype("<i4"), "r", len(header), (num_sequences,))
+    if lengths.min() < 0:
+        raise ValueError(f"{name}: '{idx_path}' lists a sequence of {lengths.min()} tokens; none can have fewer than 0")
     # Sequences lie one after the other, so the last one ends where the data end.
-    bin_size_needed = last_pointer + last_length * DType.size(dtype_code)
+    token_size = DType.size(dtype_code)
+    bin_size_needed = last_pointer + int(lengths[-1]) * token_size
     if bin_size < bin_size_needed:
         raise ValueError(
             f"{name}: '{bin_path}' has {bin_size} bytes where its index '{idx_path}' needs {bin_size_needed}"
         )
+    dtype = numpy.dtype(DType.dtype_from_code(dtype_code)).newbyteorder("<")
+    return _IndexedDataset(prefix, lengths, numpy.memmap(bin_path, dtype, "r", shape=(bin_size // token_size,)))
+
+
+def _check_splits_are_given(args: argparse.Namespace, given: set[str]) -> None:
+    """Without training data Megatron ends without a word, without validation data in a TypeError."""
+    how = f"--split {args.split}" if args.split is not None else "no flag"
+    trains = not args.skip_train and (args.train_iters or args.train_samples)
+    if trains and "train" not in given:
+        raise ValueError(f"{how} gives data to train: give the split a share, or add --train-data-path or --skip-train")
+    if (args.full_validation or args.eval_iters) and "valid" not in given:
+        raise ValueError(
+            f"{how} gives data to valid, and --eval-iters ({args.eval_iters}) needs it: give the split a share, or add "
+            "--valid-data-path or --eval-iters 0"
+        )
+
+
+def _drawn_splits(args: argparse.Namespace) -> set[str]:
+    """The splits of which Megatron asks for more than 0 samples."""
+    trained = {"train"} if args.train_iters or args.train_samples else set()
+    validated = {"valid"} if args.full_validation or args.eval_iters else set()
+    return trained | validated | ({"test"} if args.eval_iters else set())
+
+
+def _check_drawn(args: argparse.Namespace, blend: _Blend) -> None:
+    """Of a single data set Megatron then makes a split that nothing reads; of a blend it cannot."""
+    unread = [split for split in blend.shares if split not in _drawn_splits(args)]
+    if unread and (len(blend.prefixes) > 1 or blend.is_weighted):
+        raise ValueError(
+            f"{blend.name}: no sample is drawn from {', '.join(unread)}, and Megatron makes no such split of a blend: "
+            "leave it out (as in --split 1,0,0 with --eval-iters 0)"
+        )
+
+
+def _check_splits(args: argparse.Namespace, blend: _Blend, dataset: _IndexedDataset, name: str) -> None:
+    """Refuse splits of a data set from which Megatron can draw no sample.
+
+    It splits by sequences, which are the documents of most data sets. One that is asked for more samples than it holds
+    is repeated; without tokens, for ever.
+    """
+    num_sequences = len(dataset.lengths)
+    drawn = _drawn_splits(args)
+    remedy = "give it more data, or leave it out (as in --split 1,0,0 with --eval-iters 0)"
+    for split, (start, end) in blend.shares.items():
+        lengths = dataset.lengths[round(start * num_sequences) : round(end * num_sequences)]
+        num_tokens = int(lengths.sum(dtype=numpy.int64))
+        is_mixed_by_size = len(blend.prefixes) > 1 and not blend.is_weighted
+        is_repeated = split in drawn and not is_mixed_by_size and not (split == "valid" and args.full_validation)
+        needed = 1 if is_repeated else args.seq_length + 1
+        if num_tokens < needed:
+            given = f"--split {args.split} gives" if args.split is not None else "the data set gives"
+            raise ValueError(
+                f"{name}: {given} {len(lengths)} of {num_sequences} sequences (documents) with {num_tokens} tokens to "
+                f"{split}, which needs at least {needed}: {remedy}"
+            )
+
+
+def _check_token_ids(dataset: _IndexedDataset, name: str, vocab_size: int, num_blocks: int) -> None:
+    """Refuse ids that the embedding does not have, as far as blocks that are spread over the file show them."""
+    tokens = dataset.tokens
+    has_room = tokens.dtype.kind not in "iu" or numpy.iinfo(tokens.dtype).max >= vocab_size
+    if vocab_size == 0 or not has_room:
+        return
+    block_size = _BLOCK_BYTES // tokens.itemsize
+    starts = range(0, len(tokens), block_size)
+    if len(starts) > num_blocks:
+        starts = numpy.linspace(0, len(tokens) - block_size, num_blocks).astype(int)
+    for start in starts:
+        block = tokens[start : start + block_size]
+        lowest, highest = block.min(), block.max()
+        if lowest < _PAD_ID or highest >= vocab_size:
+            raise ValueError(
+                f"{name}: '{get_bin_path(dataset.prefix)}' holds the token id "
+                f"{highest if highest >= vocab_size else lowest}, and the model's vocabulary has the ids 0 to "
+                f"{vocab_size - 1}: give the tokenizer (--vocab-size, --tokenizer-model) that made the data"
+            )
 
 
 def check_agreement(args: argparse.Namespace) -> None:

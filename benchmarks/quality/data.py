@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "valid", "test")
 _STDLIB_EOD = 256  # of the byte-level data set that examples/prepare_stdlib.py makes
 _WIKI_TITLE = re.compile(r"(?=^ = [^=].* = $)", re.MULTILINE)
+_OWN_FILES = ("meta.json", "tokenizer.json", *(f"{split}.{ending}" for split in SPLITS for ending in ("bin", "idx")))
 _TOKENIZER_BYTES = 20 * 2**20  # of training text that the tokenizer is trained on, at most
 
 
@@ -43,17 +44,20 @@ def prepare(corpus: str, vocabulary: int, source: Path, out: Path) -> Meta:
         source: for "stdlib" the folder that ``make data`` fills; else the folder that holds the unpacked corpora.
         out: folder for the data sets.
     Raises:
-        ValueError: for an unknown corpus, or a source that lacks its files.
+        ValueError: for an unknown corpus, a vocabulary that is no number of ids, a source that lacks its files, or a
+            folder that holds other things than a prepared corpus.
     """
+    if corpus not in _READERS:
+        raise ValueError(f"corpus ({corpus!r}) must be one of {', '.join(_READERS)}")
+    if not isinstance(vocabulary, int) or isinstance(vocabulary, bool) or vocabulary < 2:
+        raise ValueError(f"vocabulary ({vocabulary!r}) must be a whole number of at least 2")
     meta_file = out / "meta.json"
     if meta_file.is_file():
         meta = Meta(**json.loads(meta_file.read_text()))
         if (meta.corpus, meta.vocabulary) == (corpus, vocabulary):
             return meta
-    if corpus not in _READERS:
-        raise ValueError(f"corpus ({corpus!r}) must be one of {', '.join(_READERS)}")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    _remove(out)
+    out.mkdir(parents=True, exist_ok=True)
     read, is_prose = _READERS[corpus]
     tokenizer = _train_tokenizer((text for text in read(source, "train")), vocabulary - 1)
     tokenizer.save(str(out / "tokenizer.json"))
@@ -63,6 +67,21 @@ def prepare(corpus: str, vocabulary: int, source: Path, out: Path) -> Meta:
     meta_file.write_text(json.dumps(asdict(meta), indent=2) + "\n")  # last: where it is, the data sets are whole
     logger.info("%s: %s tokens of %s in %s", corpus, f"{tokens['train']:,}", vocabulary, out)
     return meta
+
+
+def _remove(out: Path) -> None:
+    """Remove what this module has written into a folder earlier, and only that."""
+    if not out.exists():
+        return
+    foreign = [path.name for path in out.iterdir() if path.name not in _OWN_FILES and path.name not in SPLITS]
+    if foreign:
+        raise ValueError(
+            f"{out} holds {sorted(foreign)[0]}, which is no part of a prepared corpus: name another folder"
+        )
+    for split in SPLITS:
+        shutil.rmtree(out / split, ignore_errors=True)  # Megatron's cached shuffling of earlier data
+    for name in _OWN_FILES:
+        (out / name).unlink(missing_ok=True)
 
 
 def _train_tokenizer(texts, num_ids):

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,21 @@ _GPU_FLAGS = {
     "no-bias-dropout-fusion": True,
 }
 _BLOCK = ("experts", "shapes", "variants", "seeds", "corpus", "vocabulary", "flags")
+_RULES = {
+    "corpus": ("a name of letters, digits, '.', '_' and '-'", lambda value: _is_name(value)),
+    "vocabulary": ("a whole number of at least 2", lambda value: _is_integer(value, 2)),
+    "seeds": ("a list of whole numbers from 0", lambda value: _is_list(value, lambda seed: _is_integer(seed, 0))),
+    "experts": ("a list of whole numbers from 1", lambda value: _is_list(value, lambda size: _is_integer(size, 1))),
+    "shapes": (
+        "a list of pairs [top-k, rows of an expert] of whole numbers from 1",
+        lambda value: _is_list(
+            value, lambda pair: _is_list(pair, lambda size: _is_integer(size, 1)) and len(pair) == 2
+        ),
+    ),
+    "variants": ("a list of names of variants", lambda value: _is_list(value, lambda name: isinstance(name, str))),
+    "flags": ("a table of numbers, texts and booleans", lambda value: _is_flags(value)),
+}
+"""What the entries of a study must be: the rule in words, and its check."""
 _LOSS = re.compile(r"validation loss at iteration (\d+)( on (\w+) set)? \| lm loss value: ([0-9.E+-]+)")
 _LOSS_POINTS = 50  # of the training loss in a result; each is a mean over its share of the steps
 
@@ -88,11 +103,24 @@ def load_runs(config: dict) -> list[Run]:
     for entry in ("corpus", "vocabulary", "seeds", "flags", "variants", "runs"):
         if entry not in config:
             raise ValueError(f"{entry} is missing in the study's config")
+    if not isinstance(config["variants"], dict):
+        raise ValueError(f"variants ({config['variants']!r}) must be a table of variants")
+    for name, flags in config["variants"].items():
+        _check(f"variants.{name}", "flags", flags)
+    for name in ("corpus", "vocabulary", "seeds", "flags"):
+        _check(name, name, config[name])
+    if not _is_list(config["runs"], lambda block: isinstance(block, dict)):
+        raise ValueError(f"runs ({config['runs']!r}) must be a list of blocks, [[runs]]")
     runs = {}
     for block in config["runs"]:
         unknown = [name for name in block if name not in _BLOCK]
         if unknown:
             raise ValueError(f"runs: {unknown[0]!r} is not among the entries of a block: {', '.join(_BLOCK)}")
+        for name in ("experts", "shapes", "variants"):
+            if name not in block:
+                raise ValueError(f"runs: {name} is missing in a block")
+        for name, value in block.items():
+            _check(f"runs: {name}", name, value)
         unknown = [name for name in block["variants"] if name not in config["variants"]]
         if unknown:
             raise ValueError(
@@ -116,6 +144,28 @@ def load_runs(config: dict) -> list[Run]:
             run = Run(variant, experts, topk, ffn, seed, corpus, vocabulary, flags)
             runs.setdefault(run.key, run)
     return list(runs.values())
+
+
+def _check(place: str, entry: str, value: object) -> None:
+    rule, holds = _RULES[entry]
+    if not holds(value):
+        raise ValueError(f"{place} ({value!r}) must be {rule}")
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", value) is not None
+
+
+def _is_integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_list(value: object, holds: Callable[[object], bool]) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(holds, value))
+
+
+def _is_flags(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, (bool, int, float, str)) for item in value.values())
 
 
 def command(run: Run, data: Path, folder: Path, eval_iters: int, on_gpu: bool) -> list[str]:

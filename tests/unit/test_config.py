@@ -6,7 +6,15 @@ from dataclasses import fields
 import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from air_moe_megatron.config import AIRFields, AIRMoEConfig, attach, resolve_sizes, validate, validate_experts
+from air_moe_megatron.config import (
+    ROUTER_TYPES,
+    AIRFields,
+    AIRMoEConfig,
+    attach,
+    resolve_sizes,
+    validate,
+    validate_experts,
+)
 
 BASE = dict(
     num_layers=2,
@@ -39,7 +47,6 @@ REFUSED = {
     "decay-zero": (dict(moe_air_codebook_ema=0.0), ["moe_air_codebook_ema (0.0)", "between 0 and 1"]),
     "decay-one": (dict(moe_air_codebook_ema=1.0), ["moe_air_codebook_ema (1.0)", "between 0 and 1"]),
     "decay-negative": (dict(moe_air_codebook_ema=-0.5), ["moe_air_codebook_ema (-0.5)", "between 0 and 1"]),
-    "decay-nan": (dict(moe_air_codebook_ema=float("nan")), ["moe_air_codebook_ema (nan)", "between 0 and 1"]),
     "interval-zero": (dict(moe_air_refresh_interval=0), ["moe_air_refresh_interval (0)", "at least 1"]),
     "clusters-negative": (dict(moe_air_num_clusters=-8), ["moe_air_num_clusters (-8)", "positive, or 0"]),
     "shortlist-negative": (dict(moe_air_shortlist_size=-1), ["moe_air_shortlist_size (-1)", "positive, or 0"]),
@@ -173,7 +180,7 @@ UNSUPPORTED_LATER = {
 NOT_WITH_GRANULAR_EXPERTS = {
     "expert-tensor-parallel": (
         dict(expert_tensor_parallel_size=2),
-        ["expert_tensor_parallel_size (2)", "expert_model_parallel_size"],
+        ["expert_tensor_parallel_size (2)", "add --expert-tensor-parallel-size 1"],
     ),
     "biases": (dict(add_bias_linear=True), ["add_bias_linear (True)", "--disable-bias-linear"]),
     "no-hidden-size": (dict(moe_ffn_hidden_size=None), ["moe_ffn_hidden_size (None)", "at least 1"]),
@@ -457,6 +464,16 @@ def test_every_flag_has_a_help_text():
         assert action.help and len(action.help) > 20 or action.dest == "help", action.dest
 
 
+def test_every_help_text_ends_with_the_default():
+    parser, _ = parsed()
+    defaults = {field.name: field.default for field in fields(AIRFields)}
+    shown = {action.dest: action.help for action in parser._actions if action.dest != "help"}
+    assert shown.keys() == defaults.keys()
+    for name, text in shown.items():
+        assert text.endswith(f" Default: {defaults[name]}.")
+    assert "Default: 0.99." in parser.format_help()
+
+
 def test_flags_are_converted_to_the_types_of_the_fields():
     _, values = parsed(
         *("--moe-router-type", "air"),
@@ -591,11 +608,37 @@ def test_flags_of_another_router_are_refused(router_type):
     "padded, vocab, expected", [(640, 600, 640), (None, 600, 640), (None, None, 0)], ids=("given", "padded", "unknown")
 )
 def test_hash_takes_the_vocabulary_of_the_arguments(padded, vocab, expected):
-    from air_moe_megatron.arguments import _padded_vocab_size
+    from air_moe_megatron.arguments import padded_vocab_size
 
     sizes = dict(padded_vocab_size=padded, vocab_size=vocab, make_vocab_size_divisible_by=64)
     args = argparse.Namespace(**sizes, tensor_model_parallel_size=2)
-    assert _padded_vocab_size(args) == expected
+    assert padded_vocab_size(args) == expected
+
+
+def test_a_hash_vocabulary_below_the_padded_one_is_refused():
+    from air_moe_megatron.arguments import _hash_vocab_size
+
+    args = argparse.Namespace(padded_vocab_size=640, vocab_size=600)
+    for given, size in ((0, 640), (640, 640), (700, 700)):
+        args.moe_hash_vocab_size = given
+        assert _hash_vocab_size(args) == size
+    for given in (600, 639, -1):
+        args.moe_hash_vocab_size = given
+        with pytest.raises(ValueError) as error:
+            _hash_vocab_size(args)
+        assert_says(error, [f"--moe-hash-vocab-size ({given})", "at least the padded vocabulary size (640)"])
+
+
+FLOATS = [field.name for field in fields(AIRFields) if isinstance(field.default, float)]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("router_type", ROUTER_TYPES)
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_field_that_is_not_finite_is_refused_whatever_the_router(name, router_type, value):
+    with pytest.raises(ValueError) as error:
+        make_config(**{"moe_router_type": router_type, "moe_hash_vocab_size": 8, name: value})
+    assert_says(error, [f"{name} ({value}) must be a finite number"])
 
 
 # Config classes that lack our fields.

@@ -35,6 +35,15 @@ def make_layer(groups, num_experts=64, **fields):
     return layer
 
 
+def test_probs_that_are_not_finite_name_their_layer(megatron_cpu):
+    layer = make_layer(megatron_cpu)
+    layer.set_layer_number(7)
+    with torch.no_grad():
+        layer.router.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="^layer 7: .* of the routing probs of expert-parallel rank 0 are NaN"):
+        layer(torch.randn(4, 2, HIDDEN))
+
+
 class Recorder(TorchDispatchMode):
     """The largest tensor that any operation returns, and the operations that make the host wait."""
 

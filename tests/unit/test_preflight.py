@@ -22,8 +22,17 @@ DATA_FLAGS = (
 )
 
 
+RUN = dict(
+    mock_data=False, sft=False, skip_train=False, train_iters=10, train_samples=None, eval_iters=0,
+    full_validation=False, seq_length=4, split=None, padded_vocab_size=8, vocab_size=8,
+)  # fmt: skip
+
+
 def arguments(**given):
-    return argparse.Namespace(**dict.fromkeys(DATA_FLAGS) | {"mock_data": False, "sft": False} | given)
+    """Arguments of a run that trains and does not evaluate; a blend is for training alone unless a split is given."""
+    if given.keys() & {"data_path", "data_args_path"}:
+        given = {"split": "1,0,0"} | given
+    return argparse.Namespace(**dict.fromkeys(DATA_FLAGS) | RUN | given)
 
 
 @pytest.fixture
@@ -74,7 +83,7 @@ def test_missing_index(flag, dataset):
     Path(f"{dataset}.idx").unlink()
     name = "--" + flag.replace("_", "-")
     with pytest.raises(ValueError, match=f"^{name} entry '{dataset}': '{dataset}.idx' does not exist; .*x.bin, x.idx"):
-        check_data(arguments(**{flag: [str(dataset)]}))
+        check_data(arguments(skip_train=True, **{flag: [str(dataset)]}))
 
 
 @pytest.mark.parametrize("ending", ["bin", "idx"])
@@ -108,6 +117,8 @@ def test_named_with_its_ending(dataset):
         pytest.param(18, struct.pack("<Q", 0), "lists no sequences", id="no-sequences"),
         pytest.param(18, struct.pack("<Q", 2**40), "sequences need", id="sequence-count"),
         pytest.param(HEADER_SIZE + 2 * 4, struct.pack("<i", 9), "has 10 bytes where its index", id="long-sequence"),
+        pytest.param(HEADER_SIZE + 2 * 4, struct.pack("<i", -2), "a sequence of -2 tokens", id="negative-last-length"),
+        pytest.param(HEADER_SIZE, struct.pack("<i", -1), "a sequence of -1 tokens", id="negative-length"),
     ],
 )
 def test_damaged_index(offset, content, message, dataset):
@@ -159,7 +170,7 @@ def test_per_split_file(content, message, tmp_path):
     path = tmp_path / "splits.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        check_data(arguments(per_split_data_args_path=str(path)))
+        check_data(arguments(per_split_data_args_path=str(path), skip_train=True))
 
 
 @pytest.mark.parametrize(
@@ -180,3 +191,124 @@ def test_fine_tuning_reads_a_plain_file(tmp_path):
     check_data(arguments(sft=True, train_data_path=[str(path)]))
     with pytest.raises(ValueError, match="'nowhere.jsonl' does not exist; with --sft it is a JSON Lines file"):
         check_data(arguments(sft=True, train_data_path=["nowhere.jsonl"]))
+
+
+# Splits: the data set has sequences of 2, 1 and 2 tokens.
+
+NOTHING_DRAWN = dict(eval_iters=0)
+EVALUATED = dict(eval_iters=2)
+REFUSED_SPLITS = {
+    "no-document-evaluated": (
+        dict(split="98,1,1", **EVALUATED),
+        "--split 98,1,1 gives 0 of 3 sequences (documents) with 0 tokens to valid, which needs at least 1",
+    ),
+    "no-document-not-evaluated": (
+        dict(split="98,1,1", **NOTHING_DRAWN),
+        "--split 98,1,1 gives 0 of 3 sequences (documents) with 0 tokens to valid, which needs at least 5",
+    ),
+    "no-sample": (
+        dict(split="1,1,1", **NOTHING_DRAWN),
+        "--split 1,1,1 gives 1 of 3 sequences (documents) with 1 tokens to valid, which needs at least 5",
+    ),
+    "no-training": (dict(split="0,1,0", **EVALUATED), "--split 0,1,0 gives data to train"),
+    "no-validation": (
+        dict(split="1,0,0", **EVALUATED),
+        "--split 1,0,0 gives data to valid, and --eval-iters (2) needs it",
+    ),
+    "not-numbers": (dict(split="most"), "--split (most) must be up to three numbers"),
+    "all-zero": (dict(split="0,0,0"), "--split (0,0,0) must be up to three numbers"),
+    "too-many": (dict(split="1,1,1,1"), "--split (1,1,1,1) must be up to three numbers"),
+    "full-validation": (
+        dict(split="1,1,0", full_validation=True, seq_length=16),
+        "gives 1 of 3 sequences (documents) with 2 tokens to valid, which needs at least 17",
+    ),
+}
+
+
+@pytest.mark.parametrize("settings, words", REFUSED_SPLITS.values(), ids=REFUSED_SPLITS)
+def test_a_split_from_which_nothing_can_be_drawn_is_refused(dataset, settings, words):
+    with pytest.raises(ValueError) as error:
+        check_data(arguments(data_path=[str(dataset)], **settings))
+    assert words in str(error.value)
+    assert "--eval-iters 0" in str(error.value) or "--skip-train" in str(error.value) or "numbers" in str(error.value)
+
+
+def test_a_split_that_is_smaller_than_a_sample_is_repeated_where_it_is_drawn_from(dataset):
+    check_data(arguments(data_path=[str(dataset)], split="1,1,1", eval_iters=2, seq_length=1000))
+    check_data(arguments(data_path=[str(dataset)], split="0,1,0", eval_iters=2, skip_train=True))
+
+
+@pytest.mark.parametrize("prefixes", [lambda x: ["1", x, "2", x], lambda x: [x, x]], ids=["weighted", "by-size"])
+def test_a_blend_from_which_nothing_is_drawn_is_refused(dataset, prefixes):
+    blend = prefixes(str(dataset))
+    with pytest.raises(ValueError, match="--data-path: no sample is drawn from valid, test, and Megatron"):
+        check_data(arguments(data_path=blend, split="1,1,1", eval_iters=0))
+
+
+def test_every_data_set_of_a_blend_by_size_needs_a_sample(dataset):
+    check_data(arguments(data_path=[str(dataset)] * 2, seq_length=4))
+    check_data(arguments(data_path=["1", str(dataset), "1", str(dataset)], seq_length=5))
+    with pytest.raises(ValueError, match="with 5 tokens to train, which needs at least 6"):
+        check_data(arguments(data_path=[str(dataset)] * 2, seq_length=5))
+
+
+def test_splits_of_their_own_are_checked_too(dataset):
+    flags = dict(train_data_path=[str(dataset)], eval_iters=2)
+    check_data(arguments(**flags, valid_data_path=[str(dataset)]))  # Megatron skips the test where it has no data
+    with pytest.raises(ValueError, match="no flag gives data to valid, and --eval-iters .2. needs it"):
+        check_data(arguments(**flags))
+    with pytest.raises(ValueError, match="no flag gives data to train"):
+        check_data(arguments(valid_data_path=[str(dataset)], eval_iters=2))
+
+
+# Token ids: those of the data set are 0, 1, 2.
+
+
+@pytest.mark.parametrize("vocab_size, is_refused", [(2, True), (3, False), (0, False)], ids=str)
+def test_a_token_id_beyond_the_vocabulary_is_refused(dataset, vocab_size, is_refused):
+    args = arguments(data_path=[str(dataset)], padded_vocab_size=vocab_size, vocab_size=None)
+    if not is_refused:
+        check_data(args)
+        return
+    with pytest.raises(
+        ValueError, match="text.bin' holds the token id 2, and the model's vocabulary has the ids 0 to 1"
+    ):
+        check_data(args)
+
+
+@pytest.mark.parametrize("token, is_refused", [(-2, True), (-1, False), (7, False), (8, True)], ids=str)
+def test_the_ids_of_signed_tokens_begin_with_that_of_padding(tmp_path, token, is_refused):
+    prefix = str(tmp_path / "text")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.int32)
+    builder.add_document(numpy.array([0, 1, token, 2, 3]), [5])
+    builder.finalize(f"{prefix}.idx")
+    if is_refused:
+        with pytest.raises(ValueError, match=f"holds the token id {token}, "):
+            check_data(arguments(data_path=[prefix]))
+    else:
+        check_data(arguments(data_path=[prefix]))
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_blocks_from_begin_to_end_of_a_large_file_are_searched(tmp_path, monkeypatch, place):
+    from air_moe_megatron import preflight
+
+    monkeypatch.setattr(preflight, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(preflight, "_SCANNED_BLOCKS", 3)
+    tokens = numpy.zeros(10_000, dtype=numpy.uint16)
+    tokens[{"first": 0, "middle": 5_000, "last": -1}[place]] = 9
+    prefix = str(tmp_path / "text")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    builder.add_document(tokens, [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
+    with pytest.raises(ValueError, match="holds the token id 9, "):
+        check_data(arguments(data_path=[prefix]))
+
+
+def test_tokens_of_a_type_that_cannot_exceed_the_vocabulary_are_not_read(dataset, monkeypatch):
+    from air_moe_megatron import preflight
+
+    monkeypatch.setattr(preflight, "_BLOCK_BYTES", None)  # reading would fail
+    check_data(arguments(data_path=[str(dataset)], padded_vocab_size=2**16))
+    with pytest.raises(TypeError):
+        check_data(arguments(data_path=[str(dataset)], padded_vocab_size=2**16 - 1))

@@ -61,8 +61,24 @@ def test_a_block_may_differ_from_the_study():
         ({"runs": [CONFIG["runs"][0] | {"steps": 3}]}, "'steps' is not among the entries"),
         ({"runs": [{"experts": [16], "shapes": [[4, 1]], "variants": ["other"]}]}, r"variants \('other'\)"),
         ({"seeds": None}, "seeds is missing"),
+        ({"runs": [{"experts": [16], "variants": ["air"]}]}, "runs: shapes is missing in a block"),
+        ({"runs": {}}, r"runs \(\{\}\) must be a list of blocks"),
+        ({"vocabulary": "/../../../victim"}, r"vocabulary \('/../../../victim'\) must be a whole number"),
+        ({"vocabulary": True}, r"vocabulary \(True\) must be a whole number"),
+        ({"corpus": "../victim"}, r"corpus \('../victim'\) must be a name"),
+        ({"seeds": ["1"]}, r"seeds \(\['1'\]\) must be a list of whole numbers"),
+        ({"flags": {"lr": [1]}}, r"flags \(\{'lr': \[1\]\}\) must be a table"),
+        ({"variants": {"air": "air"}}, r"variants.air \('air'\) must be a table"),
+        ({"variants": ["air"]}, r"variants \(\['air'\]\) must be a table"),
+        ({"runs": [CONFIG["runs"][0] | {"vocabulary": "../x"}]}, r"runs: vocabulary \('../x'\) must be a whole number"),
+        ({"runs": [CONFIG["runs"][0] | {"experts": [0]}]}, r"runs: experts \(\[0\]\) must be"),
+        ({"runs": [CONFIG["runs"][0] | {"shapes": [[4]]}]}, r"runs: shapes \(\[\[4\]\]\) must be a list of pairs"),
     ],
-    ids=["unknown-entry", "unknown-variant", "missing-entry"],
+    ids=[
+        *("unknown-entry", "unknown-variant", "missing-entry", "missing-in-a-block", "no-blocks"),
+        *("vocabulary-is-a-path", "vocabulary-is-a-boolean", "corpus-is-a-path", "seed-is-a-text", "flag-is-a-list"),
+        *("variant-is-a-text", "variants-are-a-list", "vocabulary-of-a-block", "no-experts", "half-a-shape"),
+    ],
 )
 def test_a_bad_study_is_refused(change, message):
     config = {name: value for name, value in (CONFIG | change).items() if value is not None}
@@ -139,6 +155,23 @@ def test_a_missing_corpus_is_named(tmp_path):
         data.prepare("wikitext-2", 300, tmp_path, tmp_path / "out")
     with pytest.raises(ValueError, match=r"corpus \('other'\)"):
         data.prepare("other", 300, tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("vocabulary", ["/../../victim", "300", 1, True])
+def test_a_vocabulary_that_is_no_number_is_refused_before_a_folder_is_touched(tmp_path, vocabulary):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    with pytest.raises(ValueError, match="vocabulary .* must be a whole number of at least 2"):
+        data.prepare("stdlib", vocabulary, tmp_path, tmp_path / f"out/stdlib-{vocabulary}")
+    assert victim.is_dir() and not (tmp_path / "out").exists()
+
+
+def test_only_what_a_corpus_is_made_of_is_replaced(tmp_path):
+    (tmp_path / "meta.json").write_text('{"corpus": "", "vocabulary": 0, "tokens": {}, "bytes": {}, "words": null}')
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds thesis.txt, which is no part of a prepared corpus"):
+        data.prepare("stdlib", 300, tmp_path, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "thesis.txt"]
 
 
 def result(variant, seed, perplexity, **health):
