@@ -21,7 +21,8 @@ SHARED_MEMORY = 227 * 1024  # bytes, the most that one block of threads gets on 
 
 # Kernels launched by each case of compile_kernels.py, with the operands of their tensor-core instructions. "plain" is a
 # product without tensor cores, as of fp32 numbers; "" is no product.
-ASSIGN, STATISTICS = ("_assign_fwd_kernel", "bf16"), ("_sorted_statistics_fwd_kernel", "")
+ASSIGN = ("_assign_fwd_kernel", "bf16")
+STATISTICS = {("_lengths_fwd_kernel", ""), ("_sorted_statistics_fwd_kernel", "")}
 PAIR_SUMS, PAIR_WEIGHT = ("_pair_sums_fwd_kernel", ""), ("_pair_weight_bwd_kernel", "")
 FINE_SCORES = {
     ("_fine_scores_fwd_kernel", "bf16"),
@@ -36,7 +37,7 @@ GRANULAR_EXPERTS = {
 }
 LAUNCHES = {
     "coarse": {ASSIGN},
-    "coarse-deterministic": {ASSIGN, STATISTICS},
+    "coarse-deterministic": {ASSIGN} | STATISTICS,
     "coarse-tf32": {("_assign_fwd_kernel", "tf32")},
     "ranking": {("_group_maxima_fwd_kernel", "bf16"), ("_candidates_fwd_kernel", "bf16")},
     "exchange": {(f"_{name}_fwd_kernel", "") for name in ("count", "place", "pack", "combine")},

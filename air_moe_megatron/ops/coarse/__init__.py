@@ -48,8 +48,9 @@ def token_statistics(hidden, codewords, assignments, keep=None):
         assignments: [T] int64, nearest codeword.
         keep: [T] bool or None; tokens that count (padding does not).
     Returns:
-        [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of lengths ``|h|``. A token that
-        is not finite makes its codeword's row not finite, which is how the update finds out.
+        [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of lengths ``|h|``. Right for
+        every finite length; one above 2^96 is summed as 2^96, and a token of zeros counts nothing. A token that is not
+        finite makes its codeword's row not finite, which is how the update finds out.
 
     Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], assignments [1] gives [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
     """

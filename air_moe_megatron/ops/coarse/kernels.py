@@ -30,12 +30,104 @@ from air_moe_megatron.ops.tiles import (
     sort_into_segments,
     split_codewords,
 )
+from air_moe_megatron.ops.unit_vectors import GROW, LARGE, LONGEST, SHRINK, SMALL
 
 PRECISIONS = ("ieee", "tf32")
 MAX_PROBES = 8
 
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_SMALL, _LARGE = tl.constexpr(SMALL), tl.constexpr(LARGE)
+_GROW, _SHRINK = tl.constexpr(GROW), tl.constexpr(SHRINK)
+_LONGEST = tl.constexpr(LONGEST)
 _NUM_SCALARS = tl.constexpr(3)  # count, sum of cosines, sum of lengths
+
+
+@triton.jit
+def _scale_of_rows(hidden, tokens, is_token, H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+    """[BLOCK_T] powers of two by which ``scale_rows`` multiplies the tokens; any for a token that is not finite."""
+    largest = tl.full([BLOCK_T], 1.0, tl.float32)
+    if hidden.dtype.element_ty != tl.float16:  # squares of fp16 numbers are in fp32's range
+        largest = tl.zeros([BLOCK_T], tl.float32)
+        for start in range(0, H, BLOCK_H):
+            columns = start + tl.arange(0, BLOCK_H)
+            mask = is_token[:, None] & (columns < H)[None, :]
+            h = tl.load(hidden + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(h), axis=1))
+    return tl.where(largest < _SMALL, _GROW, tl.where(largest > _LARGE, _SHRINK, 1.0))
+
+
+@triton.jit
+def _norms_of_rows(hidden, scales, tokens, is_token, H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+    """[BLOCK_T] lengths of the tokens times their scales; 0 where there is no token."""
+    squares = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, H, BLOCK_H):
+        columns = start + tl.arange(0, BLOCK_H)
+        mask = is_token[:, None] & (columns < H)[None, :]
+        h = tl.load(hidden + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        h *= scales[:, None]
+        squares += tl.sum(h * h, axis=1)
+    return tl.sqrt_rn(squares)
+
+
+@triton.jit
+def _nearest_keys(
+    hidden,
+    scales,
+    tokens,
+    is_token,
+    summands,
+    allowed,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    P_PAD: tl.constexpr,
+    S: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """[P_PAD, BLOCK_T] keys of the P codewords nearest to each token, in no order; LOWEST_KEY beyond P."""
+    slots = tl.arange(0, P_PAD)[:, None]
+    # Distinct keys below all real ones; slots beyond P are never the worst, so never replaced.
+    best = tl.where(slots < P, LOWEST_KEY + slots.to(tl.int64), HIGHEST_KEY) + tl.zeros(
+        [1, BLOCK_T], tl.int64
+    )  # [P, BLOCK_T]
+    for first in range(0, C, BLOCK_C):
+        ids = first + tl.arange(0, BLOCK_C)
+        is_codeword = ids < C
+        # Codewords are the rows: a product's M is at least 64, BLOCK_T need not be.
+        similarity = tl.zeros([BLOCK_C, BLOCK_T], tl.float32)
+        for start in range(0, H, BLOCK_H):
+            columns = start + tl.arange(0, BLOCK_H)
+            h = tl.load(
+                hidden + tokens[None, :] * H + columns[:, None],
+                mask=is_token[None, :] & (columns < H)[:, None],
+                other=0.0,
+            )
+            if SCALED:
+                h = (h.to(tl.float32) * scales[None, :]).to(h.dtype)  # by a power of two: exact
+            for s in tl.static_range(S):
+                c = tl.load(
+                    summands + s * C * H + ids.to(tl.int64)[:, None] * H + columns[None, :],
+                    mask=is_codeword[:, None] & (columns < H)[None, :],
+                    other=0.0,
+                )
+                if PRECISION == "tf32":
+                    similarity = tl.dot(c, h.to(c.dtype), similarity, input_precision="tf32")
+                else:
+                    similarity = dot(c, h.to(c.dtype), similarity)
+        if HAS_ALLOWED:
+            is_allowed = tl.load(allowed + ids, mask=is_codeword, other=0) != 0
+            similarity = tl.where(is_allowed[:, None], similarity, float("-inf"))
+        keys = tl.where(is_codeword[:, None], order_key(similarity, ids[:, None]), LOWEST_KEY)
+        for _ in tl.static_range(P):
+            candidate = tl.max(keys, axis=0)[None, :]
+            worst = tl.min(best, axis=0)[None, :]
+            best = tl.where((best == worst) & (candidate > worst), candidate, best)
+            keys = tl.where(keys == candidate, LOWEST_KEY, keys)
+    return tl.where(slots < P, best, LOWEST_KEY)
 
 
 @triton.jit
@@ -63,44 +155,26 @@ def _assign_fwd_kernel(
 ):
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = tokens < T
-    slots = tl.arange(0, P_PAD)[:, None]
-    # Distinct keys below all real ones; slots beyond P are never the worst, so never replaced.
-    best = tl.where(slots < P, LOWEST_KEY + slots.to(tl.int64), HIGHEST_KEY) + tl.zeros(
-        [1, BLOCK_T], tl.int64
-    )  # [P, BLOCK_T]
-    for first in range(0, C, BLOCK_C):
-        ids = first + tl.arange(0, BLOCK_C)
-        is_codeword = ids < C
-        # Codewords are the rows: a product's M is at least 64, BLOCK_T need not be.
-        similarity = tl.zeros([BLOCK_C, BLOCK_T], tl.float32)
-        for start in range(0, H, BLOCK_H):
-            columns = start + tl.arange(0, BLOCK_H)
-            h = tl.load(
-                hidden + tokens[None, :] * H + columns[:, None],
-                mask=is_token[None, :] & (columns < H)[:, None],
-                other=0.0,
-            )
-            for s in tl.static_range(S):
-                c = tl.load(
-                    summands + s * C * H + ids.to(tl.int64)[:, None] * H + columns[None, :],
-                    mask=is_codeword[:, None] & (columns < H)[None, :],
-                    other=0.0,
-                )
-                if PRECISION == "tf32":
-                    similarity = tl.dot(c, h.to(c.dtype), similarity, input_precision="tf32")
-                else:
-                    similarity = dot(c, h.to(c.dtype), similarity)
-        if HAS_ALLOWED:
-            is_allowed = tl.load(allowed + ids, mask=is_codeword, other=0) != 0
-            similarity = tl.where(is_allowed[:, None], similarity, float("-inf"))
-        keys = tl.where(is_codeword[:, None], order_key(similarity, ids[:, None]), LOWEST_KEY)
-        for _ in tl.static_range(P):
-            candidate = tl.max(keys, axis=0)[None, :]
-            worst = tl.min(best, axis=0)[None, :]
-            best = tl.where((best == worst) & (candidate > worst), candidate, best)
-            keys = tl.where(keys == candidate, LOWEST_KEY, keys)
-
-    best = tl.where(slots < P, best, LOWEST_KEY)
+    # The operands of 16-bit products are in shared memory, where nothing is multiplied: only a block with a token that
+    # is so short or long that its products would leave fp32's range is done again, scaled.
+    if hidden.dtype.element_ty == tl.float32:
+        scales = _scale_of_rows(hidden, tokens, is_token, H, BLOCK_T, BLOCK_H)
+        best = _nearest_keys(
+            hidden, scales, tokens, is_token, summands, allowed,
+            C, H, P, P_PAD, S, PRECISION, HAS_ALLOWED, True, BLOCK_T, BLOCK_C, BLOCK_H,
+        )  # fmt: skip
+    else:
+        best = _nearest_keys(
+            hidden, 1.0, tokens, is_token, summands, allowed,
+            C, H, P, P_PAD, S, PRECISION, HAS_ALLOWED, False, BLOCK_T, BLOCK_C, BLOCK_H,
+        )  # fmt: skip
+        scales = _scale_of_rows(hidden, tokens, is_token, H, BLOCK_T, BLOCK_H)
+        if hidden.dtype.element_ty == tl.bfloat16:
+            if tl.max((scales != 1.0).to(tl.int32), axis=0) > 0:
+                best = _nearest_keys(
+                    hidden, scales, tokens, is_token, summands, allowed,
+                    C, H, P, P_PAD, S, PRECISION, HAS_ALLOWED, True, BLOCK_T, BLOCK_C, BLOCK_H,
+                )  # fmt: skip
     nearest = id_of_key(tl.max(best, axis=0))  # [BLOCK_T] int64
     for p in tl.static_range(P):
         key = tl.max(best, axis=0)
@@ -111,33 +185,45 @@ def _assign_fwd_kernel(
         counts = is_token
         if HAS_KEEP:
             counts = counts & (tl.load(keep + tokens, mask=is_token, other=0) != 0)
-        squares = tl.zeros([BLOCK_T], tl.float32)
-        for start in range(0, H, BLOCK_H):
-            columns = start + tl.arange(0, BLOCK_H)
-            mask = counts[:, None] & (columns < H)[None, :]
-            h = tl.load(hidden + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            squares += tl.sum(h * h, axis=1)
-        lengths = tl.sqrt_rn(squares)
-        divisors = tl.maximum(lengths, _TINY)
+        norms = _norms_of_rows(hidden, scales, tokens, counts, H, BLOCK_T, BLOCK_H)
+        counts = counts & (norms != 0.0)  # a token of zeros has no direction
         cosines = tl.zeros([BLOCK_T], tl.float32)
         rows = statistics + nearest * (H + _NUM_SCALARS)
         for start in range(0, H, BLOCK_H):
             columns = start + tl.arange(0, BLOCK_H)
             mask = counts[:, None] & (columns < H)[None, :]
             h = tl.load(hidden + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            unit = h / divisors[:, None]
+            unit = h * scales[:, None] / tl.where(counts, norms, 1.0)[:, None]
             c = tl.load(codewords + nearest[:, None] * H + columns[None, :], mask=mask, other=0.0)
             cosines += tl.sum(unit * c, axis=1)
             tl.atomic_add(rows[:, None] + columns[None, :], unit, mask=mask, sem="relaxed")
         tl.atomic_add(rows + H, tl.full([BLOCK_T], 1.0, tl.float32), mask=counts, sem="relaxed")
         tl.atomic_add(rows + H + 1, cosines, mask=counts, sem="relaxed")
-        tl.atomic_add(rows + H + 2, lengths, mask=counts, sem="relaxed")
+        tl.atomic_add(rows + H + 2, tl.minimum(norms / scales, _LONGEST), mask=counts, sem="relaxed")
+
+
+@triton.jit
+def _lengths_fwd_kernel(
+    hidden,  # [T, H]
+    scales,  # [T] fp32, written
+    norms,  # [T] fp32, written
+    T,
+    H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    is_token = tokens < T
+    scale = _scale_of_rows(hidden, tokens, is_token, H, BLOCK_T, BLOCK_H)
+    tl.store(scales + tokens, scale, mask=is_token)
+    tl.store(norms + tokens, _norms_of_rows(hidden, scale, tokens, is_token, H, BLOCK_T, BLOCK_H), mask=is_token)
 
 
 @triton.jit
 def _sorted_statistics_fwd_kernel(
     hidden,  # [T, H]
-    lengths,  # [T] fp32
+    scales,  # [T] fp32
+    norms,  # [T] fp32, lengths times scales
     order,  # [T] int64, tokens sorted by codeword
     first_places,  # [C + 1] int64, of each codeword in order
     statistics,  # [C, H + 3] fp32; the sums of cosines are left out
@@ -155,11 +241,12 @@ def _sorted_statistics_fwd_kernel(
         places = place + tl.arange(0, BLOCK_T)
         is_place = places < end
         tokens = tl.load(order + places, mask=is_place, other=0)
-        length = tl.load(lengths + tokens, mask=is_place, other=0.0)
+        scale = tl.load(scales + tokens, mask=is_place, other=1.0)
+        norm = tl.load(norms + tokens, mask=is_place, other=0.0)
         mask = is_place[:, None] & (columns < H)[None, :]
         h = tl.load(hidden + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        sums += h / tl.maximum(length, _TINY)[:, None]
-        summed_lengths += length
+        sums += h * scale[:, None] / tl.where(is_place, norm, 1.0)[:, None]
+        summed_lengths += tl.minimum(norm / scale, _LONGEST)
         place += BLOCK_T
     row = statistics + codeword * (H + _NUM_SCALARS)
     tl.store(row + columns, tl.sum(sums, axis=0), mask=columns < H)
@@ -221,18 +308,31 @@ def launch_assign(hidden, codewords, num_probes, allowed, keep, precision, with_
     return assignments, statistics
 
 
+def launch_lengths(hidden):
+    """Scales [T] as :func:`scale_rows` and lengths times scales [T], both fp32: 8 tokens by up to 256 columns."""
+    num_tokens, hidden_size = hidden.shape
+    scales, norms = torch.empty(2, num_tokens, dtype=torch.float32, device=hidden.device)
+    block = min(triton.next_power_of_2(hidden_size), 256)
+    _lengths_fwd_kernel[(triton.cdiv(num_tokens, 8),)](
+        hidden, scales, norms, num_tokens, H=hidden_size, BLOCK_T=8, BLOCK_H=block, num_warps=4
+    )
+    return scales, norms
+
+
 def launch_sorted_statistics(hidden, codewords, assignments, keep):
     """Statistics [C, H + 3] in a fixed order; 8 tokens by up to 256 columns at once, where a lane reads 16 bytes."""
     hidden, (num_clusters, hidden_size) = hidden.contiguous(), codewords.shape
+    scales, norms = launch_lengths(hidden)
+    counts = norms != 0.0  # a token of zeros has no direction
     if keep is not None:
-        assignments = assignments.masked_fill(~keep, num_clusters)  # behind all codewords
+        counts &= keep
+    assignments = assignments.masked_fill(~counts, num_clusters)  # behind all codewords
     order, first_places = sort_into_segments(assignments, num_clusters)
-    lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32)
     shape = (num_clusters, hidden_size + _NUM_SCALARS.value)
     statistics = torch.empty(shape, dtype=torch.float32, device=hidden.device)
     block = min(triton.next_power_of_2(hidden_size), 256)
     _sorted_statistics_fwd_kernel[(num_clusters, triton.cdiv(hidden_size, block))](
-        hidden, lengths, order, first_places, statistics, H=hidden_size, BLOCK_T=8, BLOCK_H=block, num_warps=4
+        hidden, scales, norms, order, first_places, statistics, H=hidden_size, BLOCK_T=8, BLOCK_H=block, num_warps=4
     )
     sums = statistics[:, :hidden_size]
     statistics[:, hidden_size + 1] = (sums * codewords).sum(dim=1)  # of a sum of vectors: the sum of their cosines
