@@ -14,6 +14,7 @@ NUM_SCALARS = 3
 """Columns of the statistics beside the H of the summed unit vectors: count, sum of cosines, sum of lengths."""
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def assign(hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allowed: torch.Tensor | None = None):
     """Find the codewords nearest in angle to each token.
@@ -37,6 +38,7 @@ def assign(hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allow
     return dense_assign(hidden, codewords, num_probes, allowed)
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def token_statistics(hidden, codewords, assignments, keep=None):
     """Sum what the update needs over the tokens of each codeword, in the order of the tokens: equal bits in every run,
@@ -61,6 +63,7 @@ def token_statistics(hidden, codewords, assignments, keep=None):
     return dense_token_statistics(hidden, codewords, assignments, keep)
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def assign_with_statistics(hidden, codewords, num_probes, allowed=None, keep=None):
     """Find the codewords of each token, and sum what the update needs over the tokens of the nearest.

@@ -12,6 +12,7 @@ from air_moe_megatron.ops.selected_scores import selected_scores
 __all__ = ["fine_scores", "fine_topk"]
 
 
+@torch.compiler.disable
 def fine_scores(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -48,6 +49,7 @@ def fine_scores(
     return grouped_fine_scores(hidden, weight, bias, shortlist, assignments, dtype)
 
 
+@torch.compiler.disable
 def fine_topk(
     hidden: torch.Tensor,
     weight: torch.Tensor,
