@@ -125,12 +125,10 @@ def fine_scores_bias():
     backward((fine_scores_kernel(hidden, weight, bias, *lists(), torch.float32),), (bias,))
 
 
-def fine_topk(of_logsumexp):
+def fine_topk():
     hidden, weight, bias = leaf(T, H), leaf(E, H), torch.zeros(E, dtype=BF16)
-    scores, _, logsumexp = fine_topk_kernel(
-        hidden, weight, bias, *lists(), torch.float32, K, torch.zeros(E), "sqrtsoftplus"
-    )
-    backward((scores, logsumexp) if of_logsumexp else (scores,), (hidden, weight))
+    scores, _ = fine_topk_kernel(hidden, weight, bias, *lists(), torch.float32, K)
+    backward((scores,), (hidden, weight))
 
 
 def pair_products():
@@ -163,8 +161,7 @@ CASES = {
     "fine-scores": lambda: fine_scores(deterministic=False),
     "fine-scores-deterministic": lambda: fine_scores(deterministic=True),
     "fine-scores-bias": fine_scores_bias,
-    "fine-topk": lambda: fine_topk(of_logsumexp=False),
-    "fine-topk-logsumexp": lambda: fine_topk(of_logsumexp=True),
+    "fine-topk": fine_topk,
     "pair-products": pair_products,
     "selected-scores": selected_scores,
     "granular-experts": lambda: granular_experts(deterministic=False),

@@ -45,7 +45,6 @@ LAUNCHES = {
     "fine-scores-deterministic": FINE_SCORES | {PAIR_WEIGHT},
     "fine-scores-bias": {("_fine_scores_fwd_kernel", "bf16"), ("_fine_scores_bwd_weight_kernel", "plain")},
     "fine-topk": {FINE_TOPK, PAIR_SUMS, PAIR_WEIGHT},
-    "fine-topk-logsumexp": FINE_SCORES | {FINE_TOPK},
     "pair-products": {("_pair_dots_fwd_kernel", ""), PAIR_SUMS, PAIR_WEIGHT},
     "selected-scores": {PAIR_SUMS, PAIR_WEIGHT},
     "granular-experts": GRANULAR_EXPERTS | {("_expert_sums_fwd_kernel", "bf16")},

@@ -82,7 +82,7 @@ def fine_topk(
     if use_kernels("fine_topk", hidden, weight, dtype=dtype, topk=topk):
         from air_moe_megatron.ops.fine_scores.topk_kernels import fine_topk_kernel
 
-        scores, ids, _ = fine_topk_kernel(hidden, weight, bias, shortlist, assignments, dtype, topk)
+        scores, ids = fine_topk_kernel(hidden, weight, bias, shortlist, assignments, dtype, topk)
         return scores.to(dtype), ids
     scores, ids = grouped_fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype)
     return selected_scores(hidden, weight, bias, ids, scores), ids
