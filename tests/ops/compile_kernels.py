@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from air_moe_megatron.ops.coarse.kernels import assign_tokens, assign_with_statistics
+from air_moe_megatron.ops.coarse.kernels import assign_with_statistics
 from air_moe_megatron.ops.exchange.kernels import combine, make_plan, pack
 from air_moe_megatron.ops.fine_scores.kernels import fine_scores_kernel
 from air_moe_megatron.ops.fine_scores.topk_kernels import fine_topk_kernel
@@ -90,10 +90,6 @@ def coarse(num_tokens, deterministic):
     assign_with_statistics(hidden, codewords, 2, allowed, keep, deterministic)
 
 
-def coarse_tf32():
-    assign_tokens(torch.zeros(T, H, dtype=BF16), torch.zeros(256, H), 2, precision="tf32")
-
-
 def ranking():
     weight, bias = torch.zeros(16384, H, dtype=BF16), torch.zeros(16384, dtype=BF16)
     rank_experts_kernel(torch.zeros(128, H), torch.ones(128), weight, bias, 32, "sqrtsoftplus", torch.zeros(16384))
@@ -155,7 +151,6 @@ def granular_experts(deterministic):
 CASES = {
     "coarse": lambda: coarse(8192, deterministic=False),
     "coarse-deterministic": lambda: coarse(T, deterministic=True),
-    "coarse-tf32": coarse_tf32,
     "ranking": ranking,
     "exchange": exchange,
     "fine-scores": lambda: fine_scores(deterministic=False),

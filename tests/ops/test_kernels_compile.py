@@ -38,7 +38,6 @@ GRANULAR_EXPERTS = {
 LAUNCHES = {
     "coarse": {ASSIGN},
     "coarse-deterministic": {ASSIGN} | STATISTICS,
-    "coarse-tf32": {("_assign_fwd_kernel", "tf32")},
     "ranking": {("_group_maxima_fwd_kernel", "bf16"), ("_candidates_fwd_kernel", "bf16")},
     "exchange": {(f"_{name}_fwd_kernel", "") for name in ("count", "place", "pack", "combine")},
     "fine-scores": FINE_SCORES,
