@@ -14,6 +14,7 @@ import torch
 
 from air_moe_megatron.learner import Learner
 from air_moe_megatron.ops.coarse import NUM_SCALARS, assign, token_statistics
+from air_moe_megatron.ops.unit_vectors import unit_rows
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,7 @@ def update_from_tokens(codewords, ema, statistics, decay, num_updates):
 def _directions(sums, otherwise):
     """[C, H]: the unit vectors of the summed tokens in [C, H + 3], or the given rows where nothing was summed."""
     vectors = sums[:, : otherwise.shape[1]]
-    norms = vectors.norm(dim=1, keepdim=True)
-    return torch.where(norms > 0, vectors / norms.clamp_min(torch.finfo(torch.float32).tiny), otherwise)
+    return torch.where(vectors.any(dim=1, keepdim=True), unit_rows(vectors), otherwise)
 
 
 def split_loaded(codewords, ema, statistics, num_updates):

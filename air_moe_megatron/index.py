@@ -7,6 +7,7 @@ import torch
 
 from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.ops.ranking import Ranking, rank_experts
+from air_moe_megatron.ops.unit_vectors import unit_rows
 
 SOURCES = ("tokens", "experts")
 
@@ -92,7 +93,7 @@ def inverted_lists(codewords, weight, capacity):
         [C, capacity] int32, ascending expert ids, -1 at the end of a shorter list.
     """
     num_clusters, num_experts = codewords.shape[0], weight.shape[0]
-    similarity = torch.nn.functional.normalize(weight.float(), dim=1) @ codewords.t()  # [E, C]
+    similarity = unit_rows(weight) @ codewords.t()  # [E, C]
     lists = torch.full((num_clusters, capacity), num_experts, dtype=torch.int64, device=weight.device)
     used = torch.zeros(num_clusters, dtype=torch.int64, device=weight.device)
     outside = torch.arange(num_experts, device=weight.device)
@@ -212,7 +213,7 @@ class ShortlistIndex(torch.nn.Module):
                 # Start from expert centres spread over the ids instead of from random directions.
                 num_clusters = codebook.codewords.shape[0]
                 ids = torch.arange(num_clusters, device=weight.device) * weight.shape[0] // num_clusters
-                codebook.codewords.copy_(torch.nn.functional.normalize(weight[ids].float(), dim=1))
+                codebook.codewords.copy_(unit_rows(weight[ids]))
             codebook.fit_experts(weight, _FIRST_LLOYD_STEPS if is_first else 1)
             lists = inverted_lists(codebook.codewords, weight, self.shortlist.shape[1])
         self.shortlist.copy_(lists)

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from air_moe_megatron.ops.coarse.kernels import assign_tokens, assign_with_statistics
+from air_moe_megatron.ops.coarse.kernels import assign_with_statistics
 from air_moe_megatron.ops.exchange.kernels import combine, make_plan, pack
 from air_moe_megatron.ops.fine_scores.kernels import fine_scores_kernel
 from air_moe_megatron.ops.fine_scores.topk_kernels import fine_topk_kernel
@@ -90,10 +90,6 @@ def coarse(num_tokens, deterministic):
     assign_with_statistics(hidden, codewords, 2, allowed, keep, deterministic)
 
 
-def coarse_tf32():
-    assign_tokens(torch.zeros(T, H, dtype=BF16), torch.zeros(256, H), 2, precision="tf32")
-
-
 def ranking():
     weight, bias = torch.zeros(16384, H, dtype=BF16), torch.zeros(16384, dtype=BF16)
     rank_experts_kernel(torch.zeros(128, H), torch.ones(128), weight, bias, 32, "sqrtsoftplus", torch.zeros(16384))
@@ -125,12 +121,10 @@ def fine_scores_bias():
     backward((fine_scores_kernel(hidden, weight, bias, *lists(), torch.float32),), (bias,))
 
 
-def fine_topk(of_logsumexp):
+def fine_topk():
     hidden, weight, bias = leaf(T, H), leaf(E, H), torch.zeros(E, dtype=BF16)
-    scores, _, logsumexp = fine_topk_kernel(
-        hidden, weight, bias, *lists(), torch.float32, K, torch.zeros(E), "sqrtsoftplus"
-    )
-    backward((scores, logsumexp) if of_logsumexp else (scores,), (hidden, weight))
+    scores, _ = fine_topk_kernel(hidden, weight, bias, *lists(), torch.float32, K)
+    backward((scores,), (hidden, weight))
 
 
 def pair_products():
@@ -157,14 +151,12 @@ def granular_experts(deterministic):
 CASES = {
     "coarse": lambda: coarse(8192, deterministic=False),
     "coarse-deterministic": lambda: coarse(T, deterministic=True),
-    "coarse-tf32": coarse_tf32,
     "ranking": ranking,
     "exchange": exchange,
     "fine-scores": lambda: fine_scores(deterministic=False),
     "fine-scores-deterministic": lambda: fine_scores(deterministic=True),
     "fine-scores-bias": fine_scores_bias,
-    "fine-topk": lambda: fine_topk(of_logsumexp=False),
-    "fine-topk-logsumexp": lambda: fine_topk(of_logsumexp=True),
+    "fine-topk": fine_topk,
     "pair-products": pair_products,
     "selected-scores": selected_scores,
     "granular-experts": lambda: granular_experts(deterministic=False),

@@ -147,15 +147,6 @@ def test_sorted_statistics_of_a_fixed_assignment_have_equal_bits_in_every_run(ke
     assert not runs[0][[2, 3]].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_products_in_tf32(dtype, kernel_device):
-    """Integers are exact in tf32 too; the interpreter computes tf32 products in fp32."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randint(-3, 4, (37, 33), generator=generator).to(dtype).to(kernel_device)
-    codewords = torch.randint(-3, 4, (140, 33), generator=generator).float().to(kernel_device)
-    assert torch.equal(assign_tokens(hidden, codewords, 3, precision="tf32"), naive_assign(hidden, codewords, 3))
-
-
 def test_strided_inputs_equal_contiguous_ones(kernel_device):
     hidden, codewords = make_inputs((33, 37, 6, 2), torch.float32, kernel_device)
     expected = assign_with_statistics(hidden, codewords, 2, deterministic=True)
@@ -182,10 +173,8 @@ def test_worked_examples(kernel_device):
         (lambda inputs: inputs | {"num_probes": 7}, "C = 6"),
         (lambda inputs: inputs | {"allowed": torch.ones(5, dtype=torch.bool)}, r"allowed \(5,\)"),
         (lambda inputs: inputs | {"keep": torch.ones(3)}, "keep"),
-        (lambda inputs: inputs | {"precision": "tf32x3"}, "tf32x3"),
-        (lambda inputs: inputs | {"precision": "tf32"}, "16-bit"),
     ],
-    ids=["hidden", "fp64", "codewords", "no-probe", "probes", "allowed", "keep", "precision", "tf32"],
+    ids=["hidden", "fp64", "codewords", "no-probe", "probes", "allowed", "keep"],
 )
 def test_what_does_not_fit_is_refused(change, message):
     inputs = {"hidden": torch.zeros(3, 4), "codewords": torch.zeros(6, 4), "num_probes": 2}

@@ -21,7 +21,8 @@ SHARED_MEMORY = 227 * 1024  # bytes, the most that one block of threads gets on 
 
 # Kernels launched by each case of compile_kernels.py, with the operands of their tensor-core instructions. "plain" is a
 # product without tensor cores, as of fp32 numbers; "" is no product.
-ASSIGN, STATISTICS = ("_assign_fwd_kernel", "bf16"), ("_sorted_statistics_fwd_kernel", "")
+ASSIGN = ("_assign_fwd_kernel", "bf16")
+STATISTICS = {("_lengths_fwd_kernel", ""), ("_sorted_statistics_fwd_kernel", "")}
 PAIR_SUMS, PAIR_WEIGHT = ("_pair_sums_fwd_kernel", ""), ("_pair_weight_bwd_kernel", "")
 FINE_SCORES = {
     ("_fine_scores_fwd_kernel", "bf16"),
@@ -36,15 +37,13 @@ GRANULAR_EXPERTS = {
 }
 LAUNCHES = {
     "coarse": {ASSIGN},
-    "coarse-deterministic": {ASSIGN, STATISTICS},
-    "coarse-tf32": {("_assign_fwd_kernel", "tf32")},
+    "coarse-deterministic": {ASSIGN} | STATISTICS,
     "ranking": {("_group_maxima_fwd_kernel", "bf16"), ("_candidates_fwd_kernel", "bf16")},
     "exchange": {(f"_{name}_fwd_kernel", "") for name in ("count", "place", "pack", "combine")},
     "fine-scores": FINE_SCORES,
     "fine-scores-deterministic": FINE_SCORES | {PAIR_WEIGHT},
     "fine-scores-bias": {("_fine_scores_fwd_kernel", "bf16"), ("_fine_scores_bwd_weight_kernel", "plain")},
     "fine-topk": {FINE_TOPK, PAIR_SUMS, PAIR_WEIGHT},
-    "fine-topk-logsumexp": FINE_SCORES | {FINE_TOPK},
     "pair-products": {("_pair_dots_fwd_kernel", ""), PAIR_SUMS, PAIR_WEIGHT},
     "selected-scores": {PAIR_SUMS, PAIR_WEIGHT},
     "granular-experts": GRANULAR_EXPERTS | {("_expert_sums_fwd_kernel", "bf16")},

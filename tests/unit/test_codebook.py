@@ -375,13 +375,48 @@ def test_a_token_that_is_not_finite_drops_the_update(poison, place):
     assert not torch.equal(codebook.codewords, before["codewords"])
 
 
-@pytest.mark.parametrize("size", (0.0, 1e-30, 1e-42, 1e30), ids=str)
+@pytest.mark.parametrize("size", (0.0, 1e-30, 1e-42, 1e30, 1e38), ids=str)
 def test_tokens_of_extreme_length_leave_it_finite(size):
     codebook = Codebook(6, 8, 0.9)
-    learn(codebook, randn(40, 8) * size)
+    learn(codebook, randn(40, 8).clamp(-3.0, 3.0) * size)
+    assert codebook.health().num_dropped == 0
     assert codebook.codewords.isfinite().all() and codebook.ema.isfinite().all()
     torch.testing.assert_close(codebook.codewords.norm(dim=1), torch.ones(6))
     assert codebook.typical_projections().isfinite().all()
+
+
+@pytest.mark.parametrize("length", (1e-45, 1e-37, 1e-25, 1e20, 3e38), ids=str)
+def test_one_token_of_extreme_length_counts_as_any_other(length):
+    """Around a narrow cluster, where it would turn the codeword most, and among short and long ones."""
+    hidden = torch.nn.functional.normalize(torch.ones(200, 16) + 1e-3 * randn(200, 16), dim=1)
+    hidden[77] = torch.eye(16)[3] * length
+    hidden[100:] *= torch.logspace(-20, 30, 100).unsqueeze(1)
+    expected = torch.nn.functional.normalize(hidden.double(), dim=1, eps=0.0).sum(dim=0)
+    codebook = Codebook(1, 16, 0.9)
+    learn(codebook, hidden)
+    assert codebook.health().num_dropped == 0
+    assert torch.nn.functional.cosine_similarity(codebook.codewords[0].double(), expected, dim=0) > 1 - 1e-6
+    assert codebook.ema[0, 16] / (1 - window_decay(0.9, 0)) == pytest.approx(200)
+    assert codebook.typical_projections().isfinite().all()
+
+
+def test_tokens_of_zeros_do_not_count():
+    codebook, without = Codebook(3, 8, 0.9), Codebook(3, 8, 0.9)
+    hidden = clustered(60, 3, 8)
+    learn(without, hidden)
+    learn(codebook, torch.cat((hidden, torch.zeros(30, 8))))
+    assert torch.equal(codebook.codewords, without.codewords)
+    assert torch.equal(codebook.ema, without.ema)
+
+
+def test_lloyd_steps_see_the_directions_of_expert_centres_of_every_length():
+    weight = clustered(60, 3, 8)
+    weight = torch.nn.functional.normalize(weight, dim=1)
+    codewords = torch.nn.functional.normalize(randn(3, 8, seed=5), dim=1)
+    expected, _ = lloyd_step(codewords, weight)
+    found, statistics = lloyd_step(codewords, weight * torch.logspace(-36, 37, 60).unsqueeze(1))
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert statistics.isfinite().all()
 
 
 @pytest.mark.parametrize("batches", (0, 1), ids=("first", "later"))

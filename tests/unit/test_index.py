@@ -182,6 +182,13 @@ def test_inverted_lists_put_each_expert_at_its_nearest_codeword_where_there_is_r
         assert present(lists[codeword]) == torch.nonzero(nearest == codeword).flatten().tolist()
 
 
+def test_inverted_lists_see_the_directions_of_centres_of_every_length():
+    codewords, weight = directions(5, 6), torch.nn.functional.normalize(randn(40, 6, seed=1), dim=1)
+    lengths = torch.logspace(-36, 37, 40)[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
+    lists = inverted_lists(codewords, weight * lengths.unsqueeze(1), 9)  # so short that experts compete
+    assert torch.equal(lists, inverted_lists(codewords, weight, 9))
+
+
 def test_a_full_list_keeps_the_nearest_and_sends_the_others_on():
     codewords = torch.eye(2)
     weight = torch.tensor([[1.0, 0.3], [1.0, 0.1], [1.0, 0.2], [0.1, 1.0]])

@@ -182,6 +182,30 @@ def test_compact_equals_stock(megatron_cpu, fields):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dispatch", ("compact", "stock"))
+@pytest.mark.parametrize("fields", ({}, dict(gated_linear_unit=True, moe_ffn_hidden_size=3)), ids=("plain", "gated"))
+def test_a_compiled_layer_equals_the_layer(megatron_cpu, monkeypatch, dispatch, fields):
+    """Every operation breaks the graph: what is compiled is around them, and outputs and gradients are the same."""
+    fields = fields | dict(moe_dispatch=dispatch)
+    if dispatch == "stock":
+        fields |= dict(moe_token_dispatcher_type="alltoall")
+    layers = [make_layer(megatron_cpu, **fields) for _ in range(2)]
+    expected = steps(layers[0])
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")  # CPU mode sets it
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(disable=False):
+        layers[1].compile(backend=backend)
+        found = steps(layers[1])
+    assert graphs
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def _given(config):
     """The fields that make_layer gives."""
     names = (

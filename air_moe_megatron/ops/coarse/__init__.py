@@ -14,6 +14,7 @@ NUM_SCALARS = 3
 """Columns of the statistics beside the H of the summed unit vectors: count, sum of cosines, sum of lengths."""
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def assign(hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allowed: torch.Tensor | None = None):
     """Find the codewords nearest in angle to each token.
@@ -37,6 +38,7 @@ def assign(hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allow
     return dense_assign(hidden, codewords, num_probes, allowed)
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def token_statistics(hidden, codewords, assignments, keep=None):
     """Sum what the update needs over the tokens of each codeword, in the order of the tokens: equal bits in every run,
@@ -48,8 +50,9 @@ def token_statistics(hidden, codewords, assignments, keep=None):
         assignments: [T] int64, nearest codeword.
         keep: [T] bool or None; tokens that count (padding does not).
     Returns:
-        [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of lengths ``|h|``. A token that
-        is not finite makes its codeword's row not finite, which is how the update finds out.
+        [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of lengths ``|h|``. Right for
+        every finite length; one above 2^96 is summed as 2^96, and a token of zeros counts nothing. A token that is not
+        finite makes its codeword's row not finite, which is how the update finds out.
 
     Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], assignments [1] gives [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
     """
@@ -60,6 +63,7 @@ def token_statistics(hidden, codewords, assignments, keep=None):
     return dense_token_statistics(hidden, codewords, assignments, keep)
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def assign_with_statistics(hidden, codewords, num_probes, allowed=None, keep=None):
     """Find the codewords of each token, and sum what the update needs over the tokens of the nearest.

@@ -7,7 +7,7 @@ cache. Where sums must not depend on the order in which programs finish, the tok
 
 Exactness. The codewords are fp32. fp32 tokens are multiplied in fp32. 16-bit tokens are exact in the tensor cores
 already, so the codewords are split into three summands of the tokens' dtype that add up to them exactly: three products
-of 16-bit numbers accumulated in fp32 give what an fp32 product gives, for one and a half times the cost of a tf32 one.
+of 16-bit numbers accumulated in fp32 give what an fp32 product gives.
 
 A candidate is one int64 key of similarity and id (``order_key``). The maximum of keys is an arg-max that no tie and no
 NaN can disturb.
@@ -30,39 +30,63 @@ from air_moe_megatron.ops.tiles import (
     sort_into_segments,
     split_codewords,
 )
+from air_moe_megatron.ops.unit_vectors import GROW, LARGE, LONGEST, SHRINK, SMALL
 
-PRECISIONS = ("ieee", "tf32")
 MAX_PROBES = 8
 
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_SMALL, _LARGE = tl.constexpr(SMALL), tl.constexpr(LARGE)
+_GROW, _SHRINK = tl.constexpr(GROW), tl.constexpr(SHRINK)
+_LONGEST = tl.constexpr(LONGEST)
 _NUM_SCALARS = tl.constexpr(3)  # count, sum of cosines, sum of lengths
 
 
 @triton.jit
-def _assign_fwd_kernel(
-    hidden,  # [T, H]
-    summands,  # [S, C, H]
-    codewords,  # [C, H] fp32
-    allowed,  # [C] bool
-    keep,  # [T] bool
-    assignments,  # [T, P] int64
-    statistics,  # [C, H + 3] fp32, zero
-    T,
+def _scale_of_rows(hidden, tokens, is_token, H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+    """[BLOCK_T] powers of two by which ``scale_rows`` multiplies the tokens; any for a token that is not finite."""
+    largest = tl.full([BLOCK_T], 1.0, tl.float32)
+    if hidden.dtype.element_ty != tl.float16:  # squares of fp16 numbers are in fp32's range
+        largest = tl.zeros([BLOCK_T], tl.float32)
+        for start in range(0, H, BLOCK_H):
+            columns = start + tl.arange(0, BLOCK_H)
+            mask = is_token[:, None] & (columns < H)[None, :]
+            h = tl.load(hidden + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(h), axis=1))
+    return tl.where(largest < _SMALL, _GROW, tl.where(largest > _LARGE, _SHRINK, 1.0))
+
+
+@triton.jit
+def _norms_of_rows(hidden, scales, tokens, is_token, H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
+    """[BLOCK_T] lengths of the tokens times their scales; 0 where there is no token."""
+    squares = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, H, BLOCK_H):
+        columns = start + tl.arange(0, BLOCK_H)
+        mask = is_token[:, None] & (columns < H)[None, :]
+        h = tl.load(hidden + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        h *= scales[:, None]
+        squares += tl.sum(h * h, axis=1)
+    return tl.sqrt_rn(squares)
+
+
+@triton.jit
+def _nearest_keys(
+    hidden,
+    scales,
+    tokens,
+    is_token,
+    summands,
+    allowed,
     C: tl.constexpr,
     H: tl.constexpr,
     P: tl.constexpr,
     P_PAD: tl.constexpr,
     S: tl.constexpr,
-    PRECISION: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-    WITH_STATISTICS: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    is_token = tokens < T
+    """[P_PAD, BLOCK_T] keys of the P codewords nearest to each token, in no order; LOWEST_KEY beyond P."""
     slots = tl.arange(0, P_PAD)[:, None]
     # Distinct keys below all real ones; slots beyond P are never the worst, so never replaced.
     best = tl.where(slots < P, LOWEST_KEY + slots.to(tl.int64), HIGHEST_KEY) + tl.zeros(
@@ -80,16 +104,15 @@ def _assign_fwd_kernel(
                 mask=is_token[None, :] & (columns < H)[:, None],
                 other=0.0,
             )
+            if SCALED:
+                h = (h.to(tl.float32) * scales[None, :]).to(h.dtype)  # by a power of two: exact
             for s in tl.static_range(S):
                 c = tl.load(
                     summands + s * C * H + ids.to(tl.int64)[:, None] * H + columns[None, :],
                     mask=is_codeword[:, None] & (columns < H)[None, :],
                     other=0.0,
                 )
-                if PRECISION == "tf32":
-                    similarity = tl.dot(c, h.to(c.dtype), similarity, input_precision="tf32")
-                else:
-                    similarity = dot(c, h.to(c.dtype), similarity)
+                similarity = dot(c, h.to(c.dtype), similarity)
         if HAS_ALLOWED:
             is_allowed = tl.load(allowed + ids, mask=is_codeword, other=0) != 0
             similarity = tl.where(is_allowed[:, None], similarity, float("-inf"))
@@ -99,8 +122,53 @@ def _assign_fwd_kernel(
             worst = tl.min(best, axis=0)[None, :]
             best = tl.where((best == worst) & (candidate > worst), candidate, best)
             keys = tl.where(keys == candidate, LOWEST_KEY, keys)
+    return tl.where(slots < P, best, LOWEST_KEY)
 
-    best = tl.where(slots < P, best, LOWEST_KEY)
+
+@triton.jit
+def _assign_fwd_kernel(
+    hidden,  # [T, H]
+    summands,  # [S, C, H]
+    codewords,  # [C, H] fp32
+    allowed,  # [C] bool
+    keep,  # [T] bool
+    assignments,  # [T, P] int64
+    statistics,  # [C, H + 3] fp32, zero
+    T,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    P_PAD: tl.constexpr,
+    S: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    WITH_STATISTICS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    is_token = tokens < T
+    # The operands of 16-bit products are in shared memory, where nothing is multiplied: only a block with a token that
+    # is so short or long that its products would leave fp32's range is done again, scaled.
+    if hidden.dtype.element_ty == tl.float32:
+        scales = _scale_of_rows(hidden, tokens, is_token, H, BLOCK_T, BLOCK_H)
+        best = _nearest_keys(
+            hidden, scales, tokens, is_token, summands, allowed,
+            C, H, P, P_PAD, S, HAS_ALLOWED, True, BLOCK_T, BLOCK_C, BLOCK_H,
+        )  # fmt: skip
+    else:
+        best = _nearest_keys(
+            hidden, 1.0, tokens, is_token, summands, allowed,
+            C, H, P, P_PAD, S, HAS_ALLOWED, False, BLOCK_T, BLOCK_C, BLOCK_H,
+        )  # fmt: skip
+        scales = _scale_of_rows(hidden, tokens, is_token, H, BLOCK_T, BLOCK_H)
+        if hidden.dtype.element_ty == tl.bfloat16:
+            if tl.max((scales != 1.0).to(tl.int32), axis=0) > 0:
+                best = _nearest_keys(
+                    hidden, scales, tokens, is_token, summands, allowed,
+                    C, H, P, P_PAD, S, HAS_ALLOWED, True, BLOCK_T, BLOCK_C, BLOCK_H,
+                )  # fmt: skip
     nearest = id_of_key(tl.max(best, axis=0))  # [BLOCK_T] int64
     for p in tl.static_range(P):
         key = tl.max(best, axis=0)
@@ -111,33 +179,45 @@ def _assign_fwd_kernel(
         counts = is_token
         if HAS_KEEP:
             counts = counts & (tl.load(keep + tokens, mask=is_token, other=0) != 0)
-        squares = tl.zeros([BLOCK_T], tl.float32)
-        for start in range(0, H, BLOCK_H):
-            columns = start + tl.arange(0, BLOCK_H)
-            mask = counts[:, None] & (columns < H)[None, :]
-            h = tl.load(hidden + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            squares += tl.sum(h * h, axis=1)
-        lengths = tl.sqrt_rn(squares)
-        divisors = tl.maximum(lengths, _TINY)
+        norms = _norms_of_rows(hidden, scales, tokens, counts, H, BLOCK_T, BLOCK_H)
+        counts = counts & (norms != 0.0)  # a token of zeros has no direction
         cosines = tl.zeros([BLOCK_T], tl.float32)
         rows = statistics + nearest * (H + _NUM_SCALARS)
         for start in range(0, H, BLOCK_H):
             columns = start + tl.arange(0, BLOCK_H)
             mask = counts[:, None] & (columns < H)[None, :]
             h = tl.load(hidden + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            unit = h / divisors[:, None]
+            unit = h * scales[:, None] / tl.where(counts, norms, 1.0)[:, None]
             c = tl.load(codewords + nearest[:, None] * H + columns[None, :], mask=mask, other=0.0)
             cosines += tl.sum(unit * c, axis=1)
             tl.atomic_add(rows[:, None] + columns[None, :], unit, mask=mask, sem="relaxed")
         tl.atomic_add(rows + H, tl.full([BLOCK_T], 1.0, tl.float32), mask=counts, sem="relaxed")
         tl.atomic_add(rows + H + 1, cosines, mask=counts, sem="relaxed")
-        tl.atomic_add(rows + H + 2, lengths, mask=counts, sem="relaxed")
+        tl.atomic_add(rows + H + 2, tl.minimum(norms / scales, _LONGEST), mask=counts, sem="relaxed")
+
+
+@triton.jit
+def _lengths_fwd_kernel(
+    hidden,  # [T, H]
+    scales,  # [T] fp32, written
+    norms,  # [T] fp32, written
+    T,
+    H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    is_token = tokens < T
+    scale = _scale_of_rows(hidden, tokens, is_token, H, BLOCK_T, BLOCK_H)
+    tl.store(scales + tokens, scale, mask=is_token)
+    tl.store(norms + tokens, _norms_of_rows(hidden, scale, tokens, is_token, H, BLOCK_T, BLOCK_H), mask=is_token)
 
 
 @triton.jit
 def _sorted_statistics_fwd_kernel(
     hidden,  # [T, H]
-    lengths,  # [T] fp32
+    scales,  # [T] fp32
+    norms,  # [T] fp32, lengths times scales
     order,  # [T] int64, tokens sorted by codeword
     first_places,  # [C + 1] int64, of each codeword in order
     statistics,  # [C, H + 3] fp32; the sums of cosines are left out
@@ -155,11 +235,12 @@ def _sorted_statistics_fwd_kernel(
         places = place + tl.arange(0, BLOCK_T)
         is_place = places < end
         tokens = tl.load(order + places, mask=is_place, other=0)
-        length = tl.load(lengths + tokens, mask=is_place, other=0.0)
+        scale = tl.load(scales + tokens, mask=is_place, other=1.0)
+        norm = tl.load(norms + tokens, mask=is_place, other=0.0)
         mask = is_place[:, None] & (columns < H)[None, :]
         h = tl.load(hidden + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        sums += h / tl.maximum(length, _TINY)[:, None]
-        summed_lengths += length
+        sums += h * scale[:, None] / tl.where(is_place, norm, 1.0)[:, None]
+        summed_lengths += tl.minimum(norm / scale, _LONGEST)
         place += BLOCK_T
     row = statistics + codeword * (H + _NUM_SCALARS)
     tl.store(row + columns, tl.sum(sums, axis=0), mask=columns < H)
@@ -168,36 +249,32 @@ def _sorted_statistics_fwd_kernel(
         tl.store(row + H + 2, tl.sum(summed_lengths, axis=0))
 
 
-def _blocks(hidden, num_probes, precision):
+def _blocks(hidden, num_probes):
     """Block sizes and launch options as a function of T, P and the kind of product.
 
     - 16-bit tensor cores: [128, 64] tiles of the three summands and [64, BLOCK_T] of the tokens are 56 or 64 KiB, three
       stages of them fit the 227 KiB of a multiprocessor. Every program reads all codewords through the L2 cache, which
       limits small blocks of tokens: 128 from 8,192 tokens on, although only 64 programs run then, else 64. With more
       than two probes the keys of 128 would not fit the registers.
-    - tf32: one summand, of twice the bytes.
     - fp32 without tensor cores: limited by arithmetic; small tiles fill the multiprocessors.
     """
     if hidden.dtype == torch.float32:
         return {"BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
-    if precision == "tf32":
-        return {"BLOCK_T": 64, "BLOCK_C": 128, "BLOCK_H": 32, "num_warps": 8, "num_stages": 3}
     block = 128 if hidden.shape[0] >= 8192 and num_probes <= 2 else 64
     return {"BLOCK_T": block, "BLOCK_C": 128, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
 
 
-def launch_assign(hidden, codewords, num_probes, allowed, keep, precision, with_statistics):
+def launch_assign(hidden, codewords, num_probes, allowed, keep, with_statistics):
     """Codewords [T, P], and the statistics [C, H + 3] by atomic additions or None; blocks as :func:`_blocks`."""
     (num_tokens, hidden_size), num_clusters = hidden.shape, codewords.shape[0]
     hidden, codewords, allowed, keep = contiguous(hidden, codewords, allowed, keep)
-    # A common factor does not change an arg-max.
-    summands, _ = split_codewords(codewords, torch.float32 if precision == "tf32" else hidden.dtype)
+    summands, _ = split_codewords(codewords, hidden.dtype)  # a common factor does not change an arg-max
     assignments = torch.empty(num_tokens, num_probes, dtype=torch.int64, device=hidden.device)
     statistics = None
     if with_statistics:
         shape = (num_clusters, hidden_size + _NUM_SCALARS.value)
         statistics = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
-    blocks = _blocks(hidden, num_probes, precision)
+    blocks = _blocks(hidden, num_probes)
     _assign_fwd_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
         hidden,
         summands,
@@ -212,7 +289,6 @@ def launch_assign(hidden, codewords, num_probes, allowed, keep, precision, with_
         P=num_probes,
         P_PAD=triton.next_power_of_2(num_probes),
         S=summands.shape[0],
-        PRECISION=precision,
         HAS_ALLOWED=allowed is not None,
         HAS_KEEP=keep is not None,
         WITH_STATISTICS=with_statistics,
@@ -221,18 +297,31 @@ def launch_assign(hidden, codewords, num_probes, allowed, keep, precision, with_
     return assignments, statistics
 
 
+def launch_lengths(hidden):
+    """Scales [T] as :func:`scale_rows` and lengths times scales [T], both fp32: 8 tokens by up to 256 columns."""
+    num_tokens, hidden_size = hidden.shape
+    scales, norms = torch.empty(2, num_tokens, dtype=torch.float32, device=hidden.device)
+    block = min(triton.next_power_of_2(hidden_size), 256)
+    _lengths_fwd_kernel[(triton.cdiv(num_tokens, 8),)](
+        hidden, scales, norms, num_tokens, H=hidden_size, BLOCK_T=8, BLOCK_H=block, num_warps=4
+    )
+    return scales, norms
+
+
 def launch_sorted_statistics(hidden, codewords, assignments, keep):
     """Statistics [C, H + 3] in a fixed order; 8 tokens by up to 256 columns at once, where a lane reads 16 bytes."""
     hidden, (num_clusters, hidden_size) = hidden.contiguous(), codewords.shape
+    scales, norms = launch_lengths(hidden)
+    counts = norms != 0.0  # a token of zeros has no direction
     if keep is not None:
-        assignments = assignments.masked_fill(~keep, num_clusters)  # behind all codewords
+        counts &= keep
+    assignments = assignments.masked_fill(~counts, num_clusters)  # behind all codewords
     order, first_places = sort_into_segments(assignments, num_clusters)
-    lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32)
     shape = (num_clusters, hidden_size + _NUM_SCALARS.value)
     statistics = torch.empty(shape, dtype=torch.float32, device=hidden.device)
     block = min(triton.next_power_of_2(hidden_size), 256)
     _sorted_statistics_fwd_kernel[(num_clusters, triton.cdiv(hidden_size, block))](
-        hidden, lengths, order, first_places, statistics, H=hidden_size, BLOCK_T=8, BLOCK_H=block, num_warps=4
+        hidden, scales, norms, order, first_places, statistics, H=hidden_size, BLOCK_T=8, BLOCK_H=block, num_warps=4
     )
     sums = statistics[:, :hidden_size]
     statistics[:, hidden_size + 1] = (sums * codewords).sum(dim=1)  # of a sum of vectors: the sum of their cosines
@@ -244,7 +333,6 @@ def assign_tokens(
     codewords: torch.Tensor,
     num_probes: int,
     allowed: torch.Tensor | None = None,
-    precision: str = "ieee",
 ) -> torch.Tensor:
     """Find the codewords nearest in angle to each token, without [T, C] in memory.
 
@@ -257,17 +345,15 @@ def assign_tokens(
         codewords: [C, H] fp32, unit rows.
         num_probes: P, codewords per token, at most 8 and at most C.
         allowed: [C] bool or None; a codeword that is not allowed is chosen only where fewer than P are.
-        precision: of the products with 16-bit tokens. "ieee": as in fp32. "tf32": codewords rounded to 11 bits, two
-            thirds of the tensor cores' time; near ties may fall otherwise than on the exact path.
     Returns:
         [T, P] int64, nearest first; the lower of two codewords that are equally near.
     Raises:
-        ValueError: if shapes, dtypes or precision do not fit.
+        ValueError: if shapes or dtypes do not fit.
 
     Example: hidden [[0, 3]], codewords [[1, 0], [0, 1]], one probe gives [[1]].
     """
-    _validate(hidden, codewords, num_probes, allowed, None, precision)
-    return launch_assign(hidden, codewords, num_probes, allowed, None, precision, with_statistics=False)[0]
+    _validate(hidden, codewords, num_probes, allowed, None)
+    return launch_assign(hidden, codewords, num_probes, allowed, None, with_statistics=False)[0]
 
 
 def token_statistics_sorted(
@@ -291,7 +377,7 @@ def token_statistics_sorted(
 
     Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], assignments [1] gives [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
     """
-    _validate(hidden, codewords, 1, None, keep, "ieee")
+    _validate(hidden, codewords, 1, None, keep)
     if assignments.shape != hidden.shape[:1]:
         raise ValueError(f"assignments {tuple(assignments.shape)} must be [T] with T = {hidden.shape[0]}")
     return launch_sorted_statistics(hidden, codewords, assignments, keep)
@@ -304,7 +390,6 @@ def assign_with_statistics(
     allowed: torch.Tensor | None = None,
     keep: torch.Tensor | None = None,
     deterministic: bool = False,
-    precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find each token's nearest codewords and sum the statistics of the tokens of each, in one launch.
 
@@ -318,24 +403,23 @@ def assign_with_statistics(
         allowed: [C] bool or None, see :func:`assign_tokens`.
         keep: [T] bool or None; tokens that count in the statistics. All are assigned.
         deterministic: whether the statistics must have equal bits in every run.
-        precision: see :func:`assign_tokens`.
     Returns:
         [T, P] int64 codewords, nearest first; [C, H + 3] fp32: sum of unit tokens, count, sum of cosines, sum of
         lengths ``|h|`` over the tokens whose nearest codeword it is. A token that is not finite makes its codeword's
         row not finite.
     Raises:
-        ValueError: if shapes, dtypes or precision do not fit.
+        ValueError: if shapes or dtypes do not fit.
 
     Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], one probe gives [[1]] and [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
     """
-    _validate(hidden, codewords, num_probes, allowed, keep, precision)
+    _validate(hidden, codewords, num_probes, allowed, keep)
     if not deterministic:
-        return launch_assign(hidden, codewords, num_probes, allowed, keep, precision, with_statistics=True)
-    assignments, _ = launch_assign(hidden, codewords, num_probes, allowed, None, precision, with_statistics=False)
+        return launch_assign(hidden, codewords, num_probes, allowed, keep, with_statistics=True)
+    assignments, _ = launch_assign(hidden, codewords, num_probes, allowed, None, with_statistics=False)
     return assignments, launch_sorted_statistics(hidden, codewords, assignments[:, 0], keep)
 
 
-def _validate(hidden, codewords, num_probes, allowed, keep, precision):
+def _validate(hidden, codewords, num_probes, allowed, keep):
     if hidden.dim() != 2 or codewords.dim() != 2 or hidden.shape[1] != codewords.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and codewords {tuple(codewords.shape)} must be [T, H] and [C, H] "
@@ -349,7 +433,3 @@ def _validate(hidden, codewords, num_probes, allowed, keep, precision):
     for name, mask, size in (("allowed", allowed, codewords.shape[0]), ("keep", keep, hidden.shape[0])):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (size,)):
             raise ValueError(f"{name} {tuple(mask.shape)} ({mask.dtype}) must be [{size}] bool")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision ({precision!r}) must be one of {PRECISIONS}")
-    if precision == "tf32" and hidden.dtype == torch.float32:
-        raise ValueError("precision 'tf32' is for 16-bit tokens: hidden is fp32")

@@ -2,6 +2,8 @@
 
 import torch
 
+from air_moe_megatron.ops.unit_vectors import LONGEST
+
 
 def naive_assign(hidden, codewords, num_probes, allowed=None):
     """As :func:`air_moe_megatron.ops.coarse.kernels.assign_tokens`, in the codewords' dtype, with [T, C] in memory."""
@@ -12,14 +14,18 @@ def naive_assign(hidden, codewords, num_probes, allowed=None):
 
 
 def naive_token_statistics(hidden, codewords, assignments, keep=None):
-    """[C, H + 3]: sums of unit tokens, counts, sums of cosines and of lengths, in the codewords' dtype."""
+    """[C, H + 3]: sums of unit tokens, counts, sums of cosines and of lengths, in the codewords' dtype.
+
+    Tokens of zeros count nothing. Right for every length in fp64 only, where squares of fp32 numbers are in range.
+    """
     if keep is not None:
         hidden, assignments = hidden[keep], assignments[keep]
     hidden = hidden.to(codewords.dtype)
     lengths = hidden.norm(dim=1, keepdim=True)
-    unit = hidden / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+    counts = (lengths != 0.0).to(hidden.dtype)
+    unit = torch.where(lengths == 0.0, 0.0, hidden / lengths)
     cosines = (unit * codewords[assignments]).sum(dim=1, keepdim=True)
-    rows = torch.cat((unit, torch.ones_like(lengths), cosines, lengths), dim=1)
+    rows = torch.cat((unit, counts, cosines, lengths.clamp(max=LONGEST)), dim=1)
     return rows.new_zeros(codewords.shape[0], rows.shape[1]).index_add_(0, assignments, rows)
 
 

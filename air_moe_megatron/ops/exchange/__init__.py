@@ -11,6 +11,7 @@ from air_moe_megatron.ops.exchange.sorted import SortedPlan, make_sorted_plan, s
 __all__ = ["combine", "make_plan", "pack"]
 
 
+@torch.compiler.disable
 def make_plan(topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, misfit: bool):
     """Count what each rank gets. Does not wait for the device.
 
@@ -38,6 +39,7 @@ def make_plan(topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_l
     return make_sorted_plan(topk_ids, probs, num_ranks, num_local_experts, misfit)
 
 
+@torch.compiler.disable
 def pack(hidden: torch.Tensor, probs: torch.Tensor, plan, num_rows: int, num_pairs: int):
     """Gather each token's row for every rank that wants it, and each pair, in the order in which they are sent.
 
@@ -63,6 +65,7 @@ def pack(hidden: torch.Tensor, probs: torch.Tensor, plan, num_rows: int, num_pai
     return kernels.pack(hidden, probs, plan, num_rows, num_pairs)
 
 
+@torch.compiler.disable
 def combine(partial_sums: torch.Tensor, plan) -> torch.Tensor:
     """Add up the rows of each token, in fp32 or wider. Differentiable; does not wait for the device.
 

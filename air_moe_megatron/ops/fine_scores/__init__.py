@@ -12,6 +12,7 @@ from air_moe_megatron.ops.selected_scores import selected_scores
 __all__ = ["fine_scores", "fine_topk"]
 
 
+@torch.compiler.disable
 def fine_scores(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -48,6 +49,7 @@ def fine_scores(
     return grouped_fine_scores(hidden, weight, bias, shortlist, assignments, dtype)
 
 
+@torch.compiler.disable
 def fine_topk(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -80,7 +82,7 @@ def fine_topk(
     if use_kernels("fine_topk", hidden, weight, dtype=dtype, topk=topk):
         from air_moe_megatron.ops.fine_scores.topk_kernels import fine_topk_kernel
 
-        scores, ids, _ = fine_topk_kernel(hidden, weight, bias, shortlist, assignments, dtype, topk)
+        scores, ids = fine_topk_kernel(hidden, weight, bias, shortlist, assignments, dtype, topk)
         return scores.to(dtype), ids
     scores, ids = grouped_fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype)
     return selected_scores(hidden, weight, bias, ids, scores), ids

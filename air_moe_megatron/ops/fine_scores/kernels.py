@@ -92,8 +92,6 @@ def _fine_scores_fwd_kernel(
     row_first,  # [C + 1]
     segments,  # [B]
     starts,  # [B]
-    logsumexp,  # [R] fp32 or None
-    grad_logsumexp,  # [R] fp32 or None
     scores,  # [R, L], written
     C,
     P,
@@ -101,7 +99,6 @@ def _fine_scores_fwd_kernel(
     H: tl.constexpr,
     L: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    OF_LOGSUMEXP: tl.constexpr,  # write the gradient of the logsumexp at the scores instead of the scores
     DOT_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -116,11 +113,6 @@ def _fine_scores_fwd_kernel(
     columns = (program % num_list_blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
     experts = experts_of_list(shortlist, codeword, columns, L)
     tile = score_tile(hidden, weight, bias, tokens, inside, experts, H, HAS_BIAS, DOT_DTYPE, BLOCK_N, BLOCK_L, BLOCK_H)
-    if OF_LOGSUMEXP:
-        normaliser = tl.load(logsumexp + rows, mask=inside, other=0.0)
-        grad = tl.load(grad_logsumexp + rows, mask=inside, other=0.0)
-        probs = tl.exp(tile - normaliser[:, None])
-        tile = tl.where((experts >= 0)[None, :], grad[:, None] * probs, 0.0)
     out = scores + rows[:, None] * L + columns[None, :]
     tl.store(out, tile, mask=inside[:, None] & (columns < L)[None, :])
 
@@ -257,8 +249,8 @@ def sort_rows(assignments, num_clusters):
     return Rows(*sort_into_segments(assignments.reshape(-1), num_clusters))
 
 
-def launch_fine_scores(hidden, weight, bias, shortlist, rows, num_probes, dot_dtype, scores, of_logsumexp=None):
-    """Write scores [R, L]; with ``of_logsumexp``, a pair (logsumexp, its gradient) [R], the gradients at the scores.
+def launch_fine_scores(hidden, weight, bias, shortlist, rows, num_probes, dot_dtype, scores):
+    """Write scores [R, L].
 
     Tiles of 16 to 64 rows, as many as a codeword has on average, and 128 list entries: the gathered centres of a step
     take 16 KiB in bf16, so that several programs fit on a multiprocessor and hide each other's gathers.
@@ -268,12 +260,11 @@ def launch_fine_scores(hidden, weight, bias, shortlist, rows, num_probes, dot_dt
         return
     num_list_blocks = triton.cdiv(shortlist.shape[1], block_list)
     segments, starts = rows.blocks(block_rows)
-    logsumexp, grad_logsumexp = of_logsumexp or (None, None)
     _fine_scores_fwd_kernel[(segments.numel() * num_list_blocks,)](
         hidden, weight, bias, shortlist, rows.order, rows.row_first, segments, starts,
-        logsumexp, grad_logsumexp, scores, rows.num_clusters, num_probes, num_list_blocks,
+        scores, rows.num_clusters, num_probes, num_list_blocks,
         hidden.shape[1], shortlist.shape[1],
-        HAS_BIAS=bias is not None, OF_LOGSUMEXP=of_logsumexp is not None, DOT_DTYPE=dot_dtype,
+        HAS_BIAS=bias is not None, DOT_DTYPE=dot_dtype,
         BLOCK_N=block_rows, BLOCK_L=block_list, BLOCK_H=step_of(hidden.shape[1], dot_dtype),
         num_warps=4, num_stages=3,
     )  # fmt: skip

@@ -42,7 +42,7 @@ from air_moe_megatron.ops.tiles import (
     step_of,
 )
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "squared_relu")
+ACTIVATIONS = ("gelu", "silu", "relu", "squared_relu")
 MAX_FFN_HIDDEN_SIZE = 64
 
 _ATOMIC_PARTS = 8  # weight rows of an expert from which sums per row of tokens are made in expert order
@@ -54,12 +54,6 @@ def _activation(x, NAME: tl.constexpr):
     if NAME == "gelu":
         below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         value, slope = x * below, below + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    elif NAME == "gelu_tanh":
-        # (1 + tanh(u)) / 2 is the sigmoid of 2u
-        twice = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-        below = 1.0 / (1.0 + tl.exp(-twice))
-        value = x * below
-        slope = below + value * (1.0 - below) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     elif NAME == "silu":
         below = 1.0 / (1.0 + tl.exp(-x))
         value, slope = x * below, below * (1.0 + x * (1.0 - below))
@@ -418,7 +412,7 @@ def granular_experts_kernel(
         weight2: [E, F, H], likewise; F from 1 to 64.
         probs: [N], likewise.
         pairs: N pairs of rows and experts, see :class:`air_moe_megatron.ops.pair_products.Pairs`.
-        activation: "gelu" (exact), "gelu_tanh", "silu", "relu" or "squared_relu".
+        activation: "gelu" (exact), "silu", "relu" or "squared_relu".
         deterministic: sum per row of tokens in row order, however many weight rows an expert has; otherwise sums over
             many are atomic additions.
     Returns:

@@ -59,6 +59,7 @@ class Pairs:
         )
 
 
+@torch.compiler.disable
 def make_pairs(rows: torch.Tensor, ids: torch.Tensor, num_rows: int, num_ids: int) -> Pairs:
     """Sort the pairs both ways. Does not wait for the device.
 
@@ -86,6 +87,7 @@ def make_pairs(rows: torch.Tensor, ids: torch.Tensor, num_rows: int, num_ids: in
     )
 
 
+@torch.compiler.disable
 def pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     """Dot product of each pair's row of tokens and weight row.
 
@@ -118,6 +120,7 @@ def pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch
     return PairDots.apply(hidden, weight, pairs)
 
 
+@torch.compiler.disable
 def pair_sums(values: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     """Sum the weight rows of each row of tokens, weighted by the pairs' values.
 

@@ -22,6 +22,7 @@ class Ranking:
     score: torch.Tensor  # [E] fp32, that score
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def rank_experts(
     codewords: torch.Tensor,

@@ -11,6 +11,7 @@ from air_moe_megatron.ops.selected_scores.bags import bagged_selected_scores
 __all__ = ["selected_scores"]
 
 
+@torch.compiler.disable
 def selected_scores(
     hidden: torch.Tensor,
     weight: torch.Tensor,
