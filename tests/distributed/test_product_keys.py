@@ -16,7 +16,7 @@ FIELDS = {
 def run(name, rank, world_size, groups):
     """Output, ids and gradients of one rank's part of the tokens."""
     from air_moe_megatron.sync import update_codebooks
-    from tests.unit.rivals import HIDDEN, make_layer
+    from tests.builders import HIDDEN, make_layer
 
     fields = dict(num_moe_experts=36, moe_router_type="product_key", expert_model_parallel_size=world_size)
     layer = make_layer(groups, **fields, **FIELDS[name])

@@ -73,7 +73,7 @@ def naive_recall(router):
 )
 def test_recall_against_all_probabilities(megatron_cpu, monkeypatch, fields, num_tokens):
     from air_moe_megatron import diagnostics
-    from tests.unit.rivals import HIDDEN, make_router
+    from tests.builders import HIDDEN, make_router
 
     monkeypatch.setattr(diagnostics, "_CHUNK", 10)  # 64 experts in seven chunks
     lists = dict(moe_air_num_clusters=8, moe_air_shortlist_size=12)
@@ -92,7 +92,7 @@ def test_recall_against_all_probabilities(megatron_cpu, monkeypatch, fields, num
 
 def test_recall_of_full_lists_is_one_and_padding_is_left_out(megatron_cpu):
     from air_moe_megatron.diagnostics import recall
-    from tests.unit.rivals import HIDDEN, make_router
+    from tests.builders import HIDDEN, make_router
 
     full = make_router(megatron_cpu, moe_router_type="air", moe_air_num_clusters=4, moe_air_shortlist_size=64)
     full.route(torch.randn(30, HIDDEN))
