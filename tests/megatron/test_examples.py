@@ -11,6 +11,8 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from tests.processes import HANG_SECONDS, run
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 HEALTH = re.compile(r"routing health at iteration .*dispatched bytes per token: (\d+) \((\d+) to other ranks\)")
 HIDDEN, TOPK, FP32_BYTES = 64, 8, 4  # of the tiny model in granular_gpt.sh
@@ -49,7 +51,7 @@ def start(script, *flags, env):
 def finish(process, succeeds=True):
     """The output of a started example."""
     try:
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=HANG_SECONDS)
     finally:
         process.kill()
     assert (process.returncode == 0) == succeeds, output[-6000:]
@@ -140,7 +142,7 @@ def test_scaling_table_says_which_lines_a_log_lacks(scaling, tmp_path, lost, war
     lines = (out / "ep1.log").read_text().splitlines(keepends=True)
     log.write_text("".join(line for line in lines if lost not in line))
     command = [sys.executable, EXAMPLES / "ep_scaling.py", "--warmup", str(warmup), "--out", tmp_path, log]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run(command)
     assert result.returncode != 0
     assert str(log) in result.stderr and message in result.stderr
     assert not (tmp_path / "ep_scaling.csv").exists()
@@ -187,7 +189,7 @@ def test_a_python_without_torch_is_named():
 
 
 def test_slurm_starts_the_launcher_on_each_node(fake_machine):
-    subprocess.run(["bash", "-n", EXAMPLES / "slurm.sbatch"], check=True)
+    run(["bash", "-n", EXAMPLES / "slurm.sbatch"], check=True)
     words = finish(start("slurm.sbatch", "--log-interval", 5, env={**fake_machine, "DATA": "mock"})).splitlines()
     expected = {"--nnodes": "2", "--node-rank": "1", "--nproc-per-node": "8", "--master-addr": "first"}
     assert {flag: value_of(flag, words) for flag in expected} == expected
