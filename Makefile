@@ -56,8 +56,8 @@ lint: install  ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The sizes are those of the bars, which `bars.py` prints at the end.
-bench: install  ## Run all benchmarks (12 minutes on two cores), write $(OUT_BENCH)/*.csv, print the bars
+# The sizes are those of the targets, which `targets.py` prints at the end.
+bench: install  ## Run all benchmarks (12 minutes on two cores), write $(OUT_BENCH)/*.csv, print the targets
 	$(RUN) router --repetitions 11 --slow-repetitions 2 --out $(OUT_BENCH)/router.csv
 	$(RUN) growth --out $(OUT_BENCH)/growth.csv
 	$(RUN) layer --slow-repetitions 2 --out $(OUT_BENCH)/layer.csv
@@ -65,7 +65,7 @@ bench: install  ## Run all benchmarks (12 minutes on two cores), write $(OUT_BEN
 	$(RUN) train --slow-repetitions 2 --out $(OUT_BENCH)/train.csv
 	$(RUN) dispatch --slow-repetitions 2 --out $(OUT_BENCH)/dispatch.csv
 	$(RUN) scaling --out $(OUT_BENCH)/scaling.csv --plot $(OUT_BENCH)/route_time.png
-	@$(BIN)/python benchmarks/bars.py $(OUT_BENCH)
+	@$(BIN)/python benchmarks/targets.py $(OUT_BENCH)
 
 bench-gpu: install  ## The same on a large GPU, with its sizes, into $(OUT_BENCH)/gpu
 	$(RUN) router $(GPU_SIZES) $(GPU_RUNS) --out $(OUT_BENCH)/gpu/router.csv
@@ -75,11 +75,11 @@ bench-gpu: install  ## The same on a large GPU, with its sizes, into $(OUT_BENCH
 	$(RUN) train --hidden 1024 --tokens 8192 --sequence 1024 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/train.csv
 	$(RUN) dispatch --hidden 1024 --tokens 8192 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/dispatch.csv
 	$(RUN) scaling $(GPU_SIZES) --dense-gib 5 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/scaling.csv --plot $(OUT_BENCH)/gpu/route_time.png
-	@$(BIN)/python benchmarks/bars.py $(OUT_BENCH)
+	@$(BIN)/python benchmarks/targets.py $(OUT_BENCH)
 
 bench-layer: install  ## Time the whole layer, also at a million experts, and measure its memory
 	$(RUN) layer --out $(OUT_BENCH)/layer.csv
-	$(RUN) layer --experts 1048576 --hidden 128 --no-rival --repetitions 3 --out $(OUT_BENCH)/layer_million.csv
+	$(RUN) layer --experts 1048576 --hidden 128 --no-baseline --repetitions 3 --out $(OUT_BENCH)/layer_million.csv
 
 study: install data  ## Compare the routers' quality on small models (7 to 15 minutes on two cores); table and plots in $(OUT_STUDY)
 	$(BIN)/python -W ignore benchmarks/quality/study.py benchmarks/quality/small.toml --data-dir $(DATA) --out $(OUT_STUDY)

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from benchmarks import floor
+from benchmarks import roofline
 
 
 def flops_per_token(flags: dict, vocabulary: int) -> dict[str, float]:
@@ -27,7 +27,7 @@ def flops_per_token(flags: dict, vocabulary: int) -> dict[str, float]:
         "rebuilds": layers * router.refresh,
         "router_with_dispatch": layers * router.with_dispatch,
         "experts": layers * expert_flops(config),
-        "other": sum(work.flops for work in floor.transformer(1, *sizes).values()),
+        "other": sum(work.flops for work in roofline.transformer(1, *sizes).values()),
     }
     rest = given["experts"] + given["other"]
     return given | {"total": given["router"] + rest, "total_with_dispatch": given["router_with_dispatch"] + rest}
