@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from benchmarks import roofline
+from benchmarks.quality.router_flops import expert_flops, router_flops
 
 
 def flops_per_token(flags: dict, vocabulary: int) -> dict[str, float]:
@@ -16,8 +17,6 @@ def flops_per_token(flags: dict, vocabulary: int) -> dict[str, float]:
         "router_with_dispatch" (with the constant of Krajewski et al.), "experts",
         "other" (attention and output layer), "total" (without dispatch) and "total_with_dispatch".
     """
-    from air_moe_megatron.flops import expert_flops, router_flops
-
     config = config_of(flags)
     tokens = flags["global-batch-size"] * flags["seq-length"]
     router, layers = router_flops(config, tokens, flags["train-iters"]), config.num_layers

@@ -18,7 +18,7 @@ LAYERS = (
     {"learner", "cpu"},
     {"codebook"},
     {"index"},
-    {"flops", "routers", "dispatcher", "experts"},
+    {"routers", "dispatcher", "experts"},
     {"router"},
     {"layer"},
     {"specs", "diagnostics", "arguments"},

@@ -1,13 +1,13 @@
-"""The formulas of flops.py against the operations that torch counts while each router runs."""
+"""The formulas of router_flops.py against the operations that torch counts while each router runs."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from air_moe_megatron.flops import expert_flops, router_flops
 from air_moe_megatron.index import num_rebuilds
 from air_moe_megatron.ops.fine_scores import grouped
 from air_moe_megatron.router import ROUTERS
+from benchmarks.quality.router_flops import expert_flops, router_flops
 from tests.builders import VOCABULARY, make_config, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
