@@ -20,7 +20,7 @@ GPU_SIZES := --hidden 1024 --tokens 16384 --topk 64
 GPU_RUNS := --warmup 3 --repetitions 20 --slow-repetitions 10
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train test lint bench bench-gpu bench-layer study clean
+.PHONY: help install data train test test-fast golden lint bench bench-gpu bench-layer study clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-13s%s\n", $$1, $$2}'
@@ -49,8 +49,15 @@ $(DATA)/stdlib_test.idx: examples/prepare_stdlib.py | $(STAMP)
 train: install data  ## Train the demo on two CPU processes and write $(OUT)
 	PYTHON=$(abspath $(BIN)/python) DATA=$(abspath $(DATA)) OUT=$(abspath $(OUT)) bash examples/pretrain_demo.sh
 
-test: install  ## Run the tests that need no GPU
+test: install  ## Run the tests that need no GPU (about 10 minutes on two quiet cores)
+	@echo "The tests take about 10 minutes on two quiet cores. 'make test-fast' leaves out those marked slow: 3 minutes."
 	$(BIN)/python -m pytest
+
+test-fast: install  ## Run those that are not slow either (3 minutes)
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+golden: install  ## Write tests/golden/losses.json anew, after a change that is meant to move losses
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.golden.losses
 
 lint: install  ## Check style and format
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ import torch
 
 from tests.megatron.conftest import AIR, EP2, read_checkpoint
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAVED = 4, 2
 ROUTER = "decoder.layers.mlp.router."
 NO_LOSS = ["--moe-router-load-balancing-type", "none", "--moe-aux-loss-coeff", "0"]

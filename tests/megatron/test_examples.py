@@ -99,6 +99,7 @@ def value_of(flag, words):
     return words[words.index(flag) + 1]
 
 
+@pytest.mark.slow
 def test_scaling_run_writes_a_row_per_size(scaling):
     output, out = scaling
     assert all(f"EP {size} of 1 2 4" in output and str(out / f"ep{size}.log") in output for size in (1, 2, 4))
@@ -119,6 +120,7 @@ def test_scaling_run_writes_a_row_per_size(scaling):
     assert remote[0] == 0 < remote[1] < remote[2]
 
 
+@pytest.mark.slow
 def test_scaling_plot_is_an_image(scaling):
     _, out = scaling
     image = matplotlib.image.imread(out / "ep_scaling.png")
@@ -126,6 +128,7 @@ def test_scaling_plot_is_an_image(scaling):
     assert image.std() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lost, warmup, message",
     [
@@ -148,6 +151,7 @@ def test_scaling_table_says_which_lines_a_log_lacks(scaling, tmp_path, lost, war
     assert not (tmp_path / "ep_scaling.csv").exists()
 
 
+@pytest.mark.slow
 def test_single_node(data_prefix, cpu_flags, tmp_path):
     env = {"RANKS": 1, "TRAIN_ITERS": 3, "DATA": data_prefix, "OUT": tmp_path}
     dispatched, remote = map(int, HEALTH.findall(finish(start("single_node.sh", *cpu_flags, env=env)))[-1])
@@ -156,6 +160,7 @@ def test_single_node(data_prefix, cpu_flags, tmp_path):
     assert HEALTH.search((tmp_path / "train.log").read_text())
 
 
+@pytest.mark.slow
 def test_multi_node_with_a_process_each(data_prefix, cpu_flags, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -168,6 +173,7 @@ def test_multi_node_with_a_process_each(data_prefix, cpu_flags, tmp_path):
     assert (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
+@pytest.mark.slow
 def test_million_experts_with_fewer(cpu_flags, tmp_path):
     env = {"NUM_EXPERTS": 4096, "TRAIN_ITERS": 3, "MICRO_BATCH": 2, "GLOBAL_BATCH": 2, "DATA": "mock", "OUT": tmp_path}
     output = finish(start("million_experts.sh", *cpu_flags, env=env))

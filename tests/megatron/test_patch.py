@@ -13,6 +13,8 @@ from air_moe_megatron.config import AIRFields
 from tests.megatron.conftest import AIR, EP2, ROOT, read_checkpoint
 from tests.processes import run
 
+pytestmark = pytest.mark.slow
+
 PLAIN = ["-m", "air_moe_megatron.cpu", "tests/megatron/plain_gpt.py", *cpu.REQUIRED_FLAGS]
 TRAIN = [*EP2, "--train-iters", "4", "--eval-interval", "2"]
 
