@@ -20,7 +20,7 @@ GPU_SIZES := --hidden 1024 --tokens 16384 --topk 64
 GPU_RUNS := --warmup 3 --repetitions 20 --slow-repetitions 10
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train test lint bench bench-gpu bench-layer study clean
+.PHONY: help install data train test test-fast golden lint bench bench-gpu bench-layer study clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-13s%s\n", $$1, $$2}'
@@ -49,15 +49,22 @@ $(DATA)/stdlib_test.idx: examples/prepare_stdlib.py | $(STAMP)
 train: install data  ## Train the demo on two CPU processes and write $(OUT)
 	PYTHON=$(abspath $(BIN)/python) DATA=$(abspath $(DATA)) OUT=$(abspath $(OUT)) bash examples/pretrain_demo.sh
 
-test: install  ## Run the tests that need no GPU
+test: install  ## Run the tests that need no GPU (about 10 minutes on two quiet cores)
+	@echo "The tests take about 10 minutes on two quiet cores. 'make test-fast' leaves out those marked slow: 3 minutes."
 	$(BIN)/python -m pytest
+
+test-fast: install  ## Run those that are not slow either (3 minutes)
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+golden: install  ## Write tests/golden/losses.json anew, after a change that is meant to move losses
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.golden.losses
 
 lint: install  ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The sizes are those of the bars, which `bars.py` prints at the end.
-bench: install  ## Run all benchmarks (12 minutes on two cores), write $(OUT_BENCH)/*.csv, print the bars
+# The sizes are those of the targets, which `targets.py` prints at the end.
+bench: install  ## Run all benchmarks (12 minutes on two cores), write $(OUT_BENCH)/*.csv, print the targets
 	$(RUN) router --repetitions 11 --slow-repetitions 2 --out $(OUT_BENCH)/router.csv
 	$(RUN) growth --out $(OUT_BENCH)/growth.csv
 	$(RUN) layer --slow-repetitions 2 --out $(OUT_BENCH)/layer.csv
@@ -65,7 +72,7 @@ bench: install  ## Run all benchmarks (12 minutes on two cores), write $(OUT_BEN
 	$(RUN) train --slow-repetitions 2 --out $(OUT_BENCH)/train.csv
 	$(RUN) dispatch --slow-repetitions 2 --out $(OUT_BENCH)/dispatch.csv
 	$(RUN) scaling --out $(OUT_BENCH)/scaling.csv --plot $(OUT_BENCH)/route_time.png
-	@$(BIN)/python benchmarks/bars.py $(OUT_BENCH)
+	@$(BIN)/python benchmarks/targets.py $(OUT_BENCH)
 
 bench-gpu: install  ## The same on a large GPU, with its sizes, into $(OUT_BENCH)/gpu
 	$(RUN) router $(GPU_SIZES) $(GPU_RUNS) --out $(OUT_BENCH)/gpu/router.csv
@@ -75,11 +82,11 @@ bench-gpu: install  ## The same on a large GPU, with its sizes, into $(OUT_BENCH
 	$(RUN) train --hidden 1024 --tokens 8192 --sequence 1024 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/train.csv
 	$(RUN) dispatch --hidden 1024 --tokens 8192 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/dispatch.csv
 	$(RUN) scaling $(GPU_SIZES) --dense-gib 5 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/scaling.csv --plot $(OUT_BENCH)/gpu/route_time.png
-	@$(BIN)/python benchmarks/bars.py $(OUT_BENCH)
+	@$(BIN)/python benchmarks/targets.py $(OUT_BENCH)
 
 bench-layer: install  ## Time the whole layer, also at a million experts, and measure its memory
 	$(RUN) layer --out $(OUT_BENCH)/layer.csv
-	$(RUN) layer --experts 1048576 --hidden 128 --no-rival --repetitions 3 --out $(OUT_BENCH)/layer_million.csv
+	$(RUN) layer --experts 1048576 --hidden 128 --no-baseline --repetitions 3 --out $(OUT_BENCH)/layer_million.csv
 
 study: install data  ## Compare the routers' quality on small models (7 to 15 minutes on two cores); table and plots in $(OUT_STUDY)
 	$(BIN)/python -W ignore benchmarks/quality/study.py benchmarks/quality/small.toml --data-dir $(DATA) --out $(OUT_STUDY)

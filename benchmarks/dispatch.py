@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import floor
-from benchmarks.gates import same
+from benchmarks import roofline
+from benchmarks.checks import same
 from benchmarks.measure import clock, world
 from benchmarks.models import Sizes, add_sizes, inputs, make_config
-from benchmarks.race import Contender, race
+from benchmarks.timing import Case, time_interleaved
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def _rank(rank, ranks, args, directory):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     init_method = None if ranks == 1 else f"file://{directory}/store"
     with world(rank, ranks, init_method, expert_parallel=ranks) as (device, pg_collection):
-        _gate(rank, ranks, pg_collection, device)
+        _check(rank, ranks, pg_collection, device)
         rows = _measure(args, rank, ranks, pg_collection, device)
         if rank == 0 and ranks > 1:
             Path(directory, "rows.json").write_text(json.dumps(rows))
@@ -83,18 +83,16 @@ def _measure(args, rank, ranks, pg_collection, device):
     sizes = Sizes.of(args)
     routes = _routes(sizes, rank, device)
     dispatchers = {name: _dispatcher(name, sizes, ranks, pg_collection) for name in (_OURS, _STOCK)}
-    runs, contenders, figures = {}, {}, {}
+    runs, cases, figures = {}, {}, {}
     for name, dispatcher in dispatchers.items():
         runs[name] = lambda name=name, dispatcher=dispatcher: _step(name, dispatcher, routes, None)
-        received = _gate_at_size(name, runs[name](), routes, sizes, ranks)
+        received = _check_at_size(name, runs[name](), routes, sizes, ranks)
         figures[name] = _bytes(name, dispatcher, sizes, rank, ranks)
-        work = floor.dispatch(sizes.tokens, received, sizes.hidden, sizes.dtype.itemsize)
-        contenders[name] = Contender(
-            lambda name=name: _slowest(runs[name], device, ranks), work, sizes.tokens, name == _STOCK
-        )
-    outcome = race(contenders, args, device)
+        work = roofline.dispatch(sizes.tokens, received, sizes.hidden, sizes.dtype.itemsize)
+        cases[name] = Case(lambda name=name: _slowest(runs[name], device, ranks), work, sizes.tokens, name == _STOCK)
+    outcome = time_interleaved(cases, args, device)
     rows = []
-    for name in contenders:
+    for name in cases:
         times_faster = round(outcome.median(_STOCK) / outcome.median(name), 2)
         columns = sizes.columns() | {"ranks": ranks}
         rows.append(outcome.row(name, columns, {"times_faster": times_faster} | figures[name]))
@@ -183,7 +181,7 @@ def _bytes(name, dispatcher, sizes, rank, ranks):
     }
 
 
-def _gate(rank, ranks, pg_collection, device):
+def _check(rank, ranks, pg_collection, device):
     """Both dispatchers around the same experts: equal outputs and gradients."""
     from air_moe_megatron.experts import GranularExperts
 
@@ -202,10 +200,10 @@ def _gate(rank, ranks, pg_collection, device):
     names = ("output", "input grad", "probs grad", "weight1 grad", "weight2 grad")
     for name, found, expected in zip(names, *results, strict=True):
         same(name, found, expected)
-    logger.info("gate passed: both dispatchers give equal outputs and gradients")
+    logger.info("check passed: both dispatchers give equal outputs and gradients")
 
 
-def _gate_at_size(name, step, routes, sizes, ranks):
+def _check_at_size(name, step, routes, sizes, ranks):
     """Each token and its gradient come back once per row sent, each prob has travelled; returns the rows received."""
     out, hidden_grad, probs_grad, received, received_probs = step[1]
     owners = routes.ids.long() // (sizes.experts // ranks)

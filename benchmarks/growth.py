@@ -2,10 +2,10 @@
 
 import logging
 
-from benchmarks import gates
+from benchmarks import checks
 from benchmarks.measure import world
-from benchmarks.models import Sizes, add_sizes, air_work, inputs, make_router, settle, step
-from benchmarks.race import Contender, race
+from benchmarks.models import Sizes, add_sizes, air_work, inputs, make_router, step, warm_up_codebook
+from benchmarks.timing import Case, time_interleaved
 
 logger = logging.getLogger(__name__)
 
@@ -16,20 +16,20 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> list[dict]:
-    """Time ``AIRRouter.route`` forward and backward for each number of experts, after the gates."""
+    """Time ``AIRRouter.route`` forward and backward for each number of experts, after the correctness checks."""
     with world() as (device, pg_collection):
-        gates.gate_router(pg_collection, device)
-        contenders, columns = {}, {}
+        checks.check_router(pg_collection, device)
+        cases, columns = {}, {}
         for num_experts in args.experts:
             sizes = Sizes.of(args, experts=num_experts)
             hidden, grad = inputs(sizes, device, (args.tokens, 1, args.hidden), (args.tokens, args.topk))
             router = make_router("air", sizes, pg_collection, device)
             logger.info("%d experts: building the shortlists", num_experts)
-            settle(router, hidden)
-            gates.gate_lists(router)
-            gates.gate_at_size(router, hidden, num_checked=16)
+            warm_up_codebook(router, hidden)
+            checks.check_lists(router)
+            checks.check_at_size(router, hidden, num_checked=16)
             name = f"AIRRouter.route, E = {num_experts}"
-            contenders[name] = Contender(
+            cases[name] = Case(
                 lambda router=router, hidden=hidden, grad=grad: step(
                     lambda x: router.route(x).probs, router, hidden, grad
                 ),
@@ -38,9 +38,8 @@ def run(args) -> list[dict]:
             )
             lists = {"clusters": router.sizes.num_clusters, "shortlist": router.sizes.shortlist_size}
             columns[name] = sizes.columns() | lists
-        outcome = race(contenders, args, device)
-        first = outcome.median(next(iter(contenders)))
+        outcome = time_interleaved(cases, args, device)
+        first = outcome.median(next(iter(cases)))
         return [
-            outcome.row(name, columns[name], {"times_slower": round(outcome.median(name) / first, 2)})
-            for name in contenders
+            outcome.row(name, columns[name], {"times_slower": round(outcome.median(name) / first, 2)}) for name in cases
         ]

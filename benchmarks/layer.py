@@ -3,7 +3,7 @@
 import logging
 import multiprocessing
 
-from benchmarks import floor, gates
+from benchmarks import checks, roofline
 from benchmarks.measure import peak_memory, world
 from benchmarks.models import (
     Sizes,
@@ -13,12 +13,12 @@ from benchmarks.models import (
     inputs,
     make_layer,
     product_key_work,
-    settle,
     step,
     topk_work,
     usage,
+    warm_up_codebook,
 )
-from benchmarks.race import Contender, race
+from benchmarks.timing import Case, time_interleaved
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ _MIB = 2**20
 def add_arguments(parser) -> None:
     add_sizes(parser, experts=65_536, hidden=512, tokens=4096, topk=64, ffn=1)
     parser.add_argument("--stock-experts", type=int, default=16_384, help="E for Megatron's layer; 0 leaves it out")
-    parser.add_argument("--no-rival", action="store_true", help="time and measure AIR-MoE alone")
+    parser.add_argument("--no-baseline", action="store_true", help="time and measure AIR-MoE alone")
     parser.add_argument(
         "--no-memory", action="store_true", help="do not measure the peak memory, which takes a process"
     )
@@ -42,10 +42,10 @@ def run(args) -> list[dict]:
     Peak memory is what a step needs beside weights and these buffers; in a column of its own, what one needs that also
     rebuilds the shortlists.
     """
-    groups = [(Sizes.of(args), ["AIRMoELayer"] if args.no_rival else ["AIRMoELayer", "PEERLayer"])]
-    if not args.no_rival and args.ffn != 1:
-        raise ValueError(f"--ffn ({args.ffn}) must be 1 for PEER, or add --no-rival")
-    if args.stock_experts and not args.no_rival:
+    groups = [(Sizes.of(args), ["AIRMoELayer"] if args.no_baseline else ["AIRMoELayer", "PEERLayer"])]
+    if not args.no_baseline and args.ffn != 1:
+        raise ValueError(f"--ffn ({args.ffn}) must be 1 for PEER, or add --no-baseline")
+    if args.stock_experts and not args.no_baseline:
         groups.append((Sizes.of(args, experts=args.stock_experts), ["AIRMoELayer", "MoELayer"]))
     peaks = {}
     for sizes, kinds in groups:
@@ -56,9 +56,9 @@ def run(args) -> list[dict]:
     with world() as (device, pg_collection):
         for kind in dict.fromkeys(kind for _, kinds in groups for kind in kinds):
             if kind == "PEERLayer":
-                gates.gate_product_keys(pg_collection, device)
+                checks.check_product_keys(pg_collection, device)
             else:
-                gates.gate_layer(kind, pg_collection, device)
+                checks.check_layer(kind, pg_collection, device)
         return [
             row
             for sizes, kinds in groups
@@ -67,12 +67,12 @@ def run(args) -> list[dict]:
 
 
 def _rows(args, sizes, peaks, pg_collection, device):
-    contenders = {kind: _contender(kind, sizes, pg_collection, device) for kind in peaks}
-    outcome = race(contenders, args, device)
-    *_, last = contenders
+    cases = {kind: _case(kind, sizes, pg_collection, device) for kind in peaks}
+    outcome = time_interleaved(cases, args, device)
+    *_, last = cases
     rows = []
-    for name in contenders:
-        is_alone = len(contenders) == 1
+    for name in cases:
+        is_alone = len(cases) == 1
         figures = {"times_faster": "" if is_alone else round(outcome.median(last) / outcome.median(name), 2)}
         step_peak, rebuild_peak = peaks[name] or (None, None)
         figures["peak_mib"] = "" if step_peak is None else round(step_peak / _MIB)
@@ -81,20 +81,20 @@ def _rows(args, sizes, peaks, pg_collection, device):
     return rows
 
 
-def _contender(kind, sizes, pg_collection, device):
+def _case(kind, sizes, pg_collection, device):
     layer = make_layer(kind, sizes, pg_collection, device)
     hidden, grad = layer_inputs(sizes, device)
     if kind == "AIRMoELayer":
-        settle(layer.router, hidden)
-        gates.gate_at_size(layer.router, hidden)
+        warm_up_codebook(layer.router, hidden)
+        checks.check_at_size(layer.router, hidden)
         work = layer_work(layer, hidden, sizes)
     elif kind == "PEERLayer":
         used = layer.route(hidden.view(-1, sizes.hidden))[0].unique().numel()
-        work = floor.together(product_key_work(layer, sizes), expert_work(sizes, used))
+        work = roofline.together(product_key_work(layer, sizes), expert_work(sizes, used))
     else:
         used = int(layer.router(hidden)[1].any(dim=0).sum())
-        work = floor.together(topk_work(sizes), expert_work(sizes, used))
-    return Contender(lambda: layer_step(layer, hidden, grad), work, sizes.tokens, kind == "MoELayer")
+        work = roofline.together(topk_work(sizes), expert_work(sizes, used))
+    return Case(lambda: layer_step(layer, hidden, grad), work, sizes.tokens, kind == "MoELayer")
 
 
 def layer_inputs(sizes: Sizes, device):
@@ -103,10 +103,10 @@ def layer_inputs(sizes: Sizes, device):
     return hidden, grad.to(sizes.dtype)
 
 
-def layer_work(layer, hidden, sizes: Sizes) -> dict[str, floor.Work]:
+def layer_work(layer, hidden, sizes: Sizes) -> dict[str, roofline.Work]:
     """What a step of AIRMoELayer cannot do without."""
     _, num_used = usage(layer.router, hidden)
-    return floor.together(air_work(layer.router, hidden, sizes), expert_work(sizes, num_used))
+    return roofline.together(air_work(layer.router, hidden, sizes), expert_work(sizes, num_used))
 
 
 def layer_step(layer, hidden, grad) -> dict[str, float]:
@@ -126,7 +126,7 @@ def _measure_peak(kind, sizes):
             parameter.main_grad.fill_(0.0)  # so that its memory is in use already
         hidden, grad = layer_inputs(sizes, device)
         if kind == "AIRMoELayer":
-            settle(layer.router, hidden)
+            warm_up_codebook(layer.router, hidden)
         peak = peak_memory(lambda: layer_step(layer, hidden, grad), device)
         if kind != "AIRMoELayer":
             return peak, None

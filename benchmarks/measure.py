@@ -20,7 +20,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the repetitions of one contender's phase."""
+    """Seconds of the repetitions of one case's phase."""
 
     seconds: list[float]
 

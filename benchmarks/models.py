@@ -1,4 +1,4 @@
-"""What is measured, of given sizes: routers and layers, ours and the rivals', with one builder of configs.
+"""Builders of what is measured: routers and layers of given sizes, ours and the baselines'.
 
 Legend: T tokens, H hidden, E experts, C clusters, L shortlist, K top-k, F rows of an expert.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from benchmarks import floor
+from benchmarks import roofline
 from benchmarks.measure import accumulate_gradient, clock, give_main_grad
 from benchmarks.peer import PEERLayer, ProductKeyRouter
 
@@ -127,7 +127,7 @@ def make_layer(kind: str, sizes: Sizes, pg_collection, device):
 
 
 def _product_keys(sizes):
-    """The smallest keys that are usual: the rival's router should not be what makes it slow."""
+    """The smallest usual keys, so that the baseline is not slow because of its router."""
     heads = num_heads(sizes.topk)
     return sizes.hidden, sizes.experts, heads, sizes.topk // heads, max(1, sizes.hidden // 8)
 
@@ -153,12 +153,12 @@ def inputs(sizes: Sizes, device, *shapes: tuple[int, ...]) -> list[torch.Tensor]
     ]
 
 
-def settle(router, hidden: torch.Tensor, num_updates: int = 3):
-    """Give an AIR router a codebook that has seen the tokens a few times, as in training, and the lists that follow.
+def warm_up_codebook(router, hidden: torch.Tensor, num_updates: int = 3):
+    """Warm up the codebook of an AIR router with a few updates on the tokens, and build its lists.
 
-    The codebook does not depend on the experts: a router of as few experts as can be learns it, so that the lists of
-    the large one are built only once. Its count of updates is that of a codebook past its youth, whose lists are not
-    rebuilt again for most of a refresh interval.
+    The codebook does not depend on the experts. So a router with as few experts as possible learns it, and the lists of
+    the large router are built only once. The count of updates is set beyond the early phase of frequent rebuilds: the
+    lists stay for most of a refresh interval.
 
     Returns:
         the small router.
@@ -189,10 +189,10 @@ def usage(router, hidden: torch.Tensor) -> tuple[int, int]:
     return routes.codewords.unique().numel(), routes.topk_ids.unique().numel()
 
 
-def air_work(router, hidden: torch.Tensor, sizes: Sizes) -> dict[str, floor.Work]:
+def air_work(router, hidden: torch.Tensor, sizes: Sizes) -> dict[str, roofline.Work]:
     """What ``route`` cannot do without for these tokens."""
     num_live, num_used = usage(router, hidden)
-    return floor.air_route(
+    return roofline.air_route(
         sizes.tokens,
         sizes.hidden,
         sizes.topk,
@@ -205,29 +205,29 @@ def air_work(router, hidden: torch.Tensor, sizes: Sizes) -> dict[str, floor.Work
     )
 
 
-def topk_work(sizes: Sizes) -> dict[str, floor.Work]:
+def topk_work(sizes: Sizes) -> dict[str, roofline.Work]:
     """What ``TopKRouter.forward`` cannot do without."""
-    return floor.topk_route(
+    return roofline.topk_route(
         sizes.tokens, sizes.hidden, sizes.experts, sizes.dtype.itemsize, sizes.routing_dtype.itemsize
     )
 
 
-def product_key_work(router: ProductKeyRouter, sizes: Sizes) -> dict[str, floor.Work]:
+def product_key_work(router: ProductKeyRouter, sizes: Sizes) -> dict[str, roofline.Work]:
     """What the product-key router cannot do without."""
     keys = (router.num_heads, router.num_keys, router.key_size)
-    return floor.product_key_route(sizes.tokens, sizes.hidden, sizes.topk, *keys, sizes.dtype.itemsize)
+    return roofline.product_key_route(sizes.tokens, sizes.hidden, sizes.topk, *keys, sizes.dtype.itemsize)
 
 
-def expert_work(sizes: Sizes, num_used: int) -> dict[str, floor.Work]:
+def expert_work(sizes: Sizes, num_used: int) -> dict[str, roofline.Work]:
     """What the experts cannot do without."""
     numbers = (sizes.tokens, sizes.hidden, sizes.topk, sizes.ffn, sizes.ffn, num_used)
-    return floor.experts(*numbers, sizes.dtype.itemsize)
+    return roofline.experts(*numbers, sizes.dtype.itemsize)
 
 
-def rebuild_work(router, sizes: Sizes) -> dict[str, floor.Work]:
+def rebuild_work(router, sizes: Sizes) -> dict[str, roofline.Work]:
     """What a rebuild of the router's lists cannot do without."""
     lists = (router.sizes.num_clusters, router.sizes.shortlist_size)
-    return floor.rebuild(sizes.experts, sizes.hidden, *lists, sizes.dtype.itemsize)
+    return roofline.rebuild(sizes.experts, sizes.hidden, *lists, sizes.dtype.itemsize)
 
 
 def step(forward, module, hidden: torch.Tensor, grad: torch.Tensor) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The rival: a layer of tiny experts found by product keys, as its paper and its public code make it.
+"""The PEER baseline: a layer of tiny experts found by product keys, as its paper and its public code make it.
 
 Source: He, "Mixture of A Million Experts", arXiv 2407.04153 (PEER); the einsums and embedding gathers follow the public
 PyTorch implementation, with competing scores (a softmax over the K of a head), which the paper has and which that code

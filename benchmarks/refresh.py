@@ -1,11 +1,11 @@
 """What AIR-MoE pays beside its steps: the rebuild of the shortlists and the codebook's update, as shares of a step."""
 
-from benchmarks import floor, gates
+from benchmarks import checks, roofline
 from benchmarks.layer import layer_inputs, layer_step, layer_work
 from benchmarks.measure import world
-from benchmarks.models import Sizes, add_sizes, make_layer, rebuild_run, rebuild_work, settle
-from benchmarks.race import Contender, race
+from benchmarks.models import Sizes, add_sizes, make_layer, rebuild_run, rebuild_work, warm_up_codebook
 from benchmarks.router import codebook_update_run
+from benchmarks.timing import Case, time_interleaved
 
 
 def add_arguments(parser) -> None:
@@ -20,27 +20,25 @@ def run(args) -> list[dict]:
     rebuilds more often, for ``--interval`` squared steps; here is what comes after.
     """
     with world() as (device, pg_collection):
-        gates.gate_router(pg_collection, device)
-        gates.gate_layer("AIRMoELayer", pg_collection, device)
+        checks.check_router(pg_collection, device)
+        checks.check_layer("AIRMoELayer", pg_collection, device)
         sizes = Sizes.of(args)
         layer = make_layer("AIRMoELayer", sizes, pg_collection, device)
         hidden, grad = layer_inputs(sizes, device)
-        learner = settle(layer.router, hidden)
-        gates.gate_at_size(layer.router, hidden)
+        learner = warm_up_codebook(layer.router, hidden)
+        checks.check_at_size(layer.router, hidden)
         learner.route(hidden)
         rebuild = rebuild_run(layer.router)
         rebuild()
-        gates.gate_lists(layer.router, rebuild.index)
-        contenders = {
-            "AIRMoELayer": Contender(
-                lambda: layer_step(layer, hidden, grad), layer_work(layer, hidden, sizes), args.tokens
-            ),
-            "shortlist rebuild": Contender(rebuild, rebuild_work(layer.router, sizes)),
-            "codebook update": Contender(
-                codebook_update_run(learner), floor.codebook_update(layer.router.sizes.num_clusters, args.hidden)
+        checks.check_lists(layer.router, rebuild.index)
+        cases = {
+            "AIRMoELayer": Case(lambda: layer_step(layer, hidden, grad), layer_work(layer, hidden, sizes), args.tokens),
+            "shortlist rebuild": Case(rebuild, rebuild_work(layer.router, sizes)),
+            "codebook update": Case(
+                codebook_update_run(learner), roofline.codebook_update(layer.router.sizes.num_clusters, args.hidden)
             ),
         }
-        outcome = race(contenders, args, device)
+        outcome = time_interleaved(cases, args, device)
         sizes_of_air = {"clusters": layer.router.sizes.num_clusters, "shortlist": layer.router.sizes.shortlist_size}
         step_seconds = outcome.median("AIRMoELayer")
         rows = []

@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks import floor, gates
+from benchmarks import checks, roofline
 from benchmarks.measure import clock, world
 from benchmarks.models import (
     Sizes,
@@ -13,11 +13,11 @@ from benchmarks.models import (
     product_key_work,
     rebuild_run,
     rebuild_work,
-    settle,
     step,
     topk_work,
+    warm_up_codebook,
 )
-from benchmarks.race import Contender, race
+from benchmarks.timing import Case, time_interleaved
 
 
 def add_arguments(parser) -> None:
@@ -27,53 +27,51 @@ def add_arguments(parser) -> None:
 def run(args) -> list[dict]:
     """Check that AIR with full lists equals top-k, then time the routers with the sizes asked for.
 
-    Four contenders: ``TopKRouter.forward``; ``AIRRouter.route``, whose result is compact; ``AIRRouter.forward``, which
+    Four cases: ``TopKRouter.forward``; ``AIRRouter.route``, whose result is compact; ``AIRRouter.forward``, which
     makes Megatron's dense maps of it for the stock dispatchers; the product-key router. Two more rows are what AIR
     pays beside its steps: the codebook's update, once per global batch, and the rebuild of the shortlists, once per
     refresh interval.
     """
     with world() as (device, pg_collection):
-        gates.gate_router(pg_collection, device)
-        gates.gate_product_keys(pg_collection, device)
+        checks.check_router(pg_collection, device)
+        checks.check_product_keys(pg_collection, device)
         sizes = Sizes.of(args)
         topk, air, keys = (make_router(kind, sizes, pg_collection, device) for kind in ("topk", "air", "product_key"))
         with torch.no_grad():
             air.weight.copy_(topk.weight)
         hidden, grad = inputs(sizes, device, (args.tokens, 1, args.hidden), (args.tokens, args.topk))
         dense_grad = torch.randn(args.tokens, args.experts, device=device).to(sizes.routing_dtype)
-        learner = settle(air, hidden)
-        gates.gate_lists(air)
-        gates.gate_at_size(air, hidden)
+        learner = warm_up_codebook(air, hidden)
+        checks.check_lists(air)
+        checks.check_at_size(air, hidden)
         learner.route(hidden)
         work = air_work(air, hidden, sizes)
-        dense_work = floor.dense_maps(args.tokens, args.experts, sizes.routing_dtype.itemsize)
+        dense_work = roofline.dense_maps(args.tokens, args.experts, sizes.routing_dtype.itemsize)
         key_grad = grad.view(args.tokens, keys.num_heads, keys.topk).to(sizes.dtype)
-        contenders = {
-            "TopKRouter.forward": Contender(
+        cases = {
+            "TopKRouter.forward": Case(
                 lambda: step(lambda x: topk(x)[0], topk, hidden, dense_grad), topk_work(sizes), args.tokens, True
             ),
-            "AIRRouter.route": Contender(
-                lambda: step(lambda x: air.route(x).probs, air, hidden, grad), work, args.tokens
-            ),
-            "AIRRouter.forward": Contender(
+            "AIRRouter.route": Case(lambda: step(lambda x: air.route(x).probs, air, hidden, grad), work, args.tokens),
+            "AIRRouter.forward": Case(
                 lambda: step(lambda x: air(x)[0], air, hidden, dense_grad),
-                floor.together(work, dense_work),
+                roofline.together(work, dense_work),
                 args.tokens,
             ),
-            "ProductKeyRouter": Contender(
+            "ProductKeyRouter": Case(
                 lambda: step(lambda x: keys(x)[1], keys, hidden, key_grad), product_key_work(keys, sizes), args.tokens
             ),
-            "codebook update": Contender(
-                codebook_update_run(learner), floor.codebook_update(air.sizes.num_clusters, args.hidden)
+            "codebook update": Case(
+                codebook_update_run(learner), roofline.codebook_update(air.sizes.num_clusters, args.hidden)
             ),
-            "shortlist rebuild": Contender(rebuild_run(air), rebuild_work(air, sizes)),
+            "shortlist rebuild": Case(rebuild_run(air), rebuild_work(air, sizes)),
         }
-        outcome = race(contenders, args, device)
+        outcome = time_interleaved(cases, args, device)
         columns = sizes.columns() | {"clusters": air.sizes.num_clusters, "shortlist": air.sizes.shortlist_size}
         reference = outcome.median("TopKRouter.forward")
         rows = []
-        for name, contender in contenders.items():
-            is_router = contender.tokens is not None
+        for name, case in cases.items():
+            is_router = case.tokens is not None
             times_faster = round(reference / outcome.median(name), 2) if is_router else ""
             rows.append(outcome.row(name, columns, {"times_faster": times_faster}))
         return rows

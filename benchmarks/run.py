@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# Large pages for all contenders alike, where the kernel gives them to those who ask. torch reads it once, when it
+# Large pages for all cases alike, where the kernel gives them to those who ask. torch reads it once, when it
 # first allocates, so it is set before anything imports torch.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -25,7 +25,7 @@ NAMES = {
 _TIMES = ("forward_ms", "backward_ms", "optimizer_ms", "total_ms", "total_min_ms", "total_max_ms")
 _FIGURES = (
     *("times_faster", "times_slower", "times_ours", "percent_of_step", "peak_mib", "peak_with_rebuild_mib"),
-    *("forward_remote_mib", "floor_ms", "times_floor", "gflops_per_s", "gbytes_per_s"),
+    *("forward_remote_mib", "bound_ms", "times_bound", "gflops_per_s", "gbytes_per_s"),
 )
 
 
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     for name, module in modules.items():
         sub = benchmarks.add_parser(name, help=NAMES[name], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         module.add_arguments(sub)
-        sub.add_argument("--repetitions", type=int, default=5, help="counted runs of each contender")
-        sub.add_argument("--slow-repetitions", type=int, default=3, help="counted runs of each slow rival, at most")
+        sub.add_argument("--repetitions", type=int, default=5, help="counted runs of each case")
+        sub.add_argument("--slow-repetitions", type=int, default=3, help="counted runs of each slow baseline, at most")
         sub.add_argument("--warmup", type=int, default=1, help="uncounted runs before each counted one")
         sub.add_argument("--dtype", choices=("fp32", "bf16"), help="of tokens and weights; bf16 on a GPU, else fp32")
         sub.add_argument("--router-dtype", choices=("model", "fp32"), default="model", help="of scores and probs")
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     args.routing_dtype = args.dtype if args.router_dtype == "model" else torch.float32
     rows = modules[args.name].run(args)
     present = {name for row in rows for name, value in row.items() if value != ""}
-    shown = [name for name in ("contender", "experts", *_TIMES, *_FIGURES) if name in present]
+    shown = [name for name in ("case", "experts", *_TIMES, *_FIGURES) if name in present]
     widths = [max(len(name), *(len(str(row.get(name, ""))) for row in rows)) for name in shown]
     for cells in (shown, *([str(row.get(name, "")) for name in shown] for row in rows)):
         sys.stdout.write("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) + "\n")

@@ -1,4 +1,4 @@
-"""Time of a routing step against the number of experts, ours and the rivals', with a plot."""
+"""Time of a routing step against the number of experts, ours and the baselines', with a plot."""
 
 import gc
 import logging
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gates
+from benchmarks import checks
 from benchmarks.measure import world
 from benchmarks.models import (
     Sizes,
@@ -15,11 +15,11 @@ from benchmarks.models import (
     inputs,
     make_router,
     product_key_work,
-    settle,
     step,
     topk_work,
+    warm_up_codebook,
 )
-from benchmarks.race import Contender, race
+from benchmarks.timing import Case, time_interleaved
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ def add_arguments(parser) -> None:
 def run(args) -> list[dict]:
     """Time the routers at each number of experts, forward and backward; TopKRouter as far as its dense maps go."""
     with world() as (device, pg_collection):
-        gates.gate_router(pg_collection, device)
-        gates.gate_product_keys(pg_collection, device)
+        checks.check_router(pg_collection, device)
+        checks.check_product_keys(pg_collection, device)
         rows = []
         for num_experts in args.experts:
             rows += _rows(args, num_experts, pg_collection, device)
@@ -53,15 +53,15 @@ def _rows(args, num_experts, pg_collection, device):
     logger.info("%d experts: building the shortlists", num_experts)
     air, keys = (make_router(kind, sizes, pg_collection, device) for kind in ("air", "product_key"))
     hidden, grad = inputs(sizes, device, (args.tokens, 1, args.hidden), (args.tokens, args.topk))
-    settle(air, hidden)
-    gates.gate_lists(air)
-    gates.gate_at_size(air, hidden, num_checked=16)
+    warm_up_codebook(air, hidden)
+    checks.check_lists(air)
+    checks.check_at_size(air, hidden, num_checked=16)
     key_grad = grad.view(args.tokens, keys.num_heads, keys.topk).to(sizes.dtype)
-    contenders = {
-        "AIRRouter.route": Contender(
+    cases = {
+        "AIRRouter.route": Case(
             lambda: step(lambda x: air.route(x).probs, air, hidden, grad), air_work(air, hidden, sizes), args.tokens
         ),
-        "ProductKeyRouter": Contender(
+        "ProductKeyRouter": Case(
             lambda: step(lambda x: keys(x)[1], keys, hidden, key_grad), product_key_work(keys, sizes), args.tokens
         ),
     }
@@ -71,17 +71,17 @@ def _rows(args, num_experts, pg_collection, device):
     else:
         topk = make_router("topk", sizes, pg_collection, device)
         dense_grad = torch.randn(args.tokens, num_experts, device=device).to(sizes.routing_dtype)
-        contenders["TopKRouter.forward"] = Contender(
+        cases["TopKRouter.forward"] = Case(
             lambda: step(lambda x: topk(x)[0], topk, hidden, dense_grad), topk_work(sizes), args.tokens, True
         )
-    outcome = race(contenders, args, device)
+    outcome = time_interleaved(cases, args, device)
     ours = outcome.median("AIRRouter.route")
     columns = sizes.columns() | {"clusters": air.sizes.num_clusters, "shortlist": air.sizes.shortlist_size}
-    return [outcome.row(name, columns, {"times_ours": round(outcome.median(name) / ours, 2)}) for name in contenders]
+    return [outcome.row(name, columns, {"times_ours": round(outcome.median(name) / ours, 2)}) for name in cases]
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Time against experts on logarithmic axes: a line per contender, and the floor of ours dashed."""
+    """Time against experts on logarithmic axes: a line per case, and our roofline bound dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -90,17 +90,17 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 5))
     lines = {}
     for row in rows:
-        lines.setdefault(row["contender"], []).append((row["experts"], row["total_ms"]))
+        lines.setdefault(row["case"], []).append((row["experts"], row["total_ms"]))
     for name, points in lines.items():
         axes.loglog(*zip(*points, strict=True), marker="o", label=name)
-    floor = [(row["experts"], row["floor_ms"]) for row in rows if row["contender"] == "AIRRouter.route"]
-    axes.loglog(*zip(*floor, strict=True), linestyle="--", color="grey", label="floor of AIRRouter.route")
+    bound = [(row["experts"], row["bound_ms"]) for row in rows if row["case"] == "AIRRouter.route"]
+    axes.loglog(*zip(*bound, strict=True), linestyle="--", color="grey", label="roofline bound of AIRRouter.route")
     first = rows[0]
     sizes = ", ".join(f"{letter} = {first[name]}" for letter, name in (("T", "tokens"), ("H", "hidden"), ("K", "topk")))
     axes.set(xlabel="experts", ylabel="forward and backward, ms", title=f"Routing step on {first['device']}: {sizes}")
     axes.set_xticks([row["experts"] for row in rows], [f"{row['experts']:,}" for row in rows], minor=False)
     axes.grid(which="major", alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # below: it covers no point there
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)

@@ -5,7 +5,7 @@ import logging
 
 import torch
 
-from benchmarks import floor, gates
+from benchmarks import checks, roofline
 from benchmarks.measure import clock, world
 from benchmarks.models import (
     Sizes,
@@ -15,10 +15,10 @@ from benchmarks.models import (
     make_config,
     rebuild_run,
     rebuild_work,
-    settle,
     topk_work,
+    warm_up_codebook,
 )
-from benchmarks.race import Contender, race
+from benchmarks.timing import Case, time_interleaved
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +35,15 @@ def add_arguments(parser) -> None:
 def run(args) -> list[dict]:
     """Time forward, backward and the optimizer's step of both models on the same tokens.
 
-    Both have our granular experts: Megatron's would be a module per expert. The rival's are reached through Megatron's
-    all-to-all dispatcher. The optimizer's phase of AIR includes the codebooks' update. The rebuild of the lists, once
-    per refresh interval, is timed apart, and its share is part of what is compared.
+    Both have our granular experts: Megatron's would be a module per expert. Those of the baseline are reached through
+    Megatron's all-to-all dispatcher. The optimizer's phase of AIR includes the codebooks' update. The rebuild of the
+    lists, once per refresh interval, is timed apart, and its share is part of what is compared.
     """
     if args.tokens % args.sequence:
         raise ValueError(f"--tokens ({args.tokens}) must be divisible by --sequence ({args.sequence})")
     with world() as (device, pg_collection):
-        gates.gate_router(pg_collection, device)
-        _gate(pg_collection, device)
+        checks.check_router(pg_collection, device)
+        _check(pg_collection, device)
         sizes = Sizes.of(args)
         batch = _batch(sizes, args.sequence, device)
         steps = {
@@ -54,32 +54,32 @@ def run(args) -> list[dict]:
             layers = []
             for layer, hidden in trainer.layers_and_inputs(batch):
                 if name == _AIR:
-                    settle(layer.router, hidden)
-                    gates.gate_lists(layer.router)
-                    gates.gate_at_size(layer.router, hidden.reshape(-1, 1, sizes.hidden))
+                    warm_up_codebook(layer.router, hidden)
+                    checks.check_lists(layer.router)
+                    checks.check_at_size(layer.router, hidden.reshape(-1, 1, sizes.hidden))
                     routing = air_work(layer.router, hidden, sizes)
                     rebuilds.append(rebuild_run(layer.router))
                     rebuild_works.append(rebuild_work(layer.router, sizes))
                 else:
                     routing = topk_work(sizes)
                 layers += [routing, expert_work(sizes, trainer.num_used(layer, hidden))]
-            shared = floor.transformer(sizes.tokens, sizes.hidden, args.layers, args.sequence, _VOCABULARY)
-            work[name] = floor.together(*layers, shared, floor.adam(trainer.num_parameters))
-        contenders = {
-            name: Contender(functools.partial(trainer.step, batch), work[name], sizes.tokens, name == _TOPK)
+            shared = roofline.transformer(sizes.tokens, sizes.hidden, args.layers, args.sequence, _VOCABULARY)
+            work[name] = roofline.together(*layers, shared, roofline.adam(trainer.num_parameters))
+        cases = {
+            name: Case(functools.partial(trainer.step, batch), work[name], sizes.tokens, name == _TOPK)
             for name, trainer in steps.items()
         }
         rebuild = "shortlist rebuild, all layers"
-        contenders[rebuild] = Contender(
-            lambda: {"total": sum(rebuild()["total"] for rebuild in rebuilds)}, floor.together(*rebuild_works)
+        cases[rebuild] = Case(
+            lambda: {"total": sum(rebuild()["total"] for rebuild in rebuilds)}, roofline.together(*rebuild_works)
         )
-        outcome = race(contenders, args, device, extra_phases=("optimizer",))
+        outcome = time_interleaved(cases, args, device, extra_phases=("optimizer",))
         interval = steps[_AIR].routers[0].index.refresh_interval
         seconds = {name: outcome.median(name) for name in steps}
         seconds[_AIR] += outcome.median(rebuild) / interval
         columns = sizes.columns() | {"ffn": sizes.ffn, "layers": args.layers}
         rows = []
-        for name in contenders:
+        for name in cases:
             figures = dict.fromkeys(("with_rebuild_ms", "times_faster"), "")
             if name in seconds:
                 figures["with_rebuild_ms"] = round(1e3 * seconds[name], 3)
@@ -197,7 +197,7 @@ def _batch(sizes, sequence, device):
     return {"tokens": text[:, :-1], "labels": text[:, 1:], "positions": positions, "mask": mask}
 
 
-def _gate(pg_collection, device):
+def _check(pg_collection, device):
     """With full lists and equal weights both models have equal losses, after steps of the optimizer too."""
     sizes = Sizes(experts=64, hidden=32, tokens=64, topk=4, ffn=2, clusters=4, shortlist=64)
     batch = _batch(sizes, 16, device)
@@ -208,5 +208,5 @@ def _gate(pg_collection, device):
     for number in range(3):
         for trainer in (air, topk):
             trainer.step(batch)
-        gates.same(f"loss of step {number}", air.loss, topk.loss)
-    logger.info("gate passed: with full lists a GPT with AIRMoELayer learns as one with TopKRouter")
+        checks.same(f"loss of step {number}", air.loss, topk.loss)
+    logger.info("check passed: with full lists a GPT with AIRMoELayer learns as one with TopKRouter")

@@ -1,6 +1,7 @@
 """Shared fixtures: Megatron on one CPU process, set up for a module of tests and taken down again without a trace;
 the device on which a kernel is tested."""
 
+import contextlib
 import os
 
 import pytest
@@ -32,7 +33,14 @@ def kernel_device(request) -> str:
 
 @pytest.fixture(scope="module")
 def megatron_cpu():
-    """Megatron's process groups of a world of one rank, in CPU mode; yields the ProcessGroupCollection.
+    """Megatron's process groups of a world of one rank, in CPU mode; yields the ProcessGroupCollection."""
+    with cpu_world() as groups:
+        yield groups
+
+
+@contextlib.contextmanager
+def cpu_world():
+    """What ``megatron_cpu`` yields, for a program that is no test.
 
     Leaves nothing behind: groups, Megatron's global metrics and random states, and CPU mode itself are undone, so that
     tests which need CPU mode off can run in the same process.

@@ -2,7 +2,8 @@
 
 from dataclasses import fields
 
-from benchmarks import floor
+from benchmarks import roofline
+from benchmarks.quality.router_flops import expert_flops, router_flops
 
 
 def flops_per_token(flags: dict, vocabulary: int) -> dict[str, float]:
@@ -16,8 +17,6 @@ def flops_per_token(flags: dict, vocabulary: int) -> dict[str, float]:
         "router_with_dispatch" (with the constant of Krajewski et al.), "experts",
         "other" (attention and output layer), "total" (without dispatch) and "total_with_dispatch".
     """
-    from air_moe_megatron.flops import expert_flops, router_flops
-
     config = config_of(flags)
     tokens = flags["global-batch-size"] * flags["seq-length"]
     router, layers = router_flops(config, tokens, flags["train-iters"]), config.num_layers
@@ -27,7 +26,7 @@ def flops_per_token(flags: dict, vocabulary: int) -> dict[str, float]:
         "rebuilds": layers * router.refresh,
         "router_with_dispatch": layers * router.with_dispatch,
         "experts": layers * expert_flops(config),
-        "other": sum(work.flops for work in floor.transformer(1, *sizes).values()),
+        "other": sum(work.flops for work in roofline.transformer(1, *sizes).values()),
     }
     rest = given["experts"] + given["other"]
     return given | {"total": given["router"] + rest, "total_with_dispatch": given["router_with_dispatch"] + rest}

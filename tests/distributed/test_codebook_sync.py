@@ -6,6 +6,8 @@ import logging
 import pytest
 import torch
 
+from tests.processes import run_ranks
+
 HIDDEN, CLUSTERS, UPDATES = 16, 12, 6
 POISONED = (1, 3)  # rank and update with a NaN among the tokens of the first layer
 # Sums in another order, and the rounding that they carry through the updates.
@@ -127,13 +129,7 @@ def worker(rank, world_size, directory):
 )
 def ranks(request, tmp_path_factory):
     """What every rank found in all scenarios, in the order of the ranks."""
-    directory = tmp_path_factory.mktemp("ranks")
-    # A fork server imports Megatron once for all processes; `spawn` would do it in each.
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["air_moe_megatron.sync"])
-    torch.multiprocessing.start_processes(
-        worker, args=(request.param, str(directory)), nprocs=request.param, start_method="forkserver"
-    )
-    return [torch.load(directory / f"{rank}.pt") for rank in range(request.param)]
+    return run_ranks(worker, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 def learn_alone(world_size, num_layers):

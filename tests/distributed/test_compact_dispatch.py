@@ -7,6 +7,8 @@ import types
 import pytest
 import torch
 
+from tests.processes import run_ranks
+
 HIDDEN, FFN = 12, 3
 WORLD_SIZES = (1, 2, 4)
 CLOSE = 2e-6  # relative to the largest entry: sums in another order, over up to 512 experts of a token
@@ -279,12 +281,7 @@ def worker(rank, world_size, directory):
     scope="module", params=[pytest.param(n, marks=pytest.mark.world_size(n), id=f"EP{n}") for n in WORLD_SIZES]
 )
 def ranks(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["air_moe_megatron.sync"])
-    torch.multiprocessing.start_processes(
-        worker, args=(request.param, str(directory)), nprocs=request.param, start_method="forkserver"
-    )
-    return [torch.load(directory / f"{rank}.pt") for rank in range(request.param)]
+    return run_ranks(worker, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 def assert_alike(found, expected):

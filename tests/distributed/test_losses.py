@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.processes import run_ranks
+
 LOSSES = {
     "aux": dict(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.3),
     "seq-aux": dict(moe_router_load_balancing_type="seq_aux_loss", moe_aux_loss_coeff=0.3),
@@ -56,12 +58,7 @@ def worker(rank, world_size, directory):
 
 @pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.world_size(2), id="two-ranks")])
 def ranks(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["air_moe_megatron.sync"])
-    torch.multiprocessing.start_processes(
-        worker, args=(request.param, str(directory)), nprocs=request.param, start_method="forkserver"
-    )
-    return [torch.load(directory / f"{rank}.pt") for rank in range(request.param)]
+    return run_ranks(worker, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

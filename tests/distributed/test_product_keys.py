@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from tests.processes import run_ranks
+
 TOKENS = 23  # of all ranks
 SPLITS = {1: (0, 23), 2: (0, 8, 23), 3: (0, 8, 8, 23)}  # unequal; the second rank of three has none
 FIELDS = {
@@ -16,7 +18,7 @@ FIELDS = {
 def run(name, rank, world_size, groups):
     """Output, ids and gradients of one rank's part of the tokens."""
     from air_moe_megatron.sync import update_codebooks
-    from tests.unit.rivals import HIDDEN, make_layer
+    from tests.builders import HIDDEN, make_layer
 
     fields = dict(num_moe_experts=36, moe_router_type="product_key", expert_model_parallel_size=world_size)
     layer = make_layer(groups, **fields, **FIELDS[name])
@@ -65,22 +67,14 @@ def worker(rank, world_size, directory):
     torch.distributed.destroy_process_group()
 
 
-def start(world_size, directory):
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["air_moe_megatron.sync"])
-    torch.multiprocessing.start_processes(
-        worker, args=(world_size, str(directory)), nprocs=world_size, start_method="forkserver"
-    )
-    return [torch.load(directory / f"{rank}.pt") for rank in range(world_size)]
-
-
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    return start(1, tmp_path_factory.mktemp("one"))[0]
+    return run_ranks(worker, 1, tmp_path_factory.mktemp("one"))[0]
 
 
 @pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.world_size(n), id=f"EP{n}") for n in (2, 3)])
 def ranks(request, tmp_path_factory):
-    return start(request.param, tmp_path_factory.mktemp("ranks"))
+    return run_ranks(worker, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))

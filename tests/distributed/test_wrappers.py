@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.processes import run_ranks
+
 HIDDEN, STEPS, MICROBATCHES, RATE = 16, 3, 2, 0.5
 NORM = dict(moe_router_input_norm="running")
 TYPES = {
@@ -63,7 +65,7 @@ def run(groups, name, wrapper):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from tests.unit.rivals import make_router
+    from tests.builders import make_router
 
     fields = dict(moe_router_type=name.split("-")[0], **TYPES[name])
     world_size = groups.tp_dp_cp.size()
@@ -80,7 +82,7 @@ def run(groups, name, wrapper):
 
 
 def reference(groups, name, world_size):
-    from tests.unit.rivals import make_router
+    from tests.builders import make_router
 
     router = make_router(groups, moe_router_type=name.split("-")[0], **TYPES[name])
     for attribute, value in list(vars(router).items()):
@@ -114,12 +116,7 @@ def worker(rank, world_size, directory):
 
 @pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.world_size(2), id="two-ranks")])
 def ranks(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["air_moe_megatron.sync"])
-    torch.multiprocessing.start_processes(
-        worker, args=(request.param, directory), nprocs=request.param, start_method="forkserver"
-    )
-    return [torch.load(directory / f"{rank}.pt") for rank in range(request.param)]
+    return run_ranks(worker, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -1,5 +1,5 @@
 """Runs of the real training loop on CPU with gloo: our entry forked from a process that has imported Megatron already
-(zygote.py), other entries by torchrun, as users start them."""
+(forkserver.py), other entries by torchrun, as users start them."""
 
 import json
 import os
@@ -16,6 +16,9 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from tests.processes import HANG_SECONDS
+from tests.processes import run as run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 64
@@ -38,7 +41,6 @@ AIR = ["--moe-router-type", "air", "--moe-air-num-clusters", "4", "--moe-air-sho
 EP2 = ["--expert-model-parallel-size", "2"]
 OURS = ("-m", "air_moe_megatron.pretrain", "--cpu")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-TIMEOUT = 300  # seconds of a run
 
 _ITERATION = re.compile(r"iteration +(\d+)/ .*?lm loss: ([0-9.E+-]+) .*?grad norm: ([0-9.naif]+)")
 
@@ -91,10 +93,10 @@ def successors(tmp_path_factory) -> list:
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory):
+def forkserver(tmp_path_factory):
     """A function that trains with our entry: flags, ranks, more flags by rank -> Run."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.megatron.zygote"],
+        [sys.executable, "-m", "tests.megatron.forkserver"],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdin=subprocess.PIPE,
@@ -110,7 +112,7 @@ def zygote(tmp_path_factory):
             port = probe.getsockname()[1]
         log = folder / f"{len(list(folder.iterdir()))}.log"
         log.touch()
-        request = {"flags": flags, "ranks": ranks, "port": port, "log": str(log), "timeout": TIMEOUT}
+        request = {"flags": flags, "ranks": ranks, "port": port, "log": str(log), "timeout": HANG_SECONDS}
         request["flags_of_rank"] = flags_of_rank
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
@@ -120,11 +122,11 @@ def zygote(tmp_path_factory):
 
     yield run
     process.stdin.close()
-    process.wait(timeout=TIMEOUT)
+    process.wait(timeout=HANG_SECONDS)
 
 
 @pytest.fixture(scope="session")
-def pretrain(data_prefix, zygote, tmp_path_factory):
+def pretrain(data_prefix, forkserver, tmp_path_factory):
     """A function that trains: flags -> Run. Give ``entry`` to start something else than our entry; ``flags_of_rank``
     are added to those of single ranks of ours."""
     cache = tmp_path_factory.mktemp("cache")
@@ -133,18 +135,11 @@ def pretrain(data_prefix, zygote, tmp_path_factory):
         data_flags = ["--data-path", data_prefix, "--split", "8,1,1", "--data-cache-path", cache]
         flags = [str(flag) for flag in (*MODEL, *(data_flags if data else []), *flags)]
         if entry == OURS and env is None:
-            result = zygote(["--cpu", *flags], ranks, flags_of_rank or {})
+            result = forkserver(["--cpu", *flags], ranks, flags_of_rank or {})
         else:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            ended = subprocess.run(
-                [*command, *entry, *flags],
-                cwd=ROOT,
-                env={**ENVIRONMENT, **(env or {})},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=TIMEOUT,
-            )
+            environment = {**ENVIRONMENT, **(env or {})}
+            ended = run_command([*command, *entry, *flags], cwd=ROOT, env=environment, stderr=subprocess.STDOUT)
             result = Run(ended.stdout, ended.returncode)
         if succeeds:
             assert result.returncode == 0, result.output[-6000:]

@@ -12,6 +12,8 @@ import torch
 
 from tests.megatron.conftest import AIR, EP2, GLOBAL_BATCH, SEQUENCE, VOCABULARY, read_checkpoint
 
+pytestmark = pytest.mark.slow
+
 HIDDEN, EXPERTS, FFN, LAYERS = 32, 16, 8, 4
 STEPS, SAVED = 8, 4
 TOKENS = GLOBAL_BATCH * SEQUENCE  # per global batch

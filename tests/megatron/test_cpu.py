@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from air_moe_megatron import cpu
+from tests.processes import run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    return run([sys.executable, *arguments], env=environment)
 
 
 def snapshot() -> dict[str, dict[str, object]]:

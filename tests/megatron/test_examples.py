@@ -11,6 +11,8 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from tests.processes import HANG_SECONDS, run
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 HEALTH = re.compile(r"routing health at iteration .*dispatched bytes per token: (\d+) \((\d+) to other ranks\)")
 HIDDEN, TOPK, FP32_BYTES = 64, 8, 4  # of the tiny model in granular_gpt.sh
@@ -49,7 +51,7 @@ def start(script, *flags, env):
 def finish(process, succeeds=True):
     """The output of a started example."""
     try:
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=HANG_SECONDS)
     finally:
         process.kill()
     assert (process.returncode == 0) == succeeds, output[-6000:]
@@ -97,6 +99,7 @@ def value_of(flag, words):
     return words[words.index(flag) + 1]
 
 
+@pytest.mark.slow
 def test_scaling_run_writes_a_row_per_size(scaling):
     output, out = scaling
     assert all(f"EP {size} of 1 2 4" in output and str(out / f"ep{size}.log") in output for size in (1, 2, 4))
@@ -117,6 +120,7 @@ def test_scaling_run_writes_a_row_per_size(scaling):
     assert remote[0] == 0 < remote[1] < remote[2]
 
 
+@pytest.mark.slow
 def test_scaling_plot_is_an_image(scaling):
     _, out = scaling
     image = matplotlib.image.imread(out / "ep_scaling.png")
@@ -124,6 +128,7 @@ def test_scaling_plot_is_an_image(scaling):
     assert image.std() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lost, warmup, message",
     [
@@ -140,12 +145,13 @@ def test_scaling_table_says_which_lines_a_log_lacks(scaling, tmp_path, lost, war
     lines = (out / "ep1.log").read_text().splitlines(keepends=True)
     log.write_text("".join(line for line in lines if lost not in line))
     command = [sys.executable, EXAMPLES / "ep_scaling.py", "--warmup", str(warmup), "--out", tmp_path, log]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run(command)
     assert result.returncode != 0
     assert str(log) in result.stderr and message in result.stderr
     assert not (tmp_path / "ep_scaling.csv").exists()
 
 
+@pytest.mark.slow
 def test_single_node(data_prefix, cpu_flags, tmp_path):
     env = {"RANKS": 1, "TRAIN_ITERS": 3, "DATA": data_prefix, "OUT": tmp_path}
     dispatched, remote = map(int, HEALTH.findall(finish(start("single_node.sh", *cpu_flags, env=env)))[-1])
@@ -154,6 +160,7 @@ def test_single_node(data_prefix, cpu_flags, tmp_path):
     assert HEALTH.search((tmp_path / "train.log").read_text())
 
 
+@pytest.mark.slow
 def test_multi_node_with_a_process_each(data_prefix, cpu_flags, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -166,6 +173,7 @@ def test_multi_node_with_a_process_each(data_prefix, cpu_flags, tmp_path):
     assert (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
+@pytest.mark.slow
 def test_million_experts_with_fewer(cpu_flags, tmp_path):
     env = {"NUM_EXPERTS": 4096, "TRAIN_ITERS": 3, "MICRO_BATCH": 2, "GLOBAL_BATCH": 2, "DATA": "mock", "OUT": tmp_path}
     output = finish(start("million_experts.sh", *cpu_flags, env=env))
@@ -187,7 +195,7 @@ def test_a_python_without_torch_is_named():
 
 
 def test_slurm_starts_the_launcher_on_each_node(fake_machine):
-    subprocess.run(["bash", "-n", EXAMPLES / "slurm.sbatch"], check=True)
+    run(["bash", "-n", EXAMPLES / "slurm.sbatch"], check=True)
     words = finish(start("slurm.sbatch", "--log-interval", 5, env={**fake_machine, "DATA": "mock"})).splitlines()
     expected = {"--nnodes": "2", "--node-rank": "1", "--nproc-per-node": "8", "--master-addr": "first"}
     assert {flag: value_of(flag, words) for flag in expected} == expected

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,9 @@ import pytest
 from air_moe_megatron import cpu
 from air_moe_megatron.config import AIRFields
 from tests.megatron.conftest import AIR, EP2, ROOT, read_checkpoint
+from tests.processes import run
+
+pytestmark = pytest.mark.slow
 
 PLAIN = ["-m", "air_moe_megatron.cpu", "tests/megatron/plain_gpt.py", *cpu.REQUIRED_FLAGS]
 TRAIN = [*EP2, "--train-iters", "4", "--eval-interval", "2"]
@@ -24,8 +26,8 @@ def patched(tmp_path_factory) -> Path:
     package = Path(importlib.util.find_spec("megatron.core").submodule_search_locations[0]).parent
     shutil.copytree(package, folder / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
     patch = ROOT / "patches" / "core_v0.19.0.patch"
-    subprocess.run(["git", "apply", "--check", str(patch)], cwd=folder, check=True)
-    subprocess.run(["git", "apply", str(patch)], cwd=folder, check=True)
+    run(["git", "apply", "--check", patch], cwd=folder, check=True)
+    run(["git", "apply", patch], cwd=folder, check=True)
     return folder
 
 

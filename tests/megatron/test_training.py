@@ -7,6 +7,8 @@ import torch
 
 from tests.megatron.conftest import AIR, EP2, GLOBAL_BATCH, OURS, SEQUENCE, read_checkpoint
 
+pytestmark = pytest.mark.slow
+
 HIDDEN = 32
 ROUTER = "decoder.layers.mlp.router."
 TOKENS = GLOBAL_BATCH * SEQUENCE  # per global batch

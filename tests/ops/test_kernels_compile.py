@@ -7,13 +7,13 @@ its own ptxas.
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import air_moe_megatron
+from tests.processes import run
 
 pytestmark = pytest.mark.slow
 
@@ -56,13 +56,10 @@ def compiled(tmp_path_factory) -> dict[str, list[dict]]:
     """Launches of each case, see ``compile_kernels.compile_case``; compiled anew, in a process without interpreter."""
     folder = tmp_path_factory.mktemp("compiled")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    result = subprocess.run(
+    result = run(
         [sys.executable, "-m", "tests.ops.compile_kernels", folder / "launches.json"],
         cwd=Path(__file__).parents[2],
         env=environment | {"TRITON_CACHE_DIR": str(folder / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     return json.loads((folder / "launches.json").read_text())

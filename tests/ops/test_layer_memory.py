@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.unit.rivals import HIDDEN, make_layer, naive_layer, tell_ids
+from tests.builders import HIDDEN, make_layer, naive_layer, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 

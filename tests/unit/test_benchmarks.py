@@ -1,4 +1,4 @@
-"""The floor on numbers worked by hand, and every benchmark from its command line, at tiny sizes on CPU."""
+"""The roofline bound on numbers worked by hand, and every benchmark from its command line, at tiny sizes on CPU."""
 
 import csv
 import dataclasses
@@ -7,13 +7,13 @@ import logging
 import pytest
 import torch
 
-from benchmarks import bars, floor
-from benchmarks.floor import Ceilings, Work
+from benchmarks import roofline, targets
+from benchmarks.roofline import Ceilings, Work
 
 LOGGERS = ("benchmarks", "air_moe_megatron")
 QUICK = ("--repetitions", "1", "--slow-repetitions", "1", "--warmup", "0")
-FLOORS = (
-    *("floor_ms", "times_floor", "tokens_per_s"),
+BOUNDS = (
+    *("bound_ms", "times_bound", "tokens_per_s"),
     *("gflops_per_s", "ceiling_gflops_per_s", "gbytes_per_s", "ceiling_gbytes_per_s"),
 )
 ORIGIN = ("device", "threads", "large_pages", "torch", "triton", "megatron_core", "commit", "repetitions", "dtype")
@@ -26,7 +26,7 @@ NAMES = {
     "train": ("--experts 256 --hidden 16 --tokens 64 --sequence 16 --topk 4", 6),
     "dispatch": ("--experts 64 --hidden 16 --tokens 64 --topk 8 --ranks 1", 1),
 }
-CONTENDERS = {
+CASES = {
     "router": [
         *("TopKRouter.forward", "AIRRouter.route", "AIRRouter.forward", "ProductKeyRouter"),
         *("codebook update", "shortlist rebuild"),
@@ -52,65 +52,65 @@ FIGURES = {
 }
 
 
-def test_floor_takes_the_larger_of_arithmetic_and_bytes_in_each_phase():
+def test_the_bound_takes_the_larger_of_arithmetic_and_bytes_in_each_phase():
     phases = {"forward": Work(100, 30), "backward": Work(20, 40)}
     ceilings = Ceilings(flops_per_s=10, bytes_per_s=2)
-    assert floor.floor(phases, ceilings) == {"forward": 15, "backward": 20, "total": 35}
-    columns = floor.floor_columns(phases, ceilings, seconds=70, tokens=140)
+    assert roofline.bound(phases, ceilings) == {"forward": 15, "backward": 20, "total": 35}
+    columns = roofline.bound_columns(phases, ceilings, seconds=70, tokens=140)
     assert columns == {
-        "floor_forward_ms": 15_000,
-        "floor_backward_ms": 20_000,
-        "floor_ms": 35_000,
-        "times_floor": 2,
+        "bound_forward_ms": 15_000,
+        "bound_backward_ms": 20_000,
+        "bound_ms": 35_000,
+        "times_bound": 2,
         "tokens_per_s": 2,
         "gflops_per_s": round(120 / 70 / 1e9, 2),
         "ceiling_gflops_per_s": 0,
         "gbytes_per_s": 0,
         "ceiling_gbytes_per_s": 0,
     }
-    without_phases = floor.floor_columns({"total": Work(100, 30)}, ceilings, seconds=30, tokens=None)
-    assert without_phases["times_floor"] == 2
-    assert without_phases["floor_forward_ms"] == without_phases["tokens_per_s"] == ""
+    without_phases = roofline.bound_columns({"total": Work(100, 30)}, ceilings, seconds=30, tokens=None)
+    assert without_phases["times_bound"] == 2
+    assert without_phases["bound_forward_ms"] == without_phases["tokens_per_s"] == ""
 
 
 def test_work_of_routers():
-    air = floor.air_route(2, 10, 1, num_clusters=4, shortlist_size=3, num_live=2, num_used=1, element=4)
+    air = roofline.air_route(2, 10, 1, num_clusters=4, shortlist_size=3, num_live=2, num_used=1, element=4)
     assert air == {"forward": Work(280, 576), "backward": Work(80, 120)}
     # The sizes of the H200: 34 GFLOP; 67 MB of tokens, 2 MB of codewords, 537 MB of lists, 8 MB of routes.
-    large = floor.air_route(16_384, 1024, 64, 512, 512, num_live=512, num_used=65_536, element=2, prob_bytes=4)
+    large = roofline.air_route(16_384, 1024, 64, 512, 512, num_live=512, num_used=65_536, element=2, prob_bytes=4)
     assert large["forward"].flops == pytest.approx(34.4e9, rel=0.01)
     assert large["forward"].bytes == pytest.approx(67.1e6 + 2.1e6 + 536.9e6 + 8.4e6, rel=0.01)
     assert large["backward"].bytes == pytest.approx(2147e6 + 134e6, rel=0.01)
     # Forward 2 tokens and 5 centres of 40 bytes, maps of 10 numbers in 4 + 1 bytes; backward the gradient of the
     # probs, centres read and written.
-    topk = floor.topk_route(2, 10, num_experts=5, element=4)
+    topk = roofline.topk_route(2, 10, num_experts=5, element=4)
     assert topk == {"forward": Work(200, 7 * 40 + 10 * 5), "backward": Work(400, 10 * 40 + 10 * 4)}
     # One head, keys of 3 numbers, 4 of each half: queries [10, 6], keys 24 numbers.
-    keys = floor.product_key_route(2, 10, 1, num_heads=1, num_keys=4, key_size=3, element=4)
+    keys = roofline.product_key_route(2, 10, 1, num_heads=1, num_keys=4, key_size=3, element=4)
     weights = (60 + 24) * 4
     assert keys == {"forward": Work(2 * 2 * 84, 2 * 40 + weights + 2 * 8), "backward": Work(4 * 2 * 84, 2 * weights)}
 
 
 def test_work_of_experts_counts_the_cheaper_order():
-    one_row = floor.experts(2, 10, 2, num_inputs=1, ffn=1, num_used=3, element=4)
+    one_row = roofline.experts(2, 10, 2, num_inputs=1, ffn=1, num_used=3, element=4)
     assert one_row == {"forward": Work(160, 480), "backward": Work(320, 560)}
     # Rows of 4 per expert: 16 in the order of the tokens, 4 + 3 * 4 = 16 in that of the experts; 2 used ones: 12.
-    many_rows = floor.experts(2, 10, 2, num_inputs=4, ffn=4, num_used=2, element=4)
+    many_rows = roofline.experts(2, 10, 2, num_inputs=4, ffn=4, num_used=2, element=4)
     assert many_rows["forward"].bytes == 2 * 2 * 40 + 2 * 12 * 40
 
 
 def test_work_of_the_rest():
-    assert floor.dispatch(3, 5, 10, 4)["backward"] == Work(0, 2 * 8 * 40)
-    assert floor.codebook_update(4, 10) == {"total": Work(0, 4 * 4 * 10 * 4)}
-    assert floor.rebuild(100, 10, 4, 3, 2) == {"total": Work(8000, 100 * 20 + 4 * (40 + 12))}
-    assert floor.adam(10) == {"optimizer": Work(0, 280)}
-    assert floor.transformer(2, 10, 3, 5, 7)["forward"].flops == 2 * (3 * (800 + 100) + 140)
+    assert roofline.dispatch(3, 5, 10, 4)["backward"] == Work(0, 2 * 8 * 40)
+    assert roofline.codebook_update(4, 10) == {"total": Work(0, 4 * 4 * 10 * 4)}
+    assert roofline.rebuild(100, 10, 4, 3, 2) == {"total": Work(8000, 100 * 20 + 4 * (40 + 12))}
+    assert roofline.adam(10) == {"optimizer": Work(0, 280)}
+    assert roofline.transformer(2, 10, 3, 5, 7)["forward"].flops == 2 * (3 * (800 + 100) + 140)
     parts = {"forward": Work(1, 2)}, {"forward": Work(10, 20), "backward": Work(3, 4)}
-    assert floor.together(*parts) == {"forward": Work(11, 22), "backward": Work(3, 4)}
+    assert roofline.together(*parts) == {"forward": Work(11, 22), "backward": Work(3, 4)}
 
 
 def test_ceilings_are_rates_of_this_machine():
-    measured = floor.ceilings(torch.device("cpu"), repetitions=1)
+    measured = roofline.ceilings(torch.device("cpu"), repetitions=1)
     assert 1e8 < measured.flops_per_s < 1e15 and 1e8 < measured.bytes_per_s < 1e14
 
 
@@ -136,31 +136,31 @@ def main():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_checks_before_it_measures(main, name, tmp_path, caplog, capsys):
-    flags, num_gates = NAMES[name]
+    flags, num_checks = NAMES[name]
     plot = ["--plot", str(tmp_path / "plot.png")] if name == "scaling" else []
     rows = main([name, *flags.split(), *QUICK, "--out", str(tmp_path / "rows.csv"), *plot])
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("benchmarks")]
-    passed = [message.startswith("gate passed") for message in messages]
-    assert sum(passed) >= num_gates
-    # No row is timed before its gate: those of several sizes are gated one size after the other.
+    passed = [message.startswith("check passed") for message in messages]
+    assert sum(passed) >= num_checks
+    # No row is timed before its check: those of several sizes are checked one size after the other.
     assert passed.index(True) < messages.index("repetition 1 of 1 done")
     if name not in ("scaling", "layer"):
         assert not any(passed[messages.index("repetition 1 of 1 done") :])
 
     with (tmp_path / "rows.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
-    assert [row["contender"] for row in written] == [row["contender"] for row in rows] == CONTENDERS[name]
+    assert [row["case"] for row in written] == [row["case"] for row in rows] == CASES[name]
     for row in written:
-        assert set(FLOORS + ORIGIN) <= set(row)
-        for column in ("total_ms", "total_min_ms", "total_max_ms", *FLOORS[:2], *FLOORS[4::2]):
+        assert set(BOUNDS + ORIGIN) <= set(row)
+        for column in ("total_ms", "total_min_ms", "total_max_ms", *BOUNDS[:2], *BOUNDS[4::2]):
             assert float(row[column]) > 0, column
         assert row["large_pages"].endswith(", asked for")
         if row["forward_ms"]:
             assert float(row["tokens_per_s"]) > 0
-            assert float(row["floor_ms"]) >= float(row["floor_forward_ms"]) + float(row["floor_backward_ms"]) - 1e-3
+            assert float(row["bound_ms"]) >= float(row["bound_forward_ms"]) + float(row["bound_backward_ms"]) - 1e-3
     assert any(row[FIGURES[name]] for row in written)
     assert (tmp_path / "plot.png").exists() == (name == "scaling")
-    assert "times_floor" in capsys.readouterr().out
+    assert "times_bound" in capsys.readouterr().out
 
 
 def test_dispatch_over_two_processes(main):
@@ -187,22 +187,22 @@ def test_nothing_is_reported_of_a_router_that_is_wrong(main, name, tmp_path, mon
     assert not (tmp_path / "rows.csv").exists()
 
 
-def test_bars_are_judged_from_rows_of_the_sizes_asked_for(tmp_path):
+def test_targets_are_judged_from_rows_of_the_sizes_asked_for(tmp_path):
     def write(experts, times):
-        row = {"contender": "AIRMoELayer", "experts": experts, "hidden": 512, "tokens": 4096, "topk": 64}
+        row = {"case": "AIRMoELayer", "experts": experts, "hidden": 512, "tokens": 4096, "topk": 64}
         row |= {"times_faster": times, "device": "somewhere", "threads": 2, "commit": "0"}
         with (tmp_path / "layer.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(row))
             writer.writeheader()
             writer.writerow(row)
 
-    layer = next(bar for bar in bars.BARS if bar.file == "layer.csv")
-    assert bars.judge(layer, "CPU", tmp_path) == ("", "")
+    layer = next(target for target in targets.TARGETS if target.file == "layer.csv")
+    assert targets.judge(layer, "CPU", tmp_path) == ("", "")
     write(65_536, 8.5)
-    assert bars.judge(layer, "CPU", tmp_path) == ("8.5 x", "yes")
-    assert "| >= 1.5 x | 8.5 x | yes | >= 3 x |  |  |" in bars.table(tmp_path)
-    assert "GPU: empty cells are filled by `make bench-gpu`" in bars.table(tmp_path)
+    assert targets.judge(layer, "CPU", tmp_path) == ("8.5 x", "yes")
+    assert "| >= 1.5 x | 8.5 x | yes | >= 3 x |  |  |" in targets.table(tmp_path)
+    assert "GPU: empty cells are filled by `make bench-gpu`" in targets.table(tmp_path)
     write(65_536, 1.2)
-    assert bars.judge(layer, "CPU", tmp_path) == ("1.2 x", "NO")
+    assert targets.judge(layer, "CPU", tmp_path) == ("1.2 x", "NO")
     write(1024, 8.5)
-    assert bars.judge(layer, "CPU", tmp_path) == ("", "")
+    assert targets.judge(layer, "CPU", tmp_path) == ("", "")

@@ -7,8 +7,8 @@ import torch
 import torch.utils.checkpoint
 
 from air_moe_megatron.routers.running_norm import RunningNorm
+from tests.builders import HIDDEN, make_config, make_layer, make_router, naive_layer, tell_ids
 from tests.unit import test_hierarchical, test_product_key
-from tests.unit.rivals import HIDDEN, make_config, make_layer, make_router, naive_layer, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 
@@ -225,7 +225,7 @@ def test_full_lists_of_any_size_equal_megatrons_router(megatron_cpu, num_experts
     if fields.get("moe_air_codebook_source") != "experts" and fields["moe_router_type"] == "air":
         fields = fields | dict(moe_air_shortlist_size=num_experts)
     router = make_router(megatron_cpu, num_moe_experts=num_experts, **fields)
-    config, _ = make_config(num_moe_experts=num_experts, moe_router_type="topk")
+    config = make_config(num_moe_experts=num_experts, moe_router_type="topk")
     megatrons = TopKRouter(config, megatron_cpu)
     megatrons.set_layer_number(1)
     with torch.no_grad():

@@ -54,9 +54,9 @@ def mixed_routers(groups):
 def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatch):
     from megatron.core import num_microbatches_calculator
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+    from tests.unit.rivals import HIDDEN
 
     from air_moe_megatron import diagnostics
-    from tests.unit.rivals import HIDDEN
 
     destroy_moe_metrics_tracker()
     monkeypatch.setattr(num_microbatches_calculator, "get_num_microbatches", lambda: 1)
@@ -139,7 +139,7 @@ def naive_recall(router):
 )
 def test_recall_against_all_probabilities(megatron_cpu, monkeypatch, fields, num_tokens):
     from air_moe_megatron import diagnostics
-    from tests.unit.rivals import HIDDEN, make_router
+    from tests.builders import HIDDEN, make_router
 
     monkeypatch.setattr(diagnostics, "_CHUNK", 10)  # 64 experts in seven chunks
     lists = dict(moe_air_num_clusters=8, moe_air_shortlist_size=12)
@@ -158,7 +158,7 @@ def test_recall_against_all_probabilities(megatron_cpu, monkeypatch, fields, num
 
 def test_recall_of_full_lists_is_one_and_padding_is_left_out(megatron_cpu):
     from air_moe_megatron.diagnostics import recall
-    from tests.unit.rivals import HIDDEN, make_router
+    from tests.builders import HIDDEN, make_router
 
     full = make_router(megatron_cpu, moe_router_type="air", moe_air_num_clusters=4, moe_air_shortlist_size=64)
     full.route(torch.randn(30, HIDDEN))
@@ -175,8 +175,9 @@ def test_recall_of_full_lists_is_one_and_padding_is_left_out(megatron_cpu):
 
 def test_recall_of_large_finite_tokens(megatron_cpu):
     """Of scores of 1e30 one expert holds all mass: it is listed or not, whatever the products round to."""
-    from air_moe_megatron.diagnostics import recall
     from tests.unit.rivals import HIDDEN, make_router
+
+    from air_moe_megatron.diagnostics import recall
 
     router = make_router(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
     router.route(1e30 * torch.randn(50, HIDDEN))

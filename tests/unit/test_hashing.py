@@ -5,7 +5,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from air_moe_megatron.routers.hashing import HashRouter, balanced_table, hand_over_token_ids
-from tests.unit.rivals import HIDDEN, VOCABULARY, make_config, make_router, tell_ids
+from tests.builders import HIDDEN, VOCABULARY, make_config, make_router, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 
@@ -70,7 +70,7 @@ def test_missing_and_wrong_token_ids_are_named(megatron_cpu):
 
 
 def test_a_router_without_a_layer_number_is_refused(megatron_cpu):
-    config, _ = make_config(moe_router_type="hash")
+    config = make_config(moe_router_type="hash")
     router = HashRouter(config, megatron_cpu)
     tell_ids(router, torch.zeros(3, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"layer_number \(None\)"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from air_moe_megatron.config import resolve_groups
-from tests.unit.rivals import EXPERTS, HIDDEN, make_config, make_router
+from tests.builders import EXPERTS, HIDDEN, make_config, make_router
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 
@@ -95,6 +95,6 @@ def test_z_loss_is_of_the_logits_of_both_gates(megatron_cpu):
     [(65536, 64, (256, 256, 2)), (8192, 32, (128, 64, 2)), (64, 16, (8, 8, 4)), (7, 2, (7, 1, 4)), (4, 4, (2, 2, 2))],
 )
 def test_automatic_sizes(num_experts, topk, expected):
-    config, _ = make_config(moe_router_type="hierarchical", num_moe_experts=num_experts, moe_router_topk=topk)
+    config = make_config(moe_router_type="hierarchical", num_moe_experts=num_experts, moe_router_topk=topk)
     sizes = resolve_groups(config)
     assert (sizes.num_groups, sizes.group_size, sizes.topk_groups) == expected

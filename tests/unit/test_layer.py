@@ -5,11 +5,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from air_moe_megatron import AIRMoEConfig, AIRMoELayer, AIRRouter, update_codebooks
+from air_moe_megatron import AIRMoELayer, AIRRouter, update_codebooks
 from air_moe_megatron.experts import GranularExperts
 from air_moe_megatron.sync import require_routers
+from tests import builders
 
 HIDDEN = 8
+AIR = dict(hidden_size=HIDDEN, moe_router_type="air")
 EVERY_LOSS = dict(
     moe_router_load_balancing_type=["aux_loss", "seq_aux_loss", "global_aux_loss"],
     moe_aux_loss_coeff=[0.01, 0.01, 0.01],
@@ -18,21 +20,7 @@ EVERY_LOSS = dict(
 
 
 def make_layer(groups, num_experts=64, **fields):
-    from megatron.core.transformer.moe.moe_layer import MoESubmodules
-
-    config = AIRMoEConfig(**{
-        **dict(
-            num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, num_moe_experts=num_experts, moe_router_topk=4,
-            moe_ffn_hidden_size=1, ffn_hidden_size=1, add_bias_linear=False, use_cpu_initialization=True,
-            moe_router_load_balancing_type="none", moe_router_dtype="fp32", moe_router_type="air",
-            moe_granular_experts=True, moe_dispatch="compact", init_method_std=0.5,
-        ),
-        **fields,
-    })  # fmt: skip
-    torch.manual_seed(0)
-    layer = AIRMoELayer(config, MoESubmodules(experts=GranularExperts, router=AIRRouter), 1, groups)
-    layer.set_layer_number(1)
-    return layer
+    return builders.make_layer(groups, **{**AIR, "num_moe_experts": num_experts, **fields})
 
 
 def test_probs_that_are_not_finite_name_their_layer(megatron_cpu):
@@ -166,8 +154,7 @@ def test_compact_equals_stock(megatron_cpu, fields):
         if "moe_shared_expert_intermediate_size" in fields:
             from air_moe_megatron.specs import with_air_layers
 
-            layer = make_layer(megatron_cpu)
-            config = AIRMoEConfig(**{**_given(layer.config), **fields, **stock})
+            config = builders.make_config(**AIR, **fields, **stock)
             spec = get_moe_module_spec(use_te=False, num_experts=64, moe_grouped_gemm=False)
             torch.manual_seed(0)
             layer = with_air_layers(spec, config)(config, layer_number=1, pg_collection=megatron_cpu)
@@ -204,16 +191,6 @@ def test_a_compiled_layer_equals_the_layer(megatron_cpu, monkeypatch, dispatch, 
         found = steps(layers[1])
     assert graphs
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-
-
-def _given(config):
-    """The fields that make_layer gives."""
-    names = (
-        "num_layers", "hidden_size", "num_attention_heads", "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size",
-        "ffn_hidden_size", "add_bias_linear", "use_cpu_initialization", "moe_router_load_balancing_type",
-        "moe_router_dtype", "moe_router_type", "moe_granular_experts", "moe_dispatch", "init_method_std",
-    )  # fmt: skip
-    return {name: getattr(config, name) for name in names}
 
 
 def test_hooks_of_every_part_run(megatron_cpu):

@@ -8,7 +8,7 @@ import torch
 
 from air_moe_megatron.router import ROUTERS
 from air_moe_megatron.sync import discard_statistics, find_routers, update_codebooks
-from tests.unit.rivals import HIDDEN, VOCABULARY, make_layer, make_router, tell_ids
+from tests.builders import HIDDEN, VOCABULARY, make_layer, make_router, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 

@@ -5,7 +5,7 @@ import torch
 
 from air_moe_megatron.config import resolve_product_keys
 from air_moe_megatron.sync import discard_statistics, update_codebooks
-from tests.unit.rivals import HIDDEN, make_config, make_router
+from tests.builders import HIDDEN, make_config, make_router
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 
@@ -193,7 +193,7 @@ SIZES = {
 @pytest.mark.parametrize("given, expected", SIZES.values(), ids=SIZES)
 def test_automatic_sizes(given, expected):
     num_experts, topk, hidden_size, fields = given
-    config, _ = make_config(
+    config = make_config(
         moe_router_type="product_key", num_moe_experts=num_experts, moe_router_topk=topk, hidden_size=hidden_size,
         **fields,
     )  # fmt: skip

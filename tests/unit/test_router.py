@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from air_moe_megatron.config import AIRMoEConfig
-from air_moe_megatron.router import AIRRouter, air_routers
+from air_moe_megatron.router import air_routers
 from air_moe_megatron.sync import discard_statistics, update_codebooks
+from tests import builders
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 
@@ -27,21 +27,10 @@ SCORES = {
 def make_router(pg_collection, seed=0, learned=2, **settings):
     """A router whose codebook has learned from a few batches, with random parameters and expert bias."""
     base = dict(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        num_moe_experts=EXPERTS,
-        moe_router_topk=TOPK,
-        moe_ffn_hidden_size=8,
-        moe_router_load_balancing_type="none",
-        add_bias_linear=False,
-        moe_router_type="air",
-        moe_air_num_clusters=8,
-        moe_air_shortlist_size=9,
-        moe_air_refresh_interval=1,
-    )
-    router = AIRRouter(AIRMoEConfig(**{**base, **settings}), pg_collection)
-    router.set_layer_number(1)
+        hidden_size=HIDDEN, num_moe_experts=EXPERTS, moe_router_topk=TOPK, moe_router_type="air",
+        moe_air_num_clusters=8, moe_air_shortlist_size=9, moe_air_refresh_interval=1, **builders.STOCK,
+    )  # fmt: skip
+    router = builders.make_router(pg_collection, **{**base, **settings})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         router.weight.copy_(torch.randn(router.weight.shape, generator=generator))

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from air_moe_megatron.config import AIRMoEConfig
 from air_moe_megatron.router import AIRRouter
+from tests import builders
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 
@@ -76,18 +76,8 @@ class Outcome:
 
 
 def make_config(router_type, **settings):
-    base = dict(
-        num_layers=2,
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        num_moe_experts=EXPERTS,
-        moe_router_topk=TOPK,
-        moe_ffn_hidden_size=8,
-        moe_router_load_balancing_type="none",
-        add_bias_linear=False,
-        moe_router_type=router_type,
-    )
-    return AIRMoEConfig(**{**base, **settings})
+    sizes = dict(num_layers=2, hidden_size=HIDDEN, num_moe_experts=EXPERTS, moe_router_topk=TOPK)
+    return builders.make_config(**{**sizes, "moe_router_type": router_type, **builders.STOCK, **settings})
 
 
 def make_routers(pg_collection, seed=0, training=True, **settings):

@@ -7,7 +7,7 @@ from air_moe_megatron import preflight
 from air_moe_megatron.router import ROUTERS
 from air_moe_megatron.routers.running_norm import RunningNorm
 from air_moe_megatron.sync import discard_statistics, update_codebooks
-from tests.unit.rivals import make_config
+from tests.builders import make_config
 
 HIDDEN = 16
 
@@ -67,7 +67,7 @@ def test_statistics_keep_their_dtypes_and_results_keep_the_dtype_of_the_tokens()
 @pytest.mark.parametrize("router_type", ("topk", "air", "hierarchical", "vq"))
 def test_a_router_sees_normalised_tokens_and_learns_only_in_training(megatron_cpu, router_type):
     def make(norm):
-        config, _ = make_config(moe_router_type=router_type, moe_router_input_norm=norm)
+        config = make_config(moe_router_type=router_type, moe_router_input_norm=norm)
         torch.manual_seed(0)
         router = ROUTERS[router_type](config, megatron_cpu)
         router.set_layer_number(1)
@@ -97,7 +97,7 @@ def test_a_router_sees_normalised_tokens_and_learns_only_in_training(megatron_cp
 
 
 def test_a_token_that_is_not_finite_leaves_the_statistics_as_they_were(megatron_cpu, caplog):
-    config, _ = make_config(moe_router_type="topk", moe_router_input_norm="running")
+    config = make_config(moe_router_type="topk", moe_router_input_norm="running")
     router = ROUTERS["topk"](config, megatron_cpu)
     (tokens,) = batches(1)
     router.route(tokens)
@@ -110,7 +110,7 @@ def test_a_token_that_is_not_finite_leaves_the_statistics_as_they_were(megatron_
 
 
 def test_the_statistics_are_saved_and_restored(megatron_cpu):
-    config, _ = make_config(moe_router_type="topk", moe_router_input_norm="running")
+    config = make_config(moe_router_type="topk", moe_router_input_norm="running")
     router, other = (ROUTERS["topk"](config, megatron_cpu) for _ in range(2))
     router.route(batches(1)[0])
     update_codebooks(router)

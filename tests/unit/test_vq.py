@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.unit.rivals import HIDDEN, make_config, make_router
+from tests.builders import HIDDEN, make_config, make_router
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 

@@ -1,4 +1,4 @@
-"""Contenders measured in turn, with the machine's ceilings among them, and the rows that come of it."""
+"""Interleaved timing: cases and the machine's ceilings run in turn, and each case becomes a row."""
 
 import logging
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.floor import CeilingProbe, Ceilings, Work, floor_columns
 from benchmarks.measure import Timing, environment
+from benchmarks.roofline import CeilingProbe, Ceilings, Work, bound_columns
 
 logger = logging.getLogger(__name__)
 
@@ -15,8 +15,8 @@ _MATMUL, _COPY = "large matmul", "large copy"
 
 
 @dataclass(frozen=True)
-class Contender:
-    """What is measured.
+class Case:
+    """Something to be timed, and a row of the results.
 
     Attributes:
         run: runs once and returns seconds per phase, the sum as "total".
@@ -33,48 +33,48 @@ class Contender:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Times of all contenders, and the ceilings between them."""
+    """Times of all cases, and the ceilings between them."""
 
-    contenders: dict[str, Contender]
-    timings: dict[str, dict[str, Timing]]  # contender -> phase
+    cases: dict[str, Case]
+    timings: dict[str, dict[str, Timing]]  # case -> phase
     ceilings: Ceilings
     device: torch.device
     phases: tuple[str, ...]
 
     def median(self, name: str) -> float:
-        """Median of a contender's total, in seconds."""
+        """Median of a case's total, in seconds."""
         return self.timings[name]["total"].median
 
     def row(self, name: str, sizes: dict, figures: dict, label: str | None = None) -> dict:
-        """The contender's row: its sizes, times, figures, distance from its floor, and where it was measured."""
-        contender, timings = self.contenders[name], self.timings[name]
-        row = {"contender": label or name, **sizes}
+        """The case's row: its sizes, times, figures, distance from its roofline bound, and where it was measured."""
+        case, timings = self.cases[name], self.timings[name]
+        row = {"case": label or name, **sizes}
         for phase in self.phases:
             empty = dict.fromkeys(Timing([0.0]).columns(phase), "")
             row |= timings[phase].columns(phase) if phase in timings else empty
-        row |= figures | floor_columns(contender.work, self.ceilings, self.median(name), contender.tokens)
+        row |= figures | bound_columns(case.work, self.ceilings, self.median(name), case.tokens)
         return row | {"repetitions": len(timings["total"].seconds)} | environment(self.device)
 
 
-def race(contenders: dict[str, Contender], args, device: torch.device, extra_phases: tuple[str, ...] = ()) -> Outcome:
-    """Run the contenders and the ceilings in turn, so that a drift of the machine's speed meets them all alike.
+def time_interleaved(cases: dict[str, Case], args, device: torch.device, extra_phases: tuple[str, ...] = ()) -> Outcome:
+    """Run the cases and the ceilings in turn, so that a drift of the machine's speed meets them all alike.
 
-    What is timed is the steady state: before every counted run come uncounted ones of the same contender, so that no
-    contender pays for the caches and the memory that the one before it has left behind. The ceilings, each the best of
-    a few runs, are measured so too.
+    The steady state is timed: uncounted runs of the same case come before every counted one. So no case pays for the
+    caches and the memory that the case before it has left. The ceilings, each the best of a few runs, are measured the
+    same way.
 
     Args:
-        args: ``repetitions`` counted runs of each, of slow contenders at most ``slow_repetitions``, and ``warmup``
+        args: ``repetitions`` counted runs of each, of slow cases at most ``slow_repetitions``, and ``warmup``
             uncounted ones directly before each of them; ``dtype`` of the matmul.
         extra_phases: phases beside forward and backward that rows show.
     """
     probe = CeilingProbe(device, args.dtype)
-    runs = {name: contender.run for name, contender in contenders.items()}
+    runs = {name: case.run for name, case in cases.items()}
     runs |= {_MATMUL: probe.matmul, _COPY: probe.copy}
     seconds = {name: {} for name in runs}
     for repetition in range(args.repetitions):
         for name, run in runs.items():
-            is_slow = name in contenders and contenders[name].is_slow
+            is_slow = name in cases and cases[name].is_slow
             if is_slow and repetition >= args.slow_repetitions:
                 continue
             for _ in range(args.warmup):
@@ -85,4 +85,4 @@ def race(contenders: dict[str, Contender], args, device: torch.device, extra_pha
     timings = {name: {phase: Timing(runs) for phase, runs in phases.items()} for name, phases in seconds.items()}
     matmul, copy = (timings.pop(name)["total"].median for name in (_MATMUL, _COPY))
     phases = ("forward", "backward", *extra_phases, "total")
-    return Outcome(contenders, timings, probe.ceilings(matmul, copy), device, phases)
+    return Outcome(cases, timings, probe.ceilings(matmul, copy), device, phases)

@@ -1,4 +1,4 @@
-"""Print the bars, asked and measured, from the CSV files of the benchmarks: `python benchmarks/bars.py [FOLDER]`.
+"""Print the targets, asked and measured, from the CSV files of the benchmarks: `python benchmarks/targets.py [FOLDER]`.
 
 CPU rows are read from the folder, GPU rows from its `gpu/`; what has not been measured stays empty.
 """
@@ -16,12 +16,12 @@ _LARGE, _MILLION = {"experts": 65_536}, {"experts": 1_048_576}
 
 
 @dataclass(frozen=True)
-class Bar:
+class Target:
     """A figure that is asked for: where it stands, and what it must be."""
 
     what: str
     file: str
-    contender: str
+    case: str
     column: str
     unit: str
     at_most: bool
@@ -29,61 +29,61 @@ class Bar:
     sizes: dict[str, dict[str, int]]  # kind of device -> sizes for which it is asked
 
 
-BARS = (
-    Bar(
-        what="route() fwd+bwd over its floor, E = 65,536",
+TARGETS = (
+    Target(
+        what="route() fwd+bwd over its roofline bound, E = 65,536",
         file="router.csv",
-        contender="AIRRouter.route",
-        column="times_floor",
+        case="AIRRouter.route",
+        column="times_bound",
         unit="x",
         at_most=True,
         asked={"CPU": 4, "GPU": 4},
         sizes={"CPU": _LARGE | _CPU, "GPU": _LARGE | _GPU},
     ),
-    Bar(
+    Target(
         what="route() fwd+bwd against TopKRouter, E = 65,536",
         file="router.csv",
-        contender="AIRRouter.route",
+        case="AIRRouter.route",
         column="times_faster",
         unit="x",
         at_most=False,
         asked={"CPU": 60, "GPU": 15},
         sizes={"CPU": _LARGE | _CPU, "GPU": _LARGE | _GPU},
     ),
-    Bar(
+    Target(
         what="E = 1,048,576 against 65,536, auto sizes, T = 16,384",
         file="growth.csv",
-        contender="AIRRouter.route, E = 1048576",
+        case="AIRRouter.route, E = 1048576",
         column="times_slower",
         unit="x",
         at_most=True,
         asked={"CPU": 6, "GPU": 6},
         sizes={"CPU": _MILLION | {"hidden": 128, "tokens": 16_384, "topk": 64}, "GPU": _MILLION | _GPU},
     ),
-    Bar(
+    Target(
         what="whole layer fwd+bwd against PEER, same E K H F",
         file="layer.csv",
-        contender="AIRMoELayer",
+        case="AIRMoELayer",
         column="times_faster",
         unit="x",
         at_most=False,
         asked={"CPU": 1.5, "GPU": 3},
         sizes={"CPU": _LARGE | _CPU, "GPU": _LARGE | _GPU},
     ),
-    Bar(
+    Target(
         what="refresh, amortised, of a step at 8k tokens per rank",
         file="refresh.csv",
-        contender="shortlist rebuild",
+        case="shortlist rebuild",
         column="percent_of_step",
         unit="%",
         at_most=True,
         asked={"CPU": 10, "GPU": 10},
         sizes={"CPU": _LARGE | _CPU | {"tokens": 8192}, "GPU": _LARGE | _GPU | {"tokens": 8192}},
     ),
-    Bar(
+    Target(
         what="training step of a small GPT, AIR against TopK at E = 16,384",
         file="train.csv",
-        contender="GPT, AIRMoELayer",
+        case="GPT, AIRMoELayer",
         column="times_faster",
         unit="x",
         at_most=False,
@@ -102,33 +102,33 @@ def read(folder: Path, file: str) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def judge(bar: Bar, kind: str, folder: Path) -> tuple[str, str]:
-    """What was measured for a bar, and whether it is met; empty where it was not, at the sizes that are asked."""
-    rows = [row for row in read(folder, bar.file) if row["contender"] == bar.contender]
+def judge(target: Target, kind: str, folder: Path) -> tuple[str, str]:
+    """What was measured for a target, and whether it is met; empty where it was not, at the sizes that are asked."""
+    rows = [row for row in read(folder, target.file) if row["case"] == target.case]
     for row in rows:
-        if all(row.get(name) == str(value) for name, value in bar.sizes[kind].items()):
-            measured = float(row[bar.column])
-            is_met = measured <= bar.asked[kind] if bar.at_most else measured >= bar.asked[kind]
-            return f"{measured:g} {bar.unit}", "yes" if is_met else "NO"
+        if all(row.get(name) == str(value) for name, value in target.sizes[kind].items()):
+            measured = float(row[target.column])
+            is_met = measured <= target.asked[kind] if target.at_most else measured >= target.asked[kind]
+            return f"{measured:g} {target.unit}", "yes" if is_met else "NO"
     return "", ""
 
 
 def table(folder: Path) -> str:
-    """The bars as a table in Markdown, with the command that fills what is empty."""
+    """The targets as a table in Markdown, with the command that fills what is empty."""
     kinds = list(_COMMANDS)
     lines = ["| | " + " | ".join(f"{kind} asked | measured | met" for kind in kinds) + " |"]
     lines.append("|---" * (1 + 3 * len(kinds)) + "|")
     missing = set()
-    for bar in BARS:
-        cells = [bar.what]
+    for target in TARGETS:
+        cells = [target.what]
         for kind in kinds:
-            measured, is_met = judge(bar, kind, folder / _FOLDERS[kind])
-            cells += [f"{'<=' if bar.at_most else '>='} {bar.asked[kind]:g} {bar.unit}", measured, is_met]
+            measured, is_met = judge(target, kind, folder / _FOLDERS[kind])
+            cells += [f"{'<=' if target.at_most else '>='} {target.asked[kind]:g} {target.unit}", measured, is_met]
             if not measured:
                 missing.add(kind)
         lines.append("| " + " | ".join(cells) + " |")
     for kind in kinds:
-        rows = [row for bar in BARS for row in read(folder / _FOLDERS[kind], bar.file)]
+        rows = [row for target in TARGETS for row in read(folder / _FOLDERS[kind], target.file)]
         origins = dict.fromkeys(f"{row['device']}, {row['threads']} threads, commit {row['commit']}" for row in rows)
         lines += [f"{kind}: {origin}" for origin in origins]
         if kind in missing:

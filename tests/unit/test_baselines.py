@@ -1,12 +1,11 @@
-"""What every rival shares: the layer on both paths, padding, checkpoints, odd numbers of tokens, losses, counts."""
+"""What every baseline shares: the layer on both paths, padding, checkpoints, odd numbers of tokens, losses, counts."""
 
 import pytest
 import torch
 
-from air_moe_megatron import AIRMoEConfig
 from air_moe_megatron.router import ROUTERS
 from air_moe_megatron.sync import update_codebooks
-from tests.unit.rivals import HIDDEN, make_layer, make_router, tell_ids
+from tests.builders import HIDDEN, make_config, make_layer, make_router, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 
@@ -15,7 +14,7 @@ EVERY_LOSS = dict(
     moe_aux_loss_coeff=[0.01, 0.01, 0.01],
     moe_z_loss_coeff=0.001,
 )
-RIVALS = {
+BASELINES = {
     "exact": dict(moe_router_type="topk"),
     "exact-losses": dict(moe_router_type="topk", **EVERY_LOSS),
     "exact-bias": dict(moe_router_type="topk", moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
@@ -52,7 +51,7 @@ def steps(layer, seed=0):
     return [tensor for tensor in found if tensor is not None]
 
 
-@pytest.mark.parametrize("fields", RIVALS.values(), ids=RIVALS)
+@pytest.mark.parametrize("fields", BASELINES.values(), ids=BASELINES)
 def test_compact_equals_stock(megatron_cpu, fields):
     layers = [make_layer(megatron_cpu, **fields)]
     layers.append(make_layer(megatron_cpu, moe_dispatch="stock", moe_token_dispatcher_type="alltoall", **fields))
@@ -64,7 +63,7 @@ def test_compact_equals_stock(megatron_cpu, fields):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("fields", RIVALS.values(), ids=RIVALS)
+@pytest.mark.parametrize("fields", BASELINES.values(), ids=BASELINES)
 def test_megatrons_own_experts_take_the_dense_maps(megatron_cpu, fields):
     """The router alone under Megatron's dispatchers: K experts of each token, with the probs of the compact routes."""
     router = make_router(megatron_cpu, **{**fields, "moe_dispatch": "stock"})
@@ -84,7 +83,7 @@ def test_megatrons_own_experts_take_the_dense_maps(megatron_cpu, fields):
     torch.testing.assert_close(probs, expected)
 
 
-@pytest.mark.parametrize("fields", RIVALS.values(), ids=RIVALS)
+@pytest.mark.parametrize("fields", BASELINES.values(), ids=BASELINES)
 def test_the_scaling_factor_scales_every_prob(megatron_cpu, fields):
     """Without it a comparison of routers compares the scales of their probs."""
     hidden, routes = torch.randn(21, HIDDEN), []
@@ -96,7 +95,7 @@ def test_the_scaling_factor_scales_every_prob(megatron_cpu, fields):
     torch.testing.assert_close(routes[1].probs, 3 * routes[0].probs)
 
 
-@pytest.mark.parametrize("fields", RIVALS.values(), ids=RIVALS)
+@pytest.mark.parametrize("fields", BASELINES.values(), ids=BASELINES)
 @pytest.mark.parametrize("num_tokens", (0, 1))
 def test_no_token_and_one_token(megatron_cpu, fields, num_tokens):
     router = make_router(megatron_cpu, **fields)
@@ -110,7 +109,7 @@ def test_no_token_and_one_token(megatron_cpu, fields, num_tokens):
         assert hidden.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("fields", RIVALS.values(), ids=RIVALS)
+@pytest.mark.parametrize("fields", BASELINES.values(), ids=BASELINES)
 def test_every_parameter_gets_a_gradient_and_follows_the_routers_marks(megatron_cpu, fields):
     router = make_router(megatron_cpu, params_dtype=torch.bfloat16, bf16=True, **fields)
     for name, parameter in router.named_parameters():
@@ -124,7 +123,7 @@ def test_every_parameter_gets_a_gradient_and_follows_the_routers_marks(megatron_
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("fields", RIVALS.values(), ids=RIVALS)
+@pytest.mark.parametrize("fields", BASELINES.values(), ids=BASELINES)
 def test_padding_has_no_experts_and_counts_nowhere(megatron_cpu, fields):
     """The gradients of padded tokens' companions, losses and statistics included, are those of a batch without them."""
     generator = torch.Generator().manual_seed(3)
@@ -147,7 +146,7 @@ def test_padding_has_no_experts_and_counts_nowhere(megatron_cpu, fields):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("fields", RIVALS.values(), ids=RIVALS)
+@pytest.mark.parametrize("fields", BASELINES.values(), ids=BASELINES)
 def test_checkpoints_hold_the_whole_router(megatron_cpu, fields):
     router, other = make_router(megatron_cpu, **fields), make_router(megatron_cpu, seed=5, **fields)
     tell_ids(router, torch.zeros(1, 9, dtype=torch.int64))
@@ -210,7 +209,7 @@ def test_specs_build_the_router_of_the_type(megatron_cpu):
         assert with_air_layers(spec, layer.config).keywords["submodules"].router is router_class
         assert require_routers([layer]) == [layer]
         assert len(air_routers(layer)) == (router_type == "air")
-        layer.config = AIRMoEConfig(**{**layer.given, "moe_router_type": "air"})
+        layer.config = make_config(moe_router_type="air")
         layer.router.config = layer.config
         if router_type != "air":
             with pytest.raises(

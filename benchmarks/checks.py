@@ -1,6 +1,6 @@
-"""No time is reported for what is wrong: each contender against a direct computation, before it is timed.
+"""Correctness checks: each case is compared with a direct computation before it is timed.
 
-At small sizes in fp32, whatever is timed; at the sizes and in the dtype that are timed, for some tokens.
+Each case is checked twice: at small sizes in fp32, and for some tokens at the timed sizes and in the timed dtype.
 """
 
 import logging
@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from benchmarks.measure import take_gradients
-from benchmarks.models import Sizes, inputs, make_layer, make_router, settle
+from benchmarks.models import Sizes, inputs, make_layer, make_router, warm_up_codebook
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +27,14 @@ def same(name: str, found: torch.Tensor, expected: torch.Tensor, rtol=1e-4, atol
         raise AssertionError(f"{name}: an RMS of {float(error)} away from values of {float(size)}")
 
 
-def gate_router(pg_collection, device) -> None:
+def check_router(pg_collection, device) -> None:
     """With full lists AIRRouter must equal TopKRouter."""
     sizes = Sizes(experts=96, hidden=32, tokens=200, topk=8, clusters=6, shortlist=96)
     topk, air = (make_router(kind, sizes, pg_collection, device) for kind in ("topk", "air"))
     with torch.no_grad():
         air.weight.copy_(topk.weight)
     hidden, grad = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden), (sizes.tokens, sizes.experts))
-    settle(air, hidden)
+    warm_up_codebook(air, hidden)
     results = []
     for router in (topk, air):
         tokens = hidden.clone().requires_grad_()
@@ -44,10 +44,10 @@ def gate_router(pg_collection, device) -> None:
     names = ("routing map", "probs", "input grad", "weight grad")
     for name, expected, found in zip(names, *results, strict=True):
         same(name, found, expected, atol=1e-6)
-    logger.info("gate passed: with full lists AIRRouter equals TopKRouter")
+    logger.info("check passed: with full lists AIRRouter equals TopKRouter")
 
 
-def gate_at_size(air, hidden: torch.Tensor, num_checked: int = 64) -> None:
+def check_at_size(air, hidden: torch.Tensor, num_checked: int = 64) -> None:
     """At the sizes to be timed: experts, probabilities and gradients of some tokens against a direct computation."""
     tokens = hidden[:, 0].clone().requires_grad_()
     take_gradients(air)
@@ -77,7 +77,7 @@ def gate_at_size(air, hidden: torch.Tensor, num_checked: int = 64) -> None:
     same("probs", routes.probs[::every], probs)
     same("input grad", tokens.grad[::every], exact.grad)
     same("weight grad", weight_grad.to(tokens.dtype), expected)
-    logger.info("gate passed: %d tokens at the timed sizes equal a direct computation", ids.shape[0])
+    logger.info("check passed: %d tokens at the timed sizes equal a direct computation", ids.shape[0])
 
 
 def _scores(tokens, weight, ids):
@@ -86,8 +86,8 @@ def _scores(tokens, weight, ids):
     return torch.stack([weight[experts].float() @ token for token, experts in rows])
 
 
-def gate_product_keys(pg_collection, device) -> None:
-    """The rival must find the best of all its experts."""
+def check_product_keys(pg_collection, device) -> None:
+    """The product-key baseline must find the best of all its experts."""
     sizes = Sizes(experts=400, hidden=32, tokens=50, topk=16)
     router = make_router("product_key", sizes, pg_collection, device)
     (hidden,) = inputs(sizes, device, (sizes.tokens, sizes.hidden))
@@ -96,10 +96,10 @@ def gate_product_keys(pg_collection, device) -> None:
     halves = torch.einsum("tphd,hnpd->pthn", queries, router.keys)
     every = (halves[0].unsqueeze(-1) + halves[1].unsqueeze(-2)).flatten(-2)
     same("scores", found, every.topk(router.topk, dim=-1).values)
-    logger.info("gate passed: product keys find the best of all their experts")
+    logger.info("check passed: product keys find the best of all their experts")
 
 
-def gate_layer(kind: str, pg_collection, device) -> None:
+def check_layer(kind: str, pg_collection, device) -> None:
     """Output and gradients of a layer against a direct computation of its routes."""
     sizes = Sizes(experts=256, hidden=32, tokens=100, topk=8)
     layer = make_layer(kind, sizes, pg_collection, device)
@@ -107,7 +107,7 @@ def gate_layer(kind: str, pg_collection, device) -> None:
     hidden, grad = inputs(sizes, device, shape, shape)
     router, experts = layer.router, layer.experts
     if kind == "AIRMoELayer":
-        settle(router, hidden)
+        warm_up_codebook(router, hidden)
         ids = router.route(hidden).topk_ids.long()
     else:
         ids = (hidden.view(-1, sizes.hidden) @ router.weight.t()).topk(sizes.topk, dim=1).indices
@@ -128,10 +128,10 @@ def gate_layer(kind: str, pg_collection, device) -> None:
     names = ("output", "input grad", "router grad", "weight1 grad", "weight2 grad")
     for name, wanted, got in zip(names, [expected, *gradients], found, strict=True):
         same(name, got, wanted)
-    logger.info("gate passed: %s equals a direct computation of its routes", kind)
+    logger.info("check passed: %s equals a direct computation of its routes", kind)
 
 
-def gate_lists(router, index=None, num_checked: int = 16) -> None:
+def check_lists(router, index=None, num_checked: int = 16) -> None:
     """The lists of some codewords must hold the best experts there, and all lists together every expert.
 
     Args:
@@ -148,4 +148,4 @@ def gate_lists(router, index=None, num_checked: int = 16) -> None:
     room = shortlist.shape[0] * reserved
     if room >= router.num_experts and shortlist.unique().numel() != router.num_experts:
         raise AssertionError("some experts are in no list")
-    logger.info("gate passed: the lists hold the best experts, and every expert")
+    logger.info("check passed: the lists hold the best experts, and every expert")

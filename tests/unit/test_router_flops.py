@@ -1,14 +1,14 @@
-"""The formulas of flops.py against the operations that torch counts while each router runs."""
+"""The formulas of router_flops.py against the operations that torch counts while each router runs."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from air_moe_megatron.flops import expert_flops, router_flops
 from air_moe_megatron.index import num_rebuilds
 from air_moe_megatron.ops.fine_scores import grouped
 from air_moe_megatron.router import ROUTERS
-from tests.unit.rivals import VOCABULARY, make_config, tell_ids
+from benchmarks.quality.router_flops import expert_flops, router_flops
+from tests.builders import VOCABULARY, make_config, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 
@@ -44,7 +44,7 @@ def bag_flops(weight, indices, *_, **__):
 @pytest.mark.parametrize("fields", SETTINGS.values(), ids=SETTINGS)
 def test_formulas_equal_what_torch_counts(megatron_cpu, fields, monkeypatch):
     monkeypatch.setattr(grouped, "_MIN_FILL", 1.0)  # no tile is padded
-    config, _ = make_config(
+    config = make_config(
         hidden_size=HIDDEN, num_moe_experts=EXPERTS, moe_router_topk=TOPK,
         **{"moe_air_num_clusters": 16, "moe_air_shortlist_size": 24, **fields},
     )  # fmt: skip
@@ -65,7 +65,7 @@ def test_formulas_equal_what_torch_counts(megatron_cpu, fields, monkeypatch):
 
 
 def test_refresh_is_spread_over_the_tokens_between_two():
-    config, _ = make_config(moe_router_type="air", moe_air_num_clusters=16, moe_air_refresh_interval=5)
+    config = make_config(moe_router_type="air", moe_air_num_clusters=16, moe_air_refresh_interval=5)
     plain, spread = router_flops(config), router_flops(config, tokens_per_batch=100)
     assert plain.refresh == 0.0
     assert spread.refresh == 2 * 16 * 64 * 16 / 500
@@ -78,14 +78,14 @@ def test_refresh_is_spread_over_the_tokens_between_two():
 
 
 def test_dispatch_constant_of_krajewski():
-    config, _ = make_config(moe_router_type="topk")
+    config = make_config(moe_router_type="topk")
     flops = router_flops(config)
     assert flops.total == 6 * 16 * 64
     assert flops.with_dispatch == 14 * 16 * 64
 
 
 def test_expert_flops_are_those_of_k_small_mlps():
-    config, _ = make_config(moe_router_type="topk", moe_ffn_hidden_size=3)
+    config = make_config(moe_router_type="topk", moe_ffn_hidden_size=3)
     assert expert_flops(config) == 3 * (2 * 4 * 16 * 3) * 2
     config.gated_linear_unit = True
     assert expert_flops(config) == 3 * (2 * 4 * 16 * 3) * 3

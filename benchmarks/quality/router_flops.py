@@ -1,8 +1,8 @@
 """Floating-point operations of routers and experts, from the config alone: one formula per router, to compare fairly.
 
-Counted are the products of vectors (a multiplication and an addition are two operations), forward and backward, of one
-layer and token, as each router is built here; not counted are what is linear in the scores: softmax, top-k,
-sorting, norms, statistics of the codebook. ``tests/unit/test_flops.py`` compares the formulas with the operations that
+Products of vectors are counted, forward and backward, of one layer and token, as each router is built here. A
+multiplication and an addition are two operations. What is linear in the scores is not counted: softmax, top-k, sorting,
+norms, statistics of the codebook. ``tests/unit/test_router_flops.py`` compares the formulas with the operations that
 torch counts while the routers run.
 
 Legend: H hidden, E experts, C clusters, L shortlist, P probes, M candidates with gradients, K top-k.

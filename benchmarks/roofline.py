@@ -1,12 +1,13 @@
-"""The floor of a row: the time below which the work cannot be done at the rates that the machine was measured at.
+"""The roofline bound of a row: the least time that its work takes at the rates measured on this machine.
 
-Floor of a phase: the larger of its arithmetic over the measured matmul rate and its compulsory bytes over the measured
-copy rate. Floor of a row: the sum over its phases. Every benchmark goes through :func:`floor`.
+A phase takes at least its arithmetic over the measured matmul rate, and at least its compulsory bytes over the measured
+copy rate. Its bound is the larger of the two, and a row's bound is the sum over its phases. :func:`bound` computes it
+for every benchmark.
 
-What counts as compulsory is chosen small, so that the distance from the floor is not flattered: no intermediate result,
-no index or count, no second reading of anything that could stay in a cache, weights' gradients written once in the
-dtype of the weight although Megatron's ``main_grad`` is fp32 and is read too. A contender is measured against the floor
-of its own work: that of ``TopKRouter`` holds the dense product and the dense maps that its interface demands.
+Few bytes count as compulsory, so that the distance from the bound is not flattered. Left out are intermediate results,
+indices, counts, and second readings of what could stay in a cache. A weight's gradient is written once in the weight's
+dtype, although Megatron's ``main_grad`` is fp32 and is read too. Each case has the bound of its own work: that of
+``TopKRouter`` holds the dense product and the dense maps that its interface demands.
 
 Legend: T tokens, H hidden, E experts, C clusters, L shortlist, K top-k, F rows of an expert.
 """
@@ -42,7 +43,7 @@ class Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
 
-def floor(phases: dict[str, Work], ceilings: Ceilings) -> dict[str, float]:
+def bound(phases: dict[str, Work], ceilings: Ceilings) -> dict[str, float]:
     """Seconds below which each phase cannot go, and under "total" their sum.
 
     Example: 100 FLOPs and 30 bytes forward, 20 FLOPs and 40 bytes backward, at 10 FLOP/s and 2 byte/s: 15 s forward,
@@ -54,19 +55,19 @@ def floor(phases: dict[str, Work], ceilings: Ceilings) -> dict[str, float]:
     return {**seconds, "total": sum(seconds.values())}
 
 
-def floor_columns(phases: dict[str, Work], ceilings: Ceilings, seconds: float, tokens: int | None) -> dict:
-    """What every row shows of its floor, for a row whose total took ``seconds``.
+def bound_columns(phases: dict[str, Work], ceilings: Ceilings, seconds: float, tokens: int | None) -> dict:
+    """Columns about the bound, for a row whose total took ``seconds``.
 
     Args:
         tokens: tokens of the row; None where it has none, such as the rebuild of the shortlists.
     """
-    least = floor(phases, ceilings)
+    least = bound(phases, ceilings)
     done = sum(phases.values(), Work())
     return {
-        "floor_forward_ms": _milliseconds(least.get("forward")),
-        "floor_backward_ms": _milliseconds(least.get("backward")),
-        "floor_ms": _milliseconds(least["total"]),
-        "times_floor": round(seconds / least["total"], 2),
+        "bound_forward_ms": _milliseconds(least.get("forward")),
+        "bound_backward_ms": _milliseconds(least.get("backward")),
+        "bound_ms": _milliseconds(least["total"]),
+        "times_bound": round(seconds / least["total"], 2),
         "tokens_per_s": "" if tokens is None else round(tokens / seconds),
         "gflops_per_s": round(done.flops / seconds / 1e9, 2),
         "ceiling_gflops_per_s": round(ceilings.flops_per_s / 1e9, 1),
@@ -80,7 +81,7 @@ def _milliseconds(seconds):
 
 
 class CeilingProbe:
-    """A large matmul and a large copy, ready to be timed again and again between the contenders' runs.
+    """A large matmul and a large copy, ready to be timed again and again between the cases' runs.
 
     Args:
         dtype: of the matmul. On a CPU always fp32: what it lacks instructions for would make a ceiling too easy.
@@ -115,7 +116,7 @@ class CeilingProbe:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype = torch.float32, repetitions: int = 3) -> Ceilings:
-    """Measure the ceilings of the device by themselves; within a comparison ``race.py`` times them in turn with it."""
+    """Measure the ceilings of the device alone; ``timing.py`` interleaves them with the cases of a benchmark."""
     probe = CeilingProbe(device, dtype)
     kinds: tuple[Callable[[], dict[str, float]], ...] = (probe.matmul, probe.copy)
     medians = [Timing([kind()["total"] for _ in range(repetitions + 1)][1:]).median for kind in kinds]

@@ -1,4 +1,4 @@
-"""Layers and routers of every type, for the tests of the rivals."""
+"""Small configs, routers and layers of every router type: what all tests build theirs with."""
 
 import torch
 
@@ -7,10 +7,12 @@ from air_moe_megatron.experts import GranularExperts
 from air_moe_megatron.router import ROUTERS
 
 HIDDEN, EXPERTS, VOCABULARY = 16, 64, 40
+STOCK = dict(moe_granular_experts=False, moe_dispatch="stock", moe_router_dtype=None)
+"""Fields of Megatron's own path, around its own experts."""
 
 
-def make_config(**fields):
-    """A config, with what it was given in ``given``."""
+def make_config(**fields) -> AIRMoEConfig:
+    """A config of one layer on the compact path, but for the fields given."""
     base = dict(
         num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, num_moe_experts=EXPERTS, moe_router_topk=4,
         moe_ffn_hidden_size=1, ffn_hidden_size=1, add_bias_linear=False, use_cpu_initialization=True,
@@ -19,31 +21,31 @@ def make_config(**fields):
     )  # fmt: skip
     if fields.get("moe_router_type") == "hash":
         base["moe_hash_vocab_size"] = VOCABULARY
-    given = {**base, **fields}
-    return AIRMoEConfig(**given), given
+    return AIRMoEConfig(**{**base, **fields})
 
 
-def make_layer(groups, **fields):
+def make_layer(groups, **fields) -> AIRMoELayer:
+    """A layer of granular experts behind the router that the fields ask for; equal weights for equal fields."""
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
-    config, given = make_config(**fields)
+    config = make_config(**fields)
     torch.manual_seed(0)
     router = ROUTERS[config.moe_router_type]
     layer = AIRMoELayer(config, MoESubmodules(experts=GranularExperts, router=router), 1, groups)
     layer.set_layer_number(1)
-    layer.given = given
     return layer
 
 
-def make_router(groups, seed=0, **fields):
-    config, _ = make_config(**fields)
+def make_router(groups, seed: int = 0, **fields):
+    """The router that the fields ask for; equal weights for equal fields and seed."""
+    config = make_config(**fields)
     torch.manual_seed(seed)
     router = ROUTERS[config.moe_router_type](config, groups)
     router.set_layer_number(1)
     return router
 
 
-def tell_ids(router, token_ids):
+def tell_ids(router, token_ids: torch.Tensor) -> None:
     """Give a hash router token ids [B, S]; others need none."""
     router.token_ids = token_ids
 

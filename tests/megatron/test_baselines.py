@@ -1,4 +1,4 @@
-"""Every rival in the real training loop: compact and stock path alike, learning, and resumed in another layout."""
+"""Every baseline in the real training loop: compact and stock path alike, learning, and resumed in another layout."""
 
 import re
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.megatron.conftest import AIR, EP2, read_checkpoint
+
+pytestmark = pytest.mark.slow
 
 STEPS, SAVED = 4, 2
 ROUTER = "decoder.layers.mlp.router."
@@ -17,7 +19,7 @@ GRANULAR = [
 COMPACT = ["--moe-dispatch", "compact"]
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"]
-RIVALS = {
+BASELINES = {
     # type: (flags, what only its checkpoint holds, ranks and flags of the run that goes on)
     "topk": ([], None, None),
     "product_key": ([], "query_norm.variance", (2, [*EP2, *FULL_RECOMPUTE])),
@@ -47,16 +49,16 @@ def train(pretrain, successors):
     return run
 
 
-@pytest.fixture(scope="module", params=RIVALS)
-def rival(request, train, tmp_path_factory):
+@pytest.fixture(scope="module", params=BASELINES)
+def baseline(request, train, tmp_path_factory):
     """A compact run: (type, flags, run, directory of its checkpoints)."""
-    flags = ["--moe-router-type", request.param, *RIVALS[request.param][0], "--train-iters", STEPS]
+    flags = ["--moe-router-type", request.param, *BASELINES[request.param][0], "--train-iters", STEPS]
     directory = tmp_path_factory.mktemp(request.param)
     return request.param, flags, train(*flags, *COMPACT, *EP2, *save_flags(directory)), directory
 
 
-def test_it_trains_and_says_how_it_routes(rival):
-    router_type, _, run, _ = rival
+def test_it_trains_and_says_how_it_routes(baseline):
+    router_type, _, run, _ = baseline
     assert list(run.steps) == list(range(1, STEPS + 1))
     assert float(run.steps[STEPS][0]) < float(run.steps[1][0]) - 0.1
     lines = [line for line in run.output.splitlines() if "routing health at iteration" in line]
@@ -66,8 +68,8 @@ def test_it_trains_and_says_how_it_routes(rival):
     assert all(re.search(r"vq loss: \d+\.\d+ ", line) for line in lines) == (router_type == "vq")
 
 
-def test_the_stock_path_trains_the_same(rival, train):
-    _, flags, run, _ = rival
+def test_the_stock_path_trains_the_same(baseline, train):
+    _, flags, run, _ = baseline
     stock = train(*flags, *EP2)
     assert_same_norms(stock, run, run.steps)
     found, expected = ([float(r.steps[step][0]) for step in run.steps] for r in (stock, run))
@@ -75,10 +77,10 @@ def test_the_stock_path_trains_the_same(rival, train):
 
 
 # Those with more than parameters to restore: running statistics, a table.
-@pytest.mark.parametrize("rival", ("product_key", "hash"), indirect=True)
-def test_resumed_in_another_layout_it_goes_on(rival, train, tmp_path):
-    router_type, flags, run, directory = rival
-    _, only_here, (ranks, layout) = RIVALS[router_type]
+@pytest.mark.parametrize("baseline", ("product_key", "hash"), indirect=True)
+def test_resumed_in_another_layout_it_goes_on(baseline, train, tmp_path):
+    router_type, flags, run, directory = baseline
+    _, only_here, (ranks, layout) = BASELINES[router_type]
     load = ["--load", directory, "--ckpt-step", SAVED]
     resumed = train(*flags, *COMPACT, *layout, *load, *save_flags(tmp_path), ranks=ranks)
     assert_same_norms(resumed, run, range(SAVED + 1, STEPS + 1))
@@ -88,9 +90,9 @@ def test_resumed_in_another_layout_it_goes_on(rival, train, tmp_path):
         torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("rival", ("product_key",), indirect=True)
-def test_another_router_does_not_load_it(rival, train):
-    router_type, _, _, directory = rival
+@pytest.mark.parametrize("baseline", ("product_key",), indirect=True)
+def test_another_router_does_not_load_it(baseline, train):
+    router_type, _, _, directory = baseline
     other = train(*AIR, "--load", directory, "--train-iters", "5", ranks=1, succeeds=False)
     assert other.returncode != 0 and "time to initialize megatron" not in other.output
     assert f"holds routers of type {router_type}: --moe-router-type air cannot load them" in other.output
