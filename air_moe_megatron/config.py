@@ -339,7 +339,7 @@ def validate_experts(config: TransformerConfig) -> None:
     for field in ("fp8", "fp4", "moe_latent_size", "moe_mlp_glu_interleave_size"):
         if getattr(config, field) is not None:
             refuse(field, "it belongs to Transformer Engine's experts")
-    for field in ("moe_single_grouped_weight", "use_te_activation_func", "moe_paged_stash", "use_kitchen"):
+    for field in ("moe_single_grouped_weight", "use_te_activation_func", "use_kitchen"):
         if getattr(config, field):
             refuse(field, "it belongs to Transformer Engine's experts")
     if config.moe_grouped_gemm:
@@ -565,6 +565,8 @@ def _refuse_unsupported(config):
             refuse(field, "Megatron picks groups by dense scores of all experts, which are not made")
         if config.moe_router_force_biased is not None:
             refuse("moe_router_force_biased", "its bias is drawn over the columns of dense logits")
+    if config.moe_paged_stash:
+        refuse("moe_paged_stash", "it repeats forwards within a step, and their tokens would count twice")
     if config.moe_enable_routing_replay:
         refuse("moe_enable_routing_replay", "a replay is recorded and given inside Megatron's own router")
     if config.moe_router_fusion:

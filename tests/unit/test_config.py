@@ -139,6 +139,15 @@ UNSUPPORTED = {
         dict(moe_router_num_groups=4, moe_router_group_topk=2),
         ["moe_router_num_groups (4)", "group"],
     ),
+    "paged-stash": (
+        dict(
+            moe_paged_stash=True,
+            moe_expert_rank_capacity_factor=2.0,
+            moe_flex_dispatcher_backend="ncclep",
+            moe_token_dispatcher_type="flex",
+        ),
+        ["moe_paged_stash (True)", "would count twice"],
+    ),
     "replay": (dict(moe_enable_routing_replay=True), ["moe_enable_routing_replay (True)", "replay"]),
     "force-biased": (dict(moe_router_force_biased=0.5), ["moe_router_force_biased (0.5)", "bias"]),
     "meta-device": (dict(init_model_with_meta_device=True), ["init_model_with_meta_device (True)", "codebooks"]),
@@ -197,7 +206,6 @@ NOT_WITH_GRANULAR_EXPERTS = {
         ["moe_single_grouped_weight (True)", "Transformer Engine"],
     ),
     "te-activation": (dict(use_te_activation_func=True), ["use_te_activation_func (True)", "Transformer Engine"]),
-    "paged-stash": (dict(moe_paged_stash=True), ["moe_paged_stash (True)", "Transformer Engine"]),
     "kitchen": (dict(use_kitchen=True), ["use_kitchen (True)", "Transformer Engine"]),
     "grouped-gemm": (dict(moe_grouped_gemm=True), ["moe_grouped_gemm (True)", "one tensor already"]),
     "probs-on-input": (dict(moe_apply_probs_on_input=True), ["moe_apply_probs_on_input (True)", "activations"]),
