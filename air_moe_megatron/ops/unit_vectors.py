@@ -29,7 +29,7 @@ def scale_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     rows = rows.float()
     largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True)
-    scale = torch.where(largest < SMALL, GROW, torch.where(largest > LARGE, SHRINK, 1.0))
+    scale = torch.where(largest < SMALL, GROW, torch.where(largest > LARGE, SHRINK, 1.0)).to(rows.dtype)
     return rows * scale, scale
 
 

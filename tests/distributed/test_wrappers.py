@@ -15,8 +15,8 @@ TYPES = {
     "hierarchical": NORM,
     "vq": {**NORM, "moe_vq_loss_coeff": 1e-9},  # its loss is a mean over the tokens of a rank
 }
-# Sums over ranks and microbatches in another order.
-CLOSE = dict(rtol=1e-4, atol=1e-5)
+# Sums over ranks and microbatches in another order, carried through three steps with a large rate.
+CLOSE = dict(rtol=1e-3, atol=1e-4)
 
 
 class Routed(torch.nn.Module):
