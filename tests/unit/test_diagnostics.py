@@ -54,9 +54,9 @@ def mixed_routers(groups):
 def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatch):
     from megatron.core import num_microbatches_calculator
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
-    from tests.builders import HIDDEN
 
     from air_moe_megatron import diagnostics
+    from tests.builders import HIDDEN
 
     destroy_moe_metrics_tracker()
     monkeypatch.setattr(num_microbatches_calculator, "get_num_microbatches", lambda: 1)
@@ -183,9 +183,8 @@ def test_recall_of_full_lists_is_one_and_padding_is_left_out(megatron_cpu):
 
 def test_recall_of_large_finite_tokens(megatron_cpu):
     """Of scores of 1e30 one expert holds all mass: it is listed or not, whatever the products round to."""
-    from tests.builders import HIDDEN, make_router
-
     from air_moe_megatron.diagnostics import recall
+    from tests.builders import HIDDEN, make_router
 
     router = make_router(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
     router.route(1e30 * torch.randn(50, HIDDEN))
