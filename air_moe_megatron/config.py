@@ -236,6 +236,14 @@ def is_plain_topk(values: object) -> bool:
     return getattr(values, "moe_router_type", "topk") == "topk" and not getattr(values, "moe_granular_experts", False)
 
 
+def balancing_losses(values: object) -> list[str]:
+    """The kinds of balancing loss that config or arguments turn on, named as in ``moe_router_load_balancing_type``."""
+    kinds, coeffs = values.moe_router_load_balancing_type, values.moe_aux_loss_coeff
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    coeffs = coeffs if isinstance(coeffs, list) else [coeffs]
+    return [kind for kind, coeff in zip(kinds, coeffs, strict=True) if kind.endswith("aux_loss") and coeff > 0]
+
+
 def router_type_of(field_name: str) -> str | None:
     """The router type that a field belongs to; None for those that every router heeds.
 
@@ -602,9 +610,7 @@ def _refuse_with_rivals(config, refuse):
         refuse("moe_router_force_load_balancing", "random scores of the candidates would not balance the experts")
     if router_type == "hierarchical" and config.moe_router_score_function != "softmax":
         refuse("moe_router_score_function", "the gates of groups and experts are probabilities; use 'softmax'")
-    coeffs = config.moe_aux_loss_coeff
-    has_aux_loss = any(coeff > 0 for coeff in (coeffs if isinstance(coeffs, list) else [coeffs]))
-    if router_type in ("hash", "vq") and config.moe_router_load_balancing_type != "none" and has_aux_loss:
+    if router_type in ("hash", "vq") and balancing_losses(config):
         reason = {"hash": "there is nothing to learn", "vq": "half of the experts are chosen by code, without scores"}
         refuse("moe_aux_loss_coeff", reason[router_type])
     if router_type != "hash":

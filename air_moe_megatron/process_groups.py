@@ -62,3 +62,10 @@ def _megatron_groups() -> dict[str, ProcessGroup]:
 def group_size(group: ProcessGroup | None) -> int:
     """Number of ranks of a group; None stands for one rank alone."""
     return 1 if group is None else group.size()
+
+
+def sum_over_ranks(values: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
+    """The values, summed in place over the ranks of a group."""
+    if group_size(group) > 1:
+        torch.distributed.all_reduce(values, group=group)
+    return values

@@ -1,7 +1,7 @@
 """AIRRouter: coarse assignment to codewords -> shortlist -> exact fine scores -> top-k.
 
-Scores, top-k, probabilities and losses are Megatron's own functions, applied to the columns of the shortlist instead
-of all experts; with a full shortlist the router therefore equals ``TopKRouter``. Nothing on the way to ``Routes`` is
+Scores, top-k and probabilities are Megatron's own functions, applied to the columns of the shortlist instead of all
+experts; with a full shortlist the router therefore routes as ``TopKRouter``. Nothing on the way to ``Routes`` is
 of size [T, E]; ``_to_dense`` is the one place that densifies, for Megatron's own dispatchers.
 
 Legend: S sequence, B batch, T = S*B tokens, H hidden, E experts, C clusters, L shortlist, P probes, N = P*L

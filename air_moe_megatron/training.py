@@ -25,7 +25,7 @@ from air_moe_megatron import preflight
 from air_moe_megatron.arguments import add_air_arguments, transformer_config_from_args
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.compat import release_process_groups, repair_help, require_supported_megatron
-from air_moe_megatron.config import is_plain_topk
+from air_moe_megatron.config import balancing_losses, is_plain_topk
 from air_moe_megatron.router import air_routers
 from air_moe_megatron.routers.hashing import hand_over_token_ids
 from air_moe_megatron.specs import air_hybrid_stack_spec, air_layer_spec, mtp_specs_with_air_layers
@@ -122,6 +122,19 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
                 f"--micro-batch-size ({args.micro_batch_size}) must be 1 with --moe-router-type hash and {packed}: the "
                 "tokens reach the layer in another order than their ids the embedding"
             )
+    balancing = [] if is_plain_topk(args) else balancing_losses(args)
+    if "seq_aux_loss" in balancing and (args.sft or args.dataloader_inter_document_masking):
+        raise ValueError(
+            f"--moe-router-load-balancing-type seq_aux_loss is not supported with {cause} and {packed}: a router is "
+            "not told where documents end, and would balance a pack of them as one sequence; use aux_loss or "
+            "global_aux_loss"
+        )
+    if balancing and args.hybrid_context_parallel:
+        raise ValueError(
+            f"--moe-router-load-balancing-type {' '.join(balancing)} is not supported with {cause} and "
+            "--hybrid-context-parallel: the ranks that hold parts of a sequence change with every microbatch; set "
+            "--moe-aux-loss-coeff 0"
+        )
     if args.moe_granular_experts and args.save_tokens_per_expert_interval is not None:
         raise ValueError(
             f"--save-tokens-per-expert-interval ({args.save_tokens_per_expert_interval}) is not supported with "

@@ -1,9 +1,9 @@
 """What every router of ours has in common: compact routes, and Megatron's own functions around them.
 
-A router gives candidates, [T, N] logits with their expert ids, or chooses by itself; selection, probabilities, losses
-and counts are Megatron's functions, applied to the columns of the candidates. Nothing on the way to ``Routes`` is of
-size [T, E], unless the router scores all experts; ``_to_dense`` is the one place that densifies, for Megatron's own
-dispatchers.
+A router gives candidates, [T, N] logits with their expert ids, or chooses by itself; selection and probabilities are
+Megatron's functions, applied to the columns of the candidates. The losses are in losses.py. Nothing on the way to
+``Routes`` is of size [T, E], unless the router scores all experts; ``_to_dense`` is the one place that densifies, for
+Megatron's own dispatchers.
 
 Legend: S sequence, B batch, T = S*B tokens, H hidden, E experts, P probes, K top-k, N candidates.
 """
@@ -14,17 +14,16 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core.transformer.moe.moe_utils import (
     apply_router_token_dropping,
-    compute_routing_scores_for_aux_loss,
     router_gating_linear,
     topk_routing_with_score_function,
 )
-from megatron.core.transformer.moe.router import TopKRouter
 
 from air_moe_megatron.config import validate
 from air_moe_megatron.learner import Learner
 from air_moe_megatron.module_state import PreservedState
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.recomputation import ForwardCounter
+from air_moe_megatron.routers.losses import RouterLosses
 from air_moe_megatron.routers.running_norm import RunningNorm
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -40,7 +39,7 @@ class Routes:
     codewords: torch.Tensor | None = None
 
 
-class CompactRouter(HoldsProcessGroups, PreservedState, TopKRouter):
+class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     """A router that gives :class:`Routes`; what it chooses by is its subclass's.
 
     A subclass defines ``_choose``. One that has no centre per expert sets ``has_expert_weight`` to False: the [E, H]
@@ -71,7 +70,6 @@ class CompactRouter(HoldsProcessGroups, PreservedState, TopKRouter):
         self._forwards = ForwardCounter()
         self._is_counted = False  # whether the tokens of the forward that runs now count
         self.has_learned = False  # whether a forward has learned since the last step
-        self._num_counted = None  # tokens of this rank that count in the balancing losses, while they are attached
 
     def reset_parameters(self) -> None:
         """As Megatron's; without a centre per expert, drop the empty weight before anything is written to it."""
@@ -238,54 +236,6 @@ class CompactRouter(HoldsProcessGroups, PreservedState, TopKRouter):
             "score_function": self.score_function,
         }
 
-    def _attach_aux_losses(self, probs, logits, ids, padded, batch_size):
-        """Megatron's auxiliary losses in O(T*N + E): its functions need only per-expert sums, given as one row.
-
-        With ``with_padding_mask`` it derives the number of tokens from the counts, not from the number of rows; where
-        inverted lists leave a token fewer than K candidates, it counts as the part of a token that it routes.
-        """
-        routing_map, scores = self._aux_scores(logits, padded)
-        present = ids >= 0
-        ids, counts, scores = ids.clamp(min=0), routing_map & present, scores * present
-
-        def sum_per_expert(values, offsets, size):
-            where = (ids + offsets).reshape(-1)
-            return values.new_zeros(size).index_add(0, where, values.reshape(-1)).unsqueeze(0)
-
-        self._num_counted = counts.sum() / self.topk
-        num_experts = self.num_experts
-        sums = sum_per_expert(scores, 0, num_experts)
-        totals = sum_per_expert(counts.long(), 0, num_experts)
-        probs = self._apply_aux_loss(probs, sums, totals, with_padding_mask=True)
-        if self.get_aux_loss_coeff("seq_aux_loss") > 0:
-            # Token t = s*B + b; Megatron lays the experts of each sequence b side by side.
-            offsets = (torch.arange(ids.shape[0], device=ids.device) % batch_size).unsqueeze(1) * num_experts
-            probs = self._apply_seq_aux_loss(
-                probs,
-                sum_per_expert(scores, offsets, batch_size * num_experts),
-                sum_per_expert(counts.long(), offsets, batch_size * num_experts),
-                1,
-                batch_size,
-                with_padding_mask=True,
-            )
-        probs = self._apply_global_aux_loss(probs, sums, totals, with_padding_mask=True)
-        self._num_counted = None
-        return probs
-
-    def attach_and_log_load_balancing_loss(self, *args, valid_token_count=None, **kwargs):
-        """As Megatron's, which with ``calculate_per_token_loss`` weighs the loss by ``valid_token_count``.
-
-        The rank's own tokens are meant; where Megatron takes them from the counts, it does so after these were summed
-        over the ranks in place.
-        """
-        if self._num_counted is not None:
-            valid_token_count = self._num_counted
-        return super().attach_and_log_load_balancing_loss(*args, valid_token_count=valid_token_count, **kwargs)
-
-    def _aux_scores(self, logits, padded):
-        """[T, N] which candidates count as selected, and their scores, which sum to one."""
-        return compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function, padding_mask=padded)
-
     def _to_dense(self, routes: Routes):
         """[T, E] probs and routing map of the routes: linear in E, for the stock dispatchers only.
 
@@ -305,9 +255,6 @@ class CompactRouter(HoldsProcessGroups, PreservedState, TopKRouter):
         if self.may_repeat or not self.always_complete:
             routing_map = routing_map.scatter(1, routing_map.byte().topk(self.topk, dim=1).indices, True)
         return probs, routing_map
-
-    def _needs_aux_scores(self) -> bool:
-        return self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled()
 
     @torch.no_grad()
     def _count(self, topk_ids, keep):

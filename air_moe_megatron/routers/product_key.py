@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from air_moe_megatron.config import resolve_product_keys
 from air_moe_megatron.learner import Learner
+from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.running_norm import EPSILON, RunningNorm, batch_sums, moments
 
@@ -139,15 +140,12 @@ class ProductKeyRouter(CompactRouter):
         columns = columns.view(-1, heads, topk) + first
         return probs.view(-1, self.topk), columns.view(-1, self.topk)
 
-    def _aux_scores(self, logits, padded):
-        """Each head is a routing of its own; their scores are averaged."""
-        heads = self.sizes.num_heads
-        if padded is not None:
-            padded = padded.repeat_interleave(heads)
-        routing_map, scores = compute_routing_scores_for_aux_loss(
-            self._per_head(logits), self.sizes.topk_per_head, self.score_function, padding_mask=padded
+    def _aux_scores(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the base's. Each head is a routing of its own, and their scores are averaged."""
+        selected, scores = compute_routing_scores_for_aux_loss(
+            self._per_head(logits), self.sizes.topk_per_head, self.score_function
         )
-        return routing_map.view_as(logits), scores.view_as(logits) / heads
+        return selected.view_as(logits), scores.view_as(logits) / self.sizes.num_heads
 
     def _per_head(self, logits):
         """[T, R * N] logits as [T * R, N]."""
@@ -162,7 +160,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, queries, running_mean, keep, group):
-        shift, variance, count = moments(_sum_over(batch_sums(queries, running_mean, keep), group))
+        shift, variance, count = moments(sum_over_ranks(batch_sums(queries, running_mean, keep), group))
         ctx.group, ctx.count = group, count.clamp_min(1.0)
         scale = (variance + EPSILON).rsqrt().to(queries.dtype)
         normal = (queries - running_mean - shift.to(queries.dtype)) * scale
@@ -174,16 +172,8 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx, grad):
         normal, scale, keep = ctx.saved_tensors
         sums = torch.cat((grad.sum(dim=0), (grad * normal).sum(dim=0)))
-        of_mean, of_scale = (_sum_over(sums, ctx.group) / ctx.count).to(grad.dtype).chunk(2)
+        of_mean, of_scale = (sum_over_ranks(sums, ctx.group) / ctx.count).to(grad.dtype).chunk(2)
         through = of_mean + normal * of_scale  # what the tokens that count contribute by mean and variance
         if keep is not None:
             through = torch.where(keep.unsqueeze(1), through, 0.0)
         return (grad - through) * scale, None, None, None
-
-
-def _sum_over(values, group):
-    """The sum over the ranks of a group; of this rank alone without one."""
-    if group is None or group.size() == 1:
-        return values
-    torch.distributed.all_reduce(values, group=group)
-    return values

@@ -21,7 +21,6 @@ import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from torch.autograd.function import once_differentiable
 
-from air_moe_megatron.process_groups import group_size
 from air_moe_megatron.routers.base import CompactRouter, Routes
 
 
@@ -58,20 +57,18 @@ class VQRouter(CompactRouter):
         norms = self.codes.to(wide).square().sum(dim=1)
         return (products - 0.5 * norms).topk(self.topk_per_branch, dim=1).indices
 
-    def _attach_vq_loss(self, probs, hidden, code_ids, keep):
-        """The probs, with codebook and commitment loss attached and logged as "vq_loss"."""
+    def _attach_vq_loss(
+        self, probs: torch.Tensor, hidden: torch.Tensor, code_ids: torch.Tensor, keep: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The probs [T, K], with codebook and commitment loss attached and logged as "vq_loss"."""
+        padded = None if keep is None else ~keep
+        num_tokens, coeff = self._num_tokens(hidden, padded), self.config.moe_vq_loss_coeff
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        counted = torch.ones(hidden.shape[0], device=hidden.device) if keep is None else keep
-        counted = counted.to(wide)
-        num_tokens = counted.sum()
-        # The mean; each rank of the group adds its share, as with Megatron's z-loss.
-        coeff = self.config.moe_vq_loss_coeff
-        weights = counted * (coeff / (hidden.shape[1] * self.topk_per_branch * group_size(self.tp_cp_group)))
-        weights = weights / num_tokens.clamp_min(1.0)
+        weights = (coeff / (hidden.shape[1] * self.topk_per_branch) / num_tokens.to(wide)).expand(hidden.shape[0])
+        if padded is not None:
+            hidden, weights = hidden.masked_fill(padded.unsqueeze(1), 0.0), weights.masked_fill(padded, 0.0)
         loss = _VQLoss.apply(hidden, self.codes, code_ids, weights, self.config.moe_vq_commitment)
-        return self.attach_and_log_load_balancing_loss(
-            probs, coeff, loss, "vq_loss", self.tp_cp_group, valid_token_count=num_tokens
-        )
+        return self._attach_loss(probs, loss, num_tokens, "vq_loss", coeff, self.tp_cp_group)
 
 
 class _VQLoss(torch.autograd.Function):

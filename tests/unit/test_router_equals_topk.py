@@ -103,13 +103,15 @@ def make_routers(pg_collection, seed=0, training=True, **settings):
 
 
 def make_inputs(shape=(6, 2), num_microbatches=1, dtype=torch.float32, padding=False, seed=1):
-    """[S, B, H] hidden states, and [S, B] padding masks or None; every sequence keeps a token."""
+    """[S, B, H] hidden states, and [S, B] padding masks or None; all sequences keep as many tokens.
+
+    Where they do not, Megatron's losses are not those of one rank on all tokens: tests/unit/test_losses.py.
+    """
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_microbatches, *shape, HIDDEN, generator=generator).to(dtype)
     if not padding:
         return list(hidden), [None] * num_microbatches
-    masks = torch.rand(num_microbatches, *shape, generator=generator) < 0.4
-    masks[:, 0] = False
+    masks = torch.rand(num_microbatches, *shape, generator=generator).argsort(dim=1) < shape[0] * 2 // 5
     return list(hidden), list(masks)
 
 

@@ -16,6 +16,20 @@ REFUSED = {
         [*AIR, "--moe-router-type", "hash", "--dataloader-inter-document-masking", "--micro-batch-size", "2"],
         "--micro-batch-size (2) must be 1 with --moe-router-type hash and --dataloader-inter-document-masking",
     ),
+    "packed-sequence-loss": (
+        [*AIR, "--sft", *"--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.1".split()],
+        "--moe-router-load-balancing-type seq_aux_loss is not supported with --moe-router-type air and --sft",
+    ),
+    "masked-sequence-loss": (
+        [*GRANULAR, "--moe-router-type", "topk", "--dataloader-inter-document-masking"]
+        + "--moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 0.1 0.1".split(),
+        "seq_aux_loss is not supported with --moe-granular-experts and --dataloader-inter-document-masking",
+    ),
+    "changing-ranks": (
+        [*AIR, *"--hybrid-context-parallel --moe-router-load-balancing-type global_aux_loss".split()]
+        + "--moe-aux-loss-coeff 0.1".split(),
+        "global_aux_loss is not supported with --moe-router-type air and --hybrid-context-parallel",
+    ),
     "saved-counts": ([*GRANULAR, "--save-tokens-per-expert-interval", "5"], "--save-tokens-per-expert-interval (5)"),
     "upcycling": ([*GRANULAR, "--moe-use-upcycling"], "--moe-use-upcycling"),
     "reinforcement": (["--perform-rl-step"], "--perform-rl-step"),
@@ -35,3 +49,22 @@ def test_flags_that_cannot_be_honoured_are_refused_by_name(monkeypatch, flags, w
     with pytest.raises(ValueError) as error:
         refuse_unsupported(parse_args(extra_args_provider))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    (
+        "--sft --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.1",
+        "--hybrid-context-parallel --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1",
+        "--moe-router-type air --sft --moe-router-load-balancing-type global_aux_loss --moe-aux-loss-coeff 0.1",
+        "--moe-router-type air --sft --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.0",
+        "--moe-router-type air --hybrid-context-parallel --moe-router-load-balancing-type none --moe-z-loss-coeff 0.1",
+    ),
+)
+def test_packed_data_without_a_loss_per_sequence_is_not_refused(monkeypatch, flags):
+    from megatron.training.arguments import parse_args
+
+    from air_moe_megatron.training import extra_args_provider, refuse_unsupported
+
+    monkeypatch.setattr(sys, "argv", ["pretrain", *flags.split()])
+    refuse_unsupported(parse_args(extra_args_provider))

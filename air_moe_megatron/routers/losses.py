@@ -1,0 +1,238 @@
+"""The losses of a router: balancing losses and z-loss, equal to those of one rank on all tokens.
+
+A balancing loss weighs each token's score of an expert by the share of the selections that the expert got::
+
+    loss = coeff * E * sum over e of share_e * (sum over tokens of score_te) / num_tokens
+
+Three kinds differ in the tokens they sum over. "aux_loss" takes the microbatch of a data-parallel rank, "seq_aux_loss"
+takes each sequence by itself and then the mean, "global_aux_loss" takes the microbatches of all ranks. The last one's
+shares come from all microbatches of the global batch so far. Source: Fedus et al. 2021, arXiv 2101.03961, and
+Qiu et al. 2025, arXiv 2501.11873.
+
+Names, logging and the scale of the main loss are Megatron's. Its own functions differ where token counts differ: they
+divide the selections of several microbatches or sequences by the mean number of tokens, and average
+"global_aux_loss" over data-parallel ranks although each of them holds only a part of it.
+
+Without ``calculate_per_token_loss`` every microbatch weighs the same, and every sequence of it. With it, every token
+weighs the same.
+
+Legend: S sequence, B batch, T = S*B tokens, E experts, N candidates, K top-k, G groups of tokens: 1, or one for each of
+the B sequences. Token t belongs to group t % G.
+"""
+
+import torch
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, compute_routing_scores_for_aux_loss
+from megatron.core.transformer.moe.router import TopKRouter
+from torch.autograd.function import once_differentiable
+
+from air_moe_megatron.process_groups import group_size, sum_over_ranks
+
+# Megatron's balancing losses, and the names that it logs them by.
+_BALANCING_LOSSES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+
+
+class RouterLosses(TopKRouter):
+    """Megatron's router with the losses of this file.
+
+    Communicates in a training forward: one all-reduce of E + 1 integers per balancing loss (B times as many for
+    "seq_aux_loss"), and of one number for the z-loss if there is a padding mask. A forward that recomputes one which
+    has been counted, see ``_is_counted``, neither logs nor adds to the global counts.
+    """
+
+    def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Attach the z-loss, the mean of ``logsumexp(logits)^2``.
+
+        Args:
+            logits: [T, N].
+            padding_mask: [T] bool, True for tokens that do not count; None if all do.
+        Returns:
+            [T, N], the logits with the loss attached.
+        """
+        coeff = self.config.moe_z_loss_coeff
+        if coeff is None or not (self.training and torch.is_grad_enabled()):
+            return logits
+        squares = _without(logits, padding_mask).logsumexp(dim=1).to(_wide(logits)).square()
+        num_tokens = self._num_tokens(logits, padding_mask)
+        loss = _without(squares, padding_mask).sum() * (coeff / num_tokens.to(squares.dtype))
+        return self._attach_loss(logits, loss, num_tokens, "z_loss", coeff, self.tp_cp_group)
+
+    def _needs_aux_scores(self) -> bool:
+        return self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled()
+
+    def _aux_scores(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, N] bool, which candidates count as selected, and [T, N] their scores, which sum to one for a token."""
+        return compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
+
+    def _attach_aux_losses(
+        self,
+        probs: torch.Tensor,
+        logits: torch.Tensor,
+        ids: torch.Tensor | None,
+        padded: torch.Tensor | None,
+        batch_size: int,
+    ) -> torch.Tensor:
+        """Attach the balancing losses, in O(T*N + E).
+
+        Args:
+            probs: [T, K], which the losses are attached to.
+            logits: [T, N] of the candidates.
+            ids: [T, N] int64 experts of the candidates, -1 for none; None if the candidates are all experts in order.
+            padded: [T] bool, True for tokens that do not count; None if all do.
+            batch_size: B.
+        Returns:
+            [T, K], the probs with the losses attached.
+        """
+        selected, scores = self._aux_scores(_without(logits, padded))
+        selected, scores = _without(selected, padded), _without(scores, padded)
+        if ids is not None:
+            absent = ids < 0
+            selected, scores = selected.masked_fill(absent, False), scores.masked_fill(absent, 0.0)
+            ids = ids.clamp(min=0)
+        for kind, name in _BALANCING_LOSSES.items():
+            coeff = self.get_aux_loss_coeff(kind)
+            if coeff > 0:
+                num_groups = batch_size if kind == "seq_aux_loss" else 1
+                group = self.tp_dp_cp_group if kind == "global_aux_loss" else self.tp_cp_group
+                places = None if ids is None else _places(ids, num_groups, self.num_experts)
+                counts, num_tokens = self._count_selections(selected, places, padded, num_groups, group)
+                if kind == "global_aux_loss":
+                    if self._is_counted:
+                        self.global_tokens_per_expert += counts[0]
+                    counts = self.global_tokens_per_expert.unsqueeze(0)
+                shares = counts.to(scores.dtype) / counts.sum(dim=1, keepdim=True).clamp_min(1)
+                weights = shares * (coeff * self.num_experts / num_tokens.to(scores.dtype)).unsqueeze(1)
+                loss = _WeightedScores.apply(scores, places, weights)
+                probs = self._attach_loss(probs, loss, num_tokens, name, coeff, group)
+        return probs
+
+    @torch.no_grad()
+    def _count_selections(
+        self,
+        selected: torch.Tensor,
+        places: torch.Tensor | None,
+        padded: torch.Tensor | None,
+        num_groups: int,
+        group: torch.distributed.ProcessGroup | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[G, E] selections of each expert, and [G] tokens that count, at least 1; over all ranks of the group."""
+        shape = (selected.shape[0] // num_groups, num_groups)
+        if places is None:
+            counts = selected.view(*shape, self.num_experts).sum(dim=0)
+        else:
+            counts = torch.zeros(num_groups * self.num_experts, dtype=torch.int64, device=selected.device)
+            counts.index_add_(0, places.reshape(-1), selected.reshape(-1).long())
+        if padded is None:
+            num_tokens = torch.full((num_groups,), shape[0], device=selected.device)
+        else:
+            num_tokens = (~padded).view(shape).sum(dim=0)
+        both = torch.cat((counts.view(num_groups, -1), num_tokens.unsqueeze(1)), dim=1)
+        both = sum_over_ranks(both, group)
+        return both[:, :-1], both[:, -1].clamp_min(1)
+
+    @torch.no_grad()
+    def _num_tokens(self, tokens: torch.Tensor, padded: torch.Tensor | None) -> torch.Tensor:
+        """Scalar, tokens that count in this microbatch, at least 1; over the ranks that hold parts of its sequences."""
+        if padded is None:  # each rank holds as many
+            num_tokens = torch.full((), tokens.shape[0] * group_size(self.tp_cp_group), device=tokens.device)
+        else:
+            num_tokens = sum_over_ranks((~padded).sum(), self.tp_cp_group)
+        return num_tokens.clamp_min(1)
+
+    def _attach_loss(
+        self,
+        activation: torch.Tensor,
+        loss: torch.Tensor,
+        num_tokens: torch.Tensor,
+        name: str,
+        coeff: float,
+        group: torch.distributed.ProcessGroup | None,
+    ) -> torch.Tensor:
+        """Attach a loss to an activation and log it, as Megatron's ``attach_and_log_load_balancing_loss`` does.
+
+        Megatron afterwards sums the gradients over microbatches and ranks. It divides them by the numbers of
+        microbatches and data-parallel ranks, or with ``calculate_per_token_loss`` by the tokens of the global batch.
+
+        Args:
+            activation: what the loss is attached to.
+            loss: [G] or scalar, this rank's part of the loss of each group of tokens, coefficient included.
+            num_tokens: as ``loss``, tokens of which the loss is a mean, over all ranks of ``group``.
+            name: what it is logged by.
+            coeff: its coefficient, which the log leaves out.
+            group: the ranks whose parts sum up to the loss: ``tp_cp_group`` or ``tp_dp_cp_group``.
+        Returns:
+            the activation.
+        """
+        config = self.config
+        if self.is_mtp_layer and config.mtp_use_repeated_layer and config.mtp_num_layers is not None:
+            loss = loss / config.mtp_num_layers  # the layer runs so many times per microbatch
+        if self._is_counted and self.layer_number is not None:
+            get_moe_metrics_tracker().record(
+                name,
+                loss.detach().mean() / coeff,
+                self.layer_number + (config.num_layers if self.is_mtp_layer else 0),
+                config.num_layers + (config.mtp_num_layers or 0),
+                reduce_group=group,
+                needs_dp_avg=group is self.tp_cp_group,
+            )
+        if self.calculate_per_token_loss:
+            loss = (loss * num_tokens).sum()
+        else:  # a loss that is spread over data-parallel ranks already must not be averaged over them
+            loss = loss.mean() * (group_size(group) / group_size(self.tp_cp_group))
+        return MoEAuxLossAutoScaler.apply(activation, loss)
+
+
+class _WeightedScores(torch.autograd.Function):
+    """[G] sums of ``score * weight`` over the tokens of a group, weights being those of the candidates' experts.
+
+    The weights are kept as an attribute: ``torch.utils.checkpoint`` hands the first forward's backward the saved
+    tensors of a second one, which would see the counts of later microbatches.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        scores: torch.Tensor,
+        places: torch.Tensor | None,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Sum scores [T, N] by weights [G, E] at ``places`` [T, N] of the flat weights; None if N = E, in order."""
+        ctx.weights, ctx.shape = weights, scores.shape
+        ctx.save_for_backward(places)
+        grouped = (scores.shape[0] // weights.shape[0], weights.shape[0], scores.shape[1])
+        if places is None:
+            return (scores.view(grouped).sum(dim=0) * weights).sum(dim=1)
+        return (scores * weights.view(-1)[places]).view(grouped).sum(dim=(0, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient of the scores: the weights themselves."""
+        (places,) = ctx.saved_tensors
+        weights = ctx.weights * grad.unsqueeze(1)
+        if places is not None:
+            return weights.view(-1)[places], None, None
+        return weights.repeat(ctx.shape[0] // weights.shape[0], 1), None, None
+
+
+def _places(ids: torch.Tensor, num_groups: int, num_experts: int) -> torch.Tensor:
+    """[T, N] of the experts [T, N] in a flat [G, E], the group being the token's."""
+    if num_groups == 1:
+        return ids
+    groups = torch.arange(ids.shape[0], device=ids.device) % num_groups
+    return ids + (groups * num_experts).unsqueeze(1)
+
+
+def _without(values: torch.Tensor, padded: torch.Tensor | None) -> torch.Tensor:
+    """The values [T, ...] with padding tokens at zero. Not a product with the mask, which would let a NaN through."""
+    if padded is None:
+        return values
+    return values.masked_fill(padded.view(-1, *(1,) * (values.dim() - 1)), 0)
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
