@@ -7,10 +7,8 @@ import os
 import re
 import struct
 from dataclasses import dataclass
-from datetime import timedelta
 
 import numpy
-import torch
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
@@ -41,8 +39,6 @@ _POINTER = struct.Struct("<q")
 
 _SPLITS = ("train", "valid", "test")
 
-_PER_RANK = ("rank", "local_rank", "load", "save", "pretrained_checkpoint", "ict_load", "bert_load", "tokenizer_model")
-"""Arguments that may differ between ranks: their number, and paths whose names do not say so."""
 _ONLY_IN = {"product_key": "keys1", "hierarchical": "group_weight", "hash": "table", "vq": "codes"}
 """What only the router of a type holds in a checkpoint."""
 _SCANNED_BLOCKS, _BLOCK_BYTES = 64, 2**20
@@ -298,76 +294,6 @@ def _check_token_ids(dataset: _IndexedDataset, name: str, vocab_size: int, num_b
                 f"{highest if highest >= vocab_size else lowest}, and the model's vocabulary has the ids 0 to "
                 f"{vocab_size - 1}: give the tokenizer (--vocab-size, --tokenizer-model) that made the data"
             )
-
-
-def check_agreement(args: argparse.Namespace) -> None:
-    """Refuse a start in which ranks were given different flags: it would hang, or train different models.
-
-    Called before Megatron makes any process group, whose sizes come from flags too; the ranks meet in the store of
-    their rendezvous. Every argument is compared, given or default, except paths and names of files, which may differ
-    from node to node. Each rank reads what rank 0 was given, some kilobytes, and waits for the last rank.
-
-    Args:
-        args: Megatron's parsed and validated arguments.
-    Raises:
-        ValueError: on every rank, naming the arguments that differ, with their values and ranks.
-    """
-    if args.world_size == 1 or args.fake_process_group:
-        return
-    timeout = timedelta(minutes=args.distributed_timeout_minutes)
-    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
-    store = torch.distributed.PrefixStore("air_moe_megatron", store)
-    own = {name: repr(value) for name, value in vars(args).items() if _must_agree(name, value)}
-    if rank == 0:
-        store.set("differing ranks", "")
-        store.set("arguments", json.dumps(own))
-    first = json.loads(store.get("arguments"))
-    differences = {
-        name: (first.get(name, "unset"), own.get(name, "unset"))
-        for name in sorted(first.keys() | own.keys())
-        if first.get(name) != own.get(name)
-    }
-    if differences:
-        store.set(f"differences {rank}", json.dumps(differences))
-        store.append("differing ranks", f"{rank} ")
-    _arrive(store, "compared", world_size)
-    store.wait(["compared by all"])
-    by_value = {}
-    for other in sorted(map(int, store.get("differing ranks").split())):
-        for name, (value_first, value) in json.loads(store.get(f"differences {other}")).items():
-            by_value.setdefault((name, value_first), {}).setdefault(value, []).append(other)
-    _arrive(store, "read", world_size)
-    if rank == 0:  # it may hold the store, and so leaves last
-        store.wait(["read by all"])
-    if by_value:
-        raise ValueError(
-            "all ranks must be started with the same flags: "
-            + "; ".join(
-                f"{name} is {value_first} on rank 0, "
-                + ", ".join(f"{value} on rank {_abbreviate(ranks)}" for value, ranks in others.items())
-                for (name, value_first), others in by_value.items()
-            )
-        )
-
-
-def _must_agree(name, value):
-    where = ("_path", "_paths", "_dir", "_file", "_filename")
-    if name in _PER_RANK or name.endswith(where):
-        return False
-    # What else there is holds addresses, which differ in every process.
-    plain = (bool, int, float, str, list, tuple, enum.Enum, torch.dtype, type(None))
-    return isinstance(value, plain)
-
-
-def _arrive(store, what, world_size):
-    """Note that this rank has come so far; the last one sets the key "<what> by all"."""
-    if store.add(f"{what} by", 1) == world_size:
-        store.set(f"{what} by all", "")
-
-
-def _abbreviate(ranks, limit=8):
-    shown = ", ".join(map(str, ranks[:limit]))
-    return shown if len(ranks) <= limit else f"{shown} and {len(ranks) - limit} more"
 
 
 class Codebooks(enum.Enum):

@@ -22,6 +22,7 @@ from megatron.training.config import PretrainConfigContainer
 from megatron.training.models import GPTModelConfig, HybridModelConfig
 
 from air_moe_megatron import preflight
+from air_moe_megatron.agreement import check_agreement, meet
 from air_moe_megatron.arguments import add_air_arguments, transformer_config_from_args
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.compat import release_process_groups, repair_help, require_supported_megatron
@@ -189,7 +190,8 @@ def train(program_start: float | None = None) -> None:
     args = parse_and_validate_args(
         extra_args_provider=extra_args_provider, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
     )
-    preflight.check_agreement(args)
+    ranks = meet(args)
+    check_agreement(args, ranks)
     refuse_unsupported(args)
     preflight.check_data(args)
     model_config = model_config_from_args(args)
