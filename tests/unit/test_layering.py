@@ -23,6 +23,7 @@ LAYERS = (
     {"layer"},
     {"specs", "diagnostics", "arguments"},
     {"sync", "batches", "preflight", "agreement"},
+    {"checkpoints"},
     {"training"},
     {"pretrain"},
 )
