@@ -1,34 +1,22 @@
 """Checks that cost seconds and save the minutes until Megatron would find the same mistake, or would not find it."""
 
 import argparse
-import enum
 import json
 import os
 import re
 import struct
 from dataclasses import dataclass
-from datetime import timedelta
 
 import numpy
-import torch
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, get_bin_path, get_idx_path
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
-from megatron.core.dist_checkpointing import check_is_distributed_checkpoint, load_tensors_metadata
-from megatron.core.transformer import TransformerConfig
-from megatron.training.checkpointing import (
-    checkpoint_exists,
-    get_checkpoint_name,
-    get_checkpoint_tracker_filename,
-    read_metadata,
-)
-from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
+from megatron.training.utils import get_blend_and_blend_per_split
 
 from air_moe_megatron.arguments import padded_vocab_size
-from air_moe_megatron.config import resolve_sizes
 
 _HEADER = struct.Struct("<QBQQ")
 """After the magic bytes: version, code of the token type, number of sequences, number of document boundaries."""
@@ -41,10 +29,6 @@ _POINTER = struct.Struct("<q")
 
 _SPLITS = ("train", "valid", "test")
 
-_PER_RANK = ("rank", "local_rank", "load", "save", "pretrained_checkpoint", "ict_load", "bert_load", "tokenizer_model")
-"""Arguments that may differ between ranks: their number, and paths whose names do not say so."""
-_ONLY_IN = {"product_key": "keys1", "hierarchical": "group_weight", "hash": "table", "vq": "codes"}
-"""What only the router of a type holds in a checkpoint."""
 _SCANNED_BLOCKS, _BLOCK_BYTES = 64, 2**20
 """How much of all data sets together is searched for token ids beyond the vocabulary, at least a block of each."""
 
@@ -298,188 +282,3 @@ def _check_token_ids(dataset: _IndexedDataset, name: str, vocab_size: int, num_b
                 f"{highest if highest >= vocab_size else lowest}, and the model's vocabulary has the ids 0 to "
                 f"{vocab_size - 1}: give the tokenizer (--vocab-size, --tokenizer-model) that made the data"
             )
-
-
-def check_agreement(args: argparse.Namespace) -> None:
-    """Refuse a start in which ranks were given different flags: it would hang, or train different models.
-
-    Called before Megatron makes any process group, whose sizes come from flags too; the ranks meet in the store of
-    their rendezvous. Every argument is compared, given or default, except paths and names of files, which may differ
-    from node to node. Each rank reads what rank 0 was given, some kilobytes, and waits for the last rank.
-
-    Args:
-        args: Megatron's parsed and validated arguments.
-    Raises:
-        ValueError: on every rank, naming the arguments that differ, with their values and ranks.
-    """
-    if args.world_size == 1 or args.fake_process_group:
-        return
-    timeout = timedelta(minutes=args.distributed_timeout_minutes)
-    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
-    store = torch.distributed.PrefixStore("air_moe_megatron", store)
-    own = {name: repr(value) for name, value in vars(args).items() if _must_agree(name, value)}
-    if rank == 0:
-        store.set("differing ranks", "")
-        store.set("arguments", json.dumps(own))
-    first = json.loads(store.get("arguments"))
-    differences = {
-        name: (first.get(name, "unset"), own.get(name, "unset"))
-        for name in sorted(first.keys() | own.keys())
-        if first.get(name) != own.get(name)
-    }
-    if differences:
-        store.set(f"differences {rank}", json.dumps(differences))
-        store.append("differing ranks", f"{rank} ")
-    _arrive(store, "compared", world_size)
-    store.wait(["compared by all"])
-    by_value = {}
-    for other in sorted(map(int, store.get("differing ranks").split())):
-        for name, (value_first, value) in json.loads(store.get(f"differences {other}")).items():
-            by_value.setdefault((name, value_first), {}).setdefault(value, []).append(other)
-    _arrive(store, "read", world_size)
-    if rank == 0:  # it may hold the store, and so leaves last
-        store.wait(["read by all"])
-    if by_value:
-        raise ValueError(
-            "all ranks must be started with the same flags: "
-            + "; ".join(
-                f"{name} is {value_first} on rank 0, "
-                + ", ".join(f"{value} on rank {_abbreviate(ranks)}" for value, ranks in others.items())
-                for (name, value_first), others in by_value.items()
-            )
-        )
-
-
-def _must_agree(name, value):
-    where = ("_path", "_paths", "_dir", "_file", "_filename")
-    if name in _PER_RANK or name.endswith(where):
-        return False
-    # What else there is holds addresses, which differ in every process.
-    plain = (bool, int, float, str, list, tuple, enum.Enum, torch.dtype, type(None))
-    return isinstance(value, plain)
-
-
-def _arrive(store, what, world_size):
-    """Note that this rank has come so far; the last one sets the key "<what> by all"."""
-    if store.add(f"{what} by", 1) == world_size:
-        store.set(f"{what} by all", "")
-
-
-def _abbreviate(ranks, limit=8):
-    shown = ", ".join(map(str, ranks[:limit]))
-    return shown if len(ranks) <= limit else f"{shown} and {len(ranks) - limit} more"
-
-
-class Codebooks(enum.Enum):
-    """What the checkpoint that a run will load holds of its codebooks."""
-
-    ABSENT = "absent"  # an AIR run starts from a top-k checkpoint
-    AS_NEEDED = "as needed"  # also where no checkpoint is loaded
-
-
-def check_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Codebooks:
-    """Compare the checkpoint that the run will load with its router, and say what will become of the codebooks.
-
-    Reads the metadata of a ``torch_dist`` checkpoint; does not communicate. Between top-k and AIR only the codebooks
-    differ, so either loads into the other: one that is missing is learned anew, one not wanted is left. The rivals have
-    parameters of their own.
-
-    Args:
-        args: Megatron's parsed and validated arguments.
-        config: the transformer config of the run.
-    Raises:
-        ValueError: if the checkpoint holds codebooks or shortlists of other sizes, or the other form of experts,
-            or routers of another type.
-    """
-    found = _codebooks_in_checkpoint(args)
-    if found is None:
-        return Codebooks.AS_NEEDED
-    directory, keys, shapes = found
-    _check_experts(directory, keys, getattr(config, "moe_granular_experts", False))
-    router_type = getattr(config, "moe_router_type", "topk")
-    _check_router(directory, keys, router_type)
-    _check_input_norm(directory, keys, getattr(config, "moe_router_input_norm", "none"))
-    if router_type != "air":
-        if shapes:
-            print_rank_0(f"> {directory} was trained with AIR routing: its codebooks are left, its experts are loaded")
-        return Codebooks.AS_NEEDED
-    if not shapes:
-        print_rank_0(
-            f"> {directory} was trained with top-k routing: expert centres are kept, codebooks are seeded from the "
-            "first batch"
-        )
-        return Codebooks.ABSENT
-    sizes = resolve_sizes(config)
-    expected = {
-        "codebook.codewords": {
-            "--moe-air-num-clusters": sizes.num_clusters,
-            "--hidden-size": config.hidden_size,
-        },
-        "index.shortlist": {
-            "--moe-air-num-clusters": sizes.num_clusters,
-            "--moe-air-shortlist-size": sizes.shortlist_size,
-        },
-    }
-    for key, shape in shapes.items():
-        for flag, own, in_checkpoint in (
-            (flag, own, size)
-            for name, flags in expected.items()
-            if key.endswith(name)
-            for (flag, own), size in zip(flags.items(), shape[-2:], strict=True)
-        ):
-            if own != in_checkpoint:
-                raise ValueError(
-                    f"--load '{directory}': {key} is {list(shape[-2:])}, so {flag} ({own}) must be {in_checkpoint}"
-                )
-    return Codebooks.AS_NEEDED
-
-
-def _check_router(directory, keys, router_type):
-    """Routers of different types have different parameters; only top-k and AIR load into each other."""
-    routers = {key.rpartition(".router.")[2] for key in keys if ".router." in key and not key.startswith("optimizer.")}
-    if not routers:
-        return
-    found = next((name for name, parameter in _ONLY_IN.items() if parameter in routers), None)
-    if found != (router_type if router_type in _ONLY_IN else None):
-        raise ValueError(
-            f"--load '{directory}' holds routers of type {found or 'topk or air'}: "
-            f"--moe-router-type {router_type} cannot load them"
-        )
-
-
-def _check_input_norm(directory, keys, norm):
-    """Centres that were trained on normalised tokens are of no use for others, nor the other way round."""
-    has_routers = any(".router." in key for key in keys)
-    found = "running" if any(key.endswith("router.input_norm.mean") for key in keys) else "none"
-    if has_routers and found != norm:
-        raise ValueError(
-            f"--load '{directory}' was trained with --moe-router-input-norm {found}, so --moe-router-input-norm "
-            f"({norm}) must be {found}"
-        )
-
-
-def _check_experts(directory, keys, granular):
-    """The two forms of experts have different parameters, and neither is made of the other."""
-    has_granular = any(key.endswith("mlp.experts.weight1") for key in keys)
-    has_modules = any(".mlp.experts." in key for key in keys) and not has_granular
-    if granular and has_modules:
-        raise ValueError(
-            f"--load '{directory}' holds Megatron's own experts, one module each: train without --moe-granular-experts"
-        )
-    if has_granular and not granular:
-        raise ValueError(f"--load '{directory}' holds granular experts: add --moe-granular-experts")
-
-
-def _codebooks_in_checkpoint(args) -> tuple[str, list[str], dict[str, tuple[int, ...]]] | None:
-    """Directory, keys, and shapes of codebooks and shortlists by key; None where no such checkpoint will be loaded."""
-    load_dir = next((path for path in (args.load, args.pretrained_checkpoint) if checkpoint_exists(path)), None)
-    if load_dir is None:
-        return None
-    iteration, release = read_metadata(get_checkpoint_tracker_filename(load_dir))
-    directory = get_checkpoint_name(load_dir, args.ckpt_step or iteration, release, return_base_dir=True)
-    if not check_is_distributed_checkpoint(directory):
-        return None  # legacy formats name their tensors only when read; the codebook checks its own shapes then
-    metadata = load_tensors_metadata(directory)
-    endings = ("router.codebook.codewords", "router.index.shortlist")
-    shapes = {key: value.global_shape for key, value in metadata.items() if key.endswith(endings)}
-    return directory, list(metadata), shapes

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,13 +18,15 @@ from megatron.training.argument_utils import (
     hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.config import PretrainConfigContainer
 from megatron.training.models import GPTModelConfig, HybridModelConfig
 
 from air_moe_megatron import preflight
+from air_moe_megatron.agreement import Ranks, check_agreement, meet
 from air_moe_megatron.arguments import add_air_arguments, transformer_config_from_args
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
+from air_moe_megatron.checkpoints import check_checkpoint, fields_of_checkpoint
 from air_moe_megatron.compat import release_process_groups, repair_help, require_supported_megatron
 from air_moe_megatron.config import balancing_losses, is_plain_topk
 from air_moe_megatron.router import air_routers
@@ -43,6 +46,34 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group = parser.add_argument_group(title="air_moe_megatron")
     group.add_argument("--cpu", action="store_true", help="Train on CPU with the gloo backend; no GPU is needed.")
     return repair_help(add_air_arguments(parser))
+
+
+def parse() -> tuple[argparse.Namespace, Ranks]:
+    """Parse the command line; with `--use-checkpoint-args` our fields too are those of the checkpoint.
+
+    A flag of ours that is given beside it keeps its value: the checks of the checkpoint say if that cannot be.
+
+    Returns:
+        Megatron's parsed and validated arguments, and the ranks of this start.
+    Raises:
+        ValueError: for a checkpoint whose arguments cannot be read.
+    """
+    ranks, fields = None, {}
+    if "--use-checkpoint-args" in sys.argv:  # Megatron reads the checkpoint while it parses: check it before
+        given = parse_args(extra_args_provider)
+        ranks = meet(given)
+        fields = fields_of_checkpoint(given, ranks)
+        if ranks.rank == 0 and fields:
+            listed = ", ".join(f"{name} {value}" for name, value in fields.items())
+            print_rank_0(f"> --use-checkpoint-args: from the checkpoint {listed}")
+
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = extra_args_provider(parser)
+        parser.set_defaults(**fields)
+        return parser
+
+    args = parse_and_validate_args(extra_args_provider=provider, args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    return args, ranks or meet(args)
 
 
 def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridModelConfig:
@@ -199,14 +230,12 @@ def train(program_start: float | None = None) -> None:
     print_rank_0(f"> Megatron-Core version .......... {megatron_core_version}")
     print_rank_0(f"> Transformer Engine version ..... {get_te_version()}")
     set_startup_timestamps(program_start=program_start, main_entry=main_start)
-    args = parse_and_validate_args(
-        extra_args_provider=extra_args_provider, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
-    )
-    preflight.check_agreement(args)
+    args, ranks = parse()
+    check_agreement(args, ranks)
     refuse_unsupported(args)
     preflight.check_data(args)
     model_config = model_config_from_args(args)
-    if preflight.check_checkpoint(args, model_config.transformer) == preflight.Codebooks.ABSENT:
+    if check_checkpoint(args, model_config.transformer, ranks):
         model_config.pre_wrap_hooks.append(leave_out_codebooks)
     pretrain_func, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, not is_plain_topk(args))

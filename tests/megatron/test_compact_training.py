@@ -141,7 +141,7 @@ def test_one_rank_with_full_recompute_equals_two_ranks(train, whole):
 def test_hybrid_model_of_the_same_layers_equals_the_gpt_model(train, whole, tmp_path):
     """In fp32, neither the distributed optimizer nor the loss per token changes a number here: they come along."""
     pattern = ["--hybrid-layer-pattern", "*E" * LAYERS, "--spec", "tests.megatron.local_hybrid", "stack_spec"]
-    flags = [*pattern, "--use-distributed-optimizer", "--calculate-per-token-loss"]
+    flags = [*pattern, "--use-distributed-optimizer", "--no-save-optim", "--calculate-per-token-loss"]
     run = train(COMPARED, *EP2, *flags, *save_flags(tmp_path, COMPARED))
     assert_same_steps(run, whole[0])
     assert len(TRAFFIC.findall(run.output)) == COMPARED
@@ -159,7 +159,7 @@ def test_overlapping_the_distributed_optimizer_changes_nothing(train, whole):
 
 
 def test_bf16_with_distributed_optimizer_accumulation_and_loss_per_token(train, whole, tmp_path):
-    flags = ["--bf16", "--use-distributed-optimizer", "--calculate-per-token-loss"]
+    flags = ["--bf16", "--use-distributed-optimizer", "--no-save-optim", "--calculate-per-token-loss"]
     run = train(COMPARED, *EP2, *flags, *save_flags(tmp_path, 1))
     losses, expected = ([float(steps[step][0]) for step in FIRST] for steps in (run.steps, whole[0].steps))
     assert losses == pytest.approx(expected, rel=BF16)

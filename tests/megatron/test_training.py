@@ -75,7 +75,7 @@ LAYOUTS = {
     ],
     "sequence-parallel-bf16": [
         *("--tensor-model-parallel-size", "2", "--sequence-parallel", *EP2, "--expert-tensor-parallel-size", "1"),
-        *("--bf16", "--use-distributed-optimizer"),
+        *("--bf16", "--use-distributed-optimizer", "--no-save-optim"),
     ],
     "every-step-rerun": ["--rerun-mode", "report_stats"],  # Megatron runs each step again to compare the results
 }
@@ -142,6 +142,51 @@ def test_checkpoint_with_another_codebook_is_refused(pretrain, air_checkpoint):
     flags = [*AIR, *EP2, "--moe-air-num-clusters", "5", "--train-iters", "5", "--load", air_checkpoint[1]]
     run = pretrain(*flags, ranks=2, succeeds=False)
     assert refused(run, "codebook.codewords is [4, 32], so --moe-air-num-clusters (5) must be 4")
+
+
+def test_a_checkpoint_brings_our_fields(pretrain, air_checkpoint, tmp_path):
+    load = ["--use-checkpoint-args", "--load", air_checkpoint[1], LONGER]
+    run = pretrain(*EP2, *load, "--train-iters", "5", *save_flags(tmp_path, 5))
+    assert list(run.steps) == [5]
+    assert updates_and_counts(tmp_path, 5)[0] == [3, 3]
+    other = pretrain(*EP2, *load, "--moe-air-shortlist-size", "4", "--train-iters", "5", succeeds=False)
+    assert refused(other, "index.shortlist is [4, 8], so --moe-air-shortlist-size (4) must be 8")
+
+
+def test_a_damaged_checkpoint_ends_every_rank_and_the_one_before_loads(pretrain, tmp_path):
+    flags = [*AIR, *EP2, "--load", tmp_path, *save_flags(tmp_path, 1)]
+    assert list(pretrain(*flags, "--train-iters", "2").steps) == [1, 2]  # a new folder that is also that of --save
+    (tmp_path / "iter_0000002" / ".metadata").unlink()
+    for reading in ([], ["--use-checkpoint-args"]):
+        run = pretrain(*flags, *reading, "--train-iters", "3", succeeds=False)
+        message = "/.metadata' is missing; iteration 1 is whole: add --ckpt-step 1 to load it"
+        assert refused(run, message)
+        assert run.output.count(f"--load '{tmp_path}/iter_0000002' is damaged: ") == 2
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert list(pretrain(*flags, "--ckpt-step", "1", "--train-iters", "2").steps) == [2]
+
+
+def test_a_garbled_tracker_does_not_start_from_scratch(pretrain, tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("")
+    flags = [*AIR, "--train-iters", "1", "--load", tmp_path, *save_flags(tmp_path, 1)]
+    assert refused(pretrain(*flags, ranks=1, succeeds=False), "holds '' instead of an iteration; no iteration")
+
+
+def test_a_rank_that_does_not_see_the_checkpoint_ends_all(pretrain, topk_checkpoint, tmp_path):
+    load = {0: ["--load", str(topk_checkpoint)], 1: ["--load", str(tmp_path / "elsewhere")]}
+    run = pretrain(*AIR, *EP2, "--train-iters", "3", succeeds=False, flags_of_rank=load)
+    assert refused(run, "every rank must see the same checkpoint: rank 0 ")
+    assert run.output.count("every rank must see the same checkpoint: rank 0 ") == 2
+
+
+def test_legacy_checkpoints_are_refused_like_others(pretrain, tmp_path):
+    pretrain("--train-iters", "1", "--ckpt-format", "torch", *save_flags(tmp_path, 1), ranks=1)
+    granular = ["--moe-granular-experts", "--skip-train", "--train-iters", "1", "--load", tmp_path]
+    run = pretrain(*granular, ranks=1, succeeds=False)
+    assert refused(run, "holds Megatron's own experts, one module each: train without --moe-granular-experts")
+    run = pretrain(*AIR, "--load", tmp_path, LONGER, "--train-iters", "2", ranks=1)
+    assert "expert centres are kept, codebooks are seeded from the first batch" in run.output
+    assert list(run.steps) == [2]
 
 
 def test_bad_flags_are_refused(pretrain):

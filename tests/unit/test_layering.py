@@ -22,7 +22,8 @@ LAYERS = (
     {"router"},
     {"layer"},
     {"specs", "diagnostics", "arguments"},
-    {"sync", "batches", "preflight"},
+    {"sync", "batches", "preflight", "agreement"},
+    {"checkpoints"},
     {"training"},
     {"pretrain"},
 )

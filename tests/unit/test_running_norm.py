@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from air_moe_megatron import preflight
+from air_moe_megatron.checkpoints import checks
+from air_moe_megatron.checkpoints.reader import Checkpoint, Location
 from air_moe_megatron.router import ROUTERS
 from air_moe_megatron.routers.running_norm import RunningNorm
 from air_moe_megatron.sync import discard_statistics, update_codebooks
@@ -121,13 +122,17 @@ def test_the_statistics_are_saved_and_restored(megatron_cpu):
 
 @pytest.mark.parametrize("found, wanted", (("none", "running"), ("running", "none")))
 def test_a_checkpoint_with_another_norm_is_refused(found, wanted):
+    def check(keys, norm):
+        location = Location("--load", "folder", "iter_0000001")
+        checks._check_input_norm(Checkpoint(location, False, dict.fromkeys(keys, (HIDDEN,)), (), None), norm)
+
     keys = ["decoder.layers.mlp.router.weight"]
     if found == "running":
         keys.append("decoder.layers.mlp.router.input_norm.mean")
     with pytest.raises(ValueError, match=f"was trained with --moe-router-input-norm {found}"):
-        preflight._check_input_norm("directory", keys, wanted)
-    preflight._check_input_norm("directory", keys, found)
-    preflight._check_input_norm("directory", ["decoder.layers.mlp.linear_fc1.weight"], wanted)
+        check(keys, wanted)
+    check(keys, found)
+    check(["decoder.layers.mlp.linear_fc1.weight"], wanted)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,125 @@
+"""Agreement of the ranks before there are process groups: every rank reports, rank 0 judges, all get the verdict."""
+
+import argparse
+import enum
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+_PER_RANK = ("rank", "local_rank", "load", "save", "pretrained_checkpoint", "ict_load", "bert_load", "tokenizer_model")
+"""Arguments that may differ between ranks: their number, and paths whose names do not say so."""
+
+_PATH_ENDINGS = ("_path", "_paths", "_dir", "_file", "_filename")
+"""Endings of arguments that name files, which may differ from node to node."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a start, which meet in the store of their rendezvous.
+
+    Keep it for the whole run: rank 0 may host the store, and Megatron's process groups then use the same server.
+    """
+
+    rank: int
+    world_size: int
+    store: torch.distributed.Store | None  # None in a world of one
+
+    def agree(self, topic: str, report: Any, judge: Callable[[list[Any]], Any]) -> Any:
+        """Have rank 0 judge what all ranks report.
+
+        Args:
+            topic: a name that is used once per start.
+            report: what this rank says; JSON must be able to hold it.
+            judge: called on rank 0 with the reports in the order of the ranks. JSON must be able to hold its result.
+        Returns:
+            the judge's result, on every rank.
+        Raises:
+            ValueError: on every rank, with the message of what the judge raised.
+        """
+        if self.world_size == 1:
+            return judge([report])
+        own, verdict = f"{topic}/{self.rank}", f"{topic}/verdict"
+        if self.rank > 0:
+            self.store.set(own, json.dumps(report))
+            answer = json.loads(self.store.get(verdict))
+            self.store.set(f"{own}/read", "")
+            if "error" in answer:
+                raise ValueError(answer["error"])
+            return answer["result"]
+        others = [f"{topic}/{rank}" for rank in range(1, self.world_size)]
+        try:
+            result = judge([report, *(json.loads(self.store.get(other)) for other in others)])
+        except Exception as error:  # whatever it is, the others must not wait for a verdict that never comes
+            message = str(error) if isinstance(error, ValueError) else f"rank 0 failed: {error!r}"
+            self.store.set(verdict, json.dumps({"error": message}))
+            self.store.wait([f"{other}/read" for other in others])  # the store may end with this rank
+            raise
+        self.store.set(verdict, json.dumps({"result": result}))
+        return result
+
+
+def meet(args: argparse.Namespace) -> Ranks:
+    """Join the rendezvous of this start.
+
+    Args:
+        args: Megatron's parsed arguments.
+    Returns:
+        the ranks, of which there is one where process groups are fake.
+    """
+    if args.world_size == 1 or args.fake_process_group:
+        return Ranks(args.rank, 1, None)
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    return Ranks(rank, world_size, torch.distributed.PrefixStore("air_moe_megatron", store))
+
+
+def check_agreement(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Refuse a start in which ranks were given different flags: it would hang, or train different models.
+
+    Called before Megatron makes any process group, whose sizes come from flags too. Every argument is compared, given
+    or default, except paths and names of files, which may differ from node to node.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+        ranks: the ranks of this start.
+    Raises:
+        ValueError: on every rank, naming the arguments that differ, with their values and ranks.
+    """
+    own = {name: repr(value) for name, value in vars(args).items() if _must_agree(name, value)}
+    ranks.agree("arguments", own, _compare)
+
+
+def _must_agree(name: str, value: Any) -> bool:
+    if name in _PER_RANK or name.endswith(_PATH_ENDINGS):
+        return False
+    # What else there is holds addresses, which differ in every process.
+    plain = (bool, int, float, str, list, tuple, enum.Enum, torch.dtype, type(None))
+    return isinstance(value, plain)
+
+
+def _compare(arguments: list[dict[str, str]]) -> None:
+    """Raise if the arguments of some rank differ from those of rank 0."""
+    first = arguments[0]
+    differences: dict[str, dict[str, list[int]]] = {}  # name -> value -> ranks that were given it
+    for rank, given in enumerate(arguments):
+        for name in first.keys() | given.keys():
+            value = given.get(name, "unset")
+            if value != first.get(name, "unset"):
+                differences.setdefault(name, {}).setdefault(value, []).append(rank)
+    if differences:
+        described = (
+            f"{name} is {first.get(name, 'unset')} on rank 0, "
+            + ", ".join(f"{value} on rank {_abbreviate(ranks)}" for value, ranks in differences[name].items())
+            for name in sorted(differences)
+        )
+        rule = "all ranks must be started with the same flags: "
+        raise ValueError(rule + "; ".join(described))
+
+
+def _abbreviate(ranks: list[int], limit: int = 8) -> str:
+    shown = ", ".join(map(str, ranks[:limit]))
+    return shown if len(ranks) <= limit else f"{shown} and {len(ranks) - limit} more"

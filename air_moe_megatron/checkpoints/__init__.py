@@ -1,0 +1,120 @@
+"""Is the checkpoint that a run will load, and the place that it will save to, fit for it?
+
+Every rank reports what it sees, rank 0 reads and checks, and all ranks end with the same verdict.
+"""
+
+import argparse
+import dataclasses
+import socket
+from typing import Any
+
+from megatron.core.transformer import TransformerConfig
+
+from air_moe_megatron.agreement import Ranks
+from air_moe_megatron.checkpoints.checks import check_contents
+from air_moe_megatron.checkpoints.reader import Checkpoint, Damaged, Location, advice, locate, read
+from air_moe_megatron.checkpoints.saving import check_optimizer_resumes, check_room, find_write_problem
+from air_moe_megatron.config import AIRFields
+
+__all__ = ["check_checkpoint", "fields_of_checkpoint"]
+
+_UNCHECKED_FORMATS = ("torch_dcp", "fsdp_dtensor")
+"""Formats of FSDP, which only plain top-k models train with: `training.refuse_unsupported`."""
+
+
+def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks: Ranks) -> bool:
+    """Check what the run will load and where it will save, and say what will become of the codebooks.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+        config: the transformer config of the run.
+        ranks: the ranks of this start.
+    Returns:
+        whether the run has codebooks that the checkpoint lacks; False where no checkpoint is loaded.
+    Raises:
+        ValueError: on every rank, if the checkpoint is damaged, not seen by some rank or unfit for the run, or if
+            nothing can be saved.
+    """
+
+    def judge(reports: list[dict[str, Any]]) -> bool:
+        location = _agreed_location(args, reports)
+        for rank, report in enumerate(reports):
+            if report["write problem"] is not None:
+                raise ValueError(f"{report['write problem']}, on rank {rank} ({report['host']})")
+        checkpoint, lacks_codebooks = None, False
+        if location is not None and not args.moe_use_upcycling:
+            checkpoint = _read_whole(location)
+            try:
+                lacks_codebooks = check_contents(checkpoint, args, config)
+            except Damaged as error:
+                raise _damaged(location, error) from error
+        check_optimizer_resumes(args, checkpoint)
+        check_room(args, config)
+        return lacks_codebooks
+
+    return ranks.agree("checkpoint", _report(args) | {"write problem": find_write_problem(args)}, judge)
+
+
+def fields_of_checkpoint(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """Read our fields from the arguments that the checkpoint was saved with, for `--use-checkpoint-args`.
+
+    Args:
+        args: Megatron's parsed arguments, not yet validated.
+        ranks: the ranks of this start.
+    Returns:
+        field -> value, on every rank; empty where there is no checkpoint, or none with arguments.
+    Raises:
+        ValueError: on every rank, if the checkpoint is damaged or not seen by some rank.
+    """
+
+    def judge(reports: list[dict[str, Any]]) -> dict[str, Any]:
+        location = _agreed_location(args, reports)
+        saved_by = None if location is None else _read_whole(location).args
+        names = [field.name for field in dataclasses.fields(AIRFields)]
+        return {name: getattr(saved_by, name) for name in names if hasattr(saved_by, name)}
+
+    return ranks.agree("arguments of the checkpoint", _report(args), judge)
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    """What this rank sees of the checkpoint: the name of its folder and whether it is there, or what is wrong."""
+    report = {"host": socket.gethostname(), "iteration": None, "problem": None}
+    if args.ckpt_format in _UNCHECKED_FORMATS:
+        return report
+    try:
+        location = locate(args)
+        if location is not None:
+            report["iteration"] = location.name
+            if not location.directory.is_dir():
+                report["problem"] = f"'{location.directory}' is missing"
+    except (ValueError, OSError) as error:
+        report["problem"] = str(error)
+    return report
+
+
+def _agreed_location(args: argparse.Namespace, reports: list[dict[str, Any]]) -> Location | None:
+    """Where the checkpoint is, which every rank must see as rank 0 does."""
+    if args.ckpt_format in _UNCHECKED_FORMATS:
+        return None
+    location = locate(args)
+    if location is not None and reports[0]["problem"] is not None:
+        raise _damaged(location, Damaged(reports[0]["problem"]))
+    for rank, report in enumerate(reports):
+        if report["problem"] is not None or report["iteration"] != reports[0]["iteration"]:
+            seen = report["problem"] or f"it finds {report['iteration'] or 'no checkpoint'}"
+            raise ValueError(
+                f"every rank must see the same checkpoint: rank 0 ({reports[0]['host']}) finds "
+                f"{location or 'no checkpoint'}, but on rank {rank} ({report['host']}) {seen}"
+            )
+    return location
+
+
+def _read_whole(location: Location) -> Checkpoint:
+    try:
+        return read(location)
+    except Damaged as error:
+        raise _damaged(location, error) from error
+
+
+def _damaged(location: Location, error: Damaged) -> ValueError:
+    return ValueError(f"{location} is damaged: {error}; {advice(location.folder, location.name)}")

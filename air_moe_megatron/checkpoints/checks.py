@@ -1,0 +1,353 @@
+"""Does a checkpoint fit the run that will load it? Pure checks; each raises one ValueError."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+from megatron.core.transformer import TransformerConfig
+from megatron.training.utils import print_rank_0
+
+from air_moe_megatron.checkpoints.reader import LEGACY_FILE, Checkpoint, Damaged
+from air_moe_megatron.config import AIRFields, resolve_groups, resolve_product_keys, resolve_sizes
+
+_ONLY_IN = {"product_key": "keys1", "hierarchical": "group_weight", "hash": "table", "vq": "codes"}
+"""What only the router of a type holds in a checkpoint."""
+
+_GIVEN_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_experts",
+    "hybrid_layer_pattern",
+    "swiglu",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+)
+"""Arguments that shape the model."""
+
+_DERIVED_SIZES = ("moe_layer_freq", "ffn_hidden_size", "kv_channels", "num_query_groups")
+"""Arguments that shape it too, but are compared by layer or follow from the others where they are not given."""
+
+_LEGACY_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+"""The layout, which the legacy format is bound to."""
+
+
+def check_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: TransformerConfig) -> bool:
+    """Compare a checkpoint with the run that will load it.
+
+    Between top-k and AIR only the codebooks differ, so either loads into the other: one that is missing is learned
+    anew, one not wanted is left. Routers of other types have parameters of their own.
+
+    Args:
+        checkpoint: what was read.
+        args: Megatron's parsed and validated arguments.
+        config: the transformer config of the run.
+    Returns:
+        whether the run has codebooks that the checkpoint lacks.
+    Raises:
+        ValueError: naming our flag, its value and what the checkpoint needs.
+    """
+    router_type = getattr(config, "moe_router_type", "topk")
+    if checkpoint.is_legacy:
+        _check_layout(checkpoint, args)
+    elif args.ckpt_format == "torch" and not args.auto_detect_ckpt_format:
+        raise ValueError(f"{checkpoint.location} is in the format torch_dist: --ckpt-format (torch) must be torch_dist")
+    _check_sizes(checkpoint, args)
+    _check_experts(checkpoint, getattr(config, "moe_granular_experts", False))
+    _check_router(checkpoint, router_type)
+    _check_input_norm(checkpoint, getattr(config, "moe_router_input_norm", "none"))
+    _check_expert_bias(checkpoint, config)
+    _check_optimizer(checkpoint, args)
+    has_codebooks = any(key.endswith("router.codebook.codewords") for key in checkpoint.shapes)
+    if router_type not in ("topk", "air") or router_type == "air" and has_codebooks:
+        _check_fields(checkpoint, config)
+    if router_type == "air":
+        _check_codebooks(checkpoint, config)
+    elif has_codebooks:
+        print_rank_0(
+            f"> {checkpoint.location.directory} was trained with AIR routing: its codebooks are left, its experts are "
+            "loaded"
+        )
+    if router_type == "air" and not has_codebooks:
+        print_rank_0(
+            f"> {checkpoint.location.directory} was trained with top-k routing: expert centres are kept, codebooks are "
+            "seeded from the first batch"
+        )
+        return True
+    return False
+
+
+def loads_optimizer(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
+    """Whether Megatron will load the optimizer's state from a checkpoint."""
+    starts_anew = args.finetune or checkpoint.location.flag == "--pretrained-checkpoint"
+    is_saved = checkpoint.location.name != "release" and not getattr(checkpoint.args, "no_save_optim", False)
+    return is_saved and not (starts_anew or args.no_load_optim or args.skip_train)
+
+
+def get_moe_layers(args: argparse.Namespace) -> list[bool]:
+    """Which layers have experts, as `--moe-layer-freq` or the hybrid pattern says."""
+    if getattr(args, "num_experts", None) is None:
+        return [False] * args.num_layers
+    if args.hybrid_layer_pattern is not None:
+        return [symbol == "E" for symbol in _bare_pattern(args.hybrid_layer_pattern)]
+    frequency = getattr(args, "moe_layer_freq", 1)
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(args.num_layers)]
+    return [bool(has_experts) for has_experts in frequency]
+
+
+def _bare_pattern(pattern: str) -> str:
+    """The layers of a hybrid pattern, without those of multi-token prediction and without pipeline stages."""
+    return pattern.split("/")[0].replace("|", "")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _demand(name: str, own: Any, found: Any) -> str:
+    """What is to be done about one argument that differs."""
+    given = "not given" if own is None or own is False else str(own)
+    if found is None or found is False:
+        return f"{_flag(name)} must be left out"
+    return f"{_flag(name)} must be given" if found is True else f"{_flag(name)} ({given}) must be {found}"
+
+
+def _check_layout(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """The legacy format has a file per rank, which only the same layout finds."""
+    names = [name for name in _LEGACY_SIZES if hasattr(checkpoint.args, name)]
+    demands = [
+        _demand(name, getattr(args, name), getattr(checkpoint.args, name))
+        for name in names
+        if getattr(args, name) != getattr(checkpoint.args, name)
+    ]
+    if demands:
+        raise ValueError(
+            f"{checkpoint.location} is in the legacy format 'torch', which loads only with the sizes that saved it: "
+            + ", ".join(demands)
+        )
+    if args.use_tp_pp_dp_mapping:
+        return  # ranks are numbered otherwise
+    for folder in sorted({_legacy_folder(rank, args) for rank in range(args.world_size)}):
+        path = checkpoint.location.directory / folder / LEGACY_FILE
+        if not path.is_file():
+            raise Damaged(f"'{path}' is missing")
+
+
+def _legacy_folder(rank: int, args: argparse.Namespace) -> str:
+    """The folder that a rank reads in the legacy format."""
+    tensor, pipeline, expert = (getattr(args, name) for name in _LEGACY_SIZES)
+    stage = rank // (args.world_size // pipeline)
+    name = f"mp_rank_{rank % tensor:02d}" + (f"_{stage:03d}" if pipeline > 1 else "")
+    return name + (f"_{rank // args.expert_tensor_parallel_size % expert:03d}" if expert > 1 else "")
+
+
+def _check_sizes(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """The model must have the shape that was saved."""
+    own = _sizes_of_arguments(args)
+    if checkpoint.args is not None:
+        found = _sizes_of_arguments(checkpoint.args)
+        if own["hybrid_layer_pattern"] is not None and found["hybrid_layer_pattern"] is None:
+            for name in ("num_layers", "moe_layer_freq", "hybrid_layer_pattern"):
+                del found[name]  # Megatron pairs the layers of a GPT checkpoint with those of a hybrid model
+    else:  # a rank's file of the legacy format holds a part of the experts
+        found = {} if checkpoint.is_legacy else _sizes_of_tensors(checkpoint.shapes)
+    for names in (_GIVEN_SIZES, _DERIVED_SIZES):  # what follows from another size is not named beside it
+        demands = [
+            _demand(name, _shown(own[name], args, name), _shown(found[name], checkpoint.args, name))
+            for name in names
+            if name in found and name in own and own[name] != found[name]
+        ]
+        if demands:
+            raise ValueError(f"{checkpoint.location} was trained with a model of another shape: " + ", ".join(demands))
+
+
+def _shown(value: Any, args: argparse.Namespace | None, name: str) -> Any:
+    """A value as its flag was given; the layers with experts are compared one by one."""
+    return args.moe_layer_freq if name == "moe_layer_freq" and args is not None else value
+
+
+def _sizes_of_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that shape a model, without those that have no effect."""
+    sizes = {name: getattr(args, name) for name in (*_GIVEN_SIZES, *_DERIVED_SIZES) if hasattr(args, name)}
+    # Megatron's older name of the pattern stands in older checkpoints.
+    pattern = sizes.get("hybrid_layer_pattern") or getattr(args, "hybrid_override_pattern", None)
+    sizes["hybrid_layer_pattern"] = pattern
+    if pattern is not None:
+        sizes["hybrid_layer_pattern"] = _bare_pattern(pattern)
+        sizes.pop("num_layers", None)  # it is derived from the pattern
+    if not getattr(args, "group_query_attention", False):
+        sizes.pop("num_query_groups", None)
+    layers = get_moe_layers(argparse.Namespace(**vars(args) | {"hybrid_layer_pattern": pattern}))
+    if all(layers):
+        sizes.pop("ffn_hidden_size", None)
+    if sizes.setdefault("num_experts", None) is None:
+        for name in ("moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+            sizes.pop(name, None)
+        return sizes
+    sizes["moe_ffn_hidden_size"] = args.moe_ffn_hidden_size or args.ffn_hidden_size
+    if pattern is None:
+        sizes["moe_layer_freq"] = layers
+    else:
+        sizes.pop("moe_layer_freq", None)
+    return sizes
+
+
+def _sizes_of_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """The sizes that tensors tell, for a checkpoint that holds no arguments."""
+    sizes = {}
+    for key, shape in shapes.items():
+        if key.startswith("decoder.layers.mlp.router."):  # layers of one form are stacked
+            sizes["num_layers"] = shape[0]
+        if key.endswith("mlp.router.weight"):
+            sizes["num_experts"], sizes["hidden_size"] = shape[-2:]
+        elif key.endswith("mlp.experts.weight2"):
+            sizes["num_experts"], sizes["moe_ffn_hidden_size"], sizes["hidden_size"] = shape[-3:]
+        elif key.endswith("mlp.experts.experts.linear_fc2.weight"):
+            sizes["num_experts"], sizes["hidden_size"], sizes["moe_ffn_hidden_size"] = shape[-3:]
+    return sizes
+
+
+def _check_experts(checkpoint: Checkpoint, granular: bool) -> None:
+    """The two forms of experts have different parameters, and neither is made of the other."""
+    keys = checkpoint.shapes
+    has_granular = any(key.endswith("mlp.experts.weight1") for key in keys)
+    has_modules = any(".mlp.experts." in key for key in keys) and not has_granular
+    if granular and has_modules:
+        raise ValueError(
+            f"{checkpoint.location} holds Megatron's own experts, one module each: train without --moe-granular-experts"
+        )
+    if has_granular and not granular:
+        raise ValueError(f"{checkpoint.location} holds granular experts: add --moe-granular-experts")
+
+
+def _check_router(checkpoint: Checkpoint, router_type: str) -> None:
+    """Routers of different types have different parameters; only top-k and AIR load into each other."""
+    routers = {key.rpartition(".router.")[2] for key in checkpoint.shapes if ".router." in key}
+    if not routers:
+        return
+    found = next((name for name, parameter in _ONLY_IN.items() if parameter in routers), None)
+    if found != (router_type if router_type in _ONLY_IN else None):
+        raise ValueError(
+            f"{checkpoint.location} holds routers of type {found or 'topk or air'}: "
+            f"--moe-router-type {router_type} cannot load them"
+        )
+
+
+def _check_input_norm(checkpoint: Checkpoint, norm: str) -> None:
+    """Centres that were trained on normalized tokens are of no use for others, nor the other way round."""
+    has_routers = any(".router." in key for key in checkpoint.shapes)
+    has_norm = any(key.endswith("router.input_norm.mean") for key in checkpoint.shapes)
+    found = "running" if has_norm else "none"
+    if has_routers and found != norm:
+        raise ValueError(
+            f"{checkpoint.location} was trained with --moe-router-input-norm {found}, so --moe-router-input-norm "
+            f"({norm}) must be {found}"
+        )
+
+
+def _check_expert_bias(checkpoint: Checkpoint, config: TransformerConfig) -> None:
+    """Megatron cannot load a bias that is not there; one that is not wanted it leaves."""
+    has_bias = any(key.endswith("router.expert_bias") for key in checkpoint.shapes)
+    if config.moe_router_enable_expert_bias and not has_bias:
+        raise ValueError(
+            f"{checkpoint.location} holds no expert bias, so --moe-router-enable-expert-bias must be left out"
+        )
+    if has_bias and not config.moe_router_enable_expert_bias:
+        print_rank_0(
+            f"> {checkpoint.location.directory} holds expert biases: without --moe-router-enable-expert-bias they are "
+            "left, and the experts are chosen without them"
+        )
+
+
+def _check_optimizer(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """The state of an optimizer fits one of the same kind, for weights of the same precision."""
+    if not loads_optimizer(args, checkpoint):
+        return
+    location, remedy = checkpoint.location, "or add --no-load-optim to start with a new optimizer"
+    if not checkpoint.optimizer_keys:
+        raise ValueError(f"{location} holds no optimizer state: add --no-load-optim")
+    saved_by = checkpoint.args
+    own = args.use_distributed_optimizer
+    if checkpoint.is_legacy:
+        was = getattr(saved_by, "use_distributed_optimizer", False)
+    else:
+        was = any(".distributed." in key for key in checkpoint.optimizer_keys)
+    # The state of a plain optimizer Megatron gives to a distributed one too, in its own format.
+    if own != was and (was or checkpoint.is_legacy):
+        demand = _demand("use_distributed_optimizer", own, was)
+        raise ValueError(f"{location} holds the state of another kind of optimizer: {demand}, {remedy}")
+    precision = next((name for name in ("bf16", "fp16") if getattr(args, name)), None)
+    if saved_by is not None:
+        found = next((name for name in ("bf16", "fp16") if getattr(saved_by, name)), None)
+    else:
+        found = "bf16" if any(".fp32_param." in key for key in checkpoint.optimizer_keys) else None
+    if (precision is None) != (found is None):
+        demand = f"--{precision} must be left out" if found is None else f"--{found} must be given"
+        raise ValueError(
+            f"{location} holds the optimizer state of {'fp32' if found is None else found} weights: {demand}, {remedy}"
+        )
+
+
+def _check_fields(checkpoint: Checkpoint, config: TransformerConfig) -> None:
+    """What a router's parameters mean, or their shapes, must be as when they were trained."""
+    if checkpoint.args is None:
+        return
+    defaults = {field.name: field.default for field in dataclasses.fields(AIRFields)}
+    values = defaults | vars(checkpoint.args)
+    saved = argparse.Namespace(**values, num_moe_experts=values["num_experts"])
+    own, found = _fixed_fields(config, config.moe_router_type), _fixed_fields(saved, config.moe_router_type)
+    demands = [
+        _demand(name, own[name], found[name]) + _automatic(name, config, saved)
+        for name in own
+        if own[name] != found[name]
+    ]
+    if demands:
+        raise ValueError(f"{checkpoint.location} holds routers of another form: " + ", ".join(demands))
+
+
+def _fixed_fields(config: Any, router_type: str) -> dict[str, Any]:
+    """The fields of a router type that its checkpoint is bound to, automatic sizes chosen."""
+    if router_type == "air":
+        return {"moe_air_codebook_source": config.moe_air_codebook_source}
+    if router_type == "product_key":
+        keys = resolve_product_keys(config)
+        return {
+            "moe_product_key_on_tokens": config.moe_product_key_on_tokens,
+            "moe_product_key_heads": keys.num_heads,
+            "moe_product_key_dim": keys.key_dim,
+            "moe_product_key_query_norm": keys.query_norm,
+        }
+    if router_type == "hierarchical":
+        return {"moe_hierarchical_num_groups": resolve_groups(config).num_groups}
+    if router_type == "hash":
+        return {"moe_hash_vocab_size": config.moe_hash_vocab_size, "moe_hash_seed": config.moe_hash_seed}
+    return {}
+
+
+def _check_codebooks(checkpoint: Checkpoint, config: TransformerConfig) -> None:
+    """Codebooks and shortlists must have the sizes of the run."""
+    sizes = resolve_sizes(config)
+    clusters, shortlist = sizes.num_clusters, sizes.shortlist_size
+    expected = {
+        "router.codebook.codewords": (("moe_air_num_clusters", clusters), ("hidden_size", config.hidden_size)),
+        "router.index.shortlist": (("moe_air_num_clusters", clusters), ("moe_air_shortlist_size", shortlist)),
+    }
+    for key, shape in checkpoint.shapes.items():
+        fields = next((fields for ending, fields in expected.items() if key.endswith(ending)), ())
+        for (name, own), found in zip(fields, shape[-2:], strict=False):
+            if own != found:
+                raise ValueError(
+                    f"{checkpoint.location}: {key} is {list(shape[-2:])}, so {_demand(name, own, found)}"
+                    + _automatic(name, config, checkpoint.args)
+                )
+
+
+def _automatic(name: str, config: TransformerConfig, saved_by: argparse.Namespace | None) -> str:
+    """Where a size was chosen automatically, what it was chosen by that differs."""
+    if getattr(config, name) != 0 or name == "moe_hash_seed":
+        return ""
+    topk = getattr(saved_by, "moe_router_topk", config.moe_router_topk)
+    if topk == config.moe_router_topk or name not in ("moe_air_shortlist_size", "moe_product_key_heads"):
+        return " (it was chosen automatically)"
+    return f" (it was chosen automatically, by --moe-router-topk, which is {config.moe_router_topk} and was {topk})"

@@ -1,0 +1,303 @@
+"""Find and read the checkpoint that a run will load, without running code that it may hold."""
+
+import argparse
+import contextlib
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.msc_utils import maybe_msc
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_RELEASE = "release"
+_ITERATION = re.compile(r"iter_(\d{7,})")
+_NON_PERSISTENT = "non_persistent"
+"""Folder in that of `--load` for checkpoints of which Megatron keeps only the latest."""
+
+_METADATA = ".metadata"
+_COMMON_FILE = "common.pt"
+_COMMON_KEY = ShardedObject("common_state", None, (1,), (0,)).unique_key
+LEGACY_FILE = "model_optim_rng.pt"
+
+_METADATA_CLASSES = {
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+"""What the metadata of a checkpoint are made of, beside dtypes; their names as pickle spells them."""
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be loaded; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """The folder of one saved iteration, and the flag that leads to it."""
+
+    flag: str
+    folder: str
+    name: str  # "iter_0000004", or "release"
+
+    @property
+    def directory(self) -> Path:
+        """The iteration's own folder; in object storage a path of that client's."""
+        return maybe_msc.Path(self.folder) / self.name
+
+    def __str__(self) -> str:
+        return f"{self.flag} '{self.directory}'"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says of itself."""
+
+    location: Location
+    is_legacy: bool  # Megatron's `torch` format: one file per rank, layers one by one
+    shapes: dict[str, tuple[int, ...]]  # of the model's tensors: global, or in the legacy format those of one rank
+    optimizer_keys: tuple[str, ...]
+    args: argparse.Namespace | None  # of the run that saved it; None where it holds none that is safe to read
+
+
+def locate(args: argparse.Namespace) -> Location | None:
+    """Find the checkpoint that Megatron will load.
+
+    Args:
+        args: Megatron's parsed arguments.
+    Returns:
+        where it is, or None for a run that starts from scratch: without `--load`, or with a `--load` that names the new
+        or empty folder of `--save`.
+    Raises:
+        ValueError: if there is no checkpoint where a flag says, or the file that names the latest iteration is garbled.
+    """
+    flags = (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint))
+    given = [(flag, folder) for flag, folder in flags if folder is not None]
+    for flag, folder in given:
+        name = _latest(flag, folder)
+        if args.ckpt_step and (name is not None or args.pretrained_checkpoint is None):
+            name = _name_of(args.ckpt_step)  # for --load alone Megatron then needs no tracker file
+        if args.non_persistent_ckpt_type == "global":
+            newer = args.non_persistent_global_ckpt_dir or str(maybe_msc.Path(folder) / _NON_PERSISTENT)
+            other = _latest(flag, newer)
+            if other is not None and (name is None or _number_of(other) >= _number_of(name)):
+                return Location(flag, newer, other)
+        if name is not None:
+            return Location(flag, folder, name)
+        if _iterations(folder):
+            tracker = maybe_msc.Path(folder) / TRACKER
+            remedy = advice(folder) if len(given) == 1 and flag == "--load" else "write one of them into it"
+            raise ValueError(f"{flag} '{folder}' holds iterations, but '{tracker}' is missing; {remedy}")
+        if flag == "--pretrained-checkpoint":
+            raise ValueError(f"--pretrained-checkpoint '{folder}' holds no checkpoint: '{TRACKER}' is missing")
+    if not given or _starts_here(args):
+        return None
+    raise ValueError(
+        f"--load '{args.load}' holds no checkpoint: name a folder that does; only the folder that --save names too may "
+        "be new or empty, for a run that starts from scratch"
+    )
+
+
+def read(location: Location) -> Checkpoint:
+    """Read what a checkpoint says of itself, and see that its files are there and long enough.
+
+    Tensors are not read, and nothing in the files is run.
+
+    Args:
+        location: the folder of the iteration.
+    Raises:
+        Damaged: naming the file and what is wrong with it.
+    """
+    directory = location.directory
+    if not directory.is_dir():
+        raise Damaged(f"the folder '{directory}' is missing")
+    with _reading(directory):
+        names = {path.name for path in directory.iterdir()}
+    if CONFIG_FNAME in names:
+        return _read_torch_dist(location)
+    if any(name.startswith("mp_rank_") for name in names):
+        return _read_legacy(location)
+    if _METADATA in names or any(name.endswith(".distcp") for name in names):
+        raise Damaged(f"'{directory / CONFIG_FNAME}' is missing")
+    raise Damaged(f"'{directory}' holds no file of a checkpoint")
+
+
+def advice(folder: str, damaged: str | None = None) -> str:
+    """Name the newest whole iteration of a folder, earlier than the damaged one if there is one, and its flag."""
+    names = [name for name in _iterations(folder) if name != damaged]
+    limit = None if damaged is None else _number_of(damaged)
+    names.sort(key=lambda name: (limit is None or _number_of(name) < limit, _number_of(name)), reverse=True)
+    for name in names:
+        with contextlib.suppress(Damaged):
+            read(Location("--load", folder, name))
+            return f"iteration {_number_of(name)} is whole: add --ckpt-step {_number_of(name)} to load it"
+    return "no other iteration in this folder is whole" if damaged else "no iteration in this folder is whole"
+
+
+def _latest(flag: str, folder: str) -> str | None:
+    """The name of the iteration that the tracker file of a folder names; None where there is no such file."""
+    tracker = maybe_msc.Path(folder) / TRACKER
+    if not tracker.is_file():
+        return None
+    try:
+        content = tracker.read_bytes().decode(errors="replace").strip()
+    except OSError as error:
+        raise ValueError(f"{flag} '{folder}': '{tracker}' cannot be read ({error.strerror})") from error
+    if content == _RELEASE:
+        return _RELEASE
+    if not re.fullmatch(r"\+?\d+", content, re.ASCII):
+        # Megatron ends at such a file whatever --ckpt-step says.
+        raise ValueError(
+            f"{flag} '{folder}' is damaged: '{tracker}' holds {content[:40]!r} instead of an iteration; "
+            f"{advice(folder)}, and remove that file"
+        )
+    return _name_of(int(content))
+
+
+def _name_of(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def _number_of(name: str) -> int:
+    return 0 if name == _RELEASE else int(name.removeprefix("iter_"))
+
+
+def _iterations(folder: str) -> list[str]:
+    """Names of the iterations' folders in a folder, which need not exist."""
+    path = maybe_msc.Path(folder)
+    return [entry.name for entry in path.iterdir() if _ITERATION.fullmatch(entry.name)] if path.is_dir() else []
+
+
+def _starts_here(args: argparse.Namespace) -> bool:
+    """Whether `--load` names the folder of `--save`, in which nothing is saved yet."""
+    if args.save is None or args.skip_train or args.exit_on_missing_checkpoint:
+        return False
+    return args.load == args.save or Path(args.load).resolve() == Path(args.save).resolve()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say of whatever goes wrong that the file is damaged: garbled bytes raise errors of any kind."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise Damaged(f"'{path}' is missing") from error
+    except Damaged:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise Damaged(f"'{path}' cannot be read ({type(error).__name__}{': ' if reason else ''}{reason})") from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Admits only what metadata are made of, so that reading them runs no code of the checkpoint's."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _METADATA_CLASSES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of a checkpoint's metadata")
+
+
+def _read_torch_dist(location: Location) -> Checkpoint:
+    directory = location.directory
+    with _reading(directory / CONFIG_FNAME):
+        backend = json.loads((directory / CONFIG_FNAME).read_bytes())["sharded_backend"]
+        if backend != "torch_dist":
+            raise Damaged(f"its format {backend!r} is not 'torch_dist', the only one that Megatron-Core 0.19 loads")
+    with _reading(directory / _METADATA), (directory / _METADATA).open("rb") as file:
+        metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise Damaged(f"'{directory / _METADATA}' does not hold a checkpoint's metadata")
+        needed: dict[str, int] = {}
+        for info in metadata.storage_data.values():
+            needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+        sizes = {
+            key: tuple(entry.size)
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+    for name, num_bytes in needed.items():
+        with _reading(directory / name):
+            found = (directory / name).stat().st_size
+        if found < num_bytes:
+            raise Damaged(f"'{directory / name}' has {found} bytes where {_METADATA} needs {num_bytes}")
+    optimizer_keys = tuple(key for key in sizes if _is_of_optimizer(key))
+    return Checkpoint(
+        location,
+        is_legacy=False,
+        shapes={key: size for key, size in sizes.items() if not _is_of_optimizer(key)},
+        optimizer_keys=optimizer_keys,
+        args=_common_state(directory, metadata).get("args"),
+    )
+
+
+def _is_of_optimizer(key: str) -> bool:
+    return key.startswith(("optimizer.", "chained_"))
+
+
+def _common_state(directory: Path, metadata: Metadata) -> dict[str, Any]:
+    """What is saved once for all ranks, arguments included; empty where it is not safe to read."""
+    infos = [info for index, info in metadata.storage_data.items() if index.fqn == _COMMON_KEY]
+    path = directory / (infos[0].relative_path if infos else _COMMON_FILE)
+    with _reading(path), path.open("rb") as file:
+        if infos:
+            file.seek(infos[0].offset)
+        content = BytesIO(file.read(infos[0].length if infos else -1))
+        # Megatron itself would run code to make such objects; they are left alone here.
+        if torch.serialization.get_unsafe_globals_in_checkpoint(content):
+            return {}
+        content.seek(0)
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        return state[0] if infos else state
+
+
+def _read_legacy(location: Location) -> Checkpoint:
+    """Read the file of one rank, after seeing that those of all ranks are whole."""
+    folders = sorted(path for path in location.directory.iterdir() if path.name.startswith("mp_rank_"))
+    paths = [folder / LEGACY_FILE for folder in folders]
+    for path in paths:
+        with _reading(path), path.open("rb") as file:
+            zipfile.ZipFile(file).close()  # its directory is at the end, which a truncated file lacks
+    with _reading(paths[0]):
+        mmap = not is_object_storage_path(str(paths[0]))
+        state = maybe_msc.torch.load(str(paths[0]), map_location="cpu", weights_only=True, mmap=mmap)
+        models = [value for key, value in state.items() if re.fullmatch(r"model\d*", key)]
+        return Checkpoint(
+            location,
+            is_legacy=True,
+            shapes={
+                key: tuple(value.shape)
+                for model in models
+                for key, value in model.items()
+                if isinstance(value, torch.Tensor)
+            },
+            optimizer_keys=("optimizer",) if "optimizer" in state else (),
+            args=state.get("args"),
+        )

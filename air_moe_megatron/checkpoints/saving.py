@@ -1,0 +1,107 @@
+"""Is the place that a run will save to fit for it, and can the run resume from what it saves?"""
+
+import argparse
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+from megatron.core.transformer import TransformerConfig
+
+from air_moe_megatron.checkpoints.checks import get_moe_layers, loads_optimizer
+from air_moe_megatron.checkpoints.reader import Checkpoint
+
+_GIB = 2**30
+
+
+def will_save(args: argparse.Namespace) -> bool:
+    """Whether the run saves checkpoints on a file system."""
+    return args.save is not None and not args.skip_train and not is_object_storage_path(args.save)
+
+
+def find_write_problem(args: argparse.Namespace) -> str | None:
+    """Try to write where the run will save, which leaves nothing behind.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+    Returns:
+        what is wrong, or None.
+    """
+    if not will_save(args):
+        return None
+    folder = _existing(args.save)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+    except OSError as error:
+        return f"--save '{args.save}' cannot be written: {error.strerror} in '{folder}'"
+    return None
+
+
+def check_room(args: argparse.Namespace, config: TransformerConfig) -> None:
+    """Refuse a folder whose file system has no room for one checkpoint.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+        config: the transformer config of the run.
+    Raises:
+        ValueError: with the bytes that are needed at least, and those that are free.
+    """
+    if not will_save(args):
+        return
+    needed, free = estimate_bytes(args, config), shutil.disk_usage(_existing(args.save)).free
+    if needed > free:
+        raise ValueError(
+            f"--save '{args.save}' has {free / _GIB:.1f} GiB free, and one checkpoint takes at least "
+            f"{needed / _GIB:.1f} GiB: free some, save elsewhere, or add --no-save-optim"
+        )
+
+
+def check_optimizer_resumes(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
+    """Refuse the distributed optimizer where Megatron could not load its state.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+        checkpoint: what the run will load, or None.
+    Raises:
+        ValueError: if the run would save or load that state, and neither Transformer Engine nor Apex is there.
+    """
+    if HAVE_APEX_OR_TE or not args.use_distributed_optimizer:
+        return
+    reason = (
+        "--use-distributed-optimizer is not supported here: without Transformer Engine or Apex Megatron-Core 0.19 "
+        "saves its state but cannot load it; leave it out"
+    )
+    if checkpoint is not None and loads_optimizer(args, checkpoint):
+        raise ValueError(f"{reason}, or add --no-load-optim")
+    if will_save(args) and not args.no_save_optim:
+        raise ValueError(f"{reason}, or add --no-save-optim")
+
+
+def estimate_bytes(args: argparse.Namespace, config: TransformerConfig) -> int:
+    """Count the bytes of one checkpoint, from below: embeddings, experts, centers and their optimizer state.
+
+    Example: E = 16, H = 32, F = 8, SwiGLU, two layers, vocabulary 64 untied, fp32 with Adam: 29,696 values of 12 bytes.
+    """
+    hidden_size = config.hidden_size
+    num_values = (args.padded_vocab_size or 0) * hidden_size * (2 if args.untie_embeddings_and_output_weights else 1)
+    if config.num_moe_experts is not None:
+        per_expert = (3 if config.gated_linear_unit else 2) * hidden_size * config.moe_ffn_hidden_size
+        if getattr(config, "moe_router_type", "topk") in ("topk", "air"):
+            per_expert += hidden_size
+        num_values += sum(get_moe_layers(args)) * config.num_moe_experts * per_expert
+    is_low = args.bf16 or args.fp16
+    per_value = 2 if is_low else 4
+    if not args.no_save_optim and not args.use_precision_aware_optimizer:
+        per_value += (4 if is_low else 0) + (8 if args.optimizer == "adam" else 0)
+    return num_values * per_value
+
+
+def _existing(folder: str) -> Path:
+    """The folder, or the nearest of its parents that exists."""
+    path = Path(folder).resolve()
+    while not os.path.lexists(path):
+        path = path.parent
+    return path

@@ -1,0 +1,71 @@
+"""What rank 0 makes of all reports reaches every rank; ranks with other flags are named."""
+
+import argparse
+import threading
+
+import pytest
+import torch
+
+from air_moe_megatron.agreement import Ranks, check_agreement
+
+
+def on_ranks(world_size, call):
+    """What `call(ranks)` returns or raises on each rank; ranks are threads that share a store."""
+    store, outcomes = torch.distributed.HashStore(), [None] * world_size
+
+    def run(rank):
+        try:
+            outcomes[rank] = call(Ranks(rank, world_size, store))
+        except Exception as error:
+            outcomes[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive(), "a rank waits for the others"
+    return outcomes
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_every_rank_gets_what_rank_0_makes_of_the_reports(world_size):
+    def call(ranks):
+        first = ranks.agree("ranks", ranks.rank, lambda reports: reports)
+        return first, ranks.agree("sum", 2 * ranks.rank, sum)
+
+    everyone = list(range(world_size))
+    assert on_ranks(world_size, call) == [(everyone, 2 * sum(everyone))] * world_size
+
+
+def test_what_the_judge_raises_ends_every_rank():
+    def refuse(reports):
+        raise ValueError("not this way")
+
+    outcomes = on_ranks(3, lambda ranks: ranks.agree("topic", None, refuse))
+    assert [type(outcome) for outcome in outcomes] == [ValueError] * 3
+    assert {str(outcome) for outcome in outcomes} == {"not this way"}
+
+    outcomes = on_ranks(3, lambda ranks: ranks.agree("topic", None, lambda reports: reports[7]))
+    assert isinstance(outcomes[0], IndexError)
+    assert {str(outcome) for outcome in outcomes[1:]} == {"rank 0 failed: IndexError('list index out of range')"}
+
+
+def given(rank, **changes):
+    """Arguments of one rank, with what differs between all ranks."""
+    own = {"rank": rank, "load": f"/node{rank}", "data_cache_path": f"/node{rank}", "handle": object()}
+    return argparse.Namespace(**own | {"lr": 0.1, "num_experts": 8} | changes)
+
+
+def test_the_same_flags_pass_whatever_the_paths():
+    assert on_ranks(3, lambda ranks: check_agreement(given(ranks.rank), ranks)) == [None] * 3
+
+
+def test_other_flags_are_named_with_their_values_and_ranks():
+    changes = {1: {"lr": 0.2}, 2: {"lr": 0.3, "extra": "x"}, **{rank: {"num_experts": 9} for rank in range(3, 13)}}
+    outcomes = on_ranks(13, lambda ranks: check_agreement(given(ranks.rank, **changes.get(ranks.rank, {})), ranks))
+    assert {str(outcome) for outcome in outcomes} == {
+        "all ranks must be started with the same flags: extra is unset on rank 0, 'x' on rank 2; "
+        "lr is 0.1 on rank 0, 0.2 on rank 1, 0.3 on rank 2; "
+        "num_experts is 8 on rank 0, 9 on rank 3, 4, 5, 6, 7, 8, 9, 10 and 2 more"
+    }
