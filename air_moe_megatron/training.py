@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core.enums import ModelType
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.package_info import __version__ as megatron_core_version
 from megatron.core.transformer.spec_utils import import_module
 from megatron.core.utils import get_te_version, get_torch_version
@@ -26,6 +27,7 @@ from air_moe_megatron.arguments import add_air_arguments, transformer_config_fro
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.compat import release_process_groups, repair_help, require_supported_megatron
 from air_moe_megatron.config import is_plain_topk
+from air_moe_megatron.memory import check_memory, num_moe_layers
 from air_moe_megatron.router import air_routers
 from air_moe_megatron.routers.hashing import hand_over_token_ids
 from air_moe_megatron.specs import air_hybrid_stack_spec, air_layer_spec, mtp_specs_with_air_layers
@@ -148,6 +150,33 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
         )
 
 
+def refuse_bad_values(args: argparse.Namespace) -> None:
+    """Refuse values of Megatron's flags that end a run in an error which does not name them.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+    Raises:
+        ValueError: naming the flag, its value and the rule.
+    """
+    for name in ("log_interval", "tensorboard_log_interval", "eval_interval", "log_memory_interval"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be at least 1")
+    counts_evaluations = bool(args.train_iters or args.train_samples) and not (args.full_validation or args.skip_train)
+    if counts_evaluations and args.eval_interval is None:
+        raise ValueError("--eval-interval (None) must be given: Megatron counts evaluations with it, also with 0 steps")
+    if args.full_validation and not args.multiple_validation_sets:
+        raise ValueError(
+            "--full-validation needs --multiple-validation-sets, with one set too: Megatron-Core 0.19 reads its number "
+            "of steps as a list"
+        )
+    if not is_plain_topk(args) and args.hybrid_layer_pattern is not None and num_moe_layers(args) == 0:
+        raise ValueError(
+            f"--hybrid-layer-pattern ({args.hybrid_layer_pattern}) must have a layer {Symbols.MOE}: without an MoE "
+            f"layer --moe-router-type {args.moe_router_type} has no effect"
+        )
+
+
 def run(config: PretrainConfigContainer, pretrain_func: Callable, store: Any, adapted: bool) -> None:
     """Hand over to Megatron's training loop.
 
@@ -191,8 +220,10 @@ def train(program_start: float | None = None) -> None:
     )
     preflight.check_agreement(args)
     refuse_unsupported(args)
+    refuse_bad_values(args)
     preflight.check_data(args)
     model_config = model_config_from_args(args)
+    check_memory(args)
     if preflight.check_checkpoint(args, model_config.transformer) == preflight.Codebooks.ABSENT:
         model_config.pre_wrap_hooks.append(leave_out_codebooks)
     pretrain_func, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)

@@ -22,7 +22,7 @@ LAYERS = (
     {"router"},
     {"layer"},
     {"specs", "diagnostics", "arguments"},
-    {"sync", "batches", "preflight"},
+    {"sync", "batches", "preflight", "memory"},
     {"training"},
     {"pretrain"},
 )
