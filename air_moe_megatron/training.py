@@ -5,7 +5,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 from megatron.core.enums import ModelType
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
@@ -22,7 +22,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.config import PretrainConfigContainer
 from megatron.training.models import GPTModelConfig, HybridModelConfig
 
-from air_moe_megatron import preflight
+from air_moe_megatron import console, preflight
 from air_moe_megatron.arguments import add_air_arguments, transformer_config_from_args
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.compat import release_process_groups, repair_help, require_supported_megatron
@@ -44,7 +44,18 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     """
     group = parser.add_argument_group(title="air_moe_megatron")
     group.add_argument("--cpu", action="store_true", help="Train on CPU with the gloo backend; no GPU is needed.")
+    group.add_argument(
+        "--log-file",
+        help="Append all output to this file; the screen gets losses, routing health, warnings and errors. "
+        "Default: all output goes to the screen.",
+    )
+    parser.error = _refuse_command_line
     return repair_help(add_air_arguments(parser))
+
+
+def _refuse_command_line(message: str) -> NoReturn:
+    """In place of argparse's own, which has every rank print the usage of all of Megatron's flags."""
+    raise ValueError(message)
 
 
 def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridModelConfig:
@@ -177,16 +188,21 @@ def refuse_bad_values(args: argparse.Namespace) -> None:
         )
 
 
-def run(config: PretrainConfigContainer, pretrain_func: Callable, store: Any, adapted: bool) -> None:
+def run(
+    config: PretrainConfigContainer, pretrain_func: Callable, store: Any, adapted: bool, screen: TextIO | None = None
+) -> None:
     """Hand over to Megatron's training loop.
 
     Args:
         config: everything Megatron configures, the model included.
         pretrain_func: `megatron.training.pretrain`, wrapped where in-process restart is on.
         store: the `torch.distributed` store of in-process restart, or None.
-        adapted: whether a layer is ours; otherwise Megatron runs without any of our adaptations.
+        adapted: whether a layer is ours; otherwise Megatron runs without any of our adaptations of it.
+        screen: where losses go too when standard output is a file, or None.
     """
     with contextlib.ExitStack() as adaptations:
+        if screen is not None:
+            adaptations.enter_context(console.losses_on(screen))
         if adapted:
             adaptations.enter_context(mtp_specs_with_air_layers())
             adaptations.enter_context(codebook_updates())
@@ -200,13 +216,14 @@ def run(config: PretrainConfigContainer, pretrain_func: Callable, store: Any, ad
         )
 
 
-def train(program_start: float | None = None) -> None:
+def train(program_start: float | None = None, screen: TextIO | None = None) -> None:
     """Parse the command line, check it, and train.
 
     Args:
         program_start: when the program began, in seconds since the epoch, for Megatron's report of start-up times.
+        screen: where losses go too when standard output is a file, or None.
     Raises:
-        ValueError: for a combination of flags, data or a checkpoint that cannot work.
+        SystemExit: for a combination of flags, data or a checkpoint that cannot work; one line says why.
         ImportError: for a Megatron that this package is not tested with.
     """
     main_start = time.time()
@@ -215,17 +232,18 @@ def train(program_start: float | None = None) -> None:
     print_rank_0(f"> Megatron-Core version .......... {megatron_core_version}")
     print_rank_0(f"> Transformer Engine version ..... {get_te_version()}")
     set_startup_timestamps(program_start=program_start, main_entry=main_start)
-    args = parse_and_validate_args(
-        extra_args_provider=extra_args_provider, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
-    )
-    preflight.check_agreement(args)
-    refuse_unsupported(args)
-    refuse_bad_values(args)
-    preflight.check_data(args)
-    model_config = model_config_from_args(args)
-    check_memory(args)
-    if preflight.check_checkpoint(args, model_config.transformer) == preflight.Codebooks.ABSENT:
-        model_config.pre_wrap_hooks.append(leave_out_codebooks)
+    with console.refusals():
+        args = parse_and_validate_args(
+            extra_args_provider=extra_args_provider, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
+        )
+        preflight.check_agreement(args)
+        refuse_unsupported(args)
+        refuse_bad_values(args)
+        preflight.check_data(args)
+        model_config = model_config_from_args(args)
+        check_memory(args)
+        if preflight.check_checkpoint(args, model_config.transformer) == preflight.Codebooks.ABSENT:
+            model_config.pre_wrap_hooks.append(leave_out_codebooks)
     pretrain_func, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, not is_plain_topk(args))
+    run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, not is_plain_topk(args), screen)
     release_process_groups()

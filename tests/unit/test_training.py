@@ -76,3 +76,24 @@ def test_a_missing_interval_of_evaluations_is_refused_where_it_counts(monkeypatc
         refuse_bad_values(parse_args(extra_args_provider))
     monkeypatch.setattr(sys, "argv", ["pretrain", "--train-iters", "3", "--skip-train"])
     refuse_bad_values(parse_args(extra_args_provider))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--moe-router-type", "soft"], "argument --moe-router-type: invalid choice: 'soft'"),
+        (["--moe-air-num-probes", "two"], "argument --moe-air-num-probes: invalid int value: 'two'"),
+    ],
+    ids=["unknown", "choice", "type"],
+)
+def test_a_command_line_that_cannot_be_parsed_is_refused_without_the_usage(monkeypatch, capsys, flags, words):
+    from megatron.training.arguments import parse_args
+
+    from air_moe_megatron.training import extra_args_provider
+
+    monkeypatch.setattr(sys, "argv", ["pretrain", *flags])
+    with pytest.raises(ValueError) as error:
+        parse_args(extra_args_provider)
+    assert words in str(error.value)
+    assert "usage" not in capsys.readouterr().err
