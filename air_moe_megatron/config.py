@@ -299,6 +299,7 @@ def validate(config: TransformerConfig) -> None:
         return
     if config.num_moe_experts is None:
         raise ValueError(f"moe_router_type ({router_type!r}) needs num_moe_experts (--num-experts), which is not set")
+    _validate_layers(config)
     if router_type == "air":
         _validate_codebook(config)
     _validate_counts(config)
@@ -307,6 +308,17 @@ def validate(config: TransformerConfig) -> None:
     if config.moe_granular_experts:
         validate_experts(config)
     _validate_dispatch(config)
+
+
+def _validate_layers(config):
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int) and frequency < 1:
+        raise ValueError(f"moe_layer_freq ({frequency}) must be at least 1")
+    if isinstance(frequency, list) and not any(frequency):
+        raise ValueError(
+            f"moe_layer_freq ({frequency}) must have a 1: without an MoE layer moe_router_type "
+            f"({config.moe_router_type!r}) has no effect"
+        )
 
 
 def _validate_input_norm(config):

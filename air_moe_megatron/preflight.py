@@ -74,6 +74,7 @@ def check_data(args: argparse.Namespace) -> None:
     if args.mock_data:
         if single + per_split:
             raise ValueError(f"--mock-data excludes {', '.join(single + per_split)}: give one source of data")
+        _check_splits_are_given(args, set(_SPLITS))
         return
     if single and per_split:
         raise ValueError(f"{', '.join(single)} excludes {', '.join(per_split)}: give one source of data")
@@ -220,6 +221,11 @@ def _check_splits_are_given(args: argparse.Namespace, given: set[str]) -> None:
         raise ValueError(
             f"{how} gives data to valid, and --eval-iters ({args.eval_iters}) needs it: give the split a share, or add "
             "--valid-data-path or --eval-iters 0"
+        )
+    if args.full_validation and "test" in given:
+        raise ValueError(
+            "--full-validation excludes test data, which Megatron-Core 0.19 then reads as several sets: leave out "
+            "--test-data-path, or give --split 99,1,0 (--mock-data always has a test split)"
         )
 
 

@@ -17,9 +17,16 @@ def main() -> None:
     """Choose the device, then hand over to `training.train`.
 
     Raises:
-        SystemExit: where there is neither a GPU nor `--cpu`.
+        SystemExit: where there is neither a GPU nor `--cpu`, or a check refuses the start.
     """
+    from air_moe_megatron import console
+
     program_start = time.time()
+    screen = None
+    log_file = console.log_file_of(sys.argv[1:])
+    if log_file:
+        with console.refusals():
+            screen = console.write_log_file(log_file)
     if os.environ.get("RANK", "0") != "0":
         warnings.filterwarnings("ignore", category=UserWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -33,19 +40,19 @@ def main() -> None:
 
     if "--cpu" in sys.argv:  # before Megatron is imported: it binds some of torch.cuda at import
         if torch.cuda.is_available() and not cpu.is_enabled():
-            raise SystemExit(
-                "air_moe_megatron.pretrain: --cpu is for machines without a CUDA GPU, and this one has one; "
-                "leave it out, or hide the GPU with CUDA_VISIBLE_DEVICES="
+            console.refuse(
+                "--cpu is for machines without a CUDA GPU, and this one has one; leave it out, or hide the GPU with "
+                "CUDA_VISIBLE_DEVICES="
             )
         cpu.enable()
         cpu.set_rendezvous_defaults()
         sys.argv = cpu.with_required_flags(sys.argv)
     elif not torch.cuda.is_available() and not {"-h", "--help"} & set(sys.argv):
-        raise SystemExit("air_moe_megatron.pretrain: no CUDA GPU is visible; give --cpu to train on CPU with gloo")
+        console.refuse("no CUDA GPU is visible; give --cpu to train on CPU with gloo")
 
     from air_moe_megatron.training import train
 
-    train(program_start)
+    train(program_start, screen)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 from megatron.core.enums import ModelType
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.package_info import __version__ as megatron_core_version
 from megatron.core.transformer.spec_utils import import_module
 from megatron.core.utils import get_te_version, get_torch_version
@@ -22,13 +23,14 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.config import PretrainConfigContainer
 from megatron.training.models import GPTModelConfig, HybridModelConfig
 
-from air_moe_megatron import preflight
+from air_moe_megatron import console, preflight
 from air_moe_megatron.agreement import Ranks, check_agreement, meet
 from air_moe_megatron.arguments import add_air_arguments, transformer_config_from_args
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.checkpoints import check_checkpoint, fields_of_checkpoint
 from air_moe_megatron.compat import release_process_groups, repair_help, require_supported_megatron
 from air_moe_megatron.config import balancing_losses, is_plain_topk
+from air_moe_megatron.memory import check_memory, num_moe_layers
 from air_moe_megatron.router import air_routers
 from air_moe_megatron.routers.hashing import hand_over_token_ids
 from air_moe_megatron.specs import air_hybrid_stack_spec, air_layer_spec, mtp_specs_with_air_layers
@@ -45,7 +47,18 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     """
     group = parser.add_argument_group(title="air_moe_megatron")
     group.add_argument("--cpu", action="store_true", help="Train on CPU with the gloo backend; no GPU is needed.")
+    group.add_argument(
+        "--log-file",
+        help="Append all output to this file; the screen gets losses, routing health, warnings and errors. "
+        "Default: all output goes to the screen.",
+    )
+    parser.error = _refuse_command_line
     return repair_help(add_air_arguments(parser))
+
+
+def _refuse_command_line(message: str) -> NoReturn:
+    """In place of argparse's own, which has every rank print the usage of all of Megatron's flags."""
+    raise ValueError(message)
 
 
 def parse() -> tuple[argparse.Namespace, Ranks]:
@@ -192,16 +205,48 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
         )
 
 
-def run(config: PretrainConfigContainer, pretrain_func: Callable, store: Any, adapted: bool) -> None:
+def refuse_bad_values(args: argparse.Namespace) -> None:
+    """Refuse values of Megatron's flags that end a run in an error which does not name them.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+    Raises:
+        ValueError: naming the flag, its value and the rule.
+    """
+    for name in ("log_interval", "tensorboard_log_interval", "eval_interval", "log_memory_interval"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be at least 1")
+    counts_evaluations = bool(args.train_iters or args.train_samples) and not (args.full_validation or args.skip_train)
+    if counts_evaluations and args.eval_interval is None:
+        raise ValueError("--eval-interval (None) must be given: Megatron counts evaluations with it, also with 0 steps")
+    if args.full_validation and not args.multiple_validation_sets:
+        raise ValueError(
+            "--full-validation needs --multiple-validation-sets, with one set too: Megatron-Core 0.19 reads its number "
+            "of steps as a list"
+        )
+    if not is_plain_topk(args) and args.hybrid_layer_pattern is not None and num_moe_layers(args) == 0:
+        raise ValueError(
+            f"--hybrid-layer-pattern ({args.hybrid_layer_pattern}) must have a layer {Symbols.MOE}: without an MoE "
+            f"layer --moe-router-type {args.moe_router_type} has no effect"
+        )
+
+
+def run(
+    config: PretrainConfigContainer, pretrain_func: Callable, store: Any, adapted: bool, screen: TextIO | None = None
+) -> None:
     """Hand over to Megatron's training loop.
 
     Args:
         config: everything Megatron configures, the model included.
         pretrain_func: `megatron.training.pretrain`, wrapped where in-process restart is on.
         store: the `torch.distributed` store of in-process restart, or None.
-        adapted: whether a layer is ours; otherwise Megatron runs without any of our adaptations.
+        adapted: whether a layer is ours; otherwise Megatron runs without any of our adaptations of it.
+        screen: where losses go too when standard output is a file, or None.
     """
     with contextlib.ExitStack() as adaptations:
+        if screen is not None:
+            adaptations.enter_context(console.losses_on(screen))
         if adapted:
             adaptations.enter_context(mtp_specs_with_air_layers())
             adaptations.enter_context(codebook_updates())
@@ -215,13 +260,14 @@ def run(config: PretrainConfigContainer, pretrain_func: Callable, store: Any, ad
         )
 
 
-def train(program_start: float | None = None) -> None:
+def train(program_start: float | None = None, screen: TextIO | None = None) -> None:
     """Parse the command line, check it, and train.
 
     Args:
         program_start: when the program began, in seconds since the epoch, for Megatron's report of start-up times.
+        screen: where losses go too when standard output is a file, or None.
     Raises:
-        ValueError: for a combination of flags, data or a checkpoint that cannot work.
+        SystemExit: for a combination of flags, data or a checkpoint that cannot work; one line says why.
         ImportError: for a Megatron that this package is not tested with.
     """
     main_start = time.time()
@@ -230,13 +276,16 @@ def train(program_start: float | None = None) -> None:
     print_rank_0(f"> Megatron-Core version .......... {megatron_core_version}")
     print_rank_0(f"> Transformer Engine version ..... {get_te_version()}")
     set_startup_timestamps(program_start=program_start, main_entry=main_start)
-    args, ranks = parse()
-    check_agreement(args, ranks)
-    refuse_unsupported(args)
-    preflight.check_data(args)
-    model_config = model_config_from_args(args)
-    if check_checkpoint(args, model_config.transformer, ranks):
-        model_config.pre_wrap_hooks.append(leave_out_codebooks)
+    with console.refusals():
+        args, ranks = parse()
+        check_agreement(args, ranks)
+        refuse_unsupported(args)
+        refuse_bad_values(args)
+        preflight.check_data(args)
+        model_config = model_config_from_args(args)
+        check_memory(args)
+        if check_checkpoint(args, model_config.transformer, ranks):
+            model_config.pre_wrap_hooks.append(leave_out_codebooks)
     pretrain_func, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, not is_plain_topk(args))
+    run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, not is_plain_topk(args), screen)
     release_process_groups()

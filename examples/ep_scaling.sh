@@ -27,10 +27,10 @@ for size in $EP_SIZES; do
   echo "EP $size of $EP_SIZES: $TRAIN_ITERS steps, log $log"
   SECONDS=0
   (
-    RANKS=$size EP=$size
+    RANKS=$size EP=$size EVAL_ITERS=0
     . examples/granular_gpt.sh "$@"
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" -m air_moe_megatron.pretrain \
-      "${FLAGS[@]}" --global-batch-size "$((MICRO_BATCH * RANKS))" --eval-iters 0 "$@"
+      "${FLAGS[@]}" --global-batch-size "$((MICRO_BATCH * RANKS))" "$@"
   ) >"$log" 2>&1 || { tail -n 30 "$log" >&2; echo "EP $size failed; its log is $log" >&2; exit 1; }
   echo "EP $size: done in $SECONDS s"
 done

@@ -6,6 +6,8 @@
 #   TOKENIZER   Megatron's flags of the tokenizer that made DATA; default bytes, as in the default DATA
 #   RANKS       processes on this node; default all GPUs, or 2 on CPU
 #   EP          expert-parallel size; default RANKS, so that dispatched tokens stay within a node
+#   SPLIT       parts of DATA's documents for training, validation, test; default 98,1,1, or all for training with
+#               EVAL_ITERS=0 (the default on CPU). A part must get a document: 98,1,1 needs about 50 of them.
 #   PYTHON      default python; .venv/bin/python after `make install`
 # Any Megatron flag given to a launcher comes last and wins. For tensor parallelism give
 # `--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1`.
@@ -114,7 +116,9 @@ else
     echo "$0: DATA: $DATA.idx does not exist; \`make data\` makes the default data, DATA=mock needs none" >&2
     exit 1
   fi
-  DATASET=(--data-path "$DATA" --split 98,1,1)
+  # Megatron makes a split that has a share even where nothing is evaluated.
+  SPLIT=${SPLIT:-$([ "$EVAL_ITERS" = 0 ] && echo 1,0,0 || echo 98,1,1)}
+  DATASET=(--data-path "$DATA" --split "$SPLIT")
 fi
 FLAGS=(
   "${DEVICE[@]}" "${MODEL[@]}" "${MOE[@]}" "${AIR[@]}" "${TRAINING[@]}" "${DATASET[@]}" "${TOKENIZER_FLAGS[@]}"

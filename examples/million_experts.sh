@@ -24,16 +24,17 @@ if [ "$RANKS" = 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}; f
 
 OUT=${OUT:-out/million_experts}
 mkdir -p "$OUT"
+: >"$OUT/train.log"
 COMMAND=(
   "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" -m air_moe_megatron.pretrain
-  "${FLAGS[@]}" "$@"
+  "${FLAGS[@]}" --log-file "$OUT/train.log" "$@"
 )
 "$PYTHON" -c "
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:])
 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 print(f'peak memory of a process: {peak / 2**20:.2f} GiB of the host', flush=True)
-sys.exit(code)" "${COMMAND[@]}" 2>&1 | tee "$OUT/train.log"
+sys.exit(code)" "${COMMAND[@]}"
 
 "$PYTHON" -c "
 import re, statistics, sys

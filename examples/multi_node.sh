@@ -17,7 +17,8 @@ RANKS=${GPUS_PER_NODE:-}
 
 OUT=${OUT:-out/multi_node}
 mkdir -p "$OUT"
+: >"$OUT/train-node$NODE_RANK.log"
 "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$RANKS" \
   --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -m air_moe_megatron.pretrain \
-  "${FLAGS[@]}" --save "$OUT/checkpoint" --save-interval "$SAVE_INTERVAL" --tensorboard-dir "$OUT/tensorboard" "$@" \
-  2>&1 | tee "$OUT/train-node$NODE_RANK.log"
+  "${FLAGS[@]}" --save "$OUT/checkpoint" --save-interval "$SAVE_INTERVAL" --tensorboard-dir "$OUT/tensorboard" \
+  --log-file "$OUT/train-node$NODE_RANK.log" "$@"

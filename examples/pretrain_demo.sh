@@ -46,13 +46,13 @@ DATASET=(
 )
 OUTPUT=(
   --log-interval 20 --eval-interval 100 --eval-iters 20 --save "$OUT/checkpoint" --save-interval 200
-  --tensorboard-dir "$OUT/tensorboard"
+  --tensorboard-dir "$OUT/tensorboard" --log-file "$OUT/train.log"
 )
 
 mkdir -p "$OUT"
+: >"$OUT/train.log"
 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" -m air_moe_megatron.pretrain \
-  "${DEVICE[@]}" "${MODEL[@]}" "${MOE[@]}" "${AIR[@]}" "${TRAINING[@]}" "${DATASET[@]}" "${OUTPUT[@]}" "$@" \
-  2>&1 | tee "$OUT/train.log"
+  "${DEVICE[@]}" "${MODEL[@]}" "${MOE[@]}" "${AIR[@]}" "${TRAINING[@]}" "${DATASET[@]}" "${OUTPUT[@]}" "$@"
 
 # Megatron prints nats per token, and a token is a byte.
 NATS=$(grep 'on validation set | lm loss value' "$OUT/train.log" | tail -n 1 | sed -E 's/.*lm loss value: ([0-9.E+-]+).*/\1/')

@@ -13,6 +13,7 @@ cd "$(dirname "$0")/.."
 
 OUT=${OUT:-out/single_node}
 mkdir -p "$OUT"
+: >"$OUT/train.log"
 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" -m air_moe_megatron.pretrain \
-  "${FLAGS[@]}" --save "$OUT/checkpoint" --save-interval "$SAVE_INTERVAL" --tensorboard-dir "$OUT/tensorboard" "$@" \
-  2>&1 | tee "$OUT/train.log"
+  "${FLAGS[@]}" --save "$OUT/checkpoint" --save-interval "$SAVE_INTERVAL" --tensorboard-dir "$OUT/tensorboard" \
+  --log-file "$OUT/train.log" "$@"

@@ -26,8 +26,9 @@ def start(rank: int, request: dict) -> int:
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}
     os.environ.update({name: str(value) for name, value in {**world, **rendezvous}.items()})
     sys.argv = ["air_moe_megatron.pretrain", *request["flags"], *request["flags_of_rank"].get(str(rank), [])]
-    from air_moe_megatron import pretrain
+    from air_moe_megatron import console, pretrain
 
+    console._PATIENCE = 1.0  # no launcher stops this rank when rank 0 has ended
     pretrain.main()
     sys.exit(0)
 

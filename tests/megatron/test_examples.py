@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import matplotlib.image
+import numpy
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from tests.processes import HANG_SECONDS, run
 
@@ -161,6 +163,21 @@ def test_single_node(data_prefix, cpu_flags, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_corpus_of_few_documents_trains_on_all_of_them(cpu_flags, tmp_path):
+    prefix = tmp_path / "few"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for _ in range(37):
+        builder.add_document(numpy.arange(200), [200])
+    builder.finalize(f"{prefix}.idx")
+    env = {"RANKS": 1, "TRAIN_ITERS": 1, "DATA": prefix, "OUT": tmp_path}
+    screen = finish(start("single_node.sh", *cpu_flags, env=env))
+    assert HEALTH.search(screen) and "arguments ----" not in screen
+    refused = finish(start("single_node.sh", *cpu_flags, env={**env, "SPLIT": "98,1,1"}), succeeds=False)
+    assert refused.count("error: --data-path entry") == 1
+    assert "--split 98,1,1 gives 0 of 37 sequences (documents) with 0 tokens to test" in refused
+
+
+@pytest.mark.slow
 def test_multi_node_with_a_process_each(data_prefix, cpu_flags, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -207,6 +224,14 @@ def test_slurm_starts_the_launcher_on_each_node(fake_machine):
 def test_more_processes_than_gpus_are_refused(fake_machine):
     output = finish(start("single_node.sh", env={**fake_machine, "DATA": "mock", "RANKS": 16}), succeeds=False)
     assert "16 processes need as many GPUs on a node, and 8 are visible" in output
+
+
+@pytest.mark.parametrize(
+    ("env", "split"), [({}, "98,1,1"), ({"EVAL_ITERS": 0}, "1,0,0"), ({"SPLIT": "8,1,1"}, "8,1,1")], ids=str
+)
+def test_data_are_kept_for_evaluation_where_there_is_one(fake_machine, data_prefix, env, split):
+    words = finish(start("single_node.sh", env={**fake_machine, "DATA": data_prefix, **env})).splitlines()
+    assert value_of("--split", words) == split
 
 
 def test_flags_for_gpus_with_transformer_engine(fake_machine):

@@ -191,13 +191,67 @@ def test_legacy_checkpoints_are_refused_like_others(pretrain, tmp_path):
 
 def test_bad_flags_are_refused(pretrain):
     run = pretrain(*AIR, "--moe-router-topk", "9", "--train-iters", "1", ranks=1, succeeds=False)
-    assert refused(run, "ValueError: moe_router_topk (9) must not exceed moe_air_shortlist_size (8)")
+    assert refused(run, "pretrain: error: moe_router_topk (9) must not exceed moe_air_shortlist_size (8)")
+    assert run.returncode == 2 and "Traceback" not in run.output
 
 
 def test_missing_data_is_refused(pretrain, tmp_path):
     missing = ["--data-path", tmp_path / "none"]
     run = pretrain(*AIR, *missing, "--train-iters", "1", ranks=1, succeeds=False, data=False)
-    assert refused(run, f"ValueError: --data-path entry '{tmp_path / 'none'}'")
+    assert refused(run, f"error: --data-path entry '{tmp_path / 'none'}'")
+
+
+# Flags that end in errors, or never, without a check: what is said before the start.
+REFUSED = {
+    "unknown-flag": (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    "no-document-in-a-split": (
+        ["--split", "998,1,1"],
+        "--split 998,1,1 gives 0 of 200 sequences (documents) with 0 tokens to valid",
+    ),
+    "token-beyond-the-vocabulary": (["--vocab-size", "63"], "holds the token id 63, and the model's vocabulary"),
+    "tensor-parallel": (
+        ["--moe-granular-experts", "--tensor-model-parallel-size", "2", "--sequence-parallel"],
+        "expert_tensor_parallel_size (2) is not supported with moe_granular_experts (True): an expert of a few rows is "
+        "not split; add --expert-tensor-parallel-size 1",
+    ),
+    "too-large-for-the-host": (["--num-experts", "1000000000"], "--num-experts (1000000000): a rank needs at least"),
+    "log-interval": (["--log-interval", "0"], "--log-interval (0) must be at least 1"),
+    "full-validation": (["--full-validation"], "--full-validation needs --multiple-validation-sets"),
+    "no-moe-layer": (["--moe-layer-freq", "[0,0]"], "moe_layer_freq ([0, 0]) must have a 1"),
+}
+
+
+@pytest.mark.parametrize("flags, message", REFUSED.values(), ids=REFUSED)
+def test_a_refused_start_is_one_line_of_rank_0(pretrain, flags, message):
+    run = pretrain(*AIR, "--train-iters", "1", *flags, succeeds=False)
+    assert refused(run, f"pretrain: error: {message}")
+    assert run.output.count(f"error: {message}") == 1 and "Traceback" not in run.output
+
+
+def test_an_error_of_another_rank_is_told_by_it(pretrain, tmp_path):
+    missing = {1: ["--data-path", str(tmp_path / "none")]}
+    run = pretrain(*AIR, "--train-iters", "1", succeeds=False, flags_of_rank=missing)
+    assert run.returncode == 2 and "Traceback" not in run.output
+    assert f"pretrain: error on rank 1: --data-path entry '{tmp_path / 'none'}'" in run.output
+
+
+@pytest.mark.parametrize("router", [AIR, []], ids=["air", "topk"])
+def test_with_a_log_file_the_screen_gets_losses_and_health(pretrain, tmp_path, router):
+    log = tmp_path / "logs" / "train.log"
+    run = pretrain(*router, "--train-iters", "3", "--log-file", log)
+    assert list(run.steps) == [1, 2, 3]
+    assert run.output.count("validation loss at iteration 3 on test set") == 1
+    assert run.output.count("routing health at iteration") == (3 if router else 0)
+    assert len(run.output.splitlines()) < 40
+    for text in ("arguments -----", "iteration        3/", "on validation set", "time to initialize megatron"):
+        assert text in log.read_text()
+    assert ("routing health at iteration        3" in log.read_text()) == bool(router)
+
+
+def test_every_set_is_validated_in_full_where_megatron_can(pretrain, data_prefix):
+    data = ["--train-data-path", data_prefix, "--valid-data-path", data_prefix, "--train-iters", "1"]
+    run = pretrain(*AIR, *data, "--full-validation", "--multiple-validation-sets", data=False)
+    assert "validation-0 loss at iteration 1 on validation set" in run.output
 
 
 def test_multi_token_prediction_layers_get_the_router(pretrain, tmp_path):
@@ -218,12 +272,12 @@ def test_multi_token_prediction_layers_get_the_router(pretrain, tmp_path):
         ("--expert-model-parallel-size", "1", "expert_model_parallel_size is 2 on rank 0, 1 on rank 1"),
     ],
 )
-def test_ranks_with_different_flags_are_refused_on_every_rank(pretrain, flag, value, difference):
+def test_ranks_with_different_flags_are_refused(pretrain, flag, value, difference):
     run = pretrain(*AIR, *EP2, "--train-iters", "1", succeeds=False, flags_of_rank={1: [flag, value]})
     assert run.returncode != 0
     assert run.steps == {}
-    assert run.output.count("all ranks must be started with the same flags: ") == 2
-    assert len(re.findall(rf"\b(?<!_){difference}", run.output)) == 2
+    assert run.output.count("error: all ranks must be started with the same flags: ") == 1
+    assert re.search(rf"\b(?<!_){difference}", run.output)
 
 
 def test_paths_may_differ_between_ranks(pretrain, tmp_path):

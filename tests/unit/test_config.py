@@ -66,6 +66,8 @@ REFUSED = {
         ),
         ["moe_air_num_candidates (4)", "moe_router_enable_expert_bias (True)"],
     ),
+    "no-moe-layer": (dict(moe_layer_freq=[0, 0]), ["moe_layer_freq ([0, 0])", "must have a 1"]),
+    "moe-layer-frequency-zero": (dict(moe_layer_freq=0), ["moe_layer_freq (0)", "at least 1"]),
     "probes-zero": (dict(moe_air_num_probes=0), ["moe_air_num_probes (0)", "at least 1"]),
     "probes-above-clusters": (
         dict(moe_air_num_probes=9, moe_air_num_clusters=8),

@@ -14,7 +14,7 @@ NAME = PACKAGE.name
 
 # A module may import from lower layers and from its own, if it is not listed there as unable to.
 LAYERS = (
-    {"ops", "config", "compat", "module_state", "process_groups", "recomputation"},
+    {"ops", "config", "compat", "console", "module_state", "process_groups", "recomputation"},
     {"learner", "cpu"},
     {"codebook"},
     {"index"},
@@ -22,7 +22,7 @@ LAYERS = (
     {"router"},
     {"layer"},
     {"specs", "diagnostics", "arguments"},
-    {"sync", "batches", "preflight", "agreement"},
+    {"sync", "batches", "preflight", "agreement", "memory"},
     {"checkpoints"},
     {"training"},
     {"pretrain"},

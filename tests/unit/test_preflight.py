@@ -312,3 +312,11 @@ def test_tokens_of_a_type_that_cannot_exceed_the_vocabulary_are_not_read(dataset
     check_data(arguments(data_path=[str(dataset)], padded_vocab_size=2**16))
     with pytest.raises(TypeError):
         check_data(arguments(data_path=[str(dataset)], padded_vocab_size=2**16 - 1))
+
+
+def test_a_full_validation_excludes_test_data(dataset):
+    flags = dict(data_path=[str(dataset)], full_validation=True, seq_length=1)
+    check_data(arguments(split="2,1,0", **flags))
+    for given in (flags | {"split": "1,1,1"}, {"mock_data": True, "full_validation": True}):
+        with pytest.raises(ValueError, match="--full-validation excludes test data"):
+            check_data(arguments(**given))

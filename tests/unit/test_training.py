@@ -68,3 +68,65 @@ def test_packed_data_without_a_loss_per_sequence_is_not_refused(monkeypatch, fla
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *flags.split()])
     refuse_unsupported(parse_args(extra_args_provider))
+
+
+RUN = ["--train-iters", "3", "--eval-interval", "10"]
+BAD_VALUES = {
+    "log-interval": (["--log-interval", "0"], "--log-interval (0) must be at least 1"),
+    "negative": (["--log-interval", "-1"], "--log-interval (-1) must be at least 1"),
+    "tensorboard-interval": (["--tensorboard-log-interval", "0"], "--tensorboard-log-interval (0) must be at least 1"),
+    "memory-interval": (["--log-memory-interval", "0"], "--log-memory-interval (0) must be at least 1"),
+    "eval-interval": (["--eval-interval", "0"], "--eval-interval (0) must be at least 1"),
+    "full-validation": (["--full-validation"], "--full-validation needs --multiple-validation-sets"),
+    "no-moe-layer": (
+        [*AIR, "--hybrid-layer-pattern", "M*-"],
+        "--hybrid-layer-pattern (M*-) must have a layer E: without an MoE layer --moe-router-type air has no effect",
+    ),
+}
+
+
+@pytest.mark.parametrize("flags, words", BAD_VALUES.values(), ids=BAD_VALUES)
+def test_values_that_would_end_the_run_later_are_refused_by_name(monkeypatch, flags, words):
+    from megatron.training.arguments import parse_args
+
+    from air_moe_megatron.training import extra_args_provider, refuse_bad_values
+
+    monkeypatch.setattr(sys, "argv", ["pretrain", *RUN])
+    refuse_bad_values(parse_args(extra_args_provider))
+    monkeypatch.setattr(sys, "argv", ["pretrain", *RUN, *flags])
+    with pytest.raises(ValueError) as error:
+        refuse_bad_values(parse_args(extra_args_provider))
+    assert words in str(error.value)
+
+
+def test_a_missing_interval_of_evaluations_is_refused_where_it_counts(monkeypatch):
+    from megatron.training.arguments import parse_args
+
+    from air_moe_megatron.training import extra_args_provider, refuse_bad_values
+
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--train-iters", "3"])
+    with pytest.raises(ValueError, match="--eval-interval .None. must be given"):
+        refuse_bad_values(parse_args(extra_args_provider))
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--train-iters", "3", "--skip-train"])
+    refuse_bad_values(parse_args(extra_args_provider))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--moe-router-type", "soft"], "argument --moe-router-type: invalid choice: 'soft'"),
+        (["--moe-air-num-probes", "two"], "argument --moe-air-num-probes: invalid int value: 'two'"),
+    ],
+    ids=["unknown", "choice", "type"],
+)
+def test_a_command_line_that_cannot_be_parsed_is_refused_without_the_usage(monkeypatch, capsys, flags, words):
+    from megatron.training.arguments import parse_args
+
+    from air_moe_megatron.training import extra_args_provider
+
+    monkeypatch.setattr(sys, "argv", ["pretrain", *flags])
+    with pytest.raises(ValueError) as error:
+        parse_args(extra_args_provider)
+    assert words in str(error.value)
+    assert "usage" not in capsys.readouterr().err

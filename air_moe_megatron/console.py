@@ -1,0 +1,138 @@
+"""What a run writes where: one line for a refused start, and with `--log-file` little on the screen.
+
+Imports nothing heavy: it is at work before torch and Megatron are imported.
+"""
+
+import argparse
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import NoReturn, TextIO
+
+PROGRAM = "air_moe_megatron.pretrain"
+TRACEBACK_VARIABLE = "AIR_MOE_TRACEBACK"
+"""Environment variable: set, a refused start shows its traceback on every rank."""
+
+_PATIENCE = 10.0
+"""Seconds that rank 0 gets to say why the start is refused, before another rank says it. A launcher such as torchrun
+ends the others as soon as one has ended."""
+
+_PRINTERS = ("megatron.training", "megatron.training.training")
+"""Modules by whose `print_rank_last` losses are printed, by Megatron's loop, and health, by ours."""
+
+
+def refuse(message: str) -> NoReturn:
+    """End the program with one line of error, from rank 0; from another rank only if this one has nothing to say.
+
+    Raises:
+        SystemExit: with code 2, on every rank.
+    """
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    if rank:
+        time.sleep(_PATIENCE + local_rank)
+    where = f" on rank {rank}" if rank else ""
+    sys.stderr.write(f"{PROGRAM}: error{where}: {' '.join(message.split())}\n")
+    sys.stderr.flush()
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Within this context, what checks raise ends the program with one line: for the time before a run starts.
+
+    That is a ValueError, an OSError, or an AssertionError with a message, as Megatron raises them. Everything else
+    keeps its traceback, and with the environment variable AIR_MOE_TRACEBACK these do too.
+    """
+    try:
+        yield
+    except (ValueError, OSError, AssertionError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE) or not str(error).strip():
+            raise
+        refuse(str(error))
+
+
+def log_file_of(arguments: Sequence[str]) -> str | None:
+    """The value of `--log-file`, needed before Megatron, which prints while it is imported, can parse the others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--log-file", nargs="?")
+    return parser.parse_known_args(arguments)[0].log_file
+
+
+def write_log_file(path: str) -> TextIO:
+    """Send what this process prints to the end of a file, and leave warnings, errors and our own lines on the screen.
+
+    Standard output, that of libraries in C too, goes to the file alone. Standard error stays on the screen; what Python
+    writes there, such as tracebacks, is copied to the file. Of the `logging` module's records the file gets all, the
+    screen warnings and, from rank 0, ours. Python's warnings go to the file. Several ranks may append to one file.
+
+    Args:
+        path: the file; its folder is made where missing.
+    Returns:
+        The screen, which standard output was until now.
+    Raises:
+        OSError: where the file cannot be written.
+    """
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    file = open(path, "a", buffering=1)  # open as long as the process lives
+    sys.stdout.flush()
+    screen = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(file.fileno(), 1)
+    sys.stdout.reconfigure(line_buffering=True)
+
+    to_screen, to_file = logging.StreamHandler(sys.stderr), logging.StreamHandler(file)
+    to_screen.addFilter(_belongs_on_screen)
+    # Megatron sets up the root logger like this, and does not where it has handlers already.
+    logging.basicConfig(level=logging.INFO, handlers=[to_screen, to_file])
+    logging.captureWarnings(True)
+    sys.stderr = _Tee(sys.stderr, file)
+    return screen
+
+
+@contextlib.contextmanager
+def losses_on(screen: TextIO) -> Iterator[None]:
+    """Within this context, losses and health, which the last rank prints, stand on the screen too.
+
+    Adapts one function of Megatron, `print_rank_last`, under the two names by which it is called; restored on leaving.
+
+    Args:
+        screen: as :func:`write_log_file` returns it.
+    """
+    from megatron.training.utils import is_last_rank, print_rank_last
+
+    def print_on_both(message: str) -> None:
+        print_rank_last(message)
+        if is_last_rank():
+            screen.write(f"{message}\n")
+
+    modules = [importlib.import_module(name) for name in _PRINTERS]
+    for module in modules:
+        module.print_rank_last = print_on_both
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.print_rank_last = print_rank_last
+
+
+def _belongs_on_screen(record: logging.LogRecord) -> bool:
+    if record.name.partition(".")[0] == __package__:
+        return record.levelno >= logging.WARNING or os.environ.get("RANK", "0") == "0"
+    return record.levelno >= logging.WARNING and record.name != "py.warnings"
+
+
+class _Tee:
+    """A stream that copies what is written to it into a file."""
+
+    def __init__(self, stream: TextIO, file: TextIO) -> None:
+        self._stream, self._file = stream, file
+
+    def write(self, text: str) -> int:
+        self._file.write(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)

@@ -1,0 +1,107 @@
+"""What experts and routers need of a rank's memory, compared with what there is, before anything is allocated."""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+
+from air_moe_megatron.config import is_plain_topk
+
+_GIB = 2**30
+_CENTRES = {"topk": 1, "air": 1, "product_key": 0, "hierarchical": 1, "hash": 0, "vq": 2}
+"""Vectors of the hidden size that a router of a type has for each expert."""
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def check_memory(args: argparse.Namespace) -> None:
+    """Refuse sizes of which experts and routers alone cannot fit the memory of this machine.
+
+    The estimate is a lower bound: parameters, gradients and optimizer state of experts and routers, and the dense
+    [tokens, experts] maps of one layer. Attention, activations and temporary tensors come on top. Megatron's own router
+    with its own experts is not checked. Does not communicate.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+    Raises:
+        ValueError: naming sizes, bytes needed and bytes there are.
+    """
+    if is_plain_topk(args):
+        return
+    needed = needed_bytes(args)
+    available, where = _available_bytes(args)
+    total = sum(needed.values())
+    if total > available:
+        parts = ", ".join(f"{size / _GIB:.1f} GiB for {what}" for what, size in needed.items() if size)
+        raise ValueError(
+            f"--num-experts ({args.num_experts}): a rank needs at least {total / _GIB:.1f} GiB ({parts}), and there "
+            f"are {available / _GIB:.1f} GiB {where}: use fewer or smaller experts, or a larger "
+            f"--expert-model-parallel-size ({args.expert_model_parallel_size})"
+        )
+
+
+def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
+    """What the rank with the most MoE layers needs at least, by what it is for.
+
+    Example: 2 layers of 16 experts with 3 * 8 rows of 32, fp32, on one rank, are 2 * 16 * 768 parameters; with gradient
+    and Adam's two moments of 4 bytes each 393,216 bytes.
+    """
+    experts, hidden = args.num_experts, args.hidden_size
+    projections = 3 if args.swiglu or args.quick_geglu else 2
+    expert_shards = (
+        args.expert_model_parallel_size * args.expert_tensor_parallel_size * args.expert_gtp_weight_remat_size
+    )
+    router_size = hidden * _CENTRES[args.moe_router_type]
+    layers = -(-num_moe_layers(args) // args.pipeline_model_parallel_size)
+    expert_size = projections * (args.moe_ffn_hidden_size or args.ffn_hidden_size) * (args.moe_latent_size or hidden)
+    expert_replicas = args.world_size // (expert_shards * args.pipeline_model_parallel_size)
+    router_replicas = args.data_parallel_size * args.context_parallel_size
+    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    if args.sequence_parallel:
+        tokens //= args.tensor_model_parallel_size
+    map_bytes = args.params_dtype.itemsize + 1  # a prob and a boolean
+    return {
+        "experts": layers * experts * expert_size // expert_shards * _bytes_per_parameter(args, expert_replicas),
+        "routers": layers * experts * router_size * _bytes_per_parameter(args, router_replicas),
+        f"maps of {tokens} tokens times {experts} experts, which --moe-dispatch compact avoids": (
+            tokens * experts * map_bytes if args.moe_dispatch == "stock" else 0
+        ),
+    }
+
+
+def num_moe_layers(args: argparse.Namespace) -> int:
+    """How many layers of the decoder are MoE layers."""
+    if args.hybrid_layer_pattern is not None:
+        return args.hybrid_layer_pattern.count(Symbols.MOE)
+    if isinstance(args.moe_layer_freq, list):
+        return sum(args.moe_layer_freq)
+    return -(-args.num_layers // args.moe_layer_freq)
+
+
+def _bytes_per_parameter(args: argparse.Namespace, replicas: int) -> int:
+    """Weight, gradient and optimizer state of a parameter; the least that the flags allow."""
+    weight = args.params_dtype.itemsize
+    if args.skip_train:
+        return weight
+    gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else weight
+    state = 0
+    if args.optimizer == "adam" and not args.use_precision_aware_optimizer:
+        state = 8 if weight == 4 else 12  # two moments, and the fp32 weight beside one of 16 bits
+        if args.use_distributed_optimizer:
+            state //= replicas
+    return weight + gradient + state
+
+
+def _available_bytes(args: argparse.Namespace) -> tuple[int, str]:
+    """Memory of a rank's device, and where that is; ranks on CPU share the host's."""
+    if not args.cpu:
+        device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        return torch.cuda.get_device_properties(device).total_memory, f"on GPU {device}"
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.is_file() else "max"
+    if limit != "max":
+        host = min(host, int(limit))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return host // ranks, f"for each of the {ranks} ranks on this host"
