@@ -35,7 +35,7 @@ def test_empty_share_worked_example():
 
 def mixed_routers(groups):
     """Three types, with three numbers of experts, codewords and top-k."""
-    from tests.unit.rivals import make_router, tell_ids
+    from tests.builders import make_router, tell_ids
 
     routers = [
         make_router(groups, moe_router_type="hash", num_moe_experts=32, moe_router_topk=2),
@@ -54,9 +54,9 @@ def mixed_routers(groups):
 def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatch):
     from megatron.core import num_microbatches_calculator
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
-    from tests.unit.rivals import HIDDEN
 
     from air_moe_megatron import diagnostics
+    from tests.builders import HIDDEN
 
     destroy_moe_metrics_tracker()
     monkeypatch.setattr(num_microbatches_calculator, "get_num_microbatches", lambda: 1)
@@ -99,15 +99,26 @@ def test_listed_share_counts_each_expert_once_and_no_empty_place():
     assert listed_share([router([[0, 1], [1, -1]]), router([[0, 1], [2, 3]])]) == 0.75
 
 
-def test_dispatch_figures_are_per_token_and_start_anew():
+def layer_with(*traffics):
     layer = torch.nn.Linear(1, 1)
-    layer.token_dispatcher = types.SimpleNamespace(traffic=Traffic(10, 4000, 1000, 800, 200))
-    other = torch.nn.Linear(1, 1)
-    other.token_dispatcher = types.SimpleNamespace(traffic=Traffic(10, 2000, 1000, 800, 200))
+    layer.token_dispatcher = types.SimpleNamespace(traffic=traffics[0], recomputed_traffic=traffics[1])
+    return layer
+
+
+def test_dispatch_figures_are_per_token_and_start_anew():
+    layer = layer_with(Traffic(10, 4000, 1000, 800, 200), Traffic())
+    other = layer_with(Traffic(10, 2000, 1000, 800, 200), Traffic())
     figures = dispatch_figures([layer, other], None)
     assert figures == {"dispatch-bytes-per-token": 300.0, "remote-bytes-per-token": 120.0}
     assert vars(layer.token_dispatcher.traffic) == vars(Traffic())
     assert dispatch_figures([], None) == {}
+
+
+def test_rows_that_a_recomputation_moves_again_are_told_apart():
+    layer = layer_with(Traffic(10, 4000, 1000, 800, 200), Traffic(10, 1000, 100, 200, 20))
+    figures = dispatch_figures([layer], None)
+    assert figures["dispatch-bytes-per-token"] == 400.0 and figures["recomputed-bytes-per-token"] == 100.0
+    assert vars(layer.token_dispatcher.recomputed_traffic) == vars(Traffic())
 
 
 def naive_recall(router):
@@ -175,9 +186,8 @@ def test_recall_of_full_lists_is_one_and_padding_is_left_out(megatron_cpu):
 
 def test_recall_of_large_finite_tokens(megatron_cpu):
     """Of scores of 1e30 one expert holds all mass: it is listed or not, whatever the products round to."""
-    from tests.unit.rivals import HIDDEN, make_router
-
     from air_moe_megatron.diagnostics import recall
+    from tests.builders import HIDDEN, make_router
 
     router = make_router(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
     router.route(1e30 * torch.randn(50, HIDDEN))
