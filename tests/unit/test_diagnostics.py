@@ -99,23 +99,26 @@ def test_listed_share_counts_each_expert_once_and_no_empty_place():
     assert listed_share([router([[0, 1], [1, -1]]), router([[0, 1], [2, 3]])]) == 0.75
 
 
-def test_dispatch_figures_are_per_token_and_start_anew():
+def layer_with(*traffics):
     layer = torch.nn.Linear(1, 1)
-    layer.token_dispatcher = types.SimpleNamespace(
-        traffic=Traffic(10, 4000, 1000, 800, 200), recomputed_traffic=Traffic(10, 4000, 1000, 800, 200)
-    )
-    other = torch.nn.Linear(1, 1)
-    other.token_dispatcher = types.SimpleNamespace(
-        traffic=Traffic(10, 2000, 1000, 800, 200), recomputed_traffic=Traffic()
-    )
+    layer.token_dispatcher = types.SimpleNamespace(traffic=traffics[0], recomputed_traffic=traffics[1])
+    return layer
+
+
+def test_dispatch_figures_are_per_token_and_start_anew():
+    layer = layer_with(Traffic(10, 4000, 1000, 800, 200), Traffic())
+    other = layer_with(Traffic(10, 2000, 1000, 800, 200), Traffic())
     figures = dispatch_figures([layer, other], None)
-    assert figures == {
-        "dispatch-bytes-per-token": 300.0, "remote-bytes-per-token": 120.0, "recomputed-bytes-per-token": 200.0
-    }  # fmt: skip
-    assert vars(layer.token_dispatcher.traffic) == vars(layer.token_dispatcher.recomputed_traffic) == vars(Traffic())
-    layer.token_dispatcher.traffic.tokens = 1
-    assert "recomputed-bytes-per-token" not in dispatch_figures([layer], None)
+    assert figures == {"dispatch-bytes-per-token": 300.0, "remote-bytes-per-token": 120.0}
+    assert vars(layer.token_dispatcher.traffic) == vars(Traffic())
     assert dispatch_figures([], None) == {}
+
+
+def test_rows_that_a_recomputation_moves_again_are_told_apart():
+    layer = layer_with(Traffic(10, 4000, 1000, 800, 200), Traffic(10, 1000, 100, 200, 20))
+    figures = dispatch_figures([layer], None)
+    assert figures["dispatch-bytes-per-token"] == 400.0 and figures["recomputed-bytes-per-token"] == 100.0
+    assert vars(layer.token_dispatcher.recomputed_traffic) == vars(Traffic())
 
 
 def naive_recall(router):
