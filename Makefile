@@ -15,15 +15,17 @@ OUT ?= out/demo
 DATA ?= data/stdlib
 OUT_BENCH ?= out/bench
 OUT_STUDY ?= out/study
+BENCH ?= router
+FLAGS ?=
 RUN = $(BIN)/python -W ignore benchmarks/run.py
 GPU_SIZES := --hidden 1024 --tokens 16384 --topk 64
 GPU_RUNS := --warmup 3 --repetitions 20 --slow-repetitions 10
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train test test-fast golden lint bench bench-gpu bench-layer study clean
+.PHONY: help install data train test test-fast golden lint bench bench-gpu bench-layer bench-compare study clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-13s%s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-14s%s\n", $$1, $$2}'
 
 install: $(STAMP)  ## Make .venv with the pinned packages and this one (Python 3.12)
 
@@ -87,6 +89,10 @@ bench-gpu: install  ## The same on a large GPU, with its sizes, into $(OUT_BENCH
 bench-layer: install  ## Time the whole layer, also at a million experts, and measure its memory
 	$(RUN) layer --out $(OUT_BENCH)/layer.csv
 	$(RUN) layer --experts 1048576 --hidden 128 --no-baseline --repetitions 3 --out $(OUT_BENCH)/layer_million.csv
+
+bench-compare: install  ## Time BENCH (router) on BASE=<commit> and on this tree in turn; more flags in FLAGS
+	@test -n "$(BASE)" || { echo "make bench-compare: name a commit, as in make bench-compare BASE=HEAD~1" >&2; exit 1; }
+	$(BIN)/python -W ignore benchmarks/compare.py $(BASE) --bench $(BENCH) $(FLAGS)
 
 study: install data  ## Compare the routers' quality on small models (7 to 15 minutes on two cores); table and plots in $(OUT_STUDY)
 	$(BIN)/python -W ignore benchmarks/quality/study.py benchmarks/quality/small.toml --data-dir $(DATA) --out $(OUT_STUDY)

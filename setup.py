@@ -19,8 +19,17 @@ setup(
     packages=find_packages(include=["air_moe_megatron", "air_moe_megatron.*"]),
     install_requires=["packaging", "torch>=2.11"],
     extras_require={
-        "train": ["matplotlib", "megatron-core[training]==0.19.*", "tensorboard"],
-        "dev": ["hypothesis", "matplotlib", "megatron-core==0.19.*", "psutil", "pytest", "ruff", "tensorboard"],
+        "train": ["matplotlib", "megatron-core[training]==0.19.*", "pandas", "tensorboard"],
+        "dev": [
+            "hypothesis",
+            "matplotlib",
+            "megatron-core==0.19.*",
+            "pandas",
+            "psutil",
+            "pytest",
+            "ruff",
+            "tensorboard",
+        ],
     },
     classifiers=[
         "Development Status :: 4 - Beta",

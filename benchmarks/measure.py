@@ -1,7 +1,6 @@
 """How benchmarks measure: seconds, memory, Megatron's process groups and gradient buffers, and the origin of a row."""
 
 import contextlib
-import csv
 import ctypes
 import gc
 import importlib.metadata
@@ -154,15 +153,6 @@ def large_pages() -> str:
     except (OSError, IndexError):
         return "unknown"
     return f"{mode}, {'asked for' if os.environ.get('THP_MEM_ALLOC_ENABLE') == '1' else 'not asked for'}"
-
-
-def write_rows(rows: list[dict], path: Path) -> None:
-    """Write the rows as CSV, replacing the file; a column that a row lacks stays empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _processor_name() -> str:

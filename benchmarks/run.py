@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Large pages for all cases alike, where the kernel gives them to those who ask. torch reads it once, when it
 # first allocates, so it is set before anything imports torch.
@@ -50,19 +52,16 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 
     import torch
 
-    from benchmarks.measure import write_rows
-
     dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
     args.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     args.routing_dtype = args.dtype if args.router_dtype == "model" else torch.float32
     rows = modules[args.name].run(args)
-    present = {name for row in rows for name, value in row.items() if value != ""}
-    shown = [name for name in ("case", "experts", *_TIMES, *_FIGURES) if name in present]
-    widths = [max(len(name), *(len(str(row.get(name, ""))) for row in rows)) for name in shown]
-    for cells in (shown, *([str(row.get(name, "")) for name in shown] for row in rows)):
-        sys.stdout.write("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) + "\n")
+    table = pandas.DataFrame(rows, dtype=object).fillna("")
+    shown = [name for name in ("case", "experts", *_TIMES, *_FIGURES) if name in table and (table[name] != "").any()]
+    sys.stdout.write(table[shown].to_string(index=False) + "\n")
     if args.out is not None:
-        write_rows(rows, args.out)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(args.out, index=False)
         sys.stdout.write(f"rows written to {args.out}\n")
     return rows
 

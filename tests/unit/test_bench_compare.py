@@ -1,0 +1,35 @@
+"""A benchmark on two commits: the table by hand, and one run on two trees."""
+
+import pandas
+import pytest
+
+from benchmarks import compare
+from tests.processes import run
+
+
+def rows(*milliseconds):
+    return pandas.DataFrame({"case": ["a", "b"], "experts": [4, 8], "total_ms": milliseconds})
+
+
+def test_the_ratio_is_taken_round_by_round():
+    table = compare.summarize([rows(10.0, 1.0), rows(20.0, 1.0)], [rows(5.0, 2.0), rows(12.0, 3.0)])
+    assert table.to_dict("records") == [
+        {"case": "a", "experts": 4, "base ms": 15.0, "this ms": 8.5, "ratio": 0.55, "min": 0.5, "max": 0.6},
+        {"case": "b", "experts": 8, "base ms": 1.0, "this ms": 2.5, "ratio": 2.5, "min": 2.0, "max": 3.0},
+    ]
+
+
+def test_a_case_of_one_tree_alone_has_no_ratio():
+    table = compare.summarize([rows(10.0, 1.0)], [rows(5.0, 2.0).iloc[:1]]).set_index("case")
+    assert table.ratio["a"] == 0.5 and pandas.isna(table.ratio["b"])
+
+
+@pytest.mark.slow
+def test_two_trees_are_timed_in_turn_and_the_other_one_is_removed(capsys):
+    sizes = "--experts 256 --hidden 16 --tokens 64 --topk 8 --repetitions 1 --warmup 0".split()
+    table = compare.main(["HEAD", "--bench", "growth", "--rounds", "1", *sizes])
+    assert list(table["case"]) == ["AIRRouter.route, E = 256"]
+    assert table["base ms"][0] > 0 and table.ratio[0] == table["this ms"][0] / table["base ms"][0]
+    assert "ratio: time of this tree over that of HEAD" in capsys.readouterr().out
+    trees = run(["git", "worktree", "list"], cwd=compare.ROOT, check=True).stdout
+    assert not [line for line in trees.splitlines() if line.split()[0].endswith("/base")]
