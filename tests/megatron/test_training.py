@@ -229,13 +229,6 @@ def test_a_refused_start_is_one_line_of_rank_0(pretrain, flags, message):
     assert len(of_rank_0) == 1 and message in of_rank_0[0]
 
 
-def test_an_error_of_another_rank_is_told_by_it(pretrain, tmp_path):
-    missing = {1: ["--data-path", str(tmp_path / "none")]}
-    run = pretrain(*AIR, "--train-iters", "1", succeeds=False, flags_of_rank=missing)
-    assert run.returncode == 2 and "Traceback" not in run.output
-    assert f"pretrain: error on rank 1: --data-path entry '{tmp_path / 'none'}'" in run.output
-
-
 @pytest.mark.parametrize("router", [AIR, []], ids=["air", "topk"])
 def test_with_a_log_file_the_screen_gets_losses_and_health(pretrain, tmp_path, router):
     log = tmp_path / "logs" / "train.log"
