@@ -103,6 +103,7 @@ class RouterLosses(TopKRouter):
                 if kind == "global_aux_loss":
                     if self._is_counted:
                         self.global_tokens_per_expert += counts[0]
+                        self.ga_steps += 1
                     counts = self.global_tokens_per_expert.unsqueeze(0)
                 shares = counts.to(scores.dtype) / counts.sum(dim=1, keepdim=True).clamp_min(1)
                 weights = shares * (coeff * self.num_experts / num_tokens.to(scores.dtype)).unsqueeze(1)

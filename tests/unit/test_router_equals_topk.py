@@ -105,7 +105,7 @@ def make_routers(pg_collection, seed=0, training=True, **settings):
 def make_inputs(shape=(6, 2), num_microbatches=1, dtype=torch.float32, padding=False, seed=1):
     """[S, B, H] hidden states, and [S, B] padding masks or None; all sequences keep as many tokens.
 
-    Where they do not, Megatron's losses are not those of one rank on all tokens: tests/unit/test_losses.py.
+    Where they do not, Megatron's losses are not those of one rank on all tokens: tests/unit/test_router_losses.py.
     """
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_microbatches, *shape, HIDDEN, generator=generator).to(dtype)
