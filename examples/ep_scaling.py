@@ -1,27 +1,25 @@
-"""Put the logs of an expert-parallel scaling run into one table and one plot.
+"""Put the runs of an expert-parallel scaling run into one table and one plot.
 
-    python examples/ep_scaling.py --warmup 400 --out out/ep_scaling out/ep_scaling/ep1.log out/ep_scaling/ep2.log ...
+    python examples/ep_scaling.py --warmup 400 --out out/ep_scaling out/ep_scaling/ep1 out/ep_scaling/ep2 ...
 
-`examples/ep_scaling.sh` makes the logs and calls this. Sizes are read from the list of arguments that Megatron prints
-at its start, times from its iteration lines, bytes and loads from the lines of routing health. Writes
-OUT/ep_scaling.csv and OUT/ep_scaling.png.
+`examples/ep_scaling.sh` makes the runs and calls this. All figures come from a run's TensorBoard folder: sizes from
+Megatron's arguments, times, bytes and loads from the scalars of the log intervals. Writes OUT/ep_scaling.csv and
+OUT/ep_scaling.png.
 
-Tokens per second are the tokens of a global batch over the median time per step of the log lines after the warm-up; a
-line is the mean of its log interval. The other figures are means over the same lines. Bytes are per token and layer,
-one way: *dispatched* counts the rows of hidden states, those that stay on their rank included; *to other ranks* counts
-what leaves a rank, expert ids and probabilities included.
+Tokens per second are the tokens of a global batch over the median time per step of the log intervals after the warm-up;
+the time of an interval is the mean of its steps. The other figures are means over the same intervals. Bytes are per
+token and layer, one way. *Dispatched* counts the rows of hidden states, those that stay on their rank included. *To
+other ranks* counts what leaves a rank, expert ids and probabilities included.
 """
 
 import argparse
-import csv
-import itertools
-import re
-import statistics
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import matplotlib
+import pandas
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 matplotlib.use("Agg")  # writes files; needs no display
 from matplotlib import pyplot  # noqa: E402
@@ -32,15 +30,8 @@ HEADINGS = (
     *("top rank/mean", "imbalance"),
 )
 BYTES_OF_DTYPE = {"torch.float32": 4, "torch.bfloat16": 2, "torch.float16": 2}
-
-_ARGUMENT = re.compile(r"^\s*(\w+) \.{3,} (.+?)\s*$", re.MULTILINE)
-_ITERATION = re.compile(
-    r" iteration +(\d+)/ *\d+ \|.*? elapsed time per iteration \(ms\): ([0-9.]+) \|.*? global batch size: +(\d+) \|"
-)
-_HEALTH = re.compile(
-    r"routing health at iteration +(\d+) \|.*? imbalance factor: ([0-9.]+) \| most loaded rank: ([0-9.]+) of the mean"
-    r" \| dispatched bytes per token: ([0-9]+) \(([0-9]+) to other ranks\)"
-)
+TIME = "iteration-time"
+HEALTH = ("imbalance-factor", "rank-imbalance", "dispatch-bytes-per-token", "remote-bytes-per-token")
 
 
 @dataclass(frozen=True)
@@ -77,40 +68,50 @@ class Row:
     imbalance_factor: float  # of the experts; 1 is even
 
 
-def read_log(path: Path, warmup: int) -> tuple[Setting, Row]:
+def read_run(folder: Path, warmup: int) -> tuple[Setting, Row]:
     """Read one run.
 
     Args:
-        path: what the run printed.
+        folder: its TensorBoard folder.
         warmup: steps at the start that do not count.
     Raises:
-        ValueError: naming the log and the lines that it lacks.
+        ValueError: naming the folder and what it lacks.
     """
-    text = path.read_text(errors="replace")
-    arguments = dict(_ARGUMENT.findall(text))
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    texts = {tag.removesuffix("/text_summary"): tag for tag in events.Tags()["tensors"]}
+    tags = {tag.split("/")[-1]: tag for tag in events.Tags()["scalars"]}  # ours have a prefix
 
-    def argument(name):
-        if name not in arguments:
-            raise ValueError(f"{path}: Megatron's list of arguments, with {name}, is not in it; did the run start?")
-        return arguments[name]
+    def argument(name: str) -> str:
+        if name not in texts:
+            raise ValueError(f"{folder}: Megatron's argument {name} is not in it; did the run start?")
+        return events.Tensors(texts[name])[0].tensor_proto.string_val[0].decode()
 
-    steps = _after(warmup, [(int(step), float(ms), int(batch)) for step, ms, batch in _ITERATION.findall(text)])
-    if not steps:
-        raise ValueError(f"{path}: no line with 'elapsed time per iteration' lies after the warm-up of {warmup} steps")
-    health = _after(warmup, [(int(step), *map(float, figures)) for step, *figures in _HEALTH.findall(text)])
-    if not health:
+    interval = int(argument("log_interval"))
+    figures = pandas.DataFrame(
+        {
+            name: pandas.Series({event.step: event.value for event in events.Scalars(tags[name])}, dtype=float)
+            for name in (TIME, *HEALTH)
+            if name in tags
+        }
+    )
+    figures = figures[figures.index - interval >= warmup]  # intervals whose steps all come after the warm-up
+    if TIME not in figures or figures[TIME].dropna().empty:
         raise ValueError(
-            f"{path}: no line of 'routing health' with dispatched bytes lies after the warm-up of {warmup} steps; "
+            f"{folder}: no scalar {TIME} lies after the warm-up of {warmup} steps; was it --log-timers-to-tensorboard?"
+        )
+    if not set(HEALTH) <= set(figures) or figures[list(HEALTH)].dropna().empty:
+        raise ValueError(
+            f"{folder}: no scalars of routing health with dispatched bytes lie after the warm-up of {warmup} steps; "
             "was it --moe-router-type air --moe-granular-experts --moe-dispatch compact?"
         )
     dtype = argument("params_dtype")
     if dtype not in BYTES_OF_DTYPE:
-        raise ValueError(f"{path}: params_dtype ({dtype}) must be one of {', '.join(BYTES_OF_DTYPE)}")
+        raise ValueError(f"{folder}: params_dtype ({dtype}) must be one of {', '.join(BYTES_OF_DTYPE)}")
 
     ranks = int(argument("world_size"))
-    tokens = steps[-1][2] * int(argument("seq_length"))
-    ms_per_step = statistics.median(ms for _, ms, _ in steps)
-    _, imbalance, most_loaded, dispatched, remote = map(statistics.fmean, zip(*health, strict=True))
+    tokens = int(argument("global_batch_size")) * int(argument("seq_length"))
+    seconds = figures[TIME].median()
+    means = figures[list(HEALTH)].mean()
     setting = Setting(
         backend=argument("distributed_backend"),
         num_layers=int(argument("num_layers")),
@@ -123,52 +124,32 @@ def read_log(path: Path, warmup: int) -> tuple[Setting, Row]:
     row = Row(
         ep_size=int(argument("expert_model_parallel_size")),
         ranks=ranks,
-        steps=len(steps) * int(argument("log_interval")),
-        ms_per_step=round(ms_per_step, 2),
-        tokens_per_s=round(1e3 * tokens / ms_per_step, 1),
-        tokens_per_s_per_rank=round(1e3 * tokens / ms_per_step / ranks, 1),
-        dispatched_bytes_per_token=round(dispatched, 1),
-        remote_bytes_per_token=round(remote, 1),
-        most_loaded_rank=round(most_loaded, 3),
-        imbalance_factor=round(imbalance, 2),
+        steps=figures[TIME].count() * interval,
+        ms_per_step=round(1e3 * seconds, 2),
+        tokens_per_s=round(tokens / seconds, 1),
+        tokens_per_s_per_rank=round(tokens / seconds / ranks, 1),
+        dispatched_bytes_per_token=round(means["dispatch-bytes-per-token"], 1),
+        remote_bytes_per_token=round(means["remote-bytes-per-token"], 1),
+        most_loaded_rank=round(means["rank-imbalance"], 3),
+        imbalance_factor=round(means["imbalance-factor"], 2),
     )
     return setting, row
 
 
-def _after(warmup, lines):
-    """The lines all of whose steps, which began after the line before, come after the warm-up."""
-    return [line for before, line in itertools.pairwise([(0,), *lines]) if before[0] >= warmup]
-
-
-def read_logs(paths: list[Path], warmup: int) -> tuple[Setting, list[Row]]:
+def read_runs(folders: list[Path], warmup: int) -> tuple[Setting, list[Row]]:
     """Read all runs, sorted by expert-parallel size.
 
     Raises:
-        ValueError: as :func:`read_log`, or if the runs differ in more than the number of ranks.
+        ValueError: as :func:`read_run`, or if the runs differ in more than the number of ranks.
     """
-    runs = [(path, *read_log(path, warmup)) for path in paths]
+    runs = [(folder, *read_run(folder, warmup)) for folder in folders]
     first, setting, _ = runs[0]
-    for path, other, _ in runs[1:]:
+    for folder, other, _ in runs[1:]:
         for field in fields(Setting):
             own, wanted = getattr(other, field.name), getattr(setting, field.name)
             if own != wanted:
-                raise ValueError(f"{path}: {field.name} ({own}) must be that of {first} ({wanted})")
+                raise ValueError(f"{folder}: {field.name} ({own}) must be that of {first} ({wanted})")
     return setting, sorted((row for _, _, row in runs), key=lambda row: row.ep_size)
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as aligned text."""
-    lines = [HEADINGS, *([f"{value:,}" for value in asdict(row).values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-
-
-def write_csv(rows: list[Row], path: Path) -> None:
-    """Write the rows, a column per field of :class:`Row`."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 def plot(setting: Setting, rows: list[Row], path: Path) -> None:
@@ -225,17 +206,18 @@ def plot(setting: Setting, rows: list[Row], path: Path) -> None:
 def main() -> None:
     """Print the table, write the CSV and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logs", type=Path, nargs="+", help="one log per expert-parallel size")
+    parser.add_argument("runs", type=Path, nargs="+", help="one TensorBoard folder per expert-parallel size")
     parser.add_argument("--warmup", type=int, default=0, help="steps at the start of each run that do not count")
     parser.add_argument("--out", type=Path, required=True, help="folder for ep_scaling.csv and ep_scaling.png")
     args = parser.parse_args()
     try:
-        setting, rows = read_logs(args.logs, args.warmup)
+        setting, rows = read_runs(args.runs, args.warmup)
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
-    print(table(rows))
-    write_csv(rows, args.out / "ep_scaling.csv")
+    table = pandas.DataFrame(rows)
+    print(table.to_string(index=False, header=HEADINGS, float_format="{:,.10g}".format))
+    table.to_csv(args.out / "ep_scaling.csv", index=False)
     plot(setting, rows, args.out / "ep_scaling.png")
     print(f"table: {args.out / 'ep_scaling.csv'}\nplot:  {args.out / 'ep_scaling.png'}")
 

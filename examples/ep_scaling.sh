@@ -20,18 +20,20 @@ WARMUP=${WARMUP:-400}
 export TRAIN_ITERS=${TRAIN_ITERS:-480} LOG_INTERVAL=${LOG_INTERVAL:-20}
 
 mkdir -p "$OUT"
-LOGS=()
+RUNS=()
 for size in $EP_SIZES; do
-  log=$OUT/ep$size.log
-  LOGS+=("$log")
+  log=$OUT/ep$size.log run=$OUT/ep$size
+  RUNS+=("$run")
+  rm -f "$run"/events.*  # of an earlier run
   echo "EP $size of $EP_SIZES: $TRAIN_ITERS steps, log $log"
   SECONDS=0
   (
     RANKS=$size EP=$size EVAL_ITERS=0
     . examples/granular_gpt.sh "$@"
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$RANKS" -m air_moe_megatron.pretrain \
-      "${FLAGS[@]}" --global-batch-size "$((MICRO_BATCH * RANKS))" "$@"
+      "${FLAGS[@]}" --global-batch-size "$((MICRO_BATCH * RANKS))" \
+      --tensorboard-dir "$run" --log-timers-to-tensorboard "$@"
   ) >"$log" 2>&1 || { tail -n 30 "$log" >&2; echo "EP $size failed; its log is $log" >&2; exit 1; }
   echo "EP $size: done in $SECONDS s"
 done
-"$PYTHON" examples/ep_scaling.py --warmup "$WARMUP" --out "$OUT" "${LOGS[@]}"
+"$PYTHON" examples/ep_scaling.py --warmup "$WARMUP" --out "$OUT" "${RUNS[@]}"

@@ -23,6 +23,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -58,7 +61,6 @@ _RULES = {
     "flags": ("a table of numbers, texts and booleans", lambda value: _is_flags(value)),
 }
 """What the entries of a study must be: the rule in words, and its check."""
-_LOSS = re.compile(r"validation loss at iteration (\d+)( on (\w+) set)? \| lm loss value: ([0-9.E+-]+)")
 _LOSS_POINTS = 50  # of the training loss in a result; each is a mean over its share of the steps
 
 
@@ -229,21 +231,17 @@ class Study:
         corpora = {run.prepared: (run.corpus, run.vocabulary) for run in pending}
         data = self.out / "data"
         metas = {name: prepare(*corpus, self.data_dir, data / name) for name, corpus in corpora.items()}
-        started = time.perf_counter()
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(jobs) as pool, logging_redirect_tqdm():
             futures = {pool.submit(self._make_one, run, metas[run.prepared]): run for run in pending}
             try:
-                for count, future in enumerate(as_completed(futures), 1):
+                for future in tqdm(as_completed(futures), total=len(pending), unit="run"):
                     run, row = futures[future], future.result()
-                    left = (time.perf_counter() - started) / count * (len(pending) - count)
                     if row is None:
                         failed.append(run)
                         outcome = f"FAILED, see {self._folder(run) / 'log.txt'}"
                     else:
                         outcome = f"{describe(row)}, {row['seconds']:.0f} s"
-                    logger.info(
-                        "[%d of %d] %s: %s; about %s left", count, len(pending), run.name, outcome, _duration(left)
-                    )
+                    logger.info("%s: %s", run.name, outcome)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -279,22 +277,22 @@ class Study:
     def _result(self, run, meta, folder, seconds):
         from benchmarks.quality.flops import flops_per_token
 
-        evaluations = [match.groups() for match in _LOSS.finditer((folder / "log.txt").read_text())]
-        final = {which: float(loss) for _, _, which, loss in evaluations if which}
         scalars = _scalars(folder / "tensorboard")
+        # After the evaluations during training come those of the validation and the test split, under the same name.
+        *valid_losses, (_, valid_loss), (_, test_loss) = scalars["lm loss validation"]
         row = {
             "key": run.key,
             **{name: getattr(run, name) for name in ("variant", "experts", "topk", "ffn", "seed", "corpus")},
             "vocabulary": run.vocabulary,
-            "valid_loss": final["validation"],
-            "test_loss": final["test"],
-            "bits_per_byte": final["test"] * meta.tokens["test"] / meta.bytes["test"] / math.log(2),
+            "valid_loss": valid_loss,
+            "test_loss": test_loss,
+            "bits_per_byte": test_loss * meta.tokens["test"] / meta.bytes["test"] / math.log(2),
         }
         if meta.words is not None:
-            row["word_perplexity"] = math.exp(final["test"] * meta.tokens["test"] / meta.words["test"])
+            row["word_perplexity"] = math.exp(test_loss * meta.tokens["test"] / meta.words["test"])
         return row | {
             "train_losses": _thinned(scalars["lm loss"], _LOSS_POINTS),
-            "valid_losses": [[int(iteration), float(loss)] for iteration, _, which, loss in evaluations if not which],
+            "valid_losses": valid_losses,
             "health": {name.removeprefix("air/"): values for name, values in scalars.items() if "/" in name},
             "flops_per_token": flops_per_token(run.flags, run.vocabulary),
             "tokens": run.flags["train-iters"] * run.flags["global-batch-size"] * run.flags["seq-length"],
@@ -353,11 +351,6 @@ def _thinned(values, num_points):
     size = max(1, math.ceil(len(values) / num_points))
     parts = [values[start : start + size] for start in range(0, len(values), size)]
     return [[part[-1][0], round(sum(value for _, value in part) / len(part), 5)] for part in parts]
-
-
-def _duration(seconds):
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from air_moe_megatron.agreement import Ranks, check_agreement
+from tests.processes import HANG_SECONDS
 
 
 def on_ranks(world_size, call):
@@ -23,7 +24,7 @@ def on_ranks(world_size, call):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=HANG_SECONDS)
         assert not thread.is_alive(), "a rank waits for the others"
     return outcomes
 

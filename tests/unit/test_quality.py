@@ -1,6 +1,7 @@
 """The quality study: its runs, what it reads from them, and its tables."""
 
 import json
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -117,16 +118,28 @@ def test_a_pattern_that_matches_no_run_is_refused(capsys):
     assert "--only ('other*') must match the name of a run" in capsys.readouterr().err
 
 
-def test_losses_are_read_from_megatrons_log():
-    lines = (
-        " validation loss at iteration 75 | lm loss value: 2.5E+00 | lm loss PPL: 1.2E+01 | \n"
-        " validation loss at iteration 150 on validation set | lm loss value: 2.0E+00 | lm loss PPL: 7.4E+00 | \n"
-        " validation loss at iteration 150 on test set | lm loss value: 1.5E+00 | lm loss PPL: 4.5E+00 | \n"
-    )
-    found = [match.groups() for match in study._LOSS.finditer(lines)]
-    assert [(iteration, which, float(loss)) for iteration, _, which, loss in found] == [
-        ("75", None, 2.5), ("150", "validation", 2.0), ("150", "test", 1.5),
-    ]  # fmt: skip
+def test_losses_and_health_are_read_from_tensorboard(tmp_path, monkeypatch):
+    """Megatron writes the last two evaluations, of the validation and of the test split, under the same name."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    from benchmarks.quality import flops
+
+    monkeypatch.setattr(flops, "flops_per_token", lambda flags, vocabulary: {})
+    run = study.load_runs(CONFIG)[0]
+    run.flags.update({"global-batch-size": 2, "seq-length": 4})
+    with SummaryWriter(tmp_path / "tensorboard") as writer:
+        for step, loss in ((5, 2.5), (10, 2.25), (10, 2.0), (10, 1.5)):
+            writer.add_scalar("lm loss validation", loss, step)
+        for step in (1, 2):
+            writer.add_scalar("lm loss", 4.0 - step, step)
+            writer.add_scalar("air/experts-used", 0.5, step)
+    meta = data.Meta("stdlib", 300, {"test": 100}, {"test": 200}, None)
+    row = study.Study([run], tmp_path, tmp_path, tmp_path / "results.jsonl", 1)._result(run, meta, tmp_path, 1.0)
+    assert (row["valid_loss"], row["test_loss"]) == (2.0, 1.5)
+    assert row["valid_losses"] == [[5, 2.5], [10, 2.25]]
+    assert row["train_losses"] == [[1, 3.0], [2, 2.0]]
+    assert row["health"] == {"experts-used": [[1, 0.5], [2, 0.5]]}
+    assert row["bits_per_byte"] == pytest.approx(1.5 * 100 / 200 / math.log(2))
 
 
 def test_a_corpus_becomes_data_sets_whose_text_comes_back(tmp_path):
