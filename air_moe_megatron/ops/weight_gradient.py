@@ -31,6 +31,17 @@ def added_to_main_grad(weight: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(weight)
 
 
+def add_weight_gradient(weight: torch.Tensor, add) -> torch.Tensor:
+    """Have ``add`` add to ``main_grad`` [M, H] where there is one, otherwise to zeros; give what backward returns."""
+    main_grad = main_grad_of(weight)
+    if main_grad is None:
+        grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        add(grad_weight.view(-1, weight.shape[-1]))
+        return grad_weight
+    add(main_grad)
+    return added_to_main_grad(weight)
+
+
 def weight_gradient(weight, source, first, rows, values):
     """Sum ``values[n] * source[rows[n]]`` over the pairs n of each row of ``weight``.
 

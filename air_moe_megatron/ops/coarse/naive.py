@@ -6,7 +6,7 @@ from air_moe_megatron.ops.unit_vectors import LONGEST
 
 
 def naive_assign(hidden, codewords, num_probes, allowed=None):
-    """As :func:`air_moe_megatron.ops.coarse.kernels.assign_tokens`, in the codewords' dtype, with [T, C] in memory."""
+    """As :func:`air_moe_megatron.ops.coarse.assign`, in the codewords' dtype, with [T, C] in memory."""
     similarity = hidden.to(codewords.dtype) @ codewords.t()
     if allowed is not None:
         similarity = similarity.masked_fill(~allowed, float("-inf"))
@@ -30,6 +30,6 @@ def naive_token_statistics(hidden, codewords, assignments, keep=None):
 
 
 def naive_assign_with_statistics(hidden, codewords, num_probes, allowed=None, keep=None):
-    """As :func:`air_moe_megatron.ops.coarse.kernels.assign_with_statistics`."""
+    """As :func:`air_moe_megatron.ops.coarse.assign_with_statistics`."""
     assignments = naive_assign(hidden, codewords, num_probes, allowed)
     return assignments, naive_token_statistics(hidden, codewords, assignments[:, 0], keep)

@@ -9,14 +9,16 @@ def naive_ranks(topk_ids, num_ranks, num_local_experts):
     return torch.where(is_pair, topk_ids.long() // num_local_experts, num_ranks)
 
 
-def naive_counts(topk_ids, probs, num_ranks, num_local_experts, misfit=False):
+def naive_counts(topk_ids, probs, num_ranks, num_local_experts, mismatch=False):
     """[D, 5] int64: rows and pairs for each rank; what is invalid on this one: ids, probs, shapes."""
     ranks = naive_ranks(topk_ids, num_ranks, num_local_experts)
     here = torch.nn.functional.one_hot(ranks, num_ranks + 1)[..., :num_ranks]  # [T, K, D]
     invalid_ids = ((ranks == num_ranks) & (topk_ids != -1)).sum().expand(num_ranks)
     invalid_probs = (~probs.isfinite()).sum().expand(num_ranks)
-    misfits = torch.full_like(invalid_ids, misfit)
-    return torch.stack((here.any(dim=1).sum(dim=0), here.sum(dim=(0, 1)), invalid_ids, invalid_probs, misfits), dim=1)
+    mismatches = torch.full_like(invalid_ids, mismatch)
+    return torch.stack(
+        (here.any(dim=1).sum(dim=0), here.sum(dim=(0, 1)), invalid_ids, invalid_probs, mismatches), dim=1
+    )
 
 
 def naive_row_tokens(topk_ids, num_ranks, num_local_experts):

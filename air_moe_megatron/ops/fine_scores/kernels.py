@@ -6,7 +6,7 @@ centres of its list, which all of them share; how many blocks a codeword has is 
 
 The fused top-k (``topk_kernels.py``) has the tiles of scores and the gradients from here.
 
-Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, R = T*P rows, B blocks of rows.
+Legend: R = T*P rows, B blocks of rows; others as in ``ops/__init__.py``.
 """
 
 from dataclasses import dataclass
@@ -18,19 +18,25 @@ from torch.autograd.function import once_differentiable
 
 from air_moe_megatron.ops.pair_products import make_pairs
 from air_moe_megatron.ops.pair_products.kernels import launch_pair_weight_gradient
-from air_moe_megatron.ops.tiles import (
-    add_weight_gradient,
+from air_moe_megatron.ops.segments import (
     block_of,
     block_rows_of,
     contiguous,
+    segment_blocks,
+    sort_into_segments,
+)
+from air_moe_megatron.ops.tiles import (
     dot,
     dot_dtype_of,
     dot_wide,
-    require_kernel_dtypes,
-    segment_blocks,
-    sort_into_segments,
     step_of,
 )
+from air_moe_megatron.ops.weight_gradient import (
+    add_weight_gradient,
+)
+
+LIMITS = {"topk": 512}
+"""The largest sizes that the kernels take."""
 
 _TILE_ELEMENTS = 2**26  # of the fp32 gradients of centres that wait for a sum in order: 256 MiB
 
@@ -375,35 +381,9 @@ class _FineScoresKernel(torch.autograd.Function):
         return *dense_gradients(ctx, grad_scores.contiguous(), *ctx.saved_tensors, grad_scores.shape[1]), *[None] * 4
 
 
-def fine_scores_kernel(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    shortlist: torch.Tensor,
-    assignments: torch.Tensor,
-    dtype: torch.dtype,
-    deterministic: bool = False,
-) -> torch.Tensor:
-    """Score every token against the experts of its codewords' shortlists: ``z_e = <w_e, h> + b_e``.
+def fine_scores(hidden, weight, bias, shortlist, assignments, dtype, deterministic=False):
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_scores`; sums are made in fp32. Does not wait for the device.
 
-    As :func:`air_moe_megatron.ops.fine_scores.fine_scores`, whose caller has validated the shapes. Differentiable in
-    hidden, weight and bias; the weight's gradient goes into ``weight.main_grad`` where there is one
-    (``ops/weight_gradient.py``). Does not wait for the device.
-
-    Args:
-        hidden: [T, H], tokens; fp32, bf16 or fp16.
-        weight: [E, H], expert centres; likewise.
-        bias: [E] or None.
-        shortlist: [C, L] integer expert ids, distinct in a row; -1 fills the end of a shorter list.
-        assignments: [T, P] int64, codewords of each token.
-        dtype: of the arithmetic and of the result: fp32, bf16 or fp16. Sums are made in fp32.
-        deterministic: add the gradients of the weight in a fixed order, with up to 256 MiB of sums in between.
-    Returns:
-        [T, P, L] scores in ``dtype``; -inf where the shortlist holds -1.
-    Raises:
-        ValueError: for another dtype.
-
-    Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2]], assignments [[0]] gives [[[1, 3]]].
+    ``deterministic``: add the gradients of the weight in a fixed order, with up to 256 MiB of sums in between.
     """
-    require_kernel_dtypes(hidden=hidden, weight=weight, dtype=dtype)
     return _FineScoresKernel.apply(hidden, weight, bias, shortlist, assignments, dtype, deterministic)

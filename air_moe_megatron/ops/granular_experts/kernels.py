@@ -19,8 +19,7 @@ Sums per row of tokens, in the second projection and in the tokens' gradient, ha
 The second is chosen from Q = 8, where the gathers move 16 bytes in bf16 for each 4 that are added, unless
 ``deterministic``. The gradients of the weights have one program per (expert, columns): no atomics either way.
 
-Legend: R rows of tokens, N (row, expert) pairs, E experts, F rows of an expert, H hidden, B blocks of pairs, Q = F, or
-2F of the gated first projection.
+Legend: B blocks of pairs, Q = F, or 2F of the gated first projection; others as in ``ops/__init__.py``.
 """
 
 import torch
@@ -28,22 +27,26 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from air_moe_megatron.ops.pair_products.kernels import launch_pair_sums
-from air_moe_megatron.ops.tiles import (
-    add_weight_gradient,
+from air_moe_megatron.ops.pair_products.kernels import launch_pair_sums, pairs_from
+from air_moe_megatron.ops.segments import (
     block_of,
     block_rows_of,
     contiguous,
+    segment_blocks,
+)
+from air_moe_megatron.ops.tiles import (
     dot,
     dot_dtype_of,
     dot_wide,
-    require_kernel_dtypes,
-    segment_blocks,
     step_of,
 )
+from air_moe_megatron.ops.weight_gradient import (
+    add_weight_gradient,
+)
 
-ACTIVATIONS = ("gelu", "silu", "relu", "squared_relu")
 MAX_FFN_HIDDEN_SIZE = 64
+LIMITS = {"ffn_hidden_size": MAX_FFN_HIDDEN_SIZE}
+"""The largest sizes that the kernels take."""
 
 _ATOMIC_PARTS = 8  # weight rows of an expert from which sums per row of tokens are made in expert order
 
@@ -93,16 +96,15 @@ def _granular_experts_fwd_kernel(
     expert = tl.load(segments + block)
     if expert == E:
         return
-    places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
-    inside = places < tl.load(id_first + expert + 1)
-    pairs = tl.load(by_id + places, mask=inside, other=0)
-    hidden_rows = hidden + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
+    start, end = tl.load(starts + block), tl.load(id_first + expert + 1)
+    pairs, tokens, inside = pairs_from(start, end, by_id, rows, BLOCK_N)
+    hidden_rows = hidden + tokens[:, None] * H
     parts = tl.arange(0, BLOCK_F)
     weight_rows = weight + (expert * Q + parts)[:, None] * H
     gate = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
     linear = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
-    for start in range(0, H, BLOCK_H):
-        columns = start + tl.arange(0, BLOCK_H)
+    for first in range(0, H, BLOCK_H):
+        columns = first + tl.arange(0, BLOCK_H)
         in_row = columns < H
         kept = (parts < F)[:, None] & in_row[None, :]
         x = tl.load(hidden_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0).to(DOT_DTYPE)
@@ -146,9 +148,8 @@ def _expert_sums_fwd_kernel(
     expert = tl.load(segments + block)
     if expert == E:
         return
-    places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
-    inside = places < tl.load(id_first + expert + 1)
-    pairs = tl.load(by_id + places, mask=inside, other=0)
+    start, end = tl.load(starts + block), tl.load(id_first + expert + 1)
+    pairs, tokens, inside = pairs_from(start, end, by_id, rows, BLOCK_N)
     columns = (program % num_column_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     in_row = columns < H
     tile = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
@@ -163,7 +164,7 @@ def _expert_sums_fwd_kernel(
             other=0.0,
         )
         tile = dot_wide(value, w, tile, DOT_DTYPE)
-    out = sums + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H + columns[None, :]
+    out = sums + tokens[:, None] * H + columns[None, :]
     tl.atomic_add(out, tile, mask=inside[:, None] & in_row[None, :], sem="relaxed")
 
 
@@ -196,15 +197,14 @@ def _granular_experts_bwd_kernel(
     expert = tl.load(segments + block)
     if expert == E:
         return
-    places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
-    inside = places < tl.load(id_first + expert + 1)
-    pairs = tl.load(by_id + places, mask=inside, other=0)
-    grad_rows = grad_out + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
+    start, end = tl.load(starts + block), tl.load(id_first + expert + 1)
+    pairs, tokens, inside = pairs_from(start, end, by_id, rows, BLOCK_N)
+    grad_rows = grad_out + tokens[:, None] * H
     parts = tl.arange(0, BLOCK_F)
     weight_rows = weight + (expert * F + parts)[:, None] * H
     grad_value = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
-    for start in range(0, H, BLOCK_H):
-        columns = start + tl.arange(0, BLOCK_H)
+    for first in range(0, H, BLOCK_H):
+        columns = first + tl.arange(0, BLOCK_H)
         in_row = columns < H
         g = tl.load(grad_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
         w = tl.load(weight_rows + columns[None, :], mask=(parts < F)[:, None] & in_row[None, :], other=0.0)
@@ -254,15 +254,13 @@ def _expert_weight_bwd_kernel(
     sums = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
     start, end = tl.load(id_first + expert), tl.load(id_first + expert + 1)
     while start < end:
-        places = start + tl.arange(0, BLOCK_N)
-        inside = places < end
-        pairs = tl.load(by_id + places, mask=inside, other=0)
+        pairs, tokens, inside = pairs_from(start, end, by_id, rows, BLOCK_N)
         value = tl.load(
             values + pairs[None, :] * Q + parts[:, None],
             mask=(parts < Q)[:, None] & inside[None, :],
             other=0.0,
         )
-        source_rows = source + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
+        source_rows = source + tokens[:, None] * H
         x = tl.load(source_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
         sums = dot_wide(value, x, sums, DOT_DTYPE)
         start += BLOCK_N
@@ -391,52 +389,10 @@ class _GranularExpertsKernel(torch.autograd.Function):
         return grad_hidden, grad_weight1, grad_weight2, grad_probs if need_probs else None, None, None, None
 
 
-def granular_experts_kernel(
-    hidden: torch.Tensor,
-    weight1: torch.Tensor,
-    weight2: torch.Tensor,
-    probs: torch.Tensor,
-    pairs,
-    activation: str,
-    deterministic: bool = False,
-) -> torch.Tensor:
-    """Apply each row's experts: ``y_r = sum over the pairs n of row r of p_n * W2_e.T act(W1_e x_r)``.
+def granular_experts(hidden, weight1, weight2, probs, pairs, activation, deterministic=False):
+    """As :func:`air_moe_megatron.ops.granular_experts.granular_experts`, summed in fp32.
 
-    Differentiable in hidden, both weights and probs; the weights' gradients go into ``main_grad`` where there is one
-    (``ops/weight_gradient.py``), and touch only experts that have pairs. Does not wait for the device. A clamped or
-    shifted gated unit (``activation_func_clamp_value``, ``glu_linear_offset``) is not covered.
-
-    Args:
-        hidden: [R, H], fp32, bf16 or fp16.
-        weight1: [E, F, H], or [E, 2F, H] of a gated linear unit, the gates first; likewise.
-        weight2: [E, F, H], likewise; F from 1 to 64.
-        probs: [N], likewise.
-        pairs: N pairs of rows and experts, see :class:`air_moe_megatron.ops.pair_products.Pairs`.
-        activation: "gelu" (exact), "silu", "relu" or "squared_relu".
-        deterministic: sum per row of tokens in row order, however many weight rows an expert has; otherwise sums over
-            many are atomic additions.
-    Returns:
-        [R, H] in the dtype of weight2, summed in fp32; zero where a row has no pairs.
-    Raises:
-        ValueError: for another dtype or activation, or if the weights do not fit together.
-
-    Example: hidden [[1, 2]], weight1 [[[1, 1]]], weight2 [[[0, 1]]], relu, the pair (0, 0) with probability 0.5 gives
-    [[0, 1.5]].
+    ``deterministic``: sum per row of tokens in row order, however many weight rows an expert has; otherwise sums over
+    many are atomic additions.
     """
-    require_kernel_dtypes(hidden=hidden, weight1=weight1, weight2=weight2, probs=probs)
-    num_experts, ffn_hidden_size, hidden_size = weight2.shape
-    if weight1.shape not in ((num_experts, parts * ffn_hidden_size, hidden_size) for parts in (1, 2)):
-        raise ValueError(
-            f"weight1 {tuple(weight1.shape)} must be [E, F, H] or [E, 2F, H] with weight2 {tuple(weight2.shape)} "
-            "[E, F, H]"
-        )
-    if hidden.shape != (pairs.num_rows, hidden_size) or pairs.num_ids != num_experts or probs.shape != pairs.ids.shape:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and probs {tuple(probs.shape)} must be [R, H] and [N] with "
-            f"R = {pairs.num_rows}, H = {hidden_size}, N = {pairs.ids.numel()}, and E = {pairs.num_ids}"
-        )
-    if not 1 <= ffn_hidden_size <= MAX_FFN_HIDDEN_SIZE:
-        raise ValueError(f"rows of an expert ({ffn_hidden_size}) must be from 1 to {MAX_FFN_HIDDEN_SIZE}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation ({activation!r}) must be one of {', '.join(ACTIVATIONS)}")
     return _GranularExpertsKernel.apply(hidden, weight1, weight2, probs, pairs, activation, deterministic)

@@ -11,7 +11,7 @@ largest number that N pairs can need, and the programs beyond the last block ret
 The products are memory bound, a few operations per byte, so they are plain multiplications: a matrix product would pad
 the few pairs of a weight row to sixteen.
 
-Legend: R rows of tokens, N pairs, M weight rows, H hidden, S segments, B blocks, Q consecutive weight rows of an id.
+Legend: B blocks, Q consecutive weight rows of an id; others as in ``ops/__init__.py``.
 """
 
 import torch
@@ -19,9 +19,24 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from air_moe_megatron.ops.tiles import add_weight_gradient, require_kernel_dtypes, segment_blocks
+from air_moe_megatron.ops.segments import (
+    next_power_of_2,
+    segment_blocks,
+)
+from air_moe_megatron.ops.weight_gradient import (
+    add_weight_gradient,
+)
 
 _TILE = 4096  # elements in fp32 of a tile of 4 warps: 32 registers of each thread
+
+
+@triton.jit
+def pairs_from(start, end, by_id, rows, BLOCK_N: tl.constexpr):
+    """[BLOCK_N] pairs in the order of the weight rows, their rows of tokens, and which of them are before ``end``."""
+    places = start + tl.arange(0, BLOCK_N)
+    inside = places < end
+    pairs = tl.load(by_id + places, mask=inside, other=0)
+    return pairs, tl.load(rows + pairs, mask=inside, other=0), inside
 
 
 @triton.jit
@@ -43,13 +58,12 @@ def _pair_dots_fwd_kernel(
     weight_row = tl.load(segments + block)
     if weight_row == M:
         return
-    places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
-    inside = places < tl.load(id_first + weight_row + 1)
-    pairs = tl.load(by_id + places, mask=inside, other=0)
-    hidden_rows = hidden + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
+    start, end = tl.load(starts + block), tl.load(id_first + weight_row + 1)
+    pairs, tokens, inside = pairs_from(start, end, by_id, rows, BLOCK_N)
+    hidden_rows = hidden + tokens[:, None] * H
     products = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    for start in range(0, H, BLOCK_H):
-        columns = start + tl.arange(0, BLOCK_H)
+    for first in range(0, H, BLOCK_H):
+        columns = first + tl.arange(0, BLOCK_H)
         in_row = columns < H
         w = tl.load(weight + weight_row * H + columns, mask=in_row, other=0.0).to(tl.float32)
         x = tl.load(hidden_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
@@ -114,11 +128,9 @@ def _pair_weight_bwd_kernel(
     products = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     start = tl.load(id_first + weight_row)
     while start < end:
-        places = start + tl.arange(0, BLOCK_N)
-        inside = places < end
-        pairs = tl.load(by_id + places, mask=inside, other=0)
+        pairs, tokens, inside = pairs_from(start, end, by_id, rows, BLOCK_N)
         value = tl.load(values + pairs, mask=inside, other=0.0).to(tl.float32)
-        source_rows = source + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
+        source_rows = source + tokens[:, None] * H
         x = tl.load(source_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
         products += value[:, None] * x.to(tl.float32)
         start += BLOCK_N
@@ -135,12 +147,12 @@ def launch_pair_dots(hidden, weight, pairs):
     dots = torch.zeros(num_pairs, dtype=torch.float32, device=hidden.device)
     if num_pairs == 0:
         return dots
-    block_rows = min(32, max(4, triton.next_power_of_2(num_pairs // min(num_pairs, pairs.num_ids))))
+    block_rows = min(32, max(4, next_power_of_2(num_pairs // min(num_pairs, pairs.num_ids))))
     segments, starts = segment_blocks(pairs.id_first, num_pairs, block_rows)
     _pair_dots_fwd_kernel[(segments.numel(),)](
         hidden.contiguous(), weight.contiguous(), pairs.rows, pairs.by_id, pairs.id_first, segments, starts, dots,
         pairs.num_ids, hidden_size,
-        BLOCK_N=block_rows, BLOCK_H=min(_TILE // block_rows, triton.next_power_of_2(hidden_size)),
+        BLOCK_N=block_rows, BLOCK_H=min(_TILE // block_rows, next_power_of_2(hidden_size)),
     )  # fmt: skip
     return dots
 
@@ -153,7 +165,7 @@ def launch_pair_sums(values, weight, pairs, dtype, parts=1):
     """
     hidden_size = weight.shape[-1]
     sums = torch.empty(pairs.num_rows, hidden_size, dtype=dtype, device=weight.device)
-    block_columns = min(_TILE // 8, triton.next_power_of_2(hidden_size))
+    block_columns = min(_TILE // 8, next_power_of_2(hidden_size))
     num_column_blocks = triton.cdiv(hidden_size, block_columns)
     _pair_sums_fwd_kernel[(pairs.num_rows * num_column_blocks,)](
         values.contiguous(), weight.contiguous(), pairs.ids, pairs.row_first, sums, hidden_size, num_column_blocks,
@@ -170,7 +182,7 @@ def launch_pair_weight_gradient(source, values, pairs, grad_weight_out):
     """
     num_pairs, hidden_size = pairs.ids.numel(), source.shape[1]
     segments, _ = segment_blocks(pairs.id_first, num_pairs, max(1, num_pairs))
-    block_columns = min(_TILE // 16, triton.next_power_of_2(hidden_size))
+    block_columns = min(_TILE // 16, next_power_of_2(hidden_size))
     num_column_blocks = triton.cdiv(hidden_size, block_columns)
     _pair_weight_bwd_kernel[(segments.numel() * num_column_blocks,)](
         source.contiguous(), values.contiguous(), pairs.rows, pairs.by_id, pairs.id_first, segments, grad_weight_out,
@@ -221,43 +233,11 @@ class _PairSumsKernel(torch.autograd.Function):
         return grad_values, grad_weight, None
 
 
-def pair_dots_kernel(hidden: torch.Tensor, weight: torch.Tensor, pairs) -> torch.Tensor:
-    """Dot product of each pair's row of tokens and weight row.
-
-    As :func:`air_moe_megatron.ops.pair_products.pair_dots`, whose caller has validated the shapes. Differentiable in
-    hidden and weight, deterministic, does not wait for the device.
-
-    Args:
-        hidden: [R, H], fp32, bf16 or fp16.
-        weight: [..., H] of M rows, likewise.
-        pairs: N pairs, see :class:`air_moe_megatron.ops.pair_products.Pairs`.
-    Returns:
-        [N] fp32.
-    Raises:
-        ValueError: for another dtype.
-
-    Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], the pairs (0, 2) and (0, 0) give [3, 1].
-    """
-    require_kernel_dtypes(hidden=hidden, weight=weight)
+def pair_dots(hidden, weight, pairs):
+    """As :func:`air_moe_megatron.ops.pair_products.pair_dots`, summed in fp32, deterministic."""
     return _PairDotsKernel.apply(hidden, weight, pairs)
 
 
-def pair_sums_kernel(values: torch.Tensor, weight: torch.Tensor, pairs) -> torch.Tensor:
-    """Sum the weight rows of each row of tokens, weighted by the pairs' values.
-
-    As :func:`air_moe_megatron.ops.pair_products.pair_sums`, whose caller has validated the shapes. Differentiable in
-    values and weight, deterministic, does not wait for the device.
-
-    Args:
-        values: [N], fp32, bf16 or fp16.
-        weight: [..., H] of M rows, likewise.
-        pairs: N pairs, see :class:`air_moe_megatron.ops.pair_products.Pairs`.
-    Returns:
-        [R, H] in the dtype of weight, summed in fp32; zero where a row has no pairs.
-    Raises:
-        ValueError: for another dtype.
-
-    Example: values [2, 1], weight [[1, 0], [0, 1], [1, 1]], the pairs (0, 2) and (0, 0) give [[3, 2]].
-    """
-    require_kernel_dtypes(values=values, weight=weight)
+def pair_sums(values, weight, pairs):
+    """As :func:`air_moe_megatron.ops.pair_products.pair_sums`, summed in fp32, deterministic."""
     return _PairSumsKernel.apply(values, weight, pairs)

@@ -18,7 +18,7 @@ def naive_scores(codewords, scale, weight, bias, score_function=None, expert_bia
 
 
 def naive_rank_experts(codewords, scale, weight, bias, shortlist_size, score_function=None, expert_bias=None):
-    """As :func:`air_moe_megatron.ops.ranking.kernels.rank_experts_kernel`; the lower id wins a tie."""
+    """As :func:`air_moe_megatron.ops.ranking.rank_experts`; the lower id wins a tie."""
     scores = naive_scores(codewords, scale, weight, bias, score_function, expert_bias)
     lists = scores.sort(dim=1, descending=True, stable=True).indices[:, :shortlist_size]
     score, nearest = (part[0] for part in scores.sort(dim=0, descending=True, stable=True))

@@ -2,7 +2,7 @@
 
 No copy of the weight is made, whatever the dtype of the scores; sums are made in fp32.
 
-Legend: T tokens, H hidden, E experts, K selected, N = T*K pairs.
+Legend: N = T*K pairs; others as in ``ops/__init__.py``.
 """
 
 import torch
@@ -10,7 +10,12 @@ from torch.autograd.function import once_differentiable
 
 from air_moe_megatron.ops.pair_products import make_pairs
 from air_moe_megatron.ops.pair_products.kernels import launch_pair_sums, launch_pair_weight_gradient
-from air_moe_megatron.ops.tiles import add_weight_gradient, contiguous
+from air_moe_megatron.ops.segments import (
+    contiguous,
+)
+from air_moe_megatron.ops.weight_gradient import (
+    add_weight_gradient,
+)
 
 
 def gradients_of_selected(grad_scores, ids, hidden, weight, bias, parameter, needed):
@@ -55,6 +60,6 @@ class _SelectedScoresKernel(torch.autograd.Function):
         return *gradients_of_selected(grad_scores, ids, *inputs, ctx.weight, ctx.needs_input_grad), None, None
 
 
-def selected_scores_kernel(hidden, weight, bias, ids, scores):
-    """As :func:`air_moe_megatron.ops.selected_scores.selected_scores`, whose caller has validated the shapes."""
+def selected_scores(hidden, weight, bias, ids, scores):
+    """As :func:`air_moe_megatron.ops.selected_scores.selected_scores`."""
     return _SelectedScoresKernel.apply(hidden, weight, bias, ids, scores)

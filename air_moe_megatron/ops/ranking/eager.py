@@ -1,7 +1,4 @@
-"""Ranking with torch operations: the experts streamed in chunks, so that no [C, E] tensor is held for large E.
-
-Legend: H hidden, E experts, C clusters, L shortlist.
-"""
+"""Ranking with torch operations: the experts streamed in chunks, so that no [C, E] tensor is held for large E."""
 
 import torch
 
@@ -11,7 +8,7 @@ _SPARE = 32  # candidates of a chunk beyond twice those expected
 _SCORE = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda scores: torch.nn.functional.softplus(scores).sqrt()}
 
 
-def streamed_rank_experts(
+def rank_experts(
     codewords, scale, weight, bias, shortlist_size, score_function, expert_bias, chunk_elements=CHUNK_ELEMENTS
 ):
     """As :func:`air_moe_megatron.ops.ranking.rank_experts`. Waits for the device."""

@@ -12,8 +12,8 @@ page faults than the products themselves.
 Where only the best K scores of a token are wanted, each tile is reduced to them while it is in the cache: the [T, L]
 scores are never written.
 
-Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, K top-k, R = T*P rows, B codewords of a batch,
-n their rows after padding, N rows of all batches after padding.
+Legend: R = T*P rows, B codewords of a batch, n their rows after padding, N rows of all batches after padding; others as
+in ``ops/__init__.py``.
 """
 
 from dataclasses import dataclass
@@ -218,14 +218,14 @@ def _rows_or_zero(values, batch):
     return rows.masked_fill_((batch.rows == num_rows).unsqueeze(1), 0.0).view(*batch.shape, -1)
 
 
-def grouped_fine_scores(hidden, weight, bias, shortlist, assignments, dtype):
-    """As :func:`air_moe_megatron.ops.fine_scores.fine_scores`, whose caller has validated the shapes."""
+def fine_scores(hidden, weight, bias, shortlist, assignments, dtype):
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_scores`."""
     return _GroupedFineScores.apply(hidden, weight, bias, shortlist, assignments, dtype)
 
 
 @torch.no_grad()
-def grouped_fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype):
-    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`, whose caller has validated the shapes."""
+def fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype):
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`."""
     grouping = _group(shortlist, assignments, hidden.shape[1])
     num_padded, list_size = grouping.num_padded + 1, shortlist.shape[1]  # one row more, for rows in no batch
     scores = torch.empty(num_padded, topk, dtype=dtype, device=hidden.device)

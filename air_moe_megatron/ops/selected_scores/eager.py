@@ -3,8 +3,6 @@
 The tokens' gradient sums K centres per token. The centres' gradient sums the tokens of each expert, the (token, expert)
 pairs sorted by expert, into ``main_grad`` where there is one (``ops/weight_gradient.py``). Scores of another dtype than
 the weight's cost a copy of the weight: ``embedding_bag`` takes one dtype.
-
-Legend: T tokens, H hidden, E experts, K selected.
 """
 
 import torch
@@ -14,7 +12,7 @@ from torch.nn.functional import embedding_bag
 from air_moe_megatron.ops.weight_gradient import weight_gradient
 
 
-class _BaggedSelectedScores(torch.autograd.Function):
+class _SelectedScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, scores):
         ctx.save_for_backward(hidden, weight, bias, ids)
@@ -51,6 +49,6 @@ class _BaggedSelectedScores(torch.autograd.Function):
         )
 
 
-def bagged_selected_scores(hidden, weight, bias, ids, scores):
-    """As :func:`air_moe_megatron.ops.selected_scores.selected_scores`, whose caller has validated the shapes."""
-    return _BaggedSelectedScores.apply(hidden, weight, bias, ids, scores)
+def selected_scores(hidden, weight, bias, ids, scores):
+    """As :func:`air_moe_megatron.ops.selected_scores.selected_scores`."""
+    return _SelectedScores.apply(hidden, weight, bias, ids, scores)

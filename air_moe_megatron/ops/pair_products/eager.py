@@ -3,8 +3,6 @@
 On a CPU the dot products are ``torch.sparse.sampled_addmm`` in the order of the weight rows: each weight row is read
 once, from end to end of the weight, while the tokens stay in the cache. The sums are ``embedding_bag`` in the order of
 the tokens: every output row is written once. Elsewhere the dot products gather the rows of a bounded chunk of pairs.
-
-Legend: R rows of tokens, N pairs, M weight rows, H hidden.
 """
 
 import torch
@@ -66,9 +64,7 @@ def _weight_gradient(weight, source, values, pairs):
     return weight_gradient(weight, source, pairs.id_first, pairs.rows[order], values[order])
 
 
-class PairDots(torch.autograd.Function):
-    """As :func:`air_moe_megatron.ops.pair_products.pair_dots`, whose caller has validated the shapes."""
-
+class _PairDots(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, pairs):
         ctx.save_for_backward(hidden, weight)
@@ -88,9 +84,7 @@ class PairDots(torch.autograd.Function):
         return grad_hidden, grad_weight, None
 
 
-class PairSums(torch.autograd.Function):
-    """As :func:`air_moe_megatron.ops.pair_products.pair_sums`, whose caller has validated the shapes."""
-
+class _PairSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, weight, pairs):
         ctx.save_for_backward(values, weight)
@@ -109,3 +103,13 @@ class PairSums(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = _weight_gradient(ctx.weight, grad_sums, values, pairs)
         return grad_values, grad_weight, None
+
+
+def pair_dots(hidden, weight, pairs):
+    """As :func:`air_moe_megatron.ops.pair_products.pair_dots`."""
+    return _PairDots.apply(hidden, weight, pairs)
+
+
+def pair_sums(values, weight, pairs):
+    """As :func:`air_moe_megatron.ops.pair_products.pair_sums`."""
+    return _PairSums.apply(values, weight, pairs)
