@@ -61,7 +61,7 @@ def codeword_products(
     summands,  # [S, C, H]
     ids,
     is_codeword,
-    rows,  # [.., H] tokens or expert centres
+    rows,  # [.., H] tokens or expert centers
     row_ids,
     is_row,
     scales,

@@ -127,17 +127,17 @@ def test_padding_of_a_batch_changes_nothing(monkeypatch, min_fill):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_of_the_centres_go_into_main_grad():
+def test_gradients_of_the_centers_go_into_main_grad():
     hidden, weight, _, shortlist, assignments, *_ = make_inputs(SHAPES["two-probes"], torch.float32, False, True)
     grads = []
     for fused in (False, True):
-        centres = torch.nn.Parameter(weight.detach().clone())
+        centers = torch.nn.Parameter(weight.detach().clone())
         if fused:
-            centres.main_grad = torch.ones_like(centres)
-        scores = fine_scores(hidden, centres, None, shortlist, assignments, torch.float32)
+            centers.main_grad = torch.ones_like(centers)
+        scores = fine_scores(hidden, centers, None, shortlist, assignments, torch.float32)
         scores[scores.isfinite()].sum().backward()
-        grads.append(centres.main_grad if fused else centres.grad)
-    assert centres.grad_added_to_main_grad
+        grads.append(centers.main_grad if fused else centers.grad)
+    assert centers.grad_added_to_main_grad
     torch.testing.assert_close(grads[1], 1.0 + grads[0])
 
 

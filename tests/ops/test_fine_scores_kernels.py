@@ -164,13 +164,13 @@ def test_main_grad_is_added_to_and_only_in_used_rows(dtype, deterministic, kerne
     unused[shortlist[shortlist >= 0]] = False
     grads = []
     for fused in (False, True):
-        centres = torch.nn.Parameter(weight.detach().clone())
+        centers = torch.nn.Parameter(weight.detach().clone())
         if fused:
-            centres.main_grad = torch.full_like(centres, 3.0, dtype=dtype)
-        scores = kernels.fine_scores(hidden, centres, None, shortlist, assignments, torch.float32, deterministic)
+            centers.main_grad = torch.full_like(centers, 3.0, dtype=dtype)
+        scores = kernels.fine_scores(hidden, centers, None, shortlist, assignments, torch.float32, deterministic)
         scores[scores.isfinite()].sum().backward()
-        grads.append(centres.main_grad if fused else centres.grad)
-    assert centres.grad_added_to_main_grad
+        grads.append(centers.main_grad if fused else centers.grad)
+    assert centers.grad_added_to_main_grad
     assert (grads[1][unused] == 3.0).all()
     assert relative_error(grads[1], 3.0 + grads[0].double()) <= TOLERANCES[dtype]
 
@@ -270,13 +270,13 @@ def test_the_weight_gradient_of_the_topk_goes_into_main_grad(kernel_device):
     (hidden, weight, _), shortlist, assignments = make((5, 16, 60, 2, 5, 1), torch.float32, kernel_device)
     grads = []
     for fused in (False, True):
-        centres = torch.nn.Parameter(weight.detach().clone())
+        centers = torch.nn.Parameter(weight.detach().clone())
         if fused:
-            centres.main_grad = torch.full_like(centres, 3.0)
-        scores, ids = topk_kernels.fine_topk(hidden, centres, None, shortlist, assignments, 2, torch.float32)
+            centers.main_grad = torch.full_like(centers, 3.0)
+        scores, ids = topk_kernels.fine_topk(hidden, centers, None, shortlist, assignments, 2, torch.float32)
         scores[ids >= 0].sum().backward()
-        grads.append(centres.main_grad if fused else centres.grad)
-    assert centres.grad_added_to_main_grad
+        grads.append(centers.main_grad if fused else centers.grad)
+    assert centers.grad_added_to_main_grad
     torch.testing.assert_close(grads[1], 3.0 + grads[0])
 
 
@@ -329,8 +329,8 @@ def test_scores_beyond_2_31_elements(cuda):
     grad = torch.zeros_like(scores)
     grad[last] = random_like(grad[last])
     found = torch.autograd.grad(scores, (hidden, weight), grad)
-    centres = wide[1][shortlist[assignments[last].squeeze(1)]]
-    expected = torch.einsum("tpl,tlh->th", grad[last].double(), centres)
+    centers = wide[1][shortlist[assignments[last].squeeze(1)]]
+    expected = torch.einsum("tpl,tlh->th", grad[last].double(), centers)
     assert relative_error(found[0][last], expected) <= TOLERANCES[torch.bfloat16]
     assert found[0][: last.start].count_nonzero() == 0
 

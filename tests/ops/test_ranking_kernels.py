@@ -128,7 +128,7 @@ def test_score_functions_far_from_zero(score_function, kernel_device):
     torch.testing.assert_close(score.double(), expected, rtol=2e-5, atol=1e-37)
 
 
-def test_centres_that_are_not_finite_rank_first(kernel_device):
+def test_centers_that_are_not_finite_rank_first(kernel_device):
     codewords, scale, weight, *_ = make_inputs((6, 33, 90, 2), torch.float32, RANKED_BY["scores"], kernel_device)
     weight[40] = math.nan
     lists, nearest, score = kernels.rank_experts(codewords, scale, weight, None, 2)

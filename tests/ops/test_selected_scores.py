@@ -93,14 +93,14 @@ def test_shapes_that_do_not_fit_are_refused(change, message, backend):
         selected_scores(*change(*leaves, ids, grad))
 
 
-def test_gradients_of_the_centres_go_into_main_grad(backend):
+def test_gradients_of_the_centers_go_into_main_grad(backend):
     (hidden, weight, _), ids, grad = make(num_selected=7)
     grads = []
     for fused in (False, True):
-        centres = torch.nn.Parameter(weight.clone())
+        centers = torch.nn.Parameter(weight.clone())
         if fused:
-            centres.main_grad = torch.ones_like(centres)
-        selected_scores(hidden, centres, None, ids, torch.zeros_like(grad)).backward(grad)
-        grads.append(centres.main_grad if fused else centres.grad)
-    assert centres.grad_added_to_main_grad
+            centers.main_grad = torch.ones_like(centers)
+        selected_scores(hidden, centers, None, ids, torch.zeros_like(grad)).backward(grad)
+        grads.append(centers.main_grad if fused else centers.grad)
+    assert centers.grad_added_to_main_grad
     torch.testing.assert_close(grads[1], 1.0 + grads[0])

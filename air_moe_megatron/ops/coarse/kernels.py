@@ -237,7 +237,7 @@ def _sorted_statistics_fwd_kernel(
         tl.store(row + H + 2, tl.sum(summed_lengths, axis=0))
 
 
-def _blocks(hidden, num_probes):
+def _blocks(hidden: torch.Tensor, num_probes: int) -> dict[str, int]:
     """Block sizes and launch options as a function of T, P and the kind of product.
 
     - 16-bit tensor cores: [128, 64] tiles of the three summands and [64, BLOCK_T] of the tokens are 56 or 64 KiB, three
@@ -252,7 +252,14 @@ def _blocks(hidden, num_probes):
     return {"BLOCK_T": block, "BLOCK_C": 128, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
 
 
-def launch_assign(hidden, codewords, num_probes, allowed, keep, with_statistics):
+def launch_assign(
+    hidden: torch.Tensor,
+    codewords: torch.Tensor,
+    num_probes: int,
+    allowed: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    with_statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Codewords [T, P], and the statistics [C, H + 3] by atomic additions or None; blocks as :func:`_blocks`."""
     (num_tokens, hidden_size), num_clusters = hidden.shape, codewords.shape[0]
     hidden, codewords, allowed, keep = contiguous(hidden, codewords, allowed, keep)
@@ -285,7 +292,7 @@ def launch_assign(hidden, codewords, num_probes, allowed, keep, with_statistics)
     return assignments, statistics
 
 
-def launch_lengths(hidden):
+def launch_lengths(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales [T] as :func:`scale_rows` and lengths times scales [T], both fp32: 8 tokens by up to 256 columns."""
     num_tokens, hidden_size = hidden.shape
     scales, norms = torch.empty(2, num_tokens, dtype=torch.float32, device=hidden.device)
@@ -296,12 +303,16 @@ def launch_lengths(hidden):
     return scales, norms
 
 
-def assign(hidden, codewords, num_probes, allowed=None):
+def assign(
+    hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allowed: torch.Tensor | None = None
+) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.coarse.assign`, deterministic."""
     return launch_assign(hidden, codewords, num_probes, allowed, None, with_statistics=False)[0]
 
 
-def token_statistics(hidden, codewords, assignments, keep=None):
+def token_statistics(
+    hidden: torch.Tensor, codewords: torch.Tensor, assignments: torch.Tensor, keep: torch.Tensor | None = None
+) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.coarse.token_statistics`.
 
     The tokens are sorted by codeword; one program adds those of one codeword, for a block of H. A codeword with very
@@ -325,7 +336,14 @@ def token_statistics(hidden, codewords, assignments, keep=None):
     return statistics
 
 
-def assign_with_statistics(hidden, codewords, num_probes, allowed=None, keep=None, deterministic=False):
+def assign_with_statistics(
+    hidden: torch.Tensor,
+    codewords: torch.Tensor,
+    num_probes: int,
+    allowed: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+    deterministic: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.coarse.assign_with_statistics`, in one launch unless ``deterministic``."""
     if not deterministic:
         return launch_assign(hidden, codewords, num_probes, allowed, keep, with_statistics=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 LIMITS = {"num_ranks": 1024, "topk": 512, "num_pairs": 2**31 - 1}
 """The largest sizes that the kernels take."""
@@ -229,10 +229,10 @@ def _combine_fwd_kernel(
             tl.store(probs + token * K + pairs, values, mask=pairs < K)
 
 
-def _pair_blocks(num_ranks, topk):
+def _pair_blocks(num_ranks: int, topk: int) -> dict[str, int]:
     """Blocks of tokens, places and ranks such that a tile of comparisons holds 64 of them per thread.
 
-    Few places and ranks leave room for many tokens, up to 128: neighbours in the [D, T] tensors, so that accesses there
+    Few places and ranks leave room for many tokens, up to 128: neighbors in the [D, T] tensors, so that accesses there
     are coalesced although a token's own entries are T apart.
     """
     block_places = min(triton.next_power_of_2(topk), _MAX_BLOCK)
@@ -241,7 +241,7 @@ def _pair_blocks(num_ranks, topk):
     return {"BLOCK_T": block_tokens, "BLOCK_K": block_places, "BLOCK_D": block_ranks, "num_warps": 4}
 
 
-def _row_blocks(hidden_size, width, topk):
+def _row_blocks(hidden_size: int, width: int, topk: int) -> dict[str, int]:
     """A program takes one token and up to 2,048 columns of it: its loop over rows has the whole width in flight."""
     return {
         "BLOCK_H": min(triton.next_power_of_2(hidden_size), _MAX_COLUMNS),
@@ -251,7 +251,9 @@ def _row_blocks(hidden_size, width, topk):
     }
 
 
-def launch_plan(topk_ids, probs, num_ranks, num_local_experts, mismatch):
+def launch_plan(
+    topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, mismatch: bool
+) -> ExchangePlan:
     """The plan, by two launches with prefix sums between them."""
     (num_tokens, topk), device = topk_ids.shape, topk_ids.device
     topk_ids, probs = topk_ids.contiguous(), probs.contiguous()
@@ -290,7 +292,15 @@ def launch_plan(topk_ids, probs, num_ranks, num_local_experts, mismatch):
     return ExchangePlan(torch.stack(columns, dim=1), token_rows, pair_places, codes)
 
 
-def launch_pack(hidden, token_rows, num_rows, probs=None, pair_places=None, codes=None, num_pairs=0):
+def launch_pack(
+    hidden: torch.Tensor,
+    token_rows: torch.Tensor,
+    num_rows: int,
+    probs: torch.Tensor | None = None,
+    pair_places: torch.Tensor | None = None,
+    codes: torch.Tensor | None = None,
+    num_pairs: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """[R, H] rows; and with pairs [N] codes and [N] probs."""
     (num_tokens, hidden_size), device = hidden.shape, hidden.device
     has_pairs = pair_places is not None
@@ -317,7 +327,12 @@ def launch_pack(hidden, token_rows, num_rows, probs=None, pair_places=None, code
     return rows, row_codes, row_probs
 
 
-def launch_combine(rows, token_rows, row_probs=None, pair_places=None):
+def launch_combine(
+    rows: torch.Tensor,
+    token_rows: torch.Tensor,
+    row_probs: torch.Tensor | None = None,
+    pair_places: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[T, H] sums of each token's rows; and with pairs [T, K] probs, zero where there is no pair."""
     (num_tokens, width), hidden_size, device = token_rows.shape, rows.shape[1], rows.device
     has_pairs = pair_places is not None
@@ -344,7 +359,9 @@ def launch_combine(rows, token_rows, row_probs=None, pair_places=None):
 
 class _Pack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, probs, plan, num_rows, num_pairs):
+    def forward(
+        ctx: FunctionCtx, hidden: torch.Tensor, probs: torch.Tensor, plan: ExchangePlan, num_rows: int, num_pairs: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(plan.token_rows, plan.pair_places)
         rows, codes, row_probs = launch_pack(
             hidden, plan.token_rows, num_rows, probs, plan.pair_places, plan.codes, num_pairs
@@ -354,7 +371,9 @@ class _Pack(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_rows, _, grad_row_probs):
+    def backward(
+        ctx: FunctionCtx, grad_rows: torch.Tensor, _: torch.Tensor, grad_row_probs: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         token_rows, pair_places = ctx.saved_tensors
         grad_hidden, grad_probs = launch_combine(grad_rows, token_rows, grad_row_probs, pair_places)
         return grad_hidden, grad_probs, None, None, None
@@ -362,20 +381,22 @@ class _Pack(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, partial_sums, token_rows):
+    def forward(ctx: FunctionCtx, partial_sums: torch.Tensor, token_rows: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(token_rows)
         ctx.num_rows = partial_sums.shape[0]
         return launch_combine(partial_sums, token_rows)[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_hidden):
+    def backward(ctx: FunctionCtx, grad_hidden: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (token_rows,) = ctx.saved_tensors
         return launch_pack(grad_hidden, token_rows, ctx.num_rows)[0], None
 
 
 @torch.no_grad()
-def make_plan(topk_ids, probs, num_ranks, num_local_experts, mismatch=False):
+def make_plan(
+    topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, mismatch: bool = False
+) -> ExchangePlan:
     """As :func:`air_moe_megatron.ops.exchange.make_plan`, with the place of every row and pair.
 
     Example: ids [[0, 3, 1], [2, -1, -1]] over 2 ranks of 2 experts make the pairs 0, 1 | 3 | 2: token_rows
@@ -385,11 +406,13 @@ def make_plan(topk_ids, probs, num_ranks, num_local_experts, mismatch=False):
     return launch_plan(topk_ids, probs, num_ranks, num_local_experts, mismatch)
 
 
-def pack(hidden, probs, plan, num_rows, num_pairs):
+def pack(
+    hidden: torch.Tensor, probs: torch.Tensor, plan: ExchangePlan, num_rows: int, num_pairs: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.exchange.pack`, deterministic."""
     return _Pack.apply(hidden, probs, plan, num_rows, num_pairs)
 
 
-def combine(partial_sums, plan):
+def combine(partial_sums: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.exchange.combine`, deterministic."""
     return _Combine.apply(partial_sums, plan.token_rows)

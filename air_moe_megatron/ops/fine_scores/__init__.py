@@ -25,7 +25,7 @@ def fine_scores(
 
     Args:
         hidden: [T, H], tokens.
-        weight: [E, H], expert centres.
+        weight: [E, H], expert centers.
         bias: [E] or None.
         shortlist: [C, L] integer expert ids, distinct in a row; -1 fills the end of a shorter list.
         assignments: [T, P] int64, codewords of each token.

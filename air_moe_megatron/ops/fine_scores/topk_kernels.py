@@ -10,10 +10,11 @@ Legend: B blocks of tokens; others as in ``ops/__init__.py``.
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.ops.fine_scores.kernels import (
     LIMITS,
+    Rows,
     experts_of_list,
     rows_of_block,
     score_tile,
@@ -88,7 +89,15 @@ def _fine_topk_fwd_kernel(
     tl.store(topk_ids + out, ids, mask=kept)
 
 
-def launch_fine_topk(hidden, weight, bias, shortlist, rows, topk, dot_dtype):
+def launch_fine_topk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist: torch.Tensor,
+    rows: Rows,
+    topk: int,
+    dot_dtype: tl.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Top-k scores [T, K] fp32 and ids [T, K] int32.
 
     16 rows by a list of up to 512 are one tile, a warp for each 32 columns: 32 KiB of fp32 scores and 64 KiB of keys,
@@ -116,7 +125,16 @@ def launch_fine_topk(hidden, weight, bias, shortlist, rows, topk, dot_dtype):
 
 class _FineTopkKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, shortlist, assignments, topk, dtype):
+    def forward(
+        ctx: FunctionCtx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        shortlist: torch.Tensor,
+        assignments: torch.Tensor,
+        topk: int,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.weight = weight  # the parameter itself, for its main_grad
         dot_dtype = dot_dtype_of(hidden, weight, dtype)
         hidden, weight, bias, shortlist = contiguous(hidden, weight, bias, shortlist)
@@ -128,12 +146,20 @@ class _FineTopkKernel(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_scores, _):
+    def backward(ctx: FunctionCtx, grad_scores: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *inputs, ids = ctx.saved_tensors
         return *gradients_of_selected(grad_scores, ids, *inputs, ctx.weight, ctx.needs_input_grad), *[None] * 4
 
 
-def fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype):
+def fine_topk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist: torch.Tensor,
+    assignments: torch.Tensor,
+    topk: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`; the scores are fp32, whatever the dtype of the arithmetic.
 
     Highest first; the lower place in the list first where scores are equal. Deterministic, and does not wait for the

@@ -25,8 +25,9 @@ Legend: B blocks of pairs, Q = F, or 2F of the gated first projection; others as
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
+from air_moe_megatron.ops.pair_products import Pairs
 from air_moe_megatron.ops.pair_products.kernels import launch_pair_sums, pairs_from
 from air_moe_megatron.ops.segments import (
     block_of,
@@ -269,7 +270,14 @@ def _expert_weight_bwd_kernel(
     tl.store(out, tl.load(out, mask=kept, other=0.0).to(tl.float32) + sums, mask=kept)
 
 
-def launch_granular_values(hidden, weight1, probs, pairs, ffn_hidden_size, activation):
+def launch_granular_values(
+    hidden: torch.Tensor,
+    weight1: torch.Tensor,
+    probs: torch.Tensor,
+    pairs: Pairs,
+    ffn_hidden_size: int,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, Q] fp32 inputs of the activation, and [N, F] fp32 values: activation (times linear part) times probability.
 
     Steps of 64 columns in bf16: a program reads 128 bytes of each of its rows at a time, pipelined.
@@ -292,7 +300,9 @@ def launch_granular_values(hidden, weight1, probs, pairs, ffn_hidden_size, activ
     return inputs, values
 
 
-def launch_granular_sums(values, weight, pairs, dtype, deterministic):
+def launch_granular_sums(
+    values: torch.Tensor, weight: torch.Tensor, pairs: Pairs, dtype: torch.dtype, deterministic: bool
+) -> torch.Tensor:
     """[R, H] sums in ``dtype`` of the weight rows [E, Q, H] by the values [N, Q], one of the two ways above.
 
     In expert order, tiles of a block of pairs by 128 columns.
@@ -316,7 +326,14 @@ def launch_granular_sums(values, weight, pairs, dtype, deterministic):
     return sums.to(dtype)
 
 
-def launch_granular_gradients(grad_out, weight2, inputs, probs, pairs, activation):
+def launch_granular_gradients(
+    grad_out: torch.Tensor,
+    weight2: torch.Tensor,
+    inputs: torch.Tensor,
+    probs: torch.Tensor,
+    pairs: Pairs,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[N, F] fp32 values made anew, [N, Q] fp32 gradient of the inputs, [N] of the probabilities; tiles as forward."""
     num_pairs, hidden_size = pairs.ids.numel(), grad_out.shape[1]
     ffn_hidden_size = weight2.shape[1]
@@ -336,7 +353,9 @@ def launch_granular_gradients(grad_out, weight2, inputs, probs, pairs, activatio
     return values, grad_inputs, grad_probs
 
 
-def launch_granular_weight_gradient(source, values, pairs, grad_weight_out):
+def launch_granular_weight_gradient(
+    source: torch.Tensor, values: torch.Tensor, pairs: Pairs, grad_weight_out: torch.Tensor
+) -> None:
     """Add ``values[n, q] * source[row]`` of each expert's pairs to its rows of ``grad_weight_out`` [E * Q, H].
 
     Any float dtype; the sum of a row is made in fp32 and rounded once. Experts without pairs are not touched. Tiles of
@@ -358,7 +377,16 @@ def launch_granular_weight_gradient(source, values, pairs, grad_weight_out):
 
 class _GranularExpertsKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight1, weight2, probs, pairs, activation, deterministic):
+    def forward(
+        ctx: FunctionCtx,
+        hidden: torch.Tensor,
+        weight1: torch.Tensor,
+        weight2: torch.Tensor,
+        probs: torch.Tensor,
+        pairs: Pairs,
+        activation: str,
+        deterministic: bool,
+    ) -> torch.Tensor:
         ctx.weights = weight1, weight2  # the parameters themselves, for their main_grad
         ctx.pairs, ctx.activation, ctx.deterministic = pairs, activation, deterministic
         hidden, weight1, weight2, probs = contiguous(hidden, weight1, weight2, probs)
@@ -368,7 +396,7 @@ class _GranularExpertsKernel(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: FunctionCtx, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight1, weight2, probs, inputs = ctx.saved_tensors
         pairs, grad_out = ctx.pairs, grad_out.contiguous()
         need_hidden, need_weight1, need_weight2, need_probs = ctx.needs_input_grad[:4]
@@ -389,7 +417,15 @@ class _GranularExpertsKernel(torch.autograd.Function):
         return grad_hidden, grad_weight1, grad_weight2, grad_probs if need_probs else None, None, None, None
 
 
-def granular_experts(hidden, weight1, weight2, probs, pairs, activation, deterministic=False):
+def granular_experts(
+    hidden: torch.Tensor,
+    weight1: torch.Tensor,
+    weight2: torch.Tensor,
+    probs: torch.Tensor,
+    pairs: Pairs,
+    activation: str,
+    deterministic: bool = False,
+) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.granular_experts.granular_experts`, summed in fp32.
 
     ``deterministic``: sum per row of tokens in row order, however many weight rows an expert has; otherwise sums over

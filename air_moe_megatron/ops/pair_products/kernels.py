@@ -17,8 +17,9 @@ Legend: B blocks, Q consecutive weight rows of an id; others as in ``ops/__init_
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
+from air_moe_megatron.ops.pair_products import Pairs
 from air_moe_megatron.ops.segments import (
     next_power_of_2,
     segment_blocks,
@@ -138,7 +139,7 @@ def _pair_weight_bwd_kernel(
     tl.store(out, tl.load(out, mask=in_row, other=0.0).to(tl.float32) + tl.sum(products, axis=0), mask=in_row)
 
 
-def launch_pair_dots(hidden, weight, pairs):
+def launch_pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     """[N] fp32 dot products of hidden [R, H] and weight [M, H]; zero where the id is -1.
 
     Blocks hold about as many pairs as a weight row has on average, 4 to 32, and as much of a row as a tile then takes.
@@ -157,7 +158,9 @@ def launch_pair_dots(hidden, weight, pairs):
     return dots
 
 
-def launch_pair_sums(values, weight, pairs, dtype, parts=1):
+def launch_pair_sums(
+    values: torch.Tensor, weight: torch.Tensor, pairs: Pairs, dtype: torch.dtype, parts: int = 1
+) -> torch.Tensor:
     """[R, H] sums in ``dtype`` of the weight rows [M * Q, H] by the values [N * Q]; an id of -1 is no pair.
 
     The Q weight rows of an id lie together, and so do the values of a pair. Tiles of 8 pairs and up to 512 columns: a
@@ -174,7 +177,9 @@ def launch_pair_sums(values, weight, pairs, dtype, parts=1):
     return sums
 
 
-def launch_pair_weight_gradient(source, values, pairs, grad_weight_out):
+def launch_pair_weight_gradient(
+    source: torch.Tensor, values: torch.Tensor, pairs: Pairs, grad_weight_out: torch.Tensor
+) -> None:
     """Add ``values[n] * source[row]`` of each weight row's pairs to its row of ``grad_weight_out`` [M, H].
 
     Any float dtype; the sum of a row is made in fp32 and rounded once. Rows without pairs are not touched. One program
@@ -193,14 +198,14 @@ def launch_pair_weight_gradient(source, values, pairs, grad_weight_out):
 
 class _PairDotsKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, pairs):
+    def forward(ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.weight, ctx.pairs = weight, pairs  # the parameter itself, for its main_grad
         return launch_pair_dots(hidden, weight, pairs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_dots):
+    def backward(ctx: FunctionCtx, grad_dots: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -214,14 +219,14 @@ class _PairDotsKernel(torch.autograd.Function):
 
 class _PairSumsKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, weight, pairs):
+    def forward(ctx: FunctionCtx, values: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         ctx.save_for_backward(values, weight)
         ctx.weight, ctx.pairs = weight, pairs
         return launch_pair_sums(values, weight, pairs, weight.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_sums):
+    def backward(ctx: FunctionCtx, grad_sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values, weight = ctx.saved_tensors
         grad_values = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -233,11 +238,11 @@ class _PairSumsKernel(torch.autograd.Function):
         return grad_values, grad_weight, None
 
 
-def pair_dots(hidden, weight, pairs):
+def pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.pair_products.pair_dots`, summed in fp32, deterministic."""
     return _PairDotsKernel.apply(hidden, weight, pairs)
 
 
-def pair_sums(values, weight, pairs):
+def pair_sums(values: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.pair_products.pair_sums`, summed in fp32, deterministic."""
     return _PairSumsKernel.apply(values, weight, pairs)

@@ -9,15 +9,22 @@ _SCORE = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda scores: torch.nn.func
 
 
 def rank_experts(
-    codewords, scale, weight, bias, shortlist_size, score_function, expert_bias, chunk_elements=CHUNK_ELEMENTS
-):
+    codewords: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist_size: int,
+    score_function: str | None,
+    expert_bias: torch.Tensor | None,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.ranking.rank_experts`. Waits for the device."""
     num_clusters, num_experts = codewords.shape[0], weight.shape[0]
     chunk = min(num_experts, max(chunk_elements // num_clusters, 1))
     chunks = [slice(first, min(first + chunk, num_experts)) for first in range(0, num_experts, chunk)]
     buffer = torch.empty(num_clusters * chunk, device=weight.device)  # on a CPU, fresh memory costs more than its use
 
-    def score(experts):
+    def score(experts: slice) -> torch.Tensor:
         size = experts.stop - experts.start
         scores = torch.mm(codewords, weight[experts].float().t(), out=buffer[: num_clusters * size].view(-1, size))
         if bias is not None or score_function is not None:
@@ -47,7 +54,7 @@ def rank_experts(
     return ids.gather(1, places), torch.cat(nearest), torch.cat(highest)
 
 
-def _max_per_column(scores):
+def _max_per_column(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Maximum [n] and its row [n] of scores [C, n]; over groups of rows first, as ``amax`` is the quick part."""
     num_rows, size = scores.shape
     if num_rows % _STRIPES:
@@ -58,7 +65,7 @@ def _max_per_column(scores):
     return values, stripe * (num_rows // _STRIPES) + group
 
 
-def _topk(scores, k):
+def _topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and columns of the k largest per row of scores [C, n], in descending order; of all n if k is larger.
 
     The columns are divided into groups: the k largest lie in the k groups of the largest maxima.

@@ -129,7 +129,7 @@ def _candidates_fwd_kernel(
     BLOCK_H: tl.constexpr,
 ):
     program = tl.program_id(0)
-    group = program // num_tiles  # tiles of a group are neighbours: the second finds its weight rows in the L2 cache
+    group = program // num_tiles  # tiles of a group are neighbors: the second finds its weight rows in the L2 cache
     first = tl.load(first_pairs + group) + (program % num_tiles) * BLOCK_C
     end = tl.load(first_pairs + group + 1)
     if first >= end:
@@ -149,7 +149,7 @@ def _candidates_fwd_kernel(
     tl.store(candidates + pair[:, None] * G + tl.arange(0, G)[None, :], keys, mask=is_pair[:, None])
 
 
-def _blocks(weight, group_size):
+def _blocks(weight: torch.Tensor, group_size: int) -> dict[str, int]:
     """Block sizes and launch options of the first step as a function of E and the dtype.
 
     - 16-bit: [128, 64] tiles of the three summands and [64, 128] of the weight are 64 KiB, three stages of them fit the
@@ -162,20 +162,29 @@ def _blocks(weight, group_size):
     return {"BLOCK_C": 128, "BLOCK_E": block, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
 
 
-def _candidate_blocks(weight):
+def _candidate_blocks(weight: torch.Tensor) -> dict[str, int]:
     """The same of the third step: about 4 G codewords choose a group, so two tiles of 64 with G = 32."""
     if weight.dtype == torch.float32:
         return {"BLOCK_C": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_C": 64, "BLOCK_H": 64, "num_warps": 4, "num_stages": 3}
 
 
-def _best_groups(group_keys, num_kept):
+def _best_groups(group_keys: torch.Tensor, num_kept: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[n * k] pairs (codeword, place among its best groups) sorted by group, and [E / G + 1] each group's first."""
     groups = ids_of_keys(group_keys.topk(num_kept, dim=1).values)
     return sort_into_segments(groups.flatten(), group_keys.shape[1])
 
 
-def launch_ranking(codewords, factors, weight, bias, shortlist_size, function, expert_bias, group_size):
+def launch_ranking(
+    codewords: torch.Tensor,
+    factors: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist_size: int,
+    function: str | None,
+    expert_bias: torch.Tensor | None,
+    group_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Lists [C, L], and of each expert the best codeword [E] and its score [E]: the three steps above."""
     (num_clusters, hidden_size), num_experts, device = codewords.shape, weight.shape[0], weight.device
     weight, bias, expert_bias = contiguous(weight, bias, expert_bias)
@@ -217,7 +226,16 @@ def launch_ranking(codewords, factors, weight, bias, shortlist_size, function, e
     return lists, nearest, score
 
 
-def rank_experts(codewords, scale, weight, bias, shortlist_size, score_function=None, expert_bias=None, group_size=32):
+def rank_experts(
+    codewords: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist_size: int,
+    score_function: str | None = None,
+    expert_bias: torch.Tensor | None = None,
+    group_size: int = 32,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.ranking.rank_experts`, deterministic, without a wait for the device.
 
     Without bias and score function the scale, which changes no order, is left out. ``group_size`` is G, the experts

@@ -25,7 +25,7 @@ def selected_scores(
 
     Args:
         hidden: [T, H], tokens.
-        weight: [E, H], expert centres.
+        weight: [E, H], expert centers.
         bias: [E] or None.
         ids: [T, K] integer expert ids, distinct in a row; -1 where there is none: no gradient.
         scores: [T, K], their scores; they set the dtype of the arithmetic and of the result.
