@@ -10,8 +10,8 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.module import MegatronModule
 
 from air_moe_megatron.config import validate_experts
-from air_moe_megatron.ops.backend import use_kernels
-from air_moe_megatron.ops.pair_products import Pairs, make_pairs, pair_dots, pair_sums
+from air_moe_megatron.ops.granular_experts import granular_experts
+from air_moe_megatron.ops.pair_products import Pairs, make_pairs
 from air_moe_megatron.process_groups import HoldsProcessGroups
 
 _BLOCK = 256  # experts that are initialised from one seed
@@ -63,17 +63,10 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         """
         if not isinstance(pairs, Pairs):
             pairs = self._pairs_of_sorted_rows(hidden_states, pairs)
-        activation = self._kernel_activation()
-        sizes = dict(ffn_hidden_size=self.ffn_hidden_size)
-        if activation is not None and use_kernels("granular_experts", hidden_states, self.weight1, **sizes):
-            from air_moe_megatron.ops.granular_experts.kernels import granular_experts_kernel
-
-            weights, deterministic = (self.weight1, self.weight2), torch.are_deterministic_algorithms_enabled()
-            return granular_experts_kernel(hidden_states, *weights, probs, pairs, activation, deterministic), None
-        num_pairs, num_inputs = probs.shape[0], self.weight1.shape[1]
-        inputs = pair_dots(hidden_states, self.weight1, pairs.split(num_inputs)).view(num_pairs, num_inputs)
-        values = self._activate(inputs) * probs.unsqueeze(1)  # [N, F], fp32 or wider
-        return pair_sums(values.reshape(-1), self.weight2, pairs.split(self.ffn_hidden_size)), None
+        out = granular_experts(
+            hidden_states, self.weight1, self.weight2, probs, pairs, self._activate, self._kernel_activation()
+        )
+        return out, None
 
     def _kernel_activation(self):
         """Name of the activation in the fused kernels; None for those that they do not have."""

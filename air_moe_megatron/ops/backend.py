@@ -1,11 +1,12 @@
-"""Which way an operation goes: its Triton kernels, or torch. One function decides, for all of them.
+"""The choice between an operation's Triton kernels and torch. One function decides, for all of them.
 
 The environment variable AIR_MOE_BACKEND forces "torch" or "triton"; unset, or "auto", kernels take what is on a GPU and
-within their limits. The limits are what the kernels can do, not where they are fastest: no shape has been timed on a
-GPU yet (docs/performance.md).
+within their limits. A module of kernels names its limits in ``LIMITS``. They are what the kernels can do, not where
+they are fastest: no shape has been timed on a GPU yet (docs/performance.md).
 """
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -16,17 +17,6 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "AIR_MOE_BACKEND"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST = {
-    "coarse": {"num_probes": 8},
-    "ranking": {},
-    "fine_scores": {},
-    "fine_topk": {"topk": 512},
-    "pair_products": {},
-    "selected_scores": {},
-    "granular_experts": {"ffn_hidden_size": 64},
-    "exchange": {"num_ranks": 1024, "topk": 512},
-}
-"""Operation -> the largest sizes that its kernels take."""
 _SHARED_MEMORY = 160 * 1024
 """Bytes of shared memory per block that the kernels are sized for: an A100 has 163 KiB, an H100 227, an L40S 99."""
 
@@ -35,10 +25,10 @@ def use_kernels(operation: str, *tensors: torch.Tensor, dtype: torch.dtype | Non
     """Whether the kernels of an operation take these tensors.
 
     Args:
-        operation: folder under ``ops/`` (or "fine_topk").
+        operation: folder under ``ops/``.
         tensors: floating-point inputs, all on one device.
         dtype: of the arithmetic, where that is not theirs.
-        sizes: those that the kernels limit.
+        sizes: those that the kernels limit, by their names in ``LIMITS``.
     Raises:
         ValueError: if AIR_MOE_BACKEND is none of its values, or "triton" where the kernels cannot run.
     """
@@ -56,7 +46,9 @@ def use_kernels(operation: str, *tensors: torch.Tensor, dtype: torch.dtype | Non
     return reason is None and (forced == "triton" or tensors[0].is_cuda)
 
 
-def _reason_against(operation, device, dtypes, sizes):
+def _reason_against(
+    operation: str, device: torch.device, dtypes: list[torch.dtype], sizes: dict[str, int]
+) -> str | None:
     is_cuda = device.type == "cuda"
     if not is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are not on a CUDA GPU"
@@ -69,22 +61,24 @@ def _reason_against(operation, device, dtypes, sizes):
     for dtype in dtypes:
         if dtype not in _DTYPES:
             return f"its kernels take no {dtype}"
-    for name, size in sizes.items():
-        if size > _LARGEST[operation][name]:
-            return f"{name} ({size}) exceeds {_LARGEST[operation][name]}"
+    if sizes:
+        limits = importlib.import_module(f"air_moe_megatron.ops.{operation}.kernels").LIMITS
+        for name, size in sizes.items():
+            if size > limits[name]:
+                return f"{name} ({size}) exceeds {limits[name]}"
     return None
 
 
 @functools.cache
-def _shared_memory(device):
+def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @functools.cache
-def _has_triton():
+def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
-def _say_once(operation, reason):
+def _say_once(operation: str, reason: str) -> None:
     logger.info("%s uses torch operations: %s", operation, reason)

@@ -1,4 +1,4 @@
-"""Parts that kernels share: products of tiles, keys that order, blocks of segments, and what launchers compute.
+"""Parts that kernels share: products of tiles, and keys that order.
 
 A ``for`` loop in a kernel has bounds that are known when it is compiled: sizes of a layer are ``tl.constexpr``, and a
 loop over what only the device can count is a ``while``. Triton pipelines no loop without a matrix product anyway, and
@@ -7,17 +7,14 @@ its interpreter does not take a tensor as the bound of a ``range`` (NumPy 2.5).
 The interpreter has no 16-bit products either, since NumPy has no bf16: :func:`dot` widens the tiles there. Products of
 16-bit numbers are exact in fp32, so that both ways agree but for the order of a sum.
 
-Legend: N items, S segments, B blocks, M weight rows, H hidden.
+Legend: H hidden, C clusters, S summands of a codeword.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from air_moe_megatron.ops.weight_gradient import added_to_main_grad, main_grad_of
-
-SCORE_FUNCTIONS = (None, "sigmoid", "sqrtsoftplus")
-"""Functions through which Megatron's expert bias is added to a score; see :func:`apply_score_function`."""
+from air_moe_megatron.ops.segments import block_of
 
 LOWEST_KEY = tl.constexpr(-(2**63))  # ranks below every candidate
 HIGHEST_KEY = tl.constexpr(2**63 - 1)
@@ -60,6 +57,44 @@ def dot_wide(a, b, acc, DOT_DTYPE: tl.constexpr):
 
 
 @triton.jit
+def codeword_products(
+    summands,  # [S, C, H]
+    ids,
+    is_codeword,
+    rows,  # [.., H] tokens or expert centers
+    row_ids,
+    is_row,
+    scales,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """[BLOCK_C, BLOCK_R] fp32 products of codewords and rows; of rows times their scales if SCALED.
+
+    The codewords are the rows of the product: its M is at least 64, BLOCK_R need not be.
+    """
+    products = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
+    for start in range(0, H, BLOCK_H):
+        columns = start + tl.arange(0, BLOCK_H)
+        in_row = columns < H
+        r = tl.load(rows + row_ids[None, :] * H + columns[:, None], mask=is_row[None, :] & in_row[:, None], other=0.0)
+        if SCALED:
+            r = (r.to(tl.float32) * scales[None, :]).to(r.dtype)  # by a power of two: exact
+        for s in tl.static_range(S):
+            c = tl.load(
+                summands + s * C * H + ids.to(tl.int64)[:, None] * H + columns[None, :],
+                mask=is_codeword[:, None] & in_row[None, :],
+                other=0.0,
+            )
+            products = dot(c, r.to(c.dtype), products)
+    return products
+
+
+@triton.jit
 def order_key(values, ids):
     """int64 that orders fp32 values with their ids (below 2^31): by value, NaN first, then by lower id."""
     bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
@@ -99,19 +134,9 @@ def apply_score_function(scores, NAME: tl.constexpr):
     return scores
 
 
-def block_of(size: int, largest: int) -> int:
-    """Power of two for a matrix product over ``size`` elements: 16, the least of one, to ``largest``."""
-    return min(largest, max(16, triton.next_power_of_2(size)))
-
-
 def step_of(size: int, dot_dtype: tl.dtype) -> int:
     """Elements of a step along the summed dimension: 128 bytes, but few in fp32, whose operands are in registers."""
     return block_of(size, 16 if dot_dtype == tl.float32 else 64)
-
-
-def block_rows_of(num_items: int, num_segments: int) -> int:
-    """Items of a block for a matrix product: about those of a segment, from 16 to 64."""
-    return block_of(num_items // max(1, min(num_items, num_segments)), 64)
 
 
 def dot_dtype_of(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> tl.dtype:
@@ -119,52 +144,6 @@ def dot_dtype_of(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype)
     if dtype == torch.float32 and hidden.dtype == weight.dtype:
         dtype = hidden.dtype
     return _TRITON_DTYPES[dtype]
-
-
-def contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors as kernels address them, None left alone."""
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
-
-
-def sort_into_segments(ids: torch.Tensor, num_segments: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sort items by segment, those of one segment in their order. Does not wait for the device.
-
-    Args:
-        ids: [N] int64, segment of each item; an item of a segment beyond the last is in none.
-        num_segments: S.
-    Returns:
-        [N] int64 items, sorted; [S + 1] int64 place of each segment's first; the last is where the last segment ends.
-
-    Example: ids [1, 0, 1] of 2 segments give [1, 0, 2] and [0, 1, 3].
-    """
-    sorted_ids, order = ids.sort(stable=True)
-    return order, torch.searchsorted(sorted_ids, torch.arange(num_segments + 1, device=ids.device))
-
-
-def segment_blocks(first: torch.Tensor, num_items: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut segments of consecutive items into blocks, without waiting for the device.
-
-    There are as many blocks as ``num_items`` items in S segments can need at most: with n segments in use, each but for
-    its last block full, that is ``(num_items + (block_size - 1) * n) / block_size``.
-
-    Args:
-        first: [S + 1] int64, first item of each segment; the last is where the last segment ends. S is at least 1.
-        num_items: items at most; with ``block_size`` at least as many, each segment in use is one block.
-        block_size: items of a block.
-    Returns:
-        [B] int64 segment of each block, S where there is no block; [B] int64 first item of each block.
-
-    Example: first [0, 3, 3, 4], 4 items, blocks of 2: segments [0, 0, 2], starts [0, 2, 3].
-    """
-    num_segments = first.numel() - 1
-    num_used = min(num_segments, num_items)
-    num_blocks = (num_items + (block_size - 1) * num_used) // block_size
-    blocks = (first.diff() + block_size - 1) // block_size
-    ends = blocks.cumsum(0)
-    places = torch.arange(num_blocks, device=first.device)
-    segments = torch.searchsorted(ends, places, right=True)
-    near = segments.clamp(max=num_segments - 1)
-    return segments, first[near] + (places - (ends - blocks)[near]) * block_size
 
 
 def split_codewords(codewords: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
@@ -188,26 +167,3 @@ def split_codewords(codewords: torch.Tensor, dtype: torch.dtype) -> tuple[torch.
         summand.copy_(rest)
         rest = rest - summand
     return summands, scale
-
-
-def add_weight_gradient(weight: torch.Tensor, add) -> torch.Tensor:
-    """Have ``add`` add to ``main_grad`` [M, H] where there is one, otherwise to zeros; give what backward returns."""
-    main_grad = main_grad_of(weight)
-    if main_grad is None:
-        grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        add(grad_weight.view(-1, weight.shape[-1]))
-        return grad_weight
-    add(main_grad)
-    return added_to_main_grad(weight)
-
-
-def require_kernel_dtypes(**tensors_or_dtypes) -> None:
-    """Refuse what the kernels do not compute with: they accumulate in fp32.
-
-    Raises:
-        ValueError: naming the first that is not fp32, bf16 or fp16.
-    """
-    for name, value in tensors_or_dtypes.items():
-        dtype = getattr(value, "dtype", value)
-        if dtype not in _TRITON_DTYPES:
-            raise ValueError(f"{name} is {dtype}, but the kernels take {', '.join(map(str, _TRITON_DTYPES))}")

@@ -8,6 +8,7 @@ Legend: N pairs, M weight rows, R rows of the source, H hidden.
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import embedding_bag
@@ -31,7 +32,20 @@ def added_to_main_grad(weight: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(weight)
 
 
-def weight_gradient(weight, source, first, rows, values):
+def add_weight_gradient(weight: torch.Tensor, add: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    """Have ``add`` add to ``main_grad`` [M, H] where there is one, otherwise to zeros; give what backward returns."""
+    main_grad = main_grad_of(weight)
+    if main_grad is None:
+        grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        add(grad_weight.view(-1, weight.shape[-1]))
+        return grad_weight
+    add(main_grad)
+    return added_to_main_grad(weight)
+
+
+def weight_gradient(
+    weight: torch.Tensor, source: torch.Tensor, first: torch.Tensor, rows: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
     """Sum ``values[n] * source[rows[n]]`` over the pairs n of each row of ``weight``.
 
     Into an fp32 ``main_grad`` go the sums themselves: on a CPU by a sparse-times-dense product, on a GPU
@@ -66,7 +80,7 @@ def weight_gradient(weight, source, first, rows, values):
     return added_to_main_grad(weight)
 
 
-def sparse_rows(first, columns, values, num_columns):
+def sparse_rows(first: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, num_columns: int) -> torch.Tensor:
     """The CSR matrix [M, num_columns] of which row m has ``values`` in the ``columns`` from ``first[m]`` on."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse")  # torch announces CSR as beta, once per process
@@ -74,5 +88,5 @@ def sparse_rows(first, columns, values, num_columns):
         return torch.sparse_csr_tensor(first, columns, values, shape, check_invariants=False)
 
 
-def _parts(length, chunk):
+def _parts(length: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]

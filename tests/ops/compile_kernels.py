@@ -19,13 +19,13 @@ from triton.runtime.jit import JITFunction
 
 from air_moe_megatron.ops.coarse.kernels import assign_with_statistics
 from air_moe_megatron.ops.exchange.kernels import combine, make_plan, pack
-from air_moe_megatron.ops.fine_scores.kernels import fine_scores_kernel
-from air_moe_megatron.ops.fine_scores.topk_kernels import fine_topk_kernel
-from air_moe_megatron.ops.granular_experts.kernels import granular_experts_kernel
+from air_moe_megatron.ops.fine_scores import kernels as fine_scores_kernels
+from air_moe_megatron.ops.fine_scores import topk_kernels
+from air_moe_megatron.ops.granular_experts import kernels as granular_experts_kernels
+from air_moe_megatron.ops.pair_products import kernels as pair_kernels
 from air_moe_megatron.ops.pair_products import make_pairs
-from air_moe_megatron.ops.pair_products.kernels import pair_dots_kernel, pair_sums_kernel
-from air_moe_megatron.ops.ranking.kernels import rank_experts_kernel
-from air_moe_megatron.ops.selected_scores.kernels import selected_scores_kernel
+from air_moe_megatron.ops.ranking.kernels import rank_experts
+from air_moe_megatron.ops.selected_scores import kernels as selected_scores_kernels
 
 T, H, E, C, L, K = 512, 512, 4096, 8, 512, 64
 BF16 = torch.bfloat16
@@ -92,7 +92,7 @@ def coarse(num_tokens, deterministic):
 
 def ranking():
     weight, bias = torch.zeros(16384, H, dtype=BF16), torch.zeros(16384, dtype=BF16)
-    rank_experts_kernel(torch.zeros(128, H), torch.ones(128), weight, bias, 32, "sqrtsoftplus", torch.zeros(16384))
+    rank_experts(torch.zeros(128, H), torch.ones(128), weight, bias, 32, "sqrtsoftplus", torch.zeros(16384))
 
 
 def exchange():
@@ -111,41 +111,43 @@ def lists():
 
 def fine_scores(deterministic):
     hidden, weight, bias = leaf(T, H), leaf(E, H), torch.zeros(E, dtype=BF16)
-    scores = fine_scores_kernel(hidden, weight, bias, *lists(), torch.float32, deterministic)
+    scores = fine_scores_kernels.fine_scores(hidden, weight, bias, *lists(), torch.float32, deterministic)
     backward((scores,), (hidden, weight))
 
 
 def fine_scores_bias():
     """The gradient of the bias is the product with a column of fp32 ones."""
     hidden, weight, bias = torch.zeros(T, H, dtype=BF16), torch.zeros(E, H, dtype=BF16), leaf(E)
-    backward((fine_scores_kernel(hidden, weight, bias, *lists(), torch.float32),), (bias,))
+    backward((fine_scores_kernels.fine_scores(hidden, weight, bias, *lists(), torch.float32),), (bias,))
 
 
 def fine_topk():
     hidden, weight, bias = leaf(T, H), leaf(E, H), torch.zeros(E, dtype=BF16)
-    scores, _ = fine_topk_kernel(hidden, weight, bias, *lists(), torch.float32, K)
+    scores, _ = topk_kernels.fine_topk(hidden, weight, bias, *lists(), K, torch.float32)
     backward((scores,), (hidden, weight))
 
 
 def pair_products():
     pairs = make_pairs(torch.arange(T).repeat_interleave(8), torch.arange(8 * T) % E, T, E)
     hidden, weight, values = leaf(T, H), leaf(E, H), leaf(8 * T)
-    backward((pair_dots_kernel(hidden, weight, pairs),), (hidden, weight))
-    backward((pair_sums_kernel(values, weight, pairs),), (values, weight))
+    backward((pair_kernels.pair_dots(hidden, weight, pairs),), (hidden, weight))
+    backward((pair_kernels.pair_sums(values, weight, pairs),), (values, weight))
 
 
 def selected_scores():
     """As the recommended mixture has it: parameters in bf16, scores in fp32."""
     hidden, weight, bias = leaf(T, H), leaf(E, H), leaf(E)
     ids = torch.arange(T * K).view(T, K) % E
-    backward((selected_scores_kernel(hidden, weight, bias, ids, torch.zeros(T, K)),), (hidden, weight, bias))
+    backward(
+        (selected_scores_kernels.selected_scores(hidden, weight, bias, ids, torch.zeros(T, K)),), (hidden, weight, bias)
+    )
 
 
 def granular_experts(deterministic):
     """Gated experts of 8 rows, with 64 pairs each."""
     pairs = make_pairs(torch.arange(T).repeat_interleave(8), torch.arange(8 * T) % 64, T, 64)
     leaves = leaf(T, H), leaf(64, 16, H), leaf(64, 8, H), leaf(8 * T, dtype=torch.float32)
-    backward((granular_experts_kernel(*leaves, pairs, "silu", deterministic),), leaves)
+    backward((granular_experts_kernels.granular_experts(*leaves, pairs, "silu", deterministic),), leaves)
 
 
 CASES = {

@@ -21,6 +21,13 @@ def poisoned_memory(monkeypatch):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
+@pytest.fixture(params=("torch", "triton"))
+def backend(request, monkeypatch) -> str:
+    """What front doors are made to take: torch, or the kernels."""
+    monkeypatch.setenv("AIR_MOE_BACKEND", request.param)
+    return request.param
+
+
 @pytest.fixture
 def cuda() -> str:
     """Device of a test that is not interpreted, since its tensors are large."""

@@ -1,9 +1,9 @@
-"""Fine scores: the grouped path against naive.py, forward and all gradients."""
+"""Fine scores: the torch version against naive.py, forward and all gradients."""
 
 import pytest
 import torch
 
-from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk, grouped
+from air_moe_megatron.ops.fine_scores import eager, fine_scores, fine_topk
 from air_moe_megatron.ops.fine_scores.naive import naive_fine_scores, naive_fine_topk
 
 # Largest error, as the root mean square of the difference over that of the reference. The reference is naive.py in
@@ -96,16 +96,16 @@ def test_equals_naive(shape, dtype, with_bias, padded):
 
 @pytest.mark.parametrize("limit", (1, 16 * 4, 16 * 7), ids=("one-list", "longest-list", "two-lists"))
 def test_equals_naive_over_several_batches(monkeypatch, limit):
-    monkeypatch.setattr(grouped, "_BATCH_ELEMENTS", limit)
+    monkeypatch.setattr(eager, "_BATCH_ELEMENTS", limit)
     inputs = make_inputs(SHAPES["two-probes"], torch.float32, True, True)
-    assert len(grouped._group(inputs[3], inputs[4], 16).batches) > 1
+    assert len(eager._group(inputs[3], inputs[4], 16).batches) > 1
     assert_equals_naive(SHAPES["two-probes"], torch.float32, True, True)
 
 
 @pytest.mark.parametrize("min_fill", (0.0, 1.0), ids=("all-padded-alike", "equal-rows-only"))
 def test_padding_of_a_batch_changes_nothing(monkeypatch, min_fill):
     """Codewords with 1 to 9 rows, in one batch or in one for each number of rows."""
-    monkeypatch.setattr(grouped, "_MIN_FILL", min_fill)
+    monkeypatch.setattr(eager, "_MIN_FILL", min_fill)
     assignments = torch.arange(9).repeat_interleave(torch.arange(1, 10)).unsqueeze(1)
     num_tokens = assignments.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -113,7 +113,7 @@ def test_padding_of_a_batch_changes_nothing(monkeypatch, min_fill):
     weight = torch.randn(30, 16, generator=generator).requires_grad_()
     shortlist = torch.rand(10, 30, generator=generator).argsort(dim=1)[:, :7]
     order = torch.randperm(num_tokens, generator=generator)
-    batches = grouped._group(shortlist, assignments[order], 16).batches
+    batches = eager._group(shortlist, assignments[order], 16).batches
     assert [batch.shape[1] for batch in batches] == ([9] if min_fill == 0.0 else list(range(9, 0, -1)))
     grad = torch.randn(num_tokens, 1, 7, generator=generator)
     found = fine_scores(hidden, weight, None, shortlist, assignments[order], torch.float32)
@@ -127,17 +127,17 @@ def test_padding_of_a_batch_changes_nothing(monkeypatch, min_fill):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_of_the_centres_go_into_main_grad():
+def test_gradients_of_the_centers_go_into_main_grad():
     hidden, weight, _, shortlist, assignments, *_ = make_inputs(SHAPES["two-probes"], torch.float32, False, True)
     grads = []
     for fused in (False, True):
-        centres = torch.nn.Parameter(weight.detach().clone())
+        centers = torch.nn.Parameter(weight.detach().clone())
         if fused:
-            centres.main_grad = torch.ones_like(centres)
-        scores = fine_scores(hidden, centres, None, shortlist, assignments, torch.float32)
+            centers.main_grad = torch.ones_like(centers)
+        scores = fine_scores(hidden, centers, None, shortlist, assignments, torch.float32)
         scores[scores.isfinite()].sum().backward()
-        grads.append(centres.main_grad if fused else centres.grad)
-    assert centres.grad_added_to_main_grad
+        grads.append(centers.main_grad if fused else centers.grad)
+    assert centers.grad_added_to_main_grad
     torch.testing.assert_close(grads[1], 1.0 + grads[0])
 
 

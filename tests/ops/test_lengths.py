@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from air_moe_megatron.ops.coarse import dense, kernels
+from air_moe_megatron.ops.coarse import eager as eager_coarse
+from air_moe_megatron.ops.coarse import kernels
 from air_moe_megatron.ops.coarse.naive import naive_assign, naive_token_statistics
 from air_moe_megatron.ops.unit_vectors import LONGEST, scale_rows, unit_rows
 
@@ -19,8 +20,7 @@ LENGTHS = (1e-45, 1e-40, 1e-37, 1e-25, 1e-12, 1.0, 1e12, 1e20, 1e30, 1e38, 8e38)
 
 
 def eager(hidden, codewords, num_probes, keep=None):
-    assignments = dense.dense_assign(hidden, codewords, num_probes, None)
-    return assignments, dense.dense_token_statistics(hidden, codewords, assignments[:, 0], keep)
+    return eager_coarse.assign_with_statistics(hidden, codewords, num_probes, None, keep)
 
 
 def atomic(hidden, codewords, num_probes, keep=None):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from air_moe_megatron.ops.pair_products import make_pairs, pair_dots, pair_sums, sparse
+from air_moe_megatron.ops.pair_products import eager, make_pairs, pair_dots, pair_sums
 from air_moe_megatron.ops.pair_products.naive import naive_pair_dots, naive_pair_sums
 
 # Relative to the largest entry: sums in another order. bf16: the values of the sums and each result are rounded.
@@ -65,11 +65,11 @@ def test_bounded_chunks_and_gathered_rows_give_the_same(monkeypatch, dtype):
     rows, ids, hidden, weight, _ = make(40, 23, 6, dtype=dtype)
     pairs = make_pairs(rows, ids, 40, 23)
     expected = naive_pair_dots(hidden.double(), weight.double(), rows, ids)
-    monkeypatch.setattr(sparse, "_CHUNK_ELEMENTS", 5 * hidden.shape[1])
+    monkeypatch.setattr(eager, "_CHUNK_ELEMENTS", 5 * hidden.shape[1])
     assert_near(pair_dots(hidden, weight, pairs), expected, dtype)
-    monkeypatch.setattr(sparse, "_GATHERED_ELEMENTS", 7 * hidden.shape[1])
+    monkeypatch.setattr(eager, "_GATHERED_ELEMENTS", 7 * hidden.shape[1])
     wide = torch.promote_types(dtype, torch.float32)
-    assert_near(sparse._gathered_dots(hidden, weight, pairs, wide), expected, dtype)
+    assert_near(eager._gathered_dots(hidden, weight, pairs, wide), expected, dtype)
 
 
 @given(
@@ -125,7 +125,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda v, w: pair_sums(v, w, pairs), (values, weight))
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_fit_are_refused(backend):
     rows, ids, hidden, weight, values = make(5, 6, 2)
     pairs = make_pairs(rows, ids, 5, 6)
     with pytest.raises(ValueError, match=r"must both be \[N\]"):

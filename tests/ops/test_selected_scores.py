@@ -6,6 +6,8 @@ import torch
 from air_moe_megatron.ops.selected_scores import selected_scores
 from air_moe_megatron.ops.selected_scores.naive import naive_selected_scores
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 # Relative to the largest entry. Sums over K or over the tokens of an expert in another order; bf16 rounds each of them.
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
@@ -20,14 +22,6 @@ def make(num_tokens=37, hidden_size=13, num_experts=29, num_selected=5, dtype=to
         ids = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.2, -1)
     grad = torch.randn(num_tokens, num_selected, generator=generator)
     return [hidden, weight, bias], ids, grad
-
-
-@pytest.fixture(params=("torch", "triton"))
-def backend(request, monkeypatch, poisoned_memory):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    monkeypatch.setenv("AIR_MOE_BACKEND", request.param)
-    return request.param
 
 
 def gradients(scores, leaves, grad):
@@ -93,20 +87,20 @@ def test_only_the_gradients_asked_for_are_made(backend):
     ],
     ids=["hidden", "bias", "tokens", "selected"],
 )
-def test_shapes_that_do_not_fit_are_refused(change, message):
+def test_shapes_that_do_not_fit_are_refused(change, message, backend):
     leaves, ids, grad = make()
     with pytest.raises(ValueError, match=message):
         selected_scores(*change(*leaves, ids, grad))
 
 
-def test_gradients_of_the_centres_go_into_main_grad(backend):
+def test_gradients_of_the_centers_go_into_main_grad(backend):
     (hidden, weight, _), ids, grad = make(num_selected=7)
     grads = []
     for fused in (False, True):
-        centres = torch.nn.Parameter(weight.clone())
+        centers = torch.nn.Parameter(weight.clone())
         if fused:
-            centres.main_grad = torch.ones_like(centres)
-        selected_scores(hidden, centres, None, ids, torch.zeros_like(grad)).backward(grad)
-        grads.append(centres.main_grad if fused else centres.grad)
-    assert centres.grad_added_to_main_grad
+            centers.main_grad = torch.ones_like(centers)
+        selected_scores(hidden, centers, None, ids, torch.zeros_like(grad)).backward(grad)
+        grads.append(centers.main_grad if fused else centers.grad)
+    assert centers.grad_added_to_main_grad
     torch.testing.assert_close(grads[1], 1.0 + grads[0])

@@ -7,19 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from air_moe_megatron.ops.tiles import (
-    block_of,
-    block_rows_of,
-    dot_wide,
-    id_of_key,
-    ids_of_keys,
-    order_key,
-    require_kernel_dtypes,
-    segment_blocks,
-    sort_into_segments,
-    split_codewords,
-    value_of_key,
-)
+from air_moe_megatron.ops.segments import block_of, block_rows_of, segment_blocks, sort_into_segments
+from air_moe_megatron.ops.tiles import dot_wide, id_of_key, ids_of_keys, order_key, split_codewords, value_of_key
 from tests.ops.conftest import relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -123,9 +112,3 @@ def test_worked_examples():
     assert summands.flatten().tolist() == [1, 2.0**-9, 0] and scale == 1.0
     assert [block_of(size, 64) for size in (0, 1, 17, 64, 65)] == [16, 16, 32, 64, 64]
     assert [block_rows_of(*sizes) for sizes in ((0, 5), (100, 2), (1000, 2), (3, 1000))] == [16, 64, 64, 16]
-
-
-def test_other_dtypes_are_refused():
-    require_kernel_dtypes(hidden=torch.zeros(1), dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="weight is torch.float64"):
-        require_kernel_dtypes(hidden=torch.zeros(1), weight=torch.zeros(1).double())

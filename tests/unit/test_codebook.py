@@ -16,7 +16,7 @@ from air_moe_megatron.codebook import (
     update_from_tokens,
     window_decay,
 )
-from air_moe_megatron.ops.coarse import assign, assign_with_statistics, dense, token_statistics
+from air_moe_megatron.ops.coarse import assign, assign_with_statistics, eager, token_statistics
 
 # Sums of a few hundred fp32 numbers in another order.
 CLOSE = dict(rtol=1e-5, atol=1e-6)
@@ -70,7 +70,7 @@ def test_assign_worked_example():
 @pytest.mark.parametrize("block_size", (1, 35, 1 << 22))  # similarities: blocks of one token, of seven, of all 20
 @pytest.mark.parametrize("num_probes", (1, 2, 5))
 def test_assign_orders_codewords_by_cosine(num_probes, block_size, monkeypatch):
-    monkeypatch.setattr(dense, "_BLOCK_SIZE", block_size)
+    monkeypatch.setattr(eager, "_BLOCK_SIZE", block_size)
     hidden, codewords = randn(20, 6), torch.nn.functional.normalize(randn(5, 6, seed=1), dim=1)
     cosines = torch.nn.functional.cosine_similarity(hidden.unsqueeze(1), codewords.unsqueeze(0), dim=2)
     expected = [sorted(range(5), key=row.__getitem__, reverse=True)[:num_probes] for row in cosines.tolist()]

@@ -18,7 +18,7 @@ from air_moe_megatron.index import (
 )
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.ranking import Ranking, rank_experts
-from air_moe_megatron.ops.ranking.streamed import CHUNK_ELEMENTS, streamed_rank_experts
+from air_moe_megatron.ops.ranking import eager as eager_ranking
 
 
 def randn(*shape, seed=0):
@@ -29,9 +29,9 @@ def directions(num, hidden_size, seed=0):
     return torch.nn.functional.normalize(randn(num, hidden_size, seed=seed), dim=1)
 
 
-def in_chunks(*args, selection=(None, None), chunk_elements=CHUNK_ELEMENTS):
+def in_chunks(*args, selection=(None, None), chunk_elements=eager_ranking.CHUNK_ELEMENTS):
     """The ranking that streams chunks of experts, of a given size."""
-    return Ranking(*streamed_rank_experts(*args, *selection, chunk_elements))
+    return Ranking(*eager_ranking.rank_experts(*args, *selection, chunk_elements))
 
 
 def top_scoring_lists(*args, **kwargs):
@@ -417,7 +417,7 @@ def test_lists_rank_by_what_the_top_k_ranks_by():
 
 
 def test_a_score_function_needs_an_expert_bias():
-    with pytest.raises(ValueError, match="score_function \\('sigmoid'\\) and expert_bias must be given together"):
+    with pytest.raises(ValueError, match="score_function \\('sigmoid'\\) and expert_bias \\(None\\) go together"):
         rank_experts(torch.eye(2), torch.ones(2), torch.eye(2), None, 1, score_function="sigmoid")
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from air_moe_megatron.index import num_rebuilds
-from air_moe_megatron.ops.fine_scores import grouped
+from air_moe_megatron.ops.fine_scores import eager
 from air_moe_megatron.router import ROUTERS
 from benchmarks.quality.router_flops import expert_flops, router_flops
 from tests.builders import VOCABULARY, make_config, tell_ids
@@ -43,7 +43,7 @@ def bag_flops(weight, indices, *_, **__):
 
 @pytest.mark.parametrize("fields", SETTINGS.values(), ids=SETTINGS)
 def test_formulas_equal_what_torch_counts(megatron_cpu, fields, monkeypatch):
-    monkeypatch.setattr(grouped, "_MIN_FILL", 1.0)  # no tile is padded
+    monkeypatch.setattr(eager, "_MIN_FILL", 1.0)  # no tile is padded
     config = make_config(
         hidden_size=HIDDEN, num_moe_experts=EXPERTS, moe_router_topk=TOPK,
         **{"moe_air_num_clusters": 16, "moe_air_shortlist_size": 24, **fields},

@@ -1,12 +1,9 @@
-"""The coarse stage: the nearest codewords of each token, and the sums that the codebook learns from.
-
-Legend: T tokens, H hidden, C clusters, P probes.
-"""
+"""The coarse stage: the nearest codewords of each token, and the sums that the codebook learns from."""
 
 import torch
 
 from air_moe_megatron.ops.backend import use_kernels
-from air_moe_megatron.ops.coarse.dense import dense_assign, dense_token_statistics
+from air_moe_megatron.ops.coarse import eager
 
 __all__ = ["NUM_SCALARS", "assign", "assign_with_statistics", "token_statistics"]
 
@@ -16,33 +13,44 @@ NUM_SCALARS = 3
 
 @torch.compiler.disable
 @torch.no_grad()
-def assign(hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allowed: torch.Tensor | None = None):
-    """Find the codewords nearest in angle to each token.
+def assign(
+    hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allowed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Find the codewords nearest in angle to each token, without [T, C] in memory.
 
-    The token's length does not change the order of ``<h, c>`` over codewords, so tokens are not normalised.
+    The token's length does not change the order of ``<h, c>`` over codewords, so tokens are not normalized. Which
+    codeword a token gets that is not finite is not defined, beyond that it is one of the C. Does not wait for the
+    device.
 
     Args:
         hidden: [T, H], any float dtype.
         codewords: [C, H] fp32, unit rows.
-        num_probes: codewords per token.
-        allowed: [C] bool or None; a codeword that is not allowed is never chosen.
+        num_probes: P, codewords per token, from 1 to C.
+        allowed: [C] bool or None; a codeword that is not allowed is chosen only where fewer than P are.
     Returns:
-        [T, P] int64, nearest first.
+        [T, P] int64, nearest first. Of two codewords that are equally near, the kernels take the lower.
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
 
     Example: hidden [[0, 3]], codewords [[1, 0], [0, 1]], one probe gives [[1]].
     """
+    _validate(hidden, codewords, num_probes, allowed, None)
     if use_kernels("coarse", hidden, codewords, num_probes=num_probes):
-        from air_moe_megatron.ops.coarse.kernels import assign_tokens
+        from air_moe_megatron.ops.coarse import kernels
 
-        return assign_tokens(hidden, codewords, num_probes, allowed)
-    return dense_assign(hidden, codewords, num_probes, allowed)
+        return kernels.assign(hidden, codewords, num_probes, allowed)
+    return eager.assign(hidden, codewords, num_probes, allowed)
 
 
 @torch.compiler.disable
 @torch.no_grad()
-def token_statistics(hidden, codewords, assignments, keep=None):
-    """Sum what the update needs over the tokens of each codeword, in the order of the tokens: equal bits in every run,
-    and on ranks that do not communicate.
+def token_statistics(
+    hidden: torch.Tensor, codewords: torch.Tensor, assignments: torch.Tensor, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum what the update needs over the tokens of each codeword, in an order that only the tokens decide.
+
+    So the bits are equal in every run, and on ranks that do not communicate. The torch version waits for the device
+    where tokens are left out.
 
     Args:
         hidden: [T, H], any float dtype.
@@ -53,36 +61,70 @@ def token_statistics(hidden, codewords, assignments, keep=None):
         [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of lengths ``|h|``. Right for
         every finite length; one above 2^96 is summed as 2^96, and a token of zeros counts nothing. A token that is not
         finite makes its codeword's row not finite, which is how the update finds out.
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
 
     Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], assignments [1] gives [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
     """
+    _validate(hidden, codewords, 1, None, keep)
+    if assignments.shape != hidden.shape[:1]:
+        raise ValueError(f"assignments {tuple(assignments.shape)} must be [T] with T = {hidden.shape[0]}")
     if use_kernels("coarse", hidden, codewords):
-        from air_moe_megatron.ops.coarse.kernels import token_statistics_sorted
+        from air_moe_megatron.ops.coarse import kernels
 
-        return token_statistics_sorted(hidden, codewords, assignments, keep)
-    return dense_token_statistics(hidden, codewords, assignments, keep)
+        return kernels.token_statistics(hidden, codewords, assignments, keep)
+    return eager.token_statistics(hidden, codewords, assignments, keep)
 
 
 @torch.compiler.disable
 @torch.no_grad()
-def assign_with_statistics(hidden, codewords, num_probes, allowed=None, keep=None):
+def assign_with_statistics(
+    hidden: torch.Tensor,
+    codewords: torch.Tensor,
+    num_probes: int,
+    allowed: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the codewords of each token, and sum what the update needs over the tokens of the nearest.
 
-    One pass over the tokens on a GPU; there the sums are atomic additions, unless torch's deterministic algorithms
-    are on.
+    One pass over the tokens on a GPU. There the sums are atomic additions, unless torch's deterministic algorithms are
+    on.
 
     Args:
         hidden, codewords, num_probes, allowed: as :func:`assign`.
-        keep: [T] bool or None; tokens that count (padding does not).
+        keep: [T] bool or None; tokens that count in the statistics (padding does not). All are assigned.
     Returns:
         [T, P] int64 as :func:`assign`; [C, H + 3] fp32 as :func:`token_statistics`.
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
 
     Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], one probe gives [[1]] and [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
     """
+    _validate(hidden, codewords, num_probes, allowed, keep)
     if use_kernels("coarse", hidden, codewords, num_probes=num_probes):
         from air_moe_megatron.ops.coarse import kernels
 
         deterministic = torch.are_deterministic_algorithms_enabled()
         return kernels.assign_with_statistics(hidden, codewords, num_probes, allowed, keep, deterministic)
-    assignments = dense_assign(hidden, codewords, num_probes, allowed)
-    return assignments, dense_token_statistics(hidden, codewords, assignments[:, 0], keep)
+    return eager.assign_with_statistics(hidden, codewords, num_probes, allowed, keep)
+
+
+def _validate(
+    hidden: torch.Tensor,
+    codewords: torch.Tensor,
+    num_probes: int,
+    allowed: torch.Tensor | None,
+    keep: torch.Tensor | None,
+) -> None:
+    if hidden.dim() != 2 or codewords.dim() != 2 or hidden.shape[1] != codewords.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and codewords {tuple(codewords.shape)} must be [T, H] and [C, H] "
+            "with the same H"
+        )
+    if codewords.dtype != torch.float32:
+        raise ValueError(f"codewords ({codewords.dtype}) must be fp32")
+    if not 1 <= num_probes <= codewords.shape[0]:
+        raise ValueError(f"num_probes ({num_probes}) must be from 1 to C = {codewords.shape[0]}")
+    for name, mask, size in (("allowed", allowed, codewords.shape[0]), ("keep", keep, hidden.shape[0])):
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (size,)):
+            raise ValueError(f"{name} {tuple(mask.shape)} ({mask.dtype}) must be [{size}] bool")

@@ -12,32 +12,35 @@ of 16-bit numbers accumulated in fp32 give what an fp32 product gives.
 A candidate is one int64 key of similarity and id (``order_key``). The maximum of keys is an arg-max that no tie and no
 NaN can disturb.
 
-Legend: T tokens, H hidden, C clusters, P probes, S summands of a codeword.
+Legend: S summands of a codeword; others as in ``ops/__init__.py``.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from air_moe_megatron.ops.coarse import NUM_SCALARS
+from air_moe_megatron.ops.segments import (
+    contiguous,
+    sort_into_segments,
+)
 from air_moe_megatron.ops.tiles import (
     HIGHEST_KEY,
     LOWEST_KEY,
-    contiguous,
-    dot,
+    codeword_products,
     id_of_key,
     order_key,
-    require_kernel_dtypes,
-    sort_into_segments,
     split_codewords,
 )
 from air_moe_megatron.ops.unit_vectors import GROW, LARGE, LONGEST, SHRINK, SMALL
 
-MAX_PROBES = 8
+LIMITS = {"num_probes": 8}
+"""The largest sizes that the kernels take."""
 
 _SMALL, _LARGE = tl.constexpr(SMALL), tl.constexpr(LARGE)
 _GROW, _SHRINK = tl.constexpr(GROW), tl.constexpr(SHRINK)
 _LONGEST = tl.constexpr(LONGEST)
-_NUM_SCALARS = tl.constexpr(3)  # count, sum of cosines, sum of lengths
+_NUM_SCALARS = tl.constexpr(NUM_SCALARS)
 
 
 @triton.jit
@@ -95,24 +98,9 @@ def _nearest_keys(
     for first in range(0, C, BLOCK_C):
         ids = first + tl.arange(0, BLOCK_C)
         is_codeword = ids < C
-        # Codewords are the rows: a product's M is at least 64, BLOCK_T need not be.
-        similarity = tl.zeros([BLOCK_C, BLOCK_T], tl.float32)
-        for start in range(0, H, BLOCK_H):
-            columns = start + tl.arange(0, BLOCK_H)
-            h = tl.load(
-                hidden + tokens[None, :] * H + columns[:, None],
-                mask=is_token[None, :] & (columns < H)[:, None],
-                other=0.0,
-            )
-            if SCALED:
-                h = (h.to(tl.float32) * scales[None, :]).to(h.dtype)  # by a power of two: exact
-            for s in tl.static_range(S):
-                c = tl.load(
-                    summands + s * C * H + ids.to(tl.int64)[:, None] * H + columns[None, :],
-                    mask=is_codeword[:, None] & (columns < H)[None, :],
-                    other=0.0,
-                )
-                similarity = dot(c, h.to(c.dtype), similarity)
+        similarity = codeword_products(
+            summands, ids, is_codeword, hidden, tokens, is_token, scales, C, H, S, SCALED, BLOCK_C, BLOCK_T, BLOCK_H
+        )
         if HAS_ALLOWED:
             is_allowed = tl.load(allowed + ids, mask=is_codeword, other=0) != 0
             similarity = tl.where(is_allowed[:, None], similarity, float("-inf"))
@@ -249,7 +237,7 @@ def _sorted_statistics_fwd_kernel(
         tl.store(row + H + 2, tl.sum(summed_lengths, axis=0))
 
 
-def _blocks(hidden, num_probes):
+def _blocks(hidden: torch.Tensor, num_probes: int) -> dict[str, int]:
     """Block sizes and launch options as a function of T, P and the kind of product.
 
     - 16-bit tensor cores: [128, 64] tiles of the three summands and [64, BLOCK_T] of the tokens are 56 or 64 KiB, three
@@ -264,7 +252,14 @@ def _blocks(hidden, num_probes):
     return {"BLOCK_T": block, "BLOCK_C": 128, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
 
 
-def launch_assign(hidden, codewords, num_probes, allowed, keep, with_statistics):
+def launch_assign(
+    hidden: torch.Tensor,
+    codewords: torch.Tensor,
+    num_probes: int,
+    allowed: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    with_statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Codewords [T, P], and the statistics [C, H + 3] by atomic additions or None; blocks as :func:`_blocks`."""
     (num_tokens, hidden_size), num_clusters = hidden.shape, codewords.shape[0]
     hidden, codewords, allowed, keep = contiguous(hidden, codewords, allowed, keep)
@@ -272,7 +267,7 @@ def launch_assign(hidden, codewords, num_probes, allowed, keep, with_statistics)
     assignments = torch.empty(num_tokens, num_probes, dtype=torch.int64, device=hidden.device)
     statistics = None
     if with_statistics:
-        shape = (num_clusters, hidden_size + _NUM_SCALARS.value)
+        shape = (num_clusters, hidden_size + NUM_SCALARS)
         statistics = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
     blocks = _blocks(hidden, num_probes)
     _assign_fwd_kernel[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
@@ -297,7 +292,7 @@ def launch_assign(hidden, codewords, num_probes, allowed, keep, with_statistics)
     return assignments, statistics
 
 
-def launch_lengths(hidden):
+def launch_lengths(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales [T] as :func:`scale_rows` and lengths times scales [T], both fp32: 8 tokens by up to 256 columns."""
     num_tokens, hidden_size = hidden.shape
     scales, norms = torch.empty(2, num_tokens, dtype=torch.float32, device=hidden.device)
@@ -308,8 +303,21 @@ def launch_lengths(hidden):
     return scales, norms
 
 
-def launch_sorted_statistics(hidden, codewords, assignments, keep):
-    """Statistics [C, H + 3] in a fixed order; 8 tokens by up to 256 columns at once, where a lane reads 16 bytes."""
+def assign(
+    hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allowed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As :func:`air_moe_megatron.ops.coarse.assign`, deterministic."""
+    return launch_assign(hidden, codewords, num_probes, allowed, None, with_statistics=False)[0]
+
+
+def token_statistics(
+    hidden: torch.Tensor, codewords: torch.Tensor, assignments: torch.Tensor, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As :func:`air_moe_megatron.ops.coarse.token_statistics`.
+
+    The tokens are sorted by codeword; one program adds those of one codeword, for a block of H. A codeword with very
+    many tokens takes long, which is the price of the fixed order. Does not wait for the device.
+    """
     hidden, (num_clusters, hidden_size) = hidden.contiguous(), codewords.shape
     scales, norms = launch_lengths(hidden)
     counts = norms != 0.0  # a token of zeros has no direction
@@ -317,7 +325,7 @@ def launch_sorted_statistics(hidden, codewords, assignments, keep):
         counts &= keep
     assignments = assignments.masked_fill(~counts, num_clusters)  # behind all codewords
     order, first_places = sort_into_segments(assignments, num_clusters)
-    shape = (num_clusters, hidden_size + _NUM_SCALARS.value)
+    shape = (num_clusters, hidden_size + NUM_SCALARS)
     statistics = torch.empty(shape, dtype=torch.float32, device=hidden.device)
     block = min(triton.next_power_of_2(hidden_size), 256)
     _sorted_statistics_fwd_kernel[(num_clusters, triton.cdiv(hidden_size, block))](
@@ -328,61 +336,6 @@ def launch_sorted_statistics(hidden, codewords, assignments, keep):
     return statistics
 
 
-def assign_tokens(
-    hidden: torch.Tensor,
-    codewords: torch.Tensor,
-    num_probes: int,
-    allowed: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Find the codewords nearest in angle to each token, without [T, C] in memory.
-
-    Deterministic, does not wait for the device.
-
-    Which codeword a token gets that is not finite is not defined, beyond that it is one of the C.
-
-    Args:
-        hidden: [T, H] fp32, bf16 or fp16.
-        codewords: [C, H] fp32, unit rows.
-        num_probes: P, codewords per token, at most 8 and at most C.
-        allowed: [C] bool or None; a codeword that is not allowed is chosen only where fewer than P are.
-    Returns:
-        [T, P] int64, nearest first; the lower of two codewords that are equally near.
-    Raises:
-        ValueError: if shapes or dtypes do not fit.
-
-    Example: hidden [[0, 3]], codewords [[1, 0], [0, 1]], one probe gives [[1]].
-    """
-    _validate(hidden, codewords, num_probes, allowed, None)
-    return launch_assign(hidden, codewords, num_probes, allowed, None, with_statistics=False)[0]
-
-
-def token_statistics_sorted(
-    hidden: torch.Tensor, codewords: torch.Tensor, assignments: torch.Tensor, keep: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Sum the statistics of each codeword's tokens in an order that only the tokens decide: equal bits in every run.
-
-    The tokens are sorted by codeword; one program adds those of one codeword, for a block of H. A codeword with very
-    many tokens takes long, which is the price of the fixed order. Does not wait for the device.
-
-    Args:
-        hidden: [T, H] fp32, bf16 or fp16.
-        codewords: [C, H] fp32, unit rows.
-        assignments: [T] int64, nearest codeword.
-        keep: [T] bool or None; tokens that count.
-    Returns:
-        [C, H + 3] fp32: sum of unit tokens, count, sum of cosines, sum of lengths; not finite for a codeword that got
-        a token which is not.
-    Raises:
-        ValueError: if shapes or dtypes do not fit.
-
-    Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], assignments [1] gives [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
-    """
-    _validate(hidden, codewords, 1, None, keep)
-    if assignments.shape != hidden.shape[:1]:
-        raise ValueError(f"assignments {tuple(assignments.shape)} must be [T] with T = {hidden.shape[0]}")
-    return launch_sorted_statistics(hidden, codewords, assignments, keep)
-
-
 def assign_with_statistics(
     hidden: torch.Tensor,
     codewords: torch.Tensor,
@@ -391,45 +344,8 @@ def assign_with_statistics(
     keep: torch.Tensor | None = None,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find each token's nearest codewords and sum the statistics of the tokens of each, in one launch.
-
-    The sums are made by fp32 atomic additions, unless ``deterministic`` asks for :func:`token_statistics_sorted`. Does
-    not wait for the device.
-
-    Args:
-        hidden: [T, H] fp32, bf16 or fp16.
-        codewords: [C, H] fp32, unit rows.
-        num_probes: P, codewords per token, at most 8 and at most C.
-        allowed: [C] bool or None, see :func:`assign_tokens`.
-        keep: [T] bool or None; tokens that count in the statistics. All are assigned.
-        deterministic: whether the statistics must have equal bits in every run.
-    Returns:
-        [T, P] int64 codewords, nearest first; [C, H + 3] fp32: sum of unit tokens, count, sum of cosines, sum of
-        lengths ``|h|`` over the tokens whose nearest codeword it is. A token that is not finite makes its codeword's
-        row not finite.
-    Raises:
-        ValueError: if shapes or dtypes do not fit.
-
-    Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], one probe gives [[1]] and [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
-    """
-    _validate(hidden, codewords, num_probes, allowed, keep)
+    """As :func:`air_moe_megatron.ops.coarse.assign_with_statistics`, in one launch unless ``deterministic``."""
     if not deterministic:
         return launch_assign(hidden, codewords, num_probes, allowed, keep, with_statistics=True)
-    assignments, _ = launch_assign(hidden, codewords, num_probes, allowed, None, with_statistics=False)
-    return assignments, launch_sorted_statistics(hidden, codewords, assignments[:, 0], keep)
-
-
-def _validate(hidden, codewords, num_probes, allowed, keep):
-    if hidden.dim() != 2 or codewords.dim() != 2 or hidden.shape[1] != codewords.shape[1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and codewords {tuple(codewords.shape)} must be [T, H] and [C, H] "
-            "with the same H"
-        )
-    require_kernel_dtypes(hidden=hidden)
-    if codewords.dtype != torch.float32:
-        raise ValueError(f"codewords ({codewords.dtype}) must be fp32")
-    if not 1 <= num_probes <= min(MAX_PROBES, codewords.shape[0]):
-        raise ValueError(f"num_probes ({num_probes}) must be between 1 and {MAX_PROBES} and C = {codewords.shape[0]}")
-    for name, mask, size in (("allowed", allowed, codewords.shape[0]), ("keep", keep, hidden.shape[0])):
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != (size,)):
-            raise ValueError(f"{name} {tuple(mask.shape)} ({mask.dtype}) must be [{size}] bool")
+    assignments = assign(hidden, codewords, num_probes, allowed)
+    return assignments, token_statistics(hidden, codewords, assignments[:, 0], keep)

@@ -5,15 +5,19 @@ import torch
 from air_moe_megatron.ops.unit_vectors import LONGEST
 
 
-def naive_assign(hidden, codewords, num_probes, allowed=None):
-    """As :func:`air_moe_megatron.ops.coarse.kernels.assign_tokens`, in the codewords' dtype, with [T, C] in memory."""
+def naive_assign(
+    hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allowed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As :func:`air_moe_megatron.ops.coarse.assign`, in the codewords' dtype, with [T, C] in memory."""
     similarity = hidden.to(codewords.dtype) @ codewords.t()
     if allowed is not None:
         similarity = similarity.masked_fill(~allowed, float("-inf"))
     return similarity.sort(dim=1, descending=True, stable=True).indices[:, :num_probes]
 
 
-def naive_token_statistics(hidden, codewords, assignments, keep=None):
+def naive_token_statistics(
+    hidden: torch.Tensor, codewords: torch.Tensor, assignments: torch.Tensor, keep: torch.Tensor | None = None
+) -> torch.Tensor:
     """[C, H + 3]: sums of unit tokens, counts, sums of cosines and of lengths, in the codewords' dtype.
 
     Tokens of zeros count nothing. Right for every length in fp64 only, where squares of fp32 numbers are in range.
@@ -29,7 +33,13 @@ def naive_token_statistics(hidden, codewords, assignments, keep=None):
     return rows.new_zeros(codewords.shape[0], rows.shape[1]).index_add_(0, assignments, rows)
 
 
-def naive_assign_with_statistics(hidden, codewords, num_probes, allowed=None, keep=None):
-    """As :func:`air_moe_megatron.ops.coarse.kernels.assign_with_statistics`."""
+def naive_assign_with_statistics(
+    hidden: torch.Tensor,
+    codewords: torch.Tensor,
+    num_probes: int,
+    allowed: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`air_moe_megatron.ops.coarse.assign_with_statistics`."""
     assignments = naive_assign(hidden, codewords, num_probes, allowed)
     return assignments, naive_token_statistics(hidden, codewords, assignments[:, 0], keep)

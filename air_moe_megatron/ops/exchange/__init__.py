@@ -1,18 +1,25 @@
-"""What the compact dispatcher sends to each rank, and what it makes of the answers: each token once per rank.
+"""What the compact dispatcher sends to each rank, and what it makes of the answers: each token once per rank."""
 
-Legend: T tokens, H hidden, K top-k, D expert-parallel ranks, R rows to send, N pairs to send.
-"""
+from typing import TYPE_CHECKING, Union
 
 import torch
 
 from air_moe_megatron.ops.backend import use_kernels
-from air_moe_megatron.ops.exchange.sorted import SortedPlan, make_sorted_plan, sorted_combine, sorted_pack
+from air_moe_megatron.ops.exchange import eager
 
-__all__ = ["combine", "make_plan", "pack"]
+if TYPE_CHECKING:
+    from air_moe_megatron.ops.exchange.kernels import ExchangePlan
+
+__all__ = ["Plan", "combine", "make_plan", "pack"]
+
+Plan = Union[eager.SortedPlan, "ExchangePlan"]
+"""Who gets what: that of the torch version, or that of the kernels."""
 
 
 @torch.compiler.disable
-def make_plan(topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, misfit: bool):
+def make_plan(
+    topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, mismatch: bool = False
+) -> Plan:
     """Count what each rank gets. Does not wait for the device.
 
     Rows lie in the order of (rank, token), pairs in that of (rank, token, place among the K).
@@ -22,25 +29,36 @@ def make_plan(topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_l
         probs: [T, K], any float dtype; looked at only to count those that are not finite.
         num_ranks: D.
         num_local_experts: experts of each rank.
-        misfit: whether the shapes of this rank's ids and probs were wrong, which the others learn from the counts. Then
+        mismatch: whether the shapes of this rank's ids and probs were wrong. The others learn it from the counts, and
             the ids are stand-ins, all -1.
     Returns:
         a plan, whose ``counts`` [D, 5] int64 hold the rows and pairs for each rank, and what is invalid on this one:
         ids, probs, shapes.
+    Raises:
+        ValueError: if shapes do not fit, or there are 2^31 experts.
 
     Example: ids [[0, 3, 1], [2, -1, -1]] over 2 ranks of 2 experts make the rows (rank 0, token 0), (1, 0), (1, 1) and
     the counts [[1, 2, 0, 0, 0], [2, 2, 0, 0, 0]].
     """
+    if topk_ids.dim() != 2 or topk_ids.shape != probs.shape or topk_ids.shape[1] == 0:
+        raise ValueError(
+            f"topk_ids {tuple(topk_ids.shape)} and probs {tuple(probs.shape)} must both be [T, K] with K at least 1"
+        )
+    if num_ranks * num_local_experts >= 2**31:
+        raise ValueError(f"experts ({num_ranks} * {num_local_experts}) must be fewer than 2^31")
+    sizes = dict(num_ranks=num_ranks, topk=topk_ids.shape[1], num_pairs=topk_ids.numel())
     # Rows of one rank stay where they are: nothing is packed, and the plan only counts.
-    if num_ranks > 1 and use_kernels("exchange", probs, num_ranks=num_ranks, topk=topk_ids.shape[1]):
+    if num_ranks > 1 and use_kernels("exchange", probs, **sizes):
         from air_moe_megatron.ops.exchange import kernels
 
-        return kernels.make_plan(topk_ids, probs, num_ranks, num_local_experts, misfit)
-    return make_sorted_plan(topk_ids, probs, num_ranks, num_local_experts, misfit)
+        return kernels.make_plan(topk_ids, probs, num_ranks, num_local_experts, mismatch)
+    return eager.make_plan(topk_ids, probs, num_ranks, num_local_experts, mismatch)
 
 
 @torch.compiler.disable
-def pack(hidden: torch.Tensor, probs: torch.Tensor, plan, num_rows: int, num_pairs: int):
+def pack(
+    hidden: torch.Tensor, probs: torch.Tensor, plan: Plan, num_rows: int, num_pairs: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gather each token's row for every rank that wants it, and each pair, in the order in which they are sent.
 
     Differentiable in hidden and probs. Does not wait for the device.
@@ -54,19 +72,26 @@ def pack(hidden: torch.Tensor, probs: torch.Tensor, plan, num_rows: int, num_pai
     Returns:
         [R, H] rows; [N] int32 codes: the local expert id, its bits inverted for the first pair of a row, so that the
         receiver knows the rows without being told; [N] probs.
+    Raises:
+        ValueError: if the shapes do not fit together.
 
     Example: hidden [[7], [8]] with the plan of :func:`make_plan`'s example gives the rows [[7], [7], [8]], the codes
     [~0, 1, ~1, ~0] and of probs [[a, b, c], [d, 0, 0]] the pairs [a, c, b, d].
     """
-    if isinstance(plan, SortedPlan):
-        return sorted_pack(hidden, probs, plan, num_rows, num_pairs)
+    if hidden.dim() != 2 or hidden.shape[0] != probs.shape[0] or probs.shape != plan.shape:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} must be [T, H] and probs {tuple(probs.shape)} [T, K] "
+            f"with the plan's T and K, {tuple(plan.shape)}"
+        )
+    if isinstance(plan, eager.SortedPlan):
+        return eager.pack(hidden, probs, plan, num_rows, num_pairs)
     from air_moe_megatron.ops.exchange import kernels
 
     return kernels.pack(hidden, probs, plan, num_rows, num_pairs)
 
 
 @torch.compiler.disable
-def combine(partial_sums: torch.Tensor, plan) -> torch.Tensor:
+def combine(partial_sums: torch.Tensor, plan: Plan) -> torch.Tensor:
     """Add up the rows of each token, in fp32 or wider. Differentiable; does not wait for the device.
 
     The kernels add in the order of the ranks, with equal bits in every run; torch's atomic additions on a GPU do so
@@ -77,11 +102,15 @@ def combine(partial_sums: torch.Tensor, plan) -> torch.Tensor:
         plan: of these rows.
     Returns:
         [T, H] in the dtype of the partial sums; zero for a token without rows.
+    Raises:
+        ValueError: if the partial sums are not a matrix.
 
     Example: rows [[1], [2], [3]] with the plan of :func:`make_plan`'s example give [[3], [3]].
     """
-    if isinstance(plan, SortedPlan):
-        return sorted_combine(partial_sums, plan)
+    if partial_sums.dim() != 2:
+        raise ValueError(f"partial_sums {tuple(partial_sums.shape)} must be [R, H]")
+    if isinstance(plan, eager.SortedPlan):
+        return eager.combine(partial_sums, plan)
     from air_moe_megatron.ops.exchange import kernels
 
     return kernels.combine(partial_sums, plan)

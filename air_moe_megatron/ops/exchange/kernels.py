@@ -12,7 +12,7 @@ Nothing is sorted: the order of (rank, token) is a prefix sum over counts of pai
 for each of D * T while it is made; 4 bytes for each of T * W rows and 8 for each of T * K pairs to keep. Nothing waits
 for the device; the caller reads the counts, as it must for the all-to-alls, to learn R and N.
 
-Legend: T tokens, H hidden, K top-k, D ranks, W most rows of a token, R rows, N pairs.
+Legend: W most rows of a token; others as in ``ops/__init__.py``.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,10 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+LIMITS = {"num_ranks": 1024, "topk": 512, "num_pairs": 2**31 - 1}
+"""The largest sizes that the kernels take."""
 
 _TILE_ELEMENTS = 8192  # of the [tokens, places, ranks] comparisons of a program: 64 per thread
 _MAX_BLOCK = 16  # of places or ranks in such a tile
@@ -35,6 +38,11 @@ class ExchangePlan:
     token_rows: torch.Tensor  # [T, W] int32, rows of each token, in the order of the ranks; then -1
     pair_places: torch.Tensor  # [T, K] int32, place of each pair; -1 where there is none
     codes: torch.Tensor  # [T, K] int32, local expert of each pair, bits inverted for the first of a row; -1 for none
+
+    @property
+    def shape(self) -> torch.Size:
+        """[T, K]."""
+        return self.pair_places.shape
 
 
 @triton.jit
@@ -221,10 +229,10 @@ def _combine_fwd_kernel(
             tl.store(probs + token * K + pairs, values, mask=pairs < K)
 
 
-def _pair_blocks(num_ranks, topk):
+def _pair_blocks(num_ranks: int, topk: int) -> dict[str, int]:
     """Blocks of tokens, places and ranks such that a tile of comparisons holds 64 of them per thread.
 
-    Few places and ranks leave room for many tokens, up to 128: neighbours in the [D, T] tensors, so that accesses there
+    Few places and ranks leave room for many tokens, up to 128: neighbors in the [D, T] tensors, so that accesses there
     are coalesced although a token's own entries are T apart.
     """
     block_places = min(triton.next_power_of_2(topk), _MAX_BLOCK)
@@ -233,7 +241,7 @@ def _pair_blocks(num_ranks, topk):
     return {"BLOCK_T": block_tokens, "BLOCK_K": block_places, "BLOCK_D": block_ranks, "num_warps": 4}
 
 
-def _row_blocks(hidden_size, width, topk):
+def _row_blocks(hidden_size: int, width: int, topk: int) -> dict[str, int]:
     """A program takes one token and up to 2,048 columns of it: its loop over rows has the whole width in flight."""
     return {
         "BLOCK_H": min(triton.next_power_of_2(hidden_size), _MAX_COLUMNS),
@@ -243,7 +251,9 @@ def _row_blocks(hidden_size, width, topk):
     }
 
 
-def launch_plan(topk_ids, probs, num_ranks, num_local_experts, misfit):
+def launch_plan(
+    topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, mismatch: bool
+) -> ExchangePlan:
     """The plan, by two launches with prefix sums between them."""
     (num_tokens, topk), device = topk_ids.shape, topk_ids.device
     topk_ids, probs = topk_ids.contiguous(), probs.contiguous()
@@ -256,8 +266,8 @@ def launch_plan(topk_ids, probs, num_ranks, num_local_experts, misfit):
     )
     is_wanted = pair_counts > 0
     invalid_ids, invalid_probs = invalid.sum(dim=0).unsqueeze(1).expand(2, num_ranks)
-    misfits = torch.full_like(invalid_ids, misfit)
-    columns = (is_wanted.sum(dim=1), pair_counts.sum(dim=1), invalid_ids, invalid_probs, misfits)
+    mismatches = torch.full_like(invalid_ids, mismatch)
+    columns = (is_wanted.sum(dim=1), pair_counts.sum(dim=1), invalid_ids, invalid_probs, mismatches)
     pair_ends = pair_counts.view(-1).cumsum(0, dtype=torch.int32)
     row_ends = is_wanted.view(-1).cumsum(0, dtype=torch.int32)
     width = min(topk, num_ranks)
@@ -282,7 +292,15 @@ def launch_plan(topk_ids, probs, num_ranks, num_local_experts, misfit):
     return ExchangePlan(torch.stack(columns, dim=1), token_rows, pair_places, codes)
 
 
-def launch_pack(hidden, token_rows, num_rows, probs=None, pair_places=None, codes=None, num_pairs=0):
+def launch_pack(
+    hidden: torch.Tensor,
+    token_rows: torch.Tensor,
+    num_rows: int,
+    probs: torch.Tensor | None = None,
+    pair_places: torch.Tensor | None = None,
+    codes: torch.Tensor | None = None,
+    num_pairs: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """[R, H] rows; and with pairs [N] codes and [N] probs."""
     (num_tokens, hidden_size), device = hidden.shape, hidden.device
     has_pairs = pair_places is not None
@@ -309,7 +327,12 @@ def launch_pack(hidden, token_rows, num_rows, probs=None, pair_places=None, code
     return rows, row_codes, row_probs
 
 
-def launch_combine(rows, token_rows, row_probs=None, pair_places=None):
+def launch_combine(
+    rows: torch.Tensor,
+    token_rows: torch.Tensor,
+    row_probs: torch.Tensor | None = None,
+    pair_places: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[T, H] sums of each token's rows; and with pairs [T, K] probs, zero where there is no pair."""
     (num_tokens, width), hidden_size, device = token_rows.shape, rows.shape[1], rows.device
     has_pairs = pair_places is not None
@@ -336,7 +359,9 @@ def launch_combine(rows, token_rows, row_probs=None, pair_places=None):
 
 class _Pack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, probs, plan, num_rows, num_pairs):
+    def forward(
+        ctx: FunctionCtx, hidden: torch.Tensor, probs: torch.Tensor, plan: ExchangePlan, num_rows: int, num_pairs: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(plan.token_rows, plan.pair_places)
         rows, codes, row_probs = launch_pack(
             hidden, plan.token_rows, num_rows, probs, plan.pair_places, plan.codes, num_pairs
@@ -346,7 +371,9 @@ class _Pack(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_rows, _, grad_row_probs):
+    def backward(
+        ctx: FunctionCtx, grad_rows: torch.Tensor, _: torch.Tensor, grad_row_probs: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         token_rows, pair_places = ctx.saved_tensors
         grad_hidden, grad_probs = launch_combine(grad_rows, token_rows, grad_row_probs, pair_places)
         return grad_hidden, grad_probs, None, None, None
@@ -354,97 +381,38 @@ class _Pack(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, partial_sums, token_rows):
+    def forward(ctx: FunctionCtx, partial_sums: torch.Tensor, token_rows: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(token_rows)
         ctx.num_rows = partial_sums.shape[0]
         return launch_combine(partial_sums, token_rows)[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_hidden):
+    def backward(ctx: FunctionCtx, grad_hidden: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (token_rows,) = ctx.saved_tensors
         return launch_pack(grad_hidden, token_rows, ctx.num_rows)[0], None
 
 
 @torch.no_grad()
 def make_plan(
-    topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, misfit: bool = False
+    topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, mismatch: bool = False
 ) -> ExchangePlan:
-    """Count what each rank gets, and find the place of every row and pair. Does not wait for the device.
+    """As :func:`air_moe_megatron.ops.exchange.make_plan`, with the place of every row and pair.
 
-    Rows lie in the order of (rank, token), pairs in that of (rank, token, place among the K).
-
-    Args:
-        topk_ids: [T, K] int32 or int64, global expert ids, distinct in a row; -1 for none.
-        probs: [T, K] any float dtype; looked at only to count those that are not finite (in fp32).
-        num_ranks: D.
-        num_local_experts: experts of each rank.
-        misfit: whether the shapes of this rank's ids and probs were wrong, which the others learn from the counts. Then
-            the ids are stand-ins: all -1, [T, 1] for example.
-    Returns:
-        the plan; R and N are the sums of the first two columns of its counts.
-    Raises:
-        ValueError: if the shapes do not fit, or there are 2^31 pairs or experts.
-
-    Example: ids [[0, 3, 1], [2, -1, -1]] over 2 ranks of 2 experts make the rows (rank 0, token 0), (1, 0), (1, 1) and
-    the pairs 0, 1 | 3 | 2: counts [[1, 2, 0, 0, 0], [2, 2, 0, 0, 0]], token_rows [[0, 1], [2, -1]], pair_places
-    [[0, 2, 1], [3, -1, -1]] and codes [[~0, ~1, 1], [~0, -1, -1]]. (A code of -1 is ~0, or no pair where the place is
-    -1.)
+    Example: ids [[0, 3, 1], [2, -1, -1]] over 2 ranks of 2 experts make the pairs 0, 1 | 3 | 2: token_rows
+    [[0, 1], [2, -1]], pair_places [[0, 2, 1], [3, -1, -1]] and codes [[~0, ~1, 1], [~0, -1, -1]]. (A code of -1 is ~0,
+    or no pair where the place is -1.)
     """
-    if topk_ids.dim() != 2 or topk_ids.shape != probs.shape or topk_ids.shape[1] == 0:
-        raise ValueError(
-            f"topk_ids {tuple(topk_ids.shape)} and probs {tuple(probs.shape)} must both be [T, K] with K at least 1"
-        )
-    if topk_ids.numel() >= 2**31 or num_ranks * num_local_experts >= 2**31:
-        raise ValueError(
-            f"pairs ({topk_ids.numel()}) and experts ({num_ranks} * {num_local_experts}) must be fewer than 2^31"
-        )
-    return launch_plan(topk_ids, probs, num_ranks, num_local_experts, misfit)
+    return launch_plan(topk_ids, probs, num_ranks, num_local_experts, mismatch)
 
 
-def pack(hidden: torch.Tensor, probs: torch.Tensor, plan: ExchangePlan, num_rows: int, num_pairs: int):
-    """Write each token's row for every rank that wants it, and each pair, where the all-to-alls take them from.
-
-    Differentiable in hidden and probs, deterministic, does not wait for the device.
-
-    Args:
-        hidden: [T, H] any float dtype.
-        probs: [T, K] any float dtype.
-        plan: of these tokens.
-        num_rows: R, the sum of ``plan.counts[:, 0]``.
-        num_pairs: N, the sum of ``plan.counts[:, 1]``.
-    Returns:
-        [R, H] rows in the dtype of hidden; [N] int32 codes: the local expert id, its bits inverted for the first pair
-        of a row; [N] probs.
-    Raises:
-        ValueError: if the shapes do not fit together.
-
-    Example: hidden [[7], [8]] with the plan of :func:`make_plan`'s example gives the rows [[7], [7], [8]], the codes
-    [~0, 1, ~1, ~0] and of probs [[a, b, c], [d, 0, 0]] the pairs [a, c, b, d].
-    """
-    if hidden.dim() != 2 or hidden.shape[0] != probs.shape[0] or probs.shape != plan.pair_places.shape:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} must be [T, H] and probs {tuple(probs.shape)} [T, K] "
-            f"with the plan's T and K, {tuple(plan.pair_places.shape)}"
-        )
+def pack(
+    hidden: torch.Tensor, probs: torch.Tensor, plan: ExchangePlan, num_rows: int, num_pairs: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`air_moe_megatron.ops.exchange.pack`, deterministic."""
     return _Pack.apply(hidden, probs, plan, num_rows, num_pairs)
 
 
 def combine(partial_sums: torch.Tensor, plan: ExchangePlan) -> torch.Tensor:
-    """Add up the rows of each token, in the order of the ranks and in fp32 or wider.
-
-    Differentiable in the partial sums, deterministic, does not wait for the device.
-
-    Args:
-        partial_sums: [R, H] any float dtype, in the order of :func:`pack`'s rows.
-        plan: of these rows.
-    Returns:
-        [T, H] in the dtype of the partial sums; zero for a token without rows.
-    Raises:
-        ValueError: if the partial sums are not a matrix.
-
-    Example: rows [[1], [2], [3]] with the plan of :func:`make_plan`'s example give [[3], [3]].
-    """
-    if partial_sums.dim() != 2:
-        raise ValueError(f"partial_sums {tuple(partial_sums.shape)} must be [R, H]")
+    """As :func:`air_moe_megatron.ops.exchange.combine`, deterministic."""
     return _Combine.apply(partial_sums, plan.token_rows)

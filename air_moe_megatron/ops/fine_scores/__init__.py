@@ -1,12 +1,9 @@
-"""Exact scores of the experts in each token's shortlists, all of them or the best.
-
-Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, K top-k.
-"""
+"""Exact scores of the experts in each token's shortlists, all of them or the best."""
 
 import torch
 
 from air_moe_megatron.ops.backend import use_kernels
-from air_moe_megatron.ops.fine_scores.grouped import grouped_fine_scores, grouped_fine_topk
+from air_moe_megatron.ops.fine_scores import eager
 from air_moe_megatron.ops.selected_scores import selected_scores
 
 __all__ = ["fine_scores", "fine_topk"]
@@ -28,7 +25,7 @@ def fine_scores(
 
     Args:
         hidden: [T, H], tokens.
-        weight: [E, H], expert centres.
+        weight: [E, H], expert centers.
         bias: [E] or None.
         shortlist: [C, L] integer expert ids, distinct in a row; -1 fills the end of a shorter list.
         assignments: [T, P] int64, codewords of each token.
@@ -42,11 +39,11 @@ def fine_scores(
     """
     _validate(hidden, weight, bias, shortlist, assignments)
     if use_kernels("fine_scores", hidden, weight, dtype=dtype):
-        from air_moe_megatron.ops.fine_scores.kernels import fine_scores_kernel
+        from air_moe_megatron.ops.fine_scores import kernels
 
         deterministic = torch.are_deterministic_algorithms_enabled()
-        return fine_scores_kernel(hidden, weight, bias, shortlist, assignments, dtype, deterministic)
-    return grouped_fine_scores(hidden, weight, bias, shortlist, assignments, dtype)
+        return kernels.fine_scores(hidden, weight, bias, shortlist, assignments, dtype, deterministic)
+    return eager.fine_scores(hidden, weight, bias, shortlist, assignments, dtype)
 
 
 @torch.compiler.disable
@@ -67,7 +64,7 @@ def fine_topk(
     Args:
         hidden, weight, bias, shortlist, dtype: as :func:`fine_scores`.
         assignments: [T, 1] int64, the codeword of each token.
-        topk: K.
+        topk: K, at least 1; may be more than L.
     Returns:
         [T, K] scores in ``dtype``, in no order, and their [T, K] int32 expert ids; -inf and -1 where a list has fewer.
     Raises:
@@ -79,16 +76,24 @@ def fine_topk(
     _validate(hidden, weight, bias, shortlist, assignments)
     if assignments.shape[1] != 1:
         raise ValueError(f"assignments {tuple(assignments.shape)} must be [T, 1]: experts may be in several lists")
-    if use_kernels("fine_topk", hidden, weight, dtype=dtype, topk=topk):
-        from air_moe_megatron.ops.fine_scores.topk_kernels import fine_topk_kernel
+    if topk < 1:
+        raise ValueError(f"topk ({topk}) must be at least 1")
+    if use_kernels("fine_scores", hidden, weight, dtype=dtype, topk=topk):
+        from air_moe_megatron.ops.fine_scores import topk_kernels
 
-        scores, ids = fine_topk_kernel(hidden, weight, bias, shortlist, assignments, dtype, topk)
+        scores, ids = topk_kernels.fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype)
         return scores.to(dtype), ids
-    scores, ids = grouped_fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype)
+    scores, ids = eager.fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype)
     return selected_scores(hidden, weight, bias, ids, scores), ids
 
 
-def _validate(hidden, weight, bias, shortlist, assignments):
+def _validate(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist: torch.Tensor,
+    assignments: torch.Tensor,
+) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [T, H] and [E, H] with the same H"

@@ -1,12 +1,12 @@
 """Fine scores as Triton kernels: tiles of tokens of one codeword against its shortlist, forward and backward.
 
 Rows are (token, probe) pairs, sorted by codeword. A program takes up to BLOCK_N rows of one codeword and gathers the
-centres of its list, which all of them share; how many blocks a codeword has is known on the device only
-(``segment_blocks``). The products are memory bound on the gathered centres as long as a codeword has few hundred rows.
+centers of its list, which all of them share; how many blocks a codeword has is known on the device only
+(``segment_blocks``). The products are memory bound on the gathered centers as long as a codeword has few hundred rows.
 
 The fused top-k (``topk_kernels.py``) has the tiles of scores and the gradients from here.
 
-Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, R = T*P rows, B blocks of rows.
+Legend: R = T*P rows, B blocks of rows; others as in ``ops/__init__.py``.
 """
 
 from dataclasses import dataclass
@@ -14,25 +14,31 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.ops.pair_products import make_pairs
 from air_moe_megatron.ops.pair_products.kernels import launch_pair_weight_gradient
-from air_moe_megatron.ops.tiles import (
-    add_weight_gradient,
+from air_moe_megatron.ops.segments import (
     block_of,
     block_rows_of,
     contiguous,
+    segment_blocks,
+    sort_into_segments,
+)
+from air_moe_megatron.ops.tiles import (
     dot,
     dot_dtype_of,
     dot_wide,
-    require_kernel_dtypes,
-    segment_blocks,
-    sort_into_segments,
     step_of,
 )
+from air_moe_megatron.ops.weight_gradient import (
+    add_weight_gradient,
+)
 
-_TILE_ELEMENTS = 2**26  # of the fp32 gradients of centres that wait for a sum in order: 256 MiB
+LIMITS = {"topk": 512}
+"""The largest sizes that the kernels take."""
+
+_TILE_ELEMENTS = 2**26  # of the fp32 gradients of centers that wait for a sum in order: 256 MiB
 
 
 @triton.jit
@@ -239,20 +245,29 @@ class Rows:
         """Rows of a block: about those of a codeword, from the 16 of a matrix product to 64."""
         return block_rows_of(self.num_rows, self.num_clusters)
 
-    def blocks(self, block_size):
+    def blocks(self, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(segments [B], starts [B]) as ``segment_blocks``."""
         return segment_blocks(self.row_first, self.num_rows, block_size)
 
 
-def sort_rows(assignments, num_clusters):
+def sort_rows(assignments: torch.Tensor, num_clusters: int) -> Rows:
     """The rows [R] of assignments [T, P], sorted by codeword."""
     return Rows(*sort_into_segments(assignments.reshape(-1), num_clusters))
 
 
-def launch_fine_scores(hidden, weight, bias, shortlist, rows, num_probes, dot_dtype, scores):
+def launch_fine_scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist: torch.Tensor,
+    rows: Rows,
+    num_probes: int,
+    dot_dtype: tl.dtype,
+    scores: torch.Tensor,
+) -> None:
     """Write scores [R, L].
 
-    Tiles of 16 to 64 rows, as many as a codeword has on average, and 128 list entries: the gathered centres of a step
+    Tiles of 16 to 64 rows, as many as a codeword has on average, and 128 list entries: the gathered centers of a step
     take 16 KiB in bf16, so that several programs fit on a multiprocessor and hide each other's gathers.
     """
     block_rows, block_list = rows.block_size, block_of(shortlist.shape[1], 128)
@@ -270,8 +285,15 @@ def launch_fine_scores(hidden, weight, bias, shortlist, rows, num_probes, dot_dt
     )  # fmt: skip
 
 
-def launch_fine_scores_grad_hidden(grad_scores, weight, shortlist, rows, dot_dtype, grad_rows):
-    """Write ``grad_scores [R, L] @ centres`` into grad_rows [R, H]: tiles as forward, 128 columns of H each."""
+def launch_fine_scores_grad_hidden(
+    grad_scores: torch.Tensor,
+    weight: torch.Tensor,
+    shortlist: torch.Tensor,
+    rows: Rows,
+    dot_dtype: tl.dtype,
+    grad_rows: torch.Tensor,
+) -> None:
+    """Write ``grad_scores [R, L] @ centers`` into grad_rows [R, H]: tiles as forward, 128 columns of H each."""
     if grad_rows.numel() == 0:
         return
     block_rows, block_columns = rows.block_size, block_of(grad_rows.shape[1], 128)
@@ -286,8 +308,15 @@ def launch_fine_scores_grad_hidden(grad_scores, weight, shortlist, rows, dot_dty
 
 
 def launch_fine_scores_grad_weight(
-    grad_scores, hidden, shortlist, rows, num_probes, dot_dtype, deterministic, grad_weight_out
-):
+    grad_scores: torch.Tensor,
+    hidden: torch.Tensor,
+    shortlist: torch.Tensor,
+    rows: Rows,
+    num_probes: int,
+    dot_dtype: tl.dtype,
+    deterministic: bool,
+    grad_weight_out: torch.Tensor,
+) -> None:
     """Add ``grad_scores.T @ tokens`` of each list place to its expert's row of ``grad_weight_out`` [E, H].
 
     One program makes the sum of 64 places by 128 columns over all rows of a codeword. An expert is in the lists of
@@ -307,7 +336,7 @@ def launch_fine_scores_grad_weight(
     num_list_blocks = triton.cdiv(shortlist_size, block_list)
     num_column_blocks = triton.cdiv(hidden_size, block_columns)
 
-    def launch(out, first_codeword, num_codewords):
+    def launch(out: torch.Tensor, first_codeword: int, num_codewords: int) -> None:
         _fine_scores_bwd_weight_kernel[(num_codewords * num_list_blocks * num_column_blocks,)](
             grad_scores, hidden, shortlist, rows.order, rows.row_first, out, first_codeword, num_probes,
             num_list_blocks, num_column_blocks, hidden_size, shortlist_size,
@@ -330,7 +359,15 @@ def launch_fine_scores_grad_weight(
         launch_pair_weight_gradient(tiles, torch.ones_like(places, dtype=torch.float32), pairs, grad_weight_out)
 
 
-def dense_gradients(ctx, grad_scores, hidden, weight, bias, shortlist, num_probes):
+def dense_gradients(
+    ctx: FunctionCtx,
+    grad_scores: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist: torch.Tensor,
+    num_probes: int,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of hidden, weight and bias from those of all scores, [R, L]."""
     rows, deterministic = ctx.rows, ctx.deterministic
     need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -359,7 +396,16 @@ def dense_gradients(ctx, grad_scores, hidden, weight, bias, shortlist, num_probe
 
 class _FineScoresKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, shortlist, assignments, dtype, deterministic):
+    def forward(
+        ctx: FunctionCtx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        shortlist: torch.Tensor,
+        assignments: torch.Tensor,
+        dtype: torch.dtype,
+        deterministic: bool,
+    ) -> torch.Tensor:
         ctx.rows = sort_rows(assignments, shortlist.shape[0])
         ctx.dot_dtype, ctx.deterministic = dot_dtype_of(hidden, weight, dtype), deterministic
         ctx.weight = weight  # the parameter itself, for its main_grad
@@ -371,11 +417,11 @@ class _FineScoresKernel(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_scores):
+    def backward(ctx: FunctionCtx, grad_scores: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return *dense_gradients(ctx, grad_scores.contiguous(), *ctx.saved_tensors, grad_scores.shape[1]), *[None] * 4
 
 
-def fine_scores_kernel(
+def fine_scores(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -384,26 +430,8 @@ def fine_scores_kernel(
     dtype: torch.dtype,
     deterministic: bool = False,
 ) -> torch.Tensor:
-    """Score every token against the experts of its codewords' shortlists: ``z_e = <w_e, h> + b_e``.
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_scores`; sums are made in fp32. Does not wait for the device.
 
-    As :func:`air_moe_megatron.ops.fine_scores.fine_scores`, whose caller has validated the shapes. Differentiable in
-    hidden, weight and bias; the weight's gradient goes into ``weight.main_grad`` where there is one
-    (``ops/weight_gradient.py``). Does not wait for the device.
-
-    Args:
-        hidden: [T, H], tokens; fp32, bf16 or fp16.
-        weight: [E, H], expert centres; likewise.
-        bias: [E] or None.
-        shortlist: [C, L] integer expert ids, distinct in a row; -1 fills the end of a shorter list.
-        assignments: [T, P] int64, codewords of each token.
-        dtype: of the arithmetic and of the result: fp32, bf16 or fp16. Sums are made in fp32.
-        deterministic: add the gradients of the weight in a fixed order, with up to 256 MiB of sums in between.
-    Returns:
-        [T, P, L] scores in ``dtype``; -inf where the shortlist holds -1.
-    Raises:
-        ValueError: for another dtype.
-
-    Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2]], assignments [[0]] gives [[[1, 3]]].
+    ``deterministic``: add the gradients of the weight in a fixed order, with up to 256 MiB of sums in between.
     """
-    require_kernel_dtypes(hidden=hidden, weight=weight, dtype=dtype)
     return _FineScoresKernel.apply(hidden, weight, bias, shortlist, assignments, dtype, deterministic)

@@ -4,34 +4,35 @@ A program keeps the scores of 16 rows on the chip, one tile of the list after an
 ones. A candidate is one int64 key of its score and its place in the list (``order_key``). ``tl.topk`` finds the largest
 K keys of a tile. Of two sorted tiles, the larger of each two opposite keys are the largest K of both.
 
-Legend: T tokens, H hidden, E experts, C clusters, L shortlist, K top-k, B blocks of tokens.
+Legend: B blocks of tokens; others as in ``ops/__init__.py``.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.ops.fine_scores.kernels import (
+    LIMITS,
+    Rows,
     experts_of_list,
     rows_of_block,
     score_tile,
     sort_rows,
 )
+from air_moe_megatron.ops.segments import (
+    block_of,
+    contiguous,
+)
 from air_moe_megatron.ops.selected_scores.kernels import gradients_of_selected
 from air_moe_megatron.ops.tiles import (
     LOWEST_KEY,
-    block_of,
-    contiguous,
     dot_dtype_of,
     id_of_key,
     order_key,
-    require_kernel_dtypes,
     step_of,
     value_of_key,
 )
-
-MAX_TOPK = 512
 
 _TILE_COLUMNS = 512  # of a list whose scores are on the chip at once; half as many beside those of earlier tiles
 
@@ -88,7 +89,15 @@ def _fine_topk_fwd_kernel(
     tl.store(topk_ids + out, ids, mask=kept)
 
 
-def launch_fine_topk(hidden, weight, bias, shortlist, rows, topk, dot_dtype):
+def launch_fine_topk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist: torch.Tensor,
+    rows: Rows,
+    topk: int,
+    dot_dtype: tl.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Top-k scores [T, K] fp32 and ids [T, K] int32.
 
     16 rows by a list of up to 512 are one tile, a warp for each 32 columns: 32 KiB of fp32 scores and 64 KiB of keys,
@@ -100,7 +109,7 @@ def launch_fine_topk(hidden, weight, bias, shortlist, rows, topk, dot_dtype):
     ids = torch.empty(num_tokens, topk, dtype=torch.int32, device=hidden.device)
     if num_tokens == 0:
         return scores, ids
-    block_topk = block_of(topk, MAX_TOPK)
+    block_topk = block_of(topk, LIMITS["topk"])
     longest = _TILE_COLUMNS if shortlist_size <= _TILE_COLUMNS else _TILE_COLUMNS // 2
     block_list = max(block_topk, block_of(shortlist_size, longest))
     segments, starts = rows.blocks(16)
@@ -116,7 +125,16 @@ def launch_fine_topk(hidden, weight, bias, shortlist, rows, topk, dot_dtype):
 
 class _FineTopkKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, shortlist, assignments, dtype, topk):
+    def forward(
+        ctx: FunctionCtx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        shortlist: torch.Tensor,
+        assignments: torch.Tensor,
+        topk: int,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.weight = weight  # the parameter itself, for its main_grad
         dot_dtype = dot_dtype_of(hidden, weight, dtype)
         hidden, weight, bias, shortlist = contiguous(hidden, weight, bias, shortlist)
@@ -128,47 +146,23 @@ class _FineTopkKernel(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_scores, _):
+    def backward(ctx: FunctionCtx, grad_scores: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *inputs, ids = ctx.saved_tensors
         return *gradients_of_selected(grad_scores, ids, *inputs, ctx.weight, ctx.needs_input_grad), *[None] * 4
 
 
-def fine_topk_kernel(
+def fine_topk(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
     assignments: torch.Tensor,
-    dtype: torch.dtype,
     topk: int,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score every token against its codeword's shortlist and keep the best: no [T, L] scores in memory.
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`; the scores are fp32, whatever the dtype of the arithmetic.
 
-    Differentiable in hidden, weight and bias for K rows per token, deterministic. The weight's gradient goes into
-    ``weight.main_grad`` where there is one. Does not wait for the device.
-
-    A list of up to 512 is one tile on the chip, a longer one several of 256 (:func:`launch_fine_topk`).
-
-    Args:
-        hidden: [T, H], tokens; fp32, bf16 or fp16.
-        weight: [E, H], expert centres; likewise.
-        bias: [E] or None.
-        shortlist: [C, L] integer expert ids, distinct in a row; -1 fills the end of a shorter list.
-        assignments: [T, 1] int64, codeword of each token.
-        dtype: of the arithmetic: fp32, bf16 or fp16. Sums are made in fp32 and not rounded to it.
-        topk: K, from 1 to 512; may be more than L.
-    Returns:
-        [T, K] fp32 scores, highest first, the lower place in the list first where they are equal, -inf where candidates
-        ran out; [T, K] int32 expert ids, -1 there.
-    Raises:
-        ValueError: for another dtype, number of probes or K.
-
-    Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2]], assignments [[0]] and K = 1 give the
-    scores [[3]] and the ids [[2]].
+    Highest first; the lower place in the list first where scores are equal. Deterministic, and does not wait for the
+    device. A list of up to 512 is one tile on the chip, a longer one several of 256 (:func:`launch_fine_topk`).
     """
-    require_kernel_dtypes(hidden=hidden, weight=weight, dtype=dtype)
-    if assignments.dim() != 2 or assignments.shape[1] != 1:
-        raise ValueError(f"assignments {tuple(assignments.shape)} must be [T, 1]: one probe")
-    if not 1 <= topk <= MAX_TOPK:
-        raise ValueError(f"topk ({topk}) must be from 1 to {MAX_TOPK}")
-    return _FineTopkKernel.apply(hidden, weight, bias, shortlist, assignments, dtype, topk)
+    return _FineTopkKernel.apply(hidden, weight, bias, shortlist, assignments, topk, dtype)

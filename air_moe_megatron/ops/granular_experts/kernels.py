@@ -19,31 +19,35 @@ Sums per row of tokens, in the second projection and in the tokens' gradient, ha
 The second is chosen from Q = 8, where the gathers move 16 bytes in bf16 for each 4 that are added, unless
 ``deterministic``. The gradients of the weights have one program per (expert, columns): no atomics either way.
 
-Legend: R rows of tokens, N (row, expert) pairs, E experts, F rows of an expert, H hidden, B blocks of pairs, Q = F, or
-2F of the gated first projection.
+Legend: B blocks of pairs, Q = F, or 2F of the gated first projection; others as in ``ops/__init__.py``.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from air_moe_megatron.ops.pair_products.kernels import launch_pair_sums
-from air_moe_megatron.ops.tiles import (
-    add_weight_gradient,
+from air_moe_megatron.ops.pair_products import Pairs
+from air_moe_megatron.ops.pair_products.kernels import launch_pair_sums, pairs_from
+from air_moe_megatron.ops.segments import (
     block_of,
     block_rows_of,
     contiguous,
+    segment_blocks,
+)
+from air_moe_megatron.ops.tiles import (
     dot,
     dot_dtype_of,
     dot_wide,
-    require_kernel_dtypes,
-    segment_blocks,
     step_of,
 )
+from air_moe_megatron.ops.weight_gradient import (
+    add_weight_gradient,
+)
 
-ACTIVATIONS = ("gelu", "silu", "relu", "squared_relu")
 MAX_FFN_HIDDEN_SIZE = 64
+LIMITS = {"ffn_hidden_size": MAX_FFN_HIDDEN_SIZE}
+"""The largest sizes that the kernels take."""
 
 _ATOMIC_PARTS = 8  # weight rows of an expert from which sums per row of tokens are made in expert order
 
@@ -93,16 +97,15 @@ def _granular_experts_fwd_kernel(
     expert = tl.load(segments + block)
     if expert == E:
         return
-    places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
-    inside = places < tl.load(id_first + expert + 1)
-    pairs = tl.load(by_id + places, mask=inside, other=0)
-    hidden_rows = hidden + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
+    start, end = tl.load(starts + block), tl.load(id_first + expert + 1)
+    pairs, tokens, inside = pairs_from(start, end, by_id, rows, BLOCK_N)
+    hidden_rows = hidden + tokens[:, None] * H
     parts = tl.arange(0, BLOCK_F)
     weight_rows = weight + (expert * Q + parts)[:, None] * H
     gate = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
     linear = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
-    for start in range(0, H, BLOCK_H):
-        columns = start + tl.arange(0, BLOCK_H)
+    for first in range(0, H, BLOCK_H):
+        columns = first + tl.arange(0, BLOCK_H)
         in_row = columns < H
         kept = (parts < F)[:, None] & in_row[None, :]
         x = tl.load(hidden_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0).to(DOT_DTYPE)
@@ -146,9 +149,8 @@ def _expert_sums_fwd_kernel(
     expert = tl.load(segments + block)
     if expert == E:
         return
-    places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
-    inside = places < tl.load(id_first + expert + 1)
-    pairs = tl.load(by_id + places, mask=inside, other=0)
+    start, end = tl.load(starts + block), tl.load(id_first + expert + 1)
+    pairs, tokens, inside = pairs_from(start, end, by_id, rows, BLOCK_N)
     columns = (program % num_column_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     in_row = columns < H
     tile = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
@@ -163,7 +165,7 @@ def _expert_sums_fwd_kernel(
             other=0.0,
         )
         tile = dot_wide(value, w, tile, DOT_DTYPE)
-    out = sums + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H + columns[None, :]
+    out = sums + tokens[:, None] * H + columns[None, :]
     tl.atomic_add(out, tile, mask=inside[:, None] & in_row[None, :], sem="relaxed")
 
 
@@ -196,15 +198,14 @@ def _granular_experts_bwd_kernel(
     expert = tl.load(segments + block)
     if expert == E:
         return
-    places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
-    inside = places < tl.load(id_first + expert + 1)
-    pairs = tl.load(by_id + places, mask=inside, other=0)
-    grad_rows = grad_out + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
+    start, end = tl.load(starts + block), tl.load(id_first + expert + 1)
+    pairs, tokens, inside = pairs_from(start, end, by_id, rows, BLOCK_N)
+    grad_rows = grad_out + tokens[:, None] * H
     parts = tl.arange(0, BLOCK_F)
     weight_rows = weight + (expert * F + parts)[:, None] * H
     grad_value = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
-    for start in range(0, H, BLOCK_H):
-        columns = start + tl.arange(0, BLOCK_H)
+    for first in range(0, H, BLOCK_H):
+        columns = first + tl.arange(0, BLOCK_H)
         in_row = columns < H
         g = tl.load(grad_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
         w = tl.load(weight_rows + columns[None, :], mask=(parts < F)[:, None] & in_row[None, :], other=0.0)
@@ -254,15 +255,13 @@ def _expert_weight_bwd_kernel(
     sums = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
     start, end = tl.load(id_first + expert), tl.load(id_first + expert + 1)
     while start < end:
-        places = start + tl.arange(0, BLOCK_N)
-        inside = places < end
-        pairs = tl.load(by_id + places, mask=inside, other=0)
+        pairs, tokens, inside = pairs_from(start, end, by_id, rows, BLOCK_N)
         value = tl.load(
             values + pairs[None, :] * Q + parts[:, None],
             mask=(parts < Q)[:, None] & inside[None, :],
             other=0.0,
         )
-        source_rows = source + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
+        source_rows = source + tokens[:, None] * H
         x = tl.load(source_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
         sums = dot_wide(value, x, sums, DOT_DTYPE)
         start += BLOCK_N
@@ -271,7 +270,14 @@ def _expert_weight_bwd_kernel(
     tl.store(out, tl.load(out, mask=kept, other=0.0).to(tl.float32) + sums, mask=kept)
 
 
-def launch_granular_values(hidden, weight1, probs, pairs, ffn_hidden_size, activation):
+def launch_granular_values(
+    hidden: torch.Tensor,
+    weight1: torch.Tensor,
+    probs: torch.Tensor,
+    pairs: Pairs,
+    ffn_hidden_size: int,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, Q] fp32 inputs of the activation, and [N, F] fp32 values: activation (times linear part) times probability.
 
     Steps of 64 columns in bf16: a program reads 128 bytes of each of its rows at a time, pipelined.
@@ -294,7 +300,9 @@ def launch_granular_values(hidden, weight1, probs, pairs, ffn_hidden_size, activ
     return inputs, values
 
 
-def launch_granular_sums(values, weight, pairs, dtype, deterministic):
+def launch_granular_sums(
+    values: torch.Tensor, weight: torch.Tensor, pairs: Pairs, dtype: torch.dtype, deterministic: bool
+) -> torch.Tensor:
     """[R, H] sums in ``dtype`` of the weight rows [E, Q, H] by the values [N, Q], one of the two ways above.
 
     In expert order, tiles of a block of pairs by 128 columns.
@@ -318,7 +326,14 @@ def launch_granular_sums(values, weight, pairs, dtype, deterministic):
     return sums.to(dtype)
 
 
-def launch_granular_gradients(grad_out, weight2, inputs, probs, pairs, activation):
+def launch_granular_gradients(
+    grad_out: torch.Tensor,
+    weight2: torch.Tensor,
+    inputs: torch.Tensor,
+    probs: torch.Tensor,
+    pairs: Pairs,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[N, F] fp32 values made anew, [N, Q] fp32 gradient of the inputs, [N] of the probabilities; tiles as forward."""
     num_pairs, hidden_size = pairs.ids.numel(), grad_out.shape[1]
     ffn_hidden_size = weight2.shape[1]
@@ -338,7 +353,9 @@ def launch_granular_gradients(grad_out, weight2, inputs, probs, pairs, activatio
     return values, grad_inputs, grad_probs
 
 
-def launch_granular_weight_gradient(source, values, pairs, grad_weight_out):
+def launch_granular_weight_gradient(
+    source: torch.Tensor, values: torch.Tensor, pairs: Pairs, grad_weight_out: torch.Tensor
+) -> None:
     """Add ``values[n, q] * source[row]`` of each expert's pairs to its rows of ``grad_weight_out`` [E * Q, H].
 
     Any float dtype; the sum of a row is made in fp32 and rounded once. Experts without pairs are not touched. Tiles of
@@ -360,7 +377,16 @@ def launch_granular_weight_gradient(source, values, pairs, grad_weight_out):
 
 class _GranularExpertsKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight1, weight2, probs, pairs, activation, deterministic):
+    def forward(
+        ctx: FunctionCtx,
+        hidden: torch.Tensor,
+        weight1: torch.Tensor,
+        weight2: torch.Tensor,
+        probs: torch.Tensor,
+        pairs: Pairs,
+        activation: str,
+        deterministic: bool,
+    ) -> torch.Tensor:
         ctx.weights = weight1, weight2  # the parameters themselves, for their main_grad
         ctx.pairs, ctx.activation, ctx.deterministic = pairs, activation, deterministic
         hidden, weight1, weight2, probs = contiguous(hidden, weight1, weight2, probs)
@@ -370,7 +396,7 @@ class _GranularExpertsKernel(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx: FunctionCtx, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight1, weight2, probs, inputs = ctx.saved_tensors
         pairs, grad_out = ctx.pairs, grad_out.contiguous()
         need_hidden, need_weight1, need_weight2, need_probs = ctx.needs_input_grad[:4]
@@ -391,52 +417,18 @@ class _GranularExpertsKernel(torch.autograd.Function):
         return grad_hidden, grad_weight1, grad_weight2, grad_probs if need_probs else None, None, None, None
 
 
-def granular_experts_kernel(
+def granular_experts(
     hidden: torch.Tensor,
     weight1: torch.Tensor,
     weight2: torch.Tensor,
     probs: torch.Tensor,
-    pairs,
+    pairs: Pairs,
     activation: str,
     deterministic: bool = False,
 ) -> torch.Tensor:
-    """Apply each row's experts: ``y_r = sum over the pairs n of row r of p_n * W2_e.T act(W1_e x_r)``.
+    """As :func:`air_moe_megatron.ops.granular_experts.granular_experts`, summed in fp32.
 
-    Differentiable in hidden, both weights and probs; the weights' gradients go into ``main_grad`` where there is one
-    (``ops/weight_gradient.py``), and touch only experts that have pairs. Does not wait for the device. A clamped or
-    shifted gated unit (``activation_func_clamp_value``, ``glu_linear_offset``) is not covered.
-
-    Args:
-        hidden: [R, H], fp32, bf16 or fp16.
-        weight1: [E, F, H], or [E, 2F, H] of a gated linear unit, the gates first; likewise.
-        weight2: [E, F, H], likewise; F from 1 to 64.
-        probs: [N], likewise.
-        pairs: N pairs of rows and experts, see :class:`air_moe_megatron.ops.pair_products.Pairs`.
-        activation: "gelu" (exact), "silu", "relu" or "squared_relu".
-        deterministic: sum per row of tokens in row order, however many weight rows an expert has; otherwise sums over
-            many are atomic additions.
-    Returns:
-        [R, H] in the dtype of weight2, summed in fp32; zero where a row has no pairs.
-    Raises:
-        ValueError: for another dtype or activation, or if the weights do not fit together.
-
-    Example: hidden [[1, 2]], weight1 [[[1, 1]]], weight2 [[[0, 1]]], relu, the pair (0, 0) with probability 0.5 gives
-    [[0, 1.5]].
+    ``deterministic``: sum per row of tokens in row order, however many weight rows an expert has; otherwise sums over
+    many are atomic additions.
     """
-    require_kernel_dtypes(hidden=hidden, weight1=weight1, weight2=weight2, probs=probs)
-    num_experts, ffn_hidden_size, hidden_size = weight2.shape
-    if weight1.shape not in ((num_experts, parts * ffn_hidden_size, hidden_size) for parts in (1, 2)):
-        raise ValueError(
-            f"weight1 {tuple(weight1.shape)} must be [E, F, H] or [E, 2F, H] with weight2 {tuple(weight2.shape)} "
-            "[E, F, H]"
-        )
-    if hidden.shape != (pairs.num_rows, hidden_size) or pairs.num_ids != num_experts or probs.shape != pairs.ids.shape:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and probs {tuple(probs.shape)} must be [R, H] and [N] with "
-            f"R = {pairs.num_rows}, H = {hidden_size}, N = {pairs.ids.numel()}, and E = {pairs.num_ids}"
-        )
-    if not 1 <= ffn_hidden_size <= MAX_FFN_HIDDEN_SIZE:
-        raise ValueError(f"rows of an expert ({ffn_hidden_size}) must be from 1 to {MAX_FFN_HIDDEN_SIZE}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation ({activation!r}) must be one of {', '.join(ACTIVATIONS)}")
     return _GranularExpertsKernel.apply(hidden, weight1, weight2, probs, pairs, activation, deterministic)

@@ -1,9 +1,20 @@
 """Ground truth of the granular experts: gather both projections of every pair's expert."""
 
+from collections.abc import Callable
+
 import torch
 
 
-def naive_granular_experts(hidden, weight1, weight2, probs, rows, ids, activation, gated):
+def naive_granular_experts(
+    hidden: torch.Tensor,
+    weight1: torch.Tensor,
+    weight2: torch.Tensor,
+    probs: torch.Tensor,
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    gated: bool,
+) -> torch.Tensor:
     """[R, H]: row r sums ``probs[n] * W2_e.T act(W1_e x_r)`` over its pairs n, with e = ids[n], by plain autograd.
 
     hidden [R, H], weight1 [E, F, H], or [E, 2F, H] with the gates first if ``gated``, weight2 [E, F, H], probs [N],

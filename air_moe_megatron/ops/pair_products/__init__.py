@@ -2,8 +2,6 @@
 
 ``pair_dots`` is a dense-times-dense product sampled at the pairs, ``pair_sums`` a sparse-times-dense product. Both cost
 O(N * H) and make no [N, H] copy of the weights.
-
-Legend: R rows of tokens, N pairs, M weight rows, H hidden.
 """
 
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from air_moe_megatron.ops.backend import use_kernels
-from air_moe_megatron.ops.pair_products.sparse import PairDots, PairSums
+from air_moe_megatron.ops.pair_products import eager
 
 __all__ = ["Pairs", "make_pairs", "pair_dots", "pair_sums"]
 
@@ -114,10 +112,10 @@ def pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch
             "the same last dimension and dtype"
         )
     if use_kernels("pair_products", hidden, weight):
-        from air_moe_megatron.ops.pair_products.kernels import pair_dots_kernel
+        from air_moe_megatron.ops.pair_products import kernels
 
-        return pair_dots_kernel(hidden, weight, pairs)
-    return PairDots.apply(hidden, weight, pairs)
+        return kernels.pair_dots(hidden, weight, pairs)
+    return eager.pair_dots(hidden, weight, pairs)
 
 
 @torch.compiler.disable
@@ -141,12 +139,12 @@ def pair_sums(values: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch
         raise ValueError(f"values {tuple(values.shape)} must be [N] with N = {pairs.ids.numel()}")
     _check_weight(weight, pairs)
     if use_kernels("pair_products", values, weight):
-        from air_moe_megatron.ops.pair_products.kernels import pair_sums_kernel
+        from air_moe_megatron.ops.pair_products import kernels
 
-        return pair_sums_kernel(values, weight, pairs)
-    return PairSums.apply(values, weight, pairs)
+        return kernels.pair_sums(values, weight, pairs)
+    return eager.pair_sums(values, weight, pairs)
 
 
-def _check_weight(weight, pairs):
+def _check_weight(weight: torch.Tensor, pairs: Pairs) -> None:
     if weight.dim() < 2 or weight.numel() != pairs.num_ids * weight.shape[-1]:
         raise ValueError(f"weight {tuple(weight.shape)} must hold M = {pairs.num_ids} rows")

@@ -11,17 +11,33 @@ largest number that N pairs can need, and the programs beyond the last block ret
 The products are memory bound, a few operations per byte, so they are plain multiplications: a matrix product would pad
 the few pairs of a weight row to sixteen.
 
-Legend: R rows of tokens, N pairs, M weight rows, H hidden, S segments, B blocks, Q consecutive weight rows of an id.
+Legend: B blocks, Q consecutive weight rows of an id; others as in ``ops/__init__.py``.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from air_moe_megatron.ops.tiles import add_weight_gradient, require_kernel_dtypes, segment_blocks
+from air_moe_megatron.ops.pair_products import Pairs
+from air_moe_megatron.ops.segments import (
+    next_power_of_2,
+    segment_blocks,
+)
+from air_moe_megatron.ops.weight_gradient import (
+    add_weight_gradient,
+)
 
 _TILE = 4096  # elements in fp32 of a tile of 4 warps: 32 registers of each thread
+
+
+@triton.jit
+def pairs_from(start, end, by_id, rows, BLOCK_N: tl.constexpr):
+    """[BLOCK_N] pairs in the order of the weight rows, their rows of tokens, and which of them are before ``end``."""
+    places = start + tl.arange(0, BLOCK_N)
+    inside = places < end
+    pairs = tl.load(by_id + places, mask=inside, other=0)
+    return pairs, tl.load(rows + pairs, mask=inside, other=0), inside
 
 
 @triton.jit
@@ -43,13 +59,12 @@ def _pair_dots_fwd_kernel(
     weight_row = tl.load(segments + block)
     if weight_row == M:
         return
-    places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
-    inside = places < tl.load(id_first + weight_row + 1)
-    pairs = tl.load(by_id + places, mask=inside, other=0)
-    hidden_rows = hidden + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
+    start, end = tl.load(starts + block), tl.load(id_first + weight_row + 1)
+    pairs, tokens, inside = pairs_from(start, end, by_id, rows, BLOCK_N)
+    hidden_rows = hidden + tokens[:, None] * H
     products = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    for start in range(0, H, BLOCK_H):
-        columns = start + tl.arange(0, BLOCK_H)
+    for first in range(0, H, BLOCK_H):
+        columns = first + tl.arange(0, BLOCK_H)
         in_row = columns < H
         w = tl.load(weight + weight_row * H + columns, mask=in_row, other=0.0).to(tl.float32)
         x = tl.load(hidden_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
@@ -114,11 +129,9 @@ def _pair_weight_bwd_kernel(
     products = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     start = tl.load(id_first + weight_row)
     while start < end:
-        places = start + tl.arange(0, BLOCK_N)
-        inside = places < end
-        pairs = tl.load(by_id + places, mask=inside, other=0)
+        pairs, tokens, inside = pairs_from(start, end, by_id, rows, BLOCK_N)
         value = tl.load(values + pairs, mask=inside, other=0.0).to(tl.float32)
-        source_rows = source + tl.load(rows + pairs, mask=inside, other=0)[:, None] * H
+        source_rows = source + tokens[:, None] * H
         x = tl.load(source_rows + columns[None, :], mask=inside[:, None] & in_row[None, :], other=0.0)
         products += value[:, None] * x.to(tl.float32)
         start += BLOCK_N
@@ -126,7 +139,7 @@ def _pair_weight_bwd_kernel(
     tl.store(out, tl.load(out, mask=in_row, other=0.0).to(tl.float32) + tl.sum(products, axis=0), mask=in_row)
 
 
-def launch_pair_dots(hidden, weight, pairs):
+def launch_pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     """[N] fp32 dot products of hidden [R, H] and weight [M, H]; zero where the id is -1.
 
     Blocks hold about as many pairs as a weight row has on average, 4 to 32, and as much of a row as a tile then takes.
@@ -135,17 +148,19 @@ def launch_pair_dots(hidden, weight, pairs):
     dots = torch.zeros(num_pairs, dtype=torch.float32, device=hidden.device)
     if num_pairs == 0:
         return dots
-    block_rows = min(32, max(4, triton.next_power_of_2(num_pairs // min(num_pairs, pairs.num_ids))))
+    block_rows = min(32, max(4, next_power_of_2(num_pairs // min(num_pairs, pairs.num_ids))))
     segments, starts = segment_blocks(pairs.id_first, num_pairs, block_rows)
     _pair_dots_fwd_kernel[(segments.numel(),)](
         hidden.contiguous(), weight.contiguous(), pairs.rows, pairs.by_id, pairs.id_first, segments, starts, dots,
         pairs.num_ids, hidden_size,
-        BLOCK_N=block_rows, BLOCK_H=min(_TILE // block_rows, triton.next_power_of_2(hidden_size)),
+        BLOCK_N=block_rows, BLOCK_H=min(_TILE // block_rows, next_power_of_2(hidden_size)),
     )  # fmt: skip
     return dots
 
 
-def launch_pair_sums(values, weight, pairs, dtype, parts=1):
+def launch_pair_sums(
+    values: torch.Tensor, weight: torch.Tensor, pairs: Pairs, dtype: torch.dtype, parts: int = 1
+) -> torch.Tensor:
     """[R, H] sums in ``dtype`` of the weight rows [M * Q, H] by the values [N * Q]; an id of -1 is no pair.
 
     The Q weight rows of an id lie together, and so do the values of a pair. Tiles of 8 pairs and up to 512 columns: a
@@ -153,7 +168,7 @@ def launch_pair_sums(values, weight, pairs, dtype, parts=1):
     """
     hidden_size = weight.shape[-1]
     sums = torch.empty(pairs.num_rows, hidden_size, dtype=dtype, device=weight.device)
-    block_columns = min(_TILE // 8, triton.next_power_of_2(hidden_size))
+    block_columns = min(_TILE // 8, next_power_of_2(hidden_size))
     num_column_blocks = triton.cdiv(hidden_size, block_columns)
     _pair_sums_fwd_kernel[(pairs.num_rows * num_column_blocks,)](
         values.contiguous(), weight.contiguous(), pairs.ids, pairs.row_first, sums, hidden_size, num_column_blocks,
@@ -162,7 +177,9 @@ def launch_pair_sums(values, weight, pairs, dtype, parts=1):
     return sums
 
 
-def launch_pair_weight_gradient(source, values, pairs, grad_weight_out):
+def launch_pair_weight_gradient(
+    source: torch.Tensor, values: torch.Tensor, pairs: Pairs, grad_weight_out: torch.Tensor
+) -> None:
     """Add ``values[n] * source[row]`` of each weight row's pairs to its row of ``grad_weight_out`` [M, H].
 
     Any float dtype; the sum of a row is made in fp32 and rounded once. Rows without pairs are not touched. One program
@@ -170,7 +187,7 @@ def launch_pair_weight_gradient(source, values, pairs, grad_weight_out):
     """
     num_pairs, hidden_size = pairs.ids.numel(), source.shape[1]
     segments, _ = segment_blocks(pairs.id_first, num_pairs, max(1, num_pairs))
-    block_columns = min(_TILE // 16, triton.next_power_of_2(hidden_size))
+    block_columns = min(_TILE // 16, next_power_of_2(hidden_size))
     num_column_blocks = triton.cdiv(hidden_size, block_columns)
     _pair_weight_bwd_kernel[(segments.numel() * num_column_blocks,)](
         source.contiguous(), values.contiguous(), pairs.rows, pairs.by_id, pairs.id_first, segments, grad_weight_out,
@@ -181,14 +198,14 @@ def launch_pair_weight_gradient(source, values, pairs, grad_weight_out):
 
 class _PairDotsKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, pairs):
+    def forward(ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.weight, ctx.pairs = weight, pairs  # the parameter itself, for its main_grad
         return launch_pair_dots(hidden, weight, pairs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_dots):
+    def backward(ctx: FunctionCtx, grad_dots: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -202,14 +219,14 @@ class _PairDotsKernel(torch.autograd.Function):
 
 class _PairSumsKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, weight, pairs):
+    def forward(ctx: FunctionCtx, values: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         ctx.save_for_backward(values, weight)
         ctx.weight, ctx.pairs = weight, pairs
         return launch_pair_sums(values, weight, pairs, weight.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_sums):
+    def backward(ctx: FunctionCtx, grad_sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values, weight = ctx.saved_tensors
         grad_values = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -221,43 +238,11 @@ class _PairSumsKernel(torch.autograd.Function):
         return grad_values, grad_weight, None
 
 
-def pair_dots_kernel(hidden: torch.Tensor, weight: torch.Tensor, pairs) -> torch.Tensor:
-    """Dot product of each pair's row of tokens and weight row.
-
-    As :func:`air_moe_megatron.ops.pair_products.pair_dots`, whose caller has validated the shapes. Differentiable in
-    hidden and weight, deterministic, does not wait for the device.
-
-    Args:
-        hidden: [R, H], fp32, bf16 or fp16.
-        weight: [..., H] of M rows, likewise.
-        pairs: N pairs, see :class:`air_moe_megatron.ops.pair_products.Pairs`.
-    Returns:
-        [N] fp32.
-    Raises:
-        ValueError: for another dtype.
-
-    Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], the pairs (0, 2) and (0, 0) give [3, 1].
-    """
-    require_kernel_dtypes(hidden=hidden, weight=weight)
+def pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """As :func:`air_moe_megatron.ops.pair_products.pair_dots`, summed in fp32, deterministic."""
     return _PairDotsKernel.apply(hidden, weight, pairs)
 
 
-def pair_sums_kernel(values: torch.Tensor, weight: torch.Tensor, pairs) -> torch.Tensor:
-    """Sum the weight rows of each row of tokens, weighted by the pairs' values.
-
-    As :func:`air_moe_megatron.ops.pair_products.pair_sums`, whose caller has validated the shapes. Differentiable in
-    values and weight, deterministic, does not wait for the device.
-
-    Args:
-        values: [N], fp32, bf16 or fp16.
-        weight: [..., H] of M rows, likewise.
-        pairs: N pairs, see :class:`air_moe_megatron.ops.pair_products.Pairs`.
-    Returns:
-        [R, H] in the dtype of weight, summed in fp32; zero where a row has no pairs.
-    Raises:
-        ValueError: for another dtype.
-
-    Example: values [2, 1], weight [[1, 0], [0, 1], [1, 1]], the pairs (0, 2) and (0, 0) give [[3, 2]].
-    """
-    require_kernel_dtypes(values=values, weight=weight)
+def pair_sums(values: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """As :func:`air_moe_megatron.ops.pair_products.pair_sums`, summed in fp32, deterministic."""
     return _PairSumsKernel.apply(values, weight, pairs)

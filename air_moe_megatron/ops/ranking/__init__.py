@@ -1,21 +1,21 @@
-"""The experts that score highest at each codeword, and the codeword at which each expert scores highest.
-
-Legend: H hidden, E experts, C clusters, L shortlist.
-"""
+"""The experts that score highest at each codeword, and the codeword at which each expert scores highest."""
 
 from dataclasses import dataclass
 
 import torch
 
 from air_moe_megatron.ops.backend import use_kernels
-from air_moe_megatron.ops.ranking.streamed import streamed_rank_experts
+from air_moe_megatron.ops.ranking import eager
 
-__all__ = ["Ranking", "rank_experts"]
+__all__ = ["SCORE_FUNCTIONS", "Ranking", "rank_experts"]
+
+SCORE_FUNCTIONS = (None, "sigmoid", "sqrtsoftplus")
+"""Functions through which Megatron's expert bias is added to a score."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """What one pass over all experts finds out."""
+    """Result of one pass over all experts."""
 
     lists: torch.Tensor  # [C, L] int64, the experts that score highest at each codeword, best first
     nearest: torch.Tensor  # [E] int64, the codeword at which each expert scores highest
@@ -36,27 +36,60 @@ def rank_experts(
     """Rank the experts at each codeword by ``scale_c * <w_e, c> + b_e``, and the codewords at each expert.
 
     With a score function the experts are ranked by ``function(that score) + expert_bias_e``, as the top-k of a router
-    with an expert bias ranks them. The experts are streamed: no [C, E] tensor is held for large E.
+    with an expert bias ranks them. The experts are streamed: no [C, E] tensor is held for large E. The torch version
+    waits for the device. In the kernels the lower id wins a tie, and scores that are NaN count as infinite.
 
     Args:
         codewords: [C, H] fp32, unit rows.
         scale: [C] fp32, typical ``<h, c>`` of a codeword's tokens; matters only beside a bias or a score function.
-        weight: [E, H] expert centres, any float dtype.
+        weight: [E, H] expert centers, any float dtype.
         bias: [E] or None.
-        shortlist_size: experts per list.
+        shortlist_size: L, experts per list, from 1 to E.
         score_function: None, "sigmoid" or "sqrtsoftplus".
         expert_bias: [E]; with a score function only.
     Raises:
-        ValueError: if only one of score function and expert bias is given.
+        ValueError: if shapes, dtypes or arguments do not fit.
 
     Example: codewords [[1, 0], [0, 1]], weight [[1, 0], [0, 3], [2, 2]], L = 2 gives the lists [[2, 0], [1, 2]], the
     nearest codewords [0, 1, 0] and the scores [1, 3, 2].
     """
-    if (score_function is None) != (expert_bias is None):
-        raise ValueError(f"score_function ({score_function!r}) and expert_bias must be given together or not at all")
-    ranked = (codewords, scale, weight, bias, shortlist_size, score_function, expert_bias)
+    _validate(codewords, scale, weight, bias, shortlist_size, score_function, expert_bias)
     if use_kernels("ranking", codewords, weight):
-        from air_moe_megatron.ops.ranking.kernels import rank_experts_kernel
+        from air_moe_megatron.ops.ranking import kernels
 
-        return Ranking(*rank_experts_kernel(*ranked))
-    return Ranking(*streamed_rank_experts(*ranked))
+        return Ranking(
+            *kernels.rank_experts(codewords, scale, weight, bias, shortlist_size, score_function, expert_bias)
+        )
+    return Ranking(*eager.rank_experts(codewords, scale, weight, bias, shortlist_size, score_function, expert_bias))
+
+
+def _validate(
+    codewords: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist_size: int,
+    score_function: str | None,
+    expert_bias: torch.Tensor | None,
+) -> None:
+    if codewords.dim() != 2 or weight.dim() != 2 or codewords.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"codewords {tuple(codewords.shape)} and weight {tuple(weight.shape)} must be [C, H] and [E, H] "
+            "with the same H"
+        )
+    if codewords.dtype != torch.float32:
+        raise ValueError(f"codewords ({codewords.dtype}) must be fp32")
+    if scale.shape != codewords.shape[:1]:
+        raise ValueError(f"scale {tuple(scale.shape)} must be [C] with C = {codewords.shape[0]}")
+    for name, values in (("bias", bias), ("expert_bias", expert_bias)):
+        if values is not None and values.shape != weight.shape[:1]:
+            raise ValueError(f"{name} {tuple(values.shape)} must be [E] with E = {weight.shape[0]}")
+    if not 1 <= shortlist_size <= weight.shape[0]:
+        raise ValueError(f"shortlist_size ({shortlist_size}) must be from 1 to E = {weight.shape[0]}")
+    if score_function not in SCORE_FUNCTIONS:
+        raise ValueError(f"score_function ({score_function!r}) must be one of {SCORE_FUNCTIONS}")
+    if (score_function is None) != (expert_bias is None):
+        raise ValueError(
+            f"score_function ({score_function!r}) and expert_bias ({'None' if expert_bias is None else 'given'}) "
+            "go together"
+        )

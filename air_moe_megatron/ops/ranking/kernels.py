@@ -18,28 +18,26 @@ lists whatever ``topk`` does with equal values. Products are exact: fp32, or thr
 Memory: 8 bytes for each of the C * E/G keys of groups, and for each of the at most 2^26 keys of candidates
 (C * L * G of them, in chunks of codewords); 512 MiB each at E = 2^20, C = L = 2^11. The [C, E] scores would be 8 GiB.
 
-Legend: H hidden, E experts, C clusters, L shortlist, G experts of a group, S summands of a codeword, n codewords of a
-chunk, k groups a codeword keeps.
+Legend: G experts of a group, S summands of a codeword, n codewords of a chunk, k groups a codeword keeps; others as in
+``ops/__init__.py``.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from air_moe_megatron.ops.segments import (
+    contiguous,
+    sort_into_segments,
+)
 from air_moe_megatron.ops.tiles import (
     LOWEST_KEY,
-    SCORE_FUNCTIONS,
     apply_score_function,
-    contiguous,
-    dot,
+    codeword_products,
     ids_of_keys,
     order_key,
-    require_kernel_dtypes,
-    sort_into_segments,
     split_codewords,
 )
-
-_GROUP_SIZES = (16, 32, 64, 128)  # a tile's side for the tensor cores
 
 _CHUNK_ELEMENTS = 2**26  # of the keys [n, k * G] of a chunk of codewords: 512 MiB
 
@@ -87,21 +85,9 @@ def _group_maxima_fwd_kernel(
     for first in range(0, C, BLOCK_C):
         ids = first + tl.arange(0, BLOCK_C)
         is_codeword = ids < C
-        products = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
-        for start in range(0, H, BLOCK_H):
-            columns = start + tl.arange(0, BLOCK_H)
-            w = tl.load(
-                weight + experts[None, :] * H + columns[:, None],
-                mask=is_expert[None, :] & (columns < H)[:, None],
-                other=0.0,
-            )
-            for s in tl.static_range(S):
-                c = tl.load(
-                    summands + s * C * H + ids.to(tl.int64)[:, None] * H + columns[None, :],
-                    mask=is_codeword[:, None] & (columns < H)[None, :],
-                    other=0.0,
-                )
-                products = dot(c, w, products)
+        products = codeword_products(
+            summands, ids, is_codeword, weight, experts, is_expert, 1.0, C, H, S, False, BLOCK_C, BLOCK_E, BLOCK_H
+        )
         factor = tl.load(factors + ids, mask=is_codeword, other=0.0)
         scores = _ranked(products, factor, bias, expert_bias, experts, is_expert, HAS_BIAS, FUNCTION)
         scores = tl.where(is_codeword[:, None] & is_expert[None, :], scores, float("-inf"))
@@ -143,7 +129,7 @@ def _candidates_fwd_kernel(
     BLOCK_H: tl.constexpr,
 ):
     program = tl.program_id(0)
-    group = program // num_tiles  # tiles of a group are neighbours: the second finds its weight rows in the L2 cache
+    group = program // num_tiles  # tiles of a group are neighbors: the second finds its weight rows in the L2 cache
     first = tl.load(first_pairs + group) + (program % num_tiles) * BLOCK_C
     end = tl.load(first_pairs + group + 1)
     if first >= end:
@@ -154,28 +140,16 @@ def _candidates_fwd_kernel(
     ids = first_codeword + pair // k
     experts = group.to(tl.int64) * G + tl.arange(0, G)
     is_expert = experts < E
-    products = tl.zeros([BLOCK_C, G], tl.float32)
-    for start in range(0, H, BLOCK_H):
-        columns = start + tl.arange(0, BLOCK_H)
-        w = tl.load(
-            weight + experts[None, :] * H + columns[:, None],
-            mask=is_expert[None, :] & (columns < H)[:, None],
-            other=0.0,
-        )
-        for s in tl.static_range(S):
-            c = tl.load(
-                summands + s * C * H + ids[:, None] * H + columns[None, :],
-                mask=is_pair[:, None] & (columns < H)[None, :],
-                other=0.0,
-            )
-            products = dot(c, w, products)
+    products = codeword_products(
+        summands, ids, is_pair, weight, experts, is_expert, 1.0, C, H, S, False, BLOCK_C, G, BLOCK_H
+    )
     factor = tl.load(factors + ids, mask=is_pair, other=0.0)
     scores = _ranked(products, factor, bias, expert_bias, experts, is_expert, HAS_BIAS, FUNCTION)
     keys = tl.where(is_expert[None, :], order_key(scores, experts[None, :]), LOWEST_KEY)
     tl.store(candidates + pair[:, None] * G + tl.arange(0, G)[None, :], keys, mask=is_pair[:, None])
 
 
-def _blocks(weight, group_size):
+def _blocks(weight: torch.Tensor, group_size: int) -> dict[str, int]:
     """Block sizes and launch options of the first step as a function of E and the dtype.
 
     - 16-bit: [128, 64] tiles of the three summands and [64, 128] of the weight are 64 KiB, three stages of them fit the
@@ -188,20 +162,29 @@ def _blocks(weight, group_size):
     return {"BLOCK_C": 128, "BLOCK_E": block, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
 
 
-def _candidate_blocks(weight):
+def _candidate_blocks(weight: torch.Tensor) -> dict[str, int]:
     """The same of the third step: about 4 G codewords choose a group, so two tiles of 64 with G = 32."""
     if weight.dtype == torch.float32:
         return {"BLOCK_C": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_C": 64, "BLOCK_H": 64, "num_warps": 4, "num_stages": 3}
 
 
-def _best_groups(group_keys, num_kept):
+def _best_groups(group_keys: torch.Tensor, num_kept: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[n * k] pairs (codeword, place among its best groups) sorted by group, and [E / G + 1] each group's first."""
     groups = ids_of_keys(group_keys.topk(num_kept, dim=1).values)
     return sort_into_segments(groups.flatten(), group_keys.shape[1])
 
 
-def launch_ranking(codewords, factors, weight, bias, shortlist_size, function, expert_bias, group_size):
+def launch_ranking(
+    codewords: torch.Tensor,
+    factors: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist_size: int,
+    function: str | None,
+    expert_bias: torch.Tensor | None,
+    group_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Lists [C, L], and of each expert the best codeword [E] and its score [E]: the three steps above."""
     (num_clusters, hidden_size), num_experts, device = codewords.shape, weight.shape[0], weight.device
     weight, bias, expert_bias = contiguous(weight, bias, expert_bias)
@@ -243,8 +226,7 @@ def launch_ranking(codewords, factors, weight, bias, shortlist_size, function, e
     return lists, nearest, score
 
 
-@torch.no_grad()
-def rank_experts_kernel(
+def rank_experts(
     codewords: torch.Tensor,
     scale: torch.Tensor,
     weight: torch.Tensor,
@@ -254,59 +236,12 @@ def rank_experts_kernel(
     expert_bias: torch.Tensor | None = None,
     group_size: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rank the experts at each codeword by ``scale_c * <w_e, c> + b_e``, and the codewords at each expert.
+    """As :func:`air_moe_megatron.ops.ranking.rank_experts`, deterministic, without a wait for the device.
 
-    With a score function the experts are ranked by ``function(that score) + expert_bias_e``, as the top-k of a router
-    with an expert bias ranks them. Without bias and score function the scale, which changes no order, is left out.
-    Scores that are NaN count as infinite. Deterministic, does not wait for the device.
-
-    Args:
-        codewords: [C, H] fp32, unit rows.
-        scale: [C] fp32, typical ``<h, c>`` of a codeword's tokens.
-        weight: [E, H] expert centres, fp32, bf16 or fp16.
-        bias: [E] or None.
-        shortlist_size: L, experts per list, at most E.
-        score_function: None, "sigmoid" or "sqrtsoftplus".
-        expert_bias: [E]; with a score function only.
-        group_size: G, experts that one maximum stands for: 16, 32, 64 or 128. More of them need less memory for the
-            maxima and more work for the candidates.
-    Returns:
-        [C, L] int64 experts that score highest at each codeword, best first, the lower id first where scores are equal;
-        [E] int64 codeword at which each expert scores highest, the lowest of those; [E] fp32 that score.
-    Raises:
-        ValueError: if shapes, dtypes or arguments do not fit.
-
-    Example: codewords [[1, 0], [0, 1]], scale [1, 1], weight [[1, 0], [0, 3], [2, 2]], L = 2 gives the lists
-    [[2, 0], [1, 2]], the nearest codewords [0, 1, 0] and the scores [1, 3, 2].
+    Without bias and score function the scale, which changes no order, is left out. ``group_size`` is G, the experts
+    that one maximum stands for: 16, 32, 64 or 128, the sides of a tile for the tensor cores. More of them need less
+    memory for the maxima and more work for the candidates.
     """
-    _validate(codewords, scale, weight, bias, shortlist_size, score_function, expert_bias, group_size)
     scale = scale.float()
     factors = scale if bias is not None or score_function is not None else torch.ones_like(scale)
     return launch_ranking(codewords, factors, weight, bias, shortlist_size, score_function, expert_bias, group_size)
-
-
-def _validate(codewords, scale, weight, bias, shortlist_size, score_function, expert_bias, group_size):
-    if codewords.dim() != 2 or weight.dim() != 2 or codewords.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"codewords {tuple(codewords.shape)} and weight {tuple(weight.shape)} must be [C, H] and [E, H] "
-            "with the same H"
-        )
-    require_kernel_dtypes(weight=weight)
-    if codewords.dtype != torch.float32:
-        raise ValueError(f"codewords ({codewords.dtype}) must be fp32")
-    if scale.shape != codewords.shape[:1]:
-        raise ValueError(f"scale {tuple(scale.shape)} must be [C] with C = {codewords.shape[0]}")
-    for name, values in (("bias", bias), ("expert_bias", expert_bias)):
-        if values is not None and values.shape != weight.shape[:1]:
-            raise ValueError(f"{name} {tuple(values.shape)} must be [E] with E = {weight.shape[0]}")
-    if not 1 <= shortlist_size <= weight.shape[0]:
-        raise ValueError(f"shortlist_size ({shortlist_size}) must be between 1 and E = {weight.shape[0]}")
-    if score_function not in SCORE_FUNCTIONS:
-        raise ValueError(f"score_function ({score_function!r}) must be one of {SCORE_FUNCTIONS}")
-    if (score_function is None) != (expert_bias is None):
-        raise ValueError(
-            f"score_function ({score_function!r}) and expert_bias ({'None' if expert_bias is None else 'given'}) "
-            "go together"
-        )
-    if group_size not in _GROUP_SIZES:
-        raise ValueError(f"group_size ({group_size}) must be one of {_GROUP_SIZES}")

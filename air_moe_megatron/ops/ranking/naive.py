@@ -5,7 +5,14 @@ import torch
 _ACTIVATIONS = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda scores: torch.nn.functional.softplus(scores).sqrt()}
 
 
-def naive_scores(codewords, scale, weight, bias, score_function=None, expert_bias=None):
+def naive_scores(
+    codewords: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    score_function: str | None = None,
+    expert_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
     """[C, E] of what experts are ranked by at each codeword, in the dtype of the codewords."""
     scores = codewords @ weight.to(codewords.dtype).t()
     if bias is not None or score_function is not None:
@@ -17,8 +24,16 @@ def naive_scores(codewords, scale, weight, bias, score_function=None, expert_bia
     return scores
 
 
-def naive_rank_experts(codewords, scale, weight, bias, shortlist_size, score_function=None, expert_bias=None):
-    """As :func:`air_moe_megatron.ops.ranking.kernels.rank_experts_kernel`; the lower id wins a tie."""
+def naive_rank_experts(
+    codewords: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist_size: int,
+    score_function: str | None = None,
+    expert_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`air_moe_megatron.ops.ranking.rank_experts`; the lower id wins a tie."""
     scores = naive_scores(codewords, scale, weight, bias, score_function, expert_bias)
     lists = scores.sort(dim=1, descending=True, stable=True).indices[:, :shortlist_size]
     score, nearest = (part[0] for part in scores.sort(dim=0, descending=True, stable=True))

@@ -1,12 +1,9 @@
-"""Scores of the experts that a token has selected, with their gradients.
-
-Legend: T tokens, H hidden, E experts, K selected.
-"""
+"""Scores of the experts that a token has selected, with their gradients."""
 
 import torch
 
 from air_moe_megatron.ops.backend import use_kernels
-from air_moe_megatron.ops.selected_scores.bags import bagged_selected_scores
+from air_moe_megatron.ops.selected_scores import eager
 
 __all__ = ["selected_scores"]
 
@@ -28,7 +25,7 @@ def selected_scores(
 
     Args:
         hidden: [T, H], tokens.
-        weight: [E, H], expert centres.
+        weight: [E, H], expert centers.
         bias: [E] or None.
         ids: [T, K] integer expert ids, distinct in a row; -1 where there is none: no gradient.
         scores: [T, K], their scores; they set the dtype of the arithmetic and of the result.
@@ -51,7 +48,7 @@ def selected_scores(
             f"ids {tuple(ids.shape)} and scores {tuple(scores.shape)} must both be [T, K] with T = {hidden.shape[0]}"
         )
     if use_kernels("selected_scores", hidden, weight, dtype=scores.dtype):
-        from air_moe_megatron.ops.selected_scores.kernels import selected_scores_kernel
+        from air_moe_megatron.ops.selected_scores import kernels
 
-        return selected_scores_kernel(hidden, weight, bias, ids, scores)
-    return bagged_selected_scores(hidden, weight, bias, ids, scores)
+        return kernels.selected_scores(hidden, weight, bias, ids, scores)
+    return eager.selected_scores(hidden, weight, bias, ids, scores)

@@ -2,18 +2,33 @@
 
 No copy of the weight is made, whatever the dtype of the scores; sums are made in fp32.
 
-Legend: T tokens, H hidden, E experts, K selected, N = T*K pairs.
+Legend: N = T*K pairs; others as in ``ops/__init__.py``.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.ops.pair_products import make_pairs
 from air_moe_megatron.ops.pair_products.kernels import launch_pair_sums, launch_pair_weight_gradient
-from air_moe_megatron.ops.tiles import add_weight_gradient, contiguous
+from air_moe_megatron.ops.segments import (
+    contiguous,
+)
+from air_moe_megatron.ops.weight_gradient import (
+    add_weight_gradient,
+)
 
 
-def gradients_of_selected(grad_scores, ids, hidden, weight, bias, parameter, needed):
+def gradients_of_selected(
+    grad_scores: torch.Tensor,
+    ids: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    parameter: torch.Tensor,
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients for hidden, weight and bias, each None where it is not needed.
 
     Args:
@@ -43,18 +58,27 @@ def gradients_of_selected(grad_scores, ids, hidden, weight, bias, parameter, nee
 
 class _SelectedScoresKernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, scores):
+    def forward(
+        ctx: FunctionCtx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        ids: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.weight = weight
         ctx.save_for_backward(*contiguous(hidden, weight, bias), ids)
         return scores.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_scores):
+    def backward(ctx: FunctionCtx, grad_scores: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *inputs, ids = ctx.saved_tensors
         return *gradients_of_selected(grad_scores, ids, *inputs, ctx.weight, ctx.needs_input_grad), None, None
 
 
-def selected_scores_kernel(hidden, weight, bias, ids, scores):
-    """As :func:`air_moe_megatron.ops.selected_scores.selected_scores`, whose caller has validated the shapes."""
+def selected_scores(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor, scores: torch.Tensor
+) -> torch.Tensor:
+    """As :func:`air_moe_megatron.ops.selected_scores.selected_scores`."""
     return _SelectedScoresKernel.apply(hidden, weight, bias, ids, scores)

@@ -1,9 +1,11 @@
-"""Ground truth of the selected scores: gather every selected centre, then one product each."""
+"""Ground truth of the selected scores: gather every selected center, then one product each."""
 
 import torch
 
 
-def naive_selected_scores(hidden, weight, bias, ids, dtype):
+def naive_selected_scores(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """The scores that :func:`air_moe_megatron.ops.selected_scores.selected_scores` is given, by plain autograd."""
     rows = ids.clamp(min=0)
     scores = torch.einsum("th,tkh->tk", hidden.to(dtype), weight[rows].to(dtype))

@@ -1,29 +1,34 @@
 """Gradients of the selected scores as two weighted sums of rows, each one ``embedding_bag``.
 
-The tokens' gradient sums K centres per token. The centres' gradient sums the tokens of each expert, the (token, expert)
+The tokens' gradient sums K centers per token. The centers' gradient sums the tokens of each expert, the (token, expert)
 pairs sorted by expert, into ``main_grad`` where there is one (``ops/weight_gradient.py``). Scores of another dtype than
 the weight's cost a copy of the weight: ``embedding_bag`` takes one dtype.
-
-Legend: T tokens, H hidden, E experts, K selected.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import embedding_bag
 
 from air_moe_megatron.ops.weight_gradient import weight_gradient
 
 
-class _BaggedSelectedScores(torch.autograd.Function):
+class _SelectedScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, scores):
+    def forward(
+        ctx: FunctionCtx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        ids: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight, bias, ids)
         ctx.weight = weight  # the parameter itself, for its main_grad
         return scores.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_scores):
+    def backward(ctx: FunctionCtx, grad_scores: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, ids = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         dtype, num_selected = grad_scores.dtype, ids.shape[1]
@@ -51,6 +56,8 @@ class _BaggedSelectedScores(torch.autograd.Function):
         )
 
 
-def bagged_selected_scores(hidden, weight, bias, ids, scores):
-    """As :func:`air_moe_megatron.ops.selected_scores.selected_scores`, whose caller has validated the shapes."""
-    return _BaggedSelectedScores.apply(hidden, weight, bias, ids, scores)
+def selected_scores(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor, scores: torch.Tensor
+) -> torch.Tensor:
+    """As :func:`air_moe_megatron.ops.selected_scores.selected_scores`."""
+    return _SelectedScores.apply(hidden, weight, bias, ids, scores)

@@ -3,18 +3,23 @@
 import torch
 from torch.nn.functional import embedding_bag
 
+from air_moe_megatron.ops.segments import sort_into_segments
 from air_moe_megatron.ops.unit_vectors import LONGEST, scale_rows
 
 _BLOCK_SIZE = 1 << 22  # similarities in memory at once; at C = 4,096 a quarter faster than all of 16,384 tokens
 
 
-def dense_assign(hidden, codewords, num_probes, allowed):
+def assign(
+    hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allowed: torch.Tensor | None
+) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.coarse.assign`."""
     blocks = hidden.split(max(1, _BLOCK_SIZE // codewords.shape[0]))
     return torch.cat([_assign_block(block, codewords, num_probes, allowed) for block in blocks])
 
 
-def _assign_block(hidden, codewords, num_probes, allowed):
+def _assign_block(
+    hidden: torch.Tensor, codewords: torch.Tensor, num_probes: int, allowed: torch.Tensor | None
+) -> torch.Tensor:
     similarity = scale_rows(hidden)[0] @ codewords.t()
     if allowed is not None:
         similarity = similarity.masked_fill(~allowed, float("-inf"))
@@ -23,7 +28,9 @@ def _assign_block(hidden, codewords, num_probes, allowed):
     return similarity.topk(num_probes, dim=1).indices
 
 
-def dense_token_statistics(hidden, codewords, assignments, keep):
+def token_statistics(
+    hidden: torch.Tensor, codewords: torch.Tensor, assignments: torch.Tensor, keep: torch.Tensor | None
+) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.coarse.token_statistics`. Waits for the device where tokens are left out."""
     if keep is not None:
         hidden, assignments = hidden[keep], assignments[keep]
@@ -32,9 +39,21 @@ def dense_token_statistics(hidden, codewords, assignments, keep):
     counts = (norms != 0.0).float()  # a token of zeros has no direction: it counts nothing
     weights = torch.where(norms == 0.0, 0.0, 1.0 / norms)
     scalars = torch.cat((counts, (norms / scale).clamp(max=LONGEST)), dim=1)
-    sorted_assignments, order = assignments.sort(stable=True)
-    first = torch.searchsorted(sorted_assignments, torch.arange(codewords.shape[0], device=hidden.device))
+    order, first = sort_into_segments(assignments, codewords.shape[0])
+    first = first[:-1]
     sums = embedding_bag(order, scaled, first, per_sample_weights=weights[order, 0], mode="sum")
     cosines = (sums * codewords).sum(dim=1)  # of a sum of vectors: the sum of their cosines
     counts, lengths = embedding_bag(order, scalars, first, mode="sum").unbind(dim=1)
     return torch.cat((sums, torch.stack((counts, cosines, lengths), dim=1)), dim=1)
+
+
+def assign_with_statistics(
+    hidden: torch.Tensor,
+    codewords: torch.Tensor,
+    num_probes: int,
+    allowed: torch.Tensor | None,
+    keep: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`air_moe_megatron.ops.coarse.assign_with_statistics`."""
+    assignments = assign(hidden, codewords, num_probes, allowed)
+    return assignments, token_statistics(hidden, codewords, assignments[:, 0], keep)

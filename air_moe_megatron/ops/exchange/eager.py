@@ -15,13 +15,20 @@ class SortedPlan:
     topk_ids: torch.Tensor  # [T, K] int64
     num_local_experts: int
 
+    @property
+    def shape(self) -> torch.Size:
+        """[T, K]."""
+        return self.topk_ids.shape
+
     def tokens_of_rows(self, num_rows: int) -> torch.Tensor:
         """[R] int64, the token of each row, rows in the order of (rank, token)."""
         return torch.nonzero_static(self.is_wanted.t(), size=num_rows)[:, 1]
 
 
 @torch.no_grad()
-def make_sorted_plan(topk_ids, probs, num_ranks, num_local_experts, misfit) -> SortedPlan:
+def make_plan(
+    topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, mismatch: bool
+) -> SortedPlan:
     """As :func:`air_moe_megatron.ops.exchange.make_plan`."""
     ids = topk_ids.long()
     is_pair = (ids >= 0) & (ids < num_ranks * num_local_experts)
@@ -33,19 +40,21 @@ def make_sorted_plan(topk_ids, probs, num_ranks, num_local_experts, misfit) -> S
     num_pairs.index_add_(0, pair_ranks, torch.ones_like(pair_ranks))
     invalid_ids = (~is_pair & (ids != -1)).sum().expand(num_ranks)
     invalid_probs = (~probs.isfinite()).sum().expand(num_ranks)
-    misfits = torch.full_like(invalid_ids, misfit)
-    columns = (is_wanted.sum(dim=0), num_pairs[:num_ranks], invalid_ids, invalid_probs, misfits)
+    mismatches = torch.full_like(invalid_ids, mismatch)
+    columns = (is_wanted.sum(dim=0), num_pairs[:num_ranks], invalid_ids, invalid_probs, mismatches)
     return SortedPlan(torch.stack(columns, dim=1), pair_ranks, is_wanted, ids, num_local_experts)
 
 
-def sorted_pack(hidden, probs, plan: SortedPlan, num_rows, num_pairs):
+def pack(
+    hidden: torch.Tensor, probs: torch.Tensor, plan: SortedPlan, num_rows: int, num_pairs: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.exchange.pack`."""
     order = plan.pair_ranks.argsort(stable=True)[:num_pairs]  # those of no rank come last
     return hidden[plan.tokens_of_rows(num_rows)], _encode(plan, order, probs.shape[1]), probs.reshape(-1)[order]
 
 
 @torch.no_grad()
-def _encode(plan, order, topk):
+def _encode(plan: SortedPlan, order: torch.Tensor, topk: int) -> torch.Tensor:
     keys = plan.pair_ranks[order] * plan.topk_ids.shape[0] + order // topk  # (rank, token)
     is_first = torch.ones_like(keys, dtype=torch.bool)
     is_first[1:] = keys[1:] != keys[:-1]
@@ -53,7 +62,7 @@ def _encode(plan, order, topk):
     return torch.where(is_first, ~local_ids, local_ids).int()
 
 
-def sorted_combine(partial_sums, plan: SortedPlan):
+def combine(partial_sums: torch.Tensor, plan: SortedPlan) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.exchange.combine`."""
     wide = torch.promote_types(partial_sums.dtype, torch.float32)
     sums = torch.zeros(plan.topk_ids.shape[0], partial_sums.shape[1], dtype=wide, device=partial_sums.device)

@@ -3,21 +3,24 @@
 On a CPU the dot products are ``torch.sparse.sampled_addmm`` in the order of the weight rows: each weight row is read
 once, from end to end of the weight, while the tokens stay in the cache. The sums are ``embedding_bag`` in the order of
 the tokens: every output row is written once. Elsewhere the dot products gather the rows of a bounded chunk of pairs.
-
-Legend: R rows of tokens, N pairs, M weight rows, H hidden.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import embedding_bag
 
 from air_moe_megatron.ops.weight_gradient import sparse_rows, weight_gradient
+
+if TYPE_CHECKING:
+    from air_moe_megatron.ops.pair_products import Pairs
 
 _CHUNK_ELEMENTS = 2**21  # of weight rows in a wider dtype: 8 MiB in fp32
 _GATHERED_ELEMENTS = 2**26  # of the rows that two gathers of a chunk of pairs hold: 256 MiB each in fp32
 
 
-def _dots(hidden, weight, pairs):
+def _dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> torch.Tensor:
     """[N] dot products, fp32 or wider."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if hidden.is_cuda:
@@ -37,13 +40,13 @@ def _dots(hidden, weight, pairs):
     return torch.empty_like(dots).index_copy_(0, pairs.by_id, dots)
 
 
-def _sampled(weight, hidden, id_first, tokens):
+def _sampled(weight: torch.Tensor, hidden: torch.Tensor, id_first: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """[N] products ``<weight_m, hidden_t>`` for the tokens of each weight row, one after another."""
     pattern = sparse_rows(id_first, tokens, hidden.new_zeros(tokens.numel()), hidden.shape[0])
     return torch.sparse.sampled_addmm(pattern, weight, hidden.t(), beta=0.0).values()
 
 
-def _gathered_dots(hidden, weight, pairs, wide):
+def _gathered_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: "Pairs", wide: torch.dtype) -> torch.Tensor:
     chunk = max(1, _GATHERED_ELEMENTS // weight.shape[1])
     dots = torch.empty(pairs.ids.numel(), dtype=wide, device=hidden.device)
     for first in range(0, dots.numel(), chunk):
@@ -53,31 +56,29 @@ def _gathered_dots(hidden, weight, pairs, wide):
     return dots
 
 
-def _sums(values, weight, pairs):
+def _sums(values: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> torch.Tensor:
     """[R, H] in the dtype of weight."""
     return embedding_bag(
         pairs.ids, weight, pairs.row_first[:-1], per_sample_weights=values.to(weight.dtype), mode="sum"
     )
 
 
-def _weight_gradient(weight, source, values, pairs):
+def _weight_gradient(weight: torch.Tensor, source: torch.Tensor, values: torch.Tensor, pairs: "Pairs") -> torch.Tensor:
     """Sum of ``value * source[row]`` over the pairs of each weight row."""
     order = pairs.by_id
     return weight_gradient(weight, source, pairs.id_first, pairs.rows[order], values[order])
 
 
-class PairDots(torch.autograd.Function):
-    """As :func:`air_moe_megatron.ops.pair_products.pair_dots`, whose caller has validated the shapes."""
-
+class _PairDots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, pairs):
+    def forward(ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.weight, ctx.pairs = weight, pairs  # the parameter itself, for its main_grad
         return _dots(hidden, weight.view(pairs.num_ids, -1), pairs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_dots):
+    def backward(ctx: FunctionCtx, grad_dots: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         pairs = ctx.pairs
         grad_hidden = grad_weight = None
@@ -88,18 +89,16 @@ class PairDots(torch.autograd.Function):
         return grad_hidden, grad_weight, None
 
 
-class PairSums(torch.autograd.Function):
-    """As :func:`air_moe_megatron.ops.pair_products.pair_sums`, whose caller has validated the shapes."""
-
+class _PairSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, weight, pairs):
+    def forward(ctx: FunctionCtx, values: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> torch.Tensor:
         ctx.save_for_backward(values, weight)
         ctx.weight, ctx.pairs = weight, pairs
         return _sums(values, weight.view(pairs.num_ids, -1), pairs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_sums):
+    def backward(ctx: FunctionCtx, grad_sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         values, weight = ctx.saved_tensors
         pairs = ctx.pairs
         grad_sums = grad_sums.contiguous()
@@ -109,3 +108,13 @@ class PairSums(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = _weight_gradient(ctx.weight, grad_sums, values, pairs)
         return grad_values, grad_weight, None
+
+
+def pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> torch.Tensor:
+    """As :func:`air_moe_megatron.ops.pair_products.pair_dots`."""
+    return _PairDots.apply(hidden, weight, pairs)
+
+
+def pair_sums(values: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> torch.Tensor:
+    """As :func:`air_moe_megatron.ops.pair_products.pair_sums`."""
+    return _PairSums.apply(values, weight, pairs)

@@ -6,24 +6,25 @@ per codeword instead of once per token is what makes a shortlist cheaper than th
 
 Codewords with about as many rows share a batched product, their rows padded to the largest. Where every row stands in
 this padded order is worked out once for all batches: on a CPU a batch is so small that a few operations more are felt.
-The gathered centres of a batch share one buffer with those of all others: fresh memory for every list costs more in
+The gathered centers of a batch share one buffer with those of all others: fresh memory for every list costs more in
 page faults than the products themselves.
 
 Where only the best K scores of a token are wanted, each tile is reduced to them while it is in the cache: the [T, L]
 scores are never written.
 
-Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, K top-k, R = T*P rows, B codewords of a batch,
-n their rows after padding, N rows of all batches after padding.
+Legend: R = T*P rows, B codewords of a batch, n their rows after padding, N rows of all batches after padding; others as
+in ``ops/__init__.py``.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.ops.weight_gradient import added_to_main_grad, main_grad_of
 
-_BATCH_ELEMENTS = 2**21  # of the gathered centres: 8 MiB in fp32, which the cache of a CPU holds beside the tiles
+_BATCH_ELEMENTS = 2**21  # of the gathered centers: 8 MiB in fp32, which the cache of a CPU holds beside the tiles
 _MIN_FILL = 0.75  # rows of the smallest codeword of a batch over those of the largest
 
 
@@ -39,7 +40,7 @@ class _Batch:
     is_full: bool  # whether no list is shorter
 
     @property
-    def ids(self):
+    def ids(self) -> torch.Tensor:
         """[B * length] rows of the weight; any where there is no expert."""
         ids = self.experts.reshape(-1)
         return ids if self.is_full else ids.clamp(min=0)
@@ -55,7 +56,7 @@ class _Grouping:
     width: int  # experts of the shortest list in a batch as long as the batch is wide; 0 if a row is in no batch
 
 
-def _group(shortlist, assignments, hidden_size) -> _Grouping:
+def _group(shortlist: torch.Tensor, assignments: torch.Tensor, hidden_size: int) -> _Grouping:
     """Group the rows by codeword; codewords without rows or experts are in no batch. Waits for the device once."""
     num_probes, codewords = assignments.shape[1], assignments.reshape(-1)
     num_rows, device = codewords.numel(), codewords.device
@@ -93,7 +94,7 @@ def _group(shortlist, assignments, hidden_size) -> _Grouping:
     )
 
 
-def _spans(sizes, hidden_size):
+def _spans(sizes: list[list[int]], hidden_size: int) -> Iterator[tuple[int, int, int, int, bool]]:
     """Yield (start, end, most rows, longest list, whether all lists are that long) of the codewords of each batch,
     which are sorted by their rows."""
     start = 0
@@ -110,19 +111,19 @@ def _spans(sizes, hidden_size):
         start = end
 
 
-class _Centres:
-    """The gathered centres of one batch after another, in one buffer."""
+class _Centers:
+    """The gathered centers of one batch after another, in one buffer."""
 
-    def __init__(self, batches, weight, dtype):
+    def __init__(self, batches: list[_Batch], weight: torch.Tensor, dtype: torch.dtype) -> None:
         widest = max((batch.experts.numel() for batch in batches), default=0)
         self.buffer = torch.empty(widest, weight.shape[1], dtype=dtype, device=weight.device)
 
-    def room_for(self, batch):
+    def room_for(self, batch: _Batch) -> torch.Tensor:
         """[B, length, H] to be written."""
         return self.buffer[: batch.experts.numel()].view(*batch.experts.shape, -1)
 
-    def gather(self, weight, batch):
-        """[B, length, H] centres of the batch's experts, in the buffer's dtype."""
+    def gather(self, weight: torch.Tensor, batch: _Batch) -> torch.Tensor:
+        """[B, length, H] centers of the batch's experts, in the buffer's dtype."""
         rows = self.buffer[: batch.experts.numel()]
         if weight.dtype == rows.dtype:
             torch.index_select(weight, 0, batch.ids, out=rows)
@@ -131,11 +132,13 @@ class _Centres:
         return rows.view(*batch.experts.shape, -1)
 
 
-def _tiles(batches, hidden, weight, bias, dtype):
+def _tiles(
+    batches: list[_Batch], hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[_Batch, torch.Tensor]]:
     """Yield each batch with its scores [B, n, length], -inf where a list is shorter."""
-    centres = _Centres(batches, weight, dtype)
+    centers = _Centers(batches, weight, dtype)
     for batch in batches:
-        tile = torch.bmm(_tokens(hidden, batch, dtype), centres.gather(weight, batch).transpose(1, 2))
+        tile = torch.bmm(_tokens(hidden, batch, dtype), centers.gather(weight, batch).transpose(1, 2))
         if bias is not None:
             tile += bias.index_select(0, batch.ids).to(dtype).view_as(batch.experts).unsqueeze(1)
         if not batch.is_full:
@@ -145,7 +148,15 @@ def _tiles(batches, hidden, weight, bias, dtype):
 
 class _GroupedFineScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, shortlist, assignments, dtype):
+    def forward(
+        ctx: FunctionCtx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        shortlist: torch.Tensor,
+        assignments: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
         num_rows, num_probes = assignments.numel(), assignments.shape[1]
         grouping = _group(shortlist, assignments, hidden.shape[1])
         # One row more, for what padding gives.
@@ -161,7 +172,7 @@ class _GroupedFineScores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_scores):
+    def backward(ctx: FunctionCtx, grad_scores: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
         num_probes, dtype, hidden_size = ctx.num_probes, ctx.dtype, hidden.shape[1]
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -174,18 +185,18 @@ class _GroupedFineScores(torch.autograd.Function):
         if need_weight:
             grad_weight = grad_scores.new_zeros(weight.shape, dtype=wide) if main_grad is None else main_grad
         grad_bias = grad_scores.new_zeros(bias.shape, dtype=wide) if need_bias else None
-        centres = _Centres(ctx.batches, weight, dtype)
+        centers = _Centers(ctx.batches, weight, dtype)
         for batch in ctx.batches:
             grad = _rows_or_zero(grad_scores[:, : batch.experts.shape[1]], batch)  # [B, n, length]
             if not batch.is_full:
                 grad = grad.masked_fill((batch.experts < 0).unsqueeze(1), 0.0)
             if need_hidden:
-                tile = torch.bmm(grad, centres.gather(weight, batch))
+                tile = torch.bmm(grad, centers.gather(weight, batch))
                 grad_rows.index_copy_(0, batch.rows, tile.flatten(0, 1))
             if need_weight:
-                grad_centres = centres.room_for(batch)
-                torch.bmm(grad.transpose(1, 2), _tokens(hidden, batch, dtype), out=grad_centres)
-                grad_weight.index_add_(0, batch.ids, grad_centres.flatten(0, 1).to(grad_weight.dtype))
+                grad_centers = centers.room_for(batch)
+                torch.bmm(grad.transpose(1, 2), _tokens(hidden, batch, dtype), out=grad_centers)
+                grad_weight.index_add_(0, batch.ids, grad_centers.flatten(0, 1).to(grad_weight.dtype))
             if need_bias:
                 grad_bias.index_add_(0, batch.ids, grad.sum(dim=1, dtype=wide).reshape(-1))
         grad_hidden = None
@@ -206,26 +217,41 @@ class _GroupedFineScores(torch.autograd.Function):
         )
 
 
-def _tokens(hidden, batch, dtype):
+def _tokens(hidden: torch.Tensor, batch: _Batch, dtype: torch.dtype) -> torch.Tensor:
     """[B, n, H] tokens of the batch's rows; any where padded."""
     return hidden.index_select(0, batch.tokens).to(dtype).view(*batch.shape, -1)
 
 
-def _rows_or_zero(values, batch):
+def _rows_or_zero(values: torch.Tensor, batch: _Batch) -> torch.Tensor:
     """[B, n, length] rows of values [R, length]; zero where padded."""
     num_rows = values.shape[0]
     rows = values.index_select(0, batch.rows.clamp(max=num_rows - 1))
     return rows.masked_fill_((batch.rows == num_rows).unsqueeze(1), 0.0).view(*batch.shape, -1)
 
 
-def grouped_fine_scores(hidden, weight, bias, shortlist, assignments, dtype):
-    """As :func:`air_moe_megatron.ops.fine_scores.fine_scores`, whose caller has validated the shapes."""
+def fine_scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist: torch.Tensor,
+    assignments: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_scores`."""
     return _GroupedFineScores.apply(hidden, weight, bias, shortlist, assignments, dtype)
 
 
 @torch.no_grad()
-def grouped_fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype):
-    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`, whose caller has validated the shapes."""
+def fine_topk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist: torch.Tensor,
+    assignments: torch.Tensor,
+    topk: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`."""
     grouping = _group(shortlist, assignments, hidden.shape[1])
     num_padded, list_size = grouping.num_padded + 1, shortlist.shape[1]  # one row more, for rows in no batch
     scores = torch.empty(num_padded, topk, dtype=dtype, device=hidden.device)

@@ -1,7 +1,4 @@
-"""Ranking with torch operations: the experts streamed in chunks, so that no [C, E] tensor is held for large E.
-
-Legend: H hidden, E experts, C clusters, L shortlist.
-"""
+"""Ranking with torch operations: the experts streamed in chunks, so that no [C, E] tensor is held for large E."""
 
 import torch
 
@@ -11,9 +8,16 @@ _SPARE = 32  # candidates of a chunk beyond twice those expected
 _SCORE = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda scores: torch.nn.functional.softplus(scores).sqrt()}
 
 
-def streamed_rank_experts(
-    codewords, scale, weight, bias, shortlist_size, score_function, expert_bias, chunk_elements=CHUNK_ELEMENTS
-):
+def rank_experts(
+    codewords: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist_size: int,
+    score_function: str | None,
+    expert_bias: torch.Tensor | None,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.ranking.rank_experts`. Waits for the device."""
     num_clusters, num_experts = codewords.shape[0], weight.shape[0]
     chunk = min(num_experts, max(chunk_elements // num_clusters, 1))
@@ -21,7 +25,7 @@ def streamed_rank_experts(
     # On a CPU, fresh memory costs more than its use.
     buffer = torch.empty(num_clusters * chunk, dtype=codewords.dtype, device=weight.device)
 
-    def score(experts):
+    def score(experts: slice) -> torch.Tensor:
         size = experts.stop - experts.start
         scores = torch.mm(codewords, weight[experts].float().t(), out=buffer[: num_clusters * size].view(-1, size))
         if bias is not None or score_function is not None:
@@ -51,7 +55,7 @@ def streamed_rank_experts(
     return ids.gather(1, places), torch.cat(nearest), torch.cat(highest)
 
 
-def _max_per_column(scores):
+def _max_per_column(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Maximum [n] and its row [n] of scores [C, n]; over groups of rows first, as ``amax`` is the quick part."""
     num_rows, size = scores.shape
     if num_rows % _STRIPES:
@@ -62,7 +66,7 @@ def _max_per_column(scores):
     return values, stripe * (num_rows // _STRIPES) + group
 
 
-def _topk(scores, k):
+def _topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and columns of the k largest per row of scores [C, n], in descending order; of all n if k is larger.
 
     The columns are divided into groups: the k largest lie in the k groups of the largest maxima.
