@@ -61,6 +61,22 @@ class Ranks:
         self.store.set(verdict, json.dumps({"result": result}))
         return result
 
+    def check(self, topic: str, check: Callable[[], None]) -> None:
+        """Run a check on every rank, whose files and memory may differ; what one rank finds ends all of them.
+
+        Args:
+            topic: a name that is used once per start.
+            check: raises a ValueError or an OSError where something is wrong.
+        Raises:
+            ValueError: on every rank, with the message of the first rank that found something.
+        """
+        try:
+            check()
+            found = None
+        except (ValueError, OSError) as error:
+            found = str(error)
+        self.agree(topic, found, _raise_first)
+
 
 def meet(args: argparse.Namespace) -> Ranks:
     """Join the rendezvous of this start.
@@ -91,6 +107,13 @@ def check_agreement(args: argparse.Namespace, ranks: Ranks) -> None:
     """
     own = {name: repr(value) for name, value in vars(args).items() if _must_agree(name, value)}
     ranks.agree("arguments", own, _compare)
+
+
+def _raise_first(found: list[str | None]) -> None:
+    for rank, message in enumerate(found):
+        if message is not None:
+            where = "" if rank == 0 else f"rank {rank}: "
+            raise ValueError(f"{where}{message}")
 
 
 def _must_agree(name: str, value: Any) -> bool:

@@ -281,9 +281,9 @@ def train(program_start: float | None = None, screen: TextIO | None = None) -> N
         check_agreement(args, ranks)
         refuse_unsupported(args)
         refuse_bad_values(args)
-        preflight.check_data(args)
+        ranks.check("data", lambda: preflight.check_data(args))
         model_config = model_config_from_args(args)
-        check_memory(args)
+        ranks.check("memory", lambda: check_memory(args))
         if check_checkpoint(args, model_config.transformer, ranks):
             model_config.pre_wrap_hooks.append(leave_out_codebooks)
     pretrain_func, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)

@@ -52,6 +52,19 @@ def test_what_the_judge_raises_ends_every_rank():
     assert {str(outcome) for outcome in outcomes[1:]} == {"rank 0 failed: IndexError('list index out of range')"}
 
 
+def test_what_one_rank_finds_ends_every_rank():
+    """Data may be missing on one node; the others must not wait for its rank."""
+
+    def check(rank):
+        if rank == 2:
+            raise ValueError("--data-path 'x': 'x.idx' does not exist")
+
+    outcomes = on_ranks(4, lambda ranks: ranks.check("data", lambda: check(ranks.rank)))
+    assert [type(outcome) for outcome in outcomes] == [ValueError] * 4
+    assert {str(outcome) for outcome in outcomes} == {"rank 2: --data-path 'x': 'x.idx' does not exist"}
+    assert on_ranks(2, lambda ranks: ranks.check("data", lambda: check(ranks.rank))) == [None, None]
+
+
 def given(rank, **changes):
     """Arguments of one rank, with what differs between all ranks."""
     own = {"rank": rank, "load": f"/node{rank}", "data_cache_path": f"/node{rank}", "handle": object()}
