@@ -193,7 +193,7 @@ def test_legacy_checkpoints_are_refused_like_others(pretrain, tmp_path):
 
 def test_bad_flags_are_refused(pretrain):
     run = pretrain(*AIR, "--moe-router-topk", "9", "--train-iters", "1", ranks=1, succeeds=False)
-    assert refused(run, "pretrain: error: moe_router_topk (9) must not exceed moe_air_shortlist_size (8)")
+    assert refused(run, "pretrain: error: moe_air_shortlist_size (8) must exceed moe_router_topk (9)")
     assert run.returncode == 2 and "Traceback" not in run.output
 
 
