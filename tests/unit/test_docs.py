@@ -1,0 +1,285 @@
+"""README and docs: snippets run, commands parse, links lead somewhere, and every flag is documented."""
+
+import argparse
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from air_moe_megatron.config import AIRFields
+from tests.builders import make_router
+from tests.processes import run
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+DOCUMENTS = [
+    README,
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "patches/README.md",
+    ROOT / "benchmarks/quality/README.md",
+]
+FENCE = re.compile(r" *(```+)(.*)")
+FLAG_ROW = re.compile(r"^\| `(--[a-z0-9-]+)` \| ([^|]+) \|", re.MULTILINE)
+# The commands that documents may name. What is not here is not found, so no document can start anything else.
+COMMANDS = ("bash", "cp", "git", "make", "pip", "torchrun")
+# Writes each command and its words to a file instead of running it.
+STUB = r"""#!/bin/sh
+printf '%s\037' "${0##*/}" "$@" >> "LOG"
+printf '\036' >> "LOG"
+"""
+NOT_OURS = {"pretrain_gpt.py"}  # scripts of a Megatron-LM checkout
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path: Path) -> Iterator[tuple[str, int, str]]:
+    """Language, line number and text of each fenced block."""
+    language, first, lines = None, 0, []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        fence = FENCE.fullmatch(line)
+        if fence and language is None:
+            language, first, lines = fence[2].strip(), number, []
+        elif fence:
+            yield language, first, "".join(f"{line}\n" for line in lines)
+            language = None
+        elif language is not None:
+            lines.append(line)
+    assert language is None, f"{name_of(path)}:{first}: the block is not closed"
+
+
+def prose(path: Path) -> str:
+    """The text of a document without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def of_language(language: str) -> list[Path]:
+    return [path for path in DOCUMENTS if any(block[0] == language for block in blocks(path))]
+
+
+def documents(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=map(name_of, paths))
+
+
+def section(path: Path, heading: str) -> str:
+    """The text under a heading, up to the next one of any level."""
+    parts = re.split(r"^#+ (.*)$", prose(path), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))[heading]
+
+
+@documents(DOCUMENTS)
+def test_code_stands_in_fenced_blocks_that_name_their_language(path):
+    for language, line, _ in blocks(path):
+        assert language in ("bash", "python", "text"), f"{name_of(path)}:{line}: {language!r}"
+    assert not re.search(r"\n\n {4}\S", prose(path)), f"{name_of(path)}: an indented block"
+
+
+# Python.
+
+
+@documents(of_language("python"))
+def test_python_blocks_run_one_after_another(path):
+    runner = (
+        "import json, sys\n"
+        "name, blocks = json.load(sys.stdin)\n"
+        "namespace = {'__name__': name}\n"
+        "for line, code in blocks:\n"
+        "    exec(compile('\\n' * line + code, name, 'exec'), namespace)\n"
+    )
+    parts = [(line, code) for language, line, code in blocks(path) if language == "python"]
+    result = run([sys.executable, "-c", runner], cwd=ROOT, input=json.dumps((name_of(path), parts)))
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_the_python_interface_is_documented():
+    assert ROOT / "docs/python-api.md" in of_language("python")
+
+
+# Commands.
+
+
+@pytest.fixture(scope="module")
+def parser(megatron_cpu) -> argparse.ArgumentParser:
+    """Megatron's parser with our flags, as our entry makes it."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from air_moe_megatron.training import extra_args_provider
+
+    return extra_args_provider(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def write_stubs(folder: Path) -> Path:
+    """Stand-ins for all commands, beside those of ``make install`` in .venv; returns the file that they write to."""
+    log = folder / "commands"
+    for place, names in (("stubs", COMMANDS), (".venv/bin", ("python", "pip", "torchrun"))):
+        (folder / place).mkdir(parents=True)
+        for name in names:
+            script = folder / place / name
+            script.write_text(STUB.replace("LOG", str(log)))
+            script.chmod(0o755)
+    return log
+
+
+def commands_of(path: Path, folder: Path) -> list[list[str]]:
+    """The commands that the bash blocks of a document start, as words; the blocks run in one shell."""
+    log = write_stubs(folder)
+    code = "cd() { :; }\n" + "".join(code for language, _, code in blocks(path) if language == "bash")
+    result = run([shutil.which("bash"), "-eu", "-c", code], cwd=folder, env={"PATH": str(folder / "stubs")})
+    assert result.returncode == 0, result.stderr
+    return [record.split("\x1f")[:-1] for record in log.read_text().split("\x1e")[:-1]]
+
+
+def flags_of(command: list[str]) -> list[str]:
+    """What a command gives to Megatron's parser; nothing if it starts no training."""
+    places = [
+        place
+        for place, word in enumerate(command)
+        if word == "air_moe_megatron.pretrain" or word in NOT_OURS or word.startswith("examples/")
+    ]
+    return command[places[-1] + 1 :] if places else []
+
+
+@documents(of_language("bash"))
+def test_commands_name_what_exists(path, tmp_path, parser):
+    from air_moe_megatron.config import refuse_unused
+
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = commands_of(path, tmp_path)
+    assert commands
+    for command in commands:
+        if command[0] == "make":
+            assert {word for word in command[1:] if "=" not in word} <= targets
+        for word in command[1:]:
+            if re.search(r"\.(py|sh|toml|patch)$", word) and word not in NOT_OURS:
+                assert (ROOT / word.removeprefix(f"../{ROOT.name}/").removeprefix("../air_moe_megatron/")).exists(), (
+                    word
+                )
+        flags = flags_of(command)
+        assert flags or not any(word.startswith("--moe-") for word in command), command
+        if flags:
+            refuse_unused(parser.parse_args(flags))
+
+
+def test_the_readme_trains_air_on_cpu_and_gpu_with_the_same_flags(tmp_path):
+    on_cpu, on_gpu = (set(flags) for flags in map(flags_of, commands_of(README, tmp_path)) if flags)
+    assert on_cpu - on_gpu == {"--cpu"} and "--cpu" not in on_gpu
+    assert {"--moe-router-type", "air", "--moe-granular-experts"} <= on_cpu
+
+
+@pytest.mark.slow
+def test_the_readme_trains_in_a_fresh_clone(tmp_path):
+    write_stubs(tmp_path)
+    data = tmp_path / "data/stdlib"
+    assert run([sys.executable, ROOT / "examples/prepare_stdlib.py", "--out", data], cwd=ROOT).returncode == 0
+    torchrun = tmp_path / ".venv/bin/torchrun"
+    torchrun.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m torch.distributed.run "$@"\n')
+    (code,) = (code for language, _, code in blocks(README) if language == "bash" and "--cpu" in code)
+    environment = {"PATH": f"{tmp_path / 'stubs'}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = run([shutil.which("bash"), "-eu", "-c", code], cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "routing health at iteration       50 |" in result.stdout
+    assert (tmp_path / "out/first/latest_checkpointed_iteration.txt").read_text().strip() == "50"
+
+
+@documents(DOCUMENTS)
+def test_every_moe_flag_in_the_text_exists(path, parser):
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    assert set(re.findall(r"--moe-[a-z0-9-]*[a-z0-9]", path.read_text())) <= known
+
+
+def test_every_flag_is_documented_with_its_default():
+    rows = dict(FLAG_ROW.findall((ROOT / "docs/routers.md").read_text()))
+    defaults = {
+        "--" + field.name.replace("_", "-"): "off" if field.default is False else str(field.default)
+        for field in dataclasses.fields(AIRFields)
+    }
+    assert {flag: default.strip("`") for flag, default in rows.items()} == defaults
+    chosen = dict(FLAG_ROW.findall(section(README, "Flags")))
+    assert len(chosen) == 10 and chosen.pop("--cpu") == "off"
+    assert chosen.items() <= rows.items()
+
+
+# Links, tree, figures.
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@documents(DOCUMENTS)
+def test_relative_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        if re.match(r"https?:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (path.parent / file).resolve() if file else path
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_every_document_can_be_reached_from_the_readme():
+    seen, found = set(), [README]
+    while found:
+        path = found.pop()
+        if path in seen or path.suffix != ".md":
+            continue
+        seen.add(path)
+        targets = (target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)))
+        found += [linked for target in targets if target and (linked := (path.parent / target).resolve()).is_file()]
+    assert {name_of(path) for path in DOCUMENTS} <= {name_of(path) for path in seen}
+
+
+def test_what_the_tree_names_exists():
+    (tree,) = (code for language, _, code in blocks(README) if language == "text" and "\n  " in code)
+    folders: list[str] = []
+    for line in tree.splitlines():
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name]
+        path = ROOT.joinpath(*folders)
+        assert path.is_dir() if name.endswith("/") else path.is_file(), name
+        assert len(line.split()) > 1 or depth == 0, f"{name}: no word on what it is"
+
+
+def test_the_results_of_the_readme_stand_where_it_says():
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| \[[^\]]+\]\(([^)#]+)#[^)]+\) \|$", prose(README), re.MULTILINE)
+    assert len(rows) == len(section(README, "Results").split("\n|")) - 3
+    for question, result, source in rows:
+        text = (ROOT / source).read_text()
+        for figure in re.findall(r"\d[\d.,/]*\d(?: \+- [\d.]+%)?", f"{result} {question}"):
+            assert figure in text, f"{figure} ({question}) is not in {source}"
+
+
+class AllFigures(dict):
+    """Figures of a health line in which none is missing."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> float:
+        return 1.0
+
+    def get(self, name: str, default: object = None) -> float:
+        return 1.0
+
+
+def test_the_figures_of_the_health_line_are_those_documented(megatron_cpu):
+    from air_moe_megatron.diagnostics import health_line
+
+    def labels(line):
+        parts = [part.strip() for part in line.strip().rstrip("|").split(" | ")[1:]]
+        inner = re.findall(r"[\d.]+ ([a-z][a-z ]+)[,)]", line)
+        return {part.split(":")[0] for part in parts} | set(inner)
+
+    every = labels(health_line(AllFigures(), [make_router(megatron_cpu, moe_router_type="air")], 7))
+    documented = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/health.md").read_text(), re.MULTILINE)
+    assert len(every) >= 10 and set(documented) == every
+    (example,) = (code for language, _, code in blocks(README) if "routing health" in code)
+    assert labels(example) <= every
