@@ -22,7 +22,7 @@ GPU_SIZES := --hidden 1024 --tokens 16384 --topk 64
 GPU_RUNS := --warmup 3 --repetitions 20 --slow-repetitions 10
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train test test-fast golden lint bench bench-gpu bench-layer bench-compare study clean
+.PHONY: help install data train test test-fast golden limits lint bench bench-gpu bench-layer bench-compare study clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-14s%s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ test-fast: install  ## Run those that are not slow either (3 minutes)
 
 golden: install  ## Write tests/golden/losses.json anew, after a change that is meant to move losses
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.golden.losses
+
+limits: install  ## Write docs/limits.md from the tables of refusals
+	$(BIN)/python -W ignore docs/make_limits.py
 
 lint: install  ## Check style and format
 	$(BIN)/ruff check .

@@ -9,9 +9,7 @@ from functools import partial
 from typing import Any, NoReturn, TextIO
 
 from megatron.core.enums import ModelType
-from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.package_info import __version__ as megatron_core_version
-from megatron.core.transformer.spec_utils import import_module
 from megatron.core.utils import get_te_version, get_torch_version
 from megatron.training import inprocess_restart, pretrain, print_rank_0, set_startup_timestamps
 from megatron.training.argument_utils import (
@@ -29,8 +27,9 @@ from air_moe_megatron.arguments import add_air_arguments, transformer_config_fro
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.checkpoints import check_checkpoint, fields_of_checkpoint
 from air_moe_megatron.compat import release_process_groups, repair_help, require_supported_megatron
-from air_moe_megatron.config import balancing_losses, is_plain_topk
-from air_moe_megatron.memory import check_memory, num_moe_layers
+from air_moe_megatron.config import is_plain_topk
+from air_moe_megatron.entry_refusals import check_flags, check_values
+from air_moe_megatron.memory import check_memory
 from air_moe_megatron.router import air_routers
 from air_moe_megatron.routers.hashing import hand_over_token_ids
 from air_moe_megatron.specs import air_hybrid_stack_spec, air_layer_spec, mtp_specs_with_air_layers
@@ -130,108 +129,6 @@ def leave_out_codebooks(model: list) -> list:
     return model
 
 
-def refuse_unsupported(args: argparse.Namespace) -> None:
-    """Refuse flags that this entry would otherwise accept and not honour.
-
-    Args:
-        args: Megatron's parsed and validated arguments.
-    Raises:
-        ValueError: naming the flag and why it cannot be honoured.
-    """
-    if args.freeze_all_layers:
-        raise ValueError(
-            "--freeze-all-layers is not supported: Megatron freezes only models that it builds from arguments"
-        )
-    if args.logits_load_dir is not None:
-        raise ValueError(
-            f"--logits-load-dir ({args.logits_load_dir}) is not supported: "
-            "this entry has no knowledge distillation from cached logits"
-        )
-    cause = "--moe-granular-experts" if args.moe_router_type == "topk" else f"--moe-router-type {args.moe_router_type}"
-    if not is_plain_topk(args) and args.moe_routing_trace_capture_logits:
-        raise ValueError(
-            f"--moe-routing-trace-capture-logits is not supported with {cause}: "
-            "it records exact logits of all experts inside Megatron's own router"
-        )
-    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
-        if not is_plain_topk(args) and getattr(args, name):
-            raise ValueError(
-                f"--{name.replace('_', '-')} is not supported with {cause}: "
-                "codebooks, health lines and main_grad read whole parameters outside of the forward"
-            )
-    packed = "--sft" if args.sft else "--dataloader-inter-document-masking"
-    if args.moe_router_type == "hash" and (args.sft or args.dataloader_inter_document_masking):
-        if args.micro_batch_size is not None and args.micro_batch_size > 1:
-            raise ValueError(
-                f"--micro-batch-size ({args.micro_batch_size}) must be 1 with --moe-router-type hash and {packed}: the "
-                "tokens reach the layer in another order than their ids the embedding"
-            )
-    balancing = [] if is_plain_topk(args) else balancing_losses(args)
-    if "seq_aux_loss" in balancing and (args.sft or args.dataloader_inter_document_masking):
-        raise ValueError(
-            f"--moe-router-load-balancing-type seq_aux_loss is not supported with {cause} and {packed}: a router is "
-            "not told where documents end, and would balance a pack of them as one sequence; use aux_loss or "
-            "global_aux_loss"
-        )
-    if balancing and args.hybrid_context_parallel:
-        raise ValueError(
-            f"--moe-router-load-balancing-type {' '.join(balancing)} is not supported with {cause} and "
-            "--hybrid-context-parallel: the ranks that hold parts of a sequence change with every microbatch; set "
-            "--moe-aux-loss-coeff 0"
-        )
-    if args.moe_granular_experts and args.save_tokens_per_expert_interval is not None:
-        raise ValueError(
-            f"--save-tokens-per-expert-interval ({args.save_tokens_per_expert_interval}) is not supported with "
-            "--moe-granular-experts: it records what Megatron's own experts are given"
-        )
-    if args.moe_granular_experts and args.moe_use_upcycling:
-        raise ValueError(
-            "--moe-use-upcycling is not supported with --moe-granular-experts: an expert of a few rows is no copy of a "
-            "dense MLP"
-        )
-    if args.perform_rl_step:
-        raise ValueError("--perform-rl-step is not supported: this entry only pretrains; Megatron-LM has train_rl.py")
-    if args.spec is not None and import_module(args.spec) is None:
-        raise ValueError(f"--spec {' '.join(args.spec)} cannot be imported, and Megatron would use its default spec")
-    if args.fim_data and args.hybrid_layer_pattern is not None:
-        raise ValueError(
-            f"--fim-data is not supported with --hybrid-layer-pattern ({args.hybrid_layer_pattern}): "
-            "this entry makes such data for GPT models only"
-        )
-    if args.overlap_moe_expert_parallel_comm and (args.sft or args.dataloader_inter_document_masking):
-        raise ValueError(
-            f"--overlap-moe-expert-parallel-comm is not supported with {packed}: "
-            "its schedule plan drops the document boundaries"
-        )
-
-
-def refuse_bad_values(args: argparse.Namespace) -> None:
-    """Refuse values of Megatron's flags that end a run in an error which does not name them.
-
-    Args:
-        args: Megatron's parsed and validated arguments.
-    Raises:
-        ValueError: naming the flag, its value and the rule.
-    """
-    for name in ("log_interval", "tensorboard_log_interval", "eval_interval", "log_memory_interval"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be at least 1")
-    counts_evaluations = bool(args.train_iters or args.train_samples) and not (args.full_validation or args.skip_train)
-    if counts_evaluations and args.eval_interval is None:
-        raise ValueError("--eval-interval (None) must be given: Megatron counts evaluations with it, also with 0 steps")
-    if args.full_validation and not args.multiple_validation_sets:
-        raise ValueError(
-            "--full-validation needs --multiple-validation-sets, with one set too: Megatron-Core 0.19 reads its number "
-            "of steps as a list"
-        )
-    if not is_plain_topk(args) and args.hybrid_layer_pattern is not None and num_moe_layers(args) == 0:
-        raise ValueError(
-            f"--hybrid-layer-pattern ({args.hybrid_layer_pattern}) must have a layer {Symbols.MOE}: without an MoE "
-            f"layer --moe-router-type {args.moe_router_type} has no effect"
-        )
-
-
 def run(
     config: PretrainConfigContainer, pretrain_func: Callable, store: Any, adapted: bool, screen: TextIO | None = None
 ) -> None:
@@ -279,8 +176,8 @@ def train(program_start: float | None = None, screen: TextIO | None = None) -> N
     with console.refusals():
         args, ranks = parse()
         check_agreement(args, ranks)
-        refuse_unsupported(args)
-        refuse_bad_values(args)
+        check_flags(args)
+        check_values(args)
         ranks.check("data", lambda: preflight.check_data(args))
         model_config = model_config_from_args(args)
         ranks.check("memory", lambda: check_memory(args))

@@ -19,7 +19,7 @@ from air_moe_megatron.config import AIRFields
 __all__ = ["check_checkpoint", "fields_of_checkpoint"]
 
 _UNCHECKED_FORMATS = ("torch_dcp", "fsdp_dtensor")
-"""Formats of FSDP, which only plain top-k models train with: `training.refuse_unsupported`."""
+"""Formats of FSDP, which only plain top-k models train with: `entry_refusals.py`."""
 
 
 def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks: Ranks) -> bool:

@@ -23,6 +23,7 @@ LAYERS = (
     {"layer"},
     {"specs", "diagnostics", "arguments"},
     {"sync", "batches", "preflight", "agreement", "memory"},
+    {"entry_refusals"},
     {"checkpoints"},
     {"training"},
     {"pretrain"},
@@ -80,9 +81,11 @@ def test_ops_codebook_and_index_import_torch_only(path):
     assert own_roles(imported_names(path)) <= set(TORCH_ONLY)
 
 
-@pytest.mark.parametrize("path", ["config.py", "cpu/__init__.py", "cpu/adaptations.py"])
+@pytest.mark.parametrize(
+    "path", ["config/__init__.py", "config/refusals.py", "config/rules.py", "cpu/__init__.py", "cpu/adaptations.py"]
+)
 def test_config_and_cpu_import_nothing_of_ours(path):
-    assert own_roles(imported_names(PACKAGE / path)) <= {"cpu"}
+    assert own_roles(imported_names(PACKAGE / path)) <= {"config", "cpu"}
 
 
 def run_python(code):

@@ -14,21 +14,21 @@ REFUSED = {
     "frozen": (["--freeze-all-layers"], "--freeze-all-layers"),
     "packed-hash": (
         [*AIR, "--moe-router-type", "hash", "--dataloader-inter-document-masking", "--micro-batch-size", "2"],
-        "--micro-batch-size (2) must be 1 with --moe-router-type hash and --dataloader-inter-document-masking",
+        "--micro-batch-size (2) is not supported with --moe-router-type hash and --dataloader-inter-document-masking",
     ),
     "packed-sequence-loss": (
         [*AIR, "--sft", *"--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.1".split()],
-        "--moe-router-load-balancing-type seq_aux_loss is not supported with --moe-router-type air and --sft",
+        "--moe-router-load-balancing-type (seq_aux_loss) is not supported with --moe-router-type air and --sft",
     ),
     "masked-sequence-loss": (
         [*GRANULAR, "--moe-router-type", "topk", "--dataloader-inter-document-masking"]
         + "--moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 0.1 0.1".split(),
-        "seq_aux_loss is not supported with --moe-granular-experts and --dataloader-inter-document-masking",
+        "seq_aux_loss) is not supported with --moe-granular-experts and --dataloader-inter-document-masking",
     ),
     "changing-ranks": (
         [*AIR, *"--hybrid-context-parallel --moe-router-load-balancing-type global_aux_loss".split()]
         + "--moe-aux-loss-coeff 0.1".split(),
-        "global_aux_loss is not supported with --moe-router-type air and --hybrid-context-parallel",
+        "--moe-router-load-balancing-type (global_aux_loss) is not supported with --moe-router-type air and --hybrid-context-parallel",
     ),
     "saved-counts": ([*GRANULAR, "--save-tokens-per-expert-interval", "5"], "--save-tokens-per-expert-interval (5)"),
     "upcycling": ([*GRANULAR, "--moe-use-upcycling"], "--moe-use-upcycling"),
@@ -41,13 +41,14 @@ REFUSED = {
 def test_flags_that_cannot_be_honoured_are_refused_by_name(monkeypatch, flags, words):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.training import extra_args_provider, refuse_unsupported
+    from air_moe_megatron.entry_refusals import check_flags
+    from air_moe_megatron.training import extra_args_provider
 
     monkeypatch.setattr(sys, "argv", ["pretrain"])
-    refuse_unsupported(parse_args(extra_args_provider))
+    check_flags(parse_args(extra_args_provider))
     monkeypatch.setattr(sys, "argv", ["pretrain", *flags])
     with pytest.raises(ValueError) as error:
-        refuse_unsupported(parse_args(extra_args_provider))
+        check_flags(parse_args(extra_args_provider))
     assert words in str(error.value)
 
 
@@ -64,10 +65,11 @@ def test_flags_that_cannot_be_honoured_are_refused_by_name(monkeypatch, flags, w
 def test_packed_data_without_a_loss_per_sequence_is_not_refused(monkeypatch, flags):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.training import extra_args_provider, refuse_unsupported
+    from air_moe_megatron.entry_refusals import check_flags
+    from air_moe_megatron.training import extra_args_provider
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *flags.split()])
-    refuse_unsupported(parse_args(extra_args_provider))
+    check_flags(parse_args(extra_args_provider))
 
 
 RUN = ["--train-iters", "3", "--eval-interval", "10"]
@@ -89,26 +91,28 @@ BAD_VALUES = {
 def test_values_that_would_end_the_run_later_are_refused_by_name(monkeypatch, flags, words):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.training import extra_args_provider, refuse_bad_values
+    from air_moe_megatron.entry_refusals import check_values
+    from air_moe_megatron.training import extra_args_provider
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *RUN])
-    refuse_bad_values(parse_args(extra_args_provider))
+    check_values(parse_args(extra_args_provider))
     monkeypatch.setattr(sys, "argv", ["pretrain", *RUN, *flags])
     with pytest.raises(ValueError) as error:
-        refuse_bad_values(parse_args(extra_args_provider))
+        check_values(parse_args(extra_args_provider))
     assert words in str(error.value)
 
 
 def test_a_missing_interval_of_evaluations_is_refused_where_it_counts(monkeypatch):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.training import extra_args_provider, refuse_bad_values
+    from air_moe_megatron.entry_refusals import check_values
+    from air_moe_megatron.training import extra_args_provider
 
     monkeypatch.setattr(sys, "argv", ["pretrain", "--train-iters", "3"])
     with pytest.raises(ValueError, match="--eval-interval .None. must be given"):
-        refuse_bad_values(parse_args(extra_args_provider))
+        check_values(parse_args(extra_args_provider))
     monkeypatch.setattr(sys, "argv", ["pretrain", "--train-iters", "3", "--skip-train"])
-    refuse_bad_values(parse_args(extra_args_provider))
+    check_values(parse_args(extra_args_provider))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""Every field of the plugin and what it does. The command-line flags are made from this class (``arguments.py``)."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+
+@dataclass
+class AIRFields:
+    """AIR-MoE: two-stage inverted-index routing for granular mixtures of experts."""
+
+    moe_router_type: Literal["topk", "air", "product_key", "hierarchical", "hash", "vq"] = "topk"
+    """Router of the MoE layers: 'topk' is Megatron's own, untouched; 'air' scores only a shortlist of the experts,
+    looked up by the token's codeword; 'product_key' (PEER), 'hierarchical' (groups of experts), 'hash' (fixed, by token
+    id) and 'vq' (VQMoE) are baselines from the literature."""
+
+    moe_router_input_norm: Literal["none", "running"] = "none"
+    """Normalise the tokens per feature before they are scored, by the 'running' mean and variance of earlier global
+    batches; for 'topk', 'air', 'hierarchical' and 'vq'."""
+
+    moe_air_num_clusters: int = 0
+    """Number of codewords C in the codebook of one router; 0 chooses 4*sqrt(experts), up to a multiple of 8. For source
+    'experts' it chooses fewer where the probed lists would hold less than four times the top-k on average."""
+
+    moe_air_shortlist_size: int = 0
+    """Number of experts L in the shortlist of one codeword, for source 'tokens'; the capacity of one inverted list for
+    source 'experts'. 0 chooses sqrt(experts) for 'tokens', twice the mean list for 'experts', and never fewer than
+    two times the top-k."""
+
+    moe_air_num_probes: int = 1
+    """Number of codewords P whose shortlists are searched for a token."""
+
+    moe_air_num_candidates: int = 0
+    """Number of candidates M of a token, the best of those that its shortlists hold, which probabilities and losses are
+    computed over where they take more than the top-k; only these get gradients. 0 takes them all."""
+
+    moe_air_codebook_source: Literal["tokens", "experts"] = "tokens"
+    """What the codebook is learned from: the directions of the 'tokens' (a shortlist holds the experts that score
+    highest at the codeword), or of the 'experts' (an inverted file: each expert stands in one list)."""
+
+    moe_air_codebook_ema: float = 0.99
+    """Decay, per global batch, of the running statistics from which the codewords are computed."""
+
+    moe_air_refresh_interval: int = 20
+    """Rebuild the shortlists every this many codebook updates; while the codebook is young, more often."""
+
+    moe_dispatch: Literal["stock", "compact"] = "stock"
+    """How tokens reach their experts: 'stock' is the dispatcher that moe_token_dispatcher_type names, 'compact' sends a
+    token once to each expert-parallel rank that holds any of its experts, without dense maps (needs
+    moe_granular_experts)."""
+
+    moe_granular_experts: bool = False
+    """Keep the experts of a rank in one tensor per projection, for very many tiny experts, instead of one module each;
+    moe_ffn_hidden_size may be as small as 1."""
+
+    moe_product_key_heads: int = 0
+    """Heads of the product keys, which find top-k / heads experts each; 0 chooses the largest divisor of the top-k up
+    to 8 that leaves each head at least two."""
+
+    moe_product_key_dim: int = 0
+    """Size of a sub-key, and of each half of a head's query; 0 chooses 128, at most half of the hidden size."""
+
+    moe_product_key_query_norm: Literal["auto", "batchnorm", "layernorm", "none"] = "auto"
+    """Normalisation of the queries, by gain and bias of their own; 'auto' is 'batchnorm', over the tokens of all ranks,
+    as in PEER. With moe_product_key_on_tokens 'batchnorm' is one of the sub-keys' scores instead, without gain and
+    bias, as in OmniMoE."""
+
+    moe_product_key_on_tokens: bool = False
+    """Compare sub-keys of the hidden size with the token itself, without a query projection: OmniMoE's router, with one
+    head and moe_router_pre_softmax."""
+
+    moe_hierarchical_num_groups: int = 0
+    """Number of groups of consecutive experts, a divisor of the experts; 0 chooses the smallest one from
+    sqrt(experts)."""
+
+    moe_hierarchical_topk_groups: int = 0
+    """Groups whose experts are scored for a token; 0 chooses 2, or as many as hold twice the top-k."""
+
+    moe_hash_vocab_size: int = 0
+    """Token ids that the 'hash' router has experts for; 0 takes the padded vocabulary size of the arguments."""
+
+    moe_hash_seed: int = 0
+    """Seed of the tables of the 'hash' router; each layer draws its own from it."""
+
+    moe_vq_loss_coeff: float = 0.1
+    """Coefficient of the codebook and commitment losses of the 'vq' router."""
+
+    moe_vq_commitment: float = 0.25
+    """Weight of the commitment loss of the 'vq' router relative to its codebook loss."""
+
+
+ROUTER_TYPES: tuple[str, ...] = get_args(get_type_hints(AIRFields)["moe_router_type"])
+
+
+def is_plain_topk(values: object) -> bool:
+    """Whether config or arguments ask for Megatron's router with Megatron's experts, and so for nothing of ours."""
+    return getattr(values, "moe_router_type", "topk") == "topk" and not getattr(values, "moe_granular_experts", False)
+
+
+def balancing_losses(values: object) -> list[str]:
+    """The kinds of balancing loss that config or arguments turn on, named as in ``moe_router_load_balancing_type``."""
+    kinds, coeffs = values.moe_router_load_balancing_type, values.moe_aux_loss_coeff
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    coeffs = coeffs if isinstance(coeffs, list) else [coeffs]
+    return [kind for kind, coeff in zip(kinds, coeffs, strict=True) if kind.endswith("aux_loss") and coeff > 0]
+
+
+def router_type_of(field_name: str) -> str | None:
+    """The router type that a field belongs to; None for those that every router heeds.
+
+    Example: ``moe_product_key_dim`` belongs to 'product_key', ``moe_dispatch`` to none.
+    """
+    return next((name for name in ROUTER_TYPES if field_name.startswith(f"moe_{name}_")), None)

@@ -1,0 +1,337 @@
+"""What cannot be combined with what: one table, checked when a config is made. docs/limits.md is generated from it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from air_moe_megatron.config.fields import balancing_losses
+
+Predicate = Callable[[Any, Any], bool]
+"""Of the config and the field's value: whether the value is refused."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Something that excludes values of other fields."""
+
+    title: str
+    """Heading in docs/limits.md."""
+    applies: Callable[[Any], bool]
+    name: Callable[[Any], str]
+    """How an error names it."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A field whose value a cause excludes."""
+
+    cause: Cause
+    field: str
+    when: Predicate
+    reason: str
+    shown: str = ""
+    """Which values are refused, for docs/limits.md, where the field alone does not say it."""
+
+
+def refuse(cause: str, config: Any, field: str, reason: str) -> None:
+    """Raise the error of a combination.
+
+    Args:
+        cause: what excludes the value, as the error names it.
+        config: has the field.
+        field: name of the excluded field.
+        reason: why, and what to do instead.
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{field} ({getattr(config, field)!r}) is not supported with {cause}: {reason}")
+
+
+def check_refusals(config: TransformerConfig, refusals: "Sequence[Refusal] | None" = None) -> None:
+    """Refuse the first row of the table that applies to a config.
+
+    Args:
+        config: with all our fields.
+        refusals: the rows to check; None for all of this file.
+    Raises:
+        ValueError: naming the field, its value, the cause and the reason.
+    """
+    for row in REFUSALS if refusals is None else refusals:
+        if row.cause.applies(config) and row.when(config, getattr(config, row.field)):
+            refuse(row.cause.name(config), config, row.field, row.reason)
+
+
+def validate_experts(config: TransformerConfig) -> None:
+    """Refuse what granular experts cannot do.
+
+    Raises:
+        ValueError: naming the field, its value and the reason.
+    """
+    check_refusals(config, [row for row in REFUSALS if row.cause is GRANULAR])
+    rows = config.moe_ffn_hidden_size * (2 if config.gated_linear_unit else 1)
+    local_experts = config.num_moe_experts // config.expert_model_parallel_size
+    if local_experts * rows >= 2**31:
+        raise ValueError(
+            f"num_moe_experts ({config.num_moe_experts}) over expert_model_parallel_size "
+            f"({config.expert_model_parallel_size}) with {rows} rows each makes {local_experts * rows} rows on a rank: "
+            "they must be fewer than 2^31"
+        )
+
+
+# Predicates.
+
+
+def _on(config: Any, value: Any) -> bool:
+    return bool(value)
+
+
+def _given(config: Any, value: Any) -> bool:
+    return value is not None
+
+
+def _above_one(config: Any, value: Any) -> bool:
+    return value is not None and value > 1
+
+
+def _not(default: Any) -> Predicate:
+    return lambda config, value: value != default
+
+
+def _is(excluded: Any) -> Predicate:
+    return lambda config, value: value == excluded
+
+
+def _has(kind: str) -> Predicate:
+    return lambda config, value: kind in ([value] if isinstance(value, str) else value)
+
+
+def _captures_router(config: Any, implementation: str) -> bool:
+    if implementation in ("none", "full_iteration"):
+        return implementation == "full_iteration"
+    modules = config.cuda_graph_modules
+    names = {getattr(module, "name", module) for module in ([modules] if isinstance(modules, str) else modules)}
+    # Megatron: an empty list captures the whole layer.
+    return not names or bool(names & {"full", "moe", "moe_router", "moe_preprocess"})
+
+
+def _type_is(*router_types: str) -> Callable[[Any], bool]:
+    return lambda config: config.moe_router_type in router_types
+
+
+def _by_type(config: Any) -> str:
+    return f"moe_router_type {config.moe_router_type!r}"
+
+
+# Causes.
+
+MEGATRONS_OWN = Cause(
+    "Megatron's own router with Megatron's own experts",
+    lambda config: config.moe_router_type == "topk" and not config.moe_granular_experts,
+    lambda config: "moe_router_type 'topk' and Megatron's own experts",
+)
+OURS = Cause(
+    "Every router of ours, and `topk` with granular experts",
+    lambda config: config.moe_router_type != "topk" or config.moe_granular_experts,
+    lambda config: "moe_granular_experts (True)" if config.moe_router_type == "topk" else _by_type(config),
+)
+NOT_TOPK = Cause("Every router but `topk`", lambda config: config.moe_router_type != "topk", _by_type)
+SEARCHES = Cause(
+    "`product_key`, `hierarchical`, `hash` and `vq`", _type_is("product_key", "hierarchical", "hash", "vq"), _by_type
+)
+AIR = Cause("`air`", _type_is("air"), _by_type)
+AIR_WITH_BIAS = Cause(
+    "`air` with an expert bias",
+    lambda config: config.moe_router_type == "air" and config.moe_router_enable_expert_bias,
+    lambda config: "moe_router_enable_expert_bias (True)",
+)
+PRODUCT_KEY = Cause("`product_key`", _type_is("product_key"), _by_type)
+PRODUCT_KEY_ON_TOKENS = Cause(
+    "`product_key` on tokens",
+    lambda config: config.moe_router_type == "product_key" and config.moe_product_key_on_tokens,
+    lambda config: "moe_product_key_on_tokens (True)",
+)
+HIERARCHICAL = Cause("`hierarchical`", _type_is("hierarchical"), _by_type)
+HASH = Cause("`hash`", _type_is("hash"), _by_type)
+VQ = Cause("`vq`", _type_is("vq"), _by_type)
+GRANULAR = Cause(
+    "Granular experts", lambda config: config.moe_granular_experts, lambda config: "moe_granular_experts (True)"
+)
+COMPACT = Cause(
+    "Compact dispatch", lambda config: config.moe_dispatch == "compact", lambda config: "moe_dispatch 'compact'"
+)
+
+CAUSES = (
+    OURS, NOT_TOPK, GRANULAR, COMPACT, AIR, AIR_WITH_BIAS, SEARCHES, PRODUCT_KEY, PRODUCT_KEY_ON_TOKENS, HIERARCHICAL,
+    HASH, VQ, MEGATRONS_OWN,
+)  # fmt: skip
+"""In the order of docs/limits.md."""
+
+_ENGINE = "it belongs to Transformer Engine's experts"
+_ONE_PASS = "the gradients of these experts are made in one pass"
+_NOT_PERMUTED = "tokens are not permuted by expert; leave it out"
+_GROUPS = "Megatron picks groups by dense scores of all experts, which are not made"
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        MEGATRONS_OWN, "moe_dispatch", _not("stock"),
+        "they take dense maps; use 'stock', or add --moe-granular-experts",
+        "'compact'",
+    ),
+    Refusal(
+        MEGATRONS_OWN, "moe_router_input_norm", _not("none"),
+        "that is Megatron's own router; add --moe-granular-experts",
+        "'running'",
+    ),
+    Refusal(PRODUCT_KEY, "moe_router_input_norm", _not("none"), "it has moe_product_key_query_norm", "'running'"),
+    Refusal(HASH, "moe_router_input_norm", _not("none"), "it does not look at the tokens", "'running'"),
+    Refusal(
+        AIR_WITH_BIAS, "moe_air_num_candidates", _on,
+        "a biased expert may win from behind the best candidates; leave it at 0",
+    ),
+    Refusal(
+        PRODUCT_KEY_ON_TOKENS, "moe_product_key_dim", _on, "the sub-keys are then of hidden_size; leave it at 0"
+    ),
+    Refusal(
+        OURS, "moe_router_load_balancing_type", _has("sinkhorn"),
+        "it assigns by dense [tokens, experts] scores, which are not made",
+        "'sinkhorn'",
+    ),
+    Refusal(
+        OURS, "moe_router_load_balancing_type", _has("quantile_balancing"),
+        "it takes dense [tokens, experts] scores, which are not made",
+        "'quantile_balancing'",
+    ),
+    Refusal(NOT_TOPK, "moe_router_num_groups", _given, _GROUPS),
+    Refusal(NOT_TOPK, "moe_router_group_topk", _given, _GROUPS),
+    Refusal(NOT_TOPK, "moe_router_force_biased", _given, "its bias is drawn over the columns of dense logits"),
+    Refusal(OURS, "moe_paged_stash", _on, "it repeats forwards within a step, and their tokens would count twice"),
+    Refusal(
+        OURS, "moe_enable_routing_replay", _on, "a replay is recorded and given inside Megatron's own router"
+    ),
+    Refusal(OURS, "moe_router_fusion", _on, "Transformer Engine's fused router takes dense logits"),
+    Refusal(
+        OURS, "init_model_with_meta_device", _on,
+        "codebooks and lists would come from memory that nothing has written",
+    ),
+    Refusal(
+        OURS, "transformer_impl", _is("inference_optimized"), "it builds its own router and dispatcher",
+        "'inference_optimized'",
+    ),
+    Refusal(
+        OURS, "moe_pad_experts_for_cuda_graph_inference", _on, "it switches the router to dropping while decoding"
+    ),
+    Refusal(
+        OURS, "cuda_graph_impl", _captures_router,
+        "grouping tokens by codeword waits for counts on the host, which capture forbids",
+        "where cuda_graph_modules hold the router",
+    ),
+    Refusal(
+        AIR, "moe_router_score_function",
+        lambda config, value: value == "sqrtsoftplus"
+        and (config.moe_air_num_probes > 1 or config.moe_air_codebook_source == "experts"),
+        "its gradient is undefined at the masked candidates of several probes or of inverted lists; use one probe and "
+        "source 'tokens'",
+        "'sqrtsoftplus', with several probes or source 'experts'",
+    ),
+    Refusal(
+        SEARCHES, "moe_router_enable_expert_bias", _on,
+        "the search finds experts by its own scores, without a bias of each",
+    ),
+    Refusal(
+        SEARCHES, "moe_router_force_load_balancing", _on,
+        "random scores of the candidates would not balance the experts",
+    ),
+    Refusal(
+        HIERARCHICAL, "moe_router_score_function", _not("softmax"),
+        "the gates of groups and experts are probabilities; use 'softmax'",
+        "but 'softmax'",
+    ),
+    Refusal(
+        HASH, "moe_aux_loss_coeff", lambda config, value: bool(balancing_losses(config)), "there is nothing to learn"
+    ),
+    Refusal(
+        VQ, "moe_aux_loss_coeff", lambda config, value: bool(balancing_losses(config)),
+        "half of the experts are chosen by code, without scores",
+    ),
+    Refusal(HASH, "moe_z_loss_coeff", _given, "there are no scores"),
+    Refusal(HASH, "moe_input_jitter_eps", _given, "the hidden states are not looked at"),
+    Refusal(HASH, "moe_router_score_function", _not("softmax"), "there are no scores", "but 'softmax'"),
+    Refusal(HASH, "moe_router_pre_softmax", _on, "there are no scores"),
+    Refusal(HASH, "pipeline_model_parallel_size", _above_one, "only the first stage knows the token ids", "above 1"),
+    Refusal(
+        HASH, "mtp_num_layers", _given,
+        "multi-token-prediction layers see shifted tokens, but the router keeps the ids of the unshifted ones",
+    ),
+    Refusal(
+        HASH, "overlap_moe_expert_parallel_comm", _on, "its schedule mixes the token ids of two microbatches"
+    ),
+    Refusal(
+        GRANULAR, "expert_tensor_parallel_size", _above_one,
+        "an expert of a few rows is not split; add --expert-tensor-parallel-size 1, which is otherwise that of "
+        "--tensor-model-parallel-size",
+        "above 1",
+    ),
+    Refusal(
+        GRANULAR, "expert_gtp_weight_remat_size", _above_one,
+        "their weights are not sharded further than over expert-parallel ranks",
+        "above 1",
+    ),
+    Refusal(GRANULAR, "add_bias_linear", _on, "tiny experts have no biases; add --disable-bias-linear"),
+    Refusal(
+        GRANULAR, "moe_ffn_hidden_size", lambda config, value: value is None or value < 1, "it must be at least 1",
+        "below 1",
+    ),
+    Refusal(GRANULAR, "fp8", _given, _ENGINE),
+    Refusal(GRANULAR, "fp4", _given, _ENGINE),
+    Refusal(GRANULAR, "moe_latent_size", _given, _ENGINE),
+    Refusal(GRANULAR, "moe_mlp_glu_interleave_size", _given, _ENGINE),
+    Refusal(GRANULAR, "moe_single_grouped_weight", _on, _ENGINE),
+    Refusal(GRANULAR, "use_te_activation_func", _on, _ENGINE),
+    Refusal(GRANULAR, "use_kitchen", _on, _ENGINE),
+    Refusal(
+        GRANULAR, "moe_grouped_gemm", _on, "these experts are one tensor already; leave out --moe-grouped-gemm"
+    ),
+    Refusal(GRANULAR, "moe_apply_probs_on_input", _on, "the probs weigh the activations of each expert"),
+    Refusal(
+        GRANULAR, "recompute_modules",
+        lambda config, value: "moe_act" in (value or []) and config.recompute_granularity == "selective",
+        "'moe_act' recomputes Megatron's own experts; recompute 'moe' instead",
+        "with 'moe_act'",
+    ),
+    Refusal(
+        GRANULAR, "offload_modules",
+        lambda config, value: bool(
+            config.fine_grained_activation_offloading and {"expert_fc1", "moe_act"} & set(value)
+        ),
+        "'expert_fc1' and 'moe_act' offload Megatron's own experts",
+        "with 'expert_fc1' or 'moe_act'",
+    ),
+    Refusal(GRANULAR, "delay_wgrad_compute", _on, _ONE_PASS),
+    Refusal(GRANULAR, "overlap_dispatch_backward_with_experts_wgrad", _on, _ONE_PASS),
+    Refusal(
+        COMPACT, "moe_granular_experts", lambda config, value: not value,
+        "the other experts want K copies of each token; add --moe-granular-experts",
+        "off",
+    ),
+    Refusal(COMPACT, "num_moe_experts", lambda config, value: value >= 2**31, "expert ids are int32", "from 2^31"),
+    Refusal(COMPACT, "moe_expert_capacity_factor", _given, "tokens are dropped on Megatron's dense maps"),
+    Refusal(COMPACT, "moe_expert_rank_capacity_factor", _given, "no token is dropped"),
+    Refusal(
+        COMPACT, "moe_shared_expert_overlap", _on,
+        "only Megatron's own dispatchers run the shared expert between their steps",
+    ),
+    Refusal(
+        COMPACT, "moe_token_dispatcher_type", _is("flex"),
+        "DeepEP's buffers would be made and not used; leave it at 'allgather'",
+        "'flex'",
+    ),
+    Refusal(
+        COMPACT, "overlap_moe_expert_parallel_comm", _on, "its schedule has not been tested with this dispatcher"
+    ),
+    Refusal(COMPACT, "moe_permute_fusion", _on, _NOT_PERMUTED),
+    Refusal(COMPACT, "moe_router_padding_for_quantization", _on, _NOT_PERMUTED),
+    Refusal(COMPACT, "moe_router_padding_for_fp8", _on, _NOT_PERMUTED),
+)  # fmt: skip
+"""Checked from the top; the first row that applies is the error."""

@@ -1,0 +1,226 @@
+"""Which values of our fields are valid: each by itself, and against each other and Megatron's sizes."""
+
+import math
+from dataclasses import fields
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from air_moe_megatron.config.fields import ROUTER_TYPES, AIRFields, is_plain_topk, router_type_of
+from air_moe_megatron.config.refusals import check_refusals, validate_experts
+from air_moe_megatron.config.sizes import resolve_groups, resolve_product_keys, resolve_sizes
+
+
+def refuse_unused(values: object) -> None:
+    """Refuse a field of ours that nothing would heed.
+
+    Args:
+        values: a config or arguments that have all our fields.
+    Raises:
+        ValueError: naming the flag, its value and what would heed it.
+    """
+    for field in fields(AIRFields):
+        value, owner = getattr(values, field.name), router_type_of(field.name)
+        if value == field.default or owner == values.moe_router_type:
+            continue
+        if owner is not None or (field.name in ("moe_dispatch", "moe_router_input_norm") and is_plain_topk(values)):
+            remedy = f"--moe-router-type {owner}" if owner else "--moe-granular-experts"
+            raise ValueError(
+                f"--{field.name.replace('_', '-')} ({value!r}) has no effect with --moe-router-type "
+                f"{values.moe_router_type}; add {remedy} or leave it out"
+            )
+
+
+def validate(config: TransformerConfig) -> None:
+    """Check our fields against each other and against Megatron's, before anything is built.
+
+    Raises:
+        ValueError: naming the field, its value, the rule and the other value.
+    """
+    router_type = config.moe_router_type
+    if router_type not in ROUTER_TYPES:
+        *others, last = map(repr, ROUTER_TYPES)
+        raise ValueError(f"moe_router_type ({router_type!r}) must be {', '.join(others)} or {last}")
+    for field in fields(AIRFields):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name} ({value}) must be a finite number")
+    if config.moe_router_input_norm not in ("none", "running"):
+        raise ValueError(f"moe_router_input_norm ({config.moe_router_input_norm!r}) must be 'none' or 'running'")
+    if config.moe_dispatch not in ("stock", "compact"):
+        raise ValueError(f"moe_dispatch ({config.moe_dispatch!r}) must be 'stock' or 'compact'")
+    if not is_plain_topk(config):
+        if config.num_moe_experts is None:
+            raise ValueError(
+                f"moe_router_type ({router_type!r}) needs num_moe_experts (--num-experts), which is not set"
+            )
+        _validate_layers(config)
+        _validate_counts(config)
+        _VALIDATE[router_type](config)
+    check_refusals(config)
+    if config.moe_granular_experts:
+        validate_experts(config)
+
+
+def _validate_layers(config: TransformerConfig) -> None:
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int) and frequency < 1:
+        raise ValueError(f"moe_layer_freq ({frequency}) must be at least 1")
+    if isinstance(frequency, list) and not any(frequency):
+        raise ValueError(
+            f"moe_layer_freq ({frequency}) must have a 1: without an MoE layer moe_router_type "
+            f"({config.moe_router_type!r}) has no effect"
+        )
+
+
+def _validate_codebook(config: TransformerConfig) -> None:
+    if config.moe_air_codebook_source not in ("tokens", "experts"):
+        raise ValueError(f"moe_air_codebook_source ({config.moe_air_codebook_source!r}) must be 'tokens' or 'experts'")
+    if not 0.0 < config.moe_air_codebook_ema < 1.0:
+        raise ValueError(f"moe_air_codebook_ema ({config.moe_air_codebook_ema}) must lie strictly between 0 and 1")
+    if config.moe_air_refresh_interval < 1:
+        raise ValueError(f"moe_air_refresh_interval ({config.moe_air_refresh_interval}) must be at least 1")
+    for name in ("moe_air_num_clusters", "moe_air_shortlist_size"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic size")
+    if config.moe_air_num_probes < 1:
+        raise ValueError(f"moe_air_num_probes ({config.moe_air_num_probes}) must be at least 1")
+
+
+def _validate_counts(config: TransformerConfig) -> None:
+    num_experts, topk = config.num_moe_experts, config.moe_router_topk
+    ep_size = config.expert_model_parallel_size
+    if num_experts % ep_size:
+        raise ValueError(f"num_moe_experts ({num_experts}) must be divisible by expert_model_parallel_size ({ep_size})")
+    if not 1 <= topk <= num_experts:
+        raise ValueError(f"moe_router_topk ({topk}) must be between 1 and num_moe_experts ({num_experts})")
+
+
+def _validate_air(config: TransformerConfig) -> None:
+    _validate_codebook(config)
+    num_experts, topk = config.num_moe_experts, config.moe_router_topk
+    if config.moe_air_shortlist_size > num_experts:
+        raise ValueError(
+            f"moe_air_shortlist_size ({config.moe_air_shortlist_size}) must not exceed num_moe_experts ({num_experts})"
+        )
+    if config.moe_air_num_clusters > num_experts:
+        raise ValueError(
+            f"moe_air_num_clusters ({config.moe_air_num_clusters}) must not exceed num_moe_experts ({num_experts}): "
+            "searching such a codebook costs more than scoring every expert"
+        )
+    sizes = resolve_sizes(config)
+    if sizes.num_probes > sizes.num_clusters:
+        raise ValueError(
+            f"moe_air_num_probes ({sizes.num_probes}) must not exceed moe_air_num_clusters ({sizes.num_clusters})"
+        )
+    searched = sizes.num_probes * sizes.shortlist_size
+    if config.moe_air_num_candidates and not topk <= config.moe_air_num_candidates <= searched:
+        raise ValueError(
+            f"moe_air_num_candidates ({config.moe_air_num_candidates}) must be between moe_router_topk ({topk}) and "
+            f"moe_air_num_probes ({sizes.num_probes}) times moe_air_shortlist_size ({sizes.shortlist_size}), or 0 for "
+            "all of them"
+        )
+    if config.moe_air_codebook_source == "tokens":
+        if topk >= sizes.shortlist_size and sizes.shortlist_size < num_experts:
+            raise ValueError(
+                f"moe_air_shortlist_size ({sizes.shortlist_size}) must exceed moe_router_topk ({topk}), unless it is "
+                f"num_moe_experts ({num_experts}): slots beyond the top-k hold the experts that no list would hold, "
+                f"which are lost for good without them; use {min(2 * topk, num_experts)} or more, or 0 for the "
+                "automatic size"
+            )
+        return
+    if sizes.num_clusters * sizes.shortlist_size < num_experts:
+        raise ValueError(
+            f"moe_air_num_clusters ({sizes.num_clusters}) times moe_air_shortlist_size ({sizes.shortlist_size}) must "
+            f"be at least num_moe_experts ({num_experts}) with moe_air_codebook_source 'experts': every expert stands "
+            "in one list"
+        )
+    if sizes.num_probes * num_experts < topk * sizes.num_clusters:
+        most_clusters, least_probes = (
+            sizes.num_probes * num_experts // topk,
+            -(-topk * sizes.num_clusters // num_experts),
+        )
+        raise ValueError(
+            f"moe_air_num_probes ({sizes.num_probes}) times the mean list, num_moe_experts ({num_experts}) over "
+            f"moe_air_num_clusters ({sizes.num_clusters}), must be at least moe_router_topk ({topk}) with "
+            "moe_air_codebook_source 'experts': a token would not find its top-k; use at most "
+            f"{most_clusters} clusters, at least {least_probes} probes, or 0 for the automatic number of clusters"
+        )
+
+
+def _validate_product_keys(config: TransformerConfig) -> None:
+    num_experts, topk = config.num_moe_experts, config.moe_router_topk
+    for name in ("moe_product_key_heads", "moe_product_key_dim"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic size")
+    norms = ("auto", "batchnorm", "layernorm", "none")
+    if config.moe_product_key_query_norm not in norms:
+        raise ValueError(f"moe_product_key_query_norm ({config.moe_product_key_query_norm!r}) must be one of {norms}")
+    sizes = resolve_product_keys(config)
+    if topk % sizes.num_heads:
+        raise ValueError(f"moe_product_key_heads ({sizes.num_heads}) must divide moe_router_topk ({topk})")
+    if sizes.num_keys[0] == 1:
+        raise ValueError(f"num_moe_experts ({num_experts}) must be a product of two numbers above 1, the sub-keys")
+    if sizes.topk_per_head == 1 and config.moe_router_score_function == "softmax":
+        raise ValueError(
+            f"moe_product_key_heads ({sizes.num_heads}) must leave each head two experts of moe_router_topk ({topk}): "
+            "the softmax over one is constant, and the keys would get no gradient (or use the score function 'sigmoid')"
+        )
+
+
+def _validate_groups(config: TransformerConfig) -> None:
+    num_experts, topk = config.num_moe_experts, config.moe_router_topk
+    groups, searched = config.moe_hierarchical_num_groups, config.moe_hierarchical_topk_groups
+    if groups < 0 or (groups and num_experts % groups):
+        raise ValueError(
+            f"moe_hierarchical_num_groups ({groups}) must divide num_moe_experts ({num_experts}), or be 0 for the "
+            "automatic size"
+        )
+    sizes = resolve_groups(config)
+    if not 0 <= searched <= sizes.num_groups:
+        raise ValueError(
+            f"moe_hierarchical_topk_groups ({searched}) must be between 1 and moe_hierarchical_num_groups "
+            f"({sizes.num_groups}), or 0 for the automatic size"
+        )
+    if sizes.topk_groups * sizes.group_size < topk:
+        raise ValueError(
+            f"moe_router_topk ({topk}) must not exceed moe_hierarchical_topk_groups ({sizes.topk_groups}) times the "
+            f"{sizes.group_size} experts of a group"
+        )
+
+
+def _validate_hash(config: TransformerConfig) -> None:
+    if config.moe_hash_vocab_size < 1:
+        raise ValueError(
+            f"moe_hash_vocab_size ({config.moe_hash_vocab_size}) must be the number of token ids, padding included; "
+            "give --moe-hash-vocab-size, or with air_moe_megatron.pretrain --vocab-size"
+        )
+    if config.moe_hash_seed < 0:
+        raise ValueError(f"moe_hash_seed ({config.moe_hash_seed}) must not be negative")
+
+
+def _validate_vq(config: TransformerConfig) -> None:
+    topk = config.moe_router_topk
+    if topk % 2:
+        raise ValueError(f"moe_router_topk ({topk}) must be even: half are found by code, half by score")
+    if topk == 2 and config.moe_router_score_function == "softmax" and not config.moe_router_pre_softmax:
+        raise ValueError(
+            f"moe_router_topk ({topk}) leaves the continuous branch one expert, and the softmax over one is constant: "
+            "add --moe-router-pre-softmax, or use more experts"
+        )
+    if not config.moe_vq_loss_coeff > 0.0:
+        raise ValueError(
+            f"moe_vq_loss_coeff ({config.moe_vq_loss_coeff}) must be positive: this loss is the only thing that trains "
+            "the codes"
+        )
+    if not config.moe_vq_commitment >= 0.0:
+        raise ValueError(f"moe_vq_commitment ({config.moe_vq_commitment}) must not be negative")
+
+
+_VALIDATE = {
+    "topk": lambda config: None,
+    "air": _validate_air,
+    "product_key": _validate_product_keys,
+    "hierarchical": _validate_groups,
+    "hash": _validate_hash,
+    "vq": _validate_vq,
+}

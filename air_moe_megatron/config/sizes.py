@@ -1,0 +1,121 @@
+"""The automatic sizes of each router. Source: docs/design-choices.md."""
+
+import math
+from dataclasses import dataclass
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+# The automatic sizes go no lower: so few experts are cheap to score exactly.
+_MIN_AUTO_SIZE = 16
+# Mean candidates of a token per slot of its routes, for the automatic sizes of source 'experts'. With clustered centres
+# of 512 to 16,384 experts, at most 0.7% of the slots then stayed empty; with two candidates per slot up to 15%.
+_CANDIDATES_PER_SLOT = 4
+
+
+@dataclass(frozen=True)
+class AIRSizes:
+    """The sizes of one router after the automatic ones are chosen."""
+
+    num_experts: int
+    topk: int
+    num_clusters: int
+    shortlist_size: int
+    num_probes: int
+    num_candidates: int
+
+
+def resolve_sizes(config: TransformerConfig) -> AIRSizes:
+    """Choose the automatic sizes of a config.
+
+    With C = 4*sqrt(E) and L = sqrt(E) every expert has about four places in the lists and the cost of a token,
+    ``2*H*(C + P*L)`` FLOPs, grows as sqrt(E). Source: docs/design-choices.md.
+
+    Example: E = 16384, K = 32, source 'tokens' gives C = 512, L = 128; source 'experts' C = 128, L = 256.
+    """
+    num_experts, topk = config.num_moe_experts, config.moe_router_topk
+    num_clusters = config.moe_air_num_clusters or _automatic_clusters(config)
+    shortlist_size = config.moe_air_shortlist_size
+    if shortlist_size == 0:
+        root = _automatic(math.sqrt(num_experts))
+        wanted = root if config.moe_air_codebook_source == "tokens" else math.ceil(2 * num_experts / num_clusters)
+        shortlist_size = min(max(wanted, 2 * topk), num_experts)
+    num_probes = config.moe_air_num_probes
+    num_candidates = config.moe_air_num_candidates or num_probes * shortlist_size
+    return AIRSizes(num_experts, topk, num_clusters, shortlist_size, num_probes, num_candidates)
+
+
+def _automatic_clusters(config):
+    num_experts, num_probes = config.num_moe_experts, config.moe_air_num_probes
+    num_clusters = min(_automatic(4 * math.sqrt(num_experts)), num_experts)
+    if config.moe_air_codebook_source == "tokens":
+        return num_clusters
+    # Each expert stands in one list, and lists are of unequal length: a token needs room to find K experts.
+    most = num_probes * num_experts // (_CANDIDATES_PER_SLOT * config.moe_router_topk)
+    most = most // 8 * 8 if most > 8 else most
+    least = math.ceil(num_experts / (config.moe_air_shortlist_size or num_experts))  # lists that hold every expert
+    return min(num_clusters, max(num_probes, most, least))
+
+
+def _automatic(size):
+    return _round_up(max(_MIN_AUTO_SIZE, math.ceil(size)), 8)
+
+
+@dataclass(frozen=True)
+class ProductKeySizes:
+    """The sizes of one product-key router after the automatic ones are chosen."""
+
+    num_keys: tuple[int, int]  # of the two halves; their product is the number of experts
+    num_heads: int
+    topk_per_head: int
+    key_dim: int  # of a half
+    query_norm: str
+
+
+def resolve_product_keys(config: TransformerConfig) -> ProductKeySizes:
+    """Choose the automatic sizes of product keys; the halves are as equal as the number of experts allows.
+
+    Example: E = 65536, K = 64, H = 512 gives 256 and 256 keys, 8 heads of 8 experts, sub-keys of 128.
+    """
+    num_experts, topk = config.num_moe_experts, config.moe_router_topk
+    first = _balanced_divisor(num_experts)
+    heads = config.moe_product_key_heads
+    if heads == 0:
+        heads = max([n for n in range(1, 9) if topk % n == 0 and topk // n >= 2], default=1)
+    if config.moe_product_key_on_tokens:
+        key_dim = config.hidden_size
+    else:
+        key_dim = config.moe_product_key_dim or max(1, min(config.hidden_size // 2, 128))
+    norm = "batchnorm" if config.moe_product_key_query_norm == "auto" else config.moe_product_key_query_norm
+    return ProductKeySizes((first, num_experts // first), heads, topk // heads, key_dim, norm)
+
+
+@dataclass(frozen=True)
+class GroupSizes:
+    """The sizes of one hierarchical router after the automatic ones are chosen."""
+
+    num_groups: int
+    group_size: int
+    topk_groups: int
+
+
+def resolve_groups(config: TransformerConfig) -> GroupSizes:
+    """Choose the automatic sizes of groups: with sqrt(E) groups, group scores cost as much as those of one group.
+
+    Example: E = 65536, K = 64 gives 256 groups of 256, of which 2 are searched.
+    """
+    num_experts = config.num_moe_experts
+    num_groups = config.moe_hierarchical_num_groups
+    if num_groups == 0:
+        num_groups = num_experts // _balanced_divisor(num_experts)
+    group_size = num_experts // num_groups
+    wanted = max(2, -(-2 * config.moe_router_topk // group_size))
+    return GroupSizes(num_groups, group_size, config.moe_hierarchical_topk_groups or min(wanted, num_groups))
+
+
+def _balanced_divisor(number: int) -> int:
+    """The largest divisor up to the root."""
+    return next(n for n in range(math.isqrt(number), 0, -1) if number % n == 0)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

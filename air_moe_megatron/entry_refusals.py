@@ -1,0 +1,171 @@
+"""Flags that `air_moe_megatron.pretrain` would accept and not honor, in one table; docs/limits.md is generated from it.
+
+What a config can say by itself stands in ``config/refusals.py``.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.transformer.spec_utils import import_module
+
+from air_moe_megatron.config import balancing_losses, is_plain_topk
+from air_moe_megatron.memory import num_moe_layers
+
+
+@dataclass(frozen=True)
+class FlagRefusal:
+    """A flag that some cause excludes; without a cause it is refused always."""
+
+    flag: str
+    when: Callable[[argparse.Namespace], bool]
+    reason: str
+    cause: str = ""
+    """As errors and docs/limits.md name it; {router} stands for the flag that asks for a layer of ours, {packed} for
+    the flag that packs documents."""
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that this entry would otherwise accept and not honor.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+    Raises:
+        ValueError: naming the flag, its value and why it cannot be honored.
+    """
+    for row in FLAG_REFUSALS:
+        if row.when(args):
+            cause = row.cause.format(router=_router_flag(args), packed=_packing_flag(args))
+            cause = f" with {cause}" if cause else ""
+            raise ValueError(f"{_shown(args, row.flag)} is not supported{cause}: {row.reason}")
+    if args.spec is not None and import_module(args.spec) is None:
+        raise ValueError(f"--spec {' '.join(args.spec)} cannot be imported, and Megatron would use its default spec")
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """Refuse values of Megatron's flags that end a run in an error which does not name them.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+    Raises:
+        ValueError: naming the flag, its value and the rule.
+    """
+    for name in ("log_interval", "tensorboard_log_interval", "eval_interval", "log_memory_interval"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be at least 1")
+    counts_evaluations = bool(args.train_iters or args.train_samples) and not (args.full_validation or args.skip_train)
+    if counts_evaluations and args.eval_interval is None:
+        raise ValueError("--eval-interval (None) must be given: Megatron counts evaluations with it, also with 0 steps")
+    if args.full_validation and not args.multiple_validation_sets:
+        raise ValueError(
+            "--full-validation needs --multiple-validation-sets, with one set too: Megatron-Core 0.19 reads its number "
+            "of steps as a list"
+        )
+    if not is_plain_topk(args) and args.hybrid_layer_pattern is not None and num_moe_layers(args) == 0:
+        raise ValueError(
+            f"--hybrid-layer-pattern ({args.hybrid_layer_pattern}) must have a layer {Symbols.MOE}: without an MoE "
+            f"layer --moe-router-type {args.moe_router_type} has no effect"
+        )
+
+
+def _router_flag(args: argparse.Namespace) -> str:
+    return "--moe-granular-experts" if args.moe_router_type == "topk" else f"--moe-router-type {args.moe_router_type}"
+
+
+def _packing_flag(args: argparse.Namespace) -> str:
+    return "--sft" if args.sft else "--dataloader-inter-document-masking"
+
+
+def _shown(args: argparse.Namespace, flag: str) -> str:
+    """The flag with its value, where it takes one."""
+    value: Any = getattr(args, flag.removeprefix("--").replace("-", "_"))
+    if value is True:
+        return flag
+    return f"{flag} ({' '.join(value) if isinstance(value, list) else value})"
+
+
+def _is_packed(args: argparse.Namespace) -> bool:
+    return args.sft or args.dataloader_inter_document_masking
+
+
+def _ours(args: argparse.Namespace) -> bool:
+    return not is_plain_topk(args)
+
+
+_WHOLE_PARAMETERS = "codebooks, health lines and main_grad read whole parameters outside of the forward"
+
+FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
+    FlagRefusal(
+        "--freeze-all-layers",
+        lambda args: args.freeze_all_layers,
+        "Megatron freezes only models that it builds from arguments",
+    ),
+    FlagRefusal(
+        "--logits-load-dir",
+        lambda args: args.logits_load_dir is not None,
+        "this entry has no knowledge distillation from cached logits",
+    ),
+    FlagRefusal(
+        "--moe-routing-trace-capture-logits",
+        lambda args: _ours(args) and args.moe_routing_trace_capture_logits,
+        "it records exact logits of all experts inside Megatron's own router",
+        "{router}",
+    ),
+    FlagRefusal(
+        "--use-megatron-fsdp", lambda args: _ours(args) and args.use_megatron_fsdp, _WHOLE_PARAMETERS, "{router}"
+    ),
+    FlagRefusal("--use-torch-fsdp2", lambda args: _ours(args) and args.use_torch_fsdp2, _WHOLE_PARAMETERS, "{router}"),
+    FlagRefusal(
+        "--micro-batch-size",
+        lambda args: args.moe_router_type == "hash" and _is_packed(args) and (args.micro_batch_size or 0) > 1,
+        "packed microbatches are flattened after the embedding has seen the ids, so ids and hidden states are in "
+        "different orders; use --micro-batch-size 1",
+        "--moe-router-type hash and {packed}",
+    ),
+    FlagRefusal(
+        "--moe-router-load-balancing-type",
+        lambda args: _ours(args) and _is_packed(args) and "seq_aux_loss" in balancing_losses(args),
+        "a router is not told where documents end, and would balance a pack of them as one sequence; use aux_loss or "
+        "global_aux_loss",
+        "{router} and {packed}",
+    ),
+    FlagRefusal(
+        "--moe-router-load-balancing-type",
+        lambda args: _ours(args) and args.hybrid_context_parallel and bool(balancing_losses(args)),
+        "the ranks that hold parts of a sequence change with every microbatch; set --moe-aux-loss-coeff 0",
+        "{router} and --hybrid-context-parallel",
+    ),
+    FlagRefusal(
+        "--save-tokens-per-expert-interval",
+        lambda args: args.moe_granular_experts and args.save_tokens_per_expert_interval is not None,
+        "it records what Megatron's own experts are given",
+        "--moe-granular-experts",
+    ),
+    FlagRefusal(
+        "--moe-use-upcycling",
+        lambda args: args.moe_granular_experts and args.moe_use_upcycling,
+        "an expert of a few rows is no copy of a dense MLP",
+        "--moe-granular-experts",
+    ),
+    FlagRefusal(
+        "--perform-rl-step",
+        lambda args: args.perform_rl_step,
+        "this entry only pretrains; Megatron-LM has train_rl.py",
+    ),
+    FlagRefusal(
+        "--fim-data",
+        lambda args: args.fim_data and args.hybrid_layer_pattern is not None,
+        "this entry makes such data for GPT models only",
+        "--hybrid-layer-pattern",
+    ),
+    FlagRefusal(
+        "--overlap-moe-expert-parallel-comm",
+        lambda args: args.overlap_moe_expert_parallel_comm and _is_packed(args),
+        "its schedule plan drops the document boundaries",
+        "{packed}",
+    ),
+)
+"""Checked from the top; the first row that applies is the error."""
