@@ -28,7 +28,7 @@ REFUSED = {
     "changing-ranks": (
         [*AIR, *"--hybrid-context-parallel --moe-router-load-balancing-type global_aux_loss".split()]
         + "--moe-aux-loss-coeff 0.1".split(),
-        "--moe-router-load-balancing-type (global_aux_loss) is not supported with --moe-router-type air and --hybrid-context-parallel",
+        "(global_aux_loss) is not supported with --moe-router-type air and --hybrid-context-parallel",
     ),
     "saved-counts": ([*GRANULAR, "--save-tokens-per-expert-interval", "5"], "--save-tokens-per-expert-interval (5)"),
     "upcycling": ([*GRANULAR, "--moe-use-upcycling"], "--moe-use-upcycling"),
