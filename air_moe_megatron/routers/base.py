@@ -24,7 +24,7 @@ from air_moe_megatron.module_state import PreservedState
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.recomputation import ForwardCounter
 from air_moe_megatron.routers.losses import RouterLosses
-from air_moe_megatron.routers.running_norm import RunningNorm
+from air_moe_megatron.running_norm import RunningNorm
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 

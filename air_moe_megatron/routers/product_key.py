@@ -32,7 +32,7 @@ from air_moe_megatron.config import resolve_product_keys
 from air_moe_megatron.learner import Learner
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.running_norm import EPSILON, RunningNorm, batch_sums, moments
+from air_moe_megatron.running_norm import EPSILON, RunningNorm, batch_sums, moments
 
 
 class ProductKeyRouter(CompactRouter):

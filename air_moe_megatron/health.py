@@ -6,7 +6,7 @@ import torch
 
 from air_moe_megatron.layer import AIRMoELayer
 from air_moe_megatron.ops.fine_scores import fine_scores
-from air_moe_megatron.router import AIRRouter, merge_probes
+from air_moe_megatron.routers.air import AIRRouter, merge_probes
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.vq import VQRouter
 

@@ -21,13 +21,6 @@ from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk
 from air_moe_megatron.ops.selected_scores import selected_scores
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.exact import ExactRouter
-from air_moe_megatron.routers.hashing import HashRouter
-from air_moe_megatron.routers.hierarchical import HierarchicalRouter
-from air_moe_megatron.routers.product_key import ProductKeyRouter
-from air_moe_megatron.routers.vq import VQRouter
-
-__all__ = ["AIRRouter", "ROUTERS", "Routes", "TokenSample", "air_routers"]
 
 _SAMPLE_SIZE = 64  # tokens
 
@@ -230,20 +223,3 @@ def merge_probes(scores, ids):
     ids, places, repeated = _sort_candidates(ids.flatten(1))
     scores = scores.flatten(1).gather(1, places).masked_fill(repeated, float("-inf"))
     return scores, ids.masked_fill(repeated, -1)
-
-
-def air_routers(modules) -> list[AIRRouter]:
-    """All AIR routers in the modules (a module, or a list such as Megatron's model chunks), in a fixed order."""
-    chunks = [modules] if isinstance(modules, torch.nn.Module) else modules
-    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, AIRRouter)]
-
-
-ROUTERS: dict[str, type[CompactRouter]] = {
-    "topk": ExactRouter,
-    "air": AIRRouter,
-    "product_key": ProductKeyRouter,
-    "hierarchical": HierarchicalRouter,
-    "hash": HashRouter,
-    "vq": VQRouter,
-}
-"""The router of each ``moe_router_type``; with Megatron's own experts 'topk' is Megatron's own class instead."""

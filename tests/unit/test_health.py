@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 
-from air_moe_megatron.diagnostics import dispatch_figures, empty_share, listed_share, load_figures
 from air_moe_megatron.dispatcher import Traffic
+from air_moe_megatron.health import dispatch_figures, empty_share, listed_share, load_figures
 
 
 def test_load_figures_worked_example():
@@ -55,7 +55,7 @@ def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatc
     from megatron.core import num_microbatches_calculator
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
-    from air_moe_megatron import diagnostics
+    from air_moe_megatron import health
     from tests.builders import HIDDEN
 
     destroy_moe_metrics_tracker()
@@ -68,20 +68,20 @@ def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatc
     ]
     alone = [load_figures([load], 1) for load in loads]
     empty = sum(int((r.topk_ids < 0).sum()) for r in routes) / sum(r.topk_ids.numel() for r in routes)
-    expected_recall = [diagnostics.recall(router)[0] for router in routers[1:3]]
+    expected_recall = [health.recall(router)[0] for router in routers[1:3]]
     logged = float(get_moe_metrics_tracker().metrics["vq_loss"].values.sum())
-    figures = diagnostics.health_figures(routers, [])
+    figures = health.health_figures(routers, [])
     for name in alone[0]:
         assert figures[name] == pytest.approx(sum(one[name] for one in alone) / 4)
     assert figures["empty-slots"] == pytest.approx(empty) and empty > 0
     assert figures["mass-recall"] == pytest.approx(sum(expected_recall) / 2)
     assert figures["vq-loss"] == pytest.approx(logged) and logged > 0
-    line = diagnostics.health_line(figures, routers, 7)
+    line = health.health_line(figures, routers, 7)
     assert "live codewords: 32.0 of 32 |" in line  # of the one that is fitted: the other has not been updated yet
     for words in ("% of 16 to 128", f"empty slots: {100 * empty:.2g}%", "vq loss: ", "experts listed: 100.0%"):
         assert words in line
     # Everything was set back; without tokens and AIR routers there is less to tell.
-    line = diagnostics.health_line(diagnostics.health_figures(routers[:1], []), routers[:1], 8)
+    line = health.health_line(health.health_figures(routers[:1], []), routers[:1], 8)
     assert "experts used: 0.0% of 32" in line
     for words in ("empty slots", "codewords", "listed", "vq loss", "recall"):
         assert words not in line
@@ -149,26 +149,26 @@ def naive_recall(router):
     ids=("one-probe", "two-probes", "lists-of-experts", "expert-bias"),
 )
 def test_recall_against_all_probabilities(megatron_cpu, monkeypatch, fields, num_tokens):
-    from air_moe_megatron import diagnostics
+    from air_moe_megatron import health
     from tests.builders import HIDDEN, make_router
 
-    monkeypatch.setattr(diagnostics, "_CHUNK", 10)  # 64 experts in seven chunks
+    monkeypatch.setattr(health, "_CHUNK", 10)  # 64 experts in seven chunks
     lists = dict(moe_air_num_clusters=8, moe_air_shortlist_size=12)
     router = make_router(megatron_cpu, moe_router_type="air", **{**lists, **fields})
-    assert diagnostics.recall(router) is None
+    assert health.recall(router) is None
     if router.expert_bias is not None:
         router.expert_bias.copy_(torch.randn(64))
     router.route(torch.randn(num_tokens, HIDDEN))
     assert router.sample.hidden.shape[0] == min(num_tokens, 50)  # every fourth of 200
-    found = diagnostics.recall(router)
+    found = health.recall(router)
     assert found == pytest.approx(naive_recall(router), abs=1e-5)
     assert 0.0 < found[0] < 1.0 and 0.0 < found[1] < 1.0
-    figures = diagnostics.recall_figures([router, router])
+    figures = health.recall_figures([router, router])
     assert figures == pytest.approx({"mass-recall": found[0], "top-k-recall": found[1]})
 
 
 def test_recall_of_full_lists_is_one_and_padding_is_left_out(megatron_cpu):
-    from air_moe_megatron.diagnostics import recall
+    from air_moe_megatron.health import recall
     from tests.builders import HIDDEN, make_router
 
     full = make_router(megatron_cpu, moe_router_type="air", moe_air_num_clusters=4, moe_air_shortlist_size=64)
@@ -186,7 +186,7 @@ def test_recall_of_full_lists_is_one_and_padding_is_left_out(megatron_cpu):
 
 def test_recall_of_large_finite_tokens(megatron_cpu):
     """Of scores of 1e30 one expert holds all mass: it is listed or not, whatever the products round to."""
-    from air_moe_megatron.diagnostics import recall
+    from air_moe_megatron.health import recall
     from tests.builders import HIDDEN, make_router
 
     router = make_router(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
