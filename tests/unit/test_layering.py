@@ -19,7 +19,7 @@ LAYERS = (
     {"codebook"},
     {"index", "running_norm"},
     {"routers", "dispatcher", "experts"},
-    {"layer"},
+    {"layer", "recall"},
     {"specs", "health", "arguments"},
     {"sync", "batches", "preflight", "agreement", "memory"},
     {"checkpoints"},
