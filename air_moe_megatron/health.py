@@ -185,7 +185,7 @@ def health_figures(routers: Sequence[CompactRouter], layers: Sequence[AIRMoELaye
     return figures
 
 
-class _Item(NamedTuple):
+class Item(NamedTuple):
     """One item of the health line."""
 
     key: str  # of the figure; there is no item without it
@@ -195,24 +195,24 @@ class _Item(NamedTuple):
     only_nonzero: bool = False
 
 
-_ITEMS = (
-    _Item("quantization-error", "quantization error", "{:.4f}"),
-    _Item("live-codewords", "live codewords", "{:.1f} of {num_clusters}"),
-    _Item("experts-listed", "experts listed", "{:.1%}"),
-    _Item("experts-used", "experts used", "{:.1%} of {num_experts}"),
-    _Item("imbalance-factor", "imbalance factor", "{:.2f}"),
-    _Item("rank-imbalance", "most loaded rank", "{:.3f} of the mean"),
-    _Item("empty-slots", "empty slots", "{:.2g}%", scale=100, only_nonzero=True),
-    _Item(
+ITEMS = (
+    Item("quantization-error", "quantization error", "{:.4f}"),
+    Item("live-codewords", "live codewords", "{:.1f} of {num_clusters}"),
+    Item("experts-listed", "experts listed", "{:.1%}"),
+    Item("experts-used", "experts used", "{:.1%} of {num_experts}"),
+    Item("imbalance-factor", "imbalance factor", "{:.2f}"),
+    Item("rank-imbalance", "most loaded rank", "{:.3f} of the mean"),
+    Item("empty-slots", "empty slots", "{:.2g}%", scale=100, only_nonzero=True),
+    Item(
         "dispatch-bytes-per-token",
         "dispatched bytes per token",
         "{:.0f} ({remote-bytes-per-token:.0f} to other ranks)",
     ),
-    _Item("recomputed-bytes-per-token", "dispatched again when recomputed", "{:.0f}"),
-    _Item("mass-recall", "mass recall", "{:.2f}"),
-    _Item("top-k-recall", "top-k recall", "{:.2f}"),
-    _Item("vq-loss", "vq loss", "{:.4f}"),
-    _Item("dropped-updates", "dropped codebook updates", "{}"),
+    Item("recomputed-bytes-per-token", "dispatched again when recomputed", "{:.0f}"),
+    Item("mass-recall", "mass recall", "{:.2f}"),
+    Item("top-k-recall", "top-k recall", "{:.2f}"),
+    Item("vq-loss", "vq loss", "{:.4f}"),
+    Item("dropped-updates", "dropped codebook updates", "{}"),
 )
 
 
@@ -222,7 +222,7 @@ def health_line(figures: dict[str, float], routers: Sequence[CompactRouter], ite
     if clusters := [router.sizes.num_clusters for router in routers if isinstance(router, AIRRouter)]:
         sizes["num_clusters"] = _range(clusters)
     items = [f"routing health at iteration {iteration:8d}"]
-    for item in _ITEMS:
+    for item in ITEMS:
         value = figures.get(item.key)
         if value is not None and (value or not item.only_nonzero):
             items.append(f"{item.label}: " + item.format.format(item.scale * value, **figures, **sizes))
