@@ -13,12 +13,8 @@ from air_moe_megatron.routers.product_key import ProductKeyRouter
 from air_moe_megatron.routers.vq import VQRouter
 
 ROUTERS: dict[str, type[CompactRouter]] = {
-    "topk": ExactRouter,
-    "air": AIRRouter,
-    "product_key": ProductKeyRouter,
-    "hierarchical": HierarchicalRouter,
-    "hash": HashRouter,
-    "vq": VQRouter,
+    router.router_type: router
+    for router in (ExactRouter, AIRRouter, ProductKeyRouter, HierarchicalRouter, HashRouter, VQRouter)
 }
 """The router of each ``moe_router_type``. With Megatron's own experts, "topk" is Megatron's own class instead."""
 

@@ -9,6 +9,7 @@ candidates, M the best of them that probabilities and losses see, K top-k.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_utils import apply_random_logits, topk_routing_with_score_function
@@ -40,6 +41,8 @@ class AIRRouter(CompactRouter):
     Gradients reach tokens and expert centres through the fine scores only. The codebook is learned from the tokens of
     each global batch, without gradients; ``sync.update_codebooks`` applies the update after a successful step.
     """
+
+    router_type = "air"
 
     def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
@@ -175,6 +178,11 @@ class AIRRouter(CompactRouter):
             probes = torch.arange(codewords.shape[1], device=hidden.device) * num_clusters // codewords.shape[1]
             codewords = (tokens + probes) % num_clusters  # spread, so that a token's lists overlap little
         return shortlist, codewords
+
+    @staticmethod
+    def checkpoint_fields(config: Any) -> dict[str, Any]:
+        """As the base's."""
+        return {"moe_air_codebook_source": config.moe_air_codebook_source}
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """As Megatron's; without codebook and lists while a checkpoint that holds none is being loaded."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from air_moe_megatron.config import ROUTER_TYPES
 from air_moe_megatron.routers import ROUTERS
 from air_moe_megatron.sync import update_codebooks
 from tests.builders import HIDDEN, make_config, make_layer, make_router, tell_ids
@@ -215,3 +216,13 @@ def test_specs_build_the_router_of_the_type(megatron_cpu):
                 ValueError, match=f"moe_router_type 'air' did not reach router, a {router_class.__name__}"
             ):
                 require_routers([layer])
+
+
+def test_what_a_type_is_stands_on_its_class(megatron_cpu):
+    assert tuple(ROUTERS) == ROUTER_TYPES
+    routers = {name: make_router(megatron_cpu, moe_router_type=name) for name in ROUTERS}
+    for name, router in routers.items():
+        assert type(router) is ROUTERS[name] and router.router_type == name
+        holders = [other for other in routers if router.checkpoint_key in routers[other].state_dict()]
+        assert holders == ([] if name in ("topk", "air") else [name])
+        assert all(hasattr(router.config, field) for field in router.checkpoint_fields(router.config))
