@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AIRMoEConfig": "config",
     "AIRMoELayer": "layer",
-    "AIRRouter": "router",
-    "Routes": "router",
+    "AIRRouter": "routers.air",
+    "Routes": "routers.base",
     "air_layer_spec": "specs",
     "update_codebooks": "sync",
 }

@@ -116,7 +116,7 @@ class CodebookHealth:
     The first two are None until it is fitted in this process: a checkpoint does not hold them.
     """
 
-    quantisation_error: float | None  # 1 - mean cosine between vector and codeword
+    quantization_error: float | None  # 1 - mean cosine between vector and codeword
     live_codewords: int | None  # codewords that got a vector
     num_dropped: int  # updates dropped so far because a token was not finite
 

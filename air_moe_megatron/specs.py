@@ -9,14 +9,17 @@ import copy
 import functools
 import inspect
 
+import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
 from air_moe_megatron.compat import require_supported_megatron
 from air_moe_megatron.config import is_plain_topk, refuse_unused, validate
+from air_moe_megatron.dispatcher import CompactTokenDispatcher
 from air_moe_megatron.experts import GranularExperts
 from air_moe_megatron.layer import AIRMoELayer
-from air_moe_megatron.router import ROUTERS
+from air_moe_megatron.routers import ROUTERS
 
 # Attributes of submodule dataclasses that lead to a layer or to its mlp.
 _NESTED = ("mlp", "moe_layer", "mtp_model_layer", "transformer_layer")
@@ -129,6 +132,38 @@ def air_hybrid_stack_spec(config, given=None):
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
     return with_air_layers(given or hybrid_stack_spec, config)
+
+
+def require_routers(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Check that a model was built from our specs.
+
+    Each router must have the class that its config asks for, and compact routes need a layer with the compact
+    dispatcher.
+
+    Args:
+        model: Megatron's list of model chunks.
+    Returns:
+        The same list, as Megatron's hooks must.
+    Raises:
+        ValueError: naming the module that kept Megatron's router, or the layer that kept Megatron's dispatcher.
+    """
+    for chunk in model:
+        for name, module in chunk.named_modules():
+            if isinstance(module, MoELayer) and module.config.moe_dispatch == "compact":
+                if not isinstance(module.token_dispatcher, CompactTokenDispatcher):
+                    raise ValueError(
+                        f"moe_dispatch 'compact' did not reach {name}, a {type(module).__name__}: its layer spec must "
+                        "build AIRMoELayer, as air_layer_spec does"
+                    )
+            if isinstance(module, TopKRouter) and not is_plain_topk(module.config):
+                if not isinstance(module, ROUTERS[module.config.moe_router_type]):
+                    raise ValueError(
+                        f"moe_router_type {module.config.moe_router_type!r} did not reach {name}, a "
+                        f"{type(module).__name__}: its layer spec must build MoE layers with MoESubmodules, whose "
+                        "router can be replaced; of multi-token-prediction layers, specs.mtp_specs_with_air_layers() "
+                        "does it while the model is built"
+                    )
+    return model
 
 
 @contextlib.contextmanager

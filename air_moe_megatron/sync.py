@@ -13,25 +13,16 @@ import functools
 import logging
 
 import torch
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.router import TopKRouter
 
 from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.compat import megatron_has_our_fields
-from air_moe_megatron.config import is_plain_topk
-from air_moe_megatron.diagnostics import log_health
-from air_moe_megatron.dispatcher import CompactTokenDispatcher
+from air_moe_megatron.health import log_health
 from air_moe_megatron.learner import Learner
-from air_moe_megatron.router import ROUTERS, AIRRouter
+from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.base import CompactRouter
+from air_moe_megatron.specs import require_routers
 
 logger = logging.getLogger(__name__)
-
-
-def find_routers(modules) -> list[CompactRouter]:
-    """All routers of ours in the modules (a module, or a list such as Megatron's model chunks), in a fixed order."""
-    chunks = [modules] if isinstance(modules, torch.nn.Module) else modules
-    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, CompactRouter)]
 
 
 def discard_statistics(modules) -> None:
@@ -93,36 +84,6 @@ def _apply_statistics(learning, group) -> list[tuple[CompactRouter, Learner]]:
         if not is_finite:
             dropped.append((router, learner))
     return dropped
-
-
-def require_routers(model) -> list:
-    """Check that every router of a model is of the class that its config asks for, whatever spec it was built from, and
-    that those which give compact routes are in a layer that dispatches them.
-
-    Args:
-        model: Megatron's list of model chunks.
-    Returns:
-        The same list, as Megatron's hooks must.
-    Raises:
-        ValueError: naming the module that kept Megatron's router, or the layer that kept Megatron's dispatcher.
-    """
-    for chunk in model:
-        for name, module in chunk.named_modules():
-            if isinstance(module, MoELayer) and module.config.moe_dispatch == "compact":
-                if not isinstance(module.token_dispatcher, CompactTokenDispatcher):
-                    raise ValueError(
-                        f"moe_dispatch 'compact' did not reach {name}, a {type(module).__name__}: its layer spec must "
-                        "build AIRMoELayer, as air_layer_spec does"
-                    )
-            if isinstance(module, TopKRouter) and not is_plain_topk(module.config):
-                if not isinstance(module, ROUTERS[module.config.moe_router_type]):
-                    raise ValueError(
-                        f"moe_router_type {module.config.moe_router_type!r} did not reach {name}, a "
-                        f"{type(module).__name__}: its layer spec must build MoE layers with MoESubmodules, whose "
-                        "router can be replaced; of multi-token-prediction layers, specs.mtp_specs_with_air_layers() "
-                        "does it while the model is built"
-                    )
-    return model
 
 
 def finish_step(model, iteration: int, successful: bool) -> None:

@@ -30,10 +30,15 @@ from air_moe_megatron.compat import release_process_groups, repair_help, require
 from air_moe_megatron.config import is_plain_topk
 from air_moe_megatron.entry_refusals import check_flags, check_values
 from air_moe_megatron.memory import check_memory
-from air_moe_megatron.router import air_routers
+from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.hashing import hand_over_token_ids
-from air_moe_megatron.specs import air_hybrid_stack_spec, air_layer_spec, mtp_specs_with_air_layers
-from air_moe_megatron.sync import codebook_updates, require_routers
+from air_moe_megatron.specs import (
+    air_hybrid_stack_spec,
+    air_layer_spec,
+    mtp_specs_with_air_layers,
+    require_routers,
+)
+from air_moe_megatron.sync import codebook_updates
 
 
 def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -124,7 +129,7 @@ def leave_out_codebooks(model: list) -> list:
     Returns:
         The same list, as Megatron's hooks must.
     """
-    for router in air_routers(model):
+    for router in find_routers(model, AIRRouter):
         router.is_codebook_left_out = True
     return model
 

@@ -97,7 +97,7 @@ class Trainer:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.transformer.module import Float16Module
 
-        from air_moe_megatron.router import air_routers
+        from air_moe_megatron.routers import AIRRouter, find_routers
 
         torch.manual_seed(0)
         is_air = name == _AIR
@@ -122,7 +122,7 @@ class Trainer:
             optimizer="adam", lr=1e-4, bf16=config.bf16, params_dtype=sizes.dtype, clip_grad=1.0
         )
         self.optimizer = get_megatron_optimizer(optimizer_config, [self.model])
-        self.routers = air_routers(self.model)
+        self.routers = find_routers(self.model, AIRRouter)
         self.device, self.num_parameters = device, sum(parameter.numel() for parameter in model.parameters())
 
     def step(self, batch) -> dict[str, float]:

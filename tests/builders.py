@@ -4,7 +4,7 @@ import torch
 
 from air_moe_megatron import AIRMoEConfig, AIRMoELayer
 from air_moe_megatron.experts import GranularExperts
-from air_moe_megatron.router import ROUTERS
+from air_moe_megatron.routers import ROUTERS
 
 HIDDEN, EXPERTS, VOCABULARY = 16, 64, 40
 STOCK = dict(moe_granular_experts=False, moe_dispatch="stock", moe_router_dtype=None)

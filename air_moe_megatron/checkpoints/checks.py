@@ -8,10 +8,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.training.utils import print_rank_0
 
 from air_moe_megatron.checkpoints.reader import LEGACY_FILE, Checkpoint, Damaged
-from air_moe_megatron.config import AIRFields, resolve_groups, resolve_product_keys, resolve_sizes
-
-_ONLY_IN = {"product_key": "keys1", "hierarchical": "group_weight", "hash": "table", "vq": "codes"}
-"""What only the router of a type holds in a checkpoint."""
+from air_moe_megatron.config import AIRFields, resolve_sizes
+from air_moe_megatron.routers import ROUTERS
 
 _GIVEN_SIZES = (
     "num_layers",
@@ -226,8 +224,8 @@ def _check_router(checkpoint: Checkpoint, router_type: str) -> None:
     routers = {key.rpartition(".router.")[2] for key in checkpoint.shapes if ".router." in key}
     if not routers:
         return
-    found = next((name for name, parameter in _ONLY_IN.items() if parameter in routers), None)
-    if found != (router_type if router_type in _ONLY_IN else None):
+    found = next((name for name, router in ROUTERS.items() if router.checkpoint_key in routers), None)
+    if found != (router_type if ROUTERS[router_type].checkpoint_key is not None else None):
         raise ValueError(
             f"{checkpoint.location} holds routers of type {found or 'topk or air'}: "
             f"--moe-router-type {router_type} cannot load them"
@@ -296,7 +294,8 @@ def _check_fields(checkpoint: Checkpoint, config: TransformerConfig) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(AIRFields)}
     values = defaults | vars(checkpoint.args)
     saved = argparse.Namespace(**values, num_moe_experts=values["num_experts"])
-    own, found = _fixed_fields(config, config.moe_router_type), _fixed_fields(saved, config.moe_router_type)
+    router = ROUTERS[config.moe_router_type]
+    own, found = router.checkpoint_fields(config), router.checkpoint_fields(saved)
     demands = [
         _demand(name, own[name], found[name]) + _automatic(name, config, saved)
         for name in own
@@ -304,25 +303,6 @@ def _check_fields(checkpoint: Checkpoint, config: TransformerConfig) -> None:
     ]
     if demands:
         raise ValueError(f"{checkpoint.location} holds routers of another form: " + ", ".join(demands))
-
-
-def _fixed_fields(config: Any, router_type: str) -> dict[str, Any]:
-    """The fields of a router type that its checkpoint is bound to, automatic sizes chosen."""
-    if router_type == "air":
-        return {"moe_air_codebook_source": config.moe_air_codebook_source}
-    if router_type == "product_key":
-        keys = resolve_product_keys(config)
-        return {
-            "moe_product_key_on_tokens": config.moe_product_key_on_tokens,
-            "moe_product_key_heads": keys.num_heads,
-            "moe_product_key_dim": keys.key_dim,
-            "moe_product_key_query_norm": keys.query_norm,
-        }
-    if router_type == "hierarchical":
-        return {"moe_hierarchical_num_groups": resolve_groups(config).num_groups}
-    if router_type == "hash":
-        return {"moe_hash_vocab_size": config.moe_hash_vocab_size, "moe_hash_seed": config.moe_hash_seed}
-    return {}
 
 
 def _check_codebooks(checkpoint: Checkpoint, config: TransformerConfig) -> None:

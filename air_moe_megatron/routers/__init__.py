@@ -1,1 +1,32 @@
-"""The rivals of AIR, one file each, and what all routers share."""
+"""The routers, one file each: AIR, exact top-k and the other baselines; what they share is in base.py and losses.py."""
+
+from collections.abc import Iterable
+
+import torch
+
+from air_moe_megatron.routers.air import AIRRouter
+from air_moe_megatron.routers.base import CompactRouter
+from air_moe_megatron.routers.exact import ExactRouter
+from air_moe_megatron.routers.hashing import HashRouter
+from air_moe_megatron.routers.hierarchical import HierarchicalRouter
+from air_moe_megatron.routers.product_key import ProductKeyRouter
+from air_moe_megatron.routers.vq import VQRouter
+
+ROUTERS: dict[str, type[CompactRouter]] = {
+    router.router_type: router
+    for router in (ExactRouter, AIRRouter, ProductKeyRouter, HierarchicalRouter, HashRouter, VQRouter)
+}
+"""The router of each ``moe_router_type``. With Megatron's own experts, "topk" is Megatron's own class instead."""
+
+
+def find_routers[R: CompactRouter](
+    modules: torch.nn.Module | Iterable[torch.nn.Module], router_class: type[R] = CompactRouter
+) -> list[R]:
+    """Find all routers of a class in a fixed order.
+
+    Args:
+        modules: a module, or several, such as Megatron's model chunks.
+        router_class: the class; by default that of all routers of this package.
+    """
+    chunks = [modules] if isinstance(modules, torch.nn.Module) else modules
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, router_class)]

@@ -10,6 +10,7 @@ Legend: S sequence, B batch, T = S*B tokens, H hidden, E experts, P probes, K to
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.transformer.moe.moe_utils import (
@@ -24,7 +25,7 @@ from air_moe_megatron.module_state import PreservedState
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.recomputation import ForwardCounter
 from air_moe_megatron.routers.losses import RouterLosses
-from air_moe_megatron.routers.running_norm import RunningNorm
+from air_moe_megatron.running_norm import RunningNorm
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -42,13 +43,18 @@ class Routes:
 class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     """A router that gives :class:`Routes`; what it chooses by is its subclass's.
 
-    A subclass defines ``_choose``. One that has no centre per expert sets ``has_expert_weight`` to False: the [E, H]
-    weight of ``TopKRouter`` is then never touched.
+    A subclass defines ``router_type`` and ``_choose``. One that has no center per expert sets ``has_expert_weight`` to
+    False: the [E, H] weight of ``TopKRouter`` is then never touched.
 
     A training forward with gradients counts its tokens once, also where activations are recomputed
     (``recomputation.py``). Evaluation changes no state. A router whose parameters are all frozen learns nothing.
     """
 
+    router_type: ClassVar[str]
+    """The ``moe_router_type`` that asks for this class."""
+    checkpoint_key: ClassVar[str | None] = None
+    """Parameter or buffer that a checkpoint holds for routers of this type alone; None for top-k and AIR, which load
+    into each other."""
     has_expert_weight = True
     # Whether every place of the routes holds an expert, and whether an expert may hold several places of a token.
     always_complete = True
@@ -70,6 +76,11 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         self._forwards = ForwardCounter()
         self._is_counted = False  # whether the tokens of the forward that runs now count
         self.has_learned = False  # whether a forward has learned since the last step
+
+    @staticmethod
+    def checkpoint_fields(config: Any) -> dict[str, Any]:
+        """The config fields that a checkpoint of this router is bound to, with automatic sizes chosen."""
+        return {}
 
     def reset_parameters(self) -> None:
         """As Megatron's; without a centre per expert, drop the empty weight before anything is written to it."""

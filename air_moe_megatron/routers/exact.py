@@ -20,6 +20,8 @@ from air_moe_megatron.routers.base import CompactRouter, Routes
 class ExactRouter(CompactRouter):
     """Route each token to the top-k of all experts; routes and parameters are those of ``TopKRouter``."""
 
+    router_type = "topk"
+
     def _choose(self, hidden, keep, batch_size) -> Routes:
         padded = None if keep is None else ~keep
         logits = self._linear(hidden, self.weight, self.bias)  # [T, E]

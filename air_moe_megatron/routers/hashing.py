@@ -16,6 +16,8 @@ rest is refused by name in ``config.py``.
 Legend: S sequence, B batch, T = S*B tokens, E experts, V token ids, K top-k.
 """
 
+from typing import Any
+
 import torch
 
 from air_moe_megatron.routers.base import CompactRouter, Routes
@@ -24,6 +26,8 @@ from air_moe_megatron.routers.base import CompactRouter, Routes
 class HashRouter(CompactRouter):
     """Route each token to the experts of its id; waits for nothing and has no parameters."""
 
+    router_type = "hash"
+    checkpoint_key = "table"
     has_expert_weight = False
 
     def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
@@ -34,6 +38,11 @@ class HashRouter(CompactRouter):
         self.register_buffer("seed", torch.tensor([config.moe_hash_seed]))
         # [B, S] of the microbatch, whole sequences of this context-parallel rank.
         self.token_ids: torch.Tensor | None = None
+
+    @staticmethod
+    def checkpoint_fields(config: Any) -> dict[str, Any]:
+        """As the base's."""
+        return {"moe_hash_vocab_size": config.moe_hash_vocab_size, "moe_hash_seed": config.moe_hash_seed}
 
     def set_layer_number(self, layer_number: int) -> None:
         """Set the layer's number, which chooses its table."""

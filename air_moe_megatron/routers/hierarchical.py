@@ -13,6 +13,8 @@ Cost of a token: forward ``2*H*(G + g*E/G)`` FLOPs, backward twice that.
 Legend: T tokens, H hidden, E experts, G groups, M = E/G experts of a group, g groups taken, K top-k.
 """
 
+from typing import Any
+
 import torch
 
 from air_moe_megatron.config import resolve_groups
@@ -23,6 +25,9 @@ from air_moe_megatron.routers.base import CompactRouter, Routes
 class HierarchicalRouter(CompactRouter):
     """Route each token to the top-k experts of its top groups; gradients reach both gates through the probs."""
 
+    router_type = "hierarchical"
+    checkpoint_key = "group_weight"
+
     def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.sizes = resolve_groups(config)
@@ -31,6 +36,11 @@ class HierarchicalRouter(CompactRouter):
             self.add_parameter("group_bias", self.sizes.num_groups)
         else:
             self.group_bias = None
+
+    @staticmethod
+    def checkpoint_fields(config: Any) -> dict[str, Any]:
+        """As the base's."""
+        return {"moe_hierarchical_num_groups": resolve_groups(config).num_groups}
 
     def _choose(self, hidden, keep, batch_size) -> Routes:
         sizes, dtype = self.sizes, self._router_dtype(hidden)

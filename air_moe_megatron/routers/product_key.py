@@ -20,6 +20,7 @@ Legend: T tokens, H hidden, E = n1*n2 experts, R heads, D size of a sub-key, K t
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_utils import (
@@ -32,7 +33,7 @@ from air_moe_megatron.config import resolve_product_keys
 from air_moe_megatron.learner import Learner
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.running_norm import EPSILON, RunningNorm, batch_sums, moments
+from air_moe_megatron.running_norm import EPSILON, RunningNorm, batch_sums, moments
 
 
 class ProductKeyRouter(CompactRouter):
@@ -43,6 +44,8 @@ class ProductKeyRouter(CompactRouter):
     evaluation are learned at the step boundary (``sync.py``).
     """
 
+    router_type = "product_key"
+    checkpoint_key = "keys1"
     has_expert_weight = False
 
     def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
@@ -65,6 +68,17 @@ class ProductKeyRouter(CompactRouter):
             self.add_parameter("norm_weight", num_inputs, init_method=torch.nn.init.ones_)
             self.add_parameter("norm_bias", num_inputs, init_method=torch.nn.init.zeros_)
         self.query_norm = RunningNorm(num_inputs) if sizes.query_norm == "batchnorm" else None
+
+    @staticmethod
+    def checkpoint_fields(config: Any) -> dict[str, Any]:
+        """As the base's."""
+        keys = resolve_product_keys(config)
+        return {
+            "moe_product_key_on_tokens": config.moe_product_key_on_tokens,
+            "moe_product_key_heads": keys.num_heads,
+            "moe_product_key_dim": keys.key_dim,
+            "moe_product_key_query_norm": keys.query_norm,
+        }
 
     def learners(self) -> list[Learner]:
         """As of every router; with batch-normalised queries or scores their running norm too."""

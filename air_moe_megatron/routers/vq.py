@@ -27,6 +27,8 @@ from air_moe_megatron.routers.base import CompactRouter, Routes
 class VQRouter(CompactRouter):
     """Route each token to the experts of its nearest codes and to its top experts; both may find the same one."""
 
+    router_type = "vq"
+    checkpoint_key = "codes"
     may_repeat = True
 
     def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:

@@ -19,8 +19,8 @@ def make_layers(num_layers, source="tokens"):
     from air_moe_megatron.codebook import Codebook
     from air_moe_megatron.index import ShortlistIndex
     from air_moe_megatron.recomputation import ForwardCounter
-    from air_moe_megatron.router import AIRRouter
-    from air_moe_megatron.routers.running_norm import RunningNorm
+    from air_moe_megatron.routers.air import AIRRouter
+    from air_moe_megatron.running_norm import RunningNorm
 
     layers = torch.nn.ModuleList()
     for number in range(num_layers):

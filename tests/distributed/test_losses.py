@@ -56,7 +56,7 @@ CASES = [
 
 def make_router(groups, router, loss, per_token, layout=(), cls=None):
     from air_moe_megatron import AIRMoEConfig
-    from air_moe_megatron.router import ROUTERS as CLASSES
+    from air_moe_megatron.routers import ROUTERS as CLASSES
 
     config = AIRMoEConfig(
         num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, num_moe_experts=EXPERTS, moe_router_topk=TOPK,

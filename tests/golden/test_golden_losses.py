@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from air_moe_megatron.router import ROUTERS
+from air_moe_megatron.routers import ROUTERS
 from tests.golden.losses import CASES, FILE, STEPS, train
 
 # Relative tolerances. Losses are bitwise equal on one kind of CPU with one thread. Sums in another order move them: two

@@ -204,7 +204,7 @@ def test_multi_token_prediction_gets_the_compact_layer(megatron_cpu):
 
     from air_moe_megatron.experts import GranularExperts
     from air_moe_megatron.layer import AIRMoELayer
-    from air_moe_megatron.router import AIRRouter
+    from air_moe_megatron.routers.air import AIRRouter
     from air_moe_megatron.specs import mtp_specs_with_air_layers
 
     model_config = GPTModelConfig(transformer=make_config(mtp_num_layers=1), vocab_size=VOCABULARY)

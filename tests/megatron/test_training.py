@@ -64,7 +64,7 @@ def test_resumed_run_equals_the_uninterrupted_one(pretrain, tmp_path):
     assert ROUTER + "codebook.codewords" in expected and ROUTER + "index.shortlist" in expected
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     assert updates_and_counts(tmp_path / "resumed", 10)[0] == [10, 10]
-    assert re.search(r"routing health at iteration +10 .*quantisation error: 0\.\d+.*live codewords: \d", whole.output)
+    assert re.search(r"routing health at iteration +10 .*quantization error: 0\.\d+.*live codewords: \d", whole.output)
 
 
 LAYOUTS = {

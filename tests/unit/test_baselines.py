@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from air_moe_megatron.router import ROUTERS
+from air_moe_megatron.config import ROUTER_TYPES
+from air_moe_megatron.routers import ROUTERS
 from air_moe_megatron.sync import update_codebooks
 from tests.builders import HIDDEN, make_config, make_layer, make_router, tell_ids
 
@@ -199,16 +200,15 @@ def test_capacity_on_the_stock_path(megatron_cpu, router_type):
 def test_specs_build_the_router_of_the_type(megatron_cpu):
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 
-    from air_moe_megatron.router import air_routers
-    from air_moe_megatron.specs import with_air_layers
-    from air_moe_megatron.sync import require_routers
+    from air_moe_megatron.routers import AIRRouter, find_routers
+    from air_moe_megatron.specs import require_routers, with_air_layers
 
     for router_type, router_class in ROUTERS.items():
         layer = make_layer(megatron_cpu, moe_router_type=router_type)
         spec = get_moe_module_spec(use_te=False, num_experts=64, moe_grouped_gemm=False)
         assert with_air_layers(spec, layer.config).keywords["submodules"].router is router_class
         assert require_routers([layer]) == [layer]
-        assert len(air_routers(layer)) == (router_type == "air")
+        assert len(find_routers(layer, AIRRouter)) == (router_type == "air")
         layer.config = make_config(moe_router_type="air")
         layer.router.config = layer.config
         if router_type != "air":
@@ -216,3 +216,13 @@ def test_specs_build_the_router_of_the_type(megatron_cpu):
                 ValueError, match=f"moe_router_type 'air' did not reach router, a {router_class.__name__}"
             ):
                 require_routers([layer])
+
+
+def test_what_a_type_is_stands_on_its_class(megatron_cpu):
+    assert tuple(ROUTERS) == ROUTER_TYPES
+    routers = {name: make_router(megatron_cpu, moe_router_type=name) for name in ROUTERS}
+    for name, router in routers.items():
+        assert type(router) is ROUTERS[name] and router.router_type == name
+        holders = [other for other in routers if router.checkpoint_key in routers[other].state_dict()]
+        assert holders == ([] if name in ("topk", "air") else [name])
+        assert all(hasattr(router.config, field) for field in router.checkpoint_fields(router.config))

@@ -55,7 +55,7 @@ def assert_same_bits(actual, expected):
         assert torch.equal(actual[name], value), name
 
 
-def quantisation_error(codewords, hidden):
+def quantization_error(codewords, hidden):
     unit = torch.nn.functional.normalize(hidden, dim=1)
     return 1.0 - (unit @ codewords.t()).max(dim=1).values.mean().item()
 
@@ -218,12 +218,12 @@ def test_first_statistics_leave_no_trace_of_the_random_start(num_groups):
     assert nearest.min() > 0.45
 
 
-def test_quantisation_error_falls_on_clustered_data():
+def test_quantization_error_falls_on_clustered_data():
     codebook = Codebook(16, 16, 0.5)
     errors = []
     for step in range(12):
         hidden = clustered(500, 12, 16, noise=0.2, seed=step)
-        errors.append(quantisation_error(codebook.codewords, hidden))
+        errors.append(quantization_error(codebook.codewords, hidden))
         learn(codebook, hidden)
     assert errors[0] > 0.3
     # One codeword per cluster is enough: what is left is the noise, 0.2**2 / 2.
@@ -234,10 +234,10 @@ def test_quantisation_error_falls_on_clustered_data():
 def test_lloyd_steps_do_not_raise_the_objective():
     weight = clustered(300, 20, 8, noise=0.5)
     codewords = torch.nn.functional.normalize(weight[:10], dim=1)
-    errors = [quantisation_error(codewords, weight)]
+    errors = [quantization_error(codewords, weight)]
     for _ in range(6):
         codewords, _ = lloyd_step(codewords, weight)
-        errors.append(quantisation_error(codewords, weight))
+        errors.append(quantization_error(codewords, weight))
     assert errors[-1] < errors[0]
     torch.testing.assert_close(codewords.norm(dim=1), torch.ones(10))
 
@@ -346,7 +346,7 @@ def test_health_tells_of_the_last_batch():
         codebook.codewords.copy_(torch.eye(3, 4))
     learn(codebook, torch.tensor([[3.0, 4.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]]))
     health = codebook.health()
-    assert health.quantisation_error == pytest.approx(1.0 - (0.8 + 1.0) / 2)
+    assert health.quantization_error == pytest.approx(1.0 - (0.8 + 1.0) / 2)
     assert health.live_codewords == 1 and health.num_dropped == 0
     other = Codebook(3, 4, 0.5)
     other.load_state_dict(codebook.state_dict())

@@ -264,28 +264,16 @@ def test_the_results_of_the_readme_stand_where_it_says():
             assert figure in text, f"{figure} ({question}) is not in {source}"
 
 
-class AllFigures(dict):
-    """Figures of a health line in which none is missing."""
-
-    def __contains__(self, name: object) -> bool:
-        return True
-
-    def __missing__(self, name: str) -> float:
-        return 1.0
-
-    def get(self, name: str, default: object = None) -> float:
-        return 1.0
-
-
 def test_the_figures_of_the_health_line_are_those_documented(megatron_cpu):
-    from air_moe_megatron.diagnostics import health_line
+    from air_moe_megatron.health import ITEMS, health_line
 
     def labels(line):
         parts = [part.strip() for part in line.strip().rstrip("|").split(" | ")[1:]]
         inner = re.findall(r"[\d.]+ ([a-z][a-z ]+)[,)]", line)
         return {part.split(":")[0] for part in parts} | set(inner)
 
-    every = labels(health_line(AllFigures(), [make_router(megatron_cpu, moe_router_type="air")], 7))
+    figures = dict.fromkeys([*(item.key for item in ITEMS), "remote-bytes-per-token"], 1.0)
+    every = labels(health_line(figures, [make_router(megatron_cpu, moe_router_type="air")], 7))
     documented = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/health.md").read_text(), re.MULTILINE)
     assert len(every) >= 10 and set(documented) == every
     (example,) = (code for language, _, code in blocks(README) if "routing health" in code)

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from air_moe_megatron import AIRMoELayer, AIRRouter, update_codebooks
 from air_moe_megatron.experts import GranularExperts
-from air_moe_megatron.sync import require_routers
+from air_moe_megatron.specs import require_routers
 from tests import builders
 
 HIDDEN = 8

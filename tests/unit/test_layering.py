@@ -17,11 +17,10 @@ LAYERS = (
     {"ops", "config", "compat", "console", "module_state", "process_groups", "recomputation"},
     {"learner", "cpu"},
     {"codebook"},
-    {"index"},
+    {"index", "running_norm"},
     {"routers", "dispatcher", "experts"},
-    {"router"},
-    {"layer"},
-    {"specs", "diagnostics", "arguments"},
+    {"layer", "recall"},
+    {"specs", "health", "arguments"},
     {"sync", "batches", "preflight", "agreement", "memory"},
     {"entry_refusals"},
     {"checkpoints"},
@@ -30,7 +29,7 @@ LAYERS = (
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # These import torch (and Triton) only, never Megatron.
-TORCH_ONLY = ("ops", "module_state", "recomputation", "learner", "codebook", "index")
+TORCH_ONLY = ("ops", "module_state", "recomputation", "learner", "codebook", "index", "running_norm")
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

@@ -70,7 +70,7 @@ def test_parameters_are_at_most_those_of_a_layer(megatron_cpu, router_type):
 
     from air_moe_megatron import AIRMoEConfig, AIRMoELayer
     from air_moe_megatron.experts import GranularExperts
-    from air_moe_megatron.router import ROUTERS as CLASSES
+    from air_moe_megatron.routers import ROUTERS as CLASSES
 
     counts = []
     for num_experts in (16, 64):

@@ -6,8 +6,8 @@ import io
 import pytest
 import torch
 
-from air_moe_megatron.router import ROUTERS
-from air_moe_megatron.sync import discard_statistics, find_routers, update_codebooks
+from air_moe_megatron.routers import ROUTERS, find_routers
+from air_moe_megatron.sync import discard_statistics, update_codebooks
 from tests.builders import HIDDEN, VOCABULARY, make_layer, make_router, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")

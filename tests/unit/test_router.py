@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from air_moe_megatron.router import air_routers
+from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.sync import discard_statistics, update_codebooks
 from tests import builders
 
@@ -539,12 +539,12 @@ def test_a_resumed_router_continues_bit_for_bit(megatron_cpu, source):
             assert torch.equal(resumed.state_dict()[name], value), (step, name)
 
 
-def test_air_routers_are_found_in_a_fixed_order(megatron_cpu):
+def test_routers_are_found_in_a_fixed_order(megatron_cpu):
     first, second, third = (make_router(megatron_cpu, learned=0) for _ in range(3))
     chunks = [torch.nn.ModuleList([first, torch.nn.Linear(2, 2)]), torch.nn.ModuleList([second, third])]
-    assert air_routers(chunks) == [first, second, third]
-    assert air_routers(chunks[1]) == [second, third]
-    assert air_routers(torch.nn.Linear(2, 2)) == []
+    assert find_routers(chunks, AIRRouter) == [first, second, third]
+    assert find_routers(chunks[1], AIRRouter) == [second, third]
+    assert find_routers(torch.nn.Linear(2, 2), AIRRouter) == []
 
 
 def test_an_expert_that_its_bias_favours_gets_into_the_lists(megatron_cpu):

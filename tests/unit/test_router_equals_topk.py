@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from air_moe_megatron.router import AIRRouter
+from air_moe_megatron.routers.air import AIRRouter
 from tests import builders
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")

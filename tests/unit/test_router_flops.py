@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from air_moe_megatron.index import num_rebuilds
 from air_moe_megatron.ops.fine_scores import eager
-from air_moe_megatron.router import ROUTERS
+from air_moe_megatron.routers import ROUTERS
 from benchmarks.quality.router_flops import expert_flops, router_flops
 from tests.builders import VOCABULARY, make_config, tell_ids
 

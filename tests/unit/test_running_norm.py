@@ -5,8 +5,8 @@ import torch
 
 from air_moe_megatron.checkpoints import checks
 from air_moe_megatron.checkpoints.reader import Checkpoint, Location
-from air_moe_megatron.router import ROUTERS
-from air_moe_megatron.routers.running_norm import RunningNorm
+from air_moe_megatron.routers import ROUTERS
+from air_moe_megatron.running_norm import RunningNorm
 from air_moe_megatron.sync import discard_statistics, update_codebooks
 from tests.builders import make_config
 

@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from air_moe_megatron.config import AIRMoEConfig
-from air_moe_megatron.router import AIRRouter
+from air_moe_megatron.routers.air import AIRRouter
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 

@@ -9,6 +9,7 @@ candidates, M the best of them that probabilities and losses see, K top-k.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_utils import apply_random_logits, topk_routing_with_score_function
@@ -21,13 +22,6 @@ from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk
 from air_moe_megatron.ops.selected_scores import selected_scores
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.exact import ExactRouter
-from air_moe_megatron.routers.hashing import HashRouter
-from air_moe_megatron.routers.hierarchical import HierarchicalRouter
-from air_moe_megatron.routers.product_key import ProductKeyRouter
-from air_moe_megatron.routers.vq import VQRouter
-
-__all__ = ["AIRRouter", "ROUTERS", "Routes", "TokenSample", "air_routers"]
 
 _SAMPLE_SIZE = 64  # tokens
 
@@ -47,6 +41,8 @@ class AIRRouter(CompactRouter):
     Gradients reach tokens and expert centres through the fine scores only. The codebook is learned from the tokens of
     each global batch, without gradients; ``sync.update_codebooks`` applies the update after a successful step.
     """
+
+    router_type = "air"
 
     def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
@@ -183,6 +179,11 @@ class AIRRouter(CompactRouter):
             codewords = (tokens + probes) % num_clusters  # spread, so that a token's lists overlap little
         return shortlist, codewords
 
+    @staticmethod
+    def checkpoint_fields(config: Any) -> dict[str, Any]:
+        """As the base's."""
+        return {"moe_air_codebook_source": config.moe_air_codebook_source}
+
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """As Megatron's; without codebook and lists while a checkpoint that holds none is being loaded."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
@@ -230,20 +231,3 @@ def merge_probes(scores, ids):
     ids, places, repeated = _sort_candidates(ids.flatten(1))
     scores = scores.flatten(1).gather(1, places).masked_fill(repeated, float("-inf"))
     return scores, ids.masked_fill(repeated, -1)
-
-
-def air_routers(modules) -> list[AIRRouter]:
-    """All AIR routers in the modules (a module, or a list such as Megatron's model chunks), in a fixed order."""
-    chunks = [modules] if isinstance(modules, torch.nn.Module) else modules
-    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, AIRRouter)]
-
-
-ROUTERS: dict[str, type[CompactRouter]] = {
-    "topk": ExactRouter,
-    "air": AIRRouter,
-    "product_key": ProductKeyRouter,
-    "hierarchical": HierarchicalRouter,
-    "hash": HashRouter,
-    "vq": VQRouter,
-}
-"""The router of each ``moe_router_type``; with Megatron's own experts 'topk' is Megatron's own class instead."""

@@ -1,22 +1,21 @@
-"""What the routers are doing, for people to watch: one line per log interval, and TensorBoard and W&B scalars."""
+"""Routing health: one line per log interval, and the same figures as TensorBoard and W&B scalars.
 
-import logging
+Legend: T tokens, E experts, K top-k.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from air_moe_megatron.layer import AIRMoELayer
-from air_moe_megatron.ops.fine_scores import fine_scores
-from air_moe_megatron.router import AIRRouter, merge_probes
+from air_moe_megatron.recall import recall
+from air_moe_megatron.routers import AIRRouter, VQRouter
 from air_moe_megatron.routers.base import CompactRouter
-from air_moe_megatron.routers.vq import VQRouter
-
-logger = logging.getLogger(__name__)
-
-_CHUNK = 16384  # experts whose exact scores are held at a time
 
 
 @torch.no_grad()
-def expert_loads(routers) -> tuple[list[torch.Tensor], torch.Tensor]:
+def expert_loads(routers: Sequence[CompactRouter]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Read what the routers counted since the last call, summed over all ranks of the stage.
 
     Communicates (one all-reduce over ``tp_dp_cp``); sets the routers' counts back to zero.
@@ -36,7 +35,7 @@ def expert_loads(routers) -> tuple[list[torch.Tensor], torch.Tensor]:
     return loads, num_routed
 
 
-def load_figures(loads, num_ranks: int) -> dict[str, float]:
+def load_figures(loads: Sequence[torch.Tensor], num_ranks: int) -> dict[str, float]:
     """How evenly the tokens are spread, as means over the routers; waits for the device.
 
     Args:
@@ -53,7 +52,7 @@ def load_figures(loads, num_ranks: int) -> dict[str, float]:
     return dict(zip(("experts-used", "imbalance-factor", "rank-imbalance"), figures, strict=True))
 
 
-def _load_figures_of(load, num_ranks):
+def _load_figures_of(load: torch.Tensor, num_ranks: int) -> torch.Tensor:
     """[3] fp64: the three figures of one router."""
     total = load.sum().clamp_min(1.0)
     imbalance = load.numel() * load.square().sum() / total.square()
@@ -62,7 +61,7 @@ def _load_figures_of(load, num_ranks):
     )
 
 
-def empty_share(loads, num_routed: torch.Tensor, topks: list[int]) -> float:
+def empty_share(loads: Sequence[torch.Tensor], num_routed: torch.Tensor, topks: list[int]) -> float:
     """Share of the routes' slots that hold no expert, over all tokens and routers; waits for the device.
 
     Args:
@@ -78,17 +77,17 @@ def empty_share(loads, num_routed: torch.Tensor, topks: list[int]) -> float:
 
 
 @torch.no_grad()
-def listed_share(routers) -> float:
+def listed_share(routers: Sequence[AIRRouter]) -> float:
     """Share of the experts that stand in some shortlist, as a mean over the routers; waits for the device."""
     shares = []
     for router in routers:
         listed = torch.zeros(router.num_experts + 1, dtype=torch.bool, device=router.index.shortlist.device)
-        listed[router.index.shortlist.long().flatten()] = True  # -1, for no expert, is the last place
+        listed[router.index.shortlist.long().flatten()] = True  # -1, for no expert, is the last slot
         shares.append(listed[:-1].double().mean())
     return float(torch.stack(shares).mean())
 
 
-def dispatch_figures(layers, group) -> dict[str, float]:
+def dispatch_figures(layers: Sequence[AIRMoELayer], group: torch.distributed.ProcessGroup | None) -> dict[str, float]:
     """Bytes per token and layer, one way, that compact dispatchers have handed over since the last call.
 
     Communicates (one all-reduce over ``group``), waits for the device, and sets the counters back to zero.
@@ -117,68 +116,7 @@ def dispatch_figures(layers, group) -> dict[str, float]:
     return figures | ({"recomputed-bytes-per-token": again} if again else {})
 
 
-@torch.no_grad()
-def recall(router: AIRRouter) -> tuple[float, float] | None:
-    """What the shortlists of a router keep, on the tokens that it has kept of its last training forward.
-
-    Reads the scores of all experts a chunk at a time, so that nothing larger than [tokens, chunk] is made:
-    ``2 * tokens * E * H`` FLOPs. Waits for the device; does not communicate.
-
-    Args:
-        router: with a sample, see ``AIRRouter.sample``.
-    Returns:
-        mass recall, the exact softmax mass over all experts that the shortlists hold, and top-k recall, the share of
-        the exact top-k among the top-k of the shortlists; means over the tokens. None without a sample.
-
-    Example: exact probabilities [0.5, 0.3, 0.2], a shortlist of the experts 0 and 2, and K = 2: mass 0.7, top-k 0.5.
-    """
-    sample = router.sample
-    if sample is None or sample.hidden.shape[0] == 0:
-        return None
-    hidden = sample.hidden.float()
-    lists = router.index.shortlist.long()
-    listed = fine_scores(sample.hidden, router.weight, router.bias, lists, sample.codewords, torch.float32)
-    listed, ids = merge_probes(listed, lists[sample.codewords])  # [n, P*L]
-    mass = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
-    listed_mass = mass.clone()
-    best = hidden.new_empty(hidden.shape[0], 0)
-    best_ids = ids.new_empty(hidden.shape[0], 0)
-    for first in range(0, router.num_experts, _CHUNK):
-        chunk = slice(first, min(first + _CHUNK, router.num_experts))
-        logits = hidden @ router.weight[chunk].float().t()
-        if router.bias is not None:
-            logits += router.bias[chunk].float()
-        mass = torch.logaddexp(mass, logits.logsumexp(dim=1))
-        # Of the same logits: of large ones, the rounding of two products may differ by more than any mass.
-        columns = (ids - chunk.start).clamp(-1, logits.shape[1]) + 1  # first and last column: not of this chunk
-        is_listed = torch.zeros(len(ids), logits.shape[1] + 2, dtype=torch.bool, device=ids.device)
-        is_listed = is_listed.scatter_(1, columns, True)[:, 1:-1]
-        listed_mass = torch.logaddexp(listed_mass, logits.masked_fill(~is_listed, float("-inf")).logsumexp(dim=1))
-        chunk_ids = torch.arange(chunk.start, chunk.stop, device=ids.device).expand_as(logits)
-        ranks = torch.cat((best, _rank(router, logits, chunk_ids)), dim=1)
-        best, places = ranks.topk(min(router.topk, ranks.shape[1]), dim=1)
-        best_ids = torch.cat((best_ids, chunk_ids), dim=1).gather(1, places)
-    found = ids.gather(1, _rank(router, listed, ids).topk(router.topk, dim=1).indices)
-    shares = torch.stack(
-        (
-            (listed_mass - mass).exp(),
-            (found.unsqueeze(2) == best_ids.unsqueeze(1)).any(dim=2).float().mean(dim=1),
-        )
-    )
-    if sample.keep is not None:
-        shares = shares[:, sample.keep]
-    return tuple(shares.mean(dim=1).tolist()) if shares.shape[1] else None
-
-
-def _rank(router, logits, ids):
-    """What the top-k goes by: the logits, or with an expert bias the biased scores; -inf for what is no candidate."""
-    if router.expert_bias is None:
-        return logits
-    scores = logits.sigmoid() if router.score_function == "sigmoid" else torch.nn.functional.softplus(logits).sqrt()
-    return (scores + router.expert_bias[ids.clamp(min=0)]).masked_fill(ids < 0, float("-inf"))
-
-
-def recall_figures(routers) -> dict[str, float]:
+def recall_figures(routers: Sequence[AIRRouter]) -> dict[str, float]:
     """Mass and top-k recall as means over the AIR routers and the ranks of the stage; empty where none has tokens.
 
     Communicates (one all-reduce over ``tp_dp_cp``) and waits for the device.
@@ -225,7 +163,7 @@ def log_health(model, iteration: int) -> None:
         wandb_writer.log(scalars, iteration)
 
 
-def health_figures(routers, layers) -> dict[str, float]:
+def health_figures(routers: Sequence[CompactRouter], layers: Sequence[AIRMoELayer]) -> dict[str, float]:
     """Figures of a pipeline stage, as means over the routers that have them; communicates and waits for the device.
 
     Codebooks, lists and recall are of the AIR routers among them, the vq loss is of the vq routers.
@@ -247,46 +185,56 @@ def health_figures(routers, layers) -> dict[str, float]:
     return figures
 
 
-def health_line(figures: dict[str, float], routers, iteration: int) -> str:
+class Item(NamedTuple):
+    """One item of the health line."""
+
+    key: str  # of the figure; there is no item without it
+    label: str
+    format: str  # of the figure; other figures, and the sizes of the routers, by name
+    scale: int = 1
+    only_nonzero: bool = False
+
+
+ITEMS = (
+    Item("quantization-error", "quantization error", "{:.4f}"),
+    Item("live-codewords", "live codewords", "{:.1f} of {num_clusters}"),
+    Item("experts-listed", "experts listed", "{:.1%}"),
+    Item("experts-used", "experts used", "{:.1%} of {num_experts}"),
+    Item("imbalance-factor", "imbalance factor", "{:.2f}"),
+    Item("rank-imbalance", "most loaded rank", "{:.3f} of the mean"),
+    Item("empty-slots", "empty slots", "{:.2g}%", scale=100, only_nonzero=True),
+    Item(
+        "dispatch-bytes-per-token",
+        "dispatched bytes per token",
+        "{:.0f} ({remote-bytes-per-token:.0f} to other ranks)",
+    ),
+    Item("recomputed-bytes-per-token", "dispatched again when recomputed", "{:.0f}"),
+    Item("mass-recall", "mass recall", "{:.2f}"),
+    Item("top-k-recall", "top-k recall", "{:.2f}"),
+    Item("vq-loss", "vq loss", "{:.4f}"),
+    Item("dropped-updates", "dropped codebook updates", "{}"),
+)
+
+
+def health_line(figures: dict[str, float], routers: Sequence[CompactRouter], iteration: int) -> str:
     """Word the figures of :func:`health_figures`; empty slots are named only where there are any."""
-    line = [f"routing health at iteration {iteration:8d}"]
-    if "quantisation-error" in figures:
-        num_clusters = _range([router.sizes.num_clusters for router in routers if isinstance(router, AIRRouter)])
-        line += [
-            f"quantisation error: {figures['quantisation-error']:.4f}",
-            f"live codewords: {figures['live-codewords']:.1f} of {num_clusters}",
-        ]
-    if "experts-listed" in figures:
-        line.append(f"experts listed: {100 * figures['experts-listed']:.1f}%")
-    line += [
-        f"experts used: {100 * figures['experts-used']:.1f}% of {_range([router.num_experts for router in routers])}",
-        f"imbalance factor: {figures['imbalance-factor']:.2f}",
-        f"most loaded rank: {figures['rank-imbalance']:.3f} of the mean",
-    ]
-    if figures["empty-slots"]:
-        line.append(f"empty slots: {100 * figures['empty-slots']:.2g}%")
-    if "dispatch-bytes-per-token" in figures:
-        again = figures.get("recomputed-bytes-per-token")
-        line.append(
-            f"dispatched bytes per token: {figures['dispatch-bytes-per-token']:.0f} "
-            f"({figures['remote-bytes-per-token']:.0f} to other ranks"
-            + (")" if again is None else f", {again:.0f} again when recomputed)")
-        )
-    if "mass-recall" in figures:
-        line += [f"mass recall: {figures['mass-recall']:.2f}", f"top-k recall: {figures['top-k-recall']:.2f}"]
-    if "vq-loss" in figures:
-        line.append(f"vq loss: {figures['vq-loss']:.4f}")
-    if "dropped-updates" in figures:
-        line.append(f"dropped codebook updates: {figures['dropped-updates']}")
-    return f" {' | '.join(line)} |"
+    sizes = {"num_experts": _range([router.num_experts for router in routers])}
+    if clusters := [router.sizes.num_clusters for router in routers if isinstance(router, AIRRouter)]:
+        sizes["num_clusters"] = _range(clusters)
+    items = [f"routing health at iteration {iteration:8d}"]
+    for item in ITEMS:
+        value = figures.get(item.key)
+        if value is not None and (value or not item.only_nonzero):
+            items.append(f"{item.label}: " + item.format.format(item.scale * value, **figures, **sizes))
+    return f" {' | '.join(items)} |"
 
 
-def _range(sizes):
+def _range(sizes: list[int]) -> str:
     """The size of all, or the smallest and the largest."""
     return f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
 
 
-def vq_loss(routers) -> float:
+def vq_loss(routers: Sequence[VQRouter]) -> float:
     """Codebook and commitment loss of this step, a mean over routers, microbatches and ranks, without its coefficient.
 
     Read from Megatron's tracker, whose report leaves out losses that it does not know. Communicates (one all-reduce
@@ -304,7 +252,7 @@ def vq_loss(routers) -> float:
     return float(total) / (len(routers) * get_num_microbatches() * num_parts)
 
 
-def codebook_figures(routers) -> dict[str, float]:
+def codebook_figures(routers: Sequence[AIRRouter]) -> dict[str, float]:
     """How the codebooks of AIR routers fit, as means over them, where they were fitted since a checkpoint was loaded;
     waits for the device."""
     healths = [router.codebook.health() for router in routers]
@@ -312,12 +260,12 @@ def codebook_figures(routers) -> dict[str, float]:
         "experts-listed": listed_share(routers),
         "dropped-updates": sum(health.num_dropped for health in healths),
     }
-    fitted = [health for health in healths if health.quantisation_error is not None]
+    fitted = [health for health in healths if health.quantization_error is not None]
     if fitted:
-        figures["quantisation-error"] = _mean([health.quantisation_error for health in fitted])
+        figures["quantization-error"] = _mean([health.quantization_error for health in fitted])
         figures["live-codewords"] = _mean([health.live_codewords for health in fitted])
     return figures
 
 
-def _mean(values):
+def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
