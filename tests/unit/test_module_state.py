@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -129,6 +130,14 @@ def non_reentrant(layer, hidden):
     return torch.utils.checkpoint.checkpoint(lambda x: layer(x)[0], hidden, use_reentrant=False)
 
 
+def selective(layer, hidden):
+    """Stores results of operations that coarse stage, lists and statistics use too."""
+    aten = torch.ops.aten
+    stored = [aten.mm.default, aten.topk.default, aten.sort.stable, aten.index.Tensor, aten.sum.dim_IntList]
+    contexts = partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, stored)
+    return torch.utils.checkpoint.checkpoint(lambda x: layer(x)[0], hidden, use_reentrant=False, context_fn=contexts)
+
+
 def megatrons(layer, hidden):
     from megatron.core.tensor_parallel import checkpoint
 
@@ -142,6 +151,7 @@ def nested(inner, outer):
 CHECKPOINTS = {
     "reentrant": reentrant,
     "non-reentrant": non_reentrant,
+    "selective": selective,
     "megatron": megatrons,
     "reentrant-in-reentrant": nested(reentrant, reentrant),
     "non-reentrant-in-reentrant": nested(non_reentrant, reentrant),
@@ -269,6 +279,21 @@ def test_training_begins_anew_after_an_evaluation_of_a_new_model(megatron_cpu, n
     for router in (fresh, evaluated):
         router.route(microbatches(1)[0])
     assert_same_state(state_of(evaluated), state_of(fresh))
+
+
+@ALL_TYPES
+def test_a_router_may_be_built_in_inference_mode(megatron_cpu, name):
+    """Its parameters then have no version, by which provisional lists are told."""
+    expected = make_router(megatron_cpu, **fields_of(name)).eval()
+    with torch.inference_mode():
+        router = make_router(megatron_cpu, **fields_of(name)).eval()
+        for _ in range(2):
+            routes = []
+            for one in (router, expected):
+                give_ids(one)
+                routes.append(one.route(microbatches(1)[0]))
+            assert torch.equal(routes[0].topk_ids, routes[1].topk_ids)
+            assert torch.equal(routes[0].probs, routes[1].probs)
 
 
 @ALL_TYPES
