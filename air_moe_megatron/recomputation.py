@@ -5,14 +5,27 @@ Checkpointing runs the forward of a layer twice for the same tokens. Statistics 
 - Reentrant checkpointing (Megatron's, and ``torch.utils.checkpoint`` with ``use_reentrant=True``) runs the first
   forward without gradients and repeats it with gradients inside the backward. The second one counts.
 - Non-reentrant checkpointing runs both with gradients. The first one counts.
+
+So the two differ in what they compute. Selective checkpointing stores results of the first forward, and hands them to
+the second one in order. What only one of them computes must be hidden from it, see :func:`hidden_from_checkpoints`.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 
 def is_in_backward() -> bool:
     """Whether autograd is executing a backward on this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def hidden_from_checkpoints() -> AbstractContextManager:
+    """A context in which selective checkpointing stores no result and replaces none; nothing without it."""
+    selective = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+    return _pop_mode_temporarily() if isinstance(_get_current_dispatch_mode(), selective) else nullcontext()
 
 
 class ForwardCounter:

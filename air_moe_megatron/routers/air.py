@@ -21,6 +21,7 @@ from air_moe_megatron.learner import Learner
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk
 from air_moe_megatron.ops.selected_scores import selected_scores
+from air_moe_megatron.recomputation import hidden_from_checkpoints
 from air_moe_megatron.routers.base import CompactRouter, Routes
 
 _SAMPLE_SIZE = 64  # tokens
@@ -64,7 +65,8 @@ class AIRRouter(CompactRouter):
         self.sample: TokenSample | None = None
 
     def _choose(self, hidden, keep, batch_size) -> Routes:
-        shortlist, codewords = self._coarse(hidden, keep)
+        with hidden_from_checkpoints():
+            shortlist, codewords = self._coarse(hidden, keep)
         if self._is_narrowed():
             probs, topk_ids = self._choose_from_best(hidden, shortlist, codewords, keep, batch_size)
         elif self._all_scores_matter() or self.expert_bias is not None or self.sizes.num_probes > 1:
@@ -74,7 +76,8 @@ class AIRRouter(CompactRouter):
         if not self.always_complete:
             probs = probs.masked_fill(topk_ids < 0, 0.0)
         if self._is_counted and not self.config.moe_router_force_load_balancing:
-            self.sample = _take_sample(hidden, codewords, keep)
+            with hidden_from_checkpoints():
+                self.sample = _take_sample(hidden, codewords, keep)
         return Routes(topk_ids.int(), probs, codewords)
 
     def _choose_best(self, hidden, shortlist, codewords):

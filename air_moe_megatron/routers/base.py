@@ -23,7 +23,7 @@ from air_moe_megatron.config import validate
 from air_moe_megatron.learner import Learner
 from air_moe_megatron.module_state import PreservedState
 from air_moe_megatron.process_groups import HoldsProcessGroups
-from air_moe_megatron.recomputation import ForwardCounter
+from air_moe_megatron.recomputation import ForwardCounter, hidden_from_checkpoints
 from air_moe_megatron.routers.losses import RouterLosses
 from air_moe_megatron.running_norm import RunningNorm
 
@@ -164,12 +164,14 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         self._follow_device(hidden)
         if self.input_norm is not None:
             if self.learns():
-                self.input_norm.accumulate(hidden, keep)
+                with hidden_from_checkpoints():
+                    self.input_norm.accumulate(hidden, keep)
             hidden = self.input_norm(hidden)
         routes = self._choose(hidden, keep, batch_size)
         if self._is_counted:
-            self.expert_load += self._count(routes.topk_ids, keep)
-            self.num_routed += hidden.shape[0] if keep is None else keep.sum()
+            with hidden_from_checkpoints():
+                self.expert_load += self._count(routes.topk_ids, keep)
+                self.num_routed += hidden.shape[0] if keep is None else keep.sum()
             self.has_learned |= self.learns()
         return routes
 
@@ -186,10 +188,12 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         parameter of the router is trained."""
         return self._is_counted and any(parameter.requires_grad for parameter in self.parameters())
 
+    @torch.compiler.disable
     def _count_for_bias(self, count: Callable[[], torch.Tensor]) -> None:
         """Add [E] tokens of each expert to those that Megatron's update of the expert bias reads."""
         if self.enable_expert_bias and self.learns():
-            self.local_tokens_per_expert += count()
+            with hidden_from_checkpoints():
+                self.local_tokens_per_expert += count()
 
     def learners(self) -> list[Learner]:
         """What learns from each global batch without gradients."""

@@ -27,6 +27,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch.autograd.function import once_differentiable
 
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
+from air_moe_megatron.recomputation import hidden_from_checkpoints
 
 # Megatron's balancing losses, and the names that it logs them by.
 _BALANCING_LOSSES = {
@@ -172,9 +173,11 @@ class RouterLosses(TopKRouter):
         if self.is_mtp_layer and config.mtp_use_repeated_layer and config.mtp_num_layers is not None:
             loss = loss / config.mtp_num_layers  # the layer runs so many times per microbatch
         if self._is_counted and self.layer_number is not None:
+            with hidden_from_checkpoints():
+                mean = loss.detach().mean() / coeff
             get_moe_metrics_tracker().record(
                 name,
-                loss.detach().mean() / coeff,
+                mean,
                 self.layer_number + (config.num_layers if self.is_mtp_layer else 0),
                 config.num_layers + (config.mtp_num_layers or 0),
                 reduce_group=group,

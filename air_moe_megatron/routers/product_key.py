@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from air_moe_megatron.config import resolve_product_keys
 from air_moe_megatron.learner import Learner
 from air_moe_megatron.process_groups import sum_over_ranks
+from air_moe_megatron.recomputation import hidden_from_checkpoints
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.running_norm import EPSILON, RunningNorm, batch_sums, moments
 
@@ -142,7 +143,8 @@ class ProductKeyRouter(CompactRouter):
         if not self.training:
             return self.query_norm(queries)
         if self.learns():
-            self.query_norm.accumulate(queries.detach(), keep)
+            with hidden_from_checkpoints():
+                self.query_norm.accumulate(queries.detach(), keep)
         return _BatchNorm.apply(queries, self.query_norm.mean, keep, self.tp_dp_cp_group)
 
     def _select(self, logits, ids):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -129,6 +130,14 @@ def non_reentrant(layer, hidden):
     return torch.utils.checkpoint.checkpoint(lambda x: layer(x)[0], hidden, use_reentrant=False)
 
 
+def selective(layer, hidden):
+    """Stores results of operations that coarse stage, lists and statistics use too."""
+    aten = torch.ops.aten
+    stored = [aten.mm.default, aten.topk.default, aten.sort.stable, aten.index.Tensor, aten.sum.dim_IntList]
+    contexts = partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, stored)
+    return torch.utils.checkpoint.checkpoint(lambda x: layer(x)[0], hidden, use_reentrant=False, context_fn=contexts)
+
+
 def megatrons(layer, hidden):
     from megatron.core.tensor_parallel import checkpoint
 
@@ -142,6 +151,7 @@ def nested(inner, outer):
 CHECKPOINTS = {
     "reentrant": reentrant,
     "non-reentrant": non_reentrant,
+    "selective": selective,
     "megatron": megatrons,
     "reentrant-in-reentrant": nested(reentrant, reentrant),
     "non-reentrant-in-reentrant": nested(non_reentrant, reentrant),
