@@ -201,7 +201,8 @@ class ShortlistIndex(torch.nn.Module):
         is_first = self._built_at_on_host < 0
         if self._built_at_on_host == version or not (training or is_first):
             return False
-        made_of = (weight.data_ptr(), weight._version, codebook.updates_on_host)
+        # A tensor of inference mode has no version.
+        made_of = (weight.data_ptr(), None if weight.is_inference() else weight._version, codebook.updates_on_host)
         if not training and self._provisional == made_of:
             return False
         if self.source == "tokens":

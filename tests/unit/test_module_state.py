@@ -282,6 +282,21 @@ def test_training_begins_anew_after_an_evaluation_of_a_new_model(megatron_cpu, n
 
 
 @ALL_TYPES
+def test_a_router_may_be_built_in_inference_mode(megatron_cpu, name):
+    """Its parameters then have no version, by which provisional lists are told."""
+    expected = make_router(megatron_cpu, **fields_of(name)).eval()
+    with torch.inference_mode():
+        router = make_router(megatron_cpu, **fields_of(name)).eval()
+        for _ in range(2):
+            routes = []
+            for one in (router, expected):
+                give_ids(one)
+                routes.append(one.route(microbatches(1)[0]))
+            assert torch.equal(routes[0].topk_ids, routes[1].topk_ids)
+            assert torch.equal(routes[0].probs, routes[1].probs)
+
+
+@ALL_TYPES
 def test_a_frozen_router_learns_nothing(megatron_cpu, name):
     """Tokens that it routes still show in the logs."""
     router = make_router(megatron_cpu, **fields_of(name))
