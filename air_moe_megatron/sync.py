@@ -1,7 +1,8 @@
 """The step boundary: when the codebooks learn, and the one collective that it takes.
 
 Communication per optimizer step and pipeline stage: one all-reduce of ``layers * C * (H + 3)`` fp32 numbers over
-``tp_dp_cp``, the ranks of the stage that hold different tokens; a running norm of F features adds ``3F + 1``.
+``tp_dp_cp``, the ranks of the stage that hold different tokens; a running norm of F features adds ``3F + 1``. Routers
+whose codebook follows the expert centers take a second one, of a number for each.
 
 The order within a step: every attempt starts with ``discard_statistics`` (a step that Megatron runs again must not
 count twice), forwards accumulate, and ``update_codebooks`` runs once after the optimizer has really stepped. A skipped
@@ -18,6 +19,7 @@ from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.health import log_health
 from air_moe_megatron.learner import Learner
+from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.specs import require_routers
@@ -45,11 +47,12 @@ def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = Non
         group: ranks whose statistics are summed; None means this rank alone.
     Returns:
         the number of routers whose update was dropped because a token was NaN or infinite.
+    Raises:
+        ValueError: on every rank, if a router with moe_air_codebook_source 'experts' ran on some ranks only.
     """
     routers = find_routers(modules)
-    for router in routers:
-        if isinstance(router, AIRRouter) and router.index.source == "experts" and router.has_learned:
-            router.codebook.count_update()  # learned from the centres, at the next refresh of the lists
+    for router in _learned_from_centers(routers, group):
+        router.codebook.count_update()  # at the next refresh of the lists
     learning = [(router, learner) for router in routers for learner in router.learners()]
     dropped = _apply_statistics(learning, group) if learning else []
     for router in routers:
@@ -62,6 +65,31 @@ def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = Non
             f" ({int(learner.num_dropped)} so far)" if isinstance(learner, Codebook) else "",
         )
     return len({router for router, _ in dropped})
+
+
+def _learned_from_centers(
+    routers: list[CompactRouter], group: torch.distributed.ProcessGroup | None
+) -> list[AIRRouter]:
+    """The routers of source 'experts' that have learned in this step.
+
+    Their codewords move in the first forward after an update: a rank without one would keep others for good.
+    """
+    following = [router for router in routers if isinstance(router, AIRRouter) and router.index.source == "experts"]
+    num_ranks = group_size(group)
+    if not following or num_ranks == 1:
+        return [router for router in following if router.has_learned]
+    flags = torch.tensor([router.has_learned for router in following], device=following[0].codebook.codewords.device)
+    learned = []
+    for router, count in zip(following, sum_over_ranks(flags.int(), group).tolist(), strict=True):
+        if count not in (0, num_ranks):
+            raise ValueError(
+                f"layer {router.layer_number}: with moe_air_codebook_source 'experts' every rank must run the router "
+                f"in every step, and {num_ranks - count} of {num_ranks} ranks had no training forward of it; give a "
+                "rank that has no tokens an empty batch"
+            )
+        if count:
+            learned.append(router)
+    return learned
 
 
 def _apply_statistics(learning, group) -> list[tuple[CompactRouter, Learner]]:

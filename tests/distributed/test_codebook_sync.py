@@ -96,14 +96,23 @@ def learn(rank, group, num_layers, poisoned=None):
     return history, dropped, reduces
 
 
-def learn_experts(rank, group, num_layers):
-    """Routers whose codebook follows the centres: no collective, the update is counted."""
+def learn_experts(rank, group, num_layers, without_forward=None):
+    """Routers whose codebook follows the centers: the update is counted."""
     from air_moe_megatron.sync import update_codebooks
 
     layers = make_layers(num_layers, source="experts")
+    if rank == without_forward:
+        layers[1].has_learned = False
     with counted_all_reduces() as counts:
         dropped = update_codebooks(layers, group)
     return [codebooks(layers)], [dropped], [len(counts)]
+
+
+def refusal(learn, *args):
+    """The message of the error that learning ends in."""
+    with pytest.raises(ValueError) as error:
+        learn(*args)
+    return str(error.value)
 
 
 def worker(rank, world_size, directory):
@@ -119,6 +128,7 @@ def worker(rank, world_size, directory):
         "poisoned": learn(rank, group, 2, POISONED),
         "five-routers": learn(rank, group, 5),
         "lists-of-experts": learn_experts(rank, group, 3),
+        "rank-without-forward": refusal(learn_experts, rank, group, 3, 1),
     }
     torch.save(results, f"{directory}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -190,7 +200,16 @@ def test_one_all_reduce_however_many_routers(ranks, scenario):
         assert reduces == [1] * UPDATES
 
 
-def test_lists_of_experts_need_no_all_reduce(ranks):
+def test_lists_of_experts_refuse_a_rank_without_a_forward(ranks):
+    """Its codewords would lag behind those of the others for good."""
+    for results in ranks:
+        assert results["rank-without-forward"] == (
+            "layer 2: with moe_air_codebook_source 'experts' every rank must run the router in every step, and "
+            f"1 of {len(ranks)} ranks had no training forward of it; give a rank that has no tokens an empty batch"
+        )
+
+
+def test_lists_of_experts_need_one_all_reduce_of_a_number_each(ranks):
     for history, dropped, reduces in (results["lists-of-experts"] for results in ranks):
-        assert dropped == reduces == [0]
+        assert dropped == [0] and reduces == [1]
         assert all(value == 1 for name, value in history[0].items() if name.endswith("num_updates"))
