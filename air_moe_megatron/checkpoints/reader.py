@@ -114,6 +114,12 @@ def locate(args: argparse.Namespace) -> Location | None:
             tracker = maybe_msc.Path(folder) / TRACKER
             remedy = advice(folder) if len(given) == 1 and flag == "--load" else "write one of them into it"
             raise ValueError(f"{flag} '{folder}' holds iterations, but '{tracker}' is missing; {remedy}")
+        part = _part_of_checkpoint(folder)
+        if part is not None:
+            raise ValueError(
+                f"{flag} '{folder}' holds {part}, a part of a checkpoint, but no file '{TRACKER}': name the folder "
+                "that holds the iterations"
+            )
         if flag == "--pretrained-checkpoint":
             raise ValueError(f"--pretrained-checkpoint '{folder}' holds no checkpoint: '{TRACKER}' is missing")
     if not given or _starts_here(args):
@@ -192,6 +198,14 @@ def _iterations(folder: str) -> list[str]:
     """Names of the iterations' folders in a folder, which need not exist."""
     path = maybe_msc.Path(folder)
     return [entry.name for entry in path.iterdir() if _ITERATION.fullmatch(entry.name)] if path.is_dir() else []
+
+
+def _part_of_checkpoint(folder: str) -> str | None:
+    """A name in a folder that a checkpoint has, as that of one iteration does; None where there is none."""
+    path = maybe_msc.Path(folder)
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    parts = (TRACKER, _RELEASE, CONFIG_FNAME, _METADATA)
+    return next((name for name in names if name in parts or name.startswith("mp_rank_")), None)
 
 
 def _starts_here(args: argparse.Namespace) -> bool:

@@ -181,6 +181,17 @@ def test_a_missing_tracker_beside_iterations_is_an_error(save, check):
             check(**changes)
 
 
+def test_the_folder_of_one_iteration_is_none_to_start_in(save, check, is_legacy, tmp_path):
+    """Where `--save` names it too, it would pass for a new one."""
+    folder = save(is_legacy=is_legacy) / "iter_0000002"
+    released = tmp_path / "released"
+    (released / "release").mkdir(parents=True)
+    part = "mp_rank_00" if is_legacy else ".metadata"
+    for name, found in ((folder, part), (released, "release")):
+        with pytest.raises(ValueError, match=f"--load '{name}' holds {found}, a part of a checkpoint, but no file"):
+            check(load=name, save=name)
+
+
 def test_load_without_a_checkpoint_is_an_error_but_for_the_folder_of_save(check, tmp_path):
     new, other = tmp_path / "new", tmp_path / "other"
     other.mkdir()
