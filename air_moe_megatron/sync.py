@@ -11,28 +11,30 @@ step therefore leaves no trace, whatever the reason.
 import contextlib
 import functools
 import logging
+from collections.abc import Iterable
 
 import torch
 
-from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.health import log_health
 from air_moe_megatron.learner import Learner
-from air_moe_megatron.routers import AIRRouter, find_routers
+from air_moe_megatron.routers import find_routers
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.specs import require_routers
 
 logger = logging.getLogger(__name__)
 
 
-def discard_statistics(modules) -> None:
+def discard_statistics(modules: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
     """Forget what the routers have accumulated since the last update; call it before each attempt at a step."""
     for router in find_routers(modules):
         router.discard()
 
 
 @torch.no_grad()
-def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = None) -> int:
+def update_codebooks(
+    modules: torch.nn.Module | Iterable[torch.nn.Module], group: torch.distributed.ProcessGroup | None = None
+) -> int:
     """All-reduce what the routers in ``modules`` accumulated, for codebooks and running norms, and apply it.
 
     Every rank of the group must call it with the same routers. Sums are reduced first and divided after, so that N
@@ -46,25 +48,28 @@ def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = Non
     Returns:
         the number of routers whose update was dropped because a token was NaN or infinite.
     """
-    routers = find_routers(modules)
-    for router in routers:
-        if isinstance(router, AIRRouter) and router.index.source == "experts" and router.has_learned:
-            router.codebook.count_update()  # learned from the centres, at the next refresh of the lists
+    return _update(find_routers(modules), group)
+
+
+def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup | None) -> int:
     learning = [(router, learner) for router in routers for learner in router.learners()]
     dropped = _apply_statistics(learning, group) if learning else []
     for router in routers:
+        router.count_update()
         router.end_step()
     for router, learner in dropped:
         logger.warning(
             "layer %s: a token of this global batch was NaN or infinite; its %s stays as it was%s",
             router.layer_number,
             learner.title,
-            f" ({int(learner.num_dropped)} so far)" if isinstance(learner, Codebook) else "",
+            learner.drop_note(),
         )
     return len({router for router, _ in dropped})
 
 
-def _apply_statistics(learning, group) -> list[tuple[CompactRouter, Learner]]:
+def _apply_statistics(
+    learning: list[tuple[CompactRouter, Learner]], group: torch.distributed.ProcessGroup | None
+) -> list[tuple[CompactRouter, Learner]]:
     """Reduce the statistics of all learners at once and apply them; return those that were not finite."""
     flat = torch.cat([learner.statistics.flatten() for _, learner in learning])
     if group is not None and group.size() > 1:
@@ -86,8 +91,10 @@ def _apply_statistics(learning, group) -> list[tuple[CompactRouter, Learner]]:
     return dropped
 
 
-def finish_step(model, iteration: int, successful: bool) -> None:
+def finish_step(model: list[torch.nn.Module], iteration: int, successful: bool) -> None:
     """End a training step: update the codebooks if it succeeded, and log the routing health where Megatron logs.
+
+    For a patched checkout, which has no hook that runs once the model is built: the model is checked here.
 
     Args:
         model: Megatron's list of model chunks.
@@ -96,12 +103,19 @@ def finish_step(model, iteration: int, successful: bool) -> None:
     Raises:
         ValueError: as :func:`require_routers`.
     """
-    routers = find_routers(require_routers(model))
-    if successful and routers:
-        update_codebooks(model, routers[0].tp_dp_cp_group)
-    for router in routers:
-        router.end_step()
-    log_health(model, iteration)
+    _finish_step(require_routers(model), iteration, successful)
+
+
+def _finish_step(model: list[torch.nn.Module], iteration: int, successful: bool) -> None:
+    routers = find_routers(model)
+    if not routers:
+        return
+    if successful:
+        _update(routers, routers[0].tp_dp_cp_group)
+    else:
+        for router in routers:
+            router.end_step()
+    log_health(model, routers, iteration)
 
 
 @contextlib.contextmanager
@@ -109,7 +123,8 @@ def codebook_updates():
     """Within this context, Megatron's training loop keeps the codebooks.
 
     Adapts one name, ``megatron.training.training.train_step``, which has no extension point that knows whether a step
-    succeeded; restored on leaving. ``patches/`` holds the same two calls for a Megatron-LM checkout.
+    succeeded; restored on leaving. The first step checks that the model was built from our specs. ``patches/`` holds
+    the same calls for a Megatron-LM checkout.
     """
     from megatron.training import training
 
@@ -117,11 +132,17 @@ def codebook_updates():
         yield
         return
     original = training.train_step
+    is_checked = False
 
     @functools.wraps(original)
     def train_step(
         forward_step_func, data_iterator, model, optimizer, scheduler, config, forward_backward_func, **kwargs
     ):
+        nonlocal is_checked
+        if not is_checked:
+            require_routers(model)
+            is_checked = True
+
         @functools.wraps(forward_backward_func)
         def attempt(*args, **attempt_kwargs):
             discard_statistics(model)
@@ -129,7 +150,7 @@ def codebook_updates():
 
         results = original(forward_step_func, data_iterator, model, optimizer, scheduler, config, attempt, **kwargs)
         skipped = results[1]
-        finish_step(model, kwargs["iteration"] + 1, successful=not skipped)
+        _finish_step(model, kwargs["iteration"] + 1, successful=not skipped)
         return results
 
     training.train_step = train_step

@@ -160,8 +160,15 @@ class AIRRouter(CompactRouter):
     @torch.no_grad()
     def _coarse(self, hidden, keep):
         """The lists to search, [C, L] int32, and which of them each token searches, [T, P]."""
-        ranked_by = () if self.expert_bias is None else (self.score_function, self.expert_bias)
-        self.index.refresh(self.codebook, self.weight, self.bias, *ranked_by, training=self.training)
+        refresh_lists(
+            self.codebook,
+            self.index,
+            self.weight,
+            self.bias,
+            score_function=None if self.expert_bias is None else self.score_function,
+            expert_bias=self.expert_bias,
+            training=self.training,
+        )
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
         where = (hidden, self.codebook.codewords, self.sizes.num_probes, allowed)
@@ -195,6 +202,11 @@ class AIRRouter(CompactRouter):
     def learners(self) -> list[Learner]:
         """As the base's, and the codebook where it learns from tokens."""
         return super().learners() + ([self.codebook] if self.index.source == "tokens" else [])
+
+    def count_update(self) -> None:
+        """As the base's; a codebook of expert centers learns at the next rebuild of the lists."""
+        if self.index.source == "experts" and self.has_learned:
+            self.codebook.count_update()
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.is_codebook_left_out = False
@@ -231,3 +243,24 @@ def merge_probes(scores, ids):
     ids, places, repeated = _sort_candidates(ids.flatten(1))
     scores = scores.flatten(1).gather(1, places).masked_fill(repeated, float("-inf"))
     return scores, ids.masked_fill(repeated, -1)
+
+
+def refresh_lists(
+    codebook: Codebook,
+    index: ShortlistIndex,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    score_function: str | None = None,
+    expert_bias: torch.Tensor | None = None,
+    training: bool = True,
+) -> bool:
+    """Rebuild the lists of an index if that is due, and tell whether it was.
+
+    A codebook of expert centers is fitted to them first. Arguments as :meth:`ShortlistIndex.rebuild`'s.
+    """
+    if not index.is_due(codebook, weight, training):
+        return False
+    if index.source == "experts":
+        codebook.fit_experts(weight, is_first=not index.is_built)
+    index.rebuild(codebook, weight, bias, score_function, expert_bias, training)
+    return True
