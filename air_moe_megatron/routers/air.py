@@ -32,7 +32,7 @@ class TokenSample:
 
     hidden: torch.Tensor  # [n, H]
     codewords: torch.Tensor  # [n, P] int64
-    keep: torch.Tensor | None  # [n] bool, True for tokens that count; None if all do
+    padding_mask: torch.Tensor | None  # [n] bool, True for padding; None if there is none
 
 
 class AIRRouter(CompactRouter):
@@ -63,16 +63,16 @@ class AIRRouter(CompactRouter):
         # Tokens of the last training forward, for logs only.
         self.sample: TokenSample | None = None
 
-    def _choose(self, hidden: torch.Tensor, keep: torch.Tensor | None, batch_size: int) -> Routes:
-        shortlist, codewords = self._coarse(hidden, keep)  # [C, L], [T, P]
+    def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
+        shortlist, codewords = self._coarse(hidden, padding_mask)  # [C, L], [T, P]
         if self._all_scores_matter() or self.expert_bias is not None or self.sizes.num_probes > 1:
             logits, ids = self._candidates(hidden, shortlist, codewords)
-            routes = self._choose_among(logits, ids, keep, batch_size)
+            routes = self._choose_among(logits, ids, padding_mask, batch_size)
         else:
             routes = self._fused_topk(hidden, shortlist, codewords)
         probs = routes.probs if self.always_complete else routes.probs.masked_fill(routes.topk_ids < 0, 0.0)
         if self._is_counted and not self.config.moe_router_force_load_balancing:
-            self.sample = _take_sample(hidden, codewords, keep)
+            self.sample = _take_sample(hidden, codewords, padding_mask)
         return Routes(routes.topk_ids, probs, codewords)
 
     def _fused_topk(self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor) -> Routes:
@@ -148,7 +148,7 @@ class AIRRouter(CompactRouter):
         )
 
     @torch.no_grad()
-    def _coarse(self, hidden, keep):
+    def _coarse(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The lists to search, [C, L] int32, and which of them each token searches, [T, P]."""
         refresh_lists(
             self.codebook,
@@ -161,12 +161,18 @@ class AIRRouter(CompactRouter):
         )
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
-        where = (hidden, self.codebook.codewords, self.sizes.num_probes, allowed)
+        num_probes = self.sizes.num_probes
         if self.learns() and self.index.source == "tokens":
-            codewords, statistics = assign_with_statistics(*where, keep)
+            codewords, statistics = assign_with_statistics(
+                hidden,
+                self.codebook.codewords,
+                num_probes,
+                allowed,
+                keep=None if padding_mask is None else ~padding_mask,
+            )
             self.codebook.accumulate(statistics)
         else:
-            codewords = assign(*where)
+            codewords = assign(hidden, self.codebook.codewords, num_probes, allowed)
         if self.config.moe_router_force_load_balancing:
             # A load test: the cost of the coarse stage stays, but neither it nor the lists may favour an expert.
             num_clusters, shortlist_size = shortlist.shape
@@ -204,11 +210,13 @@ class AIRRouter(CompactRouter):
 
 
 @torch.no_grad()
-def _take_sample(hidden, codewords, keep):
+def _take_sample(hidden: torch.Tensor, codewords: torch.Tensor, padding_mask: torch.Tensor | None) -> TokenSample:
     """Up to 64 tokens, spread evenly over [T, H]; clones, so that the rest can be freed."""
     step = max(1, -(-hidden.shape[0] // _SAMPLE_SIZE))
     return TokenSample(
-        hidden[::step].clone(), codewords[::step].clone(), None if keep is None else keep[::step].clone()
+        hidden=hidden[::step].clone(),
+        codewords=codewords[::step].clone(),
+        padding_mask=None if padding_mask is None else padding_mask[::step].clone(),
     )
 
 
