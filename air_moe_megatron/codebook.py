@@ -19,6 +19,7 @@ from air_moe_megatron.ops.unit_vectors import unit_rows
 logger = logging.getLogger(__name__)
 
 _SEED = 20260504  # of the first, random directions and of the splits; the same on every rank, layer and run
+_FIRST_LLOYD_STEPS = 10  # of a codebook of expert centers that starts anew
 _STARVED = 0.1  # a codeword with less than this share of the mean load is revived
 
 
@@ -165,6 +166,12 @@ class Codebook(Learner):
         """[] tokens that statistics [C, H + 3] hold."""
         return statistics[:, self.codewords.shape[1]].sum()
 
+    def apply_update(self, statistics: torch.Tensor, is_finite: bool, has_tokens: bool = True) -> None:
+        """As the base's; a global batch that was dropped counts as an update too, one without tokens does not."""
+        super().apply_update(statistics, is_finite, has_tokens)
+        if has_tokens or not is_finite:
+            self.count_update()
+
     @torch.no_grad()
     def _learn(self, statistics: torch.Tensor) -> None:
         num_updates = self.updates_on_host
@@ -173,22 +180,28 @@ class Codebook(Learner):
         self.codewords.copy_(codewords)
         self.ema.copy_(ema)
         self.note_health(statistics)
-        self.count_update()
+
+    def drop_note(self) -> str:
+        """How many updates were dropped so far."""
+        return f" ({int(self.num_dropped)} so far)"
 
     @torch.no_grad()
     def _drop(self) -> None:
         self.num_dropped += 1
-        self.count_update()
 
     @torch.no_grad()
-    def fit_experts(self, weight: torch.Tensor, num_steps: int) -> None:
-        """Move the codewords towards the expert centres by Lloyd steps; every rank does the same on its own copy.
+    def fit_experts(self, weight: torch.Tensor, is_first: bool) -> None:
+        """Fit the codewords to the expert centers; every rank does the same on its own copy.
 
         Args:
-            weight: [E, H] expert centres.
-            num_steps: Lloyd steps.
+            weight: [E, H] expert centers.
+            is_first: whether to start anew, from centers spread over the ids, instead of from the codewords.
         """
-        for _ in range(num_steps):
+        if is_first:
+            num_clusters = self.codewords.shape[0]
+            ids = torch.arange(num_clusters, device=weight.device) * weight.shape[0] // num_clusters
+            self.codewords.copy_(unit_rows(weight[ids]))
+        for _ in range(_FIRST_LLOYD_STEPS if is_first else 1):
             codewords, statistics = lloyd_step(self.codewords, weight)
             self.codewords.copy_(codewords)
             self.note_health(statistics)

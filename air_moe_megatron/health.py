@@ -132,13 +132,14 @@ def recall_figures(routers: Sequence[AIRRouter]) -> dict[str, float]:
     return {"mass-recall": mass / count, "top-k-recall": topk / count} if count else {}
 
 
-def log_health(model, iteration: int) -> None:
+def log_health(model: Sequence[torch.nn.Module], routers: Sequence[CompactRouter], iteration: int) -> None:
     """Log the routing health of this pipeline stage where Megatron's own log line is due.
 
     Every rank of the stage must call it. The last rank, which also prints Megatron's lines, prints those of its stage.
 
     Args:
         model: Megatron's list of model chunks.
+        routers: the routers in it, at least one.
         iteration: counted from 1.
     """
     from megatron.training import get_args, print_rank_last
@@ -147,10 +148,7 @@ def log_health(model, iteration: int) -> None:
     args = get_args()
     if iteration % args.log_interval and iteration != 1:
         return
-    modules = [module for chunk in model for module in chunk.modules()]
-    routers = [module for module in modules if isinstance(module, CompactRouter)]
-    if not routers:
-        return
+    modules = (module for chunk in model for module in chunk.modules())
     layers = [module for module in modules if isinstance(module, AIRMoELayer) and module.is_compact]
     figures = health_figures(routers, layers)
     print_rank_last(health_line(figures, routers, iteration))

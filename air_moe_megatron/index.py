@@ -11,8 +11,6 @@ from air_moe_megatron.ops.unit_vectors import unit_rows
 
 SOURCES = ("tokens", "experts")
 
-_FIRST_LLOYD_STEPS = 10
-
 
 def reserved_places(num_experts: int, num_clusters: int, shortlist_size: int, topk: int) -> int:
     """Places at the end of each list that go to experts which no list would hold: enough for all of them, where the
@@ -185,44 +183,64 @@ class ShortlistIndex(torch.nn.Module):
         self._built_at_on_host = -1
         self._provisional = None  # what provisional lists were made of
 
-    @torch.no_grad()
-    def refresh(
-        self, codebook: Codebook, weight, bias, score_function=None, expert_bias=None, training: bool = True
-    ) -> bool:
-        """Rebuild the lists if an update made that due; tells whether it did.
-
-        Called at the start of a forward; a recomputed forward finds nothing due and sees the same lists. Evaluation
-        takes the lists that there are. Where there are none yet, it makes provisional ones, and training begins anew.
-        The other arguments but the codebook are those of :func:`rank_experts`.
-        """
+    @property
+    def is_built(self) -> bool:
+        """Whether training has made the lists; waits for the device only right after a checkpoint was loaded."""
         if self._built_at_on_host is None:
             self._built_at_on_host = int(self.built_at)
+        return self._built_at_on_host >= 0
+
+    def is_due(self, codebook: Codebook, weight: torch.Tensor, training: bool = True) -> bool:
+        """Whether an update of the codebook has made a rebuild due.
+
+        Asked at the start of a forward. A recomputed forward finds nothing due and sees the same lists. Evaluation
+        takes the lists that there are. Where there are none yet, it makes provisional ones, and training begins anew.
+
+        Args:
+            codebook: whose updates count.
+            weight: [E, H] expert centers.
+            training: whether the forward trains.
+        """
+        if not self.is_built:
+            return training or self._provisional != _made_of(codebook, weight)
+        return training and self._built_at_on_host != due_version(codebook.updates_on_host, self.refresh_interval)
+
+    @torch.no_grad()
+    def rebuild(
+        self,
+        codebook: Codebook,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        score_function: str | None = None,
+        expert_bias: torch.Tensor | None = None,
+        training: bool = True,
+    ) -> None:
+        """Make the lists of the codebook's codewords anew.
+
+        Args:
+            codebook: read only.
+            weight, bias, score_function, expert_bias: as :func:`rank_experts` takes them.
+            training: whether the lists stay in force; otherwise they are provisional.
+        """
         version = due_version(codebook.updates_on_host, self.refresh_interval)
-        is_first = self._built_at_on_host < 0
-        if self._built_at_on_host == version or not (training or is_first):
-            return False
-        # A tensor of inference mode has no version.
-        made_of = (weight.data_ptr(), None if weight.is_inference() else weight._version, codebook.updates_on_host)
-        if not training and self._provisional == made_of:
-            return False
         if self.source == "tokens":
-            where = (codebook.codewords, codebook.typical_projections())
-            ranking = rank_experts(*where, weight, bias, self.shortlist.shape[1], score_function, expert_bias)
+            ranking = rank_experts(
+                codebook.codewords,
+                codebook.typical_projections(),
+                weight,
+                bias,
+                self.shortlist.shape[1],
+                score_function,
+                expert_bias,
+            )
             lists = list_every_expert(ranking, self.num_reserved, versions_before(version, self.refresh_interval))
         else:
-            if is_first:
-                # Start from expert centres spread over the ids instead of from random directions.
-                num_clusters = codebook.codewords.shape[0]
-                ids = torch.arange(num_clusters, device=weight.device) * weight.shape[0] // num_clusters
-                codebook.codewords.copy_(unit_rows(weight[ids]))
-            codebook.fit_experts(weight, _FIRST_LLOYD_STEPS if is_first else 1)
             lists = inverted_lists(codebook.codewords, weight, self.shortlist.shape[1])
         self.shortlist.copy_(lists)
-        self._provisional = None if training else made_of
+        self._provisional = None if training else _made_of(codebook, weight)
         if training:
             self.built_at.fill_(version)
             self._built_at_on_host = version
-        return True
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         strict, missing_keys = args[1], args[2]
@@ -243,3 +261,9 @@ class ShortlistIndex(torch.nn.Module):
         if strict and not any(prefix + name in state_dict for name in ("shortlist", "built_at", "source_code")):
             del missing_keys[num_missing:]  # plain top-k routing has no lists: they are built in the first forward
         self._built_at_on_host = self._provisional = None
+
+
+def _made_of(codebook: Codebook, weight: torch.Tensor) -> tuple[int, int | None, int]:
+    """What tells lists that would be made now from lists that were made before."""
+    version = None if weight.is_inference() else weight._version  # a tensor of inference mode has none
+    return weight.data_ptr(), version, codebook.updates_on_host

@@ -45,6 +45,10 @@ class Learner(PreservedState):
         """[] tokens that the statistics hold."""
         raise NotImplementedError
 
+    def drop_note(self) -> str:
+        """What the log adds to the warning that an update was dropped; waits for the device."""
+        return ""
+
     def _learn(self, statistics: torch.Tensor) -> None:
         raise NotImplementedError
 

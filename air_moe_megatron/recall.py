@@ -59,8 +59,8 @@ def recall(router: AIRRouter) -> tuple[float, float] | None:
             (found.unsqueeze(2) == best_ids.unsqueeze(1)).any(dim=2).float().mean(dim=1),
         )
     )
-    if sample.keep is not None:
-        shares = shares[:, sample.keep]
+    if sample.padding_mask is not None:
+        shares = shares[:, ~sample.padding_mask]
     return tuple(shares.mean(dim=1).tolist()) if shares.shape[1] else None
 
 

@@ -21,13 +21,13 @@ _LARGE, _SCALE = 2.0**40, 2.0**-80
 
 
 @torch.no_grad()
-def batch_sums(hidden: torch.Tensor, mean: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+def batch_sums(hidden: torch.Tensor, mean: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
     """Sum what mean and variance of a batch need; :func:`moments` reads it, after sums over ranks too.
 
     Args:
         hidden: [T, H], any float dtype.
         mean: [H], the point around which the sums are taken, so that the variance loses no digits.
-        keep: [T] bool, True for tokens that count, or None if all do.
+        padding_mask: [T] bool, True for padding, or None if there is none.
     Returns:
         [3H + 1] fp32 or wider: sums of ``h - mean``; of its squares up to 2^80; of larger ones, times 2^-160; and the
         number of tokens.
@@ -35,11 +35,11 @@ def batch_sums(hidden: torch.Tensor, mean: torch.Tensor, keep: torch.Tensor | No
     Example: hidden [[1], [4]] around the mean [1] gives [3, 9, 0, 2].
     """
     centered = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) - mean
-    if keep is None:
+    if padding_mask is None:
         count = centered.new_full((1,), centered.shape[0])
     else:
-        centered = torch.where(keep.unsqueeze(1), centered, 0.0)
-        count = keep.sum().to(centered.dtype).view(1)
+        centered = centered.masked_fill(padding_mask.unsqueeze(1), 0.0)
+        count = (~padding_mask).sum().to(centered.dtype).view(1)
     is_large = centered.abs() > _LARGE
     small = torch.where(is_large, 0.0, centered).square().sum(dim=0)
     large = torch.where(is_large, centered * _SCALE, 0.0).square().sum(dim=0)
@@ -78,12 +78,12 @@ class RunningNorm(Learner):
         return ((hidden.to(wide) - self.mean) * scale).to(hidden.dtype)
 
     @torch.no_grad()
-    def accumulate(self, hidden: torch.Tensor, keep: torch.Tensor | None) -> None:
-        """Add the tokens [T, H] of one microbatch; ``keep`` is [T] bool, True for tokens that count, or None.
+    def accumulate(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
+        """Add the tokens [T, H] of one microbatch; ``padding_mask`` is [T] bool, True for padding, or None.
 
         Sums are taken around the running mean, which all ranks share.
         """
-        self.statistics += batch_sums(hidden, self.mean, keep)
+        self.statistics += batch_sums(hidden, self.mean, padding_mask)
 
     def num_tokens(self, statistics: torch.Tensor) -> torch.Tensor:
         """[] tokens that statistics [3H + 1] hold."""

@@ -12,29 +12,31 @@ step therefore leaves no trace, whatever the reason.
 import contextlib
 import functools
 import logging
+from collections.abc import Iterable
 
 import torch
 
-from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.health import log_health
 from air_moe_megatron.learner import Learner
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
-from air_moe_megatron.routers import AIRRouter, find_routers
+from air_moe_megatron.routers import find_routers
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.specs import require_routers
 
 logger = logging.getLogger(__name__)
 
 
-def discard_statistics(modules) -> None:
+def discard_statistics(modules: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
     """Forget what the routers have accumulated since the last update; call it before each attempt at a step."""
     for router in find_routers(modules):
         router.discard()
 
 
 @torch.no_grad()
-def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = None) -> int:
+def update_codebooks(
+    modules: torch.nn.Module | Iterable[torch.nn.Module], group: torch.distributed.ProcessGroup | None = None
+) -> int:
     """All-reduce what the routers in ``modules`` accumulated, for codebooks and running norms, and apply it.
 
     Every rank of the group must call it with the same routers. Sums are reduced first and divided after, so that N
@@ -50,9 +52,12 @@ def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = Non
     Raises:
         ValueError: on every rank, if a router with moe_air_codebook_source 'experts' ran on some ranks only.
     """
-    routers = find_routers(modules)
+    return _update(find_routers(modules), group)
+
+
+def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup | None) -> int:
     for router in _learned_from_centers(routers, group):
-        router.codebook.count_update()  # at the next refresh of the lists
+        router.count_update()
     learning = [(router, learner) for router in routers for learner in router.learners()]
     dropped = _apply_statistics(learning, group) if learning else []
     for router in routers:
@@ -62,23 +67,23 @@ def update_codebooks(modules, group: torch.distributed.ProcessGroup | None = Non
             "layer %s: a token of this global batch was NaN or infinite; its %s stays as it was%s",
             router.layer_number,
             learner.title,
-            f" ({int(learner.num_dropped)} so far)" if isinstance(learner, Codebook) else "",
+            learner.drop_note(),
         )
     return len({router for router, _ in dropped})
 
 
 def _learned_from_centers(
     routers: list[CompactRouter], group: torch.distributed.ProcessGroup | None
-) -> list[AIRRouter]:
-    """The routers of source 'experts' that have learned in this step.
+) -> list[CompactRouter]:
+    """The routers whose codebook follows the expert centers and that have learned in this step.
 
     Their codewords move in the first forward after an update: a rank without one would keep others for good.
     """
-    following = [router for router in routers if isinstance(router, AIRRouter) and router.index.source == "experts"]
+    following = [router for router in routers if router.follows_centers]
     num_ranks = group_size(group)
     if not following or num_ranks == 1:
         return [router for router in following if router.has_learned]
-    flags = torch.tensor([router.has_learned for router in following], device=following[0].codebook.codewords.device)
+    flags = torch.tensor([router.has_learned for router in following], device=following[0].expert_load.device)
     learned = []
     for router, count in zip(following, sum_over_ranks(flags.int(), group).tolist(), strict=True):
         if count not in (0, num_ranks):
@@ -92,7 +97,9 @@ def _learned_from_centers(
     return learned
 
 
-def _apply_statistics(learning, group) -> list[tuple[CompactRouter, Learner]]:
+def _apply_statistics(
+    learning: list[tuple[CompactRouter, Learner]], group: torch.distributed.ProcessGroup | None
+) -> list[tuple[CompactRouter, Learner]]:
     """Reduce the statistics of all learners at once and apply them; return those that were not finite."""
     flat = torch.cat([learner.statistics.flatten() for _, learner in learning])
     if group is not None and group.size() > 1:
@@ -114,8 +121,10 @@ def _apply_statistics(learning, group) -> list[tuple[CompactRouter, Learner]]:
     return dropped
 
 
-def finish_step(model, iteration: int, successful: bool) -> None:
+def finish_step(model: list[torch.nn.Module], iteration: int, successful: bool) -> None:
     """End a training step: update the codebooks if it succeeded, and log the routing health where Megatron logs.
+
+    For a patched checkout, which has no hook that runs once the model is built: the model is checked here.
 
     Args:
         model: Megatron's list of model chunks.
@@ -124,12 +133,19 @@ def finish_step(model, iteration: int, successful: bool) -> None:
     Raises:
         ValueError: as :func:`require_routers`.
     """
-    routers = find_routers(require_routers(model))
-    if successful and routers:
-        update_codebooks(model, routers[0].tp_dp_cp_group)
-    for router in routers:
-        router.end_step()
-    log_health(model, iteration)
+    _finish_step(require_routers(model), iteration, successful)
+
+
+def _finish_step(model: list[torch.nn.Module], iteration: int, successful: bool) -> None:
+    routers = find_routers(model)
+    if not routers:
+        return
+    if successful:
+        _update(routers, routers[0].tp_dp_cp_group)
+    else:
+        for router in routers:
+            router.end_step()
+    log_health(model, routers, iteration)
 
 
 @contextlib.contextmanager
@@ -137,7 +153,8 @@ def codebook_updates():
     """Within this context, Megatron's training loop keeps the codebooks.
 
     Adapts one name, ``megatron.training.training.train_step``, which has no extension point that knows whether a step
-    succeeded; restored on leaving. ``patches/`` holds the same two calls for a Megatron-LM checkout.
+    succeeded; restored on leaving. The first step checks that the model was built from our specs. ``patches/`` holds
+    the same calls for a Megatron-LM checkout.
     """
     from megatron.training import training
 
@@ -145,11 +162,17 @@ def codebook_updates():
         yield
         return
     original = training.train_step
+    is_checked = False
 
     @functools.wraps(original)
     def train_step(
         forward_step_func, data_iterator, model, optimizer, scheduler, config, forward_backward_func, **kwargs
     ):
+        nonlocal is_checked
+        if not is_checked:
+            require_routers(model)
+            is_checked = True
+
         @functools.wraps(forward_backward_func)
         def attempt(*args, **attempt_kwargs):
             discard_statistics(model)
@@ -157,7 +180,7 @@ def codebook_updates():
 
         results = original(forward_step_func, data_iterator, model, optimizer, scheduler, config, attempt, **kwargs)
         skipped = results[1]
-        finish_step(model, kwargs["iteration"] + 1, successful=not skipped)
+        _finish_step(model, kwargs["iteration"] + 1, successful=not skipped)
         return results
 
     training.train_step = train_step

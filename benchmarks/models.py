@@ -254,13 +254,15 @@ def rebuild_run(router):
 
     It works on copies of codebook and lists, so that the router keeps its own.
     """
+    from air_moe_megatron.routers.air import refresh_lists
+
     codebook, index = copy.deepcopy(router.codebook), copy.deepcopy(router.index)
     index.refresh_interval = 2**62  # every update makes a rebuild due, as in a codebook's youth
 
     def run():
         codebook.count_update()
         start = clock(router.weight.device)
-        if not index.refresh(codebook, router.weight, router.bias):
+        if not refresh_lists(codebook, index, router.weight, router.bias):
             raise AssertionError("the lists were not rebuilt")
         return {"total": clock(router.weight.device) - start}
 

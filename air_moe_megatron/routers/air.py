@@ -33,7 +33,7 @@ class TokenSample:
 
     hidden: torch.Tensor  # [n, H]
     codewords: torch.Tensor  # [n, P] int64
-    keep: torch.Tensor | None  # [n] bool, True for tokens that count; None if all do
+    padding_mask: torch.Tensor | None  # [n] bool, True for padding; None if there is none
 
 
 class AIRRouter(CompactRouter):
@@ -64,75 +64,65 @@ class AIRRouter(CompactRouter):
         # Tokens of the last training forward, for logs only.
         self.sample: TokenSample | None = None
 
-    def _choose(self, hidden, keep, batch_size) -> Routes:
+    def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         with hidden_from_checkpoints():
-            shortlist, codewords = self._coarse(hidden, keep)
-        if self._is_narrowed():
-            probs, topk_ids = self._choose_from_best(hidden, shortlist, codewords, keep, batch_size)
-        elif self._all_scores_matter() or self.expert_bias is not None or self.sizes.num_probes > 1:
-            probs, topk_ids = self._choose_from_all(hidden, shortlist, codewords, keep, batch_size)
+            shortlist, codewords = self._coarse(hidden, padding_mask)  # [C, L], [T, P]
+        if self._all_scores_matter() or self.expert_bias is not None or self.sizes.num_probes > 1:
+            logits, ids = self._candidates(hidden, shortlist, codewords)
+            routes = self._choose_among(logits, ids, padding_mask, batch_size)
         else:
-            probs, topk_ids = self._choose_best(hidden, shortlist, codewords)
-        if not self.always_complete:
-            probs = probs.masked_fill(topk_ids < 0, 0.0)
+            routes = self._fused_topk(hidden, shortlist, codewords)
+        probs = routes.probs if self.always_complete else routes.probs.masked_fill(routes.topk_ids < 0, 0.0)
         if self._is_counted and not self.config.moe_router_force_load_balancing:
             with hidden_from_checkpoints():
-                self.sample = _take_sample(hidden, codewords, keep)
-        return Routes(topk_ids.int(), probs, codewords)
+                self.sample = _take_sample(hidden, codewords, padding_mask)
+        return Routes(routes.topk_ids, probs, codewords)
 
-    def _choose_best(self, hidden, shortlist, codewords):
-        """[T, K] probs and expert ids, where only the scores of the chosen ones reach the loss."""
-        dtype = self._router_dtype(hidden)
-        selected, topk_ids = fine_topk(hidden, self.weight, self.bias, shortlist, codewords, self.topk, dtype)
-        return self._probs_of(selected), topk_ids
+    def _fused_topk(self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor) -> Routes:
+        """Choose the best K of one list in one operation, where no other score reaches the loss."""
+        selected, topk_ids = fine_topk(
+            hidden, self.weight, self.bias, shortlist, codewords, self.topk, self._router_dtype(hidden)
+        )
+        return Routes(topk_ids.int(), self._probs_of(selected))
 
-    def _choose_from_best(self, hidden, shortlist, codewords, keep, batch_size):
-        """[T, K] probs and expert ids; probabilities and losses see the best M candidates [T, M] and no others."""
-        if self.sizes.num_probes == 1:
-            where = (shortlist, codewords, self.sizes.num_candidates, self._router_dtype(hidden))
-            logits, ids = fine_topk(hidden, self.weight, self.bias, *where)
-        else:
-            with torch.no_grad():
-                scores, ids = self._score_candidates(hidden, shortlist.long(), codewords)
-                scores, columns = scores.topk(self.sizes.num_candidates, dim=1, sorted=False)
-                ids = ids.gather(1, columns)
-            logits = selected_scores(hidden, self.weight, self.bias, ids, scores)
-        routes = self._choose_among(logits, ids.long(), keep, batch_size)
-        return routes.probs, routes.topk_ids
+    def _candidates(
+        self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score the candidates of each token that probabilities and losses may see.
 
-    def _choose_from_all(self, hidden, shortlist, codewords, keep, batch_size):
-        """[T, K] probs and expert ids, all candidates scored first; auxiliary losses are attached to the probs."""
-        shortlist = shortlist.long()
-        all_scores_matter = self._all_scores_matter()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and all_scores_matter):
-            logits, ids = self._score_candidates(hidden, shortlist, codewords)  # [T, N]
-        padded = None if keep is None else ~keep
-        logits = self.apply_z_loss(logits, padding_mask=padded)
-        probs, columns = self._select(logits, ids)
-        topk_ids = shortlist[codewords, columns] if ids is None else ids.gather(1, columns)
-        if torch.is_grad_enabled() and not all_scores_matter:
-            selected = selected_scores(hidden, self.weight, self.bias, topk_ids, logits.gather(1, columns))
-            probs = self._probs_of(selected)
-        if self._needs_aux_scores():
-            probs = self._attach_aux_losses(probs, logits, ids, padded, batch_size)
-        return probs, topk_ids
+        These are all of the probed lists, or the best M of them where ``moe_air_num_candidates`` says so. Where only
+        the selected scores reach the loss, they are the best K: no other candidate needs a gradient.
 
-    def _score_candidates(self, hidden, shortlist, codewords):
-        """[T, N] scores of the candidates, and their ids [T, N].
-
-        With one probe the candidates of a token are the list of its codeword; the ids are then None, unless something
-        beside the top-k asks for them.
+        Returns:
+            [T, N] logits, with the gradients that are needed; [T, N] int64 expert ids, -1 for no candidate.
         """
+        is_narrowed, all_scores_matter = self._is_narrowed(), self._all_scores_matter()
+        if is_narrowed and self.sizes.num_probes == 1:
+            num_candidates, dtype = self.sizes.num_candidates, self._router_dtype(hidden)
+            logits, ids = fine_topk(hidden, self.weight, self.bias, shortlist, codewords, num_candidates, dtype)
+            return logits, ids.long()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and all_scores_matter and not is_narrowed):
+            logits, ids = self._score_candidates(hidden, shortlist.long(), codewords)
+        if is_narrowed:
+            columns = logits.topk(self.sizes.num_candidates, dim=1, sorted=False).indices
+        elif torch.is_grad_enabled() and not all_scores_matter:
+            columns = self._select(logits, ids)[1]
+        else:
+            return logits, ids
+        ids = ids.gather(1, columns)
+        return selected_scores(hidden, self.weight, self.bias, ids, logits.gather(1, columns)), ids
+
+    def _score_candidates(
+        self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, P*L] scores of all candidates and their ids; random scores in a load test."""
         scores = fine_scores(hidden, self.weight, self.bias, shortlist, codewords, self._router_dtype(hidden))
         if self.sizes.num_probes > 1:
             logits, ids = merge_probes(scores, shortlist[codewords])
         else:
-            needs_ids = self.expert_bias is not None or self._needs_aux_scores()
-            logits, ids = scores.squeeze(1), shortlist[codewords.squeeze(1)] if needs_ids else None
+            logits, ids = scores.squeeze(1), shortlist[codewords.squeeze(1)]
         if self.config.moe_router_force_load_balancing:
-            logits = apply_random_logits(logits)
-            if ids is not None:
-                logits = logits.masked_fill(ids < 0, float("-inf"))
+            logits = apply_random_logits(logits).masked_fill(ids < 0, float("-inf"))
         return logits, ids
 
     def _probs_of(self, selected):
@@ -161,18 +151,31 @@ class AIRRouter(CompactRouter):
         )
 
     @torch.no_grad()
-    def _coarse(self, hidden, keep):
+    def _coarse(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The lists to search, [C, L] int32, and which of them each token searches, [T, P]."""
-        ranked_by = () if self.expert_bias is None else (self.score_function, self.expert_bias)
-        self.index.refresh(self.codebook, self.weight, self.bias, *ranked_by, training=self.training)
+        refresh_lists(
+            self.codebook,
+            self.index,
+            self.weight,
+            self.bias,
+            score_function=None if self.expert_bias is None else self.score_function,
+            expert_bias=self.expert_bias,
+            training=self.training,
+        )
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
-        where = (hidden, self.codebook.codewords, self.sizes.num_probes, allowed)
+        num_probes = self.sizes.num_probes
         if self.learns() and self.index.source == "tokens":
-            codewords, statistics = assign_with_statistics(*where, keep)
+            codewords, statistics = assign_with_statistics(
+                hidden,
+                self.codebook.codewords,
+                num_probes,
+                allowed,
+                keep=None if padding_mask is None else ~padding_mask,
+            )
             self.codebook.accumulate(statistics)
         else:
-            codewords = assign(*where)
+            codewords = assign(hidden, self.codebook.codewords, num_probes, allowed)
         if self.config.moe_router_force_load_balancing:
             # A load test: the cost of the coarse stage stays, but neither it nor the lists may favour an expert.
             num_clusters, shortlist_size = shortlist.shape
@@ -199,17 +202,28 @@ class AIRRouter(CompactRouter):
         """As the base's, and the codebook where it learns from tokens."""
         return super().learners() + ([self.codebook] if self.index.source == "tokens" else [])
 
+    @property
+    def follows_centers(self) -> bool:
+        """As the base's; a codebook of source 'experts' learns at the next rebuild of the lists."""
+        return self.index.source == "experts"
+
+    def count_update(self) -> None:
+        """As the base's."""
+        self.codebook.count_update()
+
     def _load_from_state_dict(self, *args, **kwargs):
         self.is_codebook_left_out = False
         return super()._load_from_state_dict(*args, **kwargs)
 
 
 @torch.no_grad()
-def _take_sample(hidden, codewords, keep):
+def _take_sample(hidden: torch.Tensor, codewords: torch.Tensor, padding_mask: torch.Tensor | None) -> TokenSample:
     """Up to 64 tokens, spread evenly over [T, H]; clones, so that the rest can be freed."""
     step = max(1, -(-hidden.shape[0] // _SAMPLE_SIZE))
     return TokenSample(
-        hidden[::step].clone(), codewords[::step].clone(), None if keep is None else keep[::step].clone()
+        hidden=hidden[::step].clone(),
+        codewords=codewords[::step].clone(),
+        padding_mask=None if padding_mask is None else padding_mask[::step].clone(),
     )
 
 
@@ -234,3 +248,24 @@ def merge_probes(scores, ids):
     ids, places, repeated = _sort_candidates(ids.flatten(1))
     scores = scores.flatten(1).gather(1, places).masked_fill(repeated, float("-inf"))
     return scores, ids.masked_fill(repeated, -1)
+
+
+def refresh_lists(
+    codebook: Codebook,
+    index: ShortlistIndex,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    score_function: str | None = None,
+    expert_bias: torch.Tensor | None = None,
+    training: bool = True,
+) -> bool:
+    """Rebuild the lists of an index if that is due, and tell whether it was.
+
+    A codebook of expert centers is fitted to them first. Arguments as :meth:`ShortlistIndex.rebuild`'s.
+    """
+    if not index.is_due(codebook, weight, training):
+        return False
+    if index.source == "experts":
+        codebook.fit_experts(weight, is_first=not index.is_built)
+    index.rebuild(codebook, weight, bias, score_function, expert_bias, training)
+    return True

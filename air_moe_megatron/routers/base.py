@@ -116,11 +116,12 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
                 "routes: tokens are dropped on Megatron's dense maps"
             )
         routes = self._route(hidden_states, padding_mask)
-        keep = self._keep(padding_mask)
-        self._count_for_bias(lambda: self._count(routes.topk_ids, keep))
-        if keep is None:
+        if padding_mask is None:
+            self._count_for_bias(lambda: self._count(routes.topk_ids, None))
             return routes
-        padded = ~keep.unsqueeze(1)
+        padding_mask = padding_mask.reshape(-1)
+        self._count_for_bias(lambda: self._count(routes.topk_ids, padding_mask))
+        padded = padding_mask.unsqueeze(1)
         return replace(
             routes, topk_ids=routes.topk_ids.masked_fill(padded, -1), probs=routes.probs.masked_fill(padded, 0.0)
         )
@@ -145,11 +146,13 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
                 drop_policy=self.config.moe_token_drop_policy,
                 pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
             )
-        keep = self._keep(padding_mask)
+        if padding_mask is not None:
+            padding_mask = padding_mask.reshape(-1)
         if self.config.moe_expert_capacity_factor is None:
-            self._count_for_bias(lambda: self._count(routes.topk_ids, keep))
+            self._count_for_bias(lambda: self._count(routes.topk_ids, padding_mask))
         else:  # what was dropped does not count
-            self._count_for_bias(lambda: (routing_map if keep is None else routing_map & keep.unsqueeze(1)).sum(dim=0))
+            padded = routing_map.new_zeros(()) if padding_mask is None else padding_mask.unsqueeze(1)
+            self._count_for_bias(lambda: routing_map.masked_fill(padded, False).sum(dim=0))
         return probs, routing_map
 
     @torch.compiler.disable  # group sizes are read on the host, and AIR's lists are rebuilt by a count of updates
@@ -158,30 +161,30 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         self._maintain_float32_expert_bias()
         batch_size = hidden_states.shape[1] if hidden_states.dim() == 3 else 1
         hidden = self.apply_input_jitter(hidden_states).reshape(-1, self.config.hidden_size)  # [T, H]
-        keep = self._keep(padding_mask)
-        if keep is not None:  # padding may hold anything, and NaN times zero is NaN
-            hidden = self._without_padding(hidden, keep)
+        if padding_mask is not None:  # padding may hold anything, and NaN times zero is NaN
+            padding_mask = padding_mask.reshape(-1)  # [T]
+            hidden = self._without_padding(hidden, padding_mask)
         self._follow_device(hidden)
         if self.input_norm is not None:
             if self.learns():
                 with hidden_from_checkpoints():
-                    self.input_norm.accumulate(hidden, keep)
+                    self.input_norm.accumulate(hidden, padding_mask)
             hidden = self.input_norm(hidden)
-        routes = self._choose(hidden, keep, batch_size)
+        routes = self._choose(hidden, padding_mask, batch_size)
         if self._is_counted:
             with hidden_from_checkpoints():
-                self.expert_load += self._count(routes.topk_ids, keep)
-                self.num_routed += hidden.shape[0] if keep is None else keep.sum()
+                self.expert_load += self._count(routes.topk_ids, padding_mask)
+                self.num_routed += hidden.shape[0] if padding_mask is None else (~padding_mask).sum()
             self.has_learned |= self.learns()
         return routes
 
-    def _without_padding(self, hidden, keep):
+    def _without_padding(self, hidden: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
         """[T, H] tokens with padding replaced by numbers: zeros, or on dense maps, which dispatch it, its finite part.
 
         Equal rows would all go to the same experts.
         """
         padding = hidden.new_zeros(()) if self.config.moe_dispatch == "compact" else hidden.nan_to_num(0.0, 0.0, 0.0)
-        return torch.where(keep.unsqueeze(1), hidden, padding)
+        return torch.where(padding_mask.unsqueeze(1), padding, hidden)
 
     def learns(self) -> bool:
         """Whether the forward that runs now adds to what is learned without gradients: its tokens count, and some
@@ -211,6 +214,14 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         self.has_learned = False
         self._forwards.reset()
 
+    @property
+    def follows_centers(self) -> bool:
+        """Whether something learns from the expert centers alone, and so from no statistics."""
+        return False
+
+    def count_update(self) -> None:
+        """Count a successful step for what follows the centers."""
+
     def end_step(self) -> None:
         """Keep what the forwards since the last step have added to the logs."""
         self.logged_before.copy_(torch.cat((self.expert_load, self.num_routed)))
@@ -222,17 +233,18 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         for counts in (self.expert_load, self.num_routed, self.logged_before):
             counts.zero_()
 
-    def _choose(self, hidden, keep, batch_size) -> Routes:
-        """The routes of tokens [T, H]; ``keep`` is [T] bool, True for tokens that count, or None if all do."""
+    def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
+        """The routes of tokens [T, H]; ``padding_mask`` is [T] bool, True for padding, or None if there is none."""
         raise NotImplementedError
 
-    def _choose_among(self, logits, ids, keep, batch_size) -> Routes:
+    def _choose_among(
+        self, logits: torch.Tensor, ids: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int
+    ) -> Routes:
         """The best K of each token's candidates, by logits [T, N] with expert ids [T, N], as Megatron chooses."""
-        padded = None if keep is None else ~keep
-        logits = self.apply_z_loss(logits, padding_mask=padded)
+        logits = self.apply_z_loss(logits, padding_mask=padding_mask)
         probs, columns = self._select(logits, ids)
         if self._needs_aux_scores():
-            probs = self._attach_aux_losses(probs, logits, ids, padded, batch_size)
+            probs = self._attach_aux_losses(probs, logits, ids, padding_mask, batch_size)
         return Routes(ids.gather(1, columns).int(), probs)
 
     def _select(self, logits, ids):
@@ -272,11 +284,11 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         return probs, routing_map
 
     @torch.no_grad()
-    def _count(self, topk_ids, keep):
+    def _count(self, topk_ids: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """[E] int64: tokens of each expert, padding left out."""
         counted = topk_ids >= 0
-        if keep is not None:
-            counted &= keep.unsqueeze(1)
+        if padding_mask is not None:
+            counted &= ~padding_mask.unsqueeze(1)
         where = topk_ids.clamp(min=0).reshape(-1)
         return torch.zeros_like(self.expert_load).index_add_(0, where, counted.reshape(-1).long())
 
@@ -297,8 +309,3 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         # As Router.gating: with use_cpu_initialization the router may still be on the host. It moves as a whole.
         if self.expert_load.device != hidden.device:
             self.to(hidden.device)
-
-    @staticmethod
-    def _keep(padding_mask):
-        """[T] bool, True for tokens that count; None if all do."""
-        return None if padding_mask is None else ~padding_mask.reshape(-1)

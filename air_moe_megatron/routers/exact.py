@@ -8,6 +8,7 @@ Cost of a token: forward 2*H*E FLOPs, backward 4*H*E, and a row of E scores.
 Legend: T tokens, H hidden, E experts, K top-k.
 """
 
+import torch
 from megatron.core.transformer.moe.moe_utils import (
     apply_biased_logits,
     apply_random_logits,
@@ -22,14 +23,13 @@ class ExactRouter(CompactRouter):
 
     router_type = "topk"
 
-    def _choose(self, hidden, keep, batch_size) -> Routes:
-        padded = None if keep is None else ~keep
+    def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         logits = self._linear(hidden, self.weight, self.bias)  # [T, E]
         if self.config.moe_router_force_load_balancing:
             logits = apply_random_logits(logits)
         if self.config.moe_router_force_biased is not None:
             logits = apply_biased_logits(logits, self.config.moe_router_force_biased, self.layer_number)
-        logits = self.apply_z_loss(logits, padding_mask=padded)
+        logits = self.apply_z_loss(logits, padding_mask=padding_mask)
         probs, topk_ids = topk_routing_with_score_function(
             logits,
             self.topk,
@@ -40,5 +40,6 @@ class ExactRouter(CompactRouter):
             **self._score_settings(),
         )
         if self._needs_aux_scores():
-            probs = self._attach_aux_losses(probs, logits, None, padded, batch_size)  # every expert is a candidate
+            # No ids: every expert is a candidate.
+            probs = self._attach_aux_losses(probs, logits, None, padding_mask, batch_size)
         return Routes(topk_ids.int(), probs)

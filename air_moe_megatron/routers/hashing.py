@@ -66,7 +66,7 @@ class HashRouter(CompactRouter):
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _choose(self, hidden, keep, batch_size) -> Routes:
+    def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         topk_ids = self.table[self._ids_of(hidden.shape[0])]
         weight = (self.config.moe_router_topk_scaling_factor or 1.0) / self.topk
         return Routes(topk_ids, hidden.new_full(topk_ids.shape, weight, dtype=self._router_dtype(hidden)))

@@ -42,7 +42,7 @@ class HierarchicalRouter(CompactRouter):
         """As the base's."""
         return {"moe_hierarchical_num_groups": resolve_groups(config).num_groups}
 
-    def _choose(self, hidden, keep, batch_size) -> Routes:
+    def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         sizes, dtype = self.sizes, self._router_dtype(hidden)
         group_logits = self._linear(hidden, self.group_weight, self.group_bias)  # [T, G]
         groups = group_logits.topk(sizes.topk_groups, dim=1).indices
@@ -50,20 +50,22 @@ class HierarchicalRouter(CompactRouter):
         lists = experts.view(sizes.num_groups, sizes.group_size)
         logits = fine_scores(hidden, self.weight, self.bias, lists, groups, dtype)  # [T, g, M]
         if self.config.moe_z_loss_coeff is not None:
-            group_logits, logits = self._with_z_loss(group_logits, logits, keep)
+            group_logits, logits = self._with_z_loss(group_logits, logits, padding_mask)
         wide = torch.promote_types(dtype, torch.float32)
         group_scores = group_logits.log_softmax(dim=1, dtype=wide).gather(1, groups)
         scores = group_scores.unsqueeze(2) + logits.log_softmax(dim=2, dtype=wide)
         ids = lists[groups].flatten(1).long()
-        return self._choose_among(scores.flatten(1).to(dtype), ids, keep, batch_size)
+        return self._choose_among(scores.flatten(1).to(dtype), ids, padding_mask, batch_size)
 
-    def _with_z_loss(self, group_logits, logits, keep):
-        """The logits of both gates with the z-loss of all that were computed; the products are normalised already."""
+    def _with_z_loss(
+        self, group_logits: torch.Tensor, logits: torch.Tensor, padding_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of both gates with the z-loss of all that were computed; the products are normalized already."""
         both = torch.cat((group_logits, logits.flatten(1)), dim=1)
-        both = super().apply_z_loss(both, padding_mask=None if keep is None else ~keep)
+        both = super().apply_z_loss(both, padding_mask=padding_mask)
         group_logits, flat = both.split([group_logits.shape[1], both.shape[1] - group_logits.shape[1]], dim=1)
         return group_logits, flat.view_as(logits)
 
     def apply_z_loss(self, logits, padding_mask=None):
-        """Nothing: the z-loss is attached to the logits of both gates, before they are normalised."""
+        """Nothing: the z-loss is attached to the logits of both gates, before they are normalized."""
         return logits

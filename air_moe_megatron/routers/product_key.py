@@ -85,15 +85,15 @@ class ProductKeyRouter(CompactRouter):
         """As of every router; with batch-normalised queries or scores their running norm too."""
         return super().learners() + ([] if self.query_norm is None else [self.query_norm])
 
-    def _choose(self, hidden, keep, batch_size) -> Routes:
+    def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         sizes = self.sizes
-        halves = self._scores(hidden, keep)
+        halves = self._scores(hidden, padding_mask)
         (scores1, ids1), (scores2, ids2) = (
             scores.topk(min(sizes.topk_per_head, scores.shape[2]), dim=2) for scores in halves
         )
         logits = (scores1.unsqueeze(3) + scores2.unsqueeze(2)).flatten(1)  # [T, R * N]
         ids = (ids1.unsqueeze(3) * sizes.num_keys[1] + ids2.unsqueeze(2)).flatten(1)
-        routes = self._choose_among(logits, ids, keep, batch_size)
+        routes = self._choose_among(logits, ids, padding_mask, batch_size)
         if not (self.config.moe_router_pre_softmax and self.score_function == "softmax"):
             return routes
         # So far a softmax over the candidates. Their share of the softmax over all experts makes it that one.
@@ -101,31 +101,31 @@ class ProductKeyRouter(CompactRouter):
         log_share = (log1.unsqueeze(3) + log2.unsqueeze(2)).flatten(2).logsumexp(dim=2)  # [T, R]
         return replace(routes, probs=routes.probs * log_share.exp().repeat_interleave(sizes.topk_per_head, dim=1))
 
-    def _scores(self, hidden, keep):
+    def _scores(self, hidden, padding_mask):
         """Of each head's query with the first and the second sub-keys, [T, R, n1] and [T, R, n2]."""
         scores = [  # one set of keys is there for all heads
             torch.einsum("trd,rnd->trn", queries, keys.to(queries.dtype))
-            for queries, keys in zip(self._queries(hidden, keep), (self.keys1, self.keys2), strict=True)
+            for queries, keys in zip(self._queries(hidden, padding_mask), (self.keys1, self.keys2), strict=True)
         ]
         if not self.normalises_scores:
             return scores
         both = torch.cat(scores, dim=2)
         wide = both.flatten(1).to(torch.promote_types(both.dtype, torch.float32))
-        normal = self._batch_normalise(wide, keep).to(both.dtype)
+        normal = self._batch_normalise(wide, padding_mask).to(both.dtype)
         return normal.view_as(both).split(self.sizes.num_keys, dim=2)
 
-    def _queries(self, hidden, keep):
+    def _queries(self, hidden, padding_mask):
         """The first and the second halves of each head's query, normalised; [T, R, D] each."""
         if self.on_tokens:
             tokens = hidden.to(self._router_dtype(hidden))
             if not self.normalises_scores:
-                tokens = self._normalise(tokens, keep)
+                tokens = self._normalise(tokens, padding_mask)
             return (tokens.unsqueeze(1).expand(-1, self.sizes.num_heads, -1),) * 2
         queries = self._linear(hidden, self.query_weight)
         shape = (hidden.shape[0], self.sizes.num_heads, 2, self.sizes.key_dim)
-        return self._normalise(queries, keep).view(shape).unbind(dim=2)
+        return self._normalise(queries, padding_mask).view(shape).unbind(dim=2)
 
-    def _normalise(self, queries, keep):
+    def _normalise(self, queries, padding_mask):
         """[T, F] queries, normalised in fp32 or wider."""
         norm = self.sizes.query_norm
         if norm == "none":
@@ -135,17 +135,17 @@ class ProductKeyRouter(CompactRouter):
             parts = wide.view(-1, self.sizes.key_dim).double()
             normal = torch.nn.functional.layer_norm(parts, parts.shape[1:], eps=EPSILON).view_as(wide).to(wide.dtype)
         else:
-            normal = self._batch_normalise(wide, keep)
+            normal = self._batch_normalise(wide, padding_mask)
         return (normal * self.norm_weight + self.norm_bias).to(queries.dtype)
 
-    def _batch_normalise(self, queries, keep):
+    def _batch_normalise(self, queries, padding_mask):
         """[T, F], by mean and variance of the tokens that count on all ranks; by the running ones when evaluating."""
         if not self.training:
             return self.query_norm(queries)
         if self.learns():
             with hidden_from_checkpoints():
-                self.query_norm.accumulate(queries.detach(), keep)
-        return _BatchNorm.apply(queries, self.query_norm.mean, keep, self.tp_dp_cp_group)
+                self.query_norm.accumulate(queries.detach(), padding_mask)
+        return _BatchNorm.apply(queries, self.query_norm.mean, padding_mask, self.tp_dp_cp_group)
 
     def _select(self, logits, ids):
         """[T, K] probs and columns, the best k of each head beside each other."""
@@ -175,21 +175,21 @@ class _BatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, queries, running_mean, keep, group):
-        shift, variance, count = moments(sum_over_ranks(batch_sums(queries, running_mean, keep), group))
+    def forward(ctx, queries, running_mean, padding_mask, group):
+        shift, variance, count = moments(sum_over_ranks(batch_sums(queries, running_mean, padding_mask), group))
         ctx.group, ctx.count = group, count.clamp_min(1.0)
         scale = (variance + EPSILON).rsqrt().to(queries.dtype)
         normal = (queries - running_mean - shift.to(queries.dtype)) * scale
-        ctx.save_for_backward(normal, scale, keep)
+        ctx.save_for_backward(normal, scale, padding_mask)
         return normal
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        normal, scale, keep = ctx.saved_tensors
+        normal, scale, padding_mask = ctx.saved_tensors
         sums = torch.cat((grad.sum(dim=0), (grad * normal).sum(dim=0)))
         of_mean, of_scale = (sum_over_ranks(sums, ctx.group) / ctx.count).to(grad.dtype).chunk(2)
         through = of_mean + normal * of_scale  # what the tokens that count contribute by mean and variance
-        if keep is not None:
-            through = torch.where(keep.unsqueeze(1), through, 0.0)
+        if padding_mask is not None:
+            through = through.masked_fill(padding_mask.unsqueeze(1), 0.0)
         return (grad - through) * scale, None, None, None

@@ -37,18 +37,18 @@ class VQRouter(CompactRouter):
         self.add_parameter("codes", config.num_moe_experts, config.hidden_size)
         self.add_parameter("branch_weight", 2, config.hidden_size)
 
-    def _choose(self, hidden, keep, batch_size) -> Routes:
+    def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         dtype, topk = self._router_dtype(hidden), self.topk_per_branch
         code_ids = self._nearest_codes(hidden)
         logits = self._linear(hidden, self.weight, self.bias)  # [T, E]
-        logits = self.apply_z_loss(logits, padding_mask=None if keep is None else ~keep)
+        logits = self.apply_z_loss(logits, padding_mask=padding_mask)
         top_probs, top_ids = topk_routing_with_score_function(logits, topk, dense_output=True, **self._score_settings())
         gate = self._linear(hidden, self.branch_weight).softmax(dim=1)  # [T, 2]
         scale = (self.config.moe_router_topk_scaling_factor or 1.0) / topk
         code_probs = (gate[:, :1] * scale).expand(-1, topk)
         probs = torch.cat((code_probs, gate[:, 1:] * top_probs), dim=1).to(dtype)
         if self.training and torch.is_grad_enabled():
-            probs = self._attach_vq_loss(probs, hidden, code_ids, keep)
+            probs = self._attach_vq_loss(probs, hidden, code_ids, padding_mask)
         return Routes(torch.cat((code_ids, top_ids), dim=1).int(), probs)
 
     @torch.no_grad()
@@ -60,15 +60,14 @@ class VQRouter(CompactRouter):
         return (products - 0.5 * norms).topk(self.topk_per_branch, dim=1).indices
 
     def _attach_vq_loss(
-        self, probs: torch.Tensor, hidden: torch.Tensor, code_ids: torch.Tensor, keep: torch.Tensor | None
+        self, probs: torch.Tensor, hidden: torch.Tensor, code_ids: torch.Tensor, padding_mask: torch.Tensor | None
     ) -> torch.Tensor:
         """The probs [T, K], with codebook and commitment loss attached and logged as "vq_loss"."""
-        padded = None if keep is None else ~keep
-        num_tokens, coeff = self._num_tokens(hidden, padded), self.config.moe_vq_loss_coeff
+        num_tokens, coeff = self._num_tokens(hidden, padding_mask), self.config.moe_vq_loss_coeff
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weights = (coeff / (hidden.shape[1] * self.topk_per_branch) / num_tokens.to(wide)).expand(hidden.shape[0])
-        if padded is not None:
-            hidden, weights = hidden.masked_fill(padded.unsqueeze(1), 0.0), weights.masked_fill(padded, 0.0)
+        if padding_mask is not None:
+            hidden, weights = hidden.masked_fill(padding_mask.unsqueeze(1), 0.0), weights.masked_fill(padding_mask, 0.0)
         loss = _VQLoss.apply(hidden, self.codes, code_ids, weights, self.config.moe_vq_commitment)
         return self._attach_loss(probs, loss, num_tokens, "vq_loss", coeff, self.tp_cp_group)
 

@@ -152,7 +152,7 @@ def test_a_running_norm_of_large_finite_tokens_is_that_of_fp64(length):
     hidden[7] *= length
     keep = torch.arange(40) < 30
     for part in (slice(0, 10), slice(10, 40)):
-        norm.accumulate(hidden[part], keep[part])
+        norm.accumulate(hidden[part], ~keep[part])
     assert norm.statistics.isfinite().all()
     norm.apply_update(norm.statistics, True)
     wide = hidden[:30].double()

@@ -19,6 +19,7 @@ from air_moe_megatron.index import (
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.ranking import Ranking, rank_experts
 from air_moe_megatron.ops.ranking import eager as eager_ranking
+from air_moe_megatron.routers.air import refresh_lists
 
 
 def randn(*shape, seed=0):
@@ -262,7 +263,7 @@ class Setup:
         self.weight = randn(num_experts, 6)
 
     def forward(self):
-        return self.index.refresh(self.codebook, self.weight, None)
+        return refresh_lists(self.codebook, self.index, self.weight, None)
 
     def step(self, seed):
         """The end of a training step: the codebook learns, the centres move."""

@@ -281,12 +281,12 @@ def test_a_nan_in_a_padding_token_reaches_no_loss(megatron_cpu, monkeypatch, rou
 
 def test_a_nan_in_a_padding_token_does_not_reach_the_vq_loss(megatron_cpu):
     router = make_router(megatron_cpu, moe_router_type="vq")
-    keep, found = torch.arange(6) != 2, []
+    padding_mask, found = torch.arange(6) == 2, []
     for value in (0.0, float("nan")):
         hidden = torch.ones(6, HIDDEN)
         hidden[2] = value
         hidden.requires_grad_()
-        probs = router._attach_vq_loss(torch.zeros(6, 4), hidden, torch.arange(12).view(6, 2), keep)
+        probs = router._attach_vq_loss(torch.zeros(6, 4), hidden, torch.arange(12).view(6, 2), padding_mask)
         found.append(torch.autograd.grad(probs.sum(), [hidden, router.codes]))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b) and a.abs().max() > 1e-5

@@ -18,9 +18,9 @@ def batches(count, size=40):
     return [torch.randn(size, HIDDEN, generator=generator) * 3.0 + 100.0 for _ in range(count)]
 
 
-def learn(norm, *microbatches, keep=None):
+def learn(norm, *microbatches, padding_mask=None):
     for tokens in microbatches:
-        norm.accumulate(tokens, keep)
+        norm.accumulate(tokens, padding_mask)
     norm.apply_update(norm.statistics.clone(), True, bool(norm.num_tokens(norm.statistics) > 0))
     norm.discard()
 
@@ -51,10 +51,10 @@ def test_padding_and_batches_without_tokens_do_not_count():
     keep = torch.arange(40) < 30
     padded = tokens.clone()
     padded[30:] = float("nan")
-    learn(norm, padded, keep=keep)
+    learn(norm, padded, padding_mask=~keep)
     torch.testing.assert_close(norm.mean, tokens[:30].mean(dim=0), rtol=1e-5, atol=1e-4)
     before = norm.mean.clone()
-    learn(norm, padded, keep=torch.zeros(40, dtype=torch.bool))
+    learn(norm, padded, padding_mask=torch.ones(40, dtype=torch.bool))
     assert torch.equal(norm.mean, before) and int(norm.num_updates) == 1
 
 
