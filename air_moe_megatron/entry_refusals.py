@@ -67,7 +67,7 @@ def check_values(args: argparse.Namespace) -> None:
     if not is_plain_topk(args) and args.hybrid_layer_pattern is not None and num_moe_layers(args) == 0:
         raise ValueError(
             f"--hybrid-layer-pattern ({args.hybrid_layer_pattern}) must have a layer {Symbols.MOE}: without an MoE "
-            f"layer --moe-router-type {args.moe_router_type} has no effect"
+            f"layer {_router_flag(args)} has no effect"
         )
 
 

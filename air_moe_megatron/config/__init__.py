@@ -47,7 +47,7 @@ __all__ = [
 class AIRMoEConfig(TransformerConfig, AIRFields):
     """A TransformerConfig with the fields of :class:`AIRFields`, validated on construction."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         validate(self)
 

@@ -14,7 +14,7 @@ class AIRFields:
     id) and 'vq' (VQMoE) are baselines from the literature."""
 
     moe_router_input_norm: Literal["none", "running"] = "none"
-    """Normalise the tokens per feature before they are scored, by the 'running' mean and variance of earlier global
+    """Normalize the tokens per feature before they are scored, by the 'running' mean and variance of earlier global
     batches; for 'topk', 'air', 'hierarchical' and 'vq'."""
 
     moe_air_num_clusters: int = 0
@@ -60,7 +60,7 @@ class AIRFields:
     """Size of a sub-key, and of each half of a head's query; 0 chooses 128, at most half of the hidden size."""
 
     moe_product_key_query_norm: Literal["auto", "batchnorm", "layernorm", "none"] = "auto"
-    """Normalisation of the queries, by gain and bias of their own; 'auto' is 'batchnorm', over the tokens of all ranks,
+    """Normalization of the queries, by gain and bias of their own; 'auto' is 'batchnorm', over the tokens of all ranks,
     as in PEER. With moe_product_key_on_tokens 'batchnorm' is one of the sub-keys' scores instead, without gain and
     bias, as in OmniMoE."""
 
