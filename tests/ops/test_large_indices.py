@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from air_moe_megatron.ops.coarse.kernels import assign_with_statistics
-from air_moe_megatron.ops.fine_scores.kernels import fine_scores_kernel
-from air_moe_megatron.ops.fine_scores.topk_kernels import fine_topk_kernel
+from air_moe_megatron.ops.fine_scores.kernels import fine_scores
+from air_moe_megatron.ops.fine_scores.topk_kernels import fine_topk
 from air_moe_megatron.ops.pair_products import make_pairs
 from air_moe_megatron.ops.pair_products.kernels import (
     launch_pair_weight_gradient,
-    pair_dots_kernel,
-    pair_sums_kernel,
+    pair_dots,
+    pair_sums,
 )
 from tests.ops.conftest import relative_error
 
@@ -34,12 +34,12 @@ def pair_products_of_many_rows(num_rows, hidden_size, device):
     weight = random_rows(3, hidden_size, torch.arange(3, device=device), device)
     pairs = make_pairs(rows, ids, num_rows, 3)
     wide, wide_weight = hidden.detach()[rows].double(), weight[ids].double()
-    dots = pair_dots_kernel(hidden, weight, pairs)
+    dots = pair_dots(hidden, weight, pairs)
     assert relative_error(dots, (wide * wide_weight).sum(dim=1)) <= 1e-5
     values = torch.tensor([1.0, -2.0, 3.0, 0.5, 0.25], device=device)
     expected = torch.zeros(2, hidden_size, dtype=torch.float64, device=device)
     expected.index_add_(0, rows[2:] - (num_rows - 2), values[2:, None].double() * wide_weight[2:])
-    for sums in (pair_sums_kernel(values, weight, pairs), torch.autograd.grad(dots, hidden, values)[0]):
+    for sums in (pair_sums(values, weight, pairs), torch.autograd.grad(dots, hidden, values)[0]):
         assert relative_error(sums[-2:], expected) <= BF16
         assert sums[4:-2].count_nonzero() == 0
         del sums
@@ -56,8 +56,8 @@ def fine_scores_of_many_rows(num_rows, hidden_size, device):
     weight = random_rows(num_rows, hidden_size, last, device).requires_grad_()
     shortlist = torch.stack((torch.arange(16, device=device), last))  # the first experts, the last experts
     assignments = (torch.arange(num_rows, device=device) >= num_rows - 16).long().unsqueeze(1)
-    scores = fine_scores_kernel(hidden, weight, None, shortlist, assignments, torch.float32)
-    best, ids = fine_topk_kernel(hidden, weight, None, shortlist, assignments, torch.float32, 4)
+    scores = fine_scores(hidden, weight, None, shortlist, assignments, torch.float32)
+    best, ids = fine_topk(hidden, weight, None, shortlist, assignments, 4, torch.float32)
     wide_hidden, wide_weight = hidden.detach()[-16:].double(), weight.detach()[-16:].double()
     expected = wide_hidden @ wide_weight.t()
     assert relative_error(scores[-16:, 0], expected) <= 1e-5
