@@ -1,8 +1,8 @@
 """The step boundary: when the codebooks learn, and the one collective that it takes.
 
 Communication per optimizer step and pipeline stage: one all-reduce of ``layers * C * (H + 3)`` fp32 numbers over
-``tp_dp_cp``, the ranks of the stage that hold different tokens; a running norm of F features adds ``3F + 1``. Routers
-whose codebook follows the expert centers take a second one, of a number for each.
+``tp_dp_cp``, the ranks of the stage that hold different tokens; a running norm of F features adds ``3F + 1``, and every
+AIR router one number.
 
 The order within a step: every attempt starts with ``discard_statistics`` (a step that Megatron runs again must not
 count twice), forwards accumulate, and ``update_codebooks`` runs once after the optimizer has really stepped. A skipped
@@ -19,7 +19,7 @@ import torch
 from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.health import log_health
 from air_moe_megatron.learner import Learner
-from air_moe_megatron.process_groups import group_size, sum_over_ranks
+from air_moe_megatron.process_groups import group_size
 from air_moe_megatron.routers import find_routers
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.specs import require_routers
@@ -50,16 +50,23 @@ def update_codebooks(
     Returns:
         the number of routers whose update was dropped because a token was NaN or infinite.
     Raises:
-        ValueError: on every rank, if a router with moe_air_codebook_source 'experts' ran on some ranks only.
+        ValueError: on every rank, if an AIR router had a training forward on some ranks only.
     """
     return _update(find_routers(modules), group)
 
 
 def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup | None) -> int:
-    for router in _learned_from_centers(routers, group):
-        router.count_update()
     learning = [(router, learner) for router in routers for learner in router.learners()]
-    dropped = _apply_statistics(learning, group) if learning else []
+    listing = [router for router in routers if router.has_lists]
+    dropped = []
+    if learning or listing:
+        parts, states, num_ran = _sum_over_ranks(learning, listing, group)
+        _require_every_rank(listing, num_ran, group_size(group))
+        for (router, learner), part, (is_finite, has_tokens) in zip(learning, parts, states, strict=True):
+            learner.apply_update(part, is_finite, has_tokens)
+            learner.discard()
+            if not is_finite:
+                dropped.append((router, learner))
     for router in routers:
         router.end_step()
     for router, learner in dropped:
@@ -72,53 +79,47 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
     return len({router for router, _ in dropped})
 
 
-def _learned_from_centers(
-    routers: list[CompactRouter], group: torch.distributed.ProcessGroup | None
-) -> list[CompactRouter]:
-    """The routers whose codebook follows the expert centers and that have learned in this step.
+def _sum_over_ranks(
+    learning: list[tuple[CompactRouter, Learner]],
+    listing: list[CompactRouter],
+    group: torch.distributed.ProcessGroup | None,
+) -> tuple[list[torch.Tensor], list[tuple[bool, bool]], list[int]]:
+    """Reduce all statistics at once; waits for the device once.
 
-    Their codewords move in the first forward after an update: a rank without one would keep others for good.
+    Returns:
+        the statistics of each learner, summed; for each, whether they are finite and whether they hold a token; for
+        each router of ``listing``, the number of ranks that ran it.
     """
-    following = [router for router in routers if router.follows_centers]
-    num_ranks = group_size(group)
-    if not following or num_ranks == 1:
-        return [router for router in following if router.has_learned]
-    flags = torch.tensor([router.has_learned for router in following], device=following[0].expert_load.device)
-    learned = []
-    for router, count in zip(following, sum_over_ranks(flags.int(), group).tolist(), strict=True):
+    device = (learning[0][0] if learning else listing[0]).expert_load.device
+    ran = torch.tensor([float(router.has_learned) for router in listing], dtype=torch.float32, device=device)
+    flat = torch.cat([*(learner.statistics.flatten() for _, learner in learning), ran])
+    if group_size(group) > 1:
+        torch.distributed.all_reduce(flat, group=group)
+    *parts, ran = flat.split([*(learner.statistics.numel() for _, learner in learning), len(listing)])
+    parts = [part.view_as(learner.statistics) for (_, learner), part in zip(learning, parts, strict=True)]
+    figures = [part.isfinite().all() for part in parts]
+    figures += [learner.num_tokens(part) > 0 for (_, learner), part in zip(learning, parts, strict=True)]
+    figures = torch.cat([torch.stack(figures).float(), ran] if figures else [ran]).tolist()
+    num_learners = len(learning)
+    finite, with_tokens = figures[:num_learners], figures[num_learners : 2 * num_learners]
+    states = [(bool(is_finite), bool(has_tokens)) for is_finite, has_tokens in zip(finite, with_tokens, strict=True)]
+    return parts, states, [int(count) for count in figures[2 * num_learners :]]
+
+
+def _require_every_rank(listing: list[CompactRouter], num_ran: list[int], num_ranks: int) -> None:
+    """Refuse a router that some ranks did not run, and count the step for those that all ranks ran.
+
+    Lists are made in the first forward after an update: a rank without one would make others, from later centers.
+    """
+    for router, count in zip(listing, num_ran, strict=True):
         if count not in (0, num_ranks):
             raise ValueError(
-                f"layer {router.layer_number}: with moe_air_codebook_source 'experts' every rank must run the router "
-                f"in every step, and {num_ranks - count} of {num_ranks} ranks had no training forward of it; give a "
-                "rank that has no tokens an empty batch"
+                f"layer {router.layer_number}: every rank must run an AIR router in every step, and "
+                f"{num_ranks - count} of {num_ranks} ranks had no training forward of it; give a rank that has no "
+                "tokens an empty batch"
             )
         if count:
-            learned.append(router)
-    return learned
-
-
-def _apply_statistics(
-    learning: list[tuple[CompactRouter, Learner]], group: torch.distributed.ProcessGroup | None
-) -> list[tuple[CompactRouter, Learner]]:
-    """Reduce the statistics of all learners at once and apply them; return those that were not finite."""
-    flat = torch.cat([learner.statistics.flatten() for _, learner in learning])
-    if group is not None and group.size() > 1:
-        torch.distributed.all_reduce(flat, group=group)
-    parts = flat.split([learner.statistics.numel() for _, learner in learning])
-    parts = [part.view_as(learner.statistics) for (_, learner), part in zip(learning, parts, strict=True)]
-    figures = [
-        torch.stack((part.isfinite().all(), learner.num_tokens(part) > 0))
-        for (_, learner), part in zip(learning, parts, strict=True)
-    ]
-    dropped = []
-    for (router, learner), part, (is_finite, has_tokens) in zip(
-        learning, parts, torch.stack(figures).tolist(), strict=True
-    ):
-        learner.apply_update(part, is_finite, has_tokens)
-        learner.discard()
-        if not is_finite:
-            dropped.append((router, learner))
-    return dropped
+            router.count_step()
 
 
 def finish_step(model: list[torch.nn.Module], iteration: int, successful: bool) -> None:

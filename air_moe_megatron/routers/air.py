@@ -44,6 +44,7 @@ class AIRRouter(CompactRouter):
     """
 
     router_type = "air"
+    has_lists = True
 
     def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
@@ -202,14 +203,10 @@ class AIRRouter(CompactRouter):
         """As the base's, and the codebook where it learns from tokens."""
         return super().learners() + ([self.codebook] if self.index.source == "tokens" else [])
 
-    @property
-    def follows_centers(self) -> bool:
+    def count_step(self) -> None:
         """As the base's; a codebook of source 'experts' learns at the next rebuild of the lists."""
-        return self.index.source == "experts"
-
-    def count_update(self) -> None:
-        """As the base's."""
-        self.codebook.count_update()
+        if self.index.source == "experts":
+            self.codebook.count_update()
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.is_codebook_left_out = False

@@ -56,6 +56,8 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     """Parameter or buffer that a checkpoint holds for routers of this type alone; None for top-k and AIR, which load
     into each other."""
     has_expert_weight = True
+    # Whether forwards rebuild lists of experts, which must be the same on all ranks.
+    has_lists = False
     # Whether every place of the routes holds an expert, and whether an expert may hold several places of a token.
     always_complete = True
     may_repeat = False
@@ -214,13 +216,8 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         self.has_learned = False
         self._forwards.reset()
 
-    @property
-    def follows_centers(self) -> bool:
-        """Whether something learns from the expert centers alone, and so from no statistics."""
-        return False
-
-    def count_update(self) -> None:
-        """Count a successful step for what follows the centers."""
+    def count_step(self) -> None:
+        """Count a successful step in which every rank has run the router."""
 
     def end_step(self) -> None:
         """Keep what the forwards since the last step have added to the logs."""

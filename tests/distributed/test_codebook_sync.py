@@ -96,11 +96,11 @@ def learn(rank, group, num_layers, poisoned=None):
     return history, dropped, reduces
 
 
-def learn_experts(rank, group, num_layers, without_forward=None):
+def learn_experts(rank, group, num_layers, source="experts", without_forward=None):
     """Routers whose codebook follows the centers: the update is counted."""
     from air_moe_megatron.sync import update_codebooks
 
-    layers = make_layers(num_layers, source="experts")
+    layers = make_layers(num_layers, source)
     if rank == without_forward:
         layers[1].has_learned = False
     with counted_all_reduces() as counts:
@@ -128,7 +128,10 @@ def worker(rank, world_size, directory):
         "poisoned": learn(rank, group, 2, POISONED),
         "five-routers": learn(rank, group, 5),
         "lists-of-experts": learn_experts(rank, group, 3),
-        "rank-without-forward": refusal(learn_experts, rank, group, 3, 1),
+        **{
+            ("rank-without-forward", source): refusal(learn_experts, rank, group, 3, source, 1)
+            for source in ("tokens", "experts")
+        },
     }
     torch.save(results, f"{directory}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -200,13 +203,14 @@ def test_one_all_reduce_however_many_routers(ranks, scenario):
         assert reduces == [1] * UPDATES
 
 
-def test_lists_of_experts_refuse_a_rank_without_a_forward(ranks):
-    """Its codewords would lag behind those of the others for good."""
+def test_a_rank_without_a_forward_is_refused(ranks):
+    """Its lists would come from later centers, with source 'experts' its codewords too."""
     for results in ranks:
-        assert results["rank-without-forward"] == (
-            "layer 2: with moe_air_codebook_source 'experts' every rank must run the router in every step, and "
-            f"1 of {len(ranks)} ranks had no training forward of it; give a rank that has no tokens an empty batch"
-        )
+        for source in ("tokens", "experts"):
+            assert results["rank-without-forward", source] == (
+                "layer 2: every rank must run an AIR router in every step, and "
+                f"1 of {len(ranks)} ranks had no training forward of it; give a rank that has no tokens an empty batch"
+            )
 
 
 def test_lists_of_experts_need_one_all_reduce_of_a_number_each(ranks):
