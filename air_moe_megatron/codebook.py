@@ -35,7 +35,7 @@ def window_decay(decay: float, num_updates: int) -> float:
 
 
 def update_from_tokens(codewords, ema, statistics, decay, num_updates):
-    """One step of adaptive spherical k-means: decayed sums, then divide and normalise, then revive.
+    """One step of adaptive spherical k-means: decayed sums, then divide and normalize, then revive.
 
     The running sums start at zero and only their ratios and directions are used, so they need no bias correction and
     the first statistics replace the random start entirely.
@@ -73,7 +73,7 @@ def split_loaded(codewords, ema, statistics, num_updates):
     hidden_size = codewords.shape[1]
     generator = torch.Generator().manual_seed(_SEED + num_updates)
     # The codeword itself is an average over a moving past: around it, all of today's tokens may lie on one side.
-    centres = _directions(statistics, codewords)
+    centers = _directions(statistics, codewords)
     while True:  # each round at most doubles the live codewords, and none is left starved
         counts = ema[:, hidden_size]
         starved = torch.nonzero(counts < _STARVED * counts.mean()).flatten()
@@ -83,8 +83,8 @@ def split_loaded(codewords, ema, statistics, num_updates):
             return codewords, ema
         starved, loaded = starved[:num_splits], by_load[:num_splits]
         direction = torch.randn(num_splits, hidden_size, generator=generator, dtype=torch.float32).to(codewords.device)
-        centre = centres[loaded]
-        direction = direction - (direction * centre).sum(dim=1, keepdim=True) * centre
+        center = centers[loaded]
+        direction = direction - (direction * center).sum(dim=1, keepdim=True) * center
         direction = torch.nn.functional.normalize(direction, dim=1)
         cosine = (ema[loaded, :hidden_size].norm(dim=1) / counts[loaded]).clamp(0.1, 1.0 - 1e-4)
         offset = (1.0 / cosine.square() - 1.0).sqrt().unsqueeze(1) / hidden_size**0.5
@@ -92,17 +92,17 @@ def split_loaded(codewords, ema, statistics, num_updates):
         ema[loaded] *= 0.5
         ema[starved] = ema[loaded]
         for rows, sign in ((loaded, 1.0), (starved, -1.0)):
-            codewords[rows] = torch.nn.functional.normalize(centre + sign * offset * direction, dim=1)
+            codewords[rows] = torch.nn.functional.normalize(center + sign * offset * direction, dim=1)
             ema[rows, :hidden_size] = codewords[rows] * ema[rows, :hidden_size].norm(dim=1, keepdim=True)
-            centres[rows] = codewords[rows]
+            centers[rows] = codewords[rows]
 
 
 def lloyd_step(codewords: torch.Tensor, weight: torch.Tensor):
-    """One Lloyd step of spherical k-means over the expert centres; a starved cluster splits a large one.
+    """One Lloyd step of spherical k-means over the expert centers; a starved cluster splits a large one.
 
     Args:
         codewords: [C, H] fp32, unit rows.
-        weight: [E, H] expert centres.
+        weight: [E, H] expert centers.
     Returns:
         [C, H] fp32 new codewords, unit rows; [C, H + 3] statistics of the experts at the old ones.
     """
@@ -112,7 +112,7 @@ def lloyd_step(codewords: torch.Tensor, weight: torch.Tensor):
 
 @dataclass(frozen=True)
 class CodebookHealth:
-    """How the vectors that a codebook was last fitted to (tokens, or expert centres) lie around its codewords.
+    """How the vectors that a codebook was last fitted to (tokens, or expert centers) lie around its codewords.
 
     The first two are None until it is fitted in this process: a checkpoint does not hold them.
     """

@@ -27,7 +27,7 @@ def require_supported_megatron() -> None:
 
 
 def megatron_has_our_fields() -> bool:
-    """Whether this Megatron is a checkout with ``patches/`` applied, which honours the flags itself."""
+    """Whether this Megatron is a checkout with ``patches/`` applied, which honors the flags itself."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return "moe_router_type" in {field.name for field in dataclasses.fields(TransformerConfig)}

@@ -14,7 +14,7 @@ from air_moe_megatron.ops.granular_experts import granular_experts
 from air_moe_megatron.ops.pair_products import Pairs, make_pairs
 from air_moe_megatron.process_groups import HoldsProcessGroups
 
-_BLOCK = 256  # experts that are initialised from one seed
+_BLOCK = 256  # experts that are initialized from one seed
 _KERNEL_ACTIVATIONS = {
     torch.nn.functional.gelu: "gelu",
     torch.nn.functional.silu: "silu",
@@ -28,7 +28,7 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
 
     Forward and backward cost O(N * F * H); no weight is copied per pair. ``weight1`` is [E, F, H], or [E, 2F, H] with a
     gated linear unit (the gates first, as in Megatron's MLP); ``weight2`` is [E, F, H], the transpose of Megatron's
-    second projection. F is ``moe_ffn_hidden_size``, from 1. Each block of experts is initialised from a seed of its
+    second projection. F is ``moe_ffn_hidden_size``, from 1. Each block of experts is initialized from a seed of its
     global ids, so that the model does not depend on the expert-parallel size.
 
     Args:
@@ -100,7 +100,7 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         if config.perform_initialization:
             # Megatron seeds the host's generator alike on all ranks of a pipeline stage.
             seed = int(torch.randint(2**31, ()))
-            _initialise(weight.data, init_method, seed, first=self.ep_group.rank() * self.num_local_experts)
+            _initialize(weight.data, init_method, seed, first=self.ep_group.rank() * self.num_local_experts)
         # An expert's gradient is not summed over the data-parallel ranks of the dense layers, and the optimizer may
         # not take it for a copy of that of another tensor-parallel rank.
         weight.allreduce = False
@@ -128,8 +128,8 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
 
 
 @torch.no_grad()
-def _initialise(weight, init_method, seed, first):
-    """Initialise the experts ``first, first + 1, ...`` in blocks of global ids, each from a seed of its own."""
+def _initialize(weight, init_method, seed, first):
+    """Initialize the experts ``first, first + 1, ...`` in blocks of global ids, each from a seed of its own."""
     end = first + weight.shape[0]
     with torch.random.fork_rng(devices=[]):
         for block in range(first // _BLOCK, -(-end // _BLOCK)):

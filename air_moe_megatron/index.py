@@ -85,7 +85,7 @@ def inverted_lists(codewords, weight, capacity):
 
     Args:
         codewords: [C, H] fp32, unit rows.
-        weight: [E, H] expert centres.
+        weight: [E, H] expert centers.
         capacity: experts a list can hold; C * capacity must be at least E.
     Returns:
         [C, capacity] int32, ascending expert ids, -1 at the end of a shorter list.
@@ -129,7 +129,7 @@ def balanced_lists(num_clusters, shortlist_size, num_experts, device):
 def due_version(num_updates: int, interval: int) -> int:
     """The update after which the lists in force were due.
 
-    The younger the codebook, the faster tokens and centres move, and the more often lists are rebuilt: with an interval
+    The younger the codebook, the faster tokens and centers move, and the more often lists are rebuilt: with an interval
     of 10 every update makes a rebuild due at first, every second from 20 on, every third from 30 on, and every tenth
     from 100 on.
 
@@ -156,9 +156,9 @@ def num_rebuilds(num_steps: int, interval: int) -> int:
 
 
 class ShortlistIndex(torch.nn.Module):
-    """The shortlists of one router: derived from codewords and expert centres, rebuilt lazily.
+    """The shortlists of one router: derived from codewords and expert centers, rebuilt lazily.
 
-    They are saved with the model, because with a refresh interval above one they come from centres that are no longer
+    They are saved with the model, because with a refresh interval above one they come from centers that are no longer
     there when a run resumes.
 
     Args:

@@ -10,7 +10,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from air_moe_megatron.config import is_plain_topk
 
 _GIB = 2**30
-_CENTRES = {"topk": 1, "air": 1, "product_key": 0, "hierarchical": 1, "hash": 0, "vq": 2}
+_CENTERS = {"topk": 1, "air": 1, "product_key": 0, "hierarchical": 1, "hash": 0, "vq": 2}
 """Vectors of the hidden size that a router of a type has for each expert."""
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -53,7 +53,7 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
     expert_shards = (
         args.expert_model_parallel_size * args.expert_tensor_parallel_size * args.expert_gtp_weight_remat_size
     )
-    router_size = hidden * _CENTRES[args.moe_router_type]
+    router_size = hidden * _CENTERS[args.moe_router_type]
     layers = -(-num_moe_layers(args) // args.pipeline_model_parallel_size)
     expert_size = projections * (args.moe_ffn_hidden_size or args.ffn_hidden_size) * (args.moe_latent_size or hidden)
     expert_replicas = args.world_size // (expert_shards * args.pipeline_model_parallel_size)

@@ -1,4 +1,4 @@
-"""RunningNorm: features centred and scaled by statistics of earlier batches.
+"""RunningNorm: features centered and scaled by statistics of earlier batches.
 
 For tokens before they are scored (``moe_router_input_norm``), and for the queries of product keys when evaluating.
 Hidden states share a large mean, above all in a young model: their directions are then nearly one, and the experts that
@@ -72,7 +72,7 @@ class RunningNorm(Learner):
         self.register_buffer("variance", torch.ones(num_features, dtype=torch.float64))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, H] normalised tokens, in their dtype."""
+        """[T, H] normalized tokens, in their dtype."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         scale = (self.variance + EPSILON).rsqrt().to(wide)
         return ((hidden.to(wide) - self.mean) * scale).to(hidden.dtype)

@@ -135,7 +135,7 @@ def check_lists(router, index=None, num_checked: int = 16) -> None:
     """The lists of some codewords must hold the best experts there, and all lists together every expert.
 
     Args:
-        index: lists made of the router's codebook and centres; None means its own.
+        index: lists made of the router's codebook and centers; None means its own.
     """
     index = index or router.index
     reserved, shortlist = index.num_reserved, index.shortlist.long()

@@ -3,7 +3,7 @@
 Source: He, "Mixture of A Million Experts", arXiv 2407.04153 (PEER); the einsums and embedding gathers follow the public
 PyTorch implementation, with competing scores (a softmax over the K of a head), which the paper has and which that code
 leaves off by default. As in that code, each head has keys of its own, where the paper's heads share one set, and
-queries are not batch-normalised, which takes work away.
+queries are not batch-normalized, which takes work away.
 
 Legend: T tokens, H hidden, E experts, N = sqrt(E) keys per half, K experts per head, D key size.
 """

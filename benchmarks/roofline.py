@@ -161,7 +161,7 @@ def dense_maps(tokens, num_experts, prob_bytes=4):
 
 
 def topk_route(tokens, hidden, num_experts, element, prob_bytes=4):
-    """``TopKRouter.forward``: tokens and centres once, and the dense maps; backward centres read and written once."""
+    """``TopKRouter.forward``: tokens and centers once, and the dense maps; backward centers read and written once."""
     row = hidden * element
     products = {
         "forward": Work(2 * tokens * num_experts * hidden, (tokens + num_experts) * row),
@@ -217,7 +217,7 @@ def codebook_update(num_clusters, hidden):
 
 
 def rebuild(num_experts, hidden, num_clusters, shortlist_size, element):
-    """All codewords times all centres: each centre and codeword read once, the lists written once."""
+    """All codewords times all centers: each center and codeword read once, the lists written once."""
     numbers = num_experts * hidden * element + num_clusters * (hidden * _FP32_BYTES + shortlist_size * _ID_BYTES)
     return {"total": Work(2 * num_clusters * num_experts * hidden, numbers)}
 

@@ -94,7 +94,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for name, points in lines.items():
         axes.loglog(*zip(*points, strict=True), marker="o", label=name)
     bound = [(row["experts"], row["bound_ms"]) for row in rows if row["case"] == "AIRRouter.route"]
-    axes.loglog(*zip(*bound, strict=True), linestyle="--", color="grey", label="roofline bound of AIRRouter.route")
+    axes.loglog(*zip(*bound, strict=True), linestyle="--", color="gray", label="roofline bound of AIRRouter.route")
     first = rows[0]
     sizes = ", ".join(f"{letter} = {first[name]}" for letter, name in (("T", "tokens"), ("H", "hidden"), ("K", "topk")))
     axes.set(xlabel="experts", ylabel="forward and backward, ms", title=f"Routing step on {first['device']}: {sizes}")

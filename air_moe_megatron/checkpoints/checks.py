@@ -68,7 +68,7 @@ def check_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
         )
     if router_type == "air" and not has_codebooks:
         print_rank_0(
-            f"> {checkpoint.location.directory} was trained with top-k routing: expert centres are kept, codebooks are "
+            f"> {checkpoint.location.directory} was trained with top-k routing: expert centers are kept, codebooks are "
             "seeded from the first batch"
         )
         return True
@@ -233,7 +233,7 @@ def _check_router(checkpoint: Checkpoint, router_type: str) -> None:
 
 
 def _check_input_norm(checkpoint: Checkpoint, norm: str) -> None:
-    """Centres that were trained on normalized tokens are of no use for others, nor the other way round."""
+    """Centers that were trained on normalized tokens are of no use for others, nor the other way round."""
     has_routers = any(".router." in key for key in checkpoint.shapes)
     has_norm = any(key.endswith("router.input_norm.mean") for key in checkpoint.shapes)
     found = "running" if has_norm else "none"

@@ -7,7 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 # The automatic sizes go no lower: so few experts are cheap to score exactly.
 _MIN_AUTO_SIZE = 16
-# Mean candidates of a token per slot of its routes, for the automatic sizes of source 'experts'. With clustered centres
+# Mean candidates of a token per slot of its routes, for the automatic sizes of source 'experts'. With clustered centers
 # of 512 to 16,384 experts, at most 0.7% of the slots then stayed empty; with two candidates per slot up to 15%.
 _CANDIDATES_PER_SLOT = 4
 

@@ -228,7 +228,7 @@ def _compile_helpers(original: Callable) -> Callable:
 
 
 def _torch_norm(original: Callable) -> Callable:
-    """torch's norms with sequence parallelism: each rank normalises its own tokens, gradients are summed over ranks.
+    """torch's norms with sequence parallelism: each rank normalizes its own tokens, gradients are summed over ranks.
 
     Megatron does that sum for every parameter marked `sequence_parallel`; its own fused norm sets the mark, the
     wrapper of torch's norm refuses instead. The computation needs no change.
@@ -277,7 +277,7 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
     Adaptation(
         "megatron.training.initialize._warmup_jit_function",
         _always(None),
-        "nothing is compiled, and its draws would make the CPU-initialised weights depend on the layout",
+        "nothing is compiled, and its draws would make the CPU-initialized weights depend on the layout",
     ),
     Adaptation("megatron.core.datasets.utils.compile_helpers", _compile_helpers, "the wheel has no Makefile"),
     Adaptation(

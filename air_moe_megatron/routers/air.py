@@ -39,7 +39,7 @@ class TokenSample:
 class AIRRouter(CompactRouter):
     """Route each token to the top-k experts of its codewords' shortlists.
 
-    Gradients reach tokens and expert centres through the fine scores only. The codebook is learned from the tokens of
+    Gradients reach tokens and expert centers through the fine scores only. The codebook is learned from the tokens of
     each global batch, without gradients; ``sync.update_codebooks`` applies the update after a successful step.
     """
 
@@ -178,7 +178,7 @@ class AIRRouter(CompactRouter):
         else:
             codewords = assign(hidden, self.codebook.codewords, num_probes, allowed)
         if self.config.moe_router_force_load_balancing:
-            # A load test: the cost of the coarse stage stays, but neither it nor the lists may favour an expert.
+            # A load test: the cost of the coarse stage stays, but neither it nor the lists may favor an expert.
             num_clusters, shortlist_size = shortlist.shape
             shortlist = balanced_lists(num_clusters, shortlist_size, self.num_experts, hidden.device)
             tokens = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)

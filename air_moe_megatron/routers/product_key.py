@@ -4,10 +4,10 @@ Expert ``i * n2 + j`` has the key (first sub-key i, second sub-key j) and the sc
 best k pairs are among the products of the best k of each half, so the search is exact within the product structure.
 
 Source: He 2024, "Mixture of A Million Experts" (PEER), arXiv 2407.04153, after Lample et al. 2019, arXiv 1907.05242:
-heads with queries of their own and one set of keys, batch-normalised queries, a softmax over the k of each head, heads
+heads with queries of their own and one set of keys, batch-normalized queries, a softmax over the k of each head, heads
 summed: the probs of a token sum to the number of heads. With ``moe_product_key_on_tokens``, one head and
 ``moe_router_pre_softmax`` it is the Cartesian product router of OmniMoE, arXiv 2602.05711: sub-keys of the hidden size,
-compared with the token itself; each one's scores batch-normalised, without gain and bias; and probs that are the
+compared with the token itself; each one's scores batch-normalized, without gain and bias; and probs that are the
 products of two softmaxes, each over all sub-keys of a half. That is the softmax over all experts, which
 ``moe_router_pre_softmax`` asks for in any case. Ours, not theirs: halves of unequal sizes where the number of experts
 is no square, keys of their own for several heads on tokens, which would be one head otherwise, and Megatron's options
@@ -40,7 +40,7 @@ from air_moe_megatron.running_norm import EPSILON, RunningNorm, batch_sums, mome
 class ProductKeyRouter(CompactRouter):
     """Route each token to the best k experts of each head's product keys; two heads may find the same expert.
 
-    Communicates with batch-normalised queries: one all-reduce per training forward over ``tp_dp_cp``, the ranks that
+    Communicates with batch-normalized queries: one all-reduce per training forward over ``tp_dp_cp``, the ranks that
     hold different tokens, and one in its backward; so N ranks equal one rank on all their tokens. The statistics for
     evaluation are learned at the step boundary (``sync.py``).
     """
@@ -62,8 +62,8 @@ class ProductKeyRouter(CompactRouter):
         num_sets = sizes.num_heads if self.on_tokens else 1  # of keys
         for name, num_keys in zip(("keys1", "keys2"), sizes.num_keys, strict=True):
             self.add_parameter(name, num_sets, num_keys, sizes.key_dim)
-        self.normalises_scores = self.on_tokens and sizes.query_norm == "batchnorm"
-        if self.normalises_scores:
+        self.normalizes_scores = self.on_tokens and sizes.query_norm == "batchnorm"
+        if self.normalizes_scores:
             num_inputs = sizes.num_heads * sum(sizes.num_keys)
         elif sizes.query_norm != "none":
             self.add_parameter("norm_weight", num_inputs, init_method=torch.nn.init.ones_)
@@ -82,7 +82,7 @@ class ProductKeyRouter(CompactRouter):
         }
 
     def learners(self) -> list[Learner]:
-        """As of every router; with batch-normalised queries or scores their running norm too."""
+        """As of every router; with batch-normalized queries or scores their running norm too."""
         return super().learners() + ([] if self.query_norm is None else [self.query_norm])
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
@@ -107,26 +107,26 @@ class ProductKeyRouter(CompactRouter):
             torch.einsum("trd,rnd->trn", queries, keys.to(queries.dtype))
             for queries, keys in zip(self._queries(hidden, padding_mask), (self.keys1, self.keys2), strict=True)
         ]
-        if not self.normalises_scores:
+        if not self.normalizes_scores:
             return scores
         both = torch.cat(scores, dim=2)
         wide = both.flatten(1).to(torch.promote_types(both.dtype, torch.float32))
-        normal = self._batch_normalise(wide, padding_mask).to(both.dtype)
+        normal = self._batch_normalize(wide, padding_mask).to(both.dtype)
         return normal.view_as(both).split(self.sizes.num_keys, dim=2)
 
     def _queries(self, hidden, padding_mask):
-        """The first and the second halves of each head's query, normalised; [T, R, D] each."""
+        """The first and the second halves of each head's query, normalized; [T, R, D] each."""
         if self.on_tokens:
             tokens = hidden.to(self._router_dtype(hidden))
-            if not self.normalises_scores:
-                tokens = self._normalise(tokens, padding_mask)
+            if not self.normalizes_scores:
+                tokens = self._normalize(tokens, padding_mask)
             return (tokens.unsqueeze(1).expand(-1, self.sizes.num_heads, -1),) * 2
         queries = self._linear(hidden, self.query_weight)
         shape = (hidden.shape[0], self.sizes.num_heads, 2, self.sizes.key_dim)
-        return self._normalise(queries, padding_mask).view(shape).unbind(dim=2)
+        return self._normalize(queries, padding_mask).view(shape).unbind(dim=2)
 
-    def _normalise(self, queries, padding_mask):
-        """[T, F] queries, normalised in fp32 or wider."""
+    def _normalize(self, queries, padding_mask):
+        """[T, F] queries, normalized in fp32 or wider."""
         norm = self.sizes.query_norm
         if norm == "none":
             return queries
@@ -135,10 +135,10 @@ class ProductKeyRouter(CompactRouter):
             parts = wide.view(-1, self.sizes.key_dim).double()
             normal = torch.nn.functional.layer_norm(parts, parts.shape[1:], eps=EPSILON).view_as(wide).to(wide.dtype)
         else:
-            normal = self._batch_normalise(wide, padding_mask)
+            normal = self._batch_normalize(wide, padding_mask)
         return (normal * self.norm_weight + self.norm_bias).to(queries.dtype)
 
-    def _batch_normalise(self, queries, padding_mask):
+    def _batch_normalize(self, queries, padding_mask):
         """[T, F], by mean and variance of the tokens that count on all ranks; by the running ones when evaluating."""
         if not self.training:
             return self.query_norm(queries)

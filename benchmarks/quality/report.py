@@ -160,15 +160,15 @@ def plots(rows: list[dict], out: Path) -> list[Path]:
 
 
 def _styles(rows):
-    """How each variant is drawn: a colour per type of router, black for exact top-k; variants by marker and dash."""
+    """How each variant is drawn: a color per type of router, black for exact top-k; variants by marker and dash."""
     types = {row["variant"]: row["flags"]["moe-router-type"] for row in rows}
     names = sorted(types, key=lambda name: (types[name] != "topk", types[name], len(name), name))
     families = list(dict.fromkeys(types[name] for name in names if types[name] != "topk"))
     styles = {}
     for name in names:
-        colour = "black" if types[name] == "topk" else f"C{families.index(types[name])}"
+        color = "black" if types[name] == "topk" else f"C{families.index(types[name])}"
         place = sum(types[other] == types[name] for other in styles)
-        styles[name] = {"color": colour, "marker": "os^Dv"[place % 5], "linestyle": _DASHES[place % 5]}
+        styles[name] = {"color": color, "marker": "os^Dv"[place % 5], "linestyle": _DASHES[place % 5]}
     return styles
 
 

@@ -336,7 +336,7 @@ def test_many_experts_of_a_token_travel_once_per_rank(ranks):
 
 
 @pytest.mark.parametrize("name", ("unequal-tokens", "top-512"))
-def test_initialisation_does_not_depend_on_the_number_of_ranks(ranks, name):
+def test_initialization_does_not_depend_on_the_number_of_ranks(ranks, name):
     for projection in (0, 1):
         weight = torch.cat([results[name]["initial"][projection] for results in ranks])
         assert torch.equal(weight, ranks[0][name]["initial of one rank"][projection])

@@ -1,4 +1,4 @@
-"""Product keys over gloo ranks: repeated experts on the compact path, and batch-normalised queries, as one rank."""
+"""Product keys over gloo ranks: repeated experts on the compact path, and batch-normalized queries, as one rank."""
 
 import os
 

@@ -268,15 +268,15 @@ def test_with_required_flags():
 
 
 def test_runs_a_script(tmp_path):
-    (tmp_path / "neighbour.py").write_text("NAME = 'beside the script'\n")
+    (tmp_path / "neighbor.py").write_text("NAME = 'beside the script'\n")
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys, os, torch, neighbour\n"
+        "import sys, os, torch, neighbor\n"
         "from air_moe_megatron import cpu\n"
         "assert __name__ == '__main__' and cpu.is_enabled()\n"
         "cpu.enable()\n"
         "assert torch.zeros(2, device='cuda').device.type == 'cpu' and os.environ['TORCHDYNAMO_DISABLE'] == '1'\n"
-        "print(sys.argv, neighbour.NAME)\n"
+        "print(sys.argv, neighbor.NAME)\n"
         "sys.exit(3)\n"
     )
     result = run_python("-m", "air_moe_megatron.cpu", str(script), "--flag", "value", "--help")

@@ -51,7 +51,7 @@ def test_topk_is_megatron_bit_for_bit(pretrain, tmp_path):
     assert [key for key in expected if not expected[key].equal(found[key])] == []
 
 
-def test_patched_checkout_honours_the_flag(pretrain, patched):
+def test_patched_checkout_honors_the_flag(pretrain, patched):
     by_flag = pretrain(*TRAIN, *AIR, entry=PLAIN, env=on(patched))
     ours = pretrain(*TRAIN, *AIR)
     ours_on_patched = pretrain(*TRAIN, *AIR, env=on(patched))

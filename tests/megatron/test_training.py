@@ -114,7 +114,7 @@ def test_skipped_steps_leave_the_codebook_alone(pretrain, tmp_path):
 
 def test_topk_checkpoint_loads_into_an_air_run(topk_checkpoint, air_checkpoint):
     run, directory = air_checkpoint
-    assert "expert centres are kept, codebooks are seeded from the first batch" in run.output
+    assert "expert centers are kept, codebooks are seeded from the first batch" in run.output
     assert list(run.steps) == [3, 4]
     updates, counts = updates_and_counts(directory, 4)
     assert updates == [2, 2]
@@ -187,7 +187,7 @@ def test_legacy_checkpoints_are_refused_like_others(pretrain, tmp_path):
     run = pretrain(*granular, ranks=1, succeeds=False)
     assert refused(run, "holds Megatron's own experts, one module each: train without --moe-granular-experts")
     run = pretrain(*AIR, "--load", tmp_path, LONGER, "--train-iters", "2", ranks=1)
-    assert "expert centres are kept, codebooks are seeded from the first batch" in run.output
+    assert "expert centers are kept, codebooks are seeded from the first batch" in run.output
     assert list(run.steps) == [2]
 
 

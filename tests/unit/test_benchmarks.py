@@ -81,8 +81,8 @@ def test_work_of_routers():
     assert large["forward"].flops == pytest.approx(34.4e9, rel=0.01)
     assert large["forward"].bytes == pytest.approx(67.1e6 + 2.1e6 + 536.9e6 + 8.4e6, rel=0.01)
     assert large["backward"].bytes == pytest.approx(2147e6 + 134e6, rel=0.01)
-    # Forward 2 tokens and 5 centres of 40 bytes, maps of 10 numbers in 4 + 1 bytes; backward the gradient of the
-    # probs, centres read and written.
+    # Forward 2 tokens and 5 centers of 40 bytes, maps of 10 numbers in 4 + 1 bytes; backward the gradient of the
+    # probs, centers read and written.
     topk = roofline.topk_route(2, 10, num_experts=5, element=4)
     assert topk == {"forward": Work(200, 7 * 40 + 10 * 5), "backward": Work(400, 10 * 40 + 10 * 4)}
     # One head, keys of 3 numbers, 4 of each half: queries [10, 6], keys 24 numbers.

@@ -47,7 +47,7 @@ SCORING = {name: fields for name, fields in ROUTES.items() if name != "hash"}  #
 
 def in_fp64(router):
     """The parameters of a router in fp64, with what naive references read beside them."""
-    names = ("config", "sizes", "topk", "normalises_scores", "codebook", "index", "bias", "group_bias")
+    names = ("config", "sizes", "topk", "normalizes_scores", "codebook", "index", "bias", "group_bias")
     beside = {name: getattr(router, name) for name in names if hasattr(router, name)}
     parameters = {name: parameter.detach().double() for name, parameter in router.named_parameters()}
     return types.SimpleNamespace(**{**beside, **{name: p.requires_grad_() for name, p in parameters.items()}})
@@ -121,7 +121,7 @@ def test_a_large_finite_token_is_routed_as_in_fp64(megatron_cpu, fields, length)
     wide = in_fp64(router)
     wide_hidden = hidden.detach().double().requires_grad_()
     ids, probs = naive_routes(wide, wide_hidden)
-    if getattr(router, "normalises_scores", False):
+    if getattr(router, "normalizes_scores", False):
         # Batch-normalized scores of the others are all 1 / sqrt(19) or its negative: ties, in fp64 too.
         found, expected = (p.detach().sort(dim=1).values.double() for p in (routes.probs, probs))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -144,7 +144,7 @@ def test_the_run_that_saved_it_passes(save, check, is_legacy, fields):
 
 def test_topk_and_air_load_into_each_other(save, check, is_legacy, capsys):
     assert check(load=save(is_legacy=is_legacy), **AIR) is True
-    assert "expert centres are kept, codebooks are seeded" in capsys.readouterr().out
+    assert "expert centers are kept, codebooks are seeded" in capsys.readouterr().out
     assert check(load=save(iteration=3, is_legacy=is_legacy, **AIR)) is False
     assert "its codebooks are left, its experts are loaded" in capsys.readouterr().out
 

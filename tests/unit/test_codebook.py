@@ -28,10 +28,10 @@ def randn(*shape, seed=0):
 
 def clustered(num_tokens, num_clusters, hidden_size, noise=0.1, seed=0):
     """Tokens of random length around ``num_clusters`` random directions."""
-    centres = torch.nn.functional.normalize(randn(num_clusters, hidden_size, seed=100), dim=1)  # whatever the seed
+    centers = torch.nn.functional.normalize(randn(num_clusters, hidden_size, seed=100), dim=1)  # whatever the seed
     generator = torch.Generator().manual_seed(seed)
     which = torch.randint(num_clusters, (num_tokens,), generator=generator)
-    directions = centres[which] + noise * torch.randn(num_tokens, hidden_size, generator=generator) / hidden_size**0.5
+    directions = centers[which] + noise * torch.randn(num_tokens, hidden_size, generator=generator) / hidden_size**0.5
     return directions * (0.5 + 2.0 * torch.rand(num_tokens, 1, generator=generator))
 
 
@@ -409,7 +409,7 @@ def test_tokens_of_zeros_do_not_count():
     assert torch.equal(codebook.ema, without.ema)
 
 
-def test_lloyd_steps_see_the_directions_of_expert_centres_of_every_length():
+def test_lloyd_steps_see_the_directions_of_expert_centers_of_every_length():
     weight = clustered(60, 3, 8)
     weight = torch.nn.functional.normalize(weight, dim=1)
     codewords = torch.nn.functional.normalize(randn(3, 8, seed=5), dim=1)

@@ -139,7 +139,7 @@ def test_weights_are_marked_as_experts_and_sharded_by_global_id(megatron_cpu):
     assert shard.replica_id == (0, 0, 0)
 
 
-def test_output_projection_is_initialised_by_its_own_rule(megatron_cpu):
+def test_output_projection_is_initialized_by_its_own_rule(megatron_cpu):
     many = make_config(num_moe_experts=2000, init_method_std=0.5)
     experts = GranularExperts(2000, many, pg_collection=megatron_cpu)
     assert experts.weight1.detach().std() == pytest.approx(0.5, rel=0.05)
@@ -150,7 +150,7 @@ def test_output_projection_is_initialised_by_its_own_rule(megatron_cpu):
     assert bare.weight1.shape == (4, 2, HIDDEN)
 
 
-def test_initialisation_leaves_the_generators_of_gpus_alone(megatron_cpu, monkeypatch):
+def test_initialization_leaves_the_generators_of_gpus_alone(megatron_cpu, monkeypatch):
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)

@@ -70,7 +70,7 @@ def test_top_scoring_equals_topk_over_all_experts_for_any_chunk(chunk, shortlist
 
 
 def test_bias_weighs_more_where_tokens_are_short():
-    """At the codeword [1, 0], expert 0 leads by 1 in its centre and expert 1 by 2 in its bias."""
+    """At the codeword [1, 0], expert 0 leads by 1 in its center and expert 1 by 2 in its bias."""
     weight, bias = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0.0, 2.0])
     codewords = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     lists = top_scoring_lists(codewords, torch.tensor([1.0, 3.0]), weight, bias, 1)
@@ -78,7 +78,7 @@ def test_bias_weighs_more_where_tokens_are_short():
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
-def test_top_scoring_takes_centres_of_any_dtype(dtype):
+def test_top_scoring_takes_centers_of_any_dtype(dtype):
     codewords, weight = directions(5, 6), randn(20, 6, seed=1).to(dtype)
     expected = top_scoring_lists(codewords, torch.ones(5), weight.float(), None, 4)
     assert torch.equal(top_scoring_lists(codewords, torch.ones(5), weight, None, 4), expected)
@@ -183,7 +183,7 @@ def test_inverted_lists_put_each_expert_at_its_nearest_codeword_where_there_is_r
         assert present(lists[codeword]) == torch.nonzero(nearest == codeword).flatten().tolist()
 
 
-def test_inverted_lists_see_the_directions_of_centres_of_every_length():
+def test_inverted_lists_see_the_directions_of_centers_of_every_length():
     codewords, weight = directions(5, 6), torch.nn.functional.normalize(randn(40, 6, seed=1), dim=1)
     lengths = torch.logspace(-36, 37, 40)[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
     lists = inverted_lists(codewords, weight * lengths.unsqueeze(1), 9)  # so short that experts compete
@@ -216,7 +216,7 @@ def test_inverted_lists_are_a_bounded_partition(num_experts, num_clusters, spare
             assert (lengths[nearer] == capacity).all()
 
 
-def test_equal_centres_fill_one_list_after_another():
+def test_equal_centers_fill_one_list_after_another():
     lists = inverted_lists(directions(4, 6), randn(1, 6, seed=1).expand(10, 6), 3)
     assert sorted(present(lists)) == list(range(10))
     assert sorted((lists >= 0).sum(dim=1).tolist()) == [1, 3, 3, 3]
@@ -255,7 +255,7 @@ def test_version_follows_a_young_codebook_closely_and_then_in_intervals(interval
 
 
 class Setup:
-    """A codebook and an index over moving centres, as one router has them."""
+    """A codebook and an index over moving centers, as one router has them."""
 
     def __init__(self, source, interval=3, num_experts=20, shortlist_size=6):
         self.codebook = Codebook(5, 6, 0.8)
@@ -266,7 +266,7 @@ class Setup:
         return refresh_lists(self.codebook, self.index, self.weight, None)
 
     def step(self, seed):
-        """The end of a training step: the codebook learns, the centres move."""
+        """The end of a training step: the codebook learns, the centers move."""
         if self.index.source == "tokens":
             hidden = randn(60, 6, seed=seed)
             self.codebook.accumulate(assign_with_statistics(hidden, self.codebook.codewords, 1)[1])
@@ -339,14 +339,14 @@ def test_a_second_forward_and_a_recomputation_see_the_same_lists(source):
     for step in range(3):
         setup.forward()
         before = setup.state()
-        # The centres move between two forwards of one step only where a test moves them.
+        # The centers move between two forwards of one step only where a test moves them.
         setup.weight = setup.weight + randn(20, 6, seed=50 + step)
         assert not setup.forward()
         assert_same_bits(setup.state(), before)
         setup.step(step)
 
 
-def test_lists_of_experts_follow_moving_centres():
+def test_lists_of_experts_follow_moving_centers():
     setup = Setup("experts", interval=1)
     for step in range(4):
         setup.forward()
@@ -404,14 +404,14 @@ def test_a_checkpoint_of_another_shape_is_refused(shape):
 def test_lists_rank_by_what_the_top_k_ranks_by():
     codewords, weight = torch.eye(2, 4), torch.zeros(5, 4)
     weight[:, 0] = torch.tensor([3.0, 2.0, 1.0, 0.0, -1.0])
-    favour = torch.tensor([0.0, 0.0, 0.0, 0.0, 2.0])
+    favor = torch.tensor([0.0, 0.0, 0.0, 0.0, 2.0])
     lists = top_scoring_lists(
         codewords,
         torch.ones(2),
         weight,
         None,
         2,
-        selection=("sigmoid", favour),
+        selection=("sigmoid", favor),
         chunk_elements=4,
     )
     assert lists[0].tolist() == [0, 4]

@@ -63,7 +63,7 @@ def test_bytes_of_a_rank(changes, expected):
     assert needed(**changes) == expected
 
 
-@pytest.mark.parametrize("router_type", memory._CENTRES)
+@pytest.mark.parametrize("router_type", memory._CENTERS)
 def test_parameters_are_at_most_those_of_a_layer(megatron_cpu, router_type):
     """Experts exactly; of the routers' parameters those that there are per expert."""
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -89,7 +89,7 @@ def test_parameters_are_at_most_those_of_a_layer(megatron_cpu, router_type):
         assert bytes_[1] <= 4 * router
         counts.append((bytes_[1] // 4, router))
     (few_estimated, few), (many_estimated, many) = counts
-    if memory._CENTRES[router_type]:  # what there is per expert grows by as much as the estimate, groups apart
+    if memory._CENTERS[router_type]:  # what there is per expert grows by as much as the estimate, groups apart
         assert many_estimated - few_estimated <= many - few <= 1.1 * (many_estimated - few_estimated)
 
 

@@ -1,4 +1,4 @@
-"""ProductKeyRouter: the best of all products, found without scoring them; queries normalised as PEER's."""
+"""ProductKeyRouter: the best of all products, found without scoring them; queries normalized as PEER's."""
 
 import pytest
 import torch
@@ -32,18 +32,18 @@ def naive_batch_norm(values):
 
 
 def naive_queries(router, hidden):
-    """[T, R, 2, D] in words: projection, normalisation, halves."""
+    """[T, R, 2, D] in words: projection, normalization, halves."""
     sizes, on_tokens = router.sizes, router.config.moe_product_key_on_tokens
     queries = hidden if on_tokens else hidden @ router.query_weight.t()
     if sizes.query_norm == "batchnorm":
         normal = queries if on_tokens else naive_batch_norm(queries)
     elif sizes.query_norm == "layernorm":
         parts = queries.view(len(hidden), -1, sizes.key_dim)
-        centred = parts - parts.mean(dim=2, keepdim=True)
-        normal = (centred / (parts.var(dim=2, unbiased=False, keepdim=True) + 1e-5).sqrt()).view_as(queries)
+        centered = parts - parts.mean(dim=2, keepdim=True)
+        normal = (centered / (parts.var(dim=2, unbiased=False, keepdim=True) + 1e-5).sqrt()).view_as(queries)
     else:
         normal = queries
-    if sizes.query_norm != "none" and not router.normalises_scores:
+    if sizes.query_norm != "none" and not router.normalizes_scores:
         normal = normal * router.norm_weight + router.norm_bias
     if on_tokens:
         return normal[:, None, None].expand(-1, sizes.num_heads, 2, -1)
@@ -59,7 +59,7 @@ def naive_routes(router, hidden):
         own = head if config.moe_product_key_on_tokens else 0  # PEER's heads share their keys
         first = queries[:, head, 0] @ router.keys1[own].t()
         second = queries[:, head, 1] @ router.keys2[own].t()
-        if router.normalises_scores:
+        if router.normalizes_scores:
             first, second = naive_batch_norm(first), naive_batch_norm(second)
         scores = (first[:, :, None] + second[:, None, :]).flatten(1)  # [T, E]
         assert scores.shape[1] == config.num_moe_experts
@@ -105,7 +105,7 @@ def test_two_heads_may_find_one_expert_and_both_count(megatron_cpu):
 
 
 def test_probs_of_omnimoe_are_products_of_two_softmaxes(megatron_cpu):
-    """The authors' words: log_softmax of each half's batch-normalised scores, summed, the best K, and their exp."""
+    """The authors' words: log_softmax of each half's batch-normalized scores, summed, the best K, and their exp."""
     router = make_router(
         megatron_cpu, moe_router_type="product_key", moe_product_key_heads=1, moe_product_key_on_tokens=True,
         moe_router_pre_softmax=True,
@@ -135,7 +135,7 @@ def test_batch_norm_is_torchs(megatron_cpu):
             router.route(hidden)
         router.route(hidden)
         queries = hidden @ router.query_weight.t()
-        torch.testing.assert_close(router._normalise(queries, None), reference(queries), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(router._normalize(queries, None), reference(queries), rtol=1e-4, atol=1e-4)
         assert update_codebooks(router) == 0
         torch.testing.assert_close(router.query_norm.mean, reference.running_mean, rtol=1e-4, atol=1e-4)
         # torch divides by one token less
@@ -144,7 +144,7 @@ def test_batch_norm_is_torchs(megatron_cpu):
     router.eval()
     before = router.query_norm.mean.clone()
     expected = (queries - before) * (router.query_norm.variance.float() + 1e-5).rsqrt()
-    torch.testing.assert_close(router._normalise(queries, None), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(router._normalize(queries, None), expected, rtol=1e-4, atol=1e-4)
     router.route(hidden)
     assert torch.equal(router.query_norm.mean, before) and not router.query_norm.statistics.any()
 

@@ -226,8 +226,8 @@ def test_the_plots_are_drawn(tmp_path):
 def test_the_reference_is_black_and_variants_of_a_router_share_their_colour():
     styles = report._styles([result(name, 1, 1.0) for name in ("vq", "air-8-probes", "topk", "air", "topk-raw")])
     assert list(styles) == ["topk", "topk-raw", "air", "air-8-probes", "vq"]
-    colours = [style["color"] for style in styles.values()]
-    assert colours[0] == colours[1] == "black" and colours[2] == colours[3] != colours[4]
+    colors = [style["color"] for style in styles.values()]
+    assert colors[0] == colors[1] == "black" and colors[2] == colors[3] != colors[4]
     variants = report._styles([result(name, 1, 1.0) for name in ("air", "air-b", "air-c", "air-d", "air-e")]).values()
     assert len({style["marker"] for style in variants}) == len({style["linestyle"] for style in variants}) == 5
 

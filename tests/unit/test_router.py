@@ -406,7 +406,7 @@ def test_one_poisoned_layer_does_not_hold_up_the_others(megatron_cpu):
     assert not torch.equal(layers[1].codebook.codewords, before[1])
 
 
-def test_lists_of_experts_follow_the_centres_after_an_update_only(megatron_cpu):
+def test_lists_of_experts_follow_the_centers_after_an_update_only(megatron_cpu):
     router = make_router(megatron_cpu, moe_air_codebook_source="experts")
     router.route(make_hidden(5))
     before = router.index.shortlist.clone()
@@ -547,7 +547,7 @@ def test_routers_are_found_in_a_fixed_order(megatron_cpu):
     assert find_routers(torch.nn.Linear(2, 2), AIRRouter) == []
 
 
-def test_an_expert_that_its_bias_favours_gets_into_the_lists(megatron_cpu):
+def test_an_expert_that_its_bias_favors_gets_into_the_lists(megatron_cpu):
     router = make_router(
         megatron_cpu,
         moe_router_score_function="sigmoid",

@@ -1,6 +1,6 @@
 """With a full shortlist AIRRouter is Megatron's TopKRouter: experts, probs, gradients, losses, counts.
 
-The same hidden states, centres, biases, masks and random states go through both; `loss = <probs, random>`, so that the
+The same hidden states, centers, biases, masks and random states go through both; `loss = <probs, random>`, so that the
 auxiliary losses, which Megatron attaches to the probs, reach the gradients too.
 """
 

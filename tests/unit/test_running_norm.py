@@ -66,7 +66,7 @@ def test_statistics_keep_their_dtypes_and_results_keep_the_dtype_of_the_tokens()
 
 
 @pytest.mark.parametrize("router_type", ("topk", "air", "hierarchical", "vq"))
-def test_a_router_sees_normalised_tokens_and_learns_only_in_training(megatron_cpu, router_type):
+def test_a_router_sees_normalized_tokens_and_learns_only_in_training(megatron_cpu, router_type):
     def make(norm):
         config = make_config(moe_router_type=router_type, moe_router_input_norm=norm)
         torch.manual_seed(0)
@@ -145,6 +145,6 @@ def test_a_checkpoint_with_another_norm_is_refused(found, wanted):
     ],
     ids=["hash", "product-keys", "unknown", "plain-topk"],
 )
-def test_what_cannot_be_normalised_is_refused(fields, message):
+def test_what_cannot_be_normalized_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         make_config(**{"moe_router_type": "topk", "moe_router_input_norm": "running", **fields})

@@ -1,4 +1,4 @@
-"""Flags that the entry point refuses, because it would accept and not honour them."""
+"""Flags that the entry point refuses, because it would accept and not honor them."""
 
 import sys
 
@@ -38,7 +38,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("flags, words", REFUSED.values(), ids=REFUSED)
-def test_flags_that_cannot_be_honoured_are_refused_by_name(monkeypatch, flags, words):
+def test_flags_that_cannot_be_honored_are_refused_by_name(monkeypatch, flags, words):
     from megatron.training.arguments import parse_args
 
     from air_moe_megatron.entry_refusals import check_flags
