@@ -85,7 +85,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         return {}
 
     def reset_parameters(self) -> None:
-        """As Megatron's; without a centre per expert, drop the empty weight before anything is written to it."""
+        """As Megatron's; without a center per expert, drop the empty weight before anything is written to it."""
         if self.has_expert_weight:
             super().reset_parameters()
         else:
@@ -220,8 +220,9 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         """Count a successful step in which every rank has run the router."""
 
     def end_step(self) -> None:
-        """Keep what the forwards since the last step have added to the logs."""
+        """Keep what the forwards since the last step have added to the logs; the next global batch begins."""
         self.logged_before.copy_(torch.cat((self.expert_load, self.num_routed)))
+        self.reset_global_aux_loss_tracker()  # Megatron's loop has done so; a loop of somebody else's has not
         self.has_learned = False
         self._forwards.reset()
 

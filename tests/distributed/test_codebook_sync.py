@@ -27,7 +27,7 @@ def make_layers(num_layers, source="tokens"):
         layer = AIRRouter.__new__(AIRRouter)
         torch.nn.Module.__init__(layer)
         layer.layer_number = number + 1
-        layer._forwards, layer.has_learned = ForwardCounter(), True
+        layer._forwards, layer.has_learned, layer.global_tokens_per_expert = ForwardCounter(), True, None
         for name, size in (("expert_load", 1), ("num_routed", 1), ("logged_before", 2)):
             layer.add_accumulator(name, torch.zeros(size, dtype=torch.int64))
         layer.codebook = Codebook(CLUSTERS, HIDDEN, 0.8)
@@ -41,9 +41,9 @@ def tokens_of(rank, update, layer):
     """Unequal numbers of tokens per rank and update, none on some; few directions, so that codewords starve."""
     generator = torch.Generator().manual_seed(1000 * update + 10 * rank + layer)
     num_tokens = (37 * (rank + 1) + 13 * update) % 90 if (rank + update) % 4 != 3 else 0
-    centres = torch.randn(3 + update, HIDDEN, generator=torch.Generator().manual_seed(layer))
-    which = torch.randint(len(centres), (num_tokens,), generator=generator)
-    return centres[which] + 0.3 * torch.randn(num_tokens, HIDDEN, generator=generator)
+    centers = torch.randn(3 + update, HIDDEN, generator=torch.Generator().manual_seed(layer))
+    which = torch.randint(len(centers), (num_tokens,), generator=generator)
+    return centers[which] + 0.3 * torch.randn(num_tokens, HIDDEN, generator=generator)
 
 
 def accumulate(layer, hidden):

@@ -227,6 +227,16 @@ def test_an_attempt_that_is_discarded_leaves_no_trace(megatron_cpu, name):
     assert before["router.expert_load"].sum() == 20 * 4
 
 
+def test_an_update_begins_the_counts_of_the_next_global_batch(megatron_cpu):
+    """In Megatron's loop the end of the gradients does; a loop of one's own has only the update."""
+    router = make_router(megatron_cpu, **fields_of("air"))
+    for _ in range(2):
+        router.route(microbatches(1)[0])
+        assert router.ga_steps == 1 and router.global_tokens_per_expert.sum() == 20 * 4
+        update_codebooks(router)
+    assert router.ga_steps == 0 and not router.global_tokens_per_expert.any()
+
+
 @ALL_TYPES
 def test_updates_without_tokens_change_nothing(megatron_cpu, name):
     """Of a teacher in evaluation mode within a model that trains, for one."""
