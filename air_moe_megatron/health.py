@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from air_moe_megatron.layer import AIRMoELayer
+from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.recall import recall
 from air_moe_megatron.routers import AIRRouter, VQRouter
 from air_moe_megatron.routers.base import CompactRouter
@@ -26,9 +27,7 @@ def expert_loads(routers: Sequence[CompactRouter]) -> tuple[list[torch.Tensor], 
         for each router [E] int64, the tokens that each expert got; [routers] int64, the tokens that were routed.
     """
     flat = torch.cat([*(router.expert_load for router in routers), *(router.num_routed for router in routers)])
-    group = routers[0].tp_dp_cp_group
-    if group is not None and group.size() > 1:
-        torch.distributed.all_reduce(flat, group=group)
+    sum_over_ranks(flat, routers[0].tp_dp_cp_group)
     for router in routers:
         router.reset_log()
     *loads, num_routed = flat.split([*(router.num_experts for router in routers), len(routers)])
@@ -106,8 +105,7 @@ def dispatch_figures(layers: Sequence[AIRMoELayer], group: torch.distributed.Pro
         for first, again in traffics
     ]
     sums = torch.tensor(sums, dtype=torch.float64, device=next(layers[0].parameters()).device).sum(dim=0)
-    if group is not None and group.size() > 1:
-        torch.distributed.all_reduce(sums, group=group)
+    sum_over_ranks(sums, group)
     for traffic in sum(traffics, ()):
         traffic.reset()
     tokens, *sums = sums.tolist()
@@ -122,13 +120,9 @@ def recall_figures(routers: Sequence[AIRRouter]) -> dict[str, float]:
     Communicates (one all-reduce over ``tp_dp_cp``) and waits for the device.
     """
     found = [figures for figures in map(recall, routers) if figures is not None]
-    device = routers[0].weight.device
-    sums = torch.tensor([sum(values) for values in zip(*found, strict=True)] or [0.0, 0.0], device=device)
-    sums = torch.cat((sums, sums.new_tensor([float(len(found))])))
-    group = routers[0].tp_dp_cp_group
-    if group is not None and group.size() > 1:
-        torch.distributed.all_reduce(sums, group=group)
-    mass, topk, count = sums.tolist()
+    sums = [sum(values) for values in zip(*found, strict=True)] or [0.0, 0.0]
+    sums = torch.tensor([*sums, len(found)], dtype=torch.float64, device=routers[0].weight.device)
+    mass, topk, count = sum_over_ranks(sums, routers[0].tp_dp_cp_group).tolist()
     return {"mass-recall": mass / count, "top-k-recall": topk / count} if count else {}
 
 
@@ -242,12 +236,12 @@ def vq_loss(routers: Sequence[VQRouter]) -> float:
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
     entry = get_moe_metrics_tracker().metrics.get("vq_loss")
-    total = torch.zeros((), device=routers[0].weight.device) if entry is None else entry.values.sum()
+    total = torch.zeros((), dtype=torch.float64, device=routers[0].weight.device)
+    if entry is not None:
+        total += entry.values.sum()
     group, part_group = routers[0].tp_dp_cp_group, routers[0].tp_cp_group  # each rank of the latter adds a part
-    if group is not None and group.size() > 1:
-        torch.distributed.all_reduce(total, group=group)
-    num_parts = group.size() // part_group.size() if group is not None else 1
-    return float(total) / (len(routers) * get_num_microbatches() * num_parts)
+    num_parts = group_size(group) // group_size(part_group)
+    return float(sum_over_ranks(total, group)) / (len(routers) * get_num_microbatches() * num_parts)
 
 
 def codebook_figures(routers: Sequence[AIRRouter]) -> dict[str, float]:

@@ -33,7 +33,7 @@ def recall(router: AIRRouter) -> tuple[float, float] | None:
     lists = router.index.shortlist.long()
     listed = fine_scores(sample.hidden, router.weight, router.bias, lists, sample.codewords, torch.float32)
     listed, ids = merge_probes(listed, lists[sample.codewords])  # [n, P*L]
-    mass = torch.full((hidden.shape[0],), float("-inf"), device=hidden.device)
+    mass = hidden.new_full((hidden.shape[0],), float("-inf"))
     listed_mass = mass.clone()
     best = hidden.new_empty(hidden.shape[0], 0)
     best_ids = ids.new_empty(hidden.shape[0], 0)

@@ -19,7 +19,7 @@ import torch
 from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.health import log_health
 from air_moe_megatron.learner import Learner
-from air_moe_megatron.process_groups import group_size
+from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers import find_routers
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.specs import require_routers
@@ -93,9 +93,8 @@ def _sum_over_ranks(
     device = (learning[0][0] if learning else listing[0]).expert_load.device
     ran = torch.tensor([float(router.has_learned) for router in listing], dtype=torch.float32, device=device)
     flat = torch.cat([*(learner.statistics.flatten() for _, learner in learning), ran])
-    if group_size(group) > 1:
-        torch.distributed.all_reduce(flat, group=group)
-    *parts, ran = flat.split([*(learner.statistics.numel() for _, learner in learning), len(listing)])
+    sizes = [*(learner.statistics.numel() for _, learner in learning), len(listing)]
+    *parts, ran = sum_over_ranks(flat, group).split(sizes)
     parts = [part.view_as(learner.statistics) for (_, learner), part in zip(learning, parts, strict=True)]
     figures = [part.isfinite().all() for part in parts]
     figures += [learner.num_tokens(part) > 0 for (_, learner), part in zip(learning, parts, strict=True)]

@@ -105,6 +105,22 @@ def test_the_line_of_a_dispatch_that_is_recomputed(megatron_cpu):
     )
 
 
+def test_figures_are_the_same_under_any_default_dtype(megatron_cpu):
+    from air_moe_megatron.health import recall_figures
+    from tests.builders import HIDDEN, make_router
+
+    router = make_router(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
+    router.route(torch.randn(60, HIDDEN, generator=torch.Generator().manual_seed(0)))
+    expected = recall_figures([router] * 3)
+    assert 0 < expected["mass-recall"] < 1
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            assert recall_figures([router] * 3) == expected
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 def test_no_tokens_at_all_are_no_error():
     assert load_figures(torch.zeros(1, 4, dtype=torch.int64), 1)["experts-used"] == 0.0
 
