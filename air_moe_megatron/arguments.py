@@ -1,7 +1,8 @@
-"""Command-line flags, generated from the fields of ``config.py``, and the config made from them."""
+"""Command-line flags, generated from the fields of ``config/fields.py``, and the config made from them."""
 
 import argparse
 
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
@@ -60,3 +61,20 @@ def padded_vocab_size(args: argparse.Namespace) -> int:
         return args.padded_vocab_size or 0
     sizes = (args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
     return calculate_padded_vocab_size(args.vocab_size, *sizes, logging_enabled=False)
+
+
+def moe_layers(args: argparse.Namespace) -> list[bool]:
+    """Which layers have experts, as `--moe-layer-freq` or the hybrid pattern says."""
+    if getattr(args, "num_experts", None) is None:
+        return [False] * args.num_layers
+    if args.hybrid_layer_pattern is not None:
+        return [symbol == Symbols.MOE for symbol in bare_pattern(args.hybrid_layer_pattern)]
+    frequency = getattr(args, "moe_layer_freq", 1)
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(args.num_layers)]
+    return [bool(has_experts) for has_experts in frequency]
+
+
+def bare_pattern(pattern: str) -> str:
+    """The layers of a hybrid pattern, without those of multi-token prediction and without pipeline stages."""
+    return pattern.split("/")[0].replace("|", "")

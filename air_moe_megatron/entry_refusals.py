@@ -11,8 +11,8 @@ from typing import Any
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.spec_utils import import_module
 
+from air_moe_megatron.arguments import moe_layers
 from air_moe_megatron.config import balancing_losses, is_plain_topk
-from air_moe_megatron.memory import num_moe_layers
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def check_values(args: argparse.Namespace) -> None:
             "--full-validation needs --multiple-validation-sets, with one set too: Megatron-Core 0.19 reads its number "
             "of steps as a list"
         )
-    if not is_plain_topk(args) and args.hybrid_layer_pattern is not None and num_moe_layers(args) == 0:
+    if not is_plain_topk(args) and args.hybrid_layer_pattern is not None and not any(moe_layers(args)):
         raise ValueError(
             f"--hybrid-layer-pattern ({args.hybrid_layer_pattern}) must have a layer {Symbols.MOE}: without an MoE "
             f"layer {_router_flag(args)} has no effect"
@@ -137,6 +137,17 @@ FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
         lambda args: _ours(args) and args.hybrid_context_parallel and bool(balancing_losses(args)),
         "the ranks that hold parts of a sequence change with every microbatch; set --moe-aux-loss-coeff 0",
         "{router} and --hybrid-context-parallel",
+    ),
+    FlagRefusal(
+        "--hybrid-context-parallel",
+        lambda args: (
+            args.hybrid_context_parallel
+            and args.moe_router_type == "product_key"
+            and args.moe_product_key_query_norm in ("auto", "batchnorm")
+        ),
+        "batch norm sums over the ranks in every forward, and their numbers of forwards differ; use "
+        "--moe-product-key-query-norm layernorm",
+        "--moe-router-type product_key",
     ),
     FlagRefusal(
         "--save-tokens-per-expert-interval",

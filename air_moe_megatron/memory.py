@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import torch
-from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
+from air_moe_megatron.arguments import moe_layers
 from air_moe_megatron.config import is_plain_topk
 
 _GIB = 2**30
@@ -54,7 +54,7 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
         args.expert_model_parallel_size * args.expert_tensor_parallel_size * args.expert_gtp_weight_remat_size
     )
     router_size = hidden * _CENTERS[args.moe_router_type]
-    layers = -(-num_moe_layers(args) // args.pipeline_model_parallel_size)
+    layers = -(-sum(moe_layers(args)) // args.pipeline_model_parallel_size)
     expert_size = projections * (args.moe_ffn_hidden_size or args.ffn_hidden_size) * (args.moe_latent_size or hidden)
     expert_replicas = args.world_size // (expert_shards * args.pipeline_model_parallel_size)
     router_replicas = args.data_parallel_size * args.context_parallel_size
@@ -69,15 +69,6 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
             tokens * experts * map_bytes if args.moe_dispatch == "stock" else 0
         ),
     }
-
-
-def num_moe_layers(args: argparse.Namespace) -> int:
-    """How many layers of the decoder are MoE layers."""
-    if args.hybrid_layer_pattern is not None:
-        return args.hybrid_layer_pattern.count(Symbols.MOE)
-    if isinstance(args.moe_layer_freq, list):
-        return sum(args.moe_layer_freq)
-    return -(-args.num_layers // args.moe_layer_freq)
 
 
 def _bytes_per_parameter(args: argparse.Namespace, replicas: int) -> int:

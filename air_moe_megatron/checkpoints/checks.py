@@ -7,6 +7,7 @@ from typing import Any
 from megatron.core.transformer import TransformerConfig
 from megatron.training.utils import print_rank_0
 
+from air_moe_megatron.arguments import bare_pattern, moe_layers
 from air_moe_megatron.checkpoints.reader import LEGACY_FILE, Checkpoint, Damaged
 from air_moe_megatron.config import AIRFields, resolve_sizes
 from air_moe_megatron.routers import ROUTERS
@@ -82,23 +83,6 @@ def loads_optimizer(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
     return is_saved and not (starts_anew or args.no_load_optim or args.skip_train)
 
 
-def get_moe_layers(args: argparse.Namespace) -> list[bool]:
-    """Which layers have experts, as `--moe-layer-freq` or the hybrid pattern says."""
-    if getattr(args, "num_experts", None) is None:
-        return [False] * args.num_layers
-    if args.hybrid_layer_pattern is not None:
-        return [symbol == "E" for symbol in _bare_pattern(args.hybrid_layer_pattern)]
-    frequency = getattr(args, "moe_layer_freq", 1)
-    if isinstance(frequency, int):
-        return [layer % frequency == 0 for layer in range(args.num_layers)]
-    return [bool(has_experts) for has_experts in frequency]
-
-
-def _bare_pattern(pattern: str) -> str:
-    """The layers of a hybrid pattern, without those of multi-token prediction and without pipeline stages."""
-    return pattern.split("/")[0].replace("|", "")
-
-
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -172,11 +156,11 @@ def _sizes_of_arguments(args: argparse.Namespace) -> dict[str, Any]:
     pattern = sizes.get("hybrid_layer_pattern") or getattr(args, "hybrid_override_pattern", None)
     sizes["hybrid_layer_pattern"] = pattern
     if pattern is not None:
-        sizes["hybrid_layer_pattern"] = _bare_pattern(pattern)
+        sizes["hybrid_layer_pattern"] = bare_pattern(pattern)
         sizes.pop("num_layers", None)  # it is derived from the pattern
     if not getattr(args, "group_query_attention", False):
         sizes.pop("num_query_groups", None)
-    layers = get_moe_layers(argparse.Namespace(**vars(args) | {"hybrid_layer_pattern": pattern}))
+    layers = moe_layers(argparse.Namespace(**vars(args) | {"hybrid_layer_pattern": pattern}))
     if all(layers):
         sizes.pop("ffn_hidden_size", None)
     if sizes.setdefault("num_experts", None) is None:

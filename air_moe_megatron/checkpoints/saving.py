@@ -10,7 +10,8 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.transformer import TransformerConfig
 
-from air_moe_megatron.checkpoints.checks import get_moe_layers, loads_optimizer
+from air_moe_megatron.arguments import moe_layers
+from air_moe_megatron.checkpoints.checks import loads_optimizer
 from air_moe_megatron.checkpoints.reader import Checkpoint
 
 _GIB = 2**30
@@ -91,7 +92,7 @@ def estimate_bytes(args: argparse.Namespace, config: TransformerConfig) -> int:
         per_expert = (3 if config.gated_linear_unit else 2) * hidden_size * config.moe_ffn_hidden_size
         if getattr(config, "moe_router_type", "topk") in ("topk", "air"):
             per_expert += hidden_size
-        num_values += sum(get_moe_layers(args)) * config.num_moe_experts * per_expert
+        num_values += sum(moe_layers(args)) * config.num_moe_experts * per_expert
     is_low = args.bf16 or args.fp16
     per_value = 2 if is_low else 4
     if not args.no_save_optim and not args.use_precision_aware_optimizer:

@@ -30,6 +30,10 @@ REFUSED = {
         + "--moe-aux-loss-coeff 0.1".split(),
         "(global_aux_loss) is not supported with --moe-router-type air and --hybrid-context-parallel",
     ),
+    "changing-ranks-of-a-batch-norm": (
+        [*AIR, "--moe-router-type", "product_key", "--hybrid-context-parallel"],
+        "--hybrid-context-parallel is not supported with --moe-router-type product_key",
+    ),
     "saved-counts": ([*GRANULAR, "--save-tokens-per-expert-interval", "5"], "--save-tokens-per-expert-interval (5)"),
     "upcycling": ([*GRANULAR, "--moe-use-upcycling"], "--moe-use-upcycling"),
     "reinforcement": (["--perform-rl-step"], "--perform-rl-step"),
