@@ -9,8 +9,8 @@ class Learner(PreservedState):
     """Statistics of one router that are summed over ranks and applied once per successful step.
 
     Life of a step: ``accumulate`` in the forward of each microbatch, ``discard`` when the step is attempted again,
-    ``apply_update`` with the sums over all ranks after the step. All tensors are fp32 or integer whatever the dtype of
-    the model, and buffers are equal on all ranks.
+    ``apply_update`` with the sums over all ranks after the step. All tensors are fp32 or
+    wider, or integer, whatever the dtype of the model. Buffers are equal on all ranks.
 
     Args:
         shape: of the statistics.

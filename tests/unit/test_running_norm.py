@@ -8,7 +8,7 @@ from air_moe_megatron.checkpoints.reader import Checkpoint, Location
 from air_moe_megatron.routers import ROUTERS
 from air_moe_megatron.running_norm import RunningNorm
 from air_moe_megatron.sync import discard_statistics, update_codebooks
-from tests.builders import make_config
+from tests.builders import make_config, make_router
 
 HIDDEN = 16
 
@@ -118,6 +118,22 @@ def test_the_statistics_are_saved_and_restored(megatron_cpu):
     other.load_state_dict(router.state_dict())
     assert torch.equal(other.input_norm.mean, router.input_norm.mean)
     assert "input_norm.statistics" not in router.state_dict()
+
+
+def test_a_variance_that_was_saved_in_fp32_loads(megatron_cpu, tmp_path):
+    """As checkpoints of earlier commits hold it."""
+    from megatron.core import dist_checkpointing
+
+    routers = [make_router(megatron_cpu, moe_router_type="topk", moe_router_input_norm="running") for _ in range(2)]
+    routers[0].input_norm.variance.fill_(3.25)
+    saved = routers[0].sharded_state_dict("router.")
+    variance = saved["router.input_norm.variance"]
+    variance.data, variance.dtype = variance.data.float(), torch.float32
+    dist_checkpointing.save(saved, str(tmp_path))
+    loaded = dist_checkpointing.load(routers[1].sharded_state_dict("router."), str(tmp_path))
+    routers[1].load_state_dict({name.removeprefix("router."): value for name, value in loaded.items()})
+    assert routers[1].input_norm.variance.dtype == torch.float64
+    assert torch.equal(routers[1].input_norm.variance, routers[0].input_norm.variance)
 
 
 @pytest.mark.parametrize("found, wanted", (("none", "running"), ("running", "none")))
