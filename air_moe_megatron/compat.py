@@ -1,8 +1,10 @@
 """Which Megatron this is, and what it leaves undone: the only home of version checks."""
 
 import argparse
+import contextlib
 import dataclasses
 import gc
+from collections.abc import Iterator
 
 import torch
 from packaging.version import Version
@@ -45,6 +47,21 @@ def release_process_groups() -> None:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
         gc.collect()  # a group's threads are joined when nothing refers to it any more
+
+
+@contextlib.contextmanager
+def process_groups_released() -> Iterator[None]:
+    """A context that ends with `release_process_groups`, also where Megatron ends a run early.
+
+    `--exit-interval`, `--exit-duration-in-mins` and the exit signals end Megatron's loop by SystemExit, on all ranks.
+    Other exceptions pass at once: a group may then wait for a rank that has failed.
+    """
+    try:
+        yield
+    except SystemExit:
+        release_process_groups()
+        raise
+    release_process_groups()
 
 
 def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ from air_moe_megatron.agreement import Ranks, check_agreement, meet
 from air_moe_megatron.arguments import add_air_arguments, transformer_config_from_args
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.checkpoints import check_checkpoint, fields_of_checkpoint
-from air_moe_megatron.compat import release_process_groups, repair_help, require_supported_megatron
+from air_moe_megatron.compat import process_groups_released, repair_help, require_supported_megatron
 from air_moe_megatron.config import is_plain_topk
 from air_moe_megatron.entry_refusals import check_flags, check_values
 from air_moe_megatron.memory import check_memory
@@ -189,5 +189,5 @@ def train(program_start: float | None = None, screen: TextIO | None = None) -> N
         if check_checkpoint(args, model_config.transformer, ranks):
             model_config.pre_wrap_hooks.append(leave_out_codebooks)
     pretrain_func, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, not is_plain_topk(args), screen)
-    release_process_groups()
+    with process_groups_released():
+        run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, not is_plain_topk(args), screen)

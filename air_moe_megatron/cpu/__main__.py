@@ -5,7 +5,7 @@ import os
 import runpy
 import sys
 
-from air_moe_megatron.compat import release_process_groups
+from air_moe_megatron.compat import process_groups_released
 from air_moe_megatron.cpu import REQUIRED_FLAGS, enable, set_rendezvous_defaults
 
 
@@ -26,8 +26,8 @@ def main() -> None:
     sys.path[0] = os.path.dirname(os.path.abspath(arguments.script))
     enable()
     set_rendezvous_defaults()
-    runpy.run_path(arguments.script, run_name="__main__")
-    release_process_groups()
+    with process_groups_released():
+        runpy.run_path(arguments.script, run_name="__main__")
 
 
 if __name__ == "__main__":

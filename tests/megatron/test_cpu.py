@@ -288,3 +288,21 @@ def test_missing_script_is_one_line(tmp_path):
     result = run_python("-m", "air_moe_megatron.cpu", str(tmp_path / "absent.py"), "--flag")
     assert result.returncode != 0
     assert result.stderr.splitlines() == [f"python -m air_moe_megatron.cpu: no such script: {tmp_path / 'absent.py'}"]
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "groups_left"),
+    [("pass", 0, False), ("sys.exit(3)", 3, False), ("raise KeyError('step')", 1, True)],
+    ids=["end", "early-exit", "failure"],
+)
+def test_a_script_that_ends_leaves_no_process_group(end, code, groups_left, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, sys, torch\n"
+        "torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)\n"
+        "atexit.register(lambda: print('groups left:', torch.distributed.is_initialized()))\n"
+        f"{end}\n"
+    )
+    result = run_python("-m", "air_moe_megatron.cpu", str(script))
+    assert result.returncode == code, result.stderr
+    assert result.stdout.splitlines()[-1] == f"groups left: {groups_left}"
