@@ -5,8 +5,9 @@ Legend: n tokens of the sample, H hidden, E experts, P probes, L shortlist, K to
 
 import torch
 
-from air_moe_megatron.ops.fine_scores import fine_scores
-from air_moe_megatron.routers.air import AIRRouter, merge_probes
+from air_moe_megatron.ops.fine_scores import fine_topk
+from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
+from air_moe_megatron.routers.air import AIRRouter
 
 _CHUNK = 16384  # experts whose exact scores are held at a time
 
@@ -31,8 +32,7 @@ def recall(router: AIRRouter) -> tuple[float, float] | None:
         return None
     hidden = sample.hidden.float()
     lists = router.index.shortlist.long()
-    listed = fine_scores(sample.hidden, router.weight, router.bias, lists, sample.codewords, torch.float32)
-    listed, ids = merge_probes(listed, lists[sample.codewords])  # [n, P*L]
+    ids = lists[sample.codewords].flatten(1)  # [n, P*L], with repetitions
     mass = hidden.new_full((hidden.shape[0],), float("-inf"))
     listed_mass = mass.clone()
     best = hidden.new_empty(hidden.shape[0], 0)
@@ -49,10 +49,16 @@ def recall(router: AIRRouter) -> tuple[float, float] | None:
         is_listed = is_listed.scatter_(1, columns, True)[:, 1:-1]
         listed_mass = torch.logaddexp(listed_mass, logits.masked_fill(~is_listed, float("-inf")).logsumexp(dim=1))
         chunk_ids = torch.arange(chunk.start, chunk.stop, device=ids.device).expand_as(logits)
-        ranks = torch.cat((best, _rank(router, logits, chunk_ids)), dim=1)
+        if router.expert_bias is not None:
+            logits = SCORE_FUNCTIONS[router.score_function](logits) + router.expert_bias[chunk]
+        ranks = torch.cat((best, logits), dim=1)
         best, columns = ranks.topk(min(router.topk, ranks.shape[1]), dim=1)
         best_ids = torch.cat((best_ids, chunk_ids), dim=1).gather(1, columns)
-    found = ids.gather(1, _rank(router, listed, ids).topk(router.topk, dim=1).indices)
+    function = None if router.expert_bias is None else router.score_function
+    weights = (router.weight, router.bias)
+    found = fine_topk(
+        sample.hidden, *weights, lists, sample.codewords, router.topk, torch.float32, function, router.expert_bias
+    )[1]
     shares = torch.stack(
         (
             (listed_mass - mass).exp(),
@@ -62,11 +68,3 @@ def recall(router: AIRRouter) -> tuple[float, float] | None:
     if sample.padding_mask is not None:
         shares = shares[:, ~sample.padding_mask]
     return tuple(shares.mean(dim=1).tolist()) if shares.shape[1] else None
-
-
-def _rank(router: AIRRouter, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """[n, N] what top-k goes by: logits, or with an expert bias the biased scores; -inf for what is no candidate."""
-    if router.expert_bias is None:
-        return logits
-    scores = logits.sigmoid() if router.score_function == "sigmoid" else torch.nn.functional.softplus(logits).sqrt()
-    return (scores + router.expert_bias[ids.clamp(min=0)]).masked_fill(ids < 0, float("-inf"))

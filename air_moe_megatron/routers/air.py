@@ -19,8 +19,7 @@ from air_moe_megatron.config import resolve_sizes
 from air_moe_megatron.index import ShortlistIndex, balanced_lists, reserved_places
 from air_moe_megatron.learner import Learner
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
-from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk
-from air_moe_megatron.ops.selected_scores import selected_scores
+from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.recomputation import hidden_from_checkpoints
 from air_moe_megatron.routers.base import CompactRouter, Routes
 
@@ -57,8 +56,8 @@ class AIRRouter(CompactRouter):
             config.moe_air_refresh_interval,
             reserved_places(self.num_experts, self.sizes.num_clusters, self.sizes.shortlist_size, self.topk),
         )
-        # No place stays empty: lists of source 'tokens' are full. Inverted lists may be short, and with several probes
-        # a repeated candidate may stand in for an expert whose score underflows.
+        # No slot of the routes stays empty: lists of source 'tokens' are full. Inverted lists may be short, and several
+        # lists may hold fewer than M distinct experts: an empty slot may then stand in for one whose score underflows.
         self.always_complete = config.moe_air_codebook_source == "tokens" and self.sizes.num_probes == 1
         # Set before a top-k checkpoint is loaded: the codebook is not asked of it. Loading sets it back.
         self.is_codebook_left_out = False
@@ -68,62 +67,48 @@ class AIRRouter(CompactRouter):
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         with hidden_from_checkpoints():
             shortlist, codewords = self._coarse(hidden, padding_mask)  # [C, L], [T, P]
-        if self._all_scores_matter() or self.expert_bias is not None or self.sizes.num_probes > 1:
-            logits, ids = self._candidates(hidden, shortlist, codewords)
-            routes = self._choose_among(logits, ids, padding_mask, batch_size)
-        else:
-            routes = self._fused_topk(hidden, shortlist, codewords)
+        logits, ids = self._candidates(hidden, shortlist, codewords)
+        if self._all_scores_matter():
+            routes = self._choose_among(logits, ids.long(), padding_mask, batch_size)
+        else:  # the candidates are the top-k
+            routes = Routes(ids, self._probs_of(logits))
         probs = routes.probs if self.always_complete else routes.probs.masked_fill(routes.topk_ids < 0, 0.0)
         if self._is_counted and not self.config.moe_router_force_load_balancing:
             with hidden_from_checkpoints():
                 self.sample = _take_sample(hidden, codewords, padding_mask)
         return Routes(routes.topk_ids, probs, codewords)
 
-    def _fused_topk(self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor) -> Routes:
-        """Choose the best K of one list in one operation, where no other score reaches the loss."""
-        selected, topk_ids = fine_topk(
-            hidden, self.weight, self.bias, shortlist, codewords, self.topk, self._router_dtype(hidden)
-        )
-        return Routes(topk_ids.int(), self._probs_of(selected))
-
     def _candidates(
         self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score the candidates of each token that probabilities and losses may see.
+        """Score the probed lists, and keep the best experts that probabilities and losses may see.
 
-        These are all of the probed lists, or the best M of them where ``moe_air_num_candidates`` says so. Where only
-        the selected scores reach the loss, they are the best K: no other candidate needs a gradient.
+        Where only the selected scores reach the loss, these are the top-k; otherwise the best M. A load test draws
+        among all of them.
 
         Returns:
-            [T, N] logits, with the gradients that are needed; [T, N] int64 expert ids, -1 for no candidate.
+            [T, N] logits with their gradients, random ones in a load test; [T, N] int32 expert ids, -1 for no
+            candidate.
         """
-        is_narrowed, all_scores_matter = self._is_narrowed(), self._all_scores_matter()
-        if is_narrowed and self.sizes.num_probes == 1:
-            num_candidates, dtype = self.sizes.num_candidates, self._router_dtype(hidden)
-            logits, ids = fine_topk(hidden, self.weight, self.bias, shortlist, codewords, num_candidates, dtype)
-            return logits, ids.long()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and all_scores_matter and not is_narrowed):
-            logits, ids = self._score_candidates(hidden, shortlist.long(), codewords)
-        if is_narrowed:
-            columns = logits.topk(self.sizes.num_candidates, dim=1, sorted=False).indices
-        elif torch.is_grad_enabled() and not all_scores_matter:
-            columns = self._select(logits, ids)[1]
+        is_load_test = self.config.moe_router_force_load_balancing
+        if is_load_test:
+            num_candidates = codewords.shape[1] * shortlist.shape[1]
         else:
-            return logits, ids
-        ids = ids.gather(1, columns)
-        return selected_scores(hidden, self.weight, self.bias, ids, logits.gather(1, columns)), ids
-
-    def _score_candidates(
-        self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, P*L] scores of all candidates and their ids; random scores in a load test."""
-        scores = fine_scores(hidden, self.weight, self.bias, shortlist, codewords, self._router_dtype(hidden))
-        if self.sizes.num_probes > 1:
-            logits, ids = merge_probes(scores, shortlist[codewords])
-        else:
-            logits, ids = scores.squeeze(1), shortlist[codewords.squeeze(1)]
-        if self.config.moe_router_force_load_balancing:
-            logits = apply_random_logits(logits).masked_fill(ids < 0, float("-inf"))
+            num_candidates = self.sizes.num_candidates if self._all_scores_matter() else self.topk
+        logits, ids = fine_topk(
+            hidden,
+            self.weight,
+            self.bias,
+            shortlist,
+            codewords,
+            num_candidates,
+            self._router_dtype(hidden),
+            score_function=None if self.expert_bias is None else self.score_function,
+            expert_bias=self.expert_bias,
+        )
+        if is_load_test:
+            ids, order = ids.sort(dim=1)
+            logits = apply_random_logits(logits.gather(1, order)).masked_fill(ids < 0, float("-inf"))
         return logits, ids
 
     def _probs_of(self, selected):
@@ -133,19 +118,13 @@ class AIRRouter(CompactRouter):
             selected, self.topk, precomputed_indices=columns, dense_output=True, **self._score_settings()
         )[0]
 
-    def _is_narrowed(self) -> bool:
-        """Whether scores beside the top-k matter, but not those of all candidates. A load test draws all at random."""
-        searched = self.sizes.num_probes * self.sizes.shortlist_size
-        return (
-            self.sizes.num_candidates < searched
-            and self._all_scores_matter()
-            and not self.config.moe_router_force_load_balancing
-        )
-
     def _all_scores_matter(self) -> bool:
-        """Whether scores beside the selected ones reach the loss, and so need gradients."""
+        """Whether scores beside the selected ones reach the loss, and so need gradients.
+
+        Not whether they do so now: a checkpointed forward runs without gradients at first, and ties must fall alike.
+        """
         return (
-            self._needs_aux_scores()
+            (self.training and self.is_aux_loss_enabled())
             or self.config.moe_z_loss_coeff is not None
             or (self.score_function == "softmax" and self.config.moe_router_pre_softmax)
             or self.config.moe_router_force_load_balancing  # its straight-through estimator hangs on all of them
@@ -222,29 +201,6 @@ def _take_sample(hidden: torch.Tensor, codewords: torch.Tensor, padding_mask: to
         codewords=codewords[::step].clone(),
         padding_mask=None if padding_mask is None else padding_mask[::step].clone(),
     )
-
-
-@torch.no_grad()
-def _sort_candidates(ids):
-    """Order of the candidates of each token by expert id, and which of them repeat the one before."""
-    ids, places = ids.sort(dim=1, stable=True)
-    repeated = torch.zeros_like(ids, dtype=torch.bool)
-    repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
-    return ids, places, repeated
-
-
-def merge_probes(scores, ids):
-    """Join the shortlists of a token's probes; an expert in two of them is one candidate.
-
-    Args:
-        scores: [T, P, L].
-        ids: [T, P, L] int64, -1 for no expert.
-    Returns:
-        [T, P*L] scores, -inf for what is no candidate; [T, P*L] ids, ascending, -1 for what is no candidate.
-    """
-    ids, places, repeated = _sort_candidates(ids.flatten(1))
-    scores = scores.flatten(1).gather(1, places).masked_fill(repeated, float("-inf"))
-    return scores, ids.masked_fill(repeated, -1)
 
 
 def refresh_lists(

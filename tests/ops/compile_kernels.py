@@ -122,9 +122,15 @@ def fine_scores_bias():
 
 
 def fine_topk():
-    hidden, weight, bias = leaf(T, H), leaf(E, H), torch.zeros(E, dtype=BF16)
-    scores, _ = topk_kernels.fine_topk(hidden, weight, bias, *lists(), K, torch.float32)
-    backward((scores,), (hidden, weight))
+    inputs = torch.zeros(T, H, dtype=BF16), torch.zeros(E, H, dtype=BF16), torch.zeros(E, dtype=BF16)
+    topk_kernels.fine_topk(*inputs, *lists(), K, torch.float32)
+
+
+def fine_topk_of_lists(num_probes, topk, score_function=None):
+    inputs = torch.zeros(T, H, dtype=BF16), torch.zeros(E, H, dtype=BF16), torch.zeros(E, dtype=BF16)
+    assignments = (torch.arange(T).view(T, 1) + torch.arange(num_probes)) % C
+    expert_bias = None if score_function is None else torch.zeros(E)
+    topk_kernels.fine_topk(*inputs, lists()[0], assignments, topk, torch.float32, score_function, expert_bias)
 
 
 def pair_products():
@@ -159,6 +165,9 @@ CASES = {
     "fine-scores-deterministic": lambda: fine_scores(deterministic=True),
     "fine-scores-bias": fine_scores_bias,
     "fine-topk": fine_topk,
+    "fine-topk-of-lists": lambda: fine_topk_of_lists(8, 256),
+    "fine-topk-of-lists-biased": lambda: fine_topk_of_lists(1, 64, "sqrtsoftplus"),
+    "fine-topk-of-lists-largest": lambda: fine_topk_of_lists(8, 2048),
     "pair-products": pair_products,
     "selected-scores": selected_scores,
     "granular-experts": lambda: granular_experts(deterministic=False),

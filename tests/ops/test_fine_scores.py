@@ -229,26 +229,70 @@ def test_int32_lists_equal_int64_lists():
     assert all(torch.equal(*pair) for pair in zip(actual[1], expected[1], strict=True))
 
 
+SCORE_FUNCTIONS_OF_BIAS = (None, "sigmoid", "sqrtsoftplus")
+
+
+def expert_bias_for(function, num_experts):
+    """An expert bias that decides more than the scores do; None without a score function."""
+    return None if function is None else torch.randn(num_experts, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("function", SCORE_FUNCTIONS_OF_BIAS)
 @pytest.mark.parametrize("padded", (False, True), ids=("full-lists", "shorter-lists"))
 @pytest.mark.parametrize("with_bias", (False, True), ids=("no-bias", "bias"))
-@pytest.mark.parametrize("shape", [name for name, shape in SHAPES.items() if shape[-1] == 1])
-def test_the_best_of_each_list(shape, with_bias, padded, monkeypatch):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_best_of_the_lists(shape, with_bias, padded, function, monkeypatch):
+    """An expert of several lists counts once; also where tokens and scores are cut into blocks."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: empty(*size, **kwargs).fill_(-7))
+    monkeypatch.setattr(eager, "_TABLE_ROWS", (3, 5))
     hidden, weight, bias, shortlist, assignments = make_inputs(SHAPES[shape], torch.float64, with_bias, padded)
-    for topk in {1, min(3, shortlist.shape[1]), shortlist.shape[1]}:
-        arguments = (hidden, weight, bias, shortlist.int(), assignments, topk, torch.float64)
+    num_candidates = assignments.shape[1] * shortlist.shape[1]
+    monkeypatch.setattr(eager, "SCORES_OF_BLOCK", 11 * num_candidates)
+    expert_bias = expert_bias_for(function, weight.shape[0])
+    for topk in {1, min(3, num_candidates), shortlist.shape[1], num_candidates, num_candidates + 2}:
+        arguments = (hidden, weight, bias, shortlist.int(), assignments, topk, torch.float64, function, expert_bias)
         scores, ids = fine_topk(*arguments)
         expected_scores, expected_ids = naive_fine_topk(*arguments)
         assert ids.dtype == torch.int32 and scores.dtype == torch.float64
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        assert torch.equal(ids.gather(1, order), expected_ids)
-        torch.testing.assert_close(scores, expected_scores, rtol=1e-12, atol=1e-12)
+        ids, order = ids.sort(dim=1)
+        expected_ids, expected_order = expected_ids.sort(dim=1)
+        assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(
+            scores.gather(1, order), expected_scores.gather(1, expected_order), rtol=1e-12, atol=1e-12
+        )
 
 
-def test_the_best_of_several_lists_is_refused():
-    with pytest.raises(ValueError, match=r"assignments \(33, 2\) must be \[T, 1\]"):
-        fine_topk(*make_inputs(SHAPES["two-probes"], torch.float32, False, False), 1, torch.float32)
+@pytest.mark.parametrize("shape", ("two-probes", "three-probes", "full-list"))
+@pytest.mark.parametrize("function", SCORE_FUNCTIONS_OF_BIAS)
+def test_gradients_of_the_best(shape, function):
+    hidden, weight, bias, shortlist, assignments = make_inputs(SHAPES[shape], torch.float64, True, False)
+    leaves = [leaf.requires_grad_() for leaf in (hidden, weight, bias)]
+    expert_bias = expert_bias_for(function, weight.shape[0])
+    results = []
+    for operation in (fine_topk, naive_fine_topk):
+        scores, ids = operation(*leaves, shortlist.int(), assignments, 4, torch.float64, function, expert_bias)
+        factors = torch.randn(weight.shape[0], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        results.append(torch.autograd.grad((scores * factors[ids.long()]).square().sum(), leaves))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"topk": 0}, r"topk \(0\) must be at least 1"),
+        ({"score_function": "sigmoid"}, "must be given together"),
+        ({"expert_bias": torch.zeros(24)}, "must be given together"),
+        ({"score_function": "softmax", "expert_bias": torch.zeros(24)}, r"score_function \('softmax'\) must be None"),
+        ({"score_function": "sigmoid", "expert_bias": torch.zeros(23)}, r"expert_bias \(23,\) must be \[E\]"),
+    ],
+    ids=["no-topk", "no-bias", "no-function", "unknown-function", "bias-of-others"],
+)
+def test_what_the_topk_cannot_do_is_refused(change, message):
+    hidden, weight, bias, shortlist, assignments = make_inputs(SHAPES["two-probes"], torch.float32, False, False)
+    with pytest.raises(ValueError, match=message):
+        fine_topk(hidden, weight, bias, shortlist, assignments, **{"topk": 2, "dtype": torch.float32} | change)
 
 
 BAD_SHAPES = {

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from air_moe_megatron.ops.fine_scores import fine_topk, kernels, topk_kernels
-from air_moe_megatron.ops.fine_scores.naive import naive_fine_scores
+from air_moe_megatron.ops.fine_scores.naive import naive_fine_scores, naive_fine_topk
+from air_moe_megatron.ops.selected_scores.kernels import selected_scores
 from tests.ops.conftest import relative_error
 
 # Root mean square of the difference over that of naive.py in fp64 on the same inputs. Sums are made in fp32; what is
@@ -48,6 +49,12 @@ def make(shape, dtype, device, padded=True, integers=False):
         shortlist = shortlist.masked_fill(torch.arange(shortlist_size) >= lengths, -1)
     assignments = torch.rand(num_tokens, num_clusters, generator=generator).argsort(dim=1)[:, :num_probes]
     return leaves, shortlist.to(device), assignments.to(device)
+
+
+def ascending(shortlist):
+    """The lists as the index makes them: ascending ids, -1 at the end."""
+    ids = shortlist.masked_fill(shortlist < 0, 2**31).sort(dim=1).values
+    return ids.masked_fill(ids == 2**31, -1)
 
 
 def widened(leaves):
@@ -175,17 +182,16 @@ def test_main_grad_is_added_to_and_only_in_used_rows(dtype, deterministic, kerne
     assert relative_error(grads[1], 3.0 + grads[0].double()) <= TOLERANCES[dtype]
 
 
-def naive_topk(leaves, shortlist, assignments, topk):
-    """Scores [T, K] and ids by sorting all scores; the first of equals wins."""
-    scores = naive_fine_scores(*leaves, shortlist, assignments, torch.float64).squeeze(1)
-    ids = shortlist[assignments.squeeze(1)]
-    places = scores.detach().sort(dim=1, descending=True, stable=True).indices[:, :topk]
-    missing = topk - places.shape[1]
-    pad = torch.nn.functional.pad
-    return (
-        pad(scores.gather(1, places), (0, missing), value=float("-inf")),
-        pad(ids.gather(1, places), (0, missing), value=-1),
-    )
+def naive_topk(leaves, shortlist, assignments, topk, function=None, expert_bias=None):
+    """Scores [T, K] and ids, best first; the first of equals wins."""
+    scores, ids = naive_fine_topk(*leaves, shortlist, assignments, topk, torch.float64, function, expert_bias)
+    return scores, ids.long()
+
+
+def topk_with_gradients(leaves, shortlist, assignments, topk, *bias):
+    """As the front door joins the two kernels."""
+    scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, topk, torch.float32, *bias)
+    return selected_scores(*leaves, ids, scores), ids
 
 
 @pytest.mark.parametrize(
@@ -198,15 +204,26 @@ def naive_topk(leaves, shortlist, assignments, topk):
         ((9, 16, 50, 3, 20, 1), 30, torch.float32),  # more than the list
         ((1, 1, 1, 1, 1, 1), 1, torch.float32),
         ((0, 8, 12, 3, 4, 1), 2, torch.float32),
+        ((21, 33, 24, 4, 7, 2), 3, torch.float32),
+        ((21, 33, 24, 8, 7, 8), 20, torch.bfloat16),
+        ((9, 16, 50, 5, 13, 3), 39, torch.float32),  # all
+        ((9, 16, 50, 5, 13, 3), 45, torch.float32),  # more than all
+        ((1, 1, 1, 1, 1, 1), 1, torch.float32),
+        ((0, 8, 12, 3, 4, 2), 2, torch.float32),
+        ((2, 8, 600, 9, 130, 8), 300, torch.float32),  # several tiles
     ],
     ids=str,
 )
-def test_topk_is_exact_and_the_first_of_equals_wins(shape, topk, dtype, kernel_device):
+@pytest.mark.parametrize("function", (None, "sigmoid", "sqrtsoftplus"))
+def test_topk_is_exact_and_the_first_of_equals_wins(shape, topk, dtype, function, kernel_device):
     leaves, shortlist, assignments = make(shape, dtype, kernel_device, integers=True)
+    shortlist = ascending(shortlist)
+    # With a bias as large as this, equals are equal to the last bit in fp64 too.
+    bias = () if function is None else (function, torch.arange(shape[2], device=kernel_device).float() % 5)
     with torch.no_grad():
-        expected = naive_topk(leaves, shortlist, assignments, topk)
-        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, topk, dtype)
-    assert (scores.dtype, ids.dtype) == (torch.float32, torch.int32)
+        expected = naive_topk(leaves, shortlist, assignments, topk, *bias)
+        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, topk, dtype, *bias)
+    assert (scores.dtype, ids.dtype) == (dtype, torch.int32)
     assert torch.equal(ids.long(), expected[1])
     assert torch.equal(scores.double(), expected[0])
 
@@ -232,11 +249,13 @@ def test_the_largest_topk_of_a_list_of_two_full_tiles(kernel_device):
     assert torch.equal(scores.double(), expected[0])
 
 
+@pytest.mark.parametrize("num_probes", (1, 3))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_topk_gradients_equal_naive(dtype, kernel_device):
-    leaves, shortlist, assignments = make((11, 17, 40, 3, 18, 1), dtype, kernel_device)
+def test_topk_gradients_equal_naive(dtype, num_probes, kernel_device):
+    leaves, shortlist, assignments = make((11, 17, 40, 3, 18, num_probes), dtype, kernel_device)
+    shortlist = ascending(shortlist)
     wide = widened(leaves)
-    scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, 5, torch.float32)
+    scores, ids = topk_with_gradients(leaves, shortlist, assignments, 5)
     expected_scores, expected_ids = naive_topk(wide, shortlist, assignments, 5)
     assert torch.equal(ids.long(), expected_ids)
     results = []
@@ -250,7 +269,7 @@ def test_topk_gradients_have_equal_bits_in_every_run(kernel_device):
     leaves, shortlist, assignments = make((11, 17, 40, 3, 18, 1), torch.float32, kernel_device)
     runs = []
     for _ in range(2):
-        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, 5, torch.float32)
+        scores, ids = topk_with_gradients(leaves, shortlist, assignments, 5)
         runs.append(torch.autograd.grad(scores[ids >= 0].square().sum(), leaves))
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
@@ -259,7 +278,7 @@ def test_only_the_gradients_asked_for_are_made(kernel_device):
     leaves, shortlist, assignments = make((4, 16, 24, 2, 7, 1), torch.float32, kernel_device)
     for wanted in range(3):
         inputs = [leaf.detach().requires_grad_(place == wanted) for place, leaf in enumerate(leaves)]
-        scores, ids = topk_kernels.fine_topk(*inputs, shortlist, assignments, 2, torch.float32)
+        scores, ids = topk_with_gradients(inputs, shortlist, assignments, 2)
         scores[ids >= 0].sum().backward()
         all_scores = kernels.fine_scores(*inputs, shortlist, assignments, torch.float32)
         all_scores[all_scores.isfinite()].sum().backward()
@@ -273,30 +292,18 @@ def test_the_weight_gradient_of_the_topk_goes_into_main_grad(kernel_device):
         centers = torch.nn.Parameter(weight.detach().clone())
         if fused:
             centers.main_grad = torch.full_like(centers, 3.0)
-        scores, ids = topk_kernels.fine_topk(hidden, centers, None, shortlist, assignments, 2, torch.float32)
+        scores, ids = topk_with_gradients((hidden, centers, None), shortlist, assignments, 2)
         scores[ids >= 0].sum().backward()
         grads.append(centers.main_grad if fused else centers.grad)
     assert centers.grad_added_to_main_grad
     torch.testing.assert_close(grads[1], 3.0 + grads[0])
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [({"topk": 0}, r"topk \(0\)"), ({"assignments": torch.zeros(9, 2, dtype=torch.int64)}, r"\[T, 1\]")],
-    ids=["no-topk", "two-probes"],
-)
-def test_what_the_topk_cannot_do_is_refused(change, message, backend):
-    (hidden, weight, bias), shortlist, assignments = make((9, 16, 24, 3, 7, 1), torch.float32, "cpu")
-    arguments = {"assignments": assignments, "dtype": torch.float32, "topk": 2} | change
-    with pytest.raises(ValueError, match=message):
-        fine_topk(hidden, weight, bias, shortlist, **arguments)
-
-
 def test_more_than_the_kernels_take_is_not_forced(monkeypatch):
     monkeypatch.setenv("AIR_MOE_BACKEND", "triton")
     inputs, shortlist, assignments = make((9, 16, 24, 3, 7, 1), torch.float32, "cpu")
-    with pytest.raises(ValueError, match=r"topk \(513\) exceeds 512"):
-        fine_topk(*inputs, shortlist, assignments, 513, torch.float32)
+    with pytest.raises(ValueError, match=r"topk \(2049\) exceeds 2048"):
+        fine_topk(*inputs, shortlist, assignments, 2049, torch.float32)
 
 
 def test_worked_examples(kernel_device):

@@ -30,6 +30,7 @@ FINE_SCORES = {
     ("_fine_scores_bwd_weight_kernel", "bf16"),
 }
 FINE_TOPK = ("_fine_topk_fwd_kernel", "bf16")
+MERGED_LISTS = {("_fine_scores_fwd_kernel", "bf16"), ("_merge_lists_fwd_kernel", "")}
 GRANULAR_EXPERTS = {
     ("_granular_experts_fwd_kernel", "bf16"),
     ("_granular_experts_bwd_kernel", "bf16"),
@@ -43,7 +44,10 @@ LAUNCHES = {
     "fine-scores": FINE_SCORES,
     "fine-scores-deterministic": FINE_SCORES | {PAIR_WEIGHT},
     "fine-scores-bias": {("_fine_scores_fwd_kernel", "bf16"), ("_fine_scores_bwd_weight_kernel", "plain")},
-    "fine-topk": {FINE_TOPK, PAIR_SUMS, PAIR_WEIGHT},
+    "fine-topk": {FINE_TOPK},
+    "fine-topk-of-lists": MERGED_LISTS,
+    "fine-topk-of-lists-biased": MERGED_LISTS,
+    "fine-topk-of-lists-largest": MERGED_LISTS,
     "pair-products": {("_pair_dots_fwd_kernel", ""), PAIR_SUMS, PAIR_WEIGHT},
     "selected-scores": {PAIR_SUMS, PAIR_WEIGHT},
     "granular-experts": GRANULAR_EXPERTS | {("_expert_sums_fwd_kernel", "bf16")},

@@ -4,6 +4,7 @@ import torch
 
 from air_moe_megatron.ops.backend import use_kernels
 from air_moe_megatron.ops.fine_scores import eager
+from air_moe_megatron.ops.score_functions import validate_expert_bias
 from air_moe_megatron.ops.selected_scores import selected_scores
 
 __all__ = ["fine_scores", "fine_topk"]
@@ -55,35 +56,40 @@ def fine_topk(
     assignments: torch.Tensor,
     topk: int,
     dtype: torch.dtype,
+    score_function: str | None = None,
+    expert_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the experts that score highest in each token's shortlist, without writing the other scores down.
+    """Find the distinct experts that score highest in each token's shortlists.
 
+    With an expert bias they are chosen by ``function(score_e) + expert_bias_e``, as Megatron's top-k chooses; what is
+    returned are the scores. Of one list, no other scores are written down; of several, those of a block of tokens are.
     Differentiable in hidden, weight and bias, for K rows per token (``ops/selected_scores``). With torch operations it
     waits for the device, for the sizes of the groups.
 
     Args:
         hidden, weight, bias, shortlist, dtype: as :func:`fine_scores`.
-        assignments: [T, 1] int64, the codeword of each token.
-        topk: K, at least 1; may be more than L.
+        assignments: [T, P] int64, the codewords of each token, distinct in a row. An expert that is in several of
+            their lists is one candidate.
+        topk: K, at least 1; may be more than P * L.
+        score_function, expert_bias: as :func:`air_moe_megatron.ops.ranking.rank_experts` takes them.
     Returns:
-        [T, K] scores in ``dtype``, in no order, and their [T, K] int32 expert ids; -inf and -1 where a list has fewer.
+        [T, K] scores in ``dtype``, in no order, and their [T, K] int32 expert ids; -inf and -1 where there are fewer.
     Raises:
         ValueError: if the shapes do not fit together.
 
-    Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2]], assignments [[0]] and K = 1 gives the
-    score [[3]] and the id [[2]].
+    Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2], [1, 2]], assignments [[0, 1]] and
+    K = 2 gives the scores [[3, 2]] and the ids [[2, 1]].
     """
     _validate(hidden, weight, bias, shortlist, assignments)
-    if assignments.shape[1] != 1:
-        raise ValueError(f"assignments {tuple(assignments.shape)} must be [T, 1]: experts may be in several lists")
+    validate_expert_bias(score_function, expert_bias, weight.shape[0])
     if topk < 1:
         raise ValueError(f"topk ({topk}) must be at least 1")
-    if use_kernels("fine_scores", hidden, weight, dtype=dtype, topk=topk):
-        from air_moe_megatron.ops.fine_scores import topk_kernels
-
-        scores, ids = topk_kernels.fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype)
-        return scores.to(dtype), ids
-    scores, ids = eager.fine_topk(hidden, weight, bias, shortlist, assignments, topk, dtype)
+    if use_kernels("fine_scores", hidden, weight, dtype=dtype, topk=topk, probes=assignments.shape[1]):
+        from air_moe_megatron.ops.fine_scores import topk_kernels as backend
+    else:
+        backend = eager
+    inputs = (hidden, weight, bias, shortlist, assignments, topk, dtype, score_function, expert_bias)
+    scores, ids = backend.fine_topk(*inputs)
     return selected_scores(hidden, weight, bias, ids, scores), ids
 
 

@@ -9,8 +9,8 @@ this padded order is worked out once for all batches: on a CPU a batch is so sma
 The gathered centers of a batch share one buffer with those of all others: fresh memory for every list costs more in
 page faults than the products themselves.
 
-Where only the best K scores of a token are wanted, each tile is reduced to them while it is in the cache: the [T, L]
-scores are never written.
+The best K of one list are chosen from each tile while it is in the cache: the [T, L] scores are never written. Several
+lists of a token are merged from a block of [n, P*L] scores.
 
 Legend: R = T*P rows, B codewords of a batch, n their rows after padding, N rows of all batches after padding; others as
 in ``ops/__init__.py``.
@@ -22,10 +22,14 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
 from air_moe_megatron.ops.weight_gradient import added_to_main_grad, main_grad_of
 
 _BATCH_ELEMENTS = 2**21  # of the gathered centers: 8 MiB in fp32, which the cache of a CPU holds beside the tiles
 _MIN_FILL = 0.75  # rows of the smallest codeword of a batch over those of the largest
+SCORES_OF_BLOCK = 2**25  # of the candidates that are scored before the best of them are chosen: 128 MiB in fp32
+_TABLE_BYTES = 2**22  # of the table of experts that a block of tokens has found
+_TABLE_ROWS = (16, 64)  # tokens of such a block: fewer cost operations, more of them fall out of the cache
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,26 @@ def _tiles(
         yield batch, tile
 
 
+def _scores(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist: torch.Tensor,
+    assignments: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, list[_Batch]]:
+    """[T, P, L] scores of all candidates, -inf where a list is shorter; and the batches that made them."""
+    num_rows = assignments.numel()
+    grouping = _group(shortlist, assignments, hidden.shape[1])
+    # One row more, for what padding gives.
+    scores = torch.empty(num_rows + 1, shortlist.shape[1], dtype=dtype, device=hidden.device)
+    if grouping.width < scores.shape[1]:
+        scores.fill_(float("-inf"))
+    for batch, tile in _tiles(grouping.batches, hidden, weight, bias, dtype):
+        scores[:, : tile.shape[2]].index_copy_(0, batch.rows, tile.flatten(0, 1))
+    return scores[:num_rows].view(*assignments.shape, shortlist.shape[1]), grouping.batches
+
+
 class _GroupedFineScores(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -157,18 +181,11 @@ class _GroupedFineScores(torch.autograd.Function):
         assignments: torch.Tensor,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        num_rows, num_probes = assignments.numel(), assignments.shape[1]
-        grouping = _group(shortlist, assignments, hidden.shape[1])
-        # One row more, for what padding gives.
-        scores = torch.empty(num_rows + 1, shortlist.shape[1], dtype=dtype, device=hidden.device)
-        if grouping.width < scores.shape[1]:
-            scores.fill_(float("-inf"))
-        for batch, tile in _tiles(grouping.batches, hidden, weight, bias, dtype):
-            scores[:, : tile.shape[2]].index_copy_(0, batch.rows, tile.flatten(0, 1))
+        scores, ctx.batches = _scores(hidden, weight, bias, shortlist, assignments, dtype)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.weight = weight  # the parameter itself, for its main_grad
-        ctx.batches, ctx.num_probes, ctx.dtype = grouping.batches, num_probes, dtype
-        return scores[:num_rows].view(-1, num_probes, shortlist.shape[1])
+        ctx.num_probes, ctx.dtype = assignments.shape[1], dtype
+        return scores
 
     @staticmethod
     @once_differentiable
@@ -250,8 +267,81 @@ def fine_topk(
     assignments: torch.Tensor,
     topk: int,
     dtype: torch.dtype,
+    score_function: str | None,
+    expert_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`."""
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`, without gradients."""
+    if assignments.shape[1] == 1 and expert_bias is None:
+        return _best_of_list(hidden, weight, bias, shortlist, assignments, topk, dtype)
+    num_tokens, num_candidates = hidden.shape[0], assignments.shape[1] * shortlist.shape[1]
+    scores = torch.full((num_tokens, topk), float("-inf"), dtype=dtype, device=hidden.device)
+    ids = torch.full((num_tokens, topk), -1, dtype=torch.int32, device=hidden.device)
+    num_best = min(topk, num_candidates)
+    size = max(1, SCORES_OF_BLOCK // num_candidates)
+    for start in range(0, num_tokens, size):
+        block = slice(start, start + size)
+        found, _ = _scores(hidden[block], weight, bias, shortlist, assignments[block], dtype)
+        found = found.flatten(1)
+        best = _best_distinct(
+            found, shortlist, assignments[block], weight.shape[0], num_best, score_function, expert_bias
+        )
+        scores[block, :num_best], ids[block, :num_best] = best
+    return scores, ids
+
+
+def _best_distinct(
+    scores: torch.Tensor,
+    shortlist: torch.Tensor,
+    assignments: torch.Tensor,
+    num_experts: int,
+    topk: int,
+    score_function: str | None,
+    expert_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best K experts of each token by scores [T, P*L], an expert in several of its lists counted once.
+
+    A table of [tokens of a block, E] bytes tells which probe an expert was last found in. Only the P*L entries of a
+    token are written and read. The block is as small as keeps the table in the cache.
+
+    Returns:
+        [T, K] scores and ids, in no order.
+    """
+    num_tokens, num_probes = assignments.shape
+    lists = torch.where(shortlist < 0, num_experts, shortlist).long()  # no expert: a column of its own
+    probes = torch.arange(num_probes, dtype=torch.int8, device=scores.device).repeat_interleave(shortlist.shape[1])
+    size = min(_TABLE_ROWS[1], max(_TABLE_ROWS[0], _TABLE_BYTES // num_experts), max(num_tokens, 1))
+    last_probe = torch.empty(size, num_experts + 1, dtype=torch.int8, device=scores.device)
+    if expert_bias is not None:
+        expert_bias = torch.nn.functional.pad(expert_bias, (0, 1), value=float("-inf"))
+    best_scores = scores.new_empty(num_tokens, topk)
+    best_ids = assignments.new_empty(num_tokens, topk)
+    for start in range(0, num_tokens, size):
+        block = slice(start, start + size)
+        ids = lists.index_select(0, assignments[block].reshape(-1)).view(-1, scores.shape[1])
+        table, probe = last_probe[: ids.shape[0]], probes.expand_as(ids)
+        is_repeated = table.scatter_(1, ids, probe).gather(1, ids) != probe
+        ranked = scores[block]
+        if expert_bias is not None:
+            ranked = SCORE_FUNCTIONS[score_function](ranked) + expert_bias[ids]
+        ranked = ranked.masked_fill(is_repeated, float("-inf"))
+        values, columns = ranked.topk(topk, dim=1, sorted=False)
+        is_none = values == float("-inf")
+        values = scores[block].gather(1, columns) if expert_bias is not None else values
+        best_scores[block] = values.masked_fill(is_none, float("-inf"))
+        best_ids[block] = ids.gather(1, columns).masked_fill(is_none, -1)
+    return best_scores, best_ids
+
+
+def _best_of_list(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist: torch.Tensor,
+    assignments: torch.Tensor,
+    topk: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best K experts of each token's one list; tiles are reduced to them while they are in the cache."""
     grouping = _group(shortlist, assignments, hidden.shape[1])
     num_padded, list_size = grouping.num_padded + 1, shortlist.shape[1]  # one row more, for rows in no batch
     scores = torch.empty(num_padded, topk, dtype=dtype, device=hidden.device)

@@ -35,7 +35,7 @@ from air_moe_megatron.ops.weight_gradient import (
     add_weight_gradient,
 )
 
-LIMITS = {"topk": 512}
+LIMITS = {"topk": 2048, "probes": 8}
 """The largest sizes that the kernels take."""
 
 _TILE_ELEMENTS = 2**26  # of the fp32 gradients of centers that wait for a sum in order: 256 MiB

@@ -29,8 +29,21 @@ def naive_fine_topk(
     assignments: torch.Tensor,
     topk: int,
     dtype: torch.dtype,
+    score_function: str | None = None,
+    expert_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`: all scores, then the top-k."""
-    scores, places = naive_fine_scores(hidden, weight, bias, shortlist, assignments, dtype).squeeze(1).topk(topk, dim=1)
-    ids = shortlist[assignments[:, 0]].gather(1, places)
-    return scores, ids.masked_fill(scores == float("-inf"), -1).int()
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`: token by token, best first."""
+    scores = naive_fine_scores(hidden, weight, bias, shortlist, assignments, dtype)
+    ranks = scores.detach()
+    if expert_bias is not None:
+        function = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda x: torch.nn.functional.softplus(x).sqrt()}
+        ranks = function[score_function](ranks) + expert_bias[shortlist[assignments].clamp(min=0)]
+    best_scores = torch.full((hidden.shape[0], topk), float("-inf"), dtype=dtype, device=hidden.device)
+    best_ids = torch.full((hidden.shape[0], topk), -1, dtype=torch.int32, device=hidden.device)
+    for token, codewords in enumerate(assignments):
+        ids = shortlist[codewords].flatten().tolist()
+        slots = {expert: slot for slot, expert in reversed(list(enumerate(ids))) if expert >= 0}  # the first of each
+        by_rank = sorted(slots.items(), key=lambda item: (-ranks[token].flatten()[item[1]].item(), item[1]))
+        for place, (expert, slot) in enumerate(by_rank[:topk]):
+            best_scores[token, place], best_ids[token, place] = scores[token].flatten()[slot], expert
+    return best_scores, best_ids

@@ -1,8 +1,13 @@
-"""Fine scores and top-k in one Triton kernel: no [T, L] scores in memory.
+"""The best experts of a token's lists: of one list fused with the fine scores, of several by a merge.
 
-A program keeps the scores of 16 rows on the chip, one tile of the list after another, and lets out only the selected
-ones. A candidate is one int64 key of its score and its place in the list (``order_key``). ``tl.topk`` finds the largest
-K keys of a tile. Of two sorted tiles, the larger of each two opposite keys are the largest K of both.
+One list: no [T, L] scores in memory. A program keeps the scores of 16 rows on the chip, one tile of the list after
+another, and lets out only the selected ones. A candidate is one int64 key of its score and its slot in the list
+(``order_key``). ``tl.topk`` finds the largest K keys of a tile. Of two sorted tiles, the larger of each two opposite
+keys are the largest K of both.
+
+Several lists: the scores of a block of tokens are written by the kernel of ``kernels.py``. Then one program per token
+takes the P * L of them, a tile after another. Lists are ascending, so whether an expert stands in an earlier list of
+the token is a binary search.
 
 Legend: B blocks of tokens; others as in ``ops/__init__.py``.
 """
@@ -10,12 +15,13 @@ Legend: B blocks of tokens; others as in ``ops/__init__.py``.
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import FunctionCtx, once_differentiable
 
+from air_moe_megatron.ops.fine_scores.eager import SCORES_OF_BLOCK
 from air_moe_megatron.ops.fine_scores.kernels import (
     LIMITS,
     Rows,
     experts_of_list,
+    launch_fine_scores,
     rows_of_block,
     score_tile,
     sort_rows,
@@ -24,9 +30,9 @@ from air_moe_megatron.ops.segments import (
     block_of,
     contiguous,
 )
-from air_moe_megatron.ops.selected_scores.kernels import gradients_of_selected
 from air_moe_megatron.ops.tiles import (
     LOWEST_KEY,
+    apply_score_function,
     dot_dtype_of,
     id_of_key,
     order_key,
@@ -34,6 +40,7 @@ from air_moe_megatron.ops.tiles import (
     value_of_key,
 )
 
+_FUSED_TOPK = 512  # of the fused kernel, which keeps 16 tokens on the chip at once
 _TILE_COLUMNS = 512  # of a list whose scores are on the chip at once; half as many beside those of earlier tiles
 
 
@@ -109,7 +116,7 @@ def launch_fine_topk(
     ids = torch.empty(num_tokens, topk, dtype=torch.int32, device=hidden.device)
     if num_tokens == 0:
         return scores, ids
-    block_topk = block_of(topk, LIMITS["topk"])
+    block_topk = block_of(topk, _FUSED_TOPK)
     longest = _TILE_COLUMNS if shortlist_size <= _TILE_COLUMNS else _TILE_COLUMNS // 2
     block_list = max(block_topk, block_of(shortlist_size, longest))
     segments, starts = rows.blocks(16)
@@ -123,34 +130,95 @@ def launch_fine_topk(
     return scores, ids
 
 
-class _FineTopkKernel(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        shortlist: torch.Tensor,
-        assignments: torch.Tensor,
-        topk: int,
-        dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.weight = weight  # the parameter itself, for its main_grad
-        dot_dtype = dot_dtype_of(hidden, weight, dtype)
-        hidden, weight, bias, shortlist = contiguous(hidden, weight, bias, shortlist)
-        rows = sort_rows(assignments, shortlist.shape[0])
-        scores, ids = launch_fine_topk(hidden, weight, bias, shortlist, rows, topk, dot_dtype)
-        ctx.save_for_backward(hidden, weight, bias, ids)
-        ctx.mark_non_differentiable(ids)
-        return scores, ids
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_scores: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *inputs, ids = ctx.saved_tensors
-        return *gradients_of_selected(grad_scores, ids, *inputs, ctx.weight, ctx.needs_input_grad), *[None] * 4
+@triton.jit
+def _is_listed(experts, candidates, L: tl.constexpr, STEPS: tl.constexpr):
+    """Whether each of the candidates stands in a list ``experts`` [L]: ascending, -1 at its end."""
+    before = tl.zeros_like(candidates)  # experts of the list that are smaller
+    for step in tl.static_range(STEPS):
+        half = 1 << (STEPS - 1 - step)
+        where = before + half - 1
+        found = tl.load(experts + where, mask=where < L, other=-1)
+        before = tl.where((found >= 0) & (found < candidates), before + half, before)
+    return tl.load(experts + before, mask=before < L, other=-1) == candidates
 
 
+@triton.jit
+def _merge_lists_fwd_kernel(
+    scores,  # [T, P * L] fp32
+    shortlist,  # [C, L] int32
+    assignments,  # [T, P] int64
+    expert_bias,  # [E] or None
+    topk_scores,  # [T, K] fp32, written
+    topk_ids,  # [T, K] int32, written
+    K,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    FUNCTION: tl.constexpr,
+    STEPS: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    codewords = assignments + token * P
+    best = tl.full([BLOCK_K], LOWEST_KEY, tl.int64)
+    for tile in range(NUM_TILES):
+        columns = tile * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < P * L
+        probes = columns // L
+        codeword = tl.load(codewords + probes, mask=inside, other=0)
+        experts = tl.load(shortlist + codeword * L + columns % L, mask=inside, other=-1)
+        is_candidate = experts >= 0
+        for probe in tl.static_range(P - 1):
+            earlier = shortlist + tl.load(codewords + probe) * L
+            is_candidate &= (probes <= probe) | (_is_listed(earlier, experts, L, STEPS) == 0)
+        ranks = tl.load(scores + token * P * L + columns, mask=inside, other=0.0)
+        if FUNCTION is not None:
+            ranks = apply_score_function(ranks, FUNCTION)
+            ranks += tl.load(expert_bias + experts, mask=is_candidate, other=0.0).to(tl.float32)
+        keys = tl.topk(tl.where(is_candidate, order_key(ranks, columns), LOWEST_KEY), BLOCK_K)
+        if NUM_TILES == 1:
+            best = keys
+        else:
+            best = tl.bitonic_merge(tl.maximum(best, tl.flip(keys, 0)), dim=0, descending=True)
+    present = best != LOWEST_KEY
+    columns = id_of_key(best).to(tl.int32)
+    codeword = tl.load(codewords + columns // L, mask=present, other=0)
+    ids = tl.load(shortlist + codeword * L + columns % L, mask=present, other=-1)
+    values = tl.load(scores + token * P * L + columns, mask=present, other=float("-inf"))
+    choices = tl.arange(0, BLOCK_K)
+    tl.store(topk_scores + token * K + choices, values, mask=choices < K)
+    tl.store(topk_ids + token * K + choices, ids, mask=choices < K)
+
+
+def launch_merge_lists(
+    scores: torch.Tensor,
+    shortlist: torch.Tensor,
+    assignments: torch.Tensor,
+    score_function: str | None,
+    expert_bias: torch.Tensor | None,
+    topk_scores: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> None:
+    """Write the best K distinct experts of scores [T, P * L] into topk_scores and topk_ids [T, K].
+
+    A tile is as wide as K, or 512: a thread then holds few of its keys.
+    """
+    num_tokens, topk = topk_ids.shape
+    if num_tokens == 0:
+        return
+    shortlist_size, num_probes = shortlist.shape[1], assignments.shape[1]
+    num_candidates = num_probes * shortlist_size
+    block_topk = block_of(topk, LIMITS["topk"])
+    block = max(block_topk, block_of(num_candidates, 512))
+    _merge_lists_fwd_kernel[(num_tokens,)](
+        scores, shortlist, assignments, expert_bias, topk_scores, topk_ids, topk, num_probes, shortlist_size,
+        FUNCTION=score_function, STEPS=shortlist_size.bit_length(), NUM_TILES=triton.cdiv(num_candidates, block),
+        BLOCK=block, BLOCK_K=block_topk, num_warps=min(16, max(4, block // 128)),
+    )  # fmt: skip
+
+
+@torch.no_grad()
 def fine_topk(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -159,10 +227,30 @@ def fine_topk(
     assignments: torch.Tensor,
     topk: int,
     dtype: torch.dtype,
+    score_function: str | None = None,
+    expert_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`; the scores are fp32, whatever the dtype of the arithmetic.
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`, without gradients.
 
-    Highest first; the lower place in the list first where scores are equal. Deterministic, and does not wait for the
+    Highest first; where scores are equal, the lower slot of the lists first. Deterministic, and does not wait for the
     device. A list of up to 512 is one tile on the chip, a longer one several of 256 (:func:`launch_fine_topk`).
     """
-    return _FineTopkKernel.apply(hidden, weight, bias, shortlist, assignments, topk, dtype)
+    dot_dtype = dot_dtype_of(hidden, weight, dtype)
+    hidden, weight, bias, shortlist, assignments, expert_bias = contiguous(
+        hidden, weight, bias, shortlist.int(), assignments, expert_bias
+    )
+    (num_tokens, num_probes), (num_clusters, shortlist_size) = assignments.shape, shortlist.shape
+    if num_probes == 1 and expert_bias is None and topk <= _FUSED_TOPK:
+        rows = sort_rows(assignments, num_clusters)
+        scores, ids = launch_fine_topk(hidden, weight, bias, shortlist, rows, topk, dot_dtype)
+        return scores.to(dtype), ids
+    scores = torch.empty(num_tokens, topk, dtype=torch.float32, device=hidden.device)
+    ids = torch.empty(num_tokens, topk, dtype=torch.int32, device=hidden.device)
+    size = max(1, SCORES_OF_BLOCK // (num_probes * shortlist_size))
+    for start in range(0, num_tokens, size):
+        block = slice(start, start + size)
+        found = hidden.new_empty(*assignments[block].shape, shortlist_size, dtype=torch.float32)
+        rows = sort_rows(assignments[block], num_clusters)
+        launch_fine_scores(hidden[block], weight, bias, shortlist, rows, num_probes, dot_dtype, found)
+        launch_merge_lists(found, shortlist, assignments[block], score_function, expert_bias, scores[block], ids[block])
+    return scores.to(dtype), ids

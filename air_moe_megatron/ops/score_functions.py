@@ -1,0 +1,27 @@
+"""The functions through which Megatron's expert bias is added to a score: ``function(score_e) + expert_bias_e``."""
+
+from collections.abc import Callable
+
+import torch
+
+SCORE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda scores: torch.nn.functional.softplus(scores).sqrt(),
+}
+
+
+def validate_expert_bias(score_function: str | None, expert_bias: torch.Tensor | None, num_experts: int) -> None:
+    """Check that a score function and an expert bias come together.
+
+    Raises:
+        ValueError: if they do not, the function is unknown, or the bias is not [E].
+    """
+    if score_function is not None and score_function not in SCORE_FUNCTIONS:
+        raise ValueError(f"score_function ({score_function!r}) must be None or one of {tuple(SCORE_FUNCTIONS)}")
+    if (score_function is None) != (expert_bias is None):
+        raise ValueError(
+            f"score_function ({score_function!r}) and expert_bias "
+            f"({None if expert_bias is None else tuple(expert_bias.shape)}) must be given together or not at all"
+        )
+    if expert_bias is not None and expert_bias.shape != (num_experts,):
+        raise ValueError(f"expert_bias {tuple(expert_bias.shape)} must be [E] with E = {num_experts}")
