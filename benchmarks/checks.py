@@ -60,10 +60,12 @@ def check_at_size(air, hidden: torch.Tensor, num_checked: int = 64) -> None:
 
     exact = hidden[::every, 0].float().requires_grad_()
     ids = routes.topk_ids[::every].long()
-    candidates = air.index.shortlist[routes.codewords[::every, 0]].long()  # [checked, L]
+    candidates = air.index.shortlist[routes.codewords[::every]].flatten(1).long()  # [checked, P * L]
     with torch.no_grad():
         scores = _scores(exact, air.weight, candidates)
-        best = scores.topk(air.topk, dim=1).values
+        ordered, slots = candidates.sort(dim=1)
+        is_repeated = torch.nn.functional.pad(ordered.diff(dim=1) == 0, (1, 0))  # an expert of several lists
+        best = scores.gather(1, slots).masked_fill(is_repeated, float("-inf")).topk(air.topk, dim=1).values
         chosen = _scores(exact, air.weight, ids)
     tolerance = (1e-5 if tokens.dtype == torch.float32 else _RMS_RATIO) * scores.square().mean().sqrt()
     are_distinct = (ids.sort(dim=1).values.diff(dim=1) > 0).all()

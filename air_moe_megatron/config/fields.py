@@ -23,15 +23,17 @@ class AIRFields:
 
     moe_air_shortlist_size: int = 0
     """Number of experts L in the shortlist of one codeword, for source 'tokens'; the capacity of one inverted list for
-    source 'experts'. 0 chooses sqrt(experts) for 'tokens', twice the mean list for 'experts', and never fewer than
-    two times the top-k."""
+    source 'experts'. 0 chooses sqrt(experts)/2 for 'tokens' (sqrt(experts) with one probe), twice the mean list for
+    'experts', and never fewer than two times the top-k."""
 
-    moe_air_num_probes: int = 1
-    """Number of codewords P whose shortlists are searched for a token."""
+    moe_air_num_probes: int = 0
+    """Number of codewords P whose shortlists are searched for a token. 0 chooses 8 for source 'tokens', fewer where
+    that many lists could hold every expert, and 1 for 'experts'."""
 
     moe_air_num_candidates: int = 0
     """Number of candidates M of a token, the best of those that its shortlists hold, which probabilities and losses are
-    computed over where they take more than the top-k; only these get gradients. 0 takes them all."""
+    computed over where they take more than the top-k; only these get gradients. 0 chooses sqrt(experts), never fewer
+    than two times the top-k, for source 'tokens', and all of them for 'experts'."""
 
     moe_air_codebook_source: Literal["tokens", "experts"] = "tokens"
     """What the codebook is learned from: the directions of the 'tokens' (a shortlist holds the experts that score

@@ -79,11 +79,9 @@ def _validate_codebook(config: TransformerConfig) -> None:
         raise ValueError(f"moe_air_codebook_ema ({config.moe_air_codebook_ema}) must lie strictly between 0 and 1")
     if config.moe_air_refresh_interval < 1:
         raise ValueError(f"moe_air_refresh_interval ({config.moe_air_refresh_interval}) must be at least 1")
-    for name in ("moe_air_num_clusters", "moe_air_shortlist_size"):
+    for name in ("moe_air_num_clusters", "moe_air_shortlist_size", "moe_air_num_probes"):
         if getattr(config, name) < 0:
-            raise ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic size")
-    if config.moe_air_num_probes < 1:
-        raise ValueError(f"moe_air_num_probes ({config.moe_air_num_probes}) must be at least 1")
+            raise ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic one")
 
 
 def _validate_counts(config: TransformerConfig) -> None:
@@ -117,7 +115,7 @@ def _validate_air(config: TransformerConfig) -> None:
         raise ValueError(
             f"moe_air_num_candidates ({config.moe_air_num_candidates}) must be between moe_router_topk ({topk}) and "
             f"moe_air_num_probes ({sizes.num_probes}) times moe_air_shortlist_size ({sizes.shortlist_size}), or 0 for "
-            "all of them"
+            "the automatic number"
         )
     if config.moe_air_codebook_source == "tokens":
         if topk >= sizes.shortlist_size and sizes.shortlist_size < num_experts:
@@ -151,7 +149,7 @@ def _validate_product_keys(config: TransformerConfig) -> None:
     num_experts, topk = config.num_moe_experts, config.moe_router_topk
     for name in ("moe_product_key_heads", "moe_product_key_dim"):
         if getattr(config, name) < 0:
-            raise ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic size")
+            raise ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic one")
     norms = ("auto", "batchnorm", "layernorm", "none")
     if config.moe_product_key_query_norm not in norms:
         raise ValueError(f"moe_product_key_query_norm ({config.moe_product_key_query_norm!r}) must be one of {norms}")

@@ -7,6 +7,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 # The automatic sizes go no lower: so few experts are cheap to score exactly.
 _MIN_AUTO_SIZE = 16
+# Probes of source 'tokens': at 16,384 experts eight lists of 64 learn as well as exact top-k, one of 128 does not.
+_PROBES = 8
 # Mean candidates of a token per slot of its routes, for the automatic sizes of source 'experts'. With clustered centers
 # of 512 to 16,384 experts, at most 0.7% of the slots then stayed empty; with two candidates per slot up to 15%.
 _CANDIDATES_PER_SLOT = 4
@@ -27,25 +29,41 @@ class AIRSizes:
 def resolve_sizes(config: TransformerConfig) -> AIRSizes:
     """Choose the automatic sizes of a config.
 
-    With C = 4*sqrt(E) and L = sqrt(E) every expert has about four places in the lists and the cost of a token,
-    ``2*H*(C + P*L)`` FLOPs, grows as sqrt(E). Source: docs/design-choices.md.
+    With C = 4*sqrt(E) and eight lists of sqrt(E)/2 every expert has about two slots in the lists, and the cost of a
+    token, ``2*H*(C + P*L)`` FLOPs, grows as sqrt(E). Source: docs/design-choices.md.
 
-    Example: E = 16384, K = 32, source 'tokens' gives C = 512, L = 128; source 'experts' C = 128, L = 256.
+    Example: E = 16384, K = 32, source 'tokens' gives C = 512, L = 64, P = 8, M = 128; source 'experts' C = 128,
+    L = 256, P = 1, M = 256.
     """
     num_experts, topk = config.num_moe_experts, config.moe_router_topk
+    from_tokens = config.moe_air_codebook_source == "tokens"
     num_clusters = config.moe_air_num_clusters or _automatic_clusters(config)
     shortlist_size = config.moe_air_shortlist_size
     if shortlist_size == 0:
-        root = _automatic(math.sqrt(num_experts))
-        wanted = root if config.moe_air_codebook_source == "tokens" else math.ceil(2 * num_experts / num_clusters)
+        if not from_tokens:
+            wanted = math.ceil(2 * num_experts / num_clusters)
+        elif config.moe_air_num_probes == 1:
+            wanted = _automatic(math.sqrt(num_experts))
+        else:
+            wanted = _automatic(math.sqrt(num_experts) / 2)
         shortlist_size = min(max(wanted, 2 * topk), num_experts)
-    num_probes = config.moe_air_num_probes
-    num_candidates = config.moe_air_num_candidates or num_probes * shortlist_size
+    num_probes = config.moe_air_num_probes or _automatic_probes(config)
+    if config.moe_air_num_probes == 0:
+        num_probes = min(num_probes, num_clusters, -(-num_experts // shortlist_size))
+    searched = num_probes * shortlist_size
+    num_candidates = config.moe_air_num_candidates
+    if num_candidates == 0:
+        wanted = max(_automatic(math.sqrt(num_experts)), 2 * topk)
+        num_candidates = min(wanted, searched) if from_tokens else searched
     return AIRSizes(num_experts, topk, num_clusters, shortlist_size, num_probes, num_candidates)
 
 
+def _automatic_probes(config):
+    return _PROBES if config.moe_air_codebook_source == "tokens" else 1
+
+
 def _automatic_clusters(config):
-    num_experts, num_probes = config.num_moe_experts, config.moe_air_num_probes
+    num_experts, num_probes = config.num_moe_experts, config.moe_air_num_probes or _automatic_probes(config)
     num_clusters = min(_automatic(4 * math.sqrt(num_experts)), num_experts)
     if config.moe_air_codebook_source == "tokens":
         return num_clusters

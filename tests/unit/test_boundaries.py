@@ -78,11 +78,14 @@ def naive_routes(router, hidden):
         return torch.cat((codes, ids), dim=1), torch.cat(probs, dim=1)
     if config.moe_router_type == "air":
         lists = router.index.shortlist.long()
-        nearest = (hidden.detach() @ router.codebook.codewords.double().t()).topk(config.moe_air_num_probes, dim=1)
+        nearest = (hidden.detach() @ router.codebook.codewords.double().t()).topk(router.sizes.num_probes, dim=1)
         listed = torch.zeros(len(hidden), config.num_moe_experts + 1, dtype=torch.bool)
         for token, codewords in enumerate(nearest.indices.tolist()):
             listed[token, lists[codewords].flatten()] = True  # -1, for no expert, is the last column
         logits = logits.masked_fill(~listed[:, :-1], float("-inf"))
+        if config.moe_router_pre_softmax:  # over the best M
+            least = logits.topk(router.sizes.num_candidates, dim=1).values[:, -1:]
+            logits = logits.masked_fill(logits < least, float("-inf"))
     scores, ids = logits.topk(router.topk, dim=1)
     return ids, probs_of(scores, logits, config)
 

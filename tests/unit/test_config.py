@@ -68,7 +68,7 @@ REFUSED = {
     ),
     "no-moe-layer": (dict(moe_layer_freq=[0, 0]), ["moe_layer_freq ([0, 0])", "must have a 1"]),
     "moe-layer-frequency-zero": (dict(moe_layer_freq=0), ["moe_layer_freq (0)", "at least 1"]),
-    "probes-zero": (dict(moe_air_num_probes=0), ["moe_air_num_probes (0)", "at least 1"]),
+    "probes-negative": (dict(moe_air_num_probes=-1), ["moe_air_num_probes (-1)", "positive, or 0"]),
     "probes-above-clusters": (
         dict(moe_air_num_probes=9, moe_air_num_clusters=8),
         ["moe_air_num_probes (9)", "must not exceed", "moe_air_num_clusters (8)"],
@@ -381,31 +381,36 @@ def test_topk_is_the_default():
     assert AIRFields().moe_router_type == "topk"
 
 
-# E, K, source -> C, L
+EXPERT_LISTS = dict(moe_air_codebook_source="experts")
+# E, K, fields -> C, L, P, M
 AUTOMATIC = {
-    "16384": (16384, 32, "tokens", 512, 128),
-    "4096": (4096, 16, "tokens", 256, 64),
-    "65536": (65536, 64, "tokens", 1024, 256),
-    "1048576": (1048576, 512, "tokens", 4096, 1024),
-    "rounded-up-to-8": (1000, 4, "tokens", 128, 32),
-    "two-times-topk": (1024, 100, "tokens", 128, 200),
-    "few-experts": (8, 2, "tokens", 8, 8),
-    "topk-all": (64, 64, "tokens", 32, 64),
-    "experts-four-topk-in-the-mean-list": (16384, 32, "experts", 128, 256),
-    "experts-small-topk": (16384, 4, "experts", 512, 64),
-    "experts-rounded-down-to-8": (4096, 20, "experts", 48, 171),
-    "experts-large-topk": (16384, 1000, "experts", 4, 8192),
-    "experts-few": (8, 2, "experts", 1, 8),
+    "16384": (16384, 32, {}, 512, 64, 8, 128),
+    "4096": (4096, 16, {}, 256, 32, 8, 64),
+    "65536": (65536, 64, {}, 1024, 128, 8, 256),
+    "1048576": (1048576, 512, {}, 4096, 1024, 8, 1024),
+    "rounded-up-to-8": (1000, 4, {}, 128, 16, 8, 32),
+    "two-times-topk": (1024, 100, {}, 128, 200, 6, 200),
+    "few-experts": (8, 2, {}, 8, 8, 1, 8),
+    "topk-all": (64, 64, {}, 32, 64, 1, 64),
+    "one-probe": (65536, 64, dict(moe_air_num_probes=1), 1024, 256, 1, 256),
+    "one-probe-of-few": (4096, 16, dict(moe_air_num_probes=1), 256, 64, 1, 64),
+    "full-lists": (64, 4, dict(moe_air_shortlist_size=64), 32, 64, 1, 16),
+    "fewer-codewords-than-probes": (4096, 16, dict(moe_air_num_clusters=3), 3, 32, 3, 64),
+    "experts-four-topk-in-the-mean-list": (16384, 32, EXPERT_LISTS, 128, 256, 1, 256),
+    "experts-small-topk": (16384, 4, EXPERT_LISTS, 512, 64, 1, 64),
+    "experts-rounded-down-to-8": (4096, 20, EXPERT_LISTS, 48, 171, 1, 171),
+    "experts-large-topk": (16384, 1000, EXPERT_LISTS, 4, 8192, 1, 8192),
+    "experts-few": (8, 2, EXPERT_LISTS, 1, 8, 1, 8),
 }
 
 
-@pytest.mark.parametrize("num_experts, topk, source, num_clusters, shortlist_size", AUTOMATIC.values(), ids=AUTOMATIC)
-def test_automatic_sizes(num_experts, topk, source, num_clusters, shortlist_size):
-    config = make_config(num_moe_experts=num_experts, moe_router_topk=topk, moe_air_codebook_source=source)
-    sizes = resolve_sizes(config)
-    assert (sizes.num_clusters, sizes.shortlist_size) == (num_clusters, shortlist_size)
-    assert (sizes.num_experts, sizes.topk, sizes.num_probes) == (num_experts, topk, 1)
-    assert sizes.num_candidates == shortlist_size
+@pytest.mark.parametrize(
+    "num_experts, topk, fields, expected", [(*case[:3], case[3:]) for case in AUTOMATIC.values()], ids=AUTOMATIC
+)
+def test_automatic_sizes(num_experts, topk, fields, expected):
+    sizes = resolve_sizes(make_config(num_moe_experts=num_experts, moe_router_topk=topk, **fields))
+    assert (sizes.num_experts, sizes.topk) == (num_experts, topk)
+    assert (sizes.num_clusters, sizes.shortlist_size, sizes.num_probes, sizes.num_candidates) == expected
 
 
 @pytest.mark.parametrize("source", ("tokens", "experts"))
@@ -414,7 +419,13 @@ def test_given_sizes_are_kept(source):
         moe_air_num_clusters=9, moe_air_shortlist_size=11, moe_air_num_probes=2, moe_air_codebook_source=source
     )
     sizes = resolve_sizes(config)
-    assert (sizes.num_clusters, sizes.shortlist_size, sizes.num_probes, sizes.num_candidates) == (9, 11, 2, 22)
+    num_candidates = 16 if source == "tokens" else 22
+    assert (sizes.num_clusters, sizes.shortlist_size, sizes.num_probes, sizes.num_candidates) == (
+        9,
+        11,
+        2,
+        num_candidates,
+    )
     config.moe_air_num_candidates = 20
     assert resolve_sizes(config).num_candidates == 20
 

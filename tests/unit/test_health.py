@@ -175,10 +175,10 @@ def naive_recall(router):
 @pytest.mark.parametrize(
     "fields",
     (
-        {},
+        dict(moe_air_num_probes=1),
         dict(moe_air_num_probes=2),
         dict(moe_air_codebook_source="experts", moe_air_num_probes=2, moe_air_shortlist_size=16),
-        dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
+        dict(moe_air_num_probes=1, moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
     ),
     ids=("one-probe", "two-probes", "lists-of-experts", "expert-bias"),
 )

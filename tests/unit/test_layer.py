@@ -33,7 +33,8 @@ def test_probs_that_are_not_finite_name_their_layer(megatron_cpu):
 
 
 class Recorder(TorchDispatchMode):
-    """The largest tensor that any operation returns, and the operations that make the host wait."""
+    """The largest tensor that any operation returns, in numbers of four bytes, and the operations that make the host
+    wait."""
 
     WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "repeat_interleave", "equal")
 
@@ -44,7 +45,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        sizes = [t.numel() if t.layout == torch.strided else t._nnz() for t in tensors]
+        sizes = [(t.numel() if t.layout == torch.strided else t._nnz()) * t.itemsize // 4 for t in tensors]
         self.largest = max([self.largest, *sizes])
         name = function.name().removeprefix("aten::").split(".")[0]
         if (
@@ -75,7 +76,7 @@ def test_nothing_is_as_large_as_tokens_times_experts(megatron_cpu, fields):
     sizes = layer.router.sizes
     # Rebuilding streams the experts in chunks, of which this small layer needs only one.
     assert rebuilding["compact"] <= max(sizes.num_clusters, 2 * sizes.shortlist_size) * num_experts < largest["stock"]
-    per_token = max(sizes.num_clusters, sizes.shortlist_size)
+    per_token = max(sizes.num_clusters, sizes.num_probes * sizes.shortlist_size)
     assert largest["compact"] <= 2 * max(tokens * per_token, num_experts * HIDDEN) < tokens * num_experts / 10
     assert largest["stock"] >= tokens * num_experts
 

@@ -62,11 +62,14 @@ def reference(router, hidden):
     routes = []
     for token in hidden:
         cosine = {c: (token @ codebook.codewords[c]).item() for c in allowed}
-        probed = sorted(allowed, key=cosine.__getitem__, reverse=True)[: config.moe_air_num_probes]
+        probed = sorted(allowed, key=cosine.__getitem__, reverse=True)[: router.sizes.num_probes]
         candidates = sorted({e for c in probed for e in lists[c] if e >= 0})
         logits = [(token @ router.weight[e]).item() for e in candidates]
         if router.bias is not None:
             logits = [z + router.bias[e].item() for z, e in zip(logits, candidates, strict=True)]
+        if config.moe_router_pre_softmax:  # over the best M
+            kept = sorted(range(len(logits)), key=logits.__getitem__)[-router.sizes.num_candidates :]
+            candidates, logits = [candidates[i] for i in kept], [logits[i] for i in kept]
         if config.moe_router_score_function == "sigmoid":
             scores = [1.0 / (1.0 + math.exp(-z)) for z in logits]
         elif config.moe_router_pre_softmax:
@@ -234,6 +237,9 @@ def test_gradients_are_those_of_the_chosen_scores(megatron_cpu, scores, source, 
     candidate = torch.zeros(30, EXPERTS + 1, dtype=torch.bool)
     candidate[torch.arange(30).unsqueeze(1), torch.where(lists < 0, EXPERTS, lists).flatten(1)] = True
     logits = (hidden @ router.weight.t()).masked_fill(~candidate[:, :EXPERTS], float("-inf"))
+    if router.config.moe_router_pre_softmax:  # over the best M
+        least = logits.detach().topk(min(router.sizes.num_candidates, EXPERTS), dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
     ids = routes.topk_ids.clamp(min=0).long()
     if router.score_function == "sigmoid":
         chosen = torch.where(present, logits.sigmoid().gather(1, ids), 0.0)
@@ -286,6 +292,7 @@ def test_losses_are_megatrons_with_unscored_experts_at_zero(megatron_cpu, paddin
         moe_air_codebook_source=source,
         moe_air_num_probes=num_probes,
         moe_air_shortlist_size=12,
+        moe_air_num_candidates=12 * num_probes,
         moe_router_topk=2,
         moe_router_load_balancing_type=["aux_loss", "seq_aux_loss", "global_aux_loss"],
         moe_aux_loss_coeff=[0.3, 0.2, 0.1],

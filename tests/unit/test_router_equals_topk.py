@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("megatron_cpu")
 # Of each tensor's largest element. fp32 arithmetic: sums of H = 16 terms, T*K gradients, in another order; the issue
 # asks for 1e-5. bf16 arithmetic: 8 bits of mantissa, a few roundings on the way.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2}
+ROUNDING = 1e-6  # of probabilities, whose sums are made in another order
 # Experts whose scores are closer than this may change places where bf16 rounds sums that were made in another order.
 BF16_MARGIN = 2.0**-6
 
@@ -142,7 +143,8 @@ def run(router, hidden, masks, seed=2):
 def assert_close(actual, expected, tolerance, name):
     assert actual.shape == expected.shape and actual.dtype == expected.dtype, name
     error = (actual.double() - expected.double()).abs().max()
-    assert error <= tolerance * expected.abs().max().clamp_min(1e-30), f"{name}: {error}"
+    # A softmax that is nearly one has gradients near zero, with the rounding of one.
+    assert error <= tolerance * expected.abs().max() + ROUNDING, f"{name}: {error}"
 
 
 def assert_equal(air, topk, dtype=torch.float32):

@@ -82,6 +82,6 @@ def test_specs_validate_the_config():
     from air_moe_megatron.specs import with_air_layers
 
     config = make_air_config()
-    config.moe_air_num_probes = 0
-    with pytest.raises(ValueError, match=r"moe_air_num_probes \(0\)"):
+    config.moe_air_num_probes = -1
+    with pytest.raises(ValueError, match=r"moe_air_num_probes \(-1\)"):
         with_air_layers([], config)
