@@ -71,6 +71,9 @@ lint: install  ## Check style and format
 # The sizes are those of the targets, which `targets.py` prints at the end.
 bench: install  ## Run all benchmarks (12 minutes on two cores), write $(OUT_BENCH)/*.csv, print the targets
 	$(RUN) router --repetitions 11 --slow-repetitions 2 --out $(OUT_BENCH)/router.csv
+	$(RUN) router --experts 16384 --topk 32 --repetitions 11 --slow-repetitions 3 --out $(OUT_BENCH)/router_medium.csv
+	$(RUN) recall --out $(OUT_BENCH)/recall.csv
+	$(RUN) recall --experts 16384 --topk 32 --out $(OUT_BENCH)/recall_medium.csv
 	$(RUN) growth --out $(OUT_BENCH)/growth.csv
 	$(RUN) layer --slow-repetitions 2 --out $(OUT_BENCH)/layer.csv
 	$(RUN) refresh --out $(OUT_BENCH)/refresh.csv
@@ -81,6 +84,9 @@ bench: install  ## Run all benchmarks (12 minutes on two cores), write $(OUT_BEN
 
 bench-gpu: install  ## The same on a large GPU, with its sizes, into $(OUT_BENCH)/gpu
 	$(RUN) router $(GPU_SIZES) $(GPU_RUNS) --out $(OUT_BENCH)/gpu/router.csv
+	$(RUN) router --experts 16384 --hidden 1024 --tokens 16384 --topk 32 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/router_medium.csv
+	$(RUN) recall $(GPU_SIZES) --out $(OUT_BENCH)/gpu/recall.csv
+	$(RUN) recall --experts 16384 --hidden 1024 --tokens 16384 --topk 32 --out $(OUT_BENCH)/gpu/recall_medium.csv
 	$(RUN) growth $(GPU_SIZES) $(GPU_RUNS) --out $(OUT_BENCH)/gpu/growth.csv
 	$(RUN) layer $(GPU_SIZES) --stock-experts 65536 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/layer.csv
 	$(RUN) refresh --hidden 1024 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/refresh.csv

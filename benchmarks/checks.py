@@ -29,7 +29,7 @@ def same(name: str, found: torch.Tensor, expected: torch.Tensor, rtol=1e-4, atol
 
 def check_router(pg_collection, device) -> None:
     """With full lists AIRRouter must equal TopKRouter."""
-    sizes = Sizes(experts=96, hidden=32, tokens=200, topk=8, clusters=6, shortlist=96)
+    sizes = Sizes(experts=96, hidden=32, tokens=200, topk=8, clusters=6, shortlist=96, candidates=96)
     topk, air = (make_router(kind, sizes, pg_collection, device) for kind in ("topk", "air"))
     with torch.no_grad():
         air.weight.copy_(topk.weight)
@@ -48,10 +48,20 @@ def check_router(pg_collection, device) -> None:
 
 
 def check_at_size(air, hidden: torch.Tensor, num_checked: int = 64) -> None:
-    """At the sizes to be timed: experts, probabilities and gradients of some tokens against a direct computation."""
+    """At the sizes to be timed: experts, probabilities and gradients of some tokens against a direct computation.
+
+    In evaluation, where no balancing loss adds to the gradients; a training step must choose alike.
+    """
     tokens = hidden[:, 0].clone().requires_grad_()
+    with torch.no_grad():
+        trained = air.route(tokens)
     take_gradients(air)
-    routes = air.route(tokens)
+    routes = air.eval().route(tokens)
+    air.train()
+    by_expert = [routes.probs.gather(1, routes.topk_ids.argsort(dim=1)) for routes in (trained, routes)]
+    same("probs of a training step", *by_expert)
+    if not torch.equal(trained.topk_ids.sort(dim=1).values, routes.topk_ids.sort(dim=1).values):
+        raise AssertionError("a training step chooses other experts than evaluation")
     every = max(1, tokens.shape[0] // num_checked)
     grad = torch.zeros_like(routes.probs)
     grad[::every] = torch.randn_like(grad[::every])
@@ -110,10 +120,12 @@ def check_layer(kind: str, pg_collection, device) -> None:
     router, experts = layer.router, layer.experts
     if kind == "AIRMoELayer":
         warm_up_codebook(router, hidden)
+    if kind != "MoELayer":
         ids = router.route(hidden).topk_ids.long()
     else:
         ids = (hidden.view(-1, sizes.hidden) @ router.weight.t()).topk(sizes.topk, dim=1).indices
     take_gradients(layer)
+    layer.eval()  # without the gradients of a balancing loss
     tokens = hidden.clone().requires_grad_()
     out = layer(tokens)[0]
     out.backward(grad)
@@ -121,15 +133,20 @@ def check_layer(kind: str, pg_collection, device) -> None:
 
     exact = hidden.clone().requires_grad_()
     flat = exact.view(-1, sizes.hidden)
-    probs = torch.einsum("th,tkh->tk", flat, router.weight[ids]).softmax(dim=1)
+    if kind == "HierarchicalMoELayer":  # the baseline's own gates
+        probs = router.route(flat).probs
+    else:
+        probs = torch.einsum("th,tkh->tk", flat, router.weight[ids]).softmax(dim=1)
     hidden_rows = torch.einsum("th,tkfh->tkf", flat, experts.weight1[ids])
     values = torch.nn.functional.gelu(hidden_rows) * probs.unsqueeze(2)
     expected = torch.einsum("tkf,tkfh->th", values, experts.weight2[ids]).view_as(exact)
-    weights = [router.weight, experts.weight1, experts.weight2]
-    gradients = torch.autograd.grad(expected, [exact, *weights], grad)
-    names = ("output", "input grad", "router grad", "weight1 grad", "weight2 grad")
-    for name, wanted, got in zip(names, [expected, *gradients], found, strict=True):
-        same(name, got, wanted)
+    leaves = {"input": exact, "weight1": experts.weight1, "weight2": experts.weight2}
+    by_name = {"input": found[1], "weight1": found[-2], "weight2": found[-1]}
+    if kind != "HierarchicalMoELayer":
+        leaves["router"], by_name["router"] = router.weight, found[2]
+    same("output", found[0], expected)
+    for name, wanted in zip(leaves, torch.autograd.grad(expected, list(leaves.values()), grad), strict=True):
+        same(f"{name} grad", by_name[name], wanted)
     logger.info("check passed: %s equals a direct computation of its routes", kind)
 
 

@@ -4,7 +4,7 @@ import logging
 
 from benchmarks import checks
 from benchmarks.measure import world
-from benchmarks.models import Sizes, add_sizes, air_work, inputs, make_router, step, warm_up_codebook
+from benchmarks.models import Sizes, add_sizes, air_columns, air_work, inputs, make_router, step, warm_up_codebook
 from benchmarks.timing import Case, time_interleaved
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,7 @@ def run(args) -> list[dict]:
                 air_work(router, hidden, sizes),
                 args.tokens,
             )
-            lists = {"clusters": router.sizes.num_clusters, "shortlist": router.sizes.shortlist_size}
-            columns[name] = sizes.columns() | lists
+            columns[name] = sizes.columns() | air_columns(router)
         outcome = time_interleaved(cases, args, device)
         first = outcome.median(next(iter(cases)))
         return [

@@ -10,6 +10,7 @@ from benchmarks.models import (
     add_sizes,
     air_work,
     expert_work,
+    hierarchical_work,
     inputs,
     make_layer,
     product_key_work,
@@ -37,12 +38,14 @@ def add_arguments(parser) -> None:
 def run(args) -> list[dict]:
     """Check the layers, time each group of equal sizes in turn, and measure the peak memory of each in a fresh process.
 
-    PEER has the number of experts asked for; Megatron's layer a smaller one, at which its dense maps are bearable, with
-    our layer beside it at the same. A step is forward and backward. All weights have a ``main_grad`` as in Megatron.
-    Peak memory is what a step needs beside weights and these buffers; in a column of its own, what one needs that also
-    rebuilds the shortlists.
+    PEER and hierarchical routing have the number of experts asked for; Megatron's layer a smaller one, at which its
+    dense maps are bearable, with our layer beside it at the same. A step is forward and backward. All weights have a
+    ``main_grad`` as in Megatron. Peak memory is what a step needs beside weights and these buffers; in a column of its
+    own, what one needs that also rebuilds the shortlists.
     """
-    groups = [(Sizes.of(args), ["AIRMoELayer"] if args.no_baseline else ["AIRMoELayer", "PEERLayer"])]
+    groups = [
+        (Sizes.of(args), ["AIRMoELayer"] if args.no_baseline else ["AIRMoELayer", "HierarchicalMoELayer", "PEERLayer"])
+    ]
     if not args.no_baseline and args.ffn != 1:
         raise ValueError(f"--ffn ({args.ffn}) must be 1 for PEER, or add --no-baseline")
     if args.stock_experts and not args.no_baseline:
@@ -69,11 +72,10 @@ def run(args) -> list[dict]:
 def _rows(args, sizes, peaks, pg_collection, device):
     cases = {kind: _case(kind, sizes, pg_collection, device) for kind in peaks}
     outcome = time_interleaved(cases, args, device)
-    *_, last = cases
+    ours = outcome.median("AIRMoELayer")
     rows = []
     for name in cases:
-        is_alone = len(cases) == 1
-        figures = {"times_faster": "" if is_alone else round(outcome.median(last) / outcome.median(name), 2)}
+        figures = {"times_ours": round(outcome.median(name) / ours, 2)}
         step_peak, rebuild_peak = peaks[name] or (None, None)
         figures["peak_mib"] = "" if step_peak is None else round(step_peak / _MIB)
         figures["peak_with_rebuild_mib"] = "" if rebuild_peak is None else round(rebuild_peak / _MIB)
@@ -88,6 +90,9 @@ def _case(kind, sizes, pg_collection, device):
         warm_up_codebook(layer.router, hidden)
         checks.check_at_size(layer.router, hidden)
         work = layer_work(layer, hidden, sizes)
+    elif kind == "HierarchicalMoELayer":
+        _, used = usage(layer.router, hidden)
+        work = roofline.together(hierarchical_work(layer.router, sizes), expert_work(sizes, used))
     elif kind == "PEERLayer":
         used = layer.route(hidden.view(-1, sizes.hidden))[0].unique().numel()
         work = roofline.together(product_key_work(layer, sizes), expert_work(sizes, used))

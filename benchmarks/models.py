@@ -5,6 +5,7 @@ Legend: T tokens, H hidden, E experts, C clusters, L shortlist, K top-k, F rows 
 
 import copy
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 
 import torch
 
@@ -12,6 +13,7 @@ from benchmarks import roofline
 from benchmarks.measure import accumulate_gradient, clock, give_main_grad
 from benchmarks.peer import PEERLayer, ProductKeyRouter
 
+_GROUPS = 4  # whose experts hierarchical routing scores for a token: the better setting of the study
 _HEADS = 8  # as in PEER's paper; K is divided among them
 _FLAGS = {
     "experts": "number of experts E",
@@ -21,6 +23,7 @@ _FLAGS = {
     "ffn": "rows of an expert F",
     "clusters": "codewords C; 0 is automatic",
     "shortlist": "shortlist size L; 0 is automatic",
+    "probes": "probes P; 0 is automatic",
 }
 
 
@@ -35,6 +38,8 @@ class Sizes:
     ffn: int = 1
     clusters: int = 0
     shortlist: int = 0
+    probes: int = 0
+    candidates: int = 0
     dtype: torch.dtype = torch.float32  # of tokens and weights
     routing_dtype: torch.dtype = torch.float32  # of scores and probs
 
@@ -59,15 +64,24 @@ def add_sizes(parser, **defaults: int) -> None:
 def make_config(sizes: Sizes, router: str, compact: bool = False, **more):
     """Megatron's config with our fields, for a router alone, a layer or a model; the one place that makes it.
 
+    All routers balance by the auxiliary loss, as we recommend.
+
     Args:
-        router: "air", or "topk" for Megatron's own.
+        router: "air", "hierarchical", or "topk" for Megatron's own.
         compact: the compact path around the router; else Megatron's all-to-all dispatcher.
         more: fields that a benchmark sets beside these.
     """
     from air_moe_megatron import AIRMoEConfig
 
-    is_air = router == "air"
-    sizes_of_air = {"moe_air_num_clusters": sizes.clusters, "moe_air_shortlist_size": sizes.shortlist}
+    sizes_of_router = {
+        "air": {
+            "moe_air_num_clusters": sizes.clusters,
+            "moe_air_shortlist_size": sizes.shortlist,
+            "moe_air_num_probes": sizes.probes,
+            "moe_air_num_candidates": sizes.candidates,
+        },
+        "hierarchical": {"moe_hierarchical_topk_groups": _GROUPS},
+    }
     given = {
         "num_layers": 1,
         "hidden_size": sizes.hidden,
@@ -75,7 +89,8 @@ def make_config(sizes: Sizes, router: str, compact: bool = False, **more):
         "num_moe_experts": sizes.experts,
         "moe_ffn_hidden_size": sizes.ffn,
         "moe_router_topk": sizes.topk,
-        "moe_router_load_balancing_type": "none",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.01,
         "moe_router_dtype": "fp32" if sizes.routing_dtype == torch.float32 else None,
         "moe_token_dispatcher_type": "allgather" if compact else "alltoall",
         "add_bias_linear": False,
@@ -84,7 +99,7 @@ def make_config(sizes: Sizes, router: str, compact: bool = False, **more):
         "moe_router_type": router,
         "moe_dispatch": "compact" if compact else "stock",
         "moe_granular_experts": compact,
-        **(sizes_of_air if is_air else {}),
+        **sizes_of_router.get(router, {}),
     }
     return AIRMoEConfig(**{**given, **more})
 
@@ -104,10 +119,11 @@ def make_router(kind: str, sizes: Sizes, pg_collection, device):
 
 
 def make_layer(kind: str, sizes: Sizes, pg_collection, device):
-    """A layer on the device, with main_grad buffers: "AIRMoELayer" on the compact path, "PEERLayer", or "MoELayer".
+    """A layer on the device, with main_grad buffers.
 
-    The last is Megatron's layer with its ``TopKRouter`` and its all-to-all dispatcher, around our granular experts:
-    Megatron's own would be a module per expert, tens of thousands of them.
+    "AIRMoELayer" and "HierarchicalMoELayer" are on the compact path, the second with hierarchical routing over four
+    groups; "PEERLayer" is that of ``peer.py``. "MoELayer" is Megatron's with its ``TopKRouter`` and its all-to-all
+    dispatcher, around our granular experts: Megatron's own would be a module per expert, tens of thousands of them.
     """
     if kind == "PEERLayer":
         torch.manual_seed(0)
@@ -115,13 +131,17 @@ def make_layer(kind: str, sizes: Sizes, pg_collection, device):
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from air_moe_megatron import AIRMoELayer, AIRRouter
+    from air_moe_megatron import AIRMoELayer
     from air_moe_megatron.experts import GranularExperts
+    from air_moe_megatron.routers import ROUTERS
 
-    is_air = kind == "AIRMoELayer"
-    config = make_config(sizes, "air" if is_air else "topk", compact=is_air)
-    submodules = MoESubmodules(experts=GranularExperts, router=AIRRouter if is_air else TopKRouter)
-    layer = (AIRMoELayer if is_air else MoELayer)(config, submodules, 1, pg_collection)
+    if kind == "MoELayer":
+        layer_class, router, router_class = MoELayer, "topk", TopKRouter
+    else:
+        layer_class, router = AIRMoELayer, "air" if kind == "AIRMoELayer" else "hierarchical"
+        router_class = ROUTERS[router]
+    config = make_config(sizes, router, compact=layer_class is AIRMoELayer)
+    layer = layer_class(config, MoESubmodules(experts=GranularExperts, router=router_class), 1, pg_collection)
     layer.set_layer_number(1)
     return _ready(layer, device)
 
@@ -170,6 +190,7 @@ def warm_up_codebook(router, hidden: torch.Tensor, num_updates: int = 3):
     config, sizes = copy.copy(router.config), router.sizes
     config.num_moe_experts = max(sizes.num_clusters, 2 * sizes.topk)
     config.moe_air_num_clusters, config.moe_air_shortlist_size = sizes.num_clusters, 2 * sizes.topk
+    config.moe_air_num_candidates = 0
     learner = type(router)(config, ProcessGroupCollection.use_mpu_process_groups()).to(hidden.device)
     learner.set_layer_number(1)
     for _ in range(num_updates):
@@ -186,7 +207,8 @@ def usage(router, hidden: torch.Tensor) -> tuple[int, int]:
     """How many codewords have tokens, and how many experts are selected."""
     with torch.no_grad():
         routes = router.route(hidden)
-    return routes.codewords.unique().numel(), routes.topk_ids.unique().numel()
+    num_live = 0 if routes.codewords is None else routes.codewords.unique().numel()
+    return num_live, routes.topk_ids.unique().numel()
 
 
 def air_work(router, hidden: torch.Tensor, sizes: Sizes) -> dict[str, roofline.Work]:
@@ -196,8 +218,7 @@ def air_work(router, hidden: torch.Tensor, sizes: Sizes) -> dict[str, roofline.W
         sizes.tokens,
         sizes.hidden,
         sizes.topk,
-        router.sizes.num_clusters,
-        router.sizes.shortlist_size,
+        router.sizes,
         num_live,
         num_used,
         sizes.dtype.itemsize,
@@ -205,11 +226,36 @@ def air_work(router, hidden: torch.Tensor, sizes: Sizes) -> dict[str, roofline.W
     )
 
 
+def air_columns(router) -> dict[str, int]:
+    """The sizes of an AIR router as columns of a row."""
+    sizes = router.sizes
+    return {
+        "clusters": sizes.num_clusters,
+        "shortlist": sizes.shortlist_size,
+        "probes": sizes.num_probes,
+        "candidates": sizes.num_candidates,
+    }
+
+
 def topk_work(sizes: Sizes) -> dict[str, roofline.Work]:
     """What ``TopKRouter.forward`` cannot do without."""
     return roofline.topk_route(
         sizes.tokens, sizes.hidden, sizes.experts, sizes.dtype.itemsize, sizes.routing_dtype.itemsize
     )
+
+
+def hierarchical_work(router, sizes: Sizes) -> dict[str, roofline.Work]:
+    """What hierarchical routing cannot do without: as AIR's, with groups in place of codewords and lists."""
+    groups = router.sizes
+    scored = groups.topk_groups * groups.group_size
+    as_air = SimpleNamespace(
+        num_clusters=groups.num_groups,
+        shortlist_size=groups.group_size,
+        num_probes=groups.topk_groups,
+        num_candidates=scored,
+    )
+    numbers = (sizes.tokens, sizes.hidden, sizes.topk, as_air, groups.num_groups, sizes.experts)
+    return roofline.air_route(*numbers, sizes.dtype.itemsize, sizes.routing_dtype.itemsize)
 
 
 def product_key_work(router: ProductKeyRouter, sizes: Sizes) -> dict[str, roofline.Work]:

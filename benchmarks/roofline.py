@@ -129,27 +129,28 @@ def together(*parts: dict[str, Work]) -> dict[str, Work]:
     return {name: sum((part[name] for part in parts if name in part), Work()) for name in names}
 
 
-def air_route(tokens, hidden, topk, num_clusters, shortlist_size, num_live, num_used, element, prob_bytes=4):
-    """``AIRRouter.route`` with one probe.
+def air_route(tokens, hidden, topk, sizes, num_live, num_used, element, prob_bytes=4):
+    """``AIRRouter.route`` with a balancing loss.
 
     Forward: products of tokens with codewords and with their shortlists; bytes: tokens once per stage (there are two),
     the fp32 codebook, each row of a shortlist once per codeword that has tokens, expert ids and probs. Backward: the
-    two products of the selected scores' gradients; bytes: K rows per token read once, each touched row written once.
+    two products of the candidates' gradients; bytes: M rows per token read once, each selected row written once.
 
     Args:
+        sizes: the router's, C, L, P and M.
         num_live: codewords that have tokens.
         num_used: distinct experts that were selected.
         element: bytes of a number of tokens and weights.
         prob_bytes: bytes of a probability.
-    Example: T = 2, H = 10, K = 1, C = 4, L = 3, 2 codewords live, 1 expert used, 4 bytes: forward 2*2*10*(4+3) = 280
-    FLOPs and 2*2*40 + 4*40 + 2*3*40 + 2*8 = 576 bytes, backward 4*2*10 = 80 FLOPs and 2*40 + 40 = 120 bytes.
+    Example: T = 2, H = 10, K = 1, C = 4, L = 3, P = 1, M = 2, 2 codewords live, 1 expert used, 4 bytes: forward
+    2*2*10*(4+3) = 280 FLOPs and 2*2*40 + 4*40 + 2*3*40 + 2*8 = 576 bytes, backward 4*2*2*10 = 160 FLOPs and
+    2*2*40 + 40 = 200 bytes.
     """
-    row, pairs = hidden * element, tokens * topk
-    forward = 2 * tokens * row + num_clusters * hidden * _FP32_BYTES + num_live * shortlist_size * row
+    row, pairs = hidden * element, tokens * sizes.num_candidates
+    scored = sizes.num_clusters + sizes.num_probes * sizes.shortlist_size
+    forward = 2 * tokens * row + sizes.num_clusters * hidden * _FP32_BYTES + num_live * sizes.shortlist_size * row
     return {
-        "forward": Work(
-            2 * tokens * hidden * (num_clusters + shortlist_size), forward + pairs * (_ID_BYTES + prob_bytes)
-        ),
+        "forward": Work(2 * tokens * hidden * scored, forward + tokens * topk * (_ID_BYTES + prob_bytes)),
         "backward": Work(4 * pairs * hidden, pairs * row + num_used * row),
     }
 

@@ -1,5 +1,7 @@
 """Router alone: AIRRouter against Megatron's TopKRouter and PEER's product keys, forward and backward."""
 
+from dataclasses import replace
+
 import torch
 
 from benchmarks import checks, roofline
@@ -7,6 +9,7 @@ from benchmarks.measure import clock, world
 from benchmarks.models import (
     Sizes,
     add_sizes,
+    air_columns,
     air_work,
     inputs,
     make_router,
@@ -19,31 +22,37 @@ from benchmarks.models import (
 )
 from benchmarks.timing import Case, time_interleaved
 
+ONE_PROBE = "AIRRouter.route, one probe"
+
 
 def add_arguments(parser) -> None:
-    add_sizes(parser, experts=65_536, hidden=512, tokens=4096, topk=64, clusters=0, shortlist=0)
+    add_sizes(parser, experts=65_536, hidden=512, tokens=4096, topk=64, clusters=0, shortlist=0, probes=0)
 
 
 def run(args) -> list[dict]:
     """Check that AIR with full lists equals top-k, then time the routers with the sizes asked for.
 
-    Four cases: ``TopKRouter.forward``; ``AIRRouter.route``, whose result is compact; ``AIRRouter.forward``, which
-    makes Megatron's dense maps of it for the stock dispatchers; the product-key router. Two more rows are what AIR
-    pays beside its steps: the codebook's update, once per global batch, and the rebuild of the shortlists, once per
-    refresh interval.
+    ``TopKRouter.forward``; ``AIRRouter.route``, whose result is compact, as it is by default and with one probe;
+    ``AIRRouter.forward``, which makes Megatron's dense maps of it for the stock dispatchers; the product-key router,
+    which alone has no balancing loss. Two more rows are what AIR pays beside its steps: the codebook's update, once per
+    global batch, and the rebuild of the shortlists, once per refresh interval.
     """
     with world() as (device, pg_collection):
         checks.check_router(pg_collection, device)
         checks.check_product_keys(pg_collection, device)
         sizes = Sizes.of(args)
         topk, air, keys = (make_router(kind, sizes, pg_collection, device) for kind in ("topk", "air", "product_key"))
+        one_probe = make_router("air", replace(sizes, probes=1, shortlist=0), pg_collection, device)
         with torch.no_grad():
-            air.weight.copy_(topk.weight)
+            for router in (air, one_probe):
+                router.weight.copy_(topk.weight)
         hidden, grad = inputs(sizes, device, (args.tokens, 1, args.hidden), (args.tokens, args.topk))
         dense_grad = torch.randn(args.tokens, args.experts, device=device).to(sizes.routing_dtype)
         learner = warm_up_codebook(air, hidden)
-        checks.check_lists(air)
-        checks.check_at_size(air, hidden)
+        warm_up_codebook(one_probe, hidden)
+        for router in (air, one_probe):
+            checks.check_lists(router)
+            checks.check_at_size(router, hidden)
         learner.route(hidden)
         work = air_work(air, hidden, sizes)
         dense_work = roofline.dense_maps(args.tokens, args.experts, sizes.routing_dtype.itemsize)
@@ -53,6 +62,11 @@ def run(args) -> list[dict]:
                 lambda: step(lambda x: topk(x)[0], topk, hidden, dense_grad), topk_work(sizes), args.tokens, True
             ),
             "AIRRouter.route": Case(lambda: step(lambda x: air.route(x).probs, air, hidden, grad), work, args.tokens),
+            ONE_PROBE: Case(
+                lambda: step(lambda x: one_probe.route(x).probs, one_probe, hidden, grad),
+                air_work(one_probe, hidden, sizes),
+                args.tokens,
+            ),
             "AIRRouter.forward": Case(
                 lambda: step(lambda x: air(x)[0], air, hidden, dense_grad),
                 roofline.together(work, dense_work),
@@ -67,13 +81,16 @@ def run(args) -> list[dict]:
             "shortlist rebuild": Case(rebuild_run(air), rebuild_work(air, sizes)),
         }
         outcome = time_interleaved(cases, args, device)
-        columns = sizes.columns() | {"clusters": air.sizes.num_clusters, "shortlist": air.sizes.shortlist_size}
-        reference = outcome.median("TopKRouter.forward")
+        reference, fewest = outcome.median("TopKRouter.forward"), outcome.median(ONE_PROBE)
         rows = []
         for name, case in cases.items():
             is_router = case.tokens is not None
-            times_faster = round(reference / outcome.median(name), 2) if is_router else ""
-            rows.append(outcome.row(name, columns, {"times_faster": times_faster}))
+            figures = {
+                "times_faster": round(reference / outcome.median(name), 2) if is_router else "",
+                "times_one_probe": round(outcome.median(name) / fewest, 2) if is_router else "",
+            }
+            columns = sizes.columns() | air_columns(one_probe if name == ONE_PROBE else air)
+            rows.append(outcome.row(name, columns, figures))
         return rows
 
 

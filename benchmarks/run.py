@@ -18,6 +18,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 NAMES = {
     "router": "AIRRouter against TopKRouter and product keys, forward and backward",
     "growth": "AIRRouter at growing numbers of experts",
+    "recall": "the share of the exact top-k that AIR finds",
     "scaling": "time of a routing step against the number of experts, with a plot",
     "layer": "the whole layer against PEER and against Megatron's: time and peak memory",
     "dispatch": "dispatch and combine over expert-parallel processes: time and bytes",
@@ -26,7 +27,8 @@ NAMES = {
 }
 _TIMES = ("forward_ms", "backward_ms", "optimizer_ms", "total_ms", "total_min_ms", "total_max_ms")
 _FIGURES = (
-    *("times_faster", "times_slower", "times_ours", "percent_of_step", "peak_mib", "peak_with_rebuild_mib"),
+    *("topk_recall", "mass_recall", "times_faster", "times_one_probe", "times_slower", "times_ours"),
+    *("percent_of_step", "peak_mib", "peak_with_rebuild_mib"),
     *("forward_remote_mib", "bound_ms", "times_bound", "gflops_per_s", "gbytes_per_s"),
 )
 

@@ -2,15 +2,17 @@
 
 import gc
 import logging
+import multiprocessing
 from pathlib import Path
 
 import torch
 
 from benchmarks import checks
-from benchmarks.measure import world
+from benchmarks.measure import peak_memory, world
 from benchmarks.models import (
     Sizes,
     add_sizes,
+    air_columns,
     air_work,
     inputs,
     make_router,
@@ -74,10 +76,38 @@ def _rows(args, num_experts, pg_collection, device):
         cases["TopKRouter.forward"] = Case(
             lambda: step(lambda x: topk(x)[0], topk, hidden, dense_grad), topk_work(sizes), args.tokens, True
         )
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        peaks = pool.apply(_measure_peaks, (sizes,))
     outcome = time_interleaved(cases, args, device)
     ours = outcome.median("AIRRouter.route")
-    columns = sizes.columns() | {"clusters": air.sizes.num_clusters, "shortlist": air.sizes.shortlist_size}
-    return [outcome.row(name, columns, {"times_ours": round(outcome.median(name) / ours, 2)}) for name in cases]
+    columns = sizes.columns() | air_columns(air)
+    rows = []
+    for name in cases:
+        step_peak, rebuild_peak = (round(peak / 2**20) for peak in peaks) if name == "AIRRouter.route" else ("", "")
+        times = round(outcome.median(name) / ours, 2)
+        figures = {"times_ours": times, "peak_mib": step_peak, "peak_with_rebuild_mib": rebuild_peak}
+        rows.append(outcome.row(name, columns, figures))
+    return rows
+
+
+def _measure_peaks(sizes: Sizes) -> tuple[int, int]:
+    """Bytes that a step of ``AIRRouter.route`` needs beside weights and gradients, without and with a rebuild."""
+    from air_moe_megatron.sync import update_codebooks
+
+    with world() as (device, pg_collection):
+        router = make_router("air", sizes, pg_collection, device)
+        for parameter in router.parameters():
+            parameter.main_grad.fill_(0.0)  # so that its memory is in use already
+        hidden, grad = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden), (sizes.tokens, sizes.topk))
+        warm_up_codebook(router, hidden)
+
+        def route():
+            step(lambda x: router.route(x).probs, router, hidden, grad)
+
+        peak = peak_memory(route, device)
+        router.index.refresh_interval = 2**62  # as in a codebook's youth: every update makes a rebuild due
+        update_codebooks(router)
+        return peak, peak_memory(route, device)
 
 
 def plot(rows: list[dict], path: Path) -> None:

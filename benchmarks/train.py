@@ -96,9 +96,11 @@ class Trainer:
         from megatron.core.models.gpt import GPTModel
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.transformer.module import Float16Module
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
         from air_moe_megatron.routers import AIRRouter, find_routers
 
+        destroy_moe_metrics_tracker()  # it has a slot for each layer of the model before
         torch.manual_seed(0)
         is_air = name == _AIR
         config = make_config(
