@@ -23,7 +23,7 @@ class AIRFields:
 
     moe_air_shortlist_size: int = 0
     """Number of experts L in the shortlist of one codeword, for source 'tokens'; the capacity of one inverted list for
-    source 'experts'. 0 chooses sqrt(experts)/2 for 'tokens' (sqrt(experts) with one probe), twice the mean list for
+    source 'experts'. 0 chooses 9/16*sqrt(experts) for 'tokens' (sqrt(experts) with one probe), twice the mean list for
     'experts', and never fewer than two times the top-k."""
 
     moe_air_num_probes: int = 0

@@ -384,18 +384,18 @@ def test_topk_is_the_default():
 EXPERT_LISTS = dict(moe_air_codebook_source="experts")
 # E, K, fields -> C, L, P, M
 AUTOMATIC = {
-    "16384": (16384, 32, {}, 512, 64, 8, 128),
-    "4096": (4096, 16, {}, 256, 32, 8, 64),
-    "65536": (65536, 64, {}, 1024, 128, 8, 256),
+    "16384": (16384, 32, {}, 512, 72, 8, 128),
+    "4096": (4096, 16, {}, 256, 40, 8, 64),
+    "65536": (65536, 64, {}, 1024, 144, 8, 256),
     "1048576": (1048576, 512, {}, 4096, 1024, 8, 1024),
-    "rounded-up-to-8": (1000, 4, {}, 128, 16, 8, 32),
+    "rounded-up-to-8": (1000, 4, {}, 128, 24, 8, 32),
     "two-times-topk": (1024, 100, {}, 128, 200, 6, 200),
     "few-experts": (8, 2, {}, 8, 8, 1, 8),
     "topk-all": (64, 64, {}, 32, 64, 1, 64),
     "one-probe": (65536, 64, dict(moe_air_num_probes=1), 1024, 256, 1, 256),
     "one-probe-of-few": (4096, 16, dict(moe_air_num_probes=1), 256, 64, 1, 64),
     "full-lists": (64, 4, dict(moe_air_shortlist_size=64), 32, 64, 1, 16),
-    "fewer-codewords-than-probes": (4096, 16, dict(moe_air_num_clusters=3), 3, 32, 3, 64),
+    "fewer-codewords-than-probes": (4096, 16, dict(moe_air_num_clusters=3), 3, 40, 3, 64),
     "experts-four-topk-in-the-mean-list": (16384, 32, EXPERT_LISTS, 128, 256, 1, 256),
     "experts-small-topk": (16384, 4, EXPERT_LISTS, 512, 64, 1, 64),
     "experts-rounded-down-to-8": (4096, 20, EXPERT_LISTS, 48, 171, 1, 171),
