@@ -457,7 +457,7 @@ def test_force_load_balancing_spreads_the_tokens_evenly(megatron_cpu, scores, so
 
 
 class Largest(TorchDispatchMode):
-    """Records the largest tensor that any operation returns."""
+    """Records the largest tensor that any operation returns, in numbers of four bytes."""
 
     def __init__(self):
         super().__init__()
@@ -467,8 +467,8 @@ class Largest(TorchDispatchMode):
         outputs = function(*args, **(kwargs or {}))
         for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
             # A view that expands a tensor repeats elements that exist once.
-            if torch.is_tensor(output) and output.untyped_storage().nbytes() // output.element_size() > self.numel:
-                self.numel = output.untyped_storage().nbytes() // output.element_size()
+            if torch.is_tensor(output) and output.untyped_storage().nbytes() // 4 > self.numel:
+                self.numel = output.untyped_storage().nbytes() // 4
                 self.name = str(function)
         return outputs
 
