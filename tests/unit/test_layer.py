@@ -60,7 +60,7 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("fields", ({}, EVERY_LOSS), ids=("no-loss", "every-loss"))
 def test_nothing_is_as_large_as_tokens_times_experts(megatron_cpu, fields):
     """Nor much larger than [T, C], [T, L] or the weights; and the recorder does see [T, E] in the stock path."""
-    tokens, num_experts = 512, 8192
+    tokens, num_experts = 512, 16384
     largest, rebuilding = {}, {}
     for dispatch in ("compact", "stock"):
         stock = dict(moe_dispatch="stock", moe_token_dispatcher_type="alltoall") if dispatch == "stock" else {}
