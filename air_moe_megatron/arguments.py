@@ -3,6 +3,7 @@
 import argparse
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
@@ -10,7 +11,7 @@ from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.config import AIRFields, AIRMoEConfig, attach, is_plain_topk, refuse_unused
 
 
-def add_air_arguments(parser):
+def add_air_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of AIR-MoE to Megatron's parser and return it, as an ``extra_args_provider`` must.
 
     A checkout with ``patches/`` applied has made them from its own config already.
@@ -22,7 +23,7 @@ def add_air_arguments(parser):
     return parser
 
 
-def transformer_config_from_args(args):
+def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
     """The transformer config of the arguments: Megatron's own class where nothing of ours is asked for.
 
     Args:

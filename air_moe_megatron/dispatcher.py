@@ -17,13 +17,16 @@ Legend: T tokens, H hidden, E experts, K top-k, D expert-parallel ranks, R recei
 """
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.ops.exchange import combine, make_plan, pack
-from air_moe_megatron.ops.pair_products import make_pairs
+from air_moe_megatron.ops.pair_products import Pairs, make_pairs
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.recomputation import is_in_backward
 
@@ -70,7 +73,9 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         layer_number: named in the error on probs that are not finite; :class:`AIRMoELayer` sets it.
     """
 
-    def __init__(self, num_local_experts: int, config, pg_collection=None) -> None:
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None
+    ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
         self.num_experts = num_local_experts * self.ep_size
@@ -80,10 +85,12 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         self._misfit = None
         self._release()
 
-    def _release(self):
+    def _release(self) -> None:
         self._shape = self._plan = self._sent = self._pairs = None
 
-    def dispatch_preprocess(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, probs: torch.Tensor):
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Plan what goes where; no communication and no wait. What is wrong is told by :meth:`token_dispatch`.
 
         Args:
@@ -106,7 +113,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         self._plan = make_plan(topk_ids, probs, self.ep_size, self.num_local_experts, misfit)
         return hidden_states, probs
 
-    def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor):
+    def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Send tokens and pairs to their ranks: all-to-alls over the expert-parallel group; waits for the counts.
 
         Args:
@@ -144,21 +151,23 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         self._pairs = make_pairs(rows, local_ids, hidden_states.shape[0], self.num_local_experts)
         return hidden_states, probs
 
-    def dispatch_postprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor):
+    def dispatch_postprocess(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, Pairs, torch.Tensor]:
         """Give the experts their input: rows [R, H], :class:`Pairs` of rows and local experts, probs [N]."""
         return hidden_states, self._pairs, probs
 
-    def combine_preprocess(self, hidden_states: torch.Tensor):
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[R, H] partial sums, one per row, as the experts made them."""
         return hidden_states
 
-    def token_combine(self, hidden_states: torch.Tensor):
+    def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Send the partial sums back, by an all-to-all: [R, H] -> [rows sent, H]. Does not wait for the device."""
         if self.ep_size == 1:
             return hidden_states
         return all_to_all(self.ep_group, hidden_states, self._sent.rows_sent, self._sent.rows_received)
 
-    def combine_postprocess(self, hidden_states: torch.Tensor):
+    def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Add up the partial sums of each token, in fp32 or wider; zero for a token without experts."""
         shape, plan = self._shape, self._plan
         self._release()  # or the layer would keep ids and pairs until its next forward
@@ -166,11 +175,11 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
             hidden_states = combine(hidden_states, plan)
         return hidden_states.view(shape)
 
-    def set_shared_experts(self, shared_experts):
+    def set_shared_experts(self, shared_experts: torch.nn.Module) -> NoReturn:
         """Not supported: the layer adds the shared experts itself."""
         raise ValueError("moe_shared_expert_overlap (True) is not supported with moe_dispatch 'compact'")
 
-    def _exchange(self, counts):
+    def _exchange(self, counts: torch.Tensor) -> torch.Tensor:
         """[D, 5]: what each rank has to tell this one."""
         if self.ep_size == 1:
             return counts
@@ -178,7 +187,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         torch.distributed.all_to_all_single(received, counts, group=self.ep_group)
         return received
 
-    def _require_valid(self, received):
+    def _require_valid(self, received: list[list[int]]) -> None:
         for rank, (_, _, invalid_ids, invalid_probs, misfits) in enumerate(received):
             if misfits:
                 shapes = f": {self._misfit}" if rank == self.ep_rank else ""
@@ -198,7 +207,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
                 )
 
     @torch.no_grad()
-    def _require_agreement(self, hidden_states, probs):
+    def _require_agreement(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> None:
         """Once: sizes on which the buffers of all ranks depend must be the same everywhere."""
         if self._have_ranks_agreed:
             return
@@ -218,7 +227,9 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
                     raise ValueError(f"{name} differs between the expert-parallel ranks: {values}")
         self._have_ranks_agreed = True
 
-    def _count_traffic(self, hidden_states, probs, rows_sent, pairs_sent):
+    def _count_traffic(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, rows_sent: list[int], pairs_sent: list[int]
+    ) -> None:
         row_bytes = hidden_states.shape[1] * hidden_states.element_size()
         pair_bytes = 4 + probs.element_size()  # int32 id, prob
         traffic = self.recomputed_traffic if is_in_backward() else self.traffic

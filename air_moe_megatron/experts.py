@@ -3,11 +3,16 @@
 Legend: R rows of tokens, N (row, expert) pairs, E experts of this rank, F rows of an expert, H hidden.
 """
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.activations import squared_relu
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import validate_experts
 from air_moe_megatron.ops.granular_experts import granular_experts
@@ -40,7 +45,14 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         ValueError: for what such experts cannot do, see ``config.py``.
     """
 
-    def __init__(self, num_local_experts: int, config, *, pg_collection=None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
         validate_experts(config)
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
@@ -50,7 +62,9 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         self.weight1 = self._make_weight(num_inputs, config.init_method)
         self.weight2 = self._make_weight(self.ffn_hidden_size, config.output_layer_init_method)
 
-    def forward(self, hidden_states: torch.Tensor, pairs: Pairs | torch.Tensor, probs: torch.Tensor):
+    def forward(
+        self, hidden_states: torch.Tensor, pairs: Pairs | torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
         """Apply the experts.
 
         Args:
@@ -68,13 +82,13 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         )
         return out, None
 
-    def _kernel_activation(self):
+    def _kernel_activation(self) -> str | None:
         """Name of the activation in the fused kernels; None for those that they do not have."""
         config = self.config
         is_plain = config.activation_func_clamp_value is None and config.glu_linear_offset == 0
         return _KERNEL_ACTIVATIONS.get(config.activation_func) if is_plain else None
 
-    def _activate(self, inputs):
+    def _activate(self, inputs: torch.Tensor) -> torch.Tensor:
         """Megatron's activation, gated or not, as ``MLP.forward`` applies it."""
         config = self.config
         if not config.gated_linear_unit:
@@ -85,14 +99,14 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
             gate, linear = gate.clamp(max=limit), linear.clamp(min=-limit, max=limit)
         return config.activation_func(gate) * (linear + config.glu_linear_offset)
 
-    def _pairs_of_sorted_rows(self, hidden_states, tokens_per_expert):
+    def _pairs_of_sorted_rows(self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor) -> Pairs:
         num_rows = hidden_states.shape[0]
         rows = torch.arange(num_rows, device=hidden_states.device)
         ends = tokens_per_expert.to(rows.device).cumsum(0)
         ids = torch.searchsorted(ends, rows, right=True)
         return make_pairs(rows, ids, num_rows, self.num_local_experts)
 
-    def _make_weight(self, num_rows, init_method):
+    def _make_weight(self, num_rows: int, init_method: Callable[[torch.Tensor], object]) -> torch.nn.Parameter:
         config = self.config
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         shape = (self.num_local_experts, num_rows, config.hidden_size)
@@ -107,7 +121,9 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
         return weight
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
         """The experts sharded by global id: a checkpoint loads at any expert-parallel size."""
         num_offsets = len(sharded_offsets)
         own = (num_offsets, self.ep_group.rank(), self.ep_group.size())
@@ -128,7 +144,7 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
 
 
 @torch.no_grad()
-def _initialize(weight, init_method, seed, first):
+def _initialize(weight: torch.Tensor, init_method: Callable[[torch.Tensor], object], seed: int, first: int) -> None:
     """Initialize the experts ``first, first + 1, ...`` in blocks of global ids, each from a seed of its own."""
     end = first + weight.shape[0]
     with torch.random.fork_rng(devices=[]):

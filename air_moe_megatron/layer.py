@@ -1,7 +1,11 @@
 """AIRMoELayer: Megatron's MoE layer on compact routes; composition only."""
 
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.dispatcher import CompactTokenDispatcher
 from air_moe_megatron.process_groups import HoldsProcessGroups
@@ -14,7 +18,14 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
     :class:`GranularExperts`; with "stock" it is Megatron's layer. Arguments as ``MoELayer``'s.
     """
 
-    def __init__(self, config, submodules=None, layer_number=None, pg_collection=None, **kwargs) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **kwargs: Any,
+    ) -> None:
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, **kwargs)
         self.is_compact = config.moe_dispatch == "compact"

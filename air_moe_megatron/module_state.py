@@ -1,6 +1,6 @@
 """What happens to the statistics of a module when a model is cast, moved or wrapped."""
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
@@ -23,7 +23,7 @@ class PreservedState(torch.nn.Module):
         self.__dict__.setdefault("_accumulators", []).append(name)
         setattr(self, name, value)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> torch.nn.Module:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> torch.nn.Module:
         buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, original in buffers.items():

@@ -8,11 +8,14 @@ import contextlib
 import copy
 import functools
 import inspect
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.compat import require_supported_megatron
 from air_moe_megatron.config import is_plain_topk, refuse_unused, validate
@@ -21,11 +24,14 @@ from air_moe_megatron.experts import GranularExperts
 from air_moe_megatron.layer import AIRMoELayer
 from air_moe_megatron.routers import ROUTERS
 
+if TYPE_CHECKING:
+    from megatron.training.models.gpt import GPTModelConfig
+
 # Attributes of submodule dataclasses that lead to a layer or to its mlp.
 _NESTED = ("mlp", "moe_layer", "mtp_model_layer", "transformer_layer")
 
 
-def with_air_layers(spec, config):
+def with_air_layers[S](spec: S, config: TransformerConfig) -> S:
     """Return the spec with our routing in its MoE layers; the same object where the config asks for Megatron's.
 
     Each MoE layer becomes an :class:`AIRMoELayer` with the router of ``moe_router_type``, and with
@@ -47,7 +53,7 @@ def with_air_layers(spec, config):
     return _rewrite(spec, config)
 
 
-def _rewrite(spec, config):
+def _rewrite[S](spec: S, config: TransformerConfig) -> S:
     if isinstance(spec, list):
         return [_rewrite(item, config) for item in spec]
     if getattr(spec, "layer_specs", None) is not None:  # the submodules of a decoder or multi-token-prediction block
@@ -66,7 +72,7 @@ def _rewrite(spec, config):
     return spec
 
 
-def _air_layer(layer, config):
+def _air_layer(layer: type[MoELayer], config: TransformerConfig) -> type[MoELayer]:
     if layer is MoELayer:
         return AIRMoELayer
     if config.moe_dispatch == "compact" and layer is not AIRMoELayer:
@@ -77,12 +83,12 @@ def _air_layer(layer, config):
     return layer
 
 
-def _air_submodules(submodules, config):
+def _air_submodules(submodules: MoESubmodules, config: TransformerConfig) -> MoESubmodules:
     changes = {"experts": GranularExperts} if config.moe_granular_experts else {}
     return _replace(submodules, router=ROUTERS[config.moe_router_type], **changes)
 
 
-def _rewrite_submodules(submodules, config):
+def _rewrite_submodules[S](submodules: S, config: TransformerConfig) -> S:
     if submodules is None:
         return None
     changes = {}
@@ -92,14 +98,18 @@ def _rewrite_submodules(submodules, config):
     return _replace(submodules, **changes) if changes else submodules
 
 
-def _replace(part, **changes):
+def _replace[S](part: S, **changes: object) -> S:
     part = copy.copy(part)
     for name, value in changes.items():
         setattr(part, name, value)
     return part
 
 
-def air_layer_spec(model_config, vp_stage=None, given=None):
+def air_layer_spec(
+    model_config: "GPTModelConfig",
+    vp_stage: int | None = None,
+    given: ModuleSpec | Callable[..., ModuleSpec] | None = None,
+) -> ModuleSpec:
     """The decoder spec of a GPT model with AIR routing; give it to ``GPTModelConfig.transformer_layer_spec``.
 
     Args:
@@ -120,7 +130,7 @@ def air_layer_spec(model_config, vp_stage=None, given=None):
     return with_air_layers(spec, model_config.transformer)
 
 
-def air_hybrid_stack_spec(config, given=None):
+def air_hybrid_stack_spec(config: TransformerConfig, given: ModuleSpec | None = None) -> ModuleSpec:
     """The stack spec of a hybrid model with AIR routing, for ``HybridModelConfig.hybrid_stack_spec``.
 
     That takes the spec itself: call this with the model's transformer config.
@@ -167,7 +177,7 @@ def require_routers(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
 
 
 @contextlib.contextmanager
-def mtp_specs_with_air_layers():
+def mtp_specs_with_air_layers() -> Iterator[None]:
     """Within this context, the multi-token-prediction layers of a GPT model get AIR routing too.
 
     Adapts one name, ``megatron.training.models.gpt.mtp_block_spec``, because Megatron derives those layers anew
@@ -178,7 +188,7 @@ def mtp_specs_with_air_layers():
     original = gpt.mtp_block_spec
 
     @functools.wraps(original)
-    def mtp_block_spec(config, *args, **kwargs):
+    def mtp_block_spec(config: "GPTModelConfig", *args: Any, **kwargs: Any) -> ModuleSpec | None:
         return with_air_layers(original(config, *args, **kwargs), config.transformer)
 
     gpt.mtp_block_spec = mtp_block_spec

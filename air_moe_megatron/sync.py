@@ -12,9 +12,11 @@ step therefore leaves no trace, whatever the reason.
 import contextlib
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.health import log_health
@@ -149,7 +151,7 @@ def _finish_step(model: list[torch.nn.Module], iteration: int, successful: bool)
 
 
 @contextlib.contextmanager
-def codebook_updates():
+def codebook_updates() -> Iterator[None]:
     """Within this context, Megatron's training loop keeps the codebooks.
 
     Adapts one name, ``megatron.training.training.train_step``, which has no extension point that knows whether a step
@@ -166,15 +168,22 @@ def codebook_updates():
 
     @functools.wraps(original)
     def train_step(
-        forward_step_func, data_iterator, model, optimizer, scheduler, config, forward_backward_func, **kwargs
-    ):
+        forward_step_func: Callable,
+        data_iterator: Any,
+        model: list[torch.nn.Module],
+        optimizer: Any,
+        scheduler: Any,
+        config: TransformerConfig,
+        forward_backward_func: Callable,
+        **kwargs: Any,
+    ) -> tuple:
         nonlocal is_checked
         if not is_checked:
             require_routers(model)
             is_checked = True
 
         @functools.wraps(forward_backward_func)
-        def attempt(*args, **attempt_kwargs):
+        def attempt(*args: Any, **attempt_kwargs: Any) -> list:
             discard_statistics(model)
             return forward_backward_func(*args, **attempt_kwargs)
 

@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
+import torch
 from megatron.core.enums import ModelType
 from megatron.core.package_info import __version__ as megatron_core_version
 from megatron.core.utils import get_te_version, get_torch_version
@@ -135,7 +136,11 @@ def leave_out_codebooks(model: list) -> list:
 
 
 def run(
-    config: PretrainConfigContainer, pretrain_func: Callable, store: Any, adapted: bool, screen: TextIO | None = None
+    config: PretrainConfigContainer,
+    pretrain_func: Callable,
+    store: torch.distributed.Store | None,
+    adapted: bool,
+    screen: TextIO | None = None,
 ) -> None:
     """Hand over to Megatron's training loop.
 

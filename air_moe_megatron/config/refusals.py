@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config.fields import balancing_losses
 
-Predicate = Callable[[Any, Any], bool]
+Predicate = Callable[[TransformerConfig, Any], bool]
 """Of the config and the field's value: whether the value is refused."""
 
 
@@ -18,8 +18,8 @@ class Cause:
 
     title: str
     """Heading in docs/limits.md."""
-    applies: Callable[[Any], bool]
-    name: Callable[[Any], str]
+    applies: Callable[[TransformerConfig], bool]
+    name: Callable[[TransformerConfig], str]
     """How an error names it."""
 
 
@@ -35,7 +35,7 @@ class Refusal:
     """Which values are refused, for docs/limits.md, where the field alone does not say it."""
 
 
-def refuse(cause: str, config: Any, field: str, reason: str) -> None:
+def refuse(cause: str, config: TransformerConfig, field: str, reason: str) -> None:
     """Raise the error of a combination.
 
     Args:
@@ -49,7 +49,7 @@ def refuse(cause: str, config: Any, field: str, reason: str) -> None:
     raise ValueError(f"{field} ({getattr(config, field)!r}) is not supported with {cause}: {reason}")
 
 
-def check_refusals(config: TransformerConfig, refusals: "Sequence[Refusal] | None" = None) -> None:
+def check_refusals(config: TransformerConfig, refusals: Sequence[Refusal] | None = None) -> None:
     """Refuse the first row of the table that applies to a config.
 
     Args:
@@ -83,15 +83,15 @@ def validate_experts(config: TransformerConfig) -> None:
 # Predicates.
 
 
-def _on(config: Any, value: Any) -> bool:
+def _on(config: TransformerConfig, value: Any) -> bool:
     return bool(value)
 
 
-def _given(config: Any, value: Any) -> bool:
+def _given(config: TransformerConfig, value: Any) -> bool:
     return value is not None
 
 
-def _above_one(config: Any, value: Any) -> bool:
+def _above_one(config: TransformerConfig, value: Any) -> bool:
     return value is not None and value > 1
 
 
@@ -107,7 +107,7 @@ def _has(kind: str) -> Predicate:
     return lambda config, value: kind in ([value] if isinstance(value, str) else value)
 
 
-def _captures_router(config: Any, implementation: str) -> bool:
+def _captures_router(config: TransformerConfig, implementation: str) -> bool:
     if implementation in ("none", "full_iteration"):
         return implementation == "full_iteration"
     modules = config.cuda_graph_modules
@@ -116,11 +116,11 @@ def _captures_router(config: Any, implementation: str) -> bool:
     return not names or bool(names & {"full", "moe", "moe_router", "moe_preprocess"})
 
 
-def _type_is(*router_types: str) -> Callable[[Any], bool]:
+def _type_is(*router_types: str) -> Callable[[TransformerConfig], bool]:
     return lambda config: config.moe_router_type in router_types
 
 
-def _by_type(config: Any) -> str:
+def _by_type(config: TransformerConfig) -> str:
     return f"moe_router_type {config.moe_router_type!r}"
 
 

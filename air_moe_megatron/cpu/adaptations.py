@@ -8,7 +8,7 @@ import os
 import time
 import types
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ def _factory(original: Callable) -> Callable:
     """A tensor factory for which CUDA means CPU. It runs on every call, so it does nothing else."""
 
     @functools.wraps(original)
-    def factory(*args, **kwargs):
+    def factory(*args: Any, **kwargs: Any) -> torch.Tensor:
         if "device" in kwargs and _names_cuda(kwargs["device"]):
             kwargs["device"] = "cpu"
         if "pin_memory" in kwargs:
@@ -53,7 +53,7 @@ def _factory(original: Callable) -> Callable:
 
 def _tensor_to(original: Callable) -> Callable:
     @functools.wraps(original)
-    def to(self, *args, **kwargs):
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args and _names_cuda(args[0]):
             args = ("cpu", *args[1:])
         elif "device" in kwargs and _names_cuda(kwargs["device"]):
@@ -67,7 +67,9 @@ def _tensor_type(original: Callable) -> Callable:
     """Megatron's optimizers sort parameters by `param.type() == "torch.cuda.FloatTensor"` and the like."""
 
     @functools.wraps(original)
-    def type_(self, dtype=None, non_blocking=False, **kwargs):
+    def type_(
+        self: torch.Tensor, dtype: torch.dtype | str | None = None, non_blocking: bool = False, **kwargs: Any
+    ) -> torch.Tensor | str:
         if dtype is None:
             name = original(self)
             return name.replace("torch.", "torch.cuda.", 1) if self.device.type == "cpu" else name
@@ -84,7 +86,7 @@ def _itself(original: Callable) -> Callable:
 
 def _load(original: Callable) -> Callable:
     @functools.wraps(original)
-    def load(f, map_location=None, *args, **kwargs):
+    def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
         if map_location is None or _names_cuda(map_location):
             map_location = "cpu"  # also lets a checkpoint that holds CUDA tensors open
         return original(f, map_location, *args, **kwargs)
@@ -100,7 +102,7 @@ def _loader_iter(original: Callable) -> Callable:
     """
 
     @functools.wraps(original)
-    def __iter__(self):
+    def __iter__(self: torch.utils.data.DataLoader) -> Iterator:
         state = torch.get_rng_state()
         try:
             return original(self)
@@ -118,7 +120,7 @@ def _isend(original: Callable) -> Callable:
     """
 
     @functools.wraps(original)
-    def isend(tensor, *args, **kwargs):
+    def isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.distributed.Work | None:
         return original(tensor.detach(), *args, **kwargs)
 
     return isend
@@ -127,11 +129,18 @@ def _isend(original: Callable) -> Callable:
 def _all_to_all_single(original: Callable) -> Callable:
     """Megatron moves split sizes from CUDA to numpy, but leaves those that are on the CPU as tensors."""
 
-    def as_list(sizes):
+    def as_list(sizes: torch.Tensor | list[int] | None) -> list[int] | None:
         return sizes.tolist() if hasattr(sizes, "tolist") else sizes
 
     @functools.wraps(original)
-    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, *args, **kwargs):
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: torch.Tensor | list[int] | None = None,
+        input_split_sizes: torch.Tensor | list[int] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.distributed.Work | None:
         return original(output, input, as_list(output_split_sizes), as_list(input_split_sizes), *args, **kwargs)
 
     return all_to_all_single
@@ -219,7 +228,7 @@ def _without_cuda_check(original: tuple) -> tuple:
 
 def _compile_helpers(original: Callable) -> Callable:
     @functools.wraps(original)
-    def compile_helpers():
+    def compile_helpers() -> None:
         # The wheel ships the compiled module and no Makefile; a checkout has it the other way round.
         if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
             original()
@@ -234,7 +243,7 @@ def _torch_norm(original: Callable) -> Callable:
     wrapper of torch's norm refuses instead. The computation needs no change.
     """
 
-    def __new__(cls, config, *args, **kwargs):
+    def __new__(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         sequence_parallel = config.sequence_parallel
         config.sequence_parallel = False
         try:

@@ -8,16 +8,19 @@ Megatron's own dispatchers.
 Legend: S sequence, B batch, T = S*B tokens, H hidden, E experts, P probes, K top-k, N candidates.
 """
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import (
     apply_router_token_dropping,
     router_gating_linear,
     topk_routing_with_score_function,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import validate
 from air_moe_megatron.learner import Learner
@@ -62,7 +65,9 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     always_complete = True
     may_repeat = False
 
-    def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
+    ) -> None:
         validate(config)
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.input_norm = RunningNorm(config.hidden_size) if config.moe_router_input_norm == "running" else None
@@ -80,7 +85,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         self.has_learned = False  # whether a forward has learned since the last step
 
     @staticmethod
-    def checkpoint_fields(config: Any) -> dict[str, Any]:
+    def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
         """The config fields that a checkpoint of this router is bound to, with automatic sizes chosen."""
         return {}
 
@@ -91,7 +96,9 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         else:
             self.weight = self.bias = None
 
-    def add_parameter(self, name: str, *shape: int, init_method=None) -> None:
+    def add_parameter(
+        self, name: str, *shape: int, init_method: Callable[[torch.Tensor], object] | None = None
+    ) -> None:
         """Register a parameter of the router, made and marked as ``Router.reset_parameters`` does with the weight."""
         values = torch.empty(shape, dtype=torch.float32)
         if self.config.perform_initialization:
@@ -128,7 +135,9 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             routes, topk_ids=routes.topk_ids.masked_fill(padded, -1), probs=routes.probs.masked_fill(padded, 0.0)
         )
 
-    def forward(self, input: torch.Tensor, padding_mask: torch.Tensor | None = None):
+    def forward(
+        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the layer's dispatcher takes: compactly probs and expert ids [T, K], as :meth:`route` gives them; for
         Megatron's own dispatchers, as ``TopKRouter.forward``, dense [T, E] probs and routing map.
 
@@ -158,7 +167,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         return probs, routing_map
 
     @torch.compiler.disable  # group sizes are read on the host, and AIR's lists are rebuilt by a count of updates
-    def _route(self, hidden_states, padding_mask) -> Routes:
+    def _route(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None) -> Routes:
         self._is_counted = self.training and self._forwards.counts()
         self._maintain_float32_expert_bias()
         batch_size = hidden_states.shape[1] if hidden_states.dim() == 3 else 1
@@ -245,7 +254,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             probs = self._attach_aux_losses(probs, logits, ids, padding_mask, batch_size)
         return Routes(ids.gather(1, columns).int(), probs)
 
-    def _select(self, logits, ids):
+    def _select(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, K] probs and columns of the selected candidates, as Megatron selects them."""
         expert_bias = None
         if self.expert_bias is not None:  # what is no candidate must not win by its bias
@@ -254,14 +263,14 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             logits, self.topk, expert_bias=expert_bias, dense_output=True, **self._score_settings()
         )
 
-    def _score_settings(self):
+    def _score_settings(self) -> dict[str, Any]:
         return {
             "use_pre_softmax": self.config.moe_router_pre_softmax,
             "scaling_factor": self.config.moe_router_topk_scaling_factor,
             "score_function": self.score_function,
         }
 
-    def _to_dense(self, routes: Routes):
+    def _to_dense(self, routes: Routes) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, E] probs and routing map of the routes: linear in E, for the stock dispatchers only.
 
         The probs of an expert that holds several places of a token add up. Megatron's all-to-all counts on K experts
@@ -290,7 +299,13 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         where = topk_ids.clamp(min=0).reshape(-1)
         return torch.zeros_like(self.expert_load).index_add_(0, where, counted.reshape(-1).long())
 
-    def _linear(self, hidden, weight, bias=None, dtype=None):
+    def _linear(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
         """[T, N] scores of tokens against the N rows of a weight, by Megatron's product for router gates.
 
         It does not take an empty batch.
@@ -300,10 +315,10 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             return router_gating_linear(hidden, weight, bias, dtype)
         return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
-    def _router_dtype(self, hidden):
+    def _router_dtype(self, hidden: torch.Tensor) -> torch.dtype:
         return _ROUTER_DTYPES.get(self.config.moe_router_dtype, hidden.dtype)
 
-    def _follow_device(self, hidden):
+    def _follow_device(self, hidden: torch.Tensor) -> None:
         # As Router.gating: with use_cpu_initialization the router may still be on the host. It moves as a whole.
         if self.expert_load.device != hidden.device:
             self.to(hidden.device)

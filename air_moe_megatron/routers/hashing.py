@@ -16,9 +16,13 @@ rest is refused by name in ``config.py``.
 Legend: S sequence, B batch, T = S*B tokens, E experts, V token ids, K top-k.
 """
 
+import argparse
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.routers.base import CompactRouter, Routes
 
@@ -30,7 +34,9 @@ class HashRouter(CompactRouter):
     checkpoint_key = "table"
     has_expert_weight = False
 
-    def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
+    ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         table = torch.zeros(config.moe_hash_vocab_size, config.moe_router_topk, dtype=torch.int32)
         self.register_buffer("table", table)
@@ -40,7 +46,7 @@ class HashRouter(CompactRouter):
         self.token_ids: torch.Tensor | None = None
 
     @staticmethod
-    def checkpoint_fields(config: Any) -> dict[str, Any]:
+    def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
         """As the base's."""
         return {"moe_hash_vocab_size": config.moe_hash_vocab_size, "moe_hash_seed": config.moe_hash_seed}
 
@@ -50,14 +56,16 @@ class HashRouter(CompactRouter):
         seed = self.config.moe_hash_seed * 65537 + layer_number
         self.table.copy_(balanced_table(*self.table.shape, self.num_experts, seed))
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
         """As Megatron's; the table loads, as the embedding does, where the vocabulary is padded to another size, which
         depends on the tensor-parallel size. Rows that a checkpoint lacks are zero: padding has no tokens."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state[prefix + "table"].allow_shape_mismatch = True
         return state
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         seed = state_dict.get(prefix + "seed")
         if seed is not None and int(seed) != self.config.moe_hash_seed:
             raise ValueError(
@@ -71,7 +79,7 @@ class HashRouter(CompactRouter):
         weight = (self.config.moe_router_topk_scaling_factor or 1.0) / self.topk
         return Routes(topk_ids, hidden.new_full(topk_ids.shape, weight, dtype=self._router_dtype(hidden)))
 
-    def _ids_of(self, num_tokens):
+    def _ids_of(self, num_tokens: int) -> torch.Tensor:
         """[T] token ids in the order of the hidden states."""
         if self.layer_number is None:
             raise ValueError("layer_number (None) must be set before a hash router is used: it chooses the table")
@@ -91,7 +99,7 @@ class HashRouter(CompactRouter):
         return ids.reshape(-1)
 
 
-def hand_over_token_ids(model) -> list:
+def hand_over_token_ids(model: list[torch.nn.Module]) -> list:
     """Have the embedding of a model tell its hash routers the token ids of each microbatch.
 
     Args:
@@ -111,7 +119,9 @@ def hand_over_token_ids(model) -> list:
                 f"moe_router_type 'hash' needs the model's embedding on the same rank; {type(chunk).__name__} has none"
             )
 
-        def tell(module, args, kwargs, routers=routers):
+        def tell(
+            module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], routers: list[HashRouter] = routers
+        ) -> None:
             token_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             for router in routers:
                 router.token_ids = token_ids

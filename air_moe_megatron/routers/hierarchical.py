@@ -13,9 +13,12 @@ Cost of a token: forward ``2*H*(G + g*E/G)`` FLOPs, backward twice that.
 Legend: T tokens, H hidden, E experts, G groups, M = E/G experts of a group, g groups taken, K top-k.
 """
 
+import argparse
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import resolve_groups
 from air_moe_megatron.ops.fine_scores import fine_scores
@@ -28,7 +31,9 @@ class HierarchicalRouter(CompactRouter):
     router_type = "hierarchical"
     checkpoint_key = "group_weight"
 
-    def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
+    ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.sizes = resolve_groups(config)
         self.add_parameter("group_weight", self.sizes.num_groups, config.hidden_size)
@@ -38,7 +43,7 @@ class HierarchicalRouter(CompactRouter):
             self.group_bias = None
 
     @staticmethod
-    def checkpoint_fields(config: Any) -> dict[str, Any]:
+    def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
         """As the base's."""
         return {"moe_hierarchical_num_groups": resolve_groups(config).num_groups}
 
@@ -66,6 +71,6 @@ class HierarchicalRouter(CompactRouter):
         group_logits, flat = both.split([group_logits.shape[1], both.shape[1] - group_logits.shape[1]], dim=1)
         return group_logits, flat.view_as(logits)
 
-    def apply_z_loss(self, logits, padding_mask=None):
+    def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Nothing: the z-loss is attached to the logits of both gates, before they are normalized."""
         return logits

@@ -24,7 +24,7 @@ import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.recomputation import hidden_from_checkpoints
@@ -199,7 +199,7 @@ class _WeightedScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: FunctionCtx,
         scores: torch.Tensor,
         places: torch.Tensor | None,
         weights: torch.Tensor,
@@ -214,7 +214,7 @@ class _WeightedScores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """The gradient of the scores: the weights themselves."""
         (places,) = ctx.saved_tensors
         weights = ctx.weights * grad.unsqueeze(1)

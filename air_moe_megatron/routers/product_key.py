@@ -19,15 +19,19 @@ Cost of a token, R heads with sub-keys of size D: forward ``4*H*R*D`` FLOPs for 
 Legend: T tokens, H hidden, E = n1*n2 experts, R heads, D size of a sub-key, K top-k, k = K / R, N candidates.
 """
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import (
     compute_routing_scores_for_aux_loss,
     topk_routing_with_score_function,
 )
-from torch.autograd.function import once_differentiable
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.config import resolve_product_keys
 from air_moe_megatron.learner import Learner
@@ -49,7 +53,9 @@ class ProductKeyRouter(CompactRouter):
     checkpoint_key = "keys1"
     has_expert_weight = False
 
-    def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
+    ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.sizes = sizes = resolve_product_keys(config)
         self.may_repeat = sizes.num_heads > 1
@@ -71,7 +77,7 @@ class ProductKeyRouter(CompactRouter):
         self.query_norm = RunningNorm(num_inputs) if sizes.query_norm == "batchnorm" else None
 
     @staticmethod
-    def checkpoint_fields(config: Any) -> dict[str, Any]:
+    def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
         """As the base's."""
         keys = resolve_product_keys(config)
         return {
@@ -101,7 +107,7 @@ class ProductKeyRouter(CompactRouter):
         log_share = (log1.unsqueeze(3) + log2.unsqueeze(2)).flatten(2).logsumexp(dim=2)  # [T, R]
         return replace(routes, probs=routes.probs * log_share.exp().repeat_interleave(sizes.topk_per_head, dim=1))
 
-    def _scores(self, hidden, padding_mask):
+    def _scores(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> Sequence[torch.Tensor]:
         """Of each head's query with the first and the second sub-keys, [T, R, n1] and [T, R, n2]."""
         scores = [  # one set of keys is there for all heads
             torch.einsum("trd,rnd->trn", queries, keys.to(queries.dtype))
@@ -114,7 +120,7 @@ class ProductKeyRouter(CompactRouter):
         normal = self._batch_normalize(wide, padding_mask).to(both.dtype)
         return normal.view_as(both).split(self.sizes.num_keys, dim=2)
 
-    def _queries(self, hidden, padding_mask):
+    def _queries(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The first and the second halves of each head's query, normalized; [T, R, D] each."""
         if self.on_tokens:
             tokens = hidden.to(self._router_dtype(hidden))
@@ -125,7 +131,7 @@ class ProductKeyRouter(CompactRouter):
         shape = (hidden.shape[0], self.sizes.num_heads, 2, self.sizes.key_dim)
         return self._normalize(queries, padding_mask).view(shape).unbind(dim=2)
 
-    def _normalize(self, queries, padding_mask):
+    def _normalize(self, queries: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """[T, F] queries, normalized in fp32 or wider."""
         norm = self.sizes.query_norm
         if norm == "none":
@@ -138,7 +144,7 @@ class ProductKeyRouter(CompactRouter):
             normal = self._batch_normalize(wide, padding_mask)
         return (normal * self.norm_weight + self.norm_bias).to(queries.dtype)
 
-    def _batch_normalize(self, queries, padding_mask):
+    def _batch_normalize(self, queries: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """[T, F], by mean and variance of the tokens that count on all ranks; by the running ones when evaluating."""
         if not self.training:
             return self.query_norm(queries)
@@ -147,7 +153,7 @@ class ProductKeyRouter(CompactRouter):
                 self.query_norm.accumulate(queries.detach(), padding_mask)
         return _BatchNorm.apply(queries, self.query_norm.mean, padding_mask, self.tp_dp_cp_group)
 
-    def _select(self, logits, ids):
+    def _select(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, K] probs and columns, the best k of each head beside each other."""
         heads, topk = self.sizes.num_heads, self.sizes.topk_per_head
         logits = self._per_head(logits)
@@ -163,7 +169,7 @@ class ProductKeyRouter(CompactRouter):
         )
         return selected.view_as(logits), scores.view_as(logits) / self.sizes.num_heads
 
-    def _per_head(self, logits):
+    def _per_head(self, logits: torch.Tensor) -> torch.Tensor:
         """[T, R * N] logits as [T * R, N]."""
         return logits.unflatten(1, (self.sizes.num_heads, -1)).flatten(0, 1)
 
@@ -175,7 +181,13 @@ class _BatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, queries, running_mean, padding_mask, group):
+    def forward(
+        ctx: FunctionCtx,
+        queries: torch.Tensor,
+        running_mean: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        group: torch.distributed.ProcessGroup | None,
+    ) -> torch.Tensor:
         shift, variance, count = moments(sum_over_ranks(batch_sums(queries, running_mean, padding_mask), group))
         ctx.group, ctx.count = group, count.clamp_min(1.0)
         scale = (variance + EPSILON).rsqrt().to(queries.dtype)
@@ -185,7 +197,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         normal, scale, padding_mask = ctx.saved_tensors
         sums = torch.cat((grad.sum(dim=0), (grad * normal).sum(dim=0)))
         of_mean, of_scale = (sum_over_ranks(sums, ctx.group) / ctx.count).to(grad.dtype).chunk(2)

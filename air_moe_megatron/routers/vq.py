@@ -17,9 +17,13 @@ K/2 row sums.
 Legend: T tokens, H hidden, E experts, K top-k.
 """
 
+from collections.abc import Iterator
+
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
-from torch.autograd.function import once_differentiable
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.routers.base import CompactRouter, Routes
 
@@ -31,7 +35,9 @@ class VQRouter(CompactRouter):
     checkpoint_key = "codes"
     may_repeat = True
 
-    def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
+    ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.topk_per_branch = config.moe_router_topk // 2
         self.add_parameter("codes", config.num_moe_experts, config.hidden_size)
@@ -52,7 +58,7 @@ class VQRouter(CompactRouter):
         return Routes(torch.cat((code_ids, top_ids), dim=1).int(), probs)
 
     @torch.no_grad()
-    def _nearest_codes(self, hidden):
+    def _nearest_codes(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, K/2] experts of the nearest codes, nearest first: by ``<h, c> - |c|^2 / 2``, in fp32 or wider."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         products = self._linear(hidden, self.codes, dtype=wide)
@@ -79,7 +85,14 @@ class _VQLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, codes, code_ids, weights, commitment):
+    def forward(
+        ctx: FunctionCtx,
+        hidden: torch.Tensor,
+        codes: torch.Tensor,
+        code_ids: torch.Tensor,
+        weights: torch.Tensor,
+        commitment: float,
+    ) -> torch.Tensor:
         ctx.save_for_backward(hidden, codes, code_ids, weights)
         ctx.commitment = commitment
         # Weighted before they are squared: a square overflows only where the loss itself does.
@@ -88,7 +101,7 @@ class _VQLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, codes, code_ids, weights = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=weights.dtype)
         grad_codes = torch.zeros_like(codes, dtype=weights.dtype)
@@ -100,7 +113,9 @@ class _VQLoss(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_codes.to(codes.dtype), None, None, None
 
 
-def _errors(hidden, codes, code_ids, dtype):
+def _errors(
+    hidden: torch.Tensor, codes: torch.Tensor, code_ids: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the ids [T] and the errors ``c - h`` [T, H] of the nearest codes, of the second nearest, ..."""
     for ids in code_ids.unbind(dim=1):
         yield ids, codes[ids].to(dtype) - hidden.to(dtype)
