@@ -27,48 +27,32 @@ class FlagRefusal:
     the flag that packs documents."""
 
 
+@dataclass(frozen=True)
+class FlagRule:
+    """A value of a flag that would end a run in an error which does not name it."""
+
+    flag: str
+    when: Callable[[argparse.Namespace], bool]
+    rule: str
+    """What the error says after the flag and its value; {router} as in :class:`FlagRefusal`."""
+
+
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that this entry would otherwise accept and not honor.
+    """Refuse flags that this entry would otherwise accept and not honor, or that would end the run later.
 
     Args:
         args: Megatron's parsed and validated arguments.
     Raises:
-        ValueError: naming the flag, its value and why it cannot be honored.
+        ValueError: naming the flag, its value and the reason or the rule.
     """
     for row in FLAG_REFUSALS:
         if row.when(args):
             cause = row.cause.format(router=_router_flag(args), packed=_packing_flag(args))
             cause = f" with {cause}" if cause else ""
             raise ValueError(f"{_shown(args, row.flag)} is not supported{cause}: {row.reason}")
-    if args.spec is not None and import_module(args.spec) is None:
-        raise ValueError(f"--spec {' '.join(args.spec)} cannot be imported, and Megatron would use its default spec")
-
-
-def check_values(args: argparse.Namespace) -> None:
-    """Refuse values of Megatron's flags that end a run in an error which does not name them.
-
-    Args:
-        args: Megatron's parsed and validated arguments.
-    Raises:
-        ValueError: naming the flag, its value and the rule.
-    """
-    for name in ("log_interval", "tensorboard_log_interval", "eval_interval", "log_memory_interval"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be at least 1")
-    counts_evaluations = bool(args.train_iters or args.train_samples) and not (args.full_validation or args.skip_train)
-    if counts_evaluations and args.eval_interval is None:
-        raise ValueError("--eval-interval (None) must be given: Megatron counts evaluations with it, also with 0 steps")
-    if args.full_validation and not args.multiple_validation_sets:
-        raise ValueError(
-            "--full-validation needs --multiple-validation-sets, with one set too: Megatron-Core 0.19 reads its number "
-            "of steps as a list"
-        )
-    if not is_plain_topk(args) and args.hybrid_layer_pattern is not None and not any(moe_layers(args)):
-        raise ValueError(
-            f"--hybrid-layer-pattern ({args.hybrid_layer_pattern}) must have a layer {Symbols.MOE}: without an MoE "
-            f"layer {_router_flag(args)} has no effect"
-        )
+    for row in FLAG_RULES:
+        if row.when(args):
+            raise ValueError(f"{_shown(args, row.flag)} {row.rule.format(router=_router_flag(args))}")
 
 
 def _router_flag(args: argparse.Namespace) -> str:
@@ -81,10 +65,14 @@ def _packing_flag(args: argparse.Namespace) -> str:
 
 def _shown(args: argparse.Namespace, flag: str) -> str:
     """The flag with its value, where it takes one."""
-    value: Any = getattr(args, flag.removeprefix("--").replace("-", "_"))
+    value = _value(args, flag)
     if value is True:
         return flag
     return f"{flag} ({' '.join(value) if isinstance(value, list) else value})"
+
+
+def _value(args: argparse.Namespace, flag: str) -> Any:
+    return getattr(args, flag.removeprefix("--").replace("-", "_"))
 
 
 def _is_packed(args: argparse.Namespace) -> bool:
@@ -93,6 +81,14 @@ def _is_packed(args: argparse.Namespace) -> bool:
 
 def _ours(args: argparse.Namespace) -> bool:
     return not is_plain_topk(args)
+
+
+def _below_one(flag: str) -> Callable[[argparse.Namespace], bool]:
+    return lambda args: _value(args, flag) is not None and _value(args, flag) < 1
+
+
+def _counts_evaluations(args: argparse.Namespace) -> bool:
+    return bool(args.train_iters or args.train_samples) and not (args.full_validation or args.skip_train)
 
 
 _WHOLE_PARAMETERS = "codebooks, health lines and main_grad read whole parameters outside of the forward"
@@ -180,3 +176,31 @@ FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
     ),
 )
 """Checked from the top; the first row that applies is the error."""
+
+FLAG_RULES: tuple[FlagRule, ...] = (
+    FlagRule(
+        "--spec",
+        lambda args: args.spec is not None and import_module(args.spec) is None,
+        "cannot be imported, and Megatron would use its default spec",
+    ),
+    *(
+        FlagRule(flag, _below_one(flag), "must be at least 1")
+        for flag in ("--log-interval", "--tensorboard-log-interval", "--eval-interval", "--log-memory-interval")
+    ),
+    FlagRule(
+        "--eval-interval",
+        lambda args: _counts_evaluations(args) and args.eval_interval is None,
+        "must be given: Megatron counts evaluations with it, also with 0 steps",
+    ),
+    FlagRule(
+        "--full-validation",
+        lambda args: args.full_validation and not args.multiple_validation_sets,
+        "needs --multiple-validation-sets, with one set too: Megatron-Core 0.19 reads its number of steps as a list",
+    ),
+    FlagRule(
+        "--hybrid-layer-pattern",
+        lambda args: _ours(args) and args.hybrid_layer_pattern is not None and not any(moe_layers(args)),
+        f"must have a layer {Symbols.MOE}: without an MoE layer {{router}} has no effect",
+    ),
+)
+"""Checked after FLAG_REFUSALS, in this order."""

@@ -29,7 +29,7 @@ from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_va
 from air_moe_megatron.checkpoints import check_checkpoint, fields_of_checkpoint
 from air_moe_megatron.compat import process_groups_released, repair_help, require_supported_megatron
 from air_moe_megatron.config import is_plain_topk
-from air_moe_megatron.entry_refusals import check_flags, check_values
+from air_moe_megatron.entry_refusals import check_flags
 from air_moe_megatron.memory import check_memory
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.hashing import hand_over_token_ids
@@ -187,7 +187,6 @@ def train(program_start: float | None = None, screen: TextIO | None = None) -> N
         args, ranks = parse()
         check_agreement(args, ranks)
         check_flags(args)
-        check_values(args)
         ranks.check("data", lambda: preflight.check_data(args))
         model_config = model_config_from_args(args)
         ranks.check("memory", lambda: check_memory(args))

@@ -37,7 +37,7 @@ REFUSED = {
     "saved-counts": ([*GRANULAR, "--save-tokens-per-expert-interval", "5"], "--save-tokens-per-expert-interval (5)"),
     "upcycling": ([*GRANULAR, "--moe-use-upcycling"], "--moe-use-upcycling"),
     "reinforcement": (["--perform-rl-step"], "--perform-rl-step"),
-    "spec": (["--spec", "no.such.module", "layer"], "--spec no.such.module layer"),
+    "spec": (["--spec", "no.such.module", "layer"], "--spec (no.such.module layer) cannot be imported"),
 }
 
 
@@ -95,28 +95,28 @@ BAD_VALUES = {
 def test_values_that_would_end_the_run_later_are_refused_by_name(monkeypatch, flags, words):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.entry_refusals import check_values
+    from air_moe_megatron.entry_refusals import check_flags
     from air_moe_megatron.training import extra_args_provider
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *RUN])
-    check_values(parse_args(extra_args_provider))
+    check_flags(parse_args(extra_args_provider))
     monkeypatch.setattr(sys, "argv", ["pretrain", *RUN, *flags])
     with pytest.raises(ValueError) as error:
-        check_values(parse_args(extra_args_provider))
+        check_flags(parse_args(extra_args_provider))
     assert words in str(error.value)
 
 
 def test_a_missing_interval_of_evaluations_is_refused_where_it_counts(monkeypatch):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.entry_refusals import check_values
+    from air_moe_megatron.entry_refusals import check_flags
     from air_moe_megatron.training import extra_args_provider
 
     monkeypatch.setattr(sys, "argv", ["pretrain", "--train-iters", "3"])
     with pytest.raises(ValueError, match="--eval-interval .None. must be given"):
-        check_values(parse_args(extra_args_provider))
+        check_flags(parse_args(extra_args_provider))
     monkeypatch.setattr(sys, "argv", ["pretrain", "--train-iters", "3", "--skip-train"])
-    check_values(parse_args(extra_args_provider))
+    check_flags(parse_args(extra_args_provider))
 
 
 @pytest.mark.parametrize(
