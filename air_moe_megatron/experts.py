@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.config import validate_experts
+from air_moe_megatron.config import validate
 from air_moe_megatron.ops.granular_experts import granular_experts
 from air_moe_megatron.ops.pair_products import Pairs, make_pairs
 from air_moe_megatron.process_groups import HoldsProcessGroups
@@ -42,7 +42,7 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         pg_collection: process groups; ``ep`` and ``expt_dp`` are used.
         name: unused; Megatron names the experts it builds.
     Raises:
-        ValueError: for what such experts cannot do, see ``config.py``.
+        ValueError: as :func:`validate`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         pg_collection: ProcessGroupCollection,
         name: str | None = None,
     ) -> None:
-        validate_experts(config)
+        validate(config)
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
         self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp

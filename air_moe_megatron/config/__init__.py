@@ -9,7 +9,7 @@ import dataclasses
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config.fields import ROUTER_TYPES, AIRFields, balancing_losses, is_plain_topk, router_type_of
-from air_moe_megatron.config.refusals import CAUSES, REFUSALS, refuse, validate_experts
+from air_moe_megatron.config.refusals import CAUSES, REFUSALS
 from air_moe_megatron.config.rules import refuse_unused, validate
 from air_moe_megatron.config.sizes import (
     AIRSizes,
@@ -32,14 +32,12 @@ __all__ = [
     "attach",
     "balancing_losses",
     "is_plain_topk",
-    "refuse",
     "refuse_unused",
     "resolve_groups",
     "resolve_product_keys",
     "resolve_sizes",
     "router_type_of",
     "validate",
-    "validate_experts",
 ]
 
 

@@ -1,6 +1,6 @@
 """What cannot be combined with what: one table, checked when a config is made. docs/limits.md is generated from it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,49 +35,18 @@ class Refusal:
     """Which values are refused, for docs/limits.md, where the field alone does not say it."""
 
 
-def refuse(cause: str, config: TransformerConfig, field: str, reason: str) -> None:
-    """Raise the error of a combination.
-
-    Args:
-        cause: what excludes the value, as the error names it.
-        config: has the field.
-        field: name of the excluded field.
-        reason: why, and what to do instead.
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(f"{field} ({getattr(config, field)!r}) is not supported with {cause}: {reason}")
-
-
-def check_refusals(config: TransformerConfig, refusals: Sequence[Refusal] | None = None) -> None:
+def check_refusals(config: TransformerConfig) -> None:
     """Refuse the first row of the table that applies to a config.
 
     Args:
         config: with all our fields.
-        refusals: the rows to check; None for all of this file.
     Raises:
         ValueError: naming the field, its value, the cause and the reason.
     """
-    for row in REFUSALS if refusals is None else refusals:
-        if row.cause.applies(config) and row.when(config, getattr(config, row.field)):
-            refuse(row.cause.name(config), config, row.field, row.reason)
-
-
-def validate_experts(config: TransformerConfig) -> None:
-    """Refuse what granular experts cannot do.
-
-    Raises:
-        ValueError: naming the field, its value and the reason.
-    """
-    check_refusals(config, [row for row in REFUSALS if row.cause is GRANULAR])
-    rows = config.moe_ffn_hidden_size * (2 if config.gated_linear_unit else 1)
-    local_experts = config.num_moe_experts // config.expert_model_parallel_size
-    if local_experts * rows >= 2**31:
-        raise ValueError(
-            f"num_moe_experts ({config.num_moe_experts}) over expert_model_parallel_size "
-            f"({config.expert_model_parallel_size}) with {rows} rows each makes {local_experts * rows} rows on a rank: "
-            "they must be fewer than 2^31"
-        )
+    for row in REFUSALS:
+        value = getattr(config, row.field)
+        if row.cause.applies(config) and row.when(config, value):
+            raise ValueError(f"{row.field} ({value!r}) is not supported with {row.cause.name(config)}: {row.reason}")
 
 
 # Predicates.
@@ -279,10 +248,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "above 1",
     ),
     Refusal(GRANULAR, "add_bias_linear", _on, "tiny experts have no biases; add --disable-bias-linear"),
-    Refusal(
-        GRANULAR, "moe_ffn_hidden_size", lambda config, value: value is None or value < 1, "it must be at least 1",
-        "below 1",
-    ),
     Refusal(GRANULAR, "fp8", _given, _ENGINE),
     Refusal(GRANULAR, "fp4", _given, _ENGINE),
     Refusal(GRANULAR, "moe_latent_size", _given, _ENGINE),

@@ -2,12 +2,15 @@
 
 import math
 from dataclasses import fields
+from typing import get_args, get_type_hints
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.config.fields import ROUTER_TYPES, AIRFields, is_plain_topk, router_type_of
-from air_moe_megatron.config.refusals import check_refusals, validate_experts
+from air_moe_megatron.config.fields import AIRFields, is_plain_topk, router_type_of
+from air_moe_megatron.config.refusals import check_refusals
 from air_moe_megatron.config.sizes import resolve_groups, resolve_product_keys, resolve_sizes
+
+_HINTS = get_type_hints(AIRFields)
 
 
 def refuse_unused(values: object) -> None:
@@ -36,29 +39,33 @@ def validate(config: TransformerConfig) -> None:
     Raises:
         ValueError: naming the field, its value, the rule and the other value.
     """
-    router_type = config.moe_router_type
-    if router_type not in ROUTER_TYPES:
-        *others, last = map(repr, ROUTER_TYPES)
-        raise ValueError(f"moe_router_type ({router_type!r}) must be {', '.join(others)} or {last}")
+    _require_choice(config, "moe_router_type")
     for field in fields(AIRFields):
         value = getattr(config, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{field.name} ({value}) must be a finite number")
-    if config.moe_router_input_norm not in ("none", "running"):
-        raise ValueError(f"moe_router_input_norm ({config.moe_router_input_norm!r}) must be 'none' or 'running'")
-    if config.moe_dispatch not in ("stock", "compact"):
-        raise ValueError(f"moe_dispatch ({config.moe_dispatch!r}) must be 'stock' or 'compact'")
+    _require_choice(config, "moe_router_input_norm")
+    _require_choice(config, "moe_dispatch")
     if not is_plain_topk(config):
         if config.num_moe_experts is None:
             raise ValueError(
-                f"moe_router_type ({router_type!r}) needs num_moe_experts (--num-experts), which is not set"
+                f"moe_router_type ({config.moe_router_type!r}) needs num_moe_experts (--num-experts), which is not set"
             )
         _validate_layers(config)
         _validate_counts(config)
-        _VALIDATE[router_type](config)
-    check_refusals(config)
+        _VALIDATE[config.moe_router_type](config)
     if config.moe_granular_experts:
-        validate_experts(config)
+        _validate_experts(config)
+    check_refusals(config)
+
+
+def _require_choice(config: TransformerConfig, name: str) -> None:
+    """Refuse a value that the type of its field does not list."""
+    choices = get_args(_HINTS[name])
+    value = getattr(config, name)
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"{name} ({value!r}) must be {', '.join(others)} or {last}")
 
 
 def _validate_layers(config: TransformerConfig) -> None:
@@ -72,9 +79,22 @@ def _validate_layers(config: TransformerConfig) -> None:
         )
 
 
+def _validate_experts(config: TransformerConfig) -> None:
+    size = config.moe_ffn_hidden_size
+    if size is None or size < 1:
+        raise ValueError(f"moe_ffn_hidden_size ({size}) must be at least 1 with moe_granular_experts (True)")
+    rows = size * (2 if config.gated_linear_unit else 1)
+    local_experts = config.num_moe_experts // config.expert_model_parallel_size
+    if local_experts * rows >= 2**31:
+        raise ValueError(
+            f"num_moe_experts ({config.num_moe_experts}) over expert_model_parallel_size "
+            f"({config.expert_model_parallel_size}) with {rows} rows each makes {local_experts * rows} rows on a rank: "
+            "they must be fewer than 2^31"
+        )
+
+
 def _validate_codebook(config: TransformerConfig) -> None:
-    if config.moe_air_codebook_source not in ("tokens", "experts"):
-        raise ValueError(f"moe_air_codebook_source ({config.moe_air_codebook_source!r}) must be 'tokens' or 'experts'")
+    _require_choice(config, "moe_air_codebook_source")
     if not 0.0 < config.moe_air_codebook_ema < 1.0:
         raise ValueError(f"moe_air_codebook_ema ({config.moe_air_codebook_ema}) must lie strictly between 0 and 1")
     if config.moe_air_refresh_interval < 1:
@@ -150,9 +170,7 @@ def _validate_product_keys(config: TransformerConfig) -> None:
     for name in ("moe_product_key_heads", "moe_product_key_dim"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic one")
-    norms = ("auto", "batchnorm", "layernorm", "none")
-    if config.moe_product_key_query_norm not in norms:
-        raise ValueError(f"moe_product_key_query_norm ({config.moe_product_key_query_norm!r}) must be one of {norms}")
+    _require_choice(config, "moe_product_key_query_norm")
     sizes = resolve_product_keys(config)
     if topk % sizes.num_heads:
         raise ValueError(f"moe_product_key_heads ({sizes.num_heads}) must divide moe_router_topk ({topk})")

@@ -13,7 +13,6 @@ from air_moe_megatron.config import (
     attach,
     resolve_sizes,
     validate,
-    validate_experts,
 )
 
 BASE = dict(
@@ -319,10 +318,9 @@ def with_settings(config, settings):
 def test_what_granular_experts_cannot_do_is_refused_with_the_reason(settings, words):
     validate(with_settings(make_config(), settings))  # Megatron's own experts can
     config = with_settings(make_config(moe_granular_experts=True), settings)
-    for check in (validate, validate_experts):
-        with pytest.raises(ValueError) as error:
-            check(config)
-        assert_says(error, [*words, "moe_granular_experts (True)"])
+    with pytest.raises(ValueError) as error:
+        validate(config)
+    assert_says(error, [*words, "moe_granular_experts (True)"])
 
 
 @pytest.mark.parametrize("settings, words", NOT_WITH_COMPACT_DISPATCH.values(), ids=NOT_WITH_COMPACT_DISPATCH)
