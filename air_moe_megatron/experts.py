@@ -1,7 +1,4 @@
-"""Granular experts: very many tiny MLPs in one tensor per projection.
-
-Legend: R rows of tokens, N (row, expert) pairs, E experts of this rank, F rows of an expert, H hidden.
-"""
+"""Granular experts: very many tiny MLPs in one tensor per projection."""
 
 from collections.abc import Callable
 

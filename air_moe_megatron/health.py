@@ -1,7 +1,4 @@
-"""Routing health: one line per log interval, and the same figures as TensorBoard and W&B scalars.
-
-Legend: T tokens, E experts, K top-k.
-"""
+"""Routing health: one line per log interval, and the same figures as TensorBoard and W&B scalars."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

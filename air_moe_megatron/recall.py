@@ -1,6 +1,6 @@
 """Exact recall of the shortlists, measured on a sample of tokens.
 
-Legend: n tokens of the sample, H hidden, E experts, P probes, L shortlist, K top-k.
+Legend: n tokens of the sample; others as in ``ops/__init__.py``.
 """
 
 import torch

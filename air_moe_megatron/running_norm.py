@@ -6,8 +6,6 @@ lie along it win every token. Without the mean the differences between tokens de
 for its queries (He 2024, arXiv 2407.04153), with statistics that are learned like the codebook: without gradients, once
 per global batch, from sums over all ranks. So no token sees the others of its batch, training and evaluation compute
 the same, and the one all-reduce of ``sync.py`` carries the sums.
-
-Legend: T tokens, H hidden.
 """
 
 import torch

@@ -5,9 +5,10 @@
 the Triton one. ``torch.compile`` breaks its graph at each front door: operations read group sizes and the environment
 on the host, and write gradients into ``main_grad``.
 
-Legend of all files, to which some add letters of their own:
+Legend of the whole package; a file names letters of its own where it has some:
 
-- T tokens, H hidden, E experts, C clusters (codewords), L shortlist, P probes, K top-k
-- R rows of tokens, N pairs of a row and an expert (or a weight row), M weight rows, F rows of an expert
-- D expert-parallel ranks
+- T tokens, H hidden, E experts (in the tensors of experts those of one rank), K top-k, D expert-parallel ranks
+- C clusters (codewords), L shortlist, P probes, M candidates whose scores reach probabilities and losses
+- R rows of tokens, N pairs of a row and an expert, V rows of a weight, F rows of an expert
+- S summands of a codeword, B blocks of work
 """

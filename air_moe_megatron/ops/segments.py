@@ -1,6 +1,6 @@
 """Segments: items sorted by what they belong to, cut into the blocks that one program or product takes.
 
-Legend: N items, S segments, B blocks.
+Legend: N items, Z segments; others as in ``ops/__init__.py``.
 """
 
 import torch
@@ -11,9 +11,9 @@ def sort_into_segments(ids: torch.Tensor, num_segments: int) -> tuple[torch.Tens
 
     Args:
         ids: [N] int64, segment of each item; an item of a segment beyond the last is in none.
-        num_segments: S.
+        num_segments: Z.
     Returns:
-        [N] int64 items, sorted; [S + 1] int64 place of each segment's first; the last is where the last segment ends.
+        [N] int64 items, sorted; [Z + 1] int64 slot of each segment's first; the last is where the last segment ends.
 
     Example: ids [1, 0, 1] of 2 segments give [1, 0, 2] and [0, 1, 3].
     """
@@ -24,15 +24,15 @@ def sort_into_segments(ids: torch.Tensor, num_segments: int) -> tuple[torch.Tens
 def segment_blocks(first: torch.Tensor, num_items: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut segments of consecutive items into blocks, without waiting for the device.
 
-    There are as many blocks as ``num_items`` items in S segments can need at most: with n segments in use, each but for
+    There are as many blocks as ``num_items`` items in Z segments can need at most: with n segments in use, each but for
     its last block full, that is ``(num_items + (block_size - 1) * n) / block_size``.
 
     Args:
-        first: [S + 1] int64, first item of each segment; the last is where the last segment ends. S is at least 1.
+        first: [Z + 1] int64, first item of each segment; the last is where the last segment ends. Z is at least 1.
         num_items: items at most; with ``block_size`` at least as many, each segment in use is one block.
         block_size: items of a block.
     Returns:
-        [B] int64 segment of each block, S where there is no block; [B] int64 first item of each block.
+        [B] int64 segment of each block, Z where there is no block; [B] int64 first item of each block.
 
     Example: first [0, 3, 3, 4], 4 items, blocks of 2: segments [0, 0, 2], starts [0, 2, 3].
     """
@@ -41,10 +41,10 @@ def segment_blocks(first: torch.Tensor, num_items: int, block_size: int) -> tupl
     num_blocks = (num_items + (block_size - 1) * num_used) // block_size
     blocks = (first.diff() + block_size - 1) // block_size
     ends = blocks.cumsum(0)
-    places = torch.arange(num_blocks, device=first.device)
-    segments = torch.searchsorted(ends, places, right=True)
+    indices = torch.arange(num_blocks, device=first.device)
+    segments = torch.searchsorted(ends, indices, right=True)
     near = segments.clamp(max=num_segments - 1)
-    return segments, first[near] + (places - (ends - blocks)[near]) * block_size
+    return segments, first[near] + (indices - (ends - blocks)[near]) * block_size
 
 
 def block_of(size: int, largest: int) -> int:

@@ -6,8 +6,6 @@ its interpreter does not take a tensor as the bound of a ``range`` (NumPy 2.5).
 
 The interpreter has no 16-bit products either, since NumPy has no bf16: :func:`dot` widens the tiles there. Products of
 16-bit numbers are exact in fp32, so that both ways agree but for the order of a sum.
-
-Legend: H hidden, C clusters, S summands of a codeword.
 """
 
 import torch

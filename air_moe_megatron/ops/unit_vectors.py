@@ -2,8 +2,6 @@
 
 Squares of fp32 numbers below 1e-23 or above 1e19 leave fp32's range. The scale is a power of two, and 1 for ordinary
 rows: multiplying by it rounds nothing, and ordinary rows give the same bits as without it.
-
-Legend: N rows, H hidden.
 """
 
 import torch
@@ -21,9 +19,9 @@ def scale_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Multiply rows by powers of two such that the squares of their entries can be summed in fp32.
 
     Args:
-        rows: [N, H], any float dtype.
+        rows: [R, H], any float dtype.
     Returns:
-        [N, H] fp32 rows times their scale; [N, 1] fp32 scales: 1, 2^100 or 2^-100.
+        [R, H] fp32 rows times their scale; [R, 1] fp32 scales: 1, 2^100 or 2^-100.
 
     Example: [[1e-30, 0]] gives [[1.27, 0]] and [[2^100]].
     """
@@ -37,9 +35,9 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
     """Divide rows by their lengths.
 
     Args:
-        rows: [N, H], any float dtype.
+        rows: [R, H], any float dtype.
     Returns:
-        [N, H] fp32: zero for a row of zeros, NaN somewhere in a row that is not finite.
+        [R, H] fp32: zero for a row of zeros, NaN somewhere in a row that is not finite.
 
     Example: [[3e-30, 4e-30], [0, 0]] gives [[0.6, 0.8], [0, 0]].
     """

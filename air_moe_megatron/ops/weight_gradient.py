@@ -1,10 +1,8 @@
 """The gradient of a weight of which a microbatch uses some rows: into Megatron's ``main_grad`` where there is one.
 
-A dense gradient of [M, H] per microbatch is as large as the weight itself, whatever few rows were used. Megatron's
+A dense gradient of [V, H] per microbatch is as large as the weight itself, whatever few rows were used. Megatron's
 data-parallel wrapper gives each parameter a ``main_grad`` that outlives the microbatch; the sums go straight there, as
 those of its fused linear layers do, and touch only the rows that were used.
-
-Legend: N pairs, M weight rows, R rows of the source, H hidden.
 """
 
 import warnings
@@ -17,7 +15,7 @@ _CHUNK_ELEMENTS = 2**26  # of the products on their way into main_grad on a GPU:
 
 
 def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
-    """[M, H] view of the buffer that gathers the gradient of ``weight`` over microbatches; None where there is none."""
+    """[V, H] view of the buffer that gathers the gradient of ``weight`` over microbatches; None where there is none."""
     main_grad = getattr(weight, "main_grad", None)
     return None if main_grad is None else main_grad.view(-1, weight.shape[-1])
 
@@ -33,7 +31,7 @@ def added_to_main_grad(weight: torch.Tensor) -> torch.Tensor:
 
 
 def add_weight_gradient(weight: torch.Tensor, add: Callable[[torch.Tensor], None]) -> torch.Tensor:
-    """Have ``add`` add to ``main_grad`` [M, H] where there is one, otherwise to zeros; give what backward returns."""
+    """Have ``add`` add to ``main_grad`` [V, H] where there is one, otherwise to zeros; give what backward returns."""
     main_grad = main_grad_of(weight)
     if main_grad is None:
         grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
@@ -53,9 +51,9 @@ def weight_gradient(
     apart, dense, and rounded once. Does not wait for the device.
 
     Args:
-        weight: [..., H] parameter of M rows.
+        weight: [..., H] parameter of V rows.
         source: [R, H], any float dtype.
-        first: [M + 1] int64, the first pair of each row of weight; the last is N.
+        first: [V + 1] int64, the first pair of each row of weight; the last is N.
         rows: [N] int64, rows of source, the pairs sorted by row of weight.
         values: [N], any float dtype.
     Returns:
@@ -81,7 +79,7 @@ def weight_gradient(
 
 
 def sparse_rows(first: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, num_columns: int) -> torch.Tensor:
-    """The CSR matrix [M, num_columns] of which row m has ``values`` in the ``columns`` from ``first[m]`` on."""
+    """The CSR matrix [V, num_columns] of which row m has ``values`` in the ``columns`` from ``first[m]`` on."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse")  # torch announces CSR as beta, once per process
         shape = (first.numel() - 1, num_columns)

@@ -4,8 +4,6 @@ Scores, selection and probabilities are Megatron's own functions on the scores o
 and the form of the result are ours, for granular experts and compact dispatch.
 
 Cost of a token: forward 2*H*E FLOPs, backward 4*H*E, and a row of E scores.
-
-Legend: T tokens, H hidden, E experts, K top-k.
 """
 
 import torch

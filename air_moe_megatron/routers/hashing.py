@@ -1,7 +1,7 @@
 """HashRouter: the experts of a token are fixed by its token id.
 
 Each layer has a random table of K distinct experts per token id, balanced: every expert stands in the same number of
-(id, place) pairs, up to one. Nothing is learned, and all K experts weigh 1/K.
+(id, slot) pairs, up to one. Nothing is learned, and all K experts weigh 1/K.
 
 Source: Roller et al. 2021, "Hash Layers For Large Sparse Models", arXiv 2106.04426. Ours, not theirs: K experts per id
 instead of one, and balance over ids instead of over their frequencies, so that frequent ids still load their experts
@@ -12,8 +12,6 @@ Cost of a token: none; a row of the table.
 Routers see hidden states, not token ids: :func:`hand_over_token_ids` brings them from the model's embedding. It is
 therefore limited to what has the embedding on the same rank and runs forward and backward of a microbatch in turn; the
 rest is refused by name in ``config.py``.
-
-Legend: S sequence, B batch, T = S*B tokens, E experts, V token ids, K top-k.
 """
 
 import argparse
@@ -42,7 +40,7 @@ class HashRouter(CompactRouter):
         self.register_buffer("table", table)
         # Saved, because a table that was drawn with another seed would come back under the name of this one.
         self.register_buffer("seed", torch.tensor([config.moe_hash_seed]))
-        # [B, S] of the microbatch, whole sequences of this context-parallel rank.
+        # [batch, sequence] of the microbatch, whole sequences of this context-parallel rank.
         self.token_ids: torch.Tensor | None = None
 
     @staticmethod
@@ -88,7 +86,7 @@ class HashRouter(CompactRouter):
                 f"layer {self.layer_number}: the router has been given no token ids; call hand_over_token_ids(model) "
                 "after the model is built, as the entry point does"
             )
-        ids = self.token_ids.t()  # [S, B]
+        ids = self.token_ids.t()  # [sequence, batch]
         if self.config.sequence_parallel:
             ids = ids.chunk(self.tp_group.size(), dim=0)[self.tp_group.rank()]
         if ids.numel() != num_tokens:
@@ -137,12 +135,12 @@ def balanced_table(num_ids: int, topk: int, num_experts: int, seed: int) -> torc
     random order.
 
     Args:
-        num_ids: V.
+        num_ids: number of token ids.
         topk: K, at most E.
         num_experts: E.
         seed: of the random numbers.
     Returns:
-        [V, K] int32.
+        [num_ids, K] int32.
 
     Example: 4 ids, K = 1 and 4 experts: a permutation of the experts.
     """
@@ -152,6 +150,6 @@ def balanced_table(num_ids: int, topk: int, num_experts: int, seed: int) -> torc
     num_deals = -(-num_ids // rows_per_deal)
     orders = torch.rand(num_deals, num_experts, generator=generator, dtype=torch.float32).argsort(dim=1)
     row = torch.arange(num_ids).unsqueeze(1)
-    places = (row % rows_per_deal * topk + torch.arange(topk)) % num_experts
-    table = orders[row // rows_per_deal, places]
+    slots = (row % rows_per_deal * topk + torch.arange(topk)) % num_experts
+    table = orders[row // rows_per_deal, slots]
     return table[torch.randperm(num_ids, generator=generator)].int()

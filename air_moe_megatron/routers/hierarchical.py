@@ -10,7 +10,7 @@ taken from the g groups together instead of so many from each.
 
 Cost of a token: forward ``2*H*(G + g*E/G)`` FLOPs, backward twice that.
 
-Legend: T tokens, H hidden, E experts, G groups, M = E/G experts of a group, g groups taken, K top-k.
+Legend: G groups, g groups taken; others as in ``ops/__init__.py``.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class HierarchicalRouter(CompactRouter):
         groups = group_logits.topk(sizes.topk_groups, dim=1).indices
         experts = torch.arange(self.num_experts, dtype=torch.int32, device=hidden.device)
         lists = experts.view(sizes.num_groups, sizes.group_size)
-        logits = fine_scores(hidden, self.weight, self.bias, lists, groups, dtype)  # [T, g, M]
+        logits = fine_scores(hidden, self.weight, self.bias, lists, groups, dtype)  # [T, g, E/G]
         if self.config.moe_z_loss_coeff is not None:
             group_logits, logits = self._with_z_loss(group_logits, logits, padding_mask)
         wide = torch.promote_types(dtype, torch.float32)

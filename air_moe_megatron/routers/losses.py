@@ -16,8 +16,7 @@ divide the selections of several microbatches or sequences by the mean number of
 Without ``calculate_per_token_loss`` every microbatch weighs the same, and every sequence of it. With it, every token
 weighs the same.
 
-Legend: S sequence, B batch, T = S*B tokens, E experts, N candidates, K top-k, G groups of tokens: 1, or one for each of
-the B sequences. Token t belongs to group t % G.
+Legend: U groups of tokens, one or as many as sequences; others as in ``ops/__init__.py``. Token t is of group t % U.
 """
 
 import torch
@@ -40,19 +39,19 @@ _BALANCING_LOSSES = {
 class RouterLosses(TopKRouter):
     """Megatron's router with the losses of this file.
 
-    Communicates in a training forward: one all-reduce of E + 1 integers per balancing loss (B times as many for
-    "seq_aux_loss"), and of one number for the z-loss if there is a padding mask. A forward that recomputes one which
-    has been counted, see ``_is_counted``, neither logs nor adds to the global counts.
+    A training forward communicates: one all-reduce of E + 1 integers per balancing loss, for "seq_aux_loss" per
+    sequence of the microbatch, and with a padding mask one of a single number for the z-loss. A forward that repeats a
+    counted one (``_is_counted``) neither logs nor adds to the global counts.
     """
 
     def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Attach the z-loss, the mean of ``logsumexp(logits)^2``.
 
         Args:
-            logits: [T, N].
+            logits: [T, M].
             padding_mask: [T] bool, True for tokens that do not count; None if all do.
         Returns:
-            [T, N], the logits with the loss attached.
+            [T, M], the logits with the loss attached.
         """
         coeff = self.config.moe_z_loss_coeff
         if coeff is None or not (self.training and torch.is_grad_enabled()):
@@ -66,7 +65,7 @@ class RouterLosses(TopKRouter):
         return self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled()
 
     def _aux_scores(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, N] bool, which candidates count as selected, and [T, N] their scores, which sum to one for a token."""
+        """[T, M] bool, which candidates count as selected, and [T, M] their scores, which sum to one for a token."""
         return compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
 
     def _attach_aux_losses(
@@ -77,14 +76,14 @@ class RouterLosses(TopKRouter):
         padded: torch.Tensor | None,
         batch_size: int,
     ) -> torch.Tensor:
-        """Attach the balancing losses, in O(T*N + E).
+        """Attach the balancing losses, in O(T*M + E).
 
         Args:
             probs: [T, K], which the losses are attached to.
-            logits: [T, N] of the candidates.
-            ids: [T, N] int64 experts of the candidates, -1 for none; None if the candidates are all experts in order.
+            logits: [T, M] of the candidates.
+            ids: [T, M] int64 experts of the candidates, -1 for none; None if the candidates are all experts in order.
             padded: [T] bool, True for tokens that do not count; None if all do.
-            batch_size: B.
+            batch_size: number of sequences.
         Returns:
             [T, K], the probs with the losses attached.
         """
@@ -99,8 +98,8 @@ class RouterLosses(TopKRouter):
             if coeff > 0:
                 num_groups = batch_size if kind == "seq_aux_loss" else 1
                 group = self.tp_dp_cp_group if kind == "global_aux_loss" else self.tp_cp_group
-                places = None if ids is None else _places(ids, num_groups, self.num_experts)
-                counts, num_tokens = self._count_selections(selected, places, padded, num_groups, group)
+                slots = None if ids is None else _slots(ids, num_groups, self.num_experts)
+                counts, num_tokens = self._count_selections(selected, slots, padded, num_groups, group)
                 if kind == "global_aux_loss":
                     if self._is_counted:
                         self.global_tokens_per_expert += counts[0]
@@ -108,7 +107,7 @@ class RouterLosses(TopKRouter):
                     counts = self.global_tokens_per_expert.unsqueeze(0)
                 shares = counts.to(scores.dtype) / counts.sum(dim=1, keepdim=True).clamp_min(1)
                 weights = shares * (coeff * self.num_experts / num_tokens.to(scores.dtype)).unsqueeze(1)
-                loss = _WeightedScores.apply(scores, places, weights)
+                loss = _WeightedScores.apply(scores, slots, weights)
                 probs = self._attach_loss(probs, loss, num_tokens, name, coeff, group)
         return probs
 
@@ -116,18 +115,18 @@ class RouterLosses(TopKRouter):
     def _count_selections(
         self,
         selected: torch.Tensor,
-        places: torch.Tensor | None,
+        slots: torch.Tensor | None,
         padded: torch.Tensor | None,
         num_groups: int,
         group: torch.distributed.ProcessGroup | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[G, E] selections of each expert, and [G] tokens that count, at least 1; over all ranks of the group."""
+        """[U, E] selections of each expert, and [U] tokens that count, at least 1; over all ranks of the group."""
         shape = (selected.shape[0] // num_groups, num_groups)
-        if places is None:
+        if slots is None:
             counts = selected.view(*shape, self.num_experts).sum(dim=0)
         else:
             counts = torch.zeros(num_groups * self.num_experts, dtype=torch.int64, device=selected.device)
-            counts.index_add_(0, places.reshape(-1), selected.reshape(-1).long())
+            counts.index_add_(0, slots.reshape(-1), selected.reshape(-1).long())
         if padded is None:
             num_tokens = torch.full((num_groups,), shape[0], device=selected.device)
         else:
@@ -161,7 +160,7 @@ class RouterLosses(TopKRouter):
 
         Args:
             activation: what the loss is attached to.
-            loss: [G] or scalar, this rank's part of the loss of each group of tokens, coefficient included.
+            loss: [U] or scalar, this rank's part of the loss of each group of tokens, coefficient included.
             num_tokens: as ``loss``, tokens of which the loss is a mean, over all ranks of ``group``.
             name: what it is logged by.
             coeff: its coefficient, which the log leaves out.
@@ -191,7 +190,7 @@ class RouterLosses(TopKRouter):
 
 
 class _WeightedScores(torch.autograd.Function):
-    """[G] sums of ``score * weight`` over the tokens of a group, weights being those of the candidates' experts.
+    """[U] sums of ``score * weight`` over the tokens of a group, weights being those of the candidates' experts.
 
     The weights are kept as an attribute: ``torch.utils.checkpoint`` hands the first forward's backward the saved
     tensors of a second one, which would see the counts of later microbatches.
@@ -201,30 +200,30 @@ class _WeightedScores(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx,
         scores: torch.Tensor,
-        places: torch.Tensor | None,
+        slots: torch.Tensor | None,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum scores [T, N] by weights [G, E] at ``places`` [T, N] of the flat weights; None if N = E, in order."""
+        """Sum scores [T, M] by weights [U, E] at ``slots`` [T, M] of the flat weights; None if M = E, in order."""
         ctx.weights, ctx.shape = weights, scores.shape
-        ctx.save_for_backward(places)
+        ctx.save_for_backward(slots)
         grouped = (scores.shape[0] // weights.shape[0], weights.shape[0], scores.shape[1])
-        if places is None:
+        if slots is None:
             return (scores.view(grouped).sum(dim=0) * weights).sum(dim=1)
-        return (scores * weights.view(-1)[places]).view(grouped).sum(dim=(0, 2))
+        return (scores * weights.view(-1)[slots]).view(grouped).sum(dim=(0, 2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """The gradient of the scores: the weights themselves."""
-        (places,) = ctx.saved_tensors
+        (slots,) = ctx.saved_tensors
         weights = ctx.weights * grad.unsqueeze(1)
-        if places is not None:
-            return weights.view(-1)[places], None, None
+        if slots is not None:
+            return weights.view(-1)[slots], None, None
         return weights.repeat(ctx.shape[0] // weights.shape[0], 1), None, None
 
 
-def _places(ids: torch.Tensor, num_groups: int, num_experts: int) -> torch.Tensor:
-    """[T, N] of the experts [T, N] in a flat [G, E], the group being the token's."""
+def _slots(ids: torch.Tensor, num_groups: int, num_experts: int) -> torch.Tensor:
+    """[T, M] of the experts [T, M] in a flat [U, E], the group being the token's."""
     if num_groups == 1:
         return ids
     groups = torch.arange(ids.shape[0], device=ids.device) % num_groups

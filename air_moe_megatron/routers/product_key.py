@@ -13,10 +13,10 @@ products of two softmaxes, each over all sub-keys of a half. That is the softmax
 is no square, keys of their own for several heads on tokens, which would be one head otherwise, and Megatron's options
 for scores and losses.
 
-Cost of a token, R heads with sub-keys of size D: forward ``4*H*R*D`` FLOPs for the queries (none on tokens) and
-``2*R*D*(n1 + n2)`` for the keys, backward twice that.
+Cost of a token, J heads with sub-keys of size d: forward ``4*H*J*d`` FLOPs for the queries (none on tokens) and
+``2*J*d*(n1 + n2)`` for the keys, backward twice that.
 
-Legend: T tokens, H hidden, E = n1*n2 experts, R heads, D size of a sub-key, K top-k, k = K / R, N candidates.
+Legend: J heads, d size of a sub-key, n1 and n2 sub-keys of a half, k = K/J; others as in ``ops/__init__.py``.
 """
 
 import argparse
@@ -97,18 +97,18 @@ class ProductKeyRouter(CompactRouter):
         (scores1, ids1), (scores2, ids2) = (
             scores.topk(min(sizes.topk_per_head, scores.shape[2]), dim=2) for scores in halves
         )
-        logits = (scores1.unsqueeze(3) + scores2.unsqueeze(2)).flatten(1)  # [T, R * N]
+        logits = (scores1.unsqueeze(3) + scores2.unsqueeze(2)).flatten(1)  # [T, M]
         ids = (ids1.unsqueeze(3) * sizes.num_keys[1] + ids2.unsqueeze(2)).flatten(1)
         routes = self._choose_among(logits, ids, padding_mask, batch_size)
         if not (self.config.moe_router_pre_softmax and self.score_function == "softmax"):
             return routes
         # So far a softmax over the candidates. Their share of the softmax over all experts makes it that one.
         log1, log2 = (half.log_softmax(dim=2).gather(2, ids) for half, ids in zip(halves, (ids1, ids2), strict=True))
-        log_share = (log1.unsqueeze(3) + log2.unsqueeze(2)).flatten(2).logsumexp(dim=2)  # [T, R]
+        log_share = (log1.unsqueeze(3) + log2.unsqueeze(2)).flatten(2).logsumexp(dim=2)  # [T, J]
         return replace(routes, probs=routes.probs * log_share.exp().repeat_interleave(sizes.topk_per_head, dim=1))
 
     def _scores(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> Sequence[torch.Tensor]:
-        """Of each head's query with the first and the second sub-keys, [T, R, n1] and [T, R, n2]."""
+        """Of each head's query with the first and the second sub-keys, [T, J, n1] and [T, J, n2]."""
         scores = [  # one set of keys is there for all heads
             torch.einsum("trd,rnd->trn", queries, keys.to(queries.dtype))
             for queries, keys in zip(self._queries(hidden, padding_mask), (self.keys1, self.keys2), strict=True)
@@ -121,7 +121,7 @@ class ProductKeyRouter(CompactRouter):
         return normal.view_as(both).split(self.sizes.num_keys, dim=2)
 
     def _queries(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first and the second halves of each head's query, normalized; [T, R, D] each."""
+        """The first and the second halves of each head's query, normalized; [T, J, d] each."""
         if self.on_tokens:
             tokens = hidden.to(self._router_dtype(hidden))
             if not self.normalizes_scores:
@@ -170,7 +170,7 @@ class ProductKeyRouter(CompactRouter):
         return selected.view_as(logits), scores.view_as(logits) / self.sizes.num_heads
 
     def _per_head(self, logits: torch.Tensor) -> torch.Tensor:
-        """[T, R * N] logits as [T * R, N]."""
+        """[T, M] logits as [T * J, M/J]."""
         return logits.unflatten(1, (self.sizes.num_heads, -1)).flatten(0, 1)
 
 

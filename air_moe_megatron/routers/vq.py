@@ -13,8 +13,6 @@ tokens, their K/2 codes and the hidden size, attached to the probs as Megatron a
 
 Cost of a token: two exact searches, forward ``4*H*E + 4*H`` FLOPs, backward ``4*H*E + 8*H``; the codes get theirs by
 K/2 row sums.
-
-Legend: T tokens, H hidden, E experts, K top-k.
 """
 
 from collections.abc import Iterator

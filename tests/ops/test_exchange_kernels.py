@@ -20,7 +20,7 @@ SHAPES = {
     "one-rank": (9, 16, 3, 1, 11),
     "more-ranks-than-experts-per-token": (7, 8, 2, 37, 2),
     "one-expert-per-rank": (9, 8, 6, 20, 1),
-    "several-blocks-of-places": (5, 9, 40, 4, 12),
+    "several-blocks-of-slots": (5, 9, 40, 4, 12),
     "no-tokens": (0, 33, 4, 3, 2),
     "one-token": (1, 33, 4, 3, 2),
     "one-everything": (1, 1, 1, 1, 1),
@@ -142,7 +142,7 @@ def test_a_mismatch_is_told_to_every_rank(kernel_device):
     assert_equal(plan.counts, naive_counts(ids, probs, 3, 7, mismatch=True))
 
 
-def test_plan_lists_rows_and_places(kernel_device):
+def test_plan_lists_rows_and_slots(kernel_device):
     shape = SHAPES["more-ranks-than-experts-per-token"]
     hidden, ids, probs = make_inputs(shape, torch.float32, kernel_device)
     plan = make_plan(ids, probs, *shape[3:])
@@ -151,9 +151,9 @@ def test_plan_lists_rows_and_places(kernel_device):
         expected = (row_tokens == token).nonzero().flatten().tolist()
         assert rows == expected + [-1] * (plan.token_rows.shape[1] - len(expected))
     is_pair = ids >= 0
-    assert torch.equal(plan.pair_places >= 0, is_pair)
-    places = plan.pair_places[is_pair]
-    assert torch.equal(places.sort().values.long(), torch.arange(is_pair.sum(), device=kernel_device))
+    assert torch.equal(plan.pair_slots >= 0, is_pair)
+    slots = plan.pair_slots[is_pair]
+    assert torch.equal(slots.sort().values.long(), torch.arange(is_pair.sum(), device=kernel_device))
 
 
 def test_strided_inputs_equal_contiguous_ones(kernel_device):
@@ -177,7 +177,7 @@ def test_worked_examples(kernel_device):
     plan = make_plan(ids, probs, 2, 2)
     assert plan.counts.tolist() == [[1, 2, 0, 0, 0], [2, 2, 0, 0, 0]]
     assert plan.token_rows.tolist() == [[0, 1], [2, -1]]
-    assert plan.pair_places.tolist() == [[0, 2, 1], [3, -1, -1]]
+    assert plan.pair_slots.tolist() == [[0, 2, 1], [3, -1, -1]]
     assert plan.codes.tolist() == [[~0, ~1, 1], [~0, -1, -1]]
     rows, codes, row_probs = pack(torch.tensor([[7.0], [8.0]], device=kernel_device), probs, plan, 3, 4)
     assert rows.tolist() == [[7], [7], [8]]
@@ -197,7 +197,7 @@ def test_worked_examples(kernel_device):
         (lambda hidden, ids, probs, plan: exchange.pack(hidden, probs[:, 1:], plan, 1, 1), "plan's T and K"),
         (lambda hidden, ids, probs, plan: exchange.combine(hidden[0], plan), r"\[R, H\]"),
     ],
-    ids=["one-token", "no-places", "probs", "experts", "hidden", "other-plan", "sums"],
+    ids=["one-token", "no-slots", "probs", "experts", "hidden", "other-plan", "sums"],
 )
 def test_what_does_not_fit_is_refused(call, message, backend):
     hidden, ids, probs = make_inputs(SHAPES["odd-sizes"], torch.float32, "cpu")

@@ -132,7 +132,7 @@ def test_shapes_that_do_not_fit_are_refused(backend):
         make_pairs(rows, ids[:-1], 5, 6)
     with pytest.raises(ValueError, match=r"R = 5"):
         pair_dots(hidden[:-1], weight, pairs)
-    with pytest.raises(ValueError, match="M = 6"):
+    with pytest.raises(ValueError, match="V = 6"):
         pair_dots(hidden, weight[:-1], pairs)
     with pytest.raises(ValueError, match="same last dimension and dtype"):
         pair_dots(hidden.double(), weight, pairs)

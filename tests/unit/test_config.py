@@ -547,7 +547,7 @@ def test_flags_that_the_topk_router_ignores_are_refused(settings, words):
 
 # Rivals.
 
-RIVALS_REFUSED = {
+BASELINES_REFUSED = {
     "vocabulary": (dict(moe_router_type="hash"), ["moe_hash_vocab_size (0)", "number of token ids"]),
     "heads": (
         dict(moe_router_type="product_key", moe_product_key_heads=3),
@@ -606,8 +606,8 @@ RIVALS_REFUSED = {
 }
 
 
-@pytest.mark.parametrize("settings, words", RIVALS_REFUSED.values(), ids=RIVALS_REFUSED)
-def test_settings_of_rivals_that_cannot_be_are_refused(settings, words):
+@pytest.mark.parametrize("settings, words", BASELINES_REFUSED.values(), ids=BASELINES_REFUSED)
+def test_settings_of_baselines_that_cannot_be_are_refused(settings, words):
     with pytest.raises(ValueError) as error:
         make_config(**settings)
     assert_says(error, words)

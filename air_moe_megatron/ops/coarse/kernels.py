@@ -11,8 +11,6 @@ of 16-bit numbers accumulated in fp32 give what an fp32 product gives.
 
 A candidate is one int64 key of similarity and id (``order_key``). The maximum of keys is an arg-max that no tie and no
 NaN can disturb.
-
-Legend: S summands of a codeword; others as in ``ops/__init__.py``.
 """
 
 import torch
@@ -207,7 +205,7 @@ def _sorted_statistics_fwd_kernel(
     scales,  # [T] fp32
     norms,  # [T] fp32, lengths times scales
     order,  # [T] int64, tokens sorted by codeword
-    first_places,  # [C + 1] int64, of each codeword in order
+    first_slots,  # [C + 1] int64, of each codeword in order
     statistics,  # [C, H + 3] fp32; the sums of cosines are left out
     H: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -215,21 +213,21 @@ def _sorted_statistics_fwd_kernel(
 ):
     codeword = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    place, end = tl.load(first_places + codeword), tl.load(first_places + codeword + 1)
-    count = (end - place).to(tl.float32)
+    slot, end = tl.load(first_slots + codeword), tl.load(first_slots + codeword + 1)
+    count = (end - slot).to(tl.float32)
     sums = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     summed_lengths = tl.zeros([BLOCK_T], tl.float32)
-    while place < end:  # each of BLOCK_T lanes adds every BLOCK_T-th token; the lanes are added up last
-        places = place + tl.arange(0, BLOCK_T)
-        is_place = places < end
-        tokens = tl.load(order + places, mask=is_place, other=0)
-        scale = tl.load(scales + tokens, mask=is_place, other=1.0)
-        norm = tl.load(norms + tokens, mask=is_place, other=0.0)
-        mask = is_place[:, None] & (columns < H)[None, :]
+    while slot < end:  # each of BLOCK_T lanes adds every BLOCK_T-th token; the lanes are added up last
+        slots = slot + tl.arange(0, BLOCK_T)
+        is_slot = slots < end
+        tokens = tl.load(order + slots, mask=is_slot, other=0)
+        scale = tl.load(scales + tokens, mask=is_slot, other=1.0)
+        norm = tl.load(norms + tokens, mask=is_slot, other=0.0)
+        mask = is_slot[:, None] & (columns < H)[None, :]
         h = tl.load(hidden + tokens[:, None] * H + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        sums += h * scale[:, None] / tl.where(is_place, norm, 1.0)[:, None]
+        sums += h * scale[:, None] / tl.where(is_slot, norm, 1.0)[:, None]
         summed_lengths += tl.minimum(norm / scale, _LONGEST)
-        place += BLOCK_T
+        slot += BLOCK_T
     row = statistics + codeword * (H + _NUM_SCALARS)
     tl.store(row + columns, tl.sum(sums, axis=0), mask=columns < H)
     if tl.program_id(1) == 0:
@@ -324,12 +322,12 @@ def token_statistics(
     if keep is not None:
         counts &= keep
     assignments = assignments.masked_fill(~counts, num_clusters)  # behind all codewords
-    order, first_places = sort_into_segments(assignments, num_clusters)
+    order, first_slots = sort_into_segments(assignments, num_clusters)
     shape = (num_clusters, hidden_size + NUM_SCALARS)
     statistics = torch.empty(shape, dtype=torch.float32, device=hidden.device)
     block = min(triton.next_power_of_2(hidden_size), 256)
     _sorted_statistics_fwd_kernel[(num_clusters, triton.cdiv(hidden_size, block))](
-        hidden, scales, norms, order, first_places, statistics, H=hidden_size, BLOCK_T=8, BLOCK_H=block, num_warps=4
+        hidden, scales, norms, order, first_slots, statistics, H=hidden_size, BLOCK_T=8, BLOCK_H=block, num_warps=4
     )
     sums = statistics[:, :hidden_size]
     statistics[:, hidden_size + 1] = (sums * codewords).sum(dim=1)  # of a sum of vectors: the sum of their cosines

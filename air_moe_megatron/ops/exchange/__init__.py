@@ -22,7 +22,7 @@ def make_plan(
 ) -> Plan:
     """Count what each rank gets. Does not wait for the device.
 
-    Rows lie in the order of (rank, token), pairs in that of (rank, token, place among the K).
+    Rows lie in the order of (rank, token), pairs in that of (rank, token, slot among the K).
 
     Args:
         topk_ids: [T, K] int32 or int64, global expert ids; -1 for none. One may stand twice in a row: two pairs.

@@ -25,8 +25,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 LIMITS = {"num_ranks": 1024, "topk": 512, "num_pairs": 2**31 - 1}
 """The largest sizes that the kernels take."""
 
-_TILE_ELEMENTS = 8192  # of the [tokens, places, ranks] comparisons of a program: 64 per thread
-_MAX_BLOCK = 16  # of places or ranks in such a tile
+_TILE_ELEMENTS = 8192  # of the [tokens, slots, ranks] comparisons of a program: 64 per thread
+_MAX_BLOCK = 16  # of slots or ranks in such a tile
 _MAX_COLUMNS = 2048  # of a row that one program copies or adds: 16 per thread, two to four 16-byte accesses
 
 
@@ -36,13 +36,13 @@ class ExchangePlan:
 
     counts: torch.Tensor  # [D, 5] int64: rows and pairs for each rank; what is invalid on this one: ids, probs, shapes
     token_rows: torch.Tensor  # [T, W] int32, rows of each token, in the order of the ranks; then -1
-    pair_places: torch.Tensor  # [T, K] int32, place of each pair; -1 where there is none
+    pair_slots: torch.Tensor  # [T, K] int32, slot of each pair; -1 where there is none
     codes: torch.Tensor  # [T, K] int32, local expert of each pair, bits inverted for the first of a row; -1 for none
 
     @property
     def shape(self) -> torch.Size:
         """[T, K]."""
-        return self.pair_places.shape
+        return self.pair_slots.shape
 
 
 @triton.jit
@@ -75,9 +75,9 @@ def _count_fwd_kernel(
     invalid_ids = tl.zeros([BLOCK_T], tl.int32)
     invalid_probs = tl.zeros([BLOCK_T], tl.int32)
     for first in range(0, K, BLOCK_K):
-        places = first + tl.arange(0, BLOCK_K)
-        mask = is_token[:, None] & (places < K)[None, :]
-        where = tokens[:, None] * K + places[None, :]
+        slots = first + tl.arange(0, BLOCK_K)
+        mask = is_token[:, None] & (slots < K)[None, :]
+        where = tokens[:, None] * K + slots[None, :]
         ids = tl.load(topk_ids + where, mask=mask, other=-1)
         ranks, _, is_pair = _ranks_of(ids, num_local_experts, D)
         counts += tl.sum((ranks[:, :, None] == own[None, None, :]).to(tl.int32), axis=1)
@@ -102,7 +102,7 @@ def _place_fwd_kernel(
     pair_ends,  # [D, T] int32, sums of the counts up to and with each
     row_ends,  # [D, T] int32, of the rows
     token_rows,  # [T, W] int32
-    pair_places,  # [T, K] int32
+    pair_slots,  # [T, K] int32
     codes,  # [T, K] int32
     T,
     num_local_experts,
@@ -131,9 +131,9 @@ def _place_fwd_kernel(
         tl.store(token_rows + tokens[:, None] * W + columns, tl.full([BLOCK_T, BLOCK_D], -1, tl.int32), mask=is_free)
 
     for first in range(0, K, BLOCK_K):
-        places = first + tl.arange(0, BLOCK_K)
-        mask = is_token[:, None] & (places < K)[None, :]
-        where = tokens[:, None] * K + places[None, :]
+        slots = first + tl.arange(0, BLOCK_K)
+        mask = is_token[:, None] & (slots < K)[None, :]
+        where = tokens[:, None] * K + slots[None, :]
         ranks, local_ids, is_pair = _ranks_of(tl.load(topk_ids + where, mask=mask, other=-1), num_local_experts, D)
         num_before = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)  # pairs of the same row
         for other in range(0, first + BLOCK_K, BLOCK_K):
@@ -144,12 +144,12 @@ def _place_fwd_kernel(
                 other=-1,
             )
             other_ranks, _, _ = _ranks_of(other_ids, num_local_experts, D)
-            is_before = (others[None, :] < places[:, None])[None, :, :]  # [1, BLOCK_K, BLOCK_K]
+            is_before = (others[None, :] < slots[:, None])[None, :, :]  # [1, BLOCK_K, BLOCK_K]
             is_same = ranks[:, :, None] == other_ranks[:, None, :]
             num_before += tl.sum((is_same & is_before).to(tl.int32), axis=2)
         row = ranks.to(tl.int64) * T + tokens[:, None]
         first_pair = tl.load(pair_ends + row, mask=is_pair, other=0) - tl.load(pair_counts + row, mask=is_pair, other=0)
-        tl.store(pair_places + where, tl.where(is_pair, first_pair + num_before, -1), mask=mask)
+        tl.store(pair_slots + where, tl.where(is_pair, first_pair + num_before, -1), mask=mask)
         code = tl.where(num_before == 0, -1 - local_ids, local_ids)
         tl.store(codes + where, tl.where(is_pair, code, -1), mask=mask)
 
@@ -159,7 +159,7 @@ def _pack_fwd_kernel(
     hidden,  # [T, H]
     probs,  # [T, K]
     token_rows,  # [T, W] int32
-    pair_places,  # [T, K] int32
+    pair_slots,  # [T, K] int32
     codes,  # [T, K] int32
     rows,  # [R, H]
     row_codes,  # [N] int32
@@ -186,10 +186,10 @@ def _pack_fwd_kernel(
     if HAS_PAIRS:
         if tl.program_id(1) == 0:
             pairs = tl.arange(0, BLOCK_K)
-            places = tl.load(pair_places + token * K + pairs, mask=pairs < K, other=-1)
-            is_pair = places >= 0
-            tl.store(row_codes + places, tl.load(codes + token * K + pairs, mask=is_pair, other=0), mask=is_pair)
-            tl.store(row_probs + places, tl.load(probs + token * K + pairs, mask=is_pair, other=0.0), mask=is_pair)
+            indices = tl.load(pair_slots + token * K + pairs, mask=pairs < K, other=-1)
+            is_pair = indices >= 0
+            tl.store(row_codes + indices, tl.load(codes + token * K + pairs, mask=is_pair, other=0), mask=is_pair)
+            tl.store(row_probs + indices, tl.load(probs + token * K + pairs, mask=is_pair, other=0.0), mask=is_pair)
 
 
 @triton.jit
@@ -197,7 +197,7 @@ def _combine_fwd_kernel(
     rows,  # [R, H]
     row_probs,  # [N]
     token_rows,  # [T, W] int32
-    pair_places,  # [T, K] int32
+    pair_slots,  # [T, K] int32
     hidden,  # [T, H]
     probs,  # [T, K]
     H: tl.constexpr,
@@ -224,21 +224,21 @@ def _combine_fwd_kernel(
     if HAS_PAIRS:
         if tl.program_id(1) == 0:
             pairs = tl.arange(0, BLOCK_K)
-            places = tl.load(pair_places + token * K + pairs, mask=pairs < K, other=-1)
-            values = tl.load(row_probs + places, mask=places >= 0, other=0.0)
+            indices = tl.load(pair_slots + token * K + pairs, mask=pairs < K, other=-1)
+            values = tl.load(row_probs + indices, mask=indices >= 0, other=0.0)
             tl.store(probs + token * K + pairs, values, mask=pairs < K)
 
 
 def _pair_blocks(num_ranks: int, topk: int) -> dict[str, int]:
-    """Blocks of tokens, places and ranks such that a tile of comparisons holds 64 of them per thread.
+    """Blocks of tokens, slots and ranks such that a tile of comparisons holds 64 of them per thread.
 
-    Few places and ranks leave room for many tokens, up to 128: neighbors in the [D, T] tensors, so that accesses there
+    Few slots and ranks leave room for many tokens, up to 128: neighbors in the [D, T] tensors, so that accesses there
     are coalesced although a token's own entries are T apart.
     """
-    block_places = min(triton.next_power_of_2(topk), _MAX_BLOCK)
+    block_slots = min(triton.next_power_of_2(topk), _MAX_BLOCK)
     block_ranks = min(triton.next_power_of_2(num_ranks), _MAX_BLOCK)
-    block_tokens = min(_TILE_ELEMENTS // (block_places * max(block_places, block_ranks)), 128)
-    return {"BLOCK_T": block_tokens, "BLOCK_K": block_places, "BLOCK_D": block_ranks, "num_warps": 4}
+    block_tokens = min(_TILE_ELEMENTS // (block_slots * max(block_slots, block_ranks)), 128)
+    return {"BLOCK_T": block_tokens, "BLOCK_K": block_slots, "BLOCK_D": block_ranks, "num_warps": 4}
 
 
 def _row_blocks(hidden_size: int, width: int, topk: int) -> dict[str, int]:
@@ -272,7 +272,7 @@ def launch_plan(
     row_ends = is_wanted.view(-1).cumsum(0, dtype=torch.int32)
     width = min(topk, num_ranks)
     token_rows = torch.empty(num_tokens, width, dtype=torch.int32, device=device)
-    pair_places = torch.empty(num_tokens, topk, dtype=torch.int32, device=device)
+    pair_slots = torch.empty(num_tokens, topk, dtype=torch.int32, device=device)
     codes = torch.empty(num_tokens, topk, dtype=torch.int32, device=device)
     _place_fwd_kernel[grid[:1]](
         topk_ids,
@@ -280,7 +280,7 @@ def launch_plan(
         pair_ends,
         row_ends,
         token_rows,
-        pair_places,
+        pair_slots,
         codes,
         num_tokens,
         num_local_experts,
@@ -289,7 +289,7 @@ def launch_plan(
         W=width,
         **blocks,
     )
-    return ExchangePlan(torch.stack(columns, dim=1), token_rows, pair_places, codes)
+    return ExchangePlan(torch.stack(columns, dim=1), token_rows, pair_slots, codes)
 
 
 def launch_pack(
@@ -297,14 +297,14 @@ def launch_pack(
     token_rows: torch.Tensor,
     num_rows: int,
     probs: torch.Tensor | None = None,
-    pair_places: torch.Tensor | None = None,
+    pair_slots: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
     num_pairs: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """[R, H] rows; and with pairs [N] codes and [N] probs."""
     (num_tokens, hidden_size), device = hidden.shape, hidden.device
-    has_pairs = pair_places is not None
-    width, topk = token_rows.shape[1], pair_places.shape[1] if has_pairs else 1
+    has_pairs = pair_slots is not None
+    width, topk = token_rows.shape[1], pair_slots.shape[1] if has_pairs else 1
     rows = torch.empty(num_rows, hidden_size, dtype=hidden.dtype, device=device)
     row_codes = torch.empty(num_pairs, dtype=torch.int32, device=device) if has_pairs else None
     row_probs = torch.empty(num_pairs, dtype=probs.dtype, device=device) if has_pairs else None
@@ -313,7 +313,7 @@ def launch_pack(
         hidden.contiguous(),
         probs.contiguous() if has_pairs else None,
         token_rows,
-        pair_places,
+        pair_slots,
         codes,
         rows,
         row_codes,
@@ -331,12 +331,12 @@ def launch_combine(
     rows: torch.Tensor,
     token_rows: torch.Tensor,
     row_probs: torch.Tensor | None = None,
-    pair_places: torch.Tensor | None = None,
+    pair_slots: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[T, H] sums of each token's rows; and with pairs [T, K] probs, zero where there is no pair."""
     (num_tokens, width), hidden_size, device = token_rows.shape, rows.shape[1], rows.device
-    has_pairs = pair_places is not None
-    topk = pair_places.shape[1] if has_pairs else 1
+    has_pairs = pair_slots is not None
+    topk = pair_slots.shape[1] if has_pairs else 1
     hidden = torch.empty(num_tokens, hidden_size, dtype=rows.dtype, device=device)
     probs = torch.empty(num_tokens, topk, dtype=row_probs.dtype, device=device) if has_pairs else None
     blocks = _row_blocks(hidden_size, width, topk)
@@ -344,7 +344,7 @@ def launch_combine(
         rows.contiguous(),
         row_probs.contiguous() if has_pairs else None,
         token_rows,
-        pair_places,
+        pair_slots,
         hidden,
         probs,
         H=hidden_size,
@@ -362,9 +362,9 @@ class _Pack(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, hidden: torch.Tensor, probs: torch.Tensor, plan: ExchangePlan, num_rows: int, num_pairs: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(plan.token_rows, plan.pair_places)
+        ctx.save_for_backward(plan.token_rows, plan.pair_slots)
         rows, codes, row_probs = launch_pack(
-            hidden, plan.token_rows, num_rows, probs, plan.pair_places, plan.codes, num_pairs
+            hidden, plan.token_rows, num_rows, probs, plan.pair_slots, plan.codes, num_pairs
         )
         ctx.mark_non_differentiable(codes)
         return rows, codes, row_probs
@@ -374,8 +374,8 @@ class _Pack(torch.autograd.Function):
     def backward(
         ctx: FunctionCtx, grad_rows: torch.Tensor, _: torch.Tensor, grad_row_probs: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        token_rows, pair_places = ctx.saved_tensors
-        grad_hidden, grad_probs = launch_combine(grad_rows, token_rows, grad_row_probs, pair_places)
+        token_rows, pair_slots = ctx.saved_tensors
+        grad_hidden, grad_probs = launch_combine(grad_rows, token_rows, grad_row_probs, pair_slots)
         return grad_hidden, grad_probs, None, None, None
 
 
@@ -397,11 +397,11 @@ class _Combine(torch.autograd.Function):
 def make_plan(
     topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, mismatch: bool = False
 ) -> ExchangePlan:
-    """As :func:`air_moe_megatron.ops.exchange.make_plan`, with the place of every row and pair.
+    """As :func:`air_moe_megatron.ops.exchange.make_plan`, with the slot of every row and pair.
 
     Example: ids [[0, 3, 1], [2, -1, -1]] over 2 ranks of 2 experts make the pairs 0, 1 | 3 | 2: token_rows
-    [[0, 1], [2, -1]], pair_places [[0, 2, 1], [3, -1, -1]] and codes [[~0, ~1, 1], [~0, -1, -1]]. (A code of -1 is ~0,
-    or no pair where the place is -1.)
+    [[0, 1], [2, -1]], pair_slots [[0, 2, 1], [3, -1, -1]] and codes [[~0, ~1, 1], [~0, -1, -1]]. (A code of -1 is ~0,
+    or no pair where the slot is -1.)
     """
     return launch_plan(topk_ids, probs, num_ranks, num_local_experts, mismatch)
 

@@ -19,7 +19,7 @@ Sums per row of tokens, in the second projection and in the tokens' gradient, ha
 The second is chosen from Q = 8, where the gathers move 16 bytes in bf16 for each 4 that are added, unless
 ``deterministic``. The gradients of the weights have one program per (expert, columns): no atomics either way.
 
-Legend: B blocks of pairs, Q = F, or 2F of the gated first projection; others as in ``ops/__init__.py``.
+Legend: Q = F, or 2F of the gated first projection; others as in ``ops/__init__.py``.
 """
 
 import torch

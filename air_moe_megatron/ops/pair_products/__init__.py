@@ -22,7 +22,7 @@ class Pairs:
     ids: torch.Tensor  # [N] int64, weight rows
     row_first: torch.Tensor  # [R + 1] int64, first pair of each row of tokens; the last is N
     by_id: torch.Tensor  # [N] int64, the pairs sorted by weight row
-    id_first: torch.Tensor  # [M + 1] int64, first place of each weight row in ``by_id``; the last is N
+    id_first: torch.Tensor  # [V + 1] int64, first slot of each weight row in ``by_id``; the last is N
 
     @property
     def num_rows(self) -> int:
@@ -45,14 +45,14 @@ class Pairs:
         first = self.id_first[:-1][sorted_ids]
         within = torch.arange(self.ids.numel(), device=self.ids.device) - first
         # Sorted by weight row: all pairs of its first part, then all of its second, ...
-        places = (first * parts + within).unsqueeze(1) + counts[sorted_ids].unsqueeze(1) * part
+        slots = (first * parts + within).unsqueeze(1) + counts[sorted_ids].unsqueeze(1) * part
         pairs = self.by_id.unsqueeze(1) * parts + part
         starts = self.id_first[:-1].unsqueeze(1) * parts + counts.unsqueeze(1) * part
         return Pairs(
             rows=self.rows.repeat_interleave(parts),
             ids=(self.ids.unsqueeze(1) * parts + part).flatten(),
             row_first=self.row_first * parts,
-            by_id=torch.empty_like(self.ids.repeat(parts)).index_copy_(0, places.flatten(), pairs.flatten()),
+            by_id=torch.empty_like(self.ids.repeat(parts)).index_copy_(0, slots.flatten(), pairs.flatten()),
             id_first=torch.cat((starts.flatten(), self.id_first[-1:] * parts)),
         )
 
@@ -65,7 +65,7 @@ def make_pairs(rows: torch.Tensor, ids: torch.Tensor, num_rows: int, num_ids: in
         rows: [N] integer, rows of tokens, ascending.
         ids: [N] integer, weight rows; one that a row of tokens meets twice counts twice. Kernels skip ids of -1.
         num_rows: R.
-        num_ids: M.
+        num_ids: V.
     Raises:
         ValueError: if rows and ids are not of one length.
 
@@ -94,7 +94,7 @@ def pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch
 
     Args:
         hidden: [R, H], any float dtype.
-        weight: [..., H] of M rows, the dtype of hidden.
+        weight: [..., H] of V rows, the dtype of hidden.
         pairs: N pairs.
     Returns:
         [N], fp32 or the dtype of hidden if that is wider.
@@ -126,7 +126,7 @@ def pair_sums(values: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch
 
     Args:
         values: [N], any float dtype.
-        weight: [..., H] of M rows.
+        weight: [..., H] of V rows.
         pairs: N pairs.
     Returns:
         [R, H] in the dtype of weight; zero where a row has no pairs.
@@ -147,4 +147,4 @@ def pair_sums(values: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch
 
 def _check_weight(weight: torch.Tensor, pairs: Pairs) -> None:
     if weight.dim() < 2 or weight.numel() != pairs.num_ids * weight.shape[-1]:
-        raise ValueError(f"weight {tuple(weight.shape)} must hold M = {pairs.num_ids} rows")
+        raise ValueError(f"weight {tuple(weight.shape)} must hold V = {pairs.num_ids} rows")

@@ -34,9 +34,9 @@ def _dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> torch.T
         chunk = max(1, _CHUNK_ELEMENTS // weight.shape[1])
         for first in range(0, weight.shape[0], chunk):
             rows = weight[first : first + chunk].to(wide)
-            places = pairs.id_first[first : first + rows.shape[0] + 1]
-            span = slice(int(places[0]), int(places[-1]))
-            dots[span] = _sampled(rows, hidden, places - span.start, tokens[span])
+            slots = pairs.id_first[first : first + rows.shape[0] + 1]
+            span = slice(int(slots[0]), int(slots[-1]))
+            dots[span] = _sampled(rows, hidden, slots - span.start, tokens[span])
     return torch.empty_like(dots).index_copy_(0, pairs.by_id, dots)
 
 

@@ -11,7 +11,7 @@ largest number that N pairs can need, and the programs beyond the last block ret
 The products are memory bound, a few operations per byte, so they are plain multiplications: a matrix product would pad
 the few pairs of a weight row to sixteen.
 
-Legend: B blocks, Q consecutive weight rows of an id; others as in ``ops/__init__.py``.
+Legend: Q consecutive weight rows of an id; others as in ``ops/__init__.py``.
 """
 
 import torch
@@ -34,30 +34,30 @@ _TILE = 4096  # elements in fp32 of a tile of 4 warps: 32 registers of each thre
 @triton.jit
 def pairs_from(start, end, by_id, rows, BLOCK_N: tl.constexpr):
     """[BLOCK_N] pairs in the order of the weight rows, their rows of tokens, and which of them are before ``end``."""
-    places = start + tl.arange(0, BLOCK_N)
-    inside = places < end
-    pairs = tl.load(by_id + places, mask=inside, other=0)
+    slots = start + tl.arange(0, BLOCK_N)
+    inside = slots < end
+    pairs = tl.load(by_id + slots, mask=inside, other=0)
     return pairs, tl.load(rows + pairs, mask=inside, other=0), inside
 
 
 @triton.jit
 def _pair_dots_fwd_kernel(
     hidden,  # [R, H]
-    weight,  # [M, H]
+    weight,  # [V, H]
     rows,  # [N]
     by_id,  # [N]
-    id_first,  # [M + 1]
+    id_first,  # [V + 1]
     segments,  # [B]
     starts,  # [B]
     dots,  # [N] fp32, written
-    M,
+    V,
     H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     block = tl.program_id(0)
     weight_row = tl.load(segments + block)
-    if weight_row == M:
+    if weight_row == V:
         return
     start, end = tl.load(starts + block), tl.load(id_first + weight_row + 1)
     pairs, tokens, inside = pairs_from(start, end, by_id, rows, BLOCK_N)
@@ -75,7 +75,7 @@ def _pair_dots_fwd_kernel(
 @triton.jit
 def _pair_sums_fwd_kernel(
     values,  # [N, Q]
-    weight,  # [M, Q, H]
+    weight,  # [V, Q, H]
     ids,  # [N], -1 for no pair
     row_first,  # [R + 1]
     sums,  # [R, H], written
@@ -93,11 +93,11 @@ def _pair_sums_fwd_kernel(
     products = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     start = tl.load(row_first + row) * Q
     while start < end:
-        places = start + tl.arange(0, BLOCK_N)
-        expert = tl.load(ids + places // Q, mask=places < end, other=-1)
+        slots = start + tl.arange(0, BLOCK_N)
+        expert = tl.load(ids + slots // Q, mask=slots < end, other=-1)
         present = expert >= 0
-        value = tl.load(values + places, mask=present, other=0.0).to(tl.float32)
-        weight_rows = weight + (expert * Q + places % Q)[:, None] * H
+        value = tl.load(values + slots, mask=present, other=0.0).to(tl.float32)
+        weight_rows = weight + (expert * Q + slots % Q)[:, None] * H
         w = tl.load(weight_rows + columns[None, :], mask=present[:, None] & in_row[None, :], other=0.0)
         products += value[:, None] * w.to(tl.float32)
         start += BLOCK_N
@@ -110,10 +110,10 @@ def _pair_weight_bwd_kernel(
     values,  # [N]
     rows,  # [N]
     by_id,  # [N]
-    id_first,  # [M + 1]
+    id_first,  # [V + 1]
     segments,  # [B]
-    grad_weight,  # [M, H], added to
-    M,
+    grad_weight,  # [V, H], added to
+    V,
     H: tl.constexpr,
     num_column_blocks,
     BLOCK_N: tl.constexpr,
@@ -121,7 +121,7 @@ def _pair_weight_bwd_kernel(
 ):
     program = tl.program_id(0)
     weight_row = tl.load(segments + program // num_column_blocks)
-    if weight_row == M:
+    if weight_row == V:
         return
     columns = (program % num_column_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     in_row = columns < H
@@ -140,7 +140,7 @@ def _pair_weight_bwd_kernel(
 
 
 def launch_pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """[N] fp32 dot products of hidden [R, H] and weight [M, H]; zero where the id is -1.
+    """[N] fp32 dot products of hidden [R, H] and weight [V, H]; zero where the id is -1.
 
     Blocks hold about as many pairs as a weight row has on average, 4 to 32, and as much of a row as a tile then takes.
     """
@@ -161,7 +161,7 @@ def launch_pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -
 def launch_pair_sums(
     values: torch.Tensor, weight: torch.Tensor, pairs: Pairs, dtype: torch.dtype, parts: int = 1
 ) -> torch.Tensor:
-    """[R, H] sums in ``dtype`` of the weight rows [M * Q, H] by the values [N * Q]; an id of -1 is no pair.
+    """[R, H] sums in ``dtype`` of the weight rows [V * Q, H] by the values [N * Q]; an id of -1 is no pair.
 
     The Q weight rows of an id lie together, and so do the values of a pair. Tiles of 8 pairs and up to 512 columns: a
     gathered piece of a weight row is 1 KiB in bf16.
@@ -180,7 +180,7 @@ def launch_pair_sums(
 def launch_pair_weight_gradient(
     source: torch.Tensor, values: torch.Tensor, pairs: Pairs, grad_weight_out: torch.Tensor
 ) -> None:
-    """Add ``values[n] * source[row]`` of each weight row's pairs to its row of ``grad_weight_out`` [M, H].
+    """Add ``values[n] * source[row]`` of each weight row's pairs to its row of ``grad_weight_out`` [V, H].
 
     Any float dtype; the sum of a row is made in fp32 and rounded once. Rows without pairs are not touched. One program
     walks all pairs of a weight row, in tiles of 16 pairs and up to 256 columns: a long segment is slow, not wrong.

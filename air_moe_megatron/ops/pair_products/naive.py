@@ -4,7 +4,7 @@ import torch
 
 
 def naive_pair_dots(hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """[N] dot products of row ``rows[n]`` of hidden [R, H] and row ``ids[n]`` of weight [M, H]."""
+    """[N] dot products of row ``rows[n]`` of hidden [R, H] and row ``ids[n]`` of weight [V, H]."""
     return (hidden[rows] * weight[ids]).sum(dim=1)
 
 
