@@ -4,16 +4,18 @@
     experts    one partial sum per row
     combine    the partial sums return, and each token adds up those of its ranks
 
-Communication per layer and forward over the expert-parallel group: one all-to-all each of counts (5 integers per rank),
-rows (H numbers for each token and distinct rank), pair ids (4 bytes per pair), probs (one number per pair), and of rows
-again on the way back; the backward repeats those of rows and probs in the other direction. Bytes of rows per token each
-way: ``H * distinct ranks <= H * min(K, ranks)``, where Megatron's all-to-all carries ``H * K``.
+Communication per layer and forward, all-to-alls over the expert-parallel group:
 
-The host waits for the device once per forward, for the counts; with one expert-parallel rank too, which then
-communicates nothing. (With torch operations ``fine_scores`` waits once more: two waits per layer and forward. The
-backward has none.)
+- counts: 5 integers per rank
+- rows: H numbers per token and distinct rank, and again on the way back
+- pair ids: 4 bytes per pair
+- probs: one number per pair
 
-Legend: T tokens, H hidden, E experts, K top-k, D expert-parallel ranks, R received rows, N received pairs.
+The backward repeats those of rows and probs in the other direction. A token's rows hold ``H * distinct ranks <= H *
+min(K, ranks)`` numbers each way, where Megatron's all-to-all carries ``H * K``.
+
+The host waits for the device once per forward, for the counts, also with one expert-parallel rank. The backward does
+not wait. (With torch operations ``fine_scores`` waits once more per layer and forward.)
 """
 
 from dataclasses import dataclass
@@ -31,21 +33,12 @@ from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.recomputation import is_in_backward
 
 
-@dataclass(frozen=True)
-class _Sent:
-    """What the way back needs."""
-
-    rows_sent: list[int]  # per rank
-    rows_received: list[int]  # per rank
-
-
 @dataclass
 class Traffic:
-    """What this rank's forwards have handed to the all-to-alls since the counters were last reset; plain integers.
+    """Plain integers: what this rank's forwards have handed to the all-to-alls since the counters were last reset.
 
-    A dispatcher counts forwards that a backward repeats, for tokens that were counted before, apart from the others.
-    ``row_bytes`` go out, and as many come back for the same tokens; the backward repeats both. The ``remote`` ones left
-    the rank; the others only changed their place, or with one rank not even that.
+    ``row_bytes`` go out, and as many come back for the same tokens. The backward repeats both. The ``remote`` bytes
+    left the rank. A dispatcher counts the forwards that a backward repeats apart from the others.
     """
 
     tokens: int = 0
@@ -82,20 +75,21 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         self.layer_number: int | None = None
         self.traffic, self.recomputed_traffic = Traffic(), Traffic()
         self._have_ranks_agreed = False
-        self._misfit = None
+        self._mismatch = None
         self._release()
 
     def _release(self) -> None:
-        self._shape = self._plan = self._sent = self._pairs = None
+        self._shape = self._plan = self._pairs = None
+        self._row_splits: tuple[list[int], list[int]] = [], []  # rows sent and received, per rank
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Plan what goes where; no communication and no wait. What is wrong is told by :meth:`token_dispatch`.
+        """Plan what goes where; no communication and no wait. :meth:`token_dispatch` reports what is wrong.
 
         Args:
             hidden_states: [..., H], T tokens.
-            topk_ids: [T, K] integer, global expert ids; -1 for none. The probs of one that stands twice add up.
+            topk_ids: [T, K] integer, global expert ids; -1 for none. The probs of a repeated id add up.
             probs: [T, K].
         Returns:
             [T, H] tokens, [T, K] probs.
@@ -103,14 +97,14 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         self._shape = hidden_states.shape
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         num_tokens = hidden_states.shape[0]
-        self._misfit = None
+        self._mismatch = None
         if topk_ids.dim() != 2 or topk_ids.shape != probs.shape or topk_ids.shape[0] != num_tokens:
             # The other ranks are about to wait for this one: it tells them, and plans nothing.
-            self._misfit = f"topk_ids {tuple(topk_ids.shape)}, probs {tuple(probs.shape)}, {num_tokens} tokens"
+            self._mismatch = f"topk_ids {tuple(topk_ids.shape)}, probs {tuple(probs.shape)}, {num_tokens} tokens"
             probs = probs.new_zeros(num_tokens, max(1, probs.shape[-1]) if probs.dim() else 1)
             topk_ids = torch.full(probs.shape, -1, device=probs.device)
-        misfit = self._misfit is not None
-        self._plan = make_plan(topk_ids, probs, self.ep_size, self.num_local_experts, misfit)
+        mismatch = self._mismatch is not None
+        self._plan = make_plan(topk_ids, probs, self.ep_size, self.num_local_experts, mismatch)
         return hidden_states, probs
 
     def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,14 +121,17 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         """
         self._require_agreement(hidden_states, probs)
         plan = self._plan
-        counts = torch.stack((plan.counts, self._exchange(plan.counts)))
-        sent, received = counts.tolist()  # the one wait for the device
+        received = plan.counts  # [D, 5]
+        if self.ep_size > 1:
+            received = torch.empty_like(plan.counts)
+            torch.distributed.all_to_all_single(received, plan.counts, group=self.ep_group)
+        sent, received = torch.stack((plan.counts, received)).tolist()  # the one wait for the device
         self._require_valid(received)
         (rows_sent, pairs_sent), (rows_received, pairs_received) = (
             [[rank_counts[column] for rank_counts in side] for column in (0, 1)] for side in (sent, received)
         )
         self._count_traffic(hidden_states, probs, rows_sent, pairs_sent)
-        self._sent = _Sent(rows_sent, rows_received)
+        self._row_splits = rows_sent, rows_received
         num_pairs, topk = sum(pairs_sent), probs.shape[1]
         if self.ep_size == 1:  # the tokens stay where they are, those without experts too
             order = torch.arange(probs.numel(), device=probs.device)
@@ -158,19 +155,19 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         return hidden_states, self._pairs, probs
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[R, H] partial sums, one per row, as the experts made them."""
+        """Pass on the experts' partial sums [R, H], one per row."""
         return hidden_states
 
     def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Send the partial sums back, by an all-to-all: [R, H] -> [rows sent, H]. Does not wait for the device."""
+        """Send the partial sums back by an all-to-all: [R, H] -> [rows sent, H]. Does not wait for the device."""
         if self.ep_size == 1:
             return hidden_states
-        return all_to_all(self.ep_group, hidden_states, self._sent.rows_sent, self._sent.rows_received)
+        return all_to_all(self.ep_group, hidden_states, *self._row_splits)
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Add up the partial sums of each token, in fp32 or wider; zero for a token without experts."""
         shape, plan = self._shape, self._plan
-        self._release()  # or the layer would keep ids and pairs until its next forward
+        self._release()  # otherwise ids and pairs would stay until the next forward
         if self.ep_size > 1:
             hidden_states = combine(hidden_states, plan)
         return hidden_states.view(shape)
@@ -179,18 +176,10 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         """Not supported: the layer adds the shared experts itself."""
         raise ValueError("moe_shared_expert_overlap (True) is not supported with moe_dispatch 'compact'")
 
-    def _exchange(self, counts: torch.Tensor) -> torch.Tensor:
-        """[D, 5]: what each rank has to tell this one."""
-        if self.ep_size == 1:
-            return counts
-        received = torch.empty_like(counts)
-        torch.distributed.all_to_all_single(received, counts, group=self.ep_group)
-        return received
-
     def _require_valid(self, received: list[list[int]]) -> None:
-        for rank, (_, _, invalid_ids, invalid_probs, misfits) in enumerate(received):
-            if misfits:
-                shapes = f": {self._misfit}" if rank == self.ep_rank else ""
+        for rank, (_, _, invalid_ids, invalid_probs, mismatches) in enumerate(received):
+            if mismatches:
+                shapes = f": {self._mismatch}" if rank == self.ep_rank else ""
                 raise ValueError(
                     f"topk_ids and probs of expert-parallel rank {rank} must both be [T, K] for its T tokens{shapes}"
                 )
@@ -208,7 +197,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
 
     @torch.no_grad()
     def _require_agreement(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> None:
-        """Once: sizes on which the buffers of all ranks depend must be the same everywhere."""
+        """Check once that the sizes of buffers are the same on all ranks."""
         if self._have_ranks_agreed:
             return
         if self.ep_size > 1:

@@ -27,8 +27,8 @@ from air_moe_megatron.routers import ROUTERS
 if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
 
-# Attributes of submodule dataclasses that lead to a layer or to its mlp.
-_NESTED = ("mlp", "moe_layer", "mtp_model_layer", "transformer_layer")
+# Attributes of the submodules of blocks, stacks and layers that lead to an MoE layer.
+_NESTED = ("layer_specs", "mlp", "moe_layer", "mtp_model_layer", "transformer_layer")
 
 
 def with_air_layers[S](spec: S, config: TransformerConfig) -> S:
@@ -56,8 +56,6 @@ def with_air_layers[S](spec: S, config: TransformerConfig) -> S:
 def _rewrite[S](spec: S, config: TransformerConfig) -> S:
     if isinstance(spec, list):
         return [_rewrite(item, config) for item in spec]
-    if getattr(spec, "layer_specs", None) is not None:  # the submodules of a decoder or multi-token-prediction block
-        return _replace(spec, layer_specs=_rewrite(spec.layer_specs, config))
     if isinstance(spec, functools.partial):
         submodules = spec.keywords.get("submodules")
         if not isinstance(submodules, MoESubmodules):
@@ -68,8 +66,9 @@ def _rewrite[S](spec: S, config: TransformerConfig) -> S:
         if isinstance(spec.submodules, MoESubmodules) and issubclass(get_module(spec), MoELayer):
             module = _air_layer(get_module(spec), config)
             return _replace(spec, module=module, submodules=_air_submodules(spec.submodules, config))
-        return _replace(spec, submodules=_rewrite_submodules(spec.submodules, config))
-    return spec
+        return _replace(spec, submodules=_rewrite(spec.submodules, config))
+    nested = {name: getattr(spec, name) for name in _NESTED if getattr(spec, name, None) is not None}
+    return _replace(spec, **{name: _rewrite(part, config) for name, part in nested.items()}) if nested else spec
 
 
 def _air_layer(layer: type[MoELayer], config: TransformerConfig) -> type[MoELayer]:
@@ -86,16 +85,6 @@ def _air_layer(layer: type[MoELayer], config: TransformerConfig) -> type[MoELaye
 def _air_submodules(submodules: MoESubmodules, config: TransformerConfig) -> MoESubmodules:
     changes = {"experts": GranularExperts} if config.moe_granular_experts else {}
     return _replace(submodules, router=ROUTERS[config.moe_router_type], **changes)
-
-
-def _rewrite_submodules[S](submodules: S, config: TransformerConfig) -> S:
-    if submodules is None:
-        return None
-    changes = {}
-    for name in (*_NESTED, "layer_specs"):
-        if getattr(submodules, name, None) is not None:
-            changes[name] = _rewrite(getattr(submodules, name), config)
-    return _replace(submodules, **changes) if changes else submodules
 
 
 def _replace[S](part: S, **changes: object) -> S:

@@ -1,11 +1,9 @@
-"""What every router of ours has in common: compact routes, and Megatron's own functions around them.
+"""The base of every router of ours: compact routes, and Megatron's own functions around them.
 
-A router gives candidates, [T, N] logits with their expert ids, or chooses by itself; selection and probabilities are
+A router gives candidates, [T, M] logits with their expert ids, or chooses by itself. Selection and probabilities are
 Megatron's functions, applied to the columns of the candidates. The losses are in losses.py. Nothing on the way to
-``Routes`` is of size [T, E], unless the router scores all experts; ``_to_dense`` is the one place that densifies, for
-Megatron's own dispatchers.
-
-Legend: S sequence, B batch, T = S*B tokens, H hidden, E experts, P probes, K top-k, N candidates.
+``Routes`` is of size [T, E], unless the router scores all experts. Only ``_to_dense`` makes dense maps, for Megatron's
+own dispatchers.
 """
 
 import argparse
@@ -44,9 +42,9 @@ class Routes:
 
 
 class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
-    """A router that gives :class:`Routes`; what it chooses by is its subclass's.
+    """A router that gives :class:`Routes`; a subclass says how experts are chosen.
 
-    A subclass defines ``router_type`` and ``_choose``. One that has no center per expert sets ``has_expert_weight`` to
+    A subclass defines ``router_type`` and ``_choose``. One without a center per expert sets ``has_expert_weight`` to
     False: the [E, H] weight of ``TopKRouter`` is then never touched.
 
     A training forward with gradients counts its tokens once, also where activations are recomputed
@@ -56,14 +54,15 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     router_type: ClassVar[str]
     """The ``moe_router_type`` that asks for this class."""
     checkpoint_key: ClassVar[str | None] = None
-    """Parameter or buffer that a checkpoint holds for routers of this type alone; None for top-k and AIR, which load
-    into each other."""
+    """Parameter or buffer that only routers of this type have in a checkpoint; None for top-k and AIR, which load into
+    each other."""
     has_expert_weight = True
-    # Whether forwards rebuild lists of experts, which must be the same on all ranks.
     has_lists = False
-    # Whether every place of the routes holds an expert, and whether an expert may hold several places of a token.
+    """Whether forwards rebuild lists of experts, which must be the same on all ranks."""
     always_complete = True
+    """Whether every slot of the routes holds an expert."""
     may_repeat = False
+    """Whether an expert may hold several slots of a token."""
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
@@ -71,17 +70,16 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         validate(config)
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.input_norm = RunningNorm(config.hidden_size) if config.moe_router_input_norm == "running" else None
-        # Megatron's counts of a global batch, which it makes as buffers.
+        # Megatron makes its counts of a global batch as buffers.
         for name in ("local_tokens_per_expert", "global_tokens_per_expert", "ga_steps"):
             if getattr(self, name) is not None:
                 self.add_accumulator(name, getattr(self, name))
-        # For logs only: tokens of each expert and tokens that were routed since the last health line, and what both
-        # were at the last step.
+        # For logs only: tokens of each expert and routed tokens since the last health line, and both at the last step.
         self.add_accumulator("expert_load", torch.zeros(self.num_experts, dtype=torch.int64))
         self.add_accumulator("num_routed", torch.zeros(1, dtype=torch.int64))
         self.add_accumulator("logged_before", torch.zeros(self.num_experts + 1, dtype=torch.int64))
         self._forwards = ForwardCounter()
-        self._is_counted = False  # whether the tokens of the forward that runs now count
+        self._is_counted = False  # whether the tokens of the current forward count
         self.has_learned = False  # whether a forward has learned since the last step
 
     @staticmethod
@@ -111,9 +109,9 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         """Choose the experts of each token.
 
         Args:
-            hidden_states: [S, B, H] or [T, H].
-            padding_mask: [S, B] or [T] bool, True for padding: such tokens have no experts, and count neither in the
-                losses nor in any statistics.
+            hidden_states: [sequence, batch, H] or [T, H].
+            padding_mask: [sequence, batch] or [T] bool, True for padding. Such tokens get no experts, and count neither
+                in losses nor in statistics.
         Returns:
             the routes of the T tokens, in the order of ``hidden_states``.
         Raises:
@@ -126,11 +124,8 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             )
         routes = self._route(hidden_states, padding_mask)
         if padding_mask is None:
-            self._count_for_bias(lambda: self._count(routes.topk_ids, None))
             return routes
-        padding_mask = padding_mask.reshape(-1)
-        self._count_for_bias(lambda: self._count(routes.topk_ids, padding_mask))
-        padded = padding_mask.unsqueeze(1)
+        padded = padding_mask.reshape(-1, 1)
         return replace(
             routes, topk_ids=routes.topk_ids.masked_fill(padded, -1), probs=routes.probs.masked_fill(padded, 0.0)
         )
@@ -138,32 +133,33 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layer's dispatcher takes: compactly probs and expert ids [T, K], as :meth:`route` gives them; for
-        Megatron's own dispatchers, as ``TopKRouter.forward``, dense [T, E] probs and routing map.
+        """Give the layer's dispatcher what it takes.
 
-        A layer must come this way: hooks of the module, such as that which gathers parameters, run only then.
+        A layer must call this and not :meth:`route`: only this runs the module's hooks, such as those that gather
+        parameters.
+
+        Returns:
+            with compact dispatch [T, K] probs and expert ids of :meth:`route`; otherwise, as ``TopKRouter.forward``,
+            dense [T, E] probs and routing map.
         """
         if self.config.moe_dispatch == "compact":
             routes = self.route(input, padding_mask)
             return routes.probs, routes.topk_ids
         routes = self._route(input, padding_mask)
         probs, routing_map = self._to_dense(routes)
-        if self.config.moe_expert_capacity_factor is not None:
-            probs, routing_map = apply_router_token_dropping(
-                probs,
-                routing_map,
-                router_topk=self.topk,
-                capacity_factor=self.config.moe_expert_capacity_factor,
-                drop_policy=self.config.moe_token_drop_policy,
-                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
-            )
-        if padding_mask is not None:
-            padding_mask = padding_mask.reshape(-1)
         if self.config.moe_expert_capacity_factor is None:
-            self._count_for_bias(lambda: self._count(routes.topk_ids, padding_mask))
-        else:  # what was dropped does not count
-            padded = routing_map.new_zeros(()) if padding_mask is None else padding_mask.unsqueeze(1)
-            self._count_for_bias(lambda: routing_map.masked_fill(padded, False).sum(dim=0))
+            return probs, routing_map
+        probs, routing_map = apply_router_token_dropping(
+            probs,
+            routing_map,
+            router_topk=self.topk,
+            capacity_factor=self.config.moe_expert_capacity_factor,
+            drop_policy=self.config.moe_token_drop_policy,
+            pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
+        )
+        if self.enable_expert_bias:  # what was dropped does not count
+            padded = routing_map.new_zeros(()) if padding_mask is None else padding_mask.reshape(-1, 1)
+            self._count_for_bias(routing_map.masked_fill(padded, False).sum(dim=0))
         return probs, routing_map
 
     @torch.compiler.disable  # group sizes are read on the host, and AIR's lists are rebuilt by a count of updates
@@ -184,37 +180,42 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         routes = self._choose(hidden, padding_mask, batch_size)
         if self._is_counted:
             with hidden_from_checkpoints():
-                self.expert_load += self._count(routes.topk_ids, padding_mask)
+                counts = self._count(routes.topk_ids, padding_mask)
+                self.expert_load += counts
                 self.num_routed += hidden.shape[0] if padding_mask is None else (~padding_mask).sum()
             self.has_learned |= self.learns()
+            if self.config.moe_expert_capacity_factor is None:  # with it, forward drops some of them first
+                self._count_for_bias(counts)
         return routes
 
     def _without_padding(self, hidden: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
-        """[T, H] tokens with padding replaced by numbers: zeros, or on dense maps, which dispatch it, its finite part.
+        """[T, H] tokens with padding replaced by finite numbers, which are zeros with compact dispatch.
 
-        Equal rows would all go to the same experts.
+        Dense maps dispatch padding too. There it keeps its finite part, as equal rows would all go to the same experts.
         """
         padding = hidden.new_zeros(()) if self.config.moe_dispatch == "compact" else hidden.nan_to_num(0.0, 0.0, 0.0)
         return torch.where(padding_mask.unsqueeze(1), padding, hidden)
 
     def learns(self) -> bool:
-        """Whether the forward that runs now adds to what is learned without gradients: its tokens count, and some
-        parameter of the router is trained."""
+        """Whether the current forward adds to what is learned without gradients.
+
+        Its tokens must count, and some parameter of the router must be trained.
+        """
         return self._is_counted and any(parameter.requires_grad for parameter in self.parameters())
 
     @torch.compiler.disable
-    def _count_for_bias(self, count: Callable[[], torch.Tensor]) -> None:
+    def _count_for_bias(self, counts: torch.Tensor) -> None:
         """Add [E] tokens of each expert to those that Megatron's update of the expert bias reads."""
         if self.enable_expert_bias and self.learns():
             with hidden_from_checkpoints():
-                self.local_tokens_per_expert += count()
+                self.local_tokens_per_expert += counts
 
     def learners(self) -> list[Learner]:
-        """What learns from each global batch without gradients."""
+        """List what learns from each global batch without gradients."""
         return [] if self.input_norm is None else [self.input_norm]
 
     def discard(self) -> None:
-        """Forget what the forwards since the last step have added: an attempt at a step begins."""
+        """Forget what the forwards since the last step have added; an attempt at a step begins."""
         for learner in self.learners():
             learner.discard()
         self.expert_load.copy_(self.logged_before[:-1])
@@ -231,7 +232,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     def end_step(self) -> None:
         """Keep what the forwards since the last step have added to the logs; the next global batch begins."""
         self.logged_before.copy_(torch.cat((self.expert_load, self.num_routed)))
-        self.reset_global_aux_loss_tracker()  # Megatron's loop has done so; a loop of somebody else's has not
+        self.reset_global_aux_loss_tracker()  # Megatron's loop has done so; another loop has not
         self.has_learned = False
         self._forwards.reset()
 
@@ -241,13 +242,13 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             counts.zero_()
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
-        """The routes of tokens [T, H]; ``padding_mask`` is [T] bool, True for padding, or None if there is none."""
+        """Route tokens [T, H]; ``padding_mask`` is [T] bool, True for padding, or None if there is none."""
         raise NotImplementedError
 
     def _choose_among(
         self, logits: torch.Tensor, ids: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int
     ) -> Routes:
-        """The best K of each token's candidates, by logits [T, N] with expert ids [T, N], as Megatron chooses."""
+        """The best K of each token's candidates, by logits [T, M] with expert ids [T, M], as Megatron chooses."""
         logits = self.apply_z_loss(logits, padding_mask=padding_mask)
         probs, columns = self._select(logits, ids)
         if self._needs_aux_scores():
@@ -257,7 +258,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     def _select(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, K] probs and columns of the selected candidates, as Megatron selects them."""
         expert_bias = None
-        if self.expert_bias is not None:  # what is no candidate must not win by its bias
+        if self.expert_bias is not None:  # an absent candidate must not win by its bias
             expert_bias = self.expert_bias[ids.clamp(min=0)].masked_fill(ids < 0, float("-inf"))
         return topk_routing_with_score_function(
             logits, self.topk, expert_bias=expert_bias, dense_output=True, **self._score_settings()
@@ -273,8 +274,8 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     def _to_dense(self, routes: Routes) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, E] probs and routing map of the routes: linear in E, for the stock dispatchers only.
 
-        The probs of an expert that holds several places of a token add up. Megatron's all-to-all counts on K experts
-        for each token: where that leaves fewer, or candidates ran out, others are named too, with a prob of zero.
+        The probs of an expert that holds several slots of a token add up. Megatron's all-to-all counts on K experts
+        per token. Where a token has fewer, others fill up with a prob of zero.
         """
         num_tokens, width = routes.topk_ids.shape[0], self.num_experts
         ids = routes.topk_ids.long()
@@ -296,8 +297,8 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         counted = topk_ids >= 0
         if padding_mask is not None:
             counted &= ~padding_mask.unsqueeze(1)
-        where = topk_ids.clamp(min=0).reshape(-1)
-        return torch.zeros_like(self.expert_load).index_add_(0, where, counted.reshape(-1).long())
+        ids = topk_ids.clamp(min=0).reshape(-1)
+        return torch.zeros_like(self.expert_load).index_add_(0, ids, counted.reshape(-1).long())
 
     def _linear(
         self,
@@ -306,7 +307,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         bias: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """[T, N] scores of tokens against the N rows of a weight, by Megatron's product for router gates.
+        """[T, V] scores of tokens against the rows of a weight, by Megatron's product for router gates.
 
         It does not take an empty batch.
         """
