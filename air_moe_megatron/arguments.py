@@ -64,6 +64,11 @@ def padded_vocab_size(args: argparse.Namespace) -> int:
     return calculate_padded_vocab_size(args.vocab_size, *sizes, logging_enabled=False)
 
 
+def is_packed(args: argparse.Namespace) -> bool:
+    """Whether a sequence holds several documents whose boundaries attention and routers must know."""
+    return args.sft or args.dataloader_inter_document_masking
+
+
 def moe_layers(args: argparse.Namespace) -> list[bool]:
     """Which layers have experts, as `--moe-layer-freq` or the hybrid pattern says."""
     if getattr(args, "num_experts", None) is None:

@@ -1,9 +1,7 @@
-"""What feeds Megatron's training loop: data sets, microbatches, the forward step and its loss.
-
-The equal of what Megatron-LM's `pretrain_gpt.py` holds, which no wheel carries.
-"""
+"""Data sets, microbatches, the forward step and its loss, as in `pretrain_gpt.py` of Megatron-LM."""
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -32,6 +30,8 @@ from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.training import stimer, update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from air_moe_megatron.arguments import is_packed
+
 SPIKY_LOSS_FACTOR = 10
 """A loss is reported as spiky when it exceeds this multiple of the largest loss seen so far."""
 
@@ -52,9 +52,6 @@ BATCH_KEYS = METADATA_KEYS + (
 def needs_tokens(config: TransformerConfig, vp_stage: int | None) -> tuple[bool, bool]:
     """Say what this pipeline stage does with tokens and labels.
 
-    Args:
-        config: the model's configuration.
-        vp_stage: index of the virtual pipeline stage; None without virtual stages.
     Returns:
         (it embeds tokens or computes a loss, it holds multi-token-prediction layers).
     """
@@ -70,7 +67,7 @@ def needs_tokens(config: TransformerConfig, vp_stage: int | None) -> tuple[bool,
 def get_batch(data_iterator: Iterator, config: TransformerConfig, vp_stage: int | None = None) -> dict[str, Any]:
     """Fetch this rank's share of the next microbatch.
 
-    Rank 0 of the tensor-parallel group reads it and broadcasts it to its group; then each context-parallel rank keeps
+    Rank 0 of the tensor-parallel group reads it and broadcasts it to its group. Then each context-parallel rank keeps
     its own part of the sequence.
 
     Args:
@@ -82,7 +79,7 @@ def get_batch(data_iterator: Iterator, config: TransformerConfig, vp_stage: int 
         position_ids: [microbatch, sequence] int64; loss_mask: the same shape, fp32; cu_seqlens: [1, documents + 1].
     """
     args = get_args()
-    packed = args.sft or args.dataloader_inter_document_masking
+    packed = is_packed(args)
     tokens_needed, has_mtp = needs_tokens(config, vp_stage)
     if not tokens_needed and not packed:
         return dict.fromkeys(BATCH_KEYS)
@@ -178,11 +175,7 @@ def loss_func(
 
 
 def validate_loss(loss: torch.Tensor) -> None:
-    """Have the rerun state machine look at a loss, as far as the flags ask for it.
-
-    Args:
-        loss: a scalar on this rank.
-    """
+    """Have the rerun state machine look at the loss of this rank, as far as the flags ask for it."""
     args, rerun = get_args(), get_rerun_state_machine()
     checks = []
     if args.check_for_nan_in_loss_and_grad:
@@ -192,7 +185,7 @@ def validate_loss(loss: torch.Tensor) -> None:
         is_spiky = partial(rerun.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss")
         checks.append((is_spiky, "Spiky loss", False))
     for rejection_func, message, fatal in checks:
-        # tolerance 0: a forward pass is deterministic, so a rerun gives the very same number unless hardware failed
+        # tolerance 0: a forward is deterministic, so a rerun gives the same number unless hardware failed
         rerun.validate_result(loss, rejection_func=rejection_func, message=message, tolerance=0.0, fatal=fatal)
 
 
@@ -230,77 +223,45 @@ def forward_step(
 
 
 def dataset_config_from_args(args: argparse.Namespace) -> GPTDatasetConfig:
-    """Build the data set configuration.
-
-    Args:
-        args: Megatron's parsed and validated arguments.
-    Returns:
-        GPTFIMDatasetConfig with `--fim-data`, GPTDatasetConfig otherwise.
-    """
+    """Build the data set configuration, with `--fim-data` that of fill-in-the-middle data."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences_per_dataset = None
     if args.per_dataset_sequences_path is not None:
         with open(args.per_dataset_sequences_path) as file:
             sequences_per_dataset = json.load(file)
 
-    config_class, fim = GPTDatasetConfig, {}
+    config_class, extra = GPTDatasetConfig, {}
     if args.fim_data:
         config_class = GPTFIMDatasetConfig
-        fim = {
-            "fim_rate": args.fim_rate,
-            "fim_spm_rate": args.fim_spm_rate,
-            "fim_extra_tokens": {
-                name: getattr(args, f"fim_{name}_token") for name in ("prefix", "middle", "suffix", "pad", "eod")
-            },
-            "fim_split_sample": args.fim_split_sample,
-            "fim_fragment_rate": args.fim_fragment_rate,
-            "fim_no_prefix": args.fim_no_prefix,
-        }
+        tokens = ("prefix", "middle", "suffix", "pad", "eod")
+        extra = {"fim_extra_tokens": {name: getattr(args, f"fim_{name}_token") for name in tokens}}
+    same_names = [field.name for field in dataclasses.fields(config_class) if hasattr(args, field.name)]
     return config_class(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
-        split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
         tokenizer=build_tokenizer(args),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
-        object_storage_cache_path=args.object_storage_cache_path,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         fast_cache_load=args.dataloader_fast_cache_load,
         sequences_per_dataset=sequences_per_dataset,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        context_parallel_size=args.context_parallel_size,
-        data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
-        hybrid_context_parallel=args.hybrid_context_parallel,
         inter_document_masking=args.dataloader_inter_document_masking,
-        **fim,
+        **extra,
+        **{name: getattr(args, name) for name in same_names},
     )
 
 
 def is_dataset_built_on_rank(args: argparse.Namespace, vp_stage: int | None) -> bool:
     """Say whether this rank reads the data set itself.
 
-    Args:
-        args: Megatron's parsed and validated arguments.
-        vp_stage: index of the virtual pipeline stage; None without virtual stages.
-    Returns:
-        True on tensor-parallel rank 0 of the stages that need tokens; with packed sequences (`--sft`,
-        `--dataloader-inter-document-masking`), whose boundaries every stage needs, of all stages.
+    Tensor-parallel rank 0 does, in the stages that need tokens. Every stage needs the boundaries of packed sequences.
     """
     if mpu.get_tensor_model_parallel_rank() != 0:
         return False
-    packed = args.sft or args.dataloader_inter_document_masking
-    return packed or needs_tokens(core_transformer_config_from_args(args), vp_stage)[0]
+    return is_packed(args) or needs_tokens(core_transformer_config_from_args(args), vp_stage)[0]
 
 
 def train_valid_test_datasets_provider(

@@ -11,7 +11,7 @@ from typing import Any
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.spec_utils import import_module
 
-from air_moe_megatron.arguments import moe_layers
+from air_moe_megatron.arguments import is_packed, moe_layers
 from air_moe_megatron.config import balancing_losses, is_plain_topk
 
 
@@ -75,10 +75,6 @@ def _value(args: argparse.Namespace, flag: str) -> Any:
     return getattr(args, flag.removeprefix("--").replace("-", "_"))
 
 
-def _is_packed(args: argparse.Namespace) -> bool:
-    return args.sft or args.dataloader_inter_document_masking
-
-
 def _ours(args: argparse.Namespace) -> bool:
     return not is_plain_topk(args)
 
@@ -116,14 +112,14 @@ FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
     FlagRefusal("--use-torch-fsdp2", lambda args: _ours(args) and args.use_torch_fsdp2, _WHOLE_PARAMETERS, "{router}"),
     FlagRefusal(
         "--micro-batch-size",
-        lambda args: args.moe_router_type == "hash" and _is_packed(args) and (args.micro_batch_size or 0) > 1,
+        lambda args: args.moe_router_type == "hash" and is_packed(args) and (args.micro_batch_size or 0) > 1,
         "packed microbatches are flattened after the embedding has seen the ids, so ids and hidden states are in "
         "different orders; use --micro-batch-size 1",
         "--moe-router-type hash and {packed}",
     ),
     FlagRefusal(
         "--moe-router-load-balancing-type",
-        lambda args: _ours(args) and _is_packed(args) and "seq_aux_loss" in balancing_losses(args),
+        lambda args: _ours(args) and is_packed(args) and "seq_aux_loss" in balancing_losses(args),
         "a router is not told where documents end, and would balance a pack of them as one sequence; use aux_loss or "
         "global_aux_loss",
         "{router} and {packed}",
@@ -170,7 +166,7 @@ FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
     ),
     FlagRefusal(
         "--overlap-moe-expert-parallel-comm",
-        lambda args: args.overlap_moe_expert_parallel_comm and _is_packed(args),
+        lambda args: args.overlap_moe_expert_parallel_comm and is_packed(args),
         "its schedule plan drops the document boundaries",
         "{packed}",
     ),
