@@ -1,4 +1,4 @@
-"""What experts and routers need of a rank's memory, compared with what there is, before anything is allocated."""
+"""Compare the memory that experts and routers need with that of a rank, before anything is allocated."""
 
 import argparse
 import os
@@ -8,23 +8,19 @@ import torch
 
 from air_moe_megatron.arguments import moe_layers
 from air_moe_megatron.config import is_plain_topk
+from air_moe_megatron.routers import ROUTERS
 
 _GIB = 2**30
-_CENTERS = {"topk": 1, "air": 1, "product_key": 0, "hierarchical": 1, "hash": 0, "vq": 2}
-"""Vectors of the hidden size that a router of a type has for each expert."""
-
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def check_memory(args: argparse.Namespace) -> None:
-    """Refuse sizes of which experts and routers alone cannot fit the memory of this machine.
+    """Refuse a model whose experts and routers alone exceed the memory of this machine.
 
     The estimate is a lower bound: parameters, gradients and optimizer state of experts and routers, and the dense
     [tokens, experts] maps of one layer. Attention, activations and temporary tensors come on top. Megatron's own router
     with its own experts is not checked. Does not communicate.
 
-    Args:
-        args: Megatron's parsed and validated arguments.
     Raises:
         ValueError: naming sizes, bytes needed and bytes there are.
     """
@@ -43,7 +39,7 @@ def check_memory(args: argparse.Namespace) -> None:
 
 
 def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
-    """What the rank with the most MoE layers needs at least, by what it is for.
+    """Bytes that the rank with the most MoE layers needs at least, by purpose.
 
     Example: 2 layers of 16 experts with 3 * 8 rows of 32, fp32, on one rank, are 2 * 16 * 768 parameters; with gradient
     and Adam's two moments of 4 bytes each 393,216 bytes.
@@ -53,7 +49,7 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
     expert_shards = (
         args.expert_model_parallel_size * args.expert_tensor_parallel_size * args.expert_gtp_weight_remat_size
     )
-    router_size = hidden * _CENTERS[args.moe_router_type]
+    router_size = hidden * ROUTERS[args.moe_router_type].vectors_per_expert
     layers = -(-sum(moe_layers(args)) // args.pipeline_model_parallel_size)
     expert_size = projections * (args.moe_ffn_hidden_size or args.ffn_hidden_size) * (args.moe_latent_size or hidden)
     expert_replicas = args.world_size // (expert_shards * args.pipeline_model_parallel_size)
@@ -86,7 +82,7 @@ def _bytes_per_parameter(args: argparse.Namespace, replicas: int) -> int:
 
 
 def _available_bytes(args: argparse.Namespace) -> tuple[int, str]:
-    """Memory of a rank's device, and where that is; ranks on CPU share the host's."""
+    """Memory of a rank's device, and the device in words; ranks on CPU share the host's memory."""
     if not args.cpu:
         device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         return torch.cuda.get_device_properties(device).total_memory, f"on GPU {device}"

@@ -44,8 +44,8 @@ class Routes:
 class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     """A router that gives :class:`Routes`; a subclass says how experts are chosen.
 
-    A subclass defines ``router_type`` and ``_choose``. One without a center per expert sets ``has_expert_weight`` to
-    False: the [E, H] weight of ``TopKRouter`` is then never touched.
+    A subclass defines ``router_type`` and ``_choose``. One without a center per expert sets ``vectors_per_expert`` to
+    0: the [E, H] weight of ``TopKRouter`` is then never touched.
 
     A training forward with gradients counts its tokens once, also where activations are recomputed
     (``recomputation.py``). Evaluation changes no state. A router whose parameters are all frozen learns nothing.
@@ -56,7 +56,8 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     checkpoint_key: ClassVar[str | None] = None
     """Parameter or buffer that only routers of this type have in a checkpoint; None for top-k and AIR, which load into
     each other."""
-    has_expert_weight = True
+    vectors_per_expert = 1
+    """Vectors of the hidden size that the router has for each expert; with 0 it has no [E, H] weight."""
     has_lists = False
     """Whether forwards rebuild lists of experts, which must be the same on all ranks."""
     always_complete = True
@@ -88,8 +89,8 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         return {}
 
     def reset_parameters(self) -> None:
-        """As Megatron's; without a center per expert, drop the empty weight before anything is written to it."""
-        if self.has_expert_weight:
+        """As Megatron's. Without a center per expert, drop the empty weight before anything is written to it."""
+        if self.vectors_per_expert:
             super().reset_parameters()
         else:
             self.weight = self.bias = None

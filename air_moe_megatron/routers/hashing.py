@@ -30,7 +30,7 @@ class HashRouter(CompactRouter):
 
     router_type = "hash"
     checkpoint_key = "table"
-    has_expert_weight = False
+    vectors_per_expert = 0
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False

@@ -51,7 +51,7 @@ class ProductKeyRouter(CompactRouter):
 
     router_type = "product_key"
     checkpoint_key = "keys1"
-    has_expert_weight = False
+    vectors_per_expert = 0
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False

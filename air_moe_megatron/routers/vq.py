@@ -31,6 +31,7 @@ class VQRouter(CompactRouter):
 
     router_type = "vq"
     checkpoint_key = "codes"
+    vectors_per_expert = 2
     may_repeat = True
 
     def __init__(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from air_moe_megatron import memory
+from air_moe_megatron.routers import ROUTERS as CLASSES
 
 ARGS = dict(
     moe_router_type="air", moe_granular_experts=True, moe_dispatch="compact", num_experts=16, hidden_size=8,
@@ -63,14 +64,13 @@ def test_bytes_of_a_rank(changes, expected):
     assert needed(**changes) == expected
 
 
-@pytest.mark.parametrize("router_type", memory._CENTERS)
+@pytest.mark.parametrize("router_type", CLASSES)
 def test_parameters_are_at_most_those_of_a_layer(megatron_cpu, router_type):
     """Experts exactly; of the routers' parameters those that there are per expert."""
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
     from air_moe_megatron import AIRMoEConfig, AIRMoELayer
     from air_moe_megatron.experts import GranularExperts
-    from air_moe_megatron.routers import ROUTERS as CLASSES
 
     counts = []
     for num_experts in (16, 64):
@@ -89,7 +89,7 @@ def test_parameters_are_at_most_those_of_a_layer(megatron_cpu, router_type):
         assert bytes_[1] <= 4 * router
         counts.append((bytes_[1] // 4, router))
     (few_estimated, few), (many_estimated, many) = counts
-    if memory._CENTERS[router_type]:  # what there is per expert grows by as much as the estimate, groups apart
+    if CLASSES[router_type].vectors_per_expert:  # these grow by as much as the estimate, groups apart
         assert many_estimated - few_estimated <= many - few <= 1.1 * (many_estimated - few_estimated)
 
 
