@@ -1,6 +1,7 @@
 """Command-line flags, generated from the fields of ``config/fields.py``, and the config made from them."""
 
 import argparse
+from typing import Any
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -14,7 +15,7 @@ from air_moe_megatron.config import AIRFields, AIRMoEConfig, attach, is_plain_to
 def add_air_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of AIR-MoE to Megatron's parser and return it, as an ``extra_args_provider`` must.
 
-    A checkout with ``patches/`` applied has made them from its own config already.
+    A checkout with ``patches/`` applied has them already, from its own config.
     """
     if not megatron_has_our_fields():
         group = ArgumentGroupFactory(AIRFields).build_group(parser, title="AIR-MoE")
@@ -24,13 +25,11 @@ def add_air_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 
 
 def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
-    """The transformer config of the arguments: Megatron's own class where nothing of ours is asked for.
+    """Make the transformer config: with our fields, or Megatron's own where the arguments ask for nothing of ours.
 
     Args:
-        args: Megatron's parsed and validated arguments. For the hash router ``args.moe_hash_vocab_size``, where it is
-            0, is set to the size of the embedding.
-    Returns:
-        a TransformerConfig that carries our fields, or without them one of Megatron's own.
+        args: Megatron's parsed and validated arguments. For the hash router a ``moe_hash_vocab_size`` of 0 becomes the
+            size of the embedding.
     Raises:
         ValueError: naming the field, value and rule that the arguments break.
     """
@@ -46,7 +45,7 @@ def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
 
 
 def _hash_vocab_size(args: argparse.Namespace) -> int:
-    """The given number of token ids of the hash router's table, or that of the embedding."""
+    """Number of token ids of the hash router's table: as given, or that of the embedding."""
     given, needed = args.moe_hash_vocab_size, padded_vocab_size(args)
     if given and given < needed:
         raise ValueError(
@@ -57,11 +56,16 @@ def _hash_vocab_size(args: argparse.Namespace) -> int:
 
 
 def padded_vocab_size(args: argparse.Namespace) -> int:
-    """The size that the model's embedding will have; 0 where the arguments do not tell."""
+    """Size of the model's embedding; 0 where the arguments do not tell."""
     if args.padded_vocab_size is not None or args.vocab_size is None:
         return args.padded_vocab_size or 0
     sizes = (args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
     return calculate_padded_vocab_size(args.vocab_size, *sizes, logging_enabled=False)
+
+
+def value_of(args: argparse.Namespace, flag: str) -> Any:
+    """The value of a flag."""
+    return getattr(args, flag.removeprefix("--").replace("-", "_"))
 
 
 def is_packed(args: argparse.Namespace) -> bool:
@@ -70,7 +74,7 @@ def is_packed(args: argparse.Namespace) -> bool:
 
 
 def moe_layers(args: argparse.Namespace) -> list[bool]:
-    """Which layers have experts, as `--moe-layer-freq` or the hybrid pattern says."""
+    """Whether each layer has experts, by `--moe-layer-freq` or the hybrid pattern."""
     if getattr(args, "num_experts", None) is None:
         return [False] * args.num_layers
     if args.hybrid_layer_pattern is not None:

@@ -1,29 +1,28 @@
-"""Flags that `air_moe_megatron.pretrain` would accept and not honor, in one table; docs/limits.md is generated from it.
+"""Flags that `air_moe_megatron.pretrain` refuses, in two tables; docs/limits.md is generated from the first.
 
-What a config can say by itself stands in ``config/refusals.py``.
+Refusals that a config alone can decide stand in ``config/refusals.py``.
 """
 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.spec_utils import import_module
 
-from air_moe_megatron.arguments import is_packed, moe_layers
+from air_moe_megatron.arguments import is_packed, moe_layers, value_of
 from air_moe_megatron.config import balancing_losses, is_plain_topk
 
 
 @dataclass(frozen=True)
 class FlagRefusal:
-    """A flag that some cause excludes; without a cause it is refused always."""
+    """A flag that this entry would accept and not honor; without a cause it is always refused."""
 
     flag: str
     when: Callable[[argparse.Namespace], bool]
     reason: str
     cause: str = ""
-    """As errors and docs/limits.md name it; {router} stands for the flag that asks for a layer of ours, {packed} for
+    """As errors and docs/limits.md name it. {router} stands for the flag that asks for a layer of ours, {packed} for
     the flag that packs documents."""
 
 
@@ -65,14 +64,10 @@ def _packing_flag(args: argparse.Namespace) -> str:
 
 def _shown(args: argparse.Namespace, flag: str) -> str:
     """The flag with its value, where it takes one."""
-    value = _value(args, flag)
+    value = value_of(args, flag)
     if value is True:
         return flag
     return f"{flag} ({' '.join(value) if isinstance(value, list) else value})"
-
-
-def _value(args: argparse.Namespace, flag: str) -> Any:
-    return getattr(args, flag.removeprefix("--").replace("-", "_"))
 
 
 def _ours(args: argparse.Namespace) -> bool:
@@ -80,7 +75,7 @@ def _ours(args: argparse.Namespace) -> bool:
 
 
 def _below_one(flag: str) -> Callable[[argparse.Namespace], bool]:
-    return lambda args: _value(args, flag) is not None and _value(args, flag) < 1
+    return lambda args: value_of(args, flag) is not None and value_of(args, flag) < 1
 
 
 def _counts_evaluations(args: argparse.Namespace) -> bool:

@@ -1,4 +1,4 @@
-"""Checks that cost seconds and save the minutes until Megatron would find the same mistake, or would not find it."""
+"""Check data sets within seconds. Megatron finds the same mistakes after minutes, or not at all."""
 
 import argparse
 import json
@@ -16,24 +16,24 @@ from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, get_bin
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from air_moe_megatron.arguments import padded_vocab_size
+from air_moe_megatron.arguments import padded_vocab_size, value_of
 
 _HEADER = struct.Struct("<QBQQ")
-"""After the magic bytes: version, code of the token type, number of sequences, number of document boundaries."""
+"""After the magic bytes: version, code of the token type, numbers of sequences and of document boundaries."""
 
 _LENGTH = struct.Struct("<i")
 """Tokens of a sequence; the index lists one per sequence after its header."""
 
 _POINTER = struct.Struct("<q")
-"""First byte of a sequence in the .bin file; one per sequence after the lengths. Document boundaries are as long."""
+"""First byte of a sequence in the .bin file; one per sequence after the lengths. Document boundaries have its size."""
 
 _SPLITS = ("train", "valid", "test")
 
 _SCANNED_BLOCKS, _BLOCK_BYTES = 64, 2**20
-"""How much of all data sets together is searched for token ids beyond the vocabulary, at least a block of each."""
+"""Blocks of all data sets together that are searched for ids beyond the vocabulary, at least one of each."""
 
 _PAD_ID = -1
-"""Megatron's id of padding where the tokenizer has none: replaced before the embedding sees it."""
+"""Megatron's id of padding where the tokenizer has none; it is replaced before the embedding sees it."""
 
 _PAIR_RULE = "a Megatron indexed data set is a pair x.bin, x.idx, named without its ending"
 
@@ -60,17 +60,15 @@ class _IndexedDataset:
 def check_data(args: argparse.Namespace) -> None:
     """Refuse a command line whose data sets cannot be read, or cannot be trained on.
 
-    Reads the lengths in each index and at most 64 MiB of the tokens, or 1 MiB of each data set; paths in object storage
-    are left to Megatron. Does not communicate.
+    Reads the lengths in each index and at most 64 MiB of the tokens, or 1 MiB of each data set. Leaves paths in object
+    storage to Megatron. Does not communicate.
 
-    Args:
-        args: Megatron's parsed and validated arguments.
     Raises:
         ValueError: naming the flag, the path and the rule that it breaks.
     """
-    single = [flag for flag in ("--data-path", "--data-args-path") if _value(args, flag)]
+    single = [flag for flag in ("--data-path", "--data-args-path") if value_of(args, flag)]
     per_split_flags = [f"--{split}-data-path" for split in _SPLITS] + ["--per-split-data-args-path"]
-    per_split = [flag for flag in per_split_flags if _value(args, flag)]
+    per_split = [flag for flag in per_split_flags if value_of(args, flag)]
     if args.mock_data:
         if single + per_split:
             raise ValueError(f"--mock-data excludes {', '.join(single + per_split)}: give one source of data")
@@ -102,14 +100,10 @@ def check_data(args: argparse.Namespace) -> None:
             _check_token_ids(dataset, name, padded_vocab_size(args), max(1, _SCANNED_BLOCKS // num_datasets))
 
 
-def _value(args: argparse.Namespace, flag: str) -> list[str] | str | None:
-    return getattr(args, flag.removeprefix("--").replace("-", "_"))
-
-
 def _blends(args: argparse.Namespace, flags: list[str]) -> list[_Blend]:
-    """What `flags`, or the files that they name, list."""
+    """The data sets that `flags`, or the files that they name, list."""
     for flag in ("--data-args-path", "--per-split-data-args-path"):
-        path = _value(args, flag)
+        path = value_of(args, flag)
         if path is not None and not is_object_storage_path(path):
             _check_file(path, f"{flag} '{path}'", "it is a file that lists data sets")
     if args.per_split_data_args_path is not None and not is_object_storage_path(args.per_split_data_args_path):
@@ -117,7 +111,7 @@ def _blends(args: argparse.Namespace, flags: list[str]) -> list[_Blend]:
 
     try:
         blend, blend_per_split = get_blend_and_blend_per_split(args)
-    except AssertionError as error:  # what Megatron's parser says of a list that has weights for some prefixes only
+    except AssertionError as error:  # Megatron's parser, of a list that has weights for some prefixes only
         raise ValueError(f"{', '.join(flags)}: give every prefix a weight before it, or none of them") from error
     if blend_per_split is None:
         flag = "--data-path" if args.data_args_path is None else f"--data-args-path '{args.data_args_path}'"
@@ -134,7 +128,7 @@ def _blends(args: argparse.Namespace, flags: list[str]) -> list[_Blend]:
 
 
 def _shares(split: str | None) -> dict[str, tuple[float, float]]:
-    """Where Megatron lets a split begin and end, as fractions of the sequences, by its name; without a share absent."""
+    """Where Megatron lets each split with a share begin and end, as fractions of the sequences."""
     numbers = [float(number) for number in re.findall(r"[.0-9]+", split or "")]
     if not 1 <= len(numbers) <= len(_SPLITS) or sum(numbers) == 0:
         raise ValueError(f"--split ({split}) must be up to three numbers, of train, valid and test, and not all 0")
@@ -157,7 +151,7 @@ def _check_per_split_file(path: str) -> None:
 
 
 def _check_file(path: str, name: str, rule: str) -> int:
-    """Return the size in bytes of a regular file that is not empty."""
+    """Require a readable file that is not empty, and return its size in bytes."""
     if not os.path.isfile(path):
         raise ValueError(f"{name}: '{path}' does not exist; {rule}")
     size = os.path.getsize(path)
@@ -212,7 +206,7 @@ def _read_indexed_dataset(prefix: str, name: str) -> _IndexedDataset:
 
 
 def _check_splits_are_given(args: argparse.Namespace, given: set[str]) -> None:
-    """Without training data Megatron ends without a word, without validation data in a TypeError."""
+    """Refuse missing splits. Without training data Megatron ends silently, without validation data in a TypeError."""
     how = f"--split {args.split}" if args.split is not None else "no flag"
     trains = not args.skip_train and (args.train_iters or args.train_samples)
     if trains and "train" not in given:
@@ -230,14 +224,14 @@ def _check_splits_are_given(args: argparse.Namespace, given: set[str]) -> None:
 
 
 def _drawn_splits(args: argparse.Namespace) -> set[str]:
-    """The splits of which Megatron asks for more than 0 samples."""
+    """The splits from which Megatron draws samples."""
     trained = {"train"} if args.train_iters or args.train_samples else set()
     validated = {"valid"} if args.full_validation or args.eval_iters else set()
     return trained | validated | ({"test"} if args.eval_iters else set())
 
 
 def _check_drawn(args: argparse.Namespace, blend: _Blend) -> None:
-    """Of a single data set Megatron then makes a split that nothing reads; of a blend it cannot."""
+    """Refuse splits of a blend from which no sample is drawn; Megatron makes them of a single data set only."""
     unread = [split for split in blend.shares if split not in _drawn_splits(args)]
     if unread and (len(blend.prefixes) > 1 or blend.is_weighted):
         raise ValueError(
@@ -249,8 +243,8 @@ def _check_drawn(args: argparse.Namespace, blend: _Blend) -> None:
 def _check_splits(args: argparse.Namespace, blend: _Blend, dataset: _IndexedDataset, name: str) -> None:
     """Refuse splits of a data set from which Megatron can draw no sample.
 
-    It splits by sequences, which are the documents of most data sets. One that is asked for more samples than it holds
-    is repeated; without tokens, for ever.
+    It splits by sequences, which are the documents of most data sets. It repeats a split that holds too few samples;
+    one without tokens it repeats for ever.
     """
     num_sequences = len(dataset.lengths)
     drawn = _drawn_splits(args)
@@ -270,7 +264,7 @@ def _check_splits(args: argparse.Namespace, blend: _Blend, dataset: _IndexedData
 
 
 def _check_token_ids(dataset: _IndexedDataset, name: str, vocab_size: int, num_blocks: int) -> None:
-    """Refuse ids that the embedding does not have, as far as blocks that are spread over the file show them."""
+    """Refuse ids that the embedding does not have, where blocks spread over the file show some."""
     tokens = dataset.tokens
     has_room = tokens.dtype.kind not in "iu" or numpy.iinfo(tokens.dtype).max >= vocab_size
     if vocab_size == 0 or not has_room:
