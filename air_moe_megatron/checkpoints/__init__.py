@@ -1,6 +1,6 @@
-"""Is the checkpoint that a run will load, and the place that it will save to, fit for it?
+"""Check the checkpoint that a run will load, and the folder that it will save to.
 
-Every rank reports what it sees, rank 0 reads and checks, and all ranks end with the same verdict.
+Every rank reports what it sees, rank 0 reads and checks, and all ranks get the same verdict.
 """
 
 import argparse
@@ -19,16 +19,12 @@ from air_moe_megatron.config import AIRFields
 __all__ = ["check_checkpoint", "fields_of_checkpoint"]
 
 _UNCHECKED_FORMATS = ("torch_dcp", "fsdp_dtensor")
-"""Formats of FSDP, which only plain top-k models train with: `entry_refusals.py`."""
+"""Formats of FSDP, which only plain top-k models train with (`entry_refusals.py`)."""
 
 
 def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks: Ranks) -> bool:
     """Check what the run will load and where it will save, and say what will become of the codebooks.
 
-    Args:
-        args: Megatron's parsed and validated arguments.
-        config: the transformer config of the run.
-        ranks: the ranks of this start.
     Returns:
         whether the run has codebooks that the checkpoint lacks; False where no checkpoint is loaded.
     Raises:
@@ -77,7 +73,7 @@ def fields_of_checkpoint(args: argparse.Namespace, ranks: Ranks) -> dict[str, An
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:
-    """What this rank sees of the checkpoint: the name of its folder and whether it is there, or what is wrong."""
+    """What this rank sees of the checkpoint: its iteration, or what is wrong."""
     report = {"host": socket.gethostname(), "iteration": None, "problem": None}
     if args.ckpt_format in _UNCHECKED_FORMATS:
         return report
@@ -93,7 +89,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _agreed_location(args: argparse.Namespace, reports: list[dict[str, Any]]) -> Location | None:
-    """Where the checkpoint is, which every rank must see as rank 0 does."""
+    """The checkpoint's location, which every rank must see as rank 0 does."""
     if args.ckpt_format in _UNCHECKED_FORMATS:
         return None
     location = locate(args)

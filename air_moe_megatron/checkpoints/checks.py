@@ -1,4 +1,4 @@
-"""Does a checkpoint fit the run that will load it? Pure checks; each raises one ValueError."""
+"""Check that a checkpoint fits the run that will load it. Each check raises one ValueError."""
 
 import argparse
 import dataclasses
@@ -25,22 +25,18 @@ _GIVEN_SIZES = (
 """Arguments that shape the model."""
 
 _DERIVED_SIZES = ("moe_layer_freq", "ffn_hidden_size", "kv_channels", "num_query_groups")
-"""Arguments that shape it too, but are compared by layer or follow from the others where they are not given."""
+"""Arguments that shape it too. They are compared by layer, or follow from the others where they are not given."""
 
 _LEGACY_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
-"""The layout, which the legacy format is bound to."""
+"""The layout that the legacy format is bound to."""
 
 
 def check_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: TransformerConfig) -> bool:
     """Compare a checkpoint with the run that will load it.
 
-    Between top-k and AIR only the codebooks differ, so either loads into the other: one that is missing is learned
-    anew, one not wanted is left. Routers of other types have parameters of their own.
+    Between top-k and AIR only the codebooks differ, so either loads into the other. A missing codebook is learned anew,
+    an unwanted one is left. Routers of other types have parameters of their own.
 
-    Args:
-        checkpoint: what was read.
-        args: Megatron's parsed and validated arguments.
-        config: the transformer config of the run.
     Returns:
         whether the run has codebooks that the checkpoint lacks.
     Raises:
@@ -57,23 +53,19 @@ def check_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
     _check_input_norm(checkpoint, getattr(config, "moe_router_input_norm", "none"))
     _check_expert_bias(checkpoint, config)
     _check_optimizer(checkpoint, args)
-    has_codebooks = any(key.endswith("router.codebook.codewords") for key in checkpoint.shapes)
+    has_codebooks = checkpoint.has("router.codebook.codewords")
     if router_type not in ("topk", "air") or router_type == "air" and has_codebooks:
         _check_fields(checkpoint, config)
     if router_type == "air":
         _check_codebooks(checkpoint, config)
-    elif has_codebooks:
-        print_rank_0(
-            f"> {checkpoint.location.directory} was trained with AIR routing: its codebooks are left, its experts are "
-            "loaded"
-        )
-    if router_type == "air" and not has_codebooks:
-        print_rank_0(
-            f"> {checkpoint.location.directory} was trained with top-k routing: expert centers are kept, codebooks are "
-            "seeded from the first batch"
-        )
-        return True
-    return False
+    if (router_type == "air") == has_codebooks:
+        return False
+    if has_codebooks:
+        outcome = "AIR routing: its codebooks are left, its experts are loaded"
+    else:
+        outcome = "top-k routing: expert centers are kept, codebooks are seeded from the first batch"
+    print_rank_0(f"> {checkpoint.location.directory} was trained with {outcome}")
+    return not has_codebooks
 
 
 def loads_optimizer(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
@@ -88,7 +80,7 @@ def _flag(name: str) -> str:
 
 
 def _demand(name: str, own: Any, found: Any) -> str:
-    """What is to be done about one argument that differs."""
+    """What the user must do about one argument that differs."""
     given = "not given" if own is None or own is False else str(own)
     if found is None or found is False:
         return f"{_flag(name)} must be left out"
@@ -96,13 +88,9 @@ def _demand(name: str, own: Any, found: Any) -> str:
 
 
 def _check_layout(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """The legacy format has a file per rank, which only the same layout finds."""
-    names = [name for name in _LEGACY_SIZES if hasattr(checkpoint.args, name)]
-    demands = [
-        _demand(name, getattr(args, name), getattr(checkpoint.args, name))
-        for name in names
-        if getattr(args, name) != getattr(checkpoint.args, name)
-    ]
+    """The legacy format has one file per rank, which only the same layout finds."""
+    sizes = [(name, getattr(args, name), getattr(checkpoint.args, name, getattr(args, name))) for name in _LEGACY_SIZES]
+    demands = [_demand(name, own, found) for name, own, found in sizes if own != found]
     if demands:
         raise ValueError(
             f"{checkpoint.location} is in the legacy format 'torch', which loads only with the sizes that saved it: "
@@ -125,16 +113,16 @@ def _legacy_folder(rank: int, args: argparse.Namespace) -> str:
 
 
 def _check_sizes(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """The model must have the shape that was saved."""
+    """Require the model to have the shape that was saved."""
     own = _sizes_of_arguments(args)
     if checkpoint.args is not None:
         found = _sizes_of_arguments(checkpoint.args)
         if own["hybrid_layer_pattern"] is not None and found["hybrid_layer_pattern"] is None:
             for name in ("num_layers", "moe_layer_freq", "hybrid_layer_pattern"):
                 del found[name]  # Megatron pairs the layers of a GPT checkpoint with those of a hybrid model
-    else:  # a rank's file of the legacy format holds a part of the experts
+    else:  # a rank's file of the legacy format holds only a part of the experts
         found = {} if checkpoint.is_legacy else _sizes_of_tensors(checkpoint.shapes)
-    for names in (_GIVEN_SIZES, _DERIVED_SIZES):  # what follows from another size is not named beside it
+    for names in (_GIVEN_SIZES, _DERIVED_SIZES):  # a derived size is not named beside the one it follows from
         demands = [
             _demand(name, _shown(own[name], args, name), _shown(found[name], checkpoint.args, name))
             for name in names
@@ -176,7 +164,7 @@ def _sizes_of_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sizes_of_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """The sizes that tensors tell, for a checkpoint that holds no arguments."""
+    """The sizes that tensors show, for a checkpoint without arguments."""
     sizes = {}
     for key, shape in shapes.items():
         if key.startswith("decoder.layers.mlp.router."):  # layers of one form are stacked
@@ -191,10 +179,9 @@ def _sizes_of_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def _check_experts(checkpoint: Checkpoint, granular: bool) -> None:
-    """The two forms of experts have different parameters, and neither is made of the other."""
-    keys = checkpoint.shapes
-    has_granular = any(key.endswith("mlp.experts.weight1") for key in keys)
-    has_modules = any(".mlp.experts." in key for key in keys) and not has_granular
+    """The two forms of experts have different parameters and do not load into each other."""
+    has_granular = checkpoint.has("mlp.experts.weight1")
+    has_modules = any(".mlp.experts." in key for key in checkpoint.shapes) and not has_granular
     if granular and has_modules:
         raise ValueError(
             f"{checkpoint.location} holds Megatron's own experts, one module each: train without --moe-granular-experts"
@@ -204,7 +191,7 @@ def _check_experts(checkpoint: Checkpoint, granular: bool) -> None:
 
 
 def _check_router(checkpoint: Checkpoint, router_type: str) -> None:
-    """Routers of different types have different parameters; only top-k and AIR load into each other."""
+    """Routers of different types have different parameters. Only top-k and AIR load into each other."""
     routers = {key.rpartition(".router.")[2] for key in checkpoint.shapes if ".router." in key}
     if not routers:
         return
@@ -217,10 +204,9 @@ def _check_router(checkpoint: Checkpoint, router_type: str) -> None:
 
 
 def _check_input_norm(checkpoint: Checkpoint, norm: str) -> None:
-    """Centers that were trained on normalized tokens are of no use for others, nor the other way round."""
+    """Centers are of no use for tokens that are normalized otherwise than those that they were trained on."""
     has_routers = any(".router." in key for key in checkpoint.shapes)
-    has_norm = any(key.endswith("router.input_norm.mean") for key in checkpoint.shapes)
-    found = "running" if has_norm else "none"
+    found = "running" if checkpoint.has("router.input_norm.mean") else "none"
     if has_routers and found != norm:
         raise ValueError(
             f"{checkpoint.location} was trained with --moe-router-input-norm {found}, so --moe-router-input-norm "
@@ -229,8 +215,8 @@ def _check_input_norm(checkpoint: Checkpoint, norm: str) -> None:
 
 
 def _check_expert_bias(checkpoint: Checkpoint, config: TransformerConfig) -> None:
-    """Megatron cannot load a bias that is not there; one that is not wanted it leaves."""
-    has_bias = any(key.endswith("router.expert_bias") for key in checkpoint.shapes)
+    """Megatron cannot load a bias that is absent. It leaves one that is not wanted."""
+    has_bias = checkpoint.has("router.expert_bias")
     if config.moe_router_enable_expert_bias and not has_bias:
         raise ValueError(
             f"{checkpoint.location} holds no expert bias, so --moe-router-enable-expert-bias must be left out"
@@ -243,7 +229,7 @@ def _check_expert_bias(checkpoint: Checkpoint, config: TransformerConfig) -> Non
 
 
 def _check_optimizer(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """The state of an optimizer fits one of the same kind, for weights of the same precision."""
+    """The state of an optimizer fits only one of the same kind, for weights of the same precision."""
     if not loads_optimizer(args, checkpoint):
         return
     location, remedy = checkpoint.location, "or add --no-load-optim to start with a new optimizer"
@@ -255,13 +241,13 @@ def _check_optimizer(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         was = getattr(saved_by, "use_distributed_optimizer", False)
     else:
         was = any(".distributed." in key for key in checkpoint.optimizer_keys)
-    # The state of a plain optimizer Megatron gives to a distributed one too, in its own format.
+    # In its own format, Megatron gives the state of a plain optimizer to a distributed one too.
     if own != was and (was or checkpoint.is_legacy):
         demand = _demand("use_distributed_optimizer", own, was)
         raise ValueError(f"{location} holds the state of another kind of optimizer: {demand}, {remedy}")
-    precision = next((name for name in ("bf16", "fp16") if getattr(args, name)), None)
+    precision = _low_precision(args)
     if saved_by is not None:
-        found = next((name for name in ("bf16", "fp16") if getattr(saved_by, name)), None)
+        found = _low_precision(saved_by)
     else:
         found = "bf16" if any(".fp32_param." in key for key in checkpoint.optimizer_keys) else None
     if (precision is None) != (found is None):
@@ -271,8 +257,12 @@ def _check_optimizer(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         )
 
 
+def _low_precision(args: argparse.Namespace) -> str | None:
+    return next((name for name in ("bf16", "fp16") if getattr(args, name)), None)
+
+
 def _check_fields(checkpoint: Checkpoint, config: TransformerConfig) -> None:
-    """What a router's parameters mean, or their shapes, must be as when they were trained."""
+    """Require fields that the router's parameters depend on to be as when they were trained."""
     if checkpoint.args is None:
         return
     defaults = {field.name: field.default for field in dataclasses.fields(AIRFields)}
@@ -290,7 +280,7 @@ def _check_fields(checkpoint: Checkpoint, config: TransformerConfig) -> None:
 
 
 def _check_codebooks(checkpoint: Checkpoint, config: TransformerConfig) -> None:
-    """Codebooks and shortlists must have the sizes of the run."""
+    """Require codebooks and shortlists to have the sizes of the run."""
     sizes = resolve_sizes(config)
     clusters, shortlist = sizes.num_clusters, sizes.shortlist_size
     expected = {
@@ -308,7 +298,7 @@ def _check_codebooks(checkpoint: Checkpoint, config: TransformerConfig) -> None:
 
 
 def _automatic(name: str, config: TransformerConfig, saved_by: argparse.Namespace | None) -> str:
-    """Where a size was chosen automatically, what it was chosen by that differs."""
+    """A note on a size that was chosen automatically: by which argument, if that differs."""
     if getattr(config, name) != 0 or name == "moe_hash_seed":
         return ""
     topk = getattr(saved_by, "moe_router_topk", config.moe_router_topk)

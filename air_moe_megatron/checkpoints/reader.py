@@ -1,4 +1,4 @@
-"""Find and read the checkpoint that a run will load, without running code that it may hold."""
+"""Find and read the checkpoint that a run will load, without running any code in it."""
 
 import argparse
 import contextlib
@@ -23,7 +23,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _NON_PERSISTENT = "non_persistent"
-"""Folder in that of `--load` for checkpoints of which Megatron keeps only the latest."""
+"""Folder within that of `--load`; Megatron keeps only the latest checkpoint in it."""
 
 _METADATA = ".metadata"
 _COMMON_FILE = "common.pt"
@@ -51,11 +51,11 @@ _METADATA_CLASSES = {
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),
 }
-"""What the metadata of a checkpoint are made of, beside dtypes; their names as pickle spells them."""
+"""The classes of a checkpoint's metadata, beside dtypes, named as in a pickle."""
 
 
 class Damaged(Exception):
-    """A checkpoint that cannot be loaded; the message names the file and what is wrong with it."""
+    """A checkpoint cannot be loaded; the message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,17 @@ class Checkpoint:
     optimizer_keys: tuple[str, ...]
     args: argparse.Namespace | None  # of the run that saved it; None where it holds none that is safe to read
 
+    def has(self, ending: str) -> bool:
+        """Whether the name of some tensor of the model ends so."""
+        return any(key.endswith(ending) for key in self.shapes)
+
 
 def locate(args: argparse.Namespace) -> Location | None:
     """Find the checkpoint that Megatron will load.
 
-    Args:
-        args: Megatron's parsed arguments.
     Returns:
-        where it is, or None for a run that starts from scratch: without `--load`, or with a `--load` that names the new
-        or empty folder of `--save`.
+        its location, or None for a run that starts from scratch: without `--load`, or with a `--load` that names the
+        new or empty folder of `--save`.
     Raises:
         ValueError: if there is no checkpoint where a flag says, or the file that names the latest iteration is garbled.
     """
@@ -131,12 +133,10 @@ def locate(args: argparse.Namespace) -> Location | None:
 
 
 def read(location: Location) -> Checkpoint:
-    """Read what a checkpoint says of itself, and see that its files are there and long enough.
+    """Read what a checkpoint says of itself, and check that its files are there and long enough.
 
     Tensors are not read, and nothing in the files is run.
 
-    Args:
-        location: the folder of the iteration.
     Raises:
         Damaged: naming the file and what is wrong with it.
     """
@@ -155,7 +155,7 @@ def read(location: Location) -> Checkpoint:
 
 
 def advice(folder: str, damaged: str | None = None) -> str:
-    """Name the newest whole iteration of a folder, earlier than the damaged one if there is one, and its flag."""
+    """Name the newest whole iteration of a folder and the flag that loads it, if possible before the damaged one."""
     names = [name for name in _iterations(folder) if name != damaged]
     limit = None if damaged is None else _number_of(damaged)
     names.sort(key=lambda name: (limit is None or _number_of(name) < limit, _number_of(name)), reverse=True)
@@ -167,7 +167,7 @@ def advice(folder: str, damaged: str | None = None) -> str:
 
 
 def _latest(flag: str, folder: str) -> str | None:
-    """The name of the iteration that the tracker file of a folder names; None where there is no such file."""
+    """The iteration that the tracker file of a folder names; None without such a file."""
     tracker = maybe_msc.Path(folder) / TRACKER
     if not tracker.is_file():
         return None
@@ -195,13 +195,13 @@ def _number_of(name: str) -> int:
 
 
 def _iterations(folder: str) -> list[str]:
-    """Names of the iterations' folders in a folder, which need not exist."""
+    """Names of the iterations in a folder, which need not exist."""
     path = maybe_msc.Path(folder)
     return [entry.name for entry in path.iterdir() if _ITERATION.fullmatch(entry.name)] if path.is_dir() else []
 
 
 def _part_of_checkpoint(folder: str) -> str | None:
-    """A name in a folder that a checkpoint has, as that of one iteration does; None where there is none."""
+    """The name of a file or folder that belongs to a checkpoint; None if the folder has none."""
     path = maybe_msc.Path(folder)
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     parts = (TRACKER, _RELEASE, CONFIG_FNAME, _METADATA)
@@ -209,7 +209,7 @@ def _part_of_checkpoint(folder: str) -> str | None:
 
 
 def _starts_here(args: argparse.Namespace) -> bool:
-    """Whether `--load` names the folder of `--save`, in which nothing is saved yet."""
+    """Whether `--load` names the folder of `--save`, where nothing is saved yet."""
     if args.save is None or args.skip_train or args.exit_on_missing_checkpoint:
         return False
     return args.load == args.save or Path(args.load).resolve() == Path(args.save).resolve()
@@ -217,7 +217,7 @@ def _starts_here(args: argparse.Namespace) -> bool:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Say of whatever goes wrong that the file is damaged: garbled bytes raise errors of any kind."""
+    """Turn every error into :class:`Damaged`: garbled bytes raise errors of any kind."""
     try:
         yield
     except FileNotFoundError as error:
@@ -230,7 +230,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Admits only what metadata are made of, so that reading them runs no code of the checkpoint's."""
+    """Admits only the classes of metadata, so that reading them runs no code of the checkpoint."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -277,14 +277,14 @@ def _is_of_optimizer(key: str) -> bool:
 
 
 def _common_state(directory: Path, metadata: Metadata) -> dict[str, Any]:
-    """What is saved once for all ranks, arguments included; empty where it is not safe to read."""
+    """The state saved once for all ranks, arguments included; empty where it is not safe to read."""
     infos = [info for index, info in metadata.storage_data.items() if index.fqn == _COMMON_KEY]
     path = directory / (infos[0].relative_path if infos else _COMMON_FILE)
     with _reading(path), path.open("rb") as file:
         if infos:
             file.seek(infos[0].offset)
         content = BytesIO(file.read(infos[0].length if infos else -1))
-        # Megatron itself would run code to make such objects; they are left alone here.
+        # Megatron would run code to make such objects.
         if torch.serialization.get_unsafe_globals_in_checkpoint(content):
             return {}
         content.seek(0)
@@ -293,7 +293,7 @@ def _common_state(directory: Path, metadata: Metadata) -> dict[str, Any]:
 
 
 def _read_legacy(location: Location) -> Checkpoint:
-    """Read the file of one rank, after seeing that those of all ranks are whole."""
+    """Read the file of one rank, after checking that those of all ranks are whole."""
     folders = sorted(path for path in location.directory.iterdir() if path.name.startswith("mp_rank_"))
     paths = [folder / LEGACY_FILE for folder in folders]
     for path in paths:

@@ -1,4 +1,4 @@
-"""Is the place that a run will save to fit for it, and can the run resume from what it saves?"""
+"""Check the folder that a run will save to, and that the run can resume from what it saves."""
 
 import argparse
 import os
@@ -23,13 +23,7 @@ def will_save(args: argparse.Namespace) -> bool:
 
 
 def find_write_problem(args: argparse.Namespace) -> str | None:
-    """Try to write where the run will save, which leaves nothing behind.
-
-    Args:
-        args: Megatron's parsed and validated arguments.
-    Returns:
-        what is wrong, or None.
-    """
+    """Try to write where the run will save; say what is wrong, or None. Leaves nothing behind."""
     if not will_save(args):
         return None
     folder = _existing(args.save)
@@ -44,9 +38,6 @@ def find_write_problem(args: argparse.Namespace) -> str | None:
 def check_room(args: argparse.Namespace, config: TransformerConfig) -> None:
     """Refuse a folder whose file system has no room for one checkpoint.
 
-    Args:
-        args: Megatron's parsed and validated arguments.
-        config: the transformer config of the run.
     Raises:
         ValueError: with the bytes that are needed at least, and those that are free.
     """
