@@ -1,4 +1,4 @@
-"""Agreement of the ranks before there are process groups: every rank reports, rank 0 judges, all get the verdict."""
+"""Agreement of the ranks before there are process groups: all report, rank 0 judges, all get the verdict."""
 
 import argparse
 import enum
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 _PER_RANK = ("rank", "local_rank", "load", "save", "pretrained_checkpoint", "ict_load", "bert_load", "tokenizer_model")
-"""Arguments that may differ between ranks: their number, and paths whose names do not say so."""
+"""Arguments that may differ between ranks: their numbers, and paths whose names do not end like paths."""
 
 _PATH_ENDINGS = ("_path", "_paths", "_dir", "_file", "_filename")
 """Endings of arguments that name files, which may differ from node to node."""
@@ -33,8 +33,8 @@ class Ranks:
 
         Args:
             topic: a name that is used once per start.
-            report: what this rank says; JSON must be able to hold it.
-            judge: called on rank 0 with the reports in the order of the ranks. JSON must be able to hold its result.
+            report: what this rank says, for JSON.
+            judge: called on rank 0 with the reports in the order of the ranks; its result is for JSON too.
         Returns:
             the judge's result, on every rank.
         Raises:
@@ -53,7 +53,7 @@ class Ranks:
         others = [f"{topic}/{rank}" for rank in range(1, self.world_size)]
         try:
             result = judge([report, *(json.loads(self.store.get(other)) for other in others)])
-        except Exception as error:  # whatever it is, the others must not wait for a verdict that never comes
+        except Exception as error:  # the others must not wait for a verdict that never comes
             message = str(error) if isinstance(error, ValueError) else f"rank 0 failed: {error!r}"
             self.store.set(verdict, json.dumps({"error": message}))
             self.store.wait([f"{other}/read" for other in others])  # the store may end with this rank
@@ -62,7 +62,7 @@ class Ranks:
         return result
 
     def check(self, topic: str, check: Callable[[], None]) -> None:
-        """Run a check on every rank, whose files and memory may differ; what one rank finds ends all of them.
+        """Run a check on every rank, whose files and memory may differ. An error on one rank ends all of them.
 
         Args:
             topic: a name that is used once per start.
@@ -79,13 +79,7 @@ class Ranks:
 
 
 def meet(args: argparse.Namespace) -> Ranks:
-    """Join the rendezvous of this start.
-
-    Args:
-        args: Megatron's parsed arguments.
-    Returns:
-        the ranks, of which there is one where process groups are fake.
-    """
+    """Join the rendezvous of this start; with fake process groups, there is one rank."""
     if args.world_size == 1 or args.fake_process_group:
         return Ranks(args.rank, 1, None)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
@@ -96,12 +90,9 @@ def meet(args: argparse.Namespace) -> Ranks:
 def check_agreement(args: argparse.Namespace, ranks: Ranks) -> None:
     """Refuse a start in which ranks were given different flags: it would hang, or train different models.
 
-    Called before Megatron makes any process group, whose sizes come from flags too. Every argument is compared, given
-    or default, except paths and names of files, which may differ from node to node.
+    Called before Megatron makes process groups, whose sizes come from flags too. Every argument is compared, given or
+    default, except paths and names of files, which may differ from node to node.
 
-    Args:
-        args: Megatron's parsed and validated arguments.
-        ranks: the ranks of this start.
     Raises:
         ValueError: on every rank, naming the arguments that differ, with their values and ranks.
     """
@@ -119,13 +110,12 @@ def _raise_first(found: list[str | None]) -> None:
 def _must_agree(name: str, value: Any) -> bool:
     if name in _PER_RANK or name.endswith(_PATH_ENDINGS):
         return False
-    # What else there is holds addresses, which differ in every process.
-    plain = (bool, int, float, str, list, tuple, enum.Enum, torch.dtype, type(None))
-    return isinstance(value, plain)
+    # Other values hold addresses, which differ in every process.
+    return isinstance(value, (bool, int, float, str, list, tuple, enum.Enum, torch.dtype, type(None)))
 
 
 def _compare(arguments: list[dict[str, str]]) -> None:
-    """Raise if the arguments of some rank differ from those of rank 0."""
+    """Raise if the arguments of a rank differ from those of rank 0."""
     first = arguments[0]
     differences: dict[str, dict[str, list[int]]] = {}  # name -> value -> ranks that were given it
     for rank, given in enumerate(arguments):
@@ -139,8 +129,7 @@ def _compare(arguments: list[dict[str, str]]) -> None:
             + ", ".join(f"{value} on rank {_abbreviate(ranks)}" for value, ranks in differences[name].items())
             for name in sorted(differences)
         )
-        rule = "all ranks must be started with the same flags: "
-        raise ValueError(rule + "; ".join(described))
+        raise ValueError("all ranks must be started with the same flags: " + "; ".join(described))
 
 
 def _abbreviate(ranks: list[int], limit: int = 8) -> str:

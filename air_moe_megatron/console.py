@@ -1,6 +1,6 @@
-"""What a run writes where: one line for a refused start, and with `--log-file` little on the screen.
+"""Output of a run: one line for a refused start, and with `--log-file` little on the screen.
 
-Imports nothing heavy: it is at work before torch and Megatron are imported.
+Imports nothing heavy, because it works before torch and Megatron are imported.
 """
 
 import argparse
@@ -15,18 +15,18 @@ from typing import NoReturn, TextIO
 
 PROGRAM = "air_moe_megatron.pretrain"
 TRACEBACK_VARIABLE = "AIR_MOE_TRACEBACK"
-"""Environment variable: set, a refused start shows its traceback on every rank."""
+"""Environment variable. If it is set, a refused start shows its traceback on every rank."""
 
 _PATIENCE = 10.0
-"""Seconds that rank 0 gets to say why the start is refused, before another rank says it. A launcher such as torchrun
-ends the others as soon as one has ended."""
+"""Seconds that rank 0 gets to say why the start is refused, before another rank does. A launcher such as torchrun ends
+the others as soon as one has ended."""
 
 _PRINTERS = ("megatron.training", "megatron.training.training")
-"""Modules by whose `print_rank_last` losses are printed, by Megatron's loop, and health, by ours."""
+"""Modules whose `print_rank_last` prints losses (Megatron's loop) and health (ours)."""
 
 
 def refuse(message: str) -> NoReturn:
-    """End the program with one line of error, from rank 0; from another rank only if this one has nothing to say.
+    """End the program with one line of error, from rank 0; from another rank only if rank 0 stays silent.
 
     Raises:
         SystemExit: with code 2, on every rank.
@@ -42,10 +42,10 @@ def refuse(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """Within this context, what checks raise ends the program with one line: for the time before a run starts.
+    """Within this context, the errors of checks end the program with one line; for the time before a run starts.
 
-    That is a ValueError, an OSError, or an AssertionError with a message, as Megatron raises them. Everything else
-    keeps its traceback, and with the environment variable AIR_MOE_TRACEBACK these do too.
+    These are ValueError, OSError, and AssertionError with a message, as Megatron raises it. Other errors keep their
+    traceback. With the environment variable AIR_MOE_TRACEBACK these do too.
     """
     try:
         yield
@@ -56,18 +56,18 @@ def refusals() -> Iterator[None]:
 
 
 def log_file_of(arguments: Sequence[str]) -> str | None:
-    """The value of `--log-file`, needed before Megatron, which prints while it is imported, can parse the others."""
+    """The value of `--log-file`, needed before Megatron is imported: it prints while it is imported."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--log-file", nargs="?")
     return parser.parse_known_args(arguments)[0].log_file
 
 
 def write_log_file(path: str) -> TextIO:
-    """Send what this process prints to the end of a file, and leave warnings, errors and our own lines on the screen.
+    """Append the output of this process to a file, and leave warnings, errors and our own lines on the screen.
 
-    Standard output, that of libraries in C too, goes to the file alone. Standard error stays on the screen; what Python
-    writes there, such as tracebacks, is copied to the file. Of the `logging` module's records the file gets all, the
-    screen warnings and, from rank 0, ours. Python's warnings go to the file. Several ranks may append to one file.
+    Standard output, also of C libraries, goes to the file alone. Standard error stays on the screen; the file gets a
+    copy of what Python writes there, such as tracebacks. The file gets all records of the `logging` module, the screen
+    gets warnings and, from rank 0, ours. Python's warnings go to the file. Several ranks may append to one file.
 
     Args:
         path: the file; its folder is made where missing.
@@ -94,7 +94,7 @@ def write_log_file(path: str) -> TextIO:
 
 @contextlib.contextmanager
 def losses_on(screen: TextIO) -> Iterator[None]:
-    """Within this context, losses and health, which the last rank prints, stand on the screen too.
+    """Within this context, losses and health go to the screen too. The last rank prints them.
 
     Adapts one function of Megatron, `print_rank_last`, under the two names by which it is called; restored on leaving.
 
@@ -125,7 +125,7 @@ def _belongs_on_screen(record: logging.LogRecord) -> bool:
 
 
 class _Tee:
-    """A stream that copies what is written to it into a file."""
+    """A stream that also writes to a file."""
 
     def __init__(self, stream: TextIO, file: TextIO) -> None:
         self._stream, self._file = stream, file
