@@ -16,7 +16,7 @@ from air_moe_megatron.ops.granular_experts import granular_experts
 from air_moe_megatron.ops.pair_products import Pairs, make_pairs
 from air_moe_megatron.process_groups import HoldsProcessGroups
 
-_BLOCK = 256  # experts that are initialized from one seed
+_BLOCK = 256  # experts initialized from one seed
 _KERNEL_ACTIVATIONS = {
     torch.nn.functional.gelu: "gelu",
     torch.nn.functional.silu: "silu",
@@ -29,9 +29,9 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
     """The experts of one rank: ``y_t = sum over the experts e of t of p_te * W2_e.T act(W1_e x_t)``.
 
     Forward and backward cost O(N * F * H); no weight is copied per pair. ``weight1`` is [E, F, H], or [E, 2F, H] with a
-    gated linear unit (the gates first, as in Megatron's MLP); ``weight2`` is [E, F, H], the transpose of Megatron's
+    gated linear unit (the gates first, as in Megatron's MLP). ``weight2`` is [E, F, H], the transpose of Megatron's
     second projection. F is ``moe_ffn_hidden_size``, from 1. Each block of experts is initialized from a seed of its
-    global ids, so that the model does not depend on the expert-parallel size.
+    global ids, so the model does not depend on the expert-parallel size.
 
     Args:
         num_local_experts: experts of this rank.
@@ -66,8 +66,8 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
 
         Args:
             hidden_states: [R, H].
-            pairs: N pairs of rows and local experts; from Megatron's own dispatchers [E] numbers of rows per expert,
-                the rows sorted by expert.
+            pairs: N pairs of rows and local experts. Megatron's own dispatchers give [E] numbers of rows per expert
+                instead, with the rows sorted by expert.
             probs: [N].
         Returns:
             [R, H] sums over the pairs of each row, and None for the bias.
@@ -80,7 +80,7 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         return out, None
 
     def _kernel_activation(self) -> str | None:
-        """Name of the activation in the fused kernels; None for those that they do not have."""
+        """Name of the activation in the fused kernels; None if they do not have it."""
         config = self.config
         is_plain = config.activation_func_clamp_value is None and config.glu_linear_offset == 0
         return _KERNEL_ACTIVATIONS.get(config.activation_func) if is_plain else None
@@ -112,8 +112,8 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
             # Megatron seeds the host's generator alike on all ranks of a pipeline stage.
             seed = int(torch.randint(2**31, ()))
             _initialize(weight.data, init_method, seed, first=self.ep_group.rank() * self.num_local_experts)
-        # An expert's gradient is not summed over the data-parallel ranks of the dense layers, and the optimizer may
-        # not take it for a copy of that of another tensor-parallel rank.
+        # An expert's gradient is not summed over the data-parallel ranks of the dense layers. The optimizer must not
+        # take the weight for a copy of another tensor-parallel rank's.
         weight.allreduce = False
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
         return weight
@@ -121,7 +121,7 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """The experts sharded by global id: a checkpoint loads at any expert-parallel size."""
+        """Shard the experts by global id, so that a checkpoint loads at any expert-parallel size."""
         num_offsets = len(sharded_offsets)
         own = (num_offsets, self.ep_group.rank(), self.ep_group.size())
         return {
@@ -137,7 +137,7 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         }
 
     def backward_dw(self) -> None:
-        """Nothing is left to do: the weights' gradients are made with the others."""
+        """Do nothing: the weights' gradients are made with the others."""
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""AIRMoELayer: Megatron's MoE layer on compact routes; composition only."""
+"""AIRMoELayer: Megatron's MoE layer on compact routes."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from air_moe_megatron.process_groups import HoldsProcessGroups
 
 
 class AIRMoELayer(HoldsProcessGroups, MoELayer):
-    """Route, dispatch, apply the experts, combine: Megatron's steps, with nothing of size [tokens, experts] among them.
+    """Route, dispatch, apply the experts, combine: Megatron's steps, without anything of size [tokens, experts].
 
     With ``moe_dispatch`` "compact" the router's :class:`Routes` go to a :class:`CompactTokenDispatcher` and
-    :class:`GranularExperts`; with "stock" it is Megatron's layer. Arguments as ``MoELayer``'s.
+    :class:`GranularExperts`. With "stock" it is Megatron's layer. Arguments as ``MoELayer``'s.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Layer specs: put our routers, and granular experts where the config asks for them, into any spec that Megatron makes.
+"""Layer specs: put our routers and granular experts into any spec that Megatron makes, as the config asks.
 
-Specs are rewritten, not built, so that norms, attention and all that the config does not ask of us stay Megatron's
-choice. Base specs are shared constants: every part on the way to an MoE layer is copied.
+Specs are rewritten, not built. So norms, attention and everything else stay Megatron's choice. Base specs are shared
+constants: every part on the way to an MoE layer is copied.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ def with_air_layers[S](spec: S, config: TransformerConfig) -> S:
     """Return the spec with our routing in its MoE layers; the same object where the config asks for Megatron's.
 
     Each MoE layer becomes an :class:`AIRMoELayer` with the router of ``moe_router_type``, and with
-    :class:`GranularExperts` where the config asks for them; a layer class of someone else's keeps its class.
+    :class:`GranularExperts` where the config asks for them. A subclass of MoELayer that is not ours is kept.
 
     Args:
         spec: a ModuleSpec, a ``partial`` of MoELayer, the submodules of a block or stack, or a list of these.
         config: the transformer config; its ``moe_router_type`` decides, and its fields are validated.
     Raises:
-        ValueError: if the config is not valid, sets a field of ours that nothing heeds, or asks for compact dispatch
-            in a layer class of someone else's.
+        ValueError: if the config is not valid, sets a field of ours that has no effect, or asks for compact dispatch
+            in a layer class that is not ours.
     """
     if hasattr(config, "moe_router_type"):
         refuse_unused(config)
@@ -122,8 +122,6 @@ def air_layer_spec(
 def air_hybrid_stack_spec(config: TransformerConfig, given: ModuleSpec | None = None) -> ModuleSpec:
     """The stack spec of a hybrid model with AIR routing, for ``HybridModelConfig.hybrid_stack_spec``.
 
-    That takes the spec itself: call this with the model's transformer config.
-
     Args:
         config: the transformer config.
         given: a stack spec to start from instead of Megatron's default, which needs Transformer Engine.
@@ -169,8 +167,8 @@ def require_routers(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
 def mtp_specs_with_air_layers() -> Iterator[None]:
     """Within this context, the multi-token-prediction layers of a GPT model get AIR routing too.
 
-    Adapts one name, ``megatron.training.models.gpt.mtp_block_spec``, because Megatron derives those layers anew
-    instead of from the decoder spec it was given; restored on leaving. A no-op where nothing of ours is asked for.
+    Adapts one name, ``megatron.training.models.gpt.mtp_block_spec``, and restores it on leaving. Megatron derives those
+    layers anew, not from the decoder spec that it was given. A no-op where the config asks for nothing of ours.
     """
     from megatron.training.models import gpt
 

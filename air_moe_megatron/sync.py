@@ -1,12 +1,11 @@
 """The step boundary: when the codebooks learn, and the one collective that it takes.
 
-Communication per optimizer step and pipeline stage: one all-reduce of ``layers * C * (H + 3)`` fp32 numbers over
-``tp_dp_cp``, the ranks of the stage that hold different tokens; a running norm of F features adds ``3F + 1``, and every
-AIR router one number.
+Communication per optimizer step and pipeline stage: one all-reduce of fp32 numbers over ``tp_dp_cp``, the ranks of the
+stage that hold different tokens. A codebook adds ``C * (H + 3)`` numbers, a running norm ``3 * features + 1``, and an
+AIR router one.
 
-The order within a step: every attempt starts with ``discard_statistics`` (a step that Megatron runs again must not
-count twice), forwards accumulate, and ``update_codebooks`` runs once after the optimizer has really stepped. A skipped
-step therefore leaves no trace, whatever the reason.
+A step that Megatron repeats must not count twice, so every attempt starts with ``discard_statistics``. Forwards
+accumulate. ``update_codebooks`` runs once after the optimizer has stepped, so a skipped step leaves no trace.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def discard_statistics(modules: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
-    """Forget what the routers have accumulated since the last update; call it before each attempt at a step."""
+    """Forget what the routers accumulated since the last update; call it before each attempt at a step."""
     for router in find_routers(modules):
         router.discard()
 
@@ -39,12 +38,12 @@ def discard_statistics(modules: torch.nn.Module | Iterable[torch.nn.Module]) -> 
 def update_codebooks(
     modules: torch.nn.Module | Iterable[torch.nn.Module], group: torch.distributed.ProcessGroup | None = None
 ) -> int:
-    """All-reduce what the routers in ``modules`` accumulated, for codebooks and running norms, and apply it.
+    """All-reduce the statistics that the routers in ``modules`` accumulated, and update codebooks and running norms.
 
-    Every rank of the group must call it with the same routers. Sums are reduced first and divided after, so that N
-    ranks equal one rank on all their tokens; all ranks get bitwise the same codebooks. A learner that got no token on
-    any rank stays as it is. Waits for the device: once for all routers, and for each codebook while it looks for
-    starved codewords.
+    Every rank of the group must call it with the same routers. Sums are reduced before they are divided, so many ranks
+    equal one rank on all their tokens. All ranks get bitwise the same codebooks. A learner without a token on any rank
+    stays as it is. Waits for the device: once for all routers, and for each codebook while it looks for starved
+    codewords.
 
     Args:
         modules: a module or a list of modules (all model chunks of the pipeline stage).
@@ -89,8 +88,8 @@ def _sum_over_ranks(
     """Reduce all statistics at once; waits for the device once.
 
     Returns:
-        the statistics of each learner, summed; for each, whether they are finite and whether they hold a token; for
-        each router of ``listing``, the number of ranks that ran it.
+        the summed statistics of each learner; for each, whether they are finite and whether they hold a token; for each
+        router of ``listing``, the number of ranks that ran it.
     """
     device = (learning[0][0] if learning else listing[0]).expert_load.device
     ran = torch.tensor([float(router.has_learned) for router in listing], dtype=torch.float32, device=device)
@@ -110,7 +109,7 @@ def _sum_over_ranks(
 def _require_every_rank(listing: list[CompactRouter], num_ran: list[int], num_ranks: int) -> None:
     """Refuse a router that some ranks did not run, and count the step for those that all ranks ran.
 
-    Lists are made in the first forward after an update: a rank without one would make others, from later centers.
+    Lists are made in the first forward after an update. A rank without one would make its lists from later centers.
     """
     for router, count in zip(listing, num_ran, strict=True):
         if count not in (0, num_ranks):
@@ -126,7 +125,7 @@ def _require_every_rank(listing: list[CompactRouter], num_ran: list[int], num_ra
 def finish_step(model: list[torch.nn.Module], iteration: int, successful: bool) -> None:
     """End a training step: update the codebooks if it succeeded, and log the routing health where Megatron logs.
 
-    For a patched checkout, which has no hook that runs once the model is built: the model is checked here.
+    For a patched checkout. It has no hook after the model is built, so the model is checked here.
 
     Args:
         model: Megatron's list of model chunks.
@@ -152,11 +151,11 @@ def _finish_step(model: list[torch.nn.Module], iteration: int, successful: bool)
 
 @contextlib.contextmanager
 def codebook_updates() -> Iterator[None]:
-    """Within this context, Megatron's training loop keeps the codebooks.
+    """Within this context, Megatron's training loop updates the codebooks.
 
-    Adapts one name, ``megatron.training.training.train_step``, which has no extension point that knows whether a step
-    succeeded; restored on leaving. The first step checks that the model was built from our specs. ``patches/`` holds
-    the same calls for a Megatron-LM checkout.
+    Adapts one name, ``megatron.training.training.train_step``, and restores it on leaving. Megatron has no extension
+    point that knows whether a step succeeded. The first step checks that the model was built from our specs.
+    ``patches/`` holds the same calls for a Megatron-LM checkout.
     """
     from megatron.training import training
 

@@ -1,17 +1,16 @@
 """HashRouter: the experts of a token are fixed by its token id.
 
-Each layer has a random table of K distinct experts per token id, balanced: every expert stands in the same number of
-(id, slot) pairs, up to one. Nothing is learned, and all K experts weigh 1/K.
+Each layer has a random table of K distinct experts per token id. It is balanced: numbers of ids per expert differ by
+at most one. Nothing is learned, and all K experts weigh 1/K.
 
 Source: Roller et al. 2021, "Hash Layers For Large Sparse Models", arXiv 2106.04426. Ours, not theirs: K experts per id
-instead of one, and balance over ids instead of over their frequencies, so that frequent ids still load their experts
-more.
+instead of one, and balance over ids instead of over their frequencies. Frequent ids still load their experts more.
 
-Cost of a token: none; a row of the table.
+Cost of a token: none but a row of the table.
 
-Routers see hidden states, not token ids: :func:`hand_over_token_ids` brings them from the model's embedding. It is
-therefore limited to what has the embedding on the same rank and runs forward and backward of a microbatch in turn; the
-rest is refused by name in ``config.py``.
+Routers see hidden states, not token ids: :func:`hand_over_token_ids` brings them from the model's embedding. So the
+embedding must be on the same rank, and forward and backward of a microbatch must run in turn.
+``config/refusals.py`` refuses the rest.
 """
 
 import argparse
@@ -38,7 +37,7 @@ class HashRouter(CompactRouter):
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         table = torch.zeros(config.moe_hash_vocab_size, config.moe_router_topk, dtype=torch.int32)
         self.register_buffer("table", table)
-        # Saved, because a table that was drawn with another seed would come back under the name of this one.
+        # Saved, because a table of another seed would otherwise load under the name of this one.
         self.register_buffer("seed", torch.tensor([config.moe_hash_seed]))
         # [batch, sequence] of the microbatch, whole sequences of this context-parallel rank.
         self.token_ids: torch.Tensor | None = None
@@ -57,8 +56,10 @@ class HashRouter(CompactRouter):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """As Megatron's; the table loads, as the embedding does, where the vocabulary is padded to another size, which
-        depends on the tensor-parallel size. Rows that a checkpoint lacks are zero: padding has no tokens."""
+        """As Megatron's. Like the embedding, the table also loads where the vocabulary is padded to another size.
+
+        Rows that a checkpoint lacks are zero: padding has no tokens.
+        """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state[prefix + "table"].allow_shape_mismatch = True
         return state
@@ -129,16 +130,10 @@ def hand_over_token_ids(model: list[torch.nn.Module]) -> list:
 
 
 def balanced_table(num_ids: int, topk: int, num_experts: int, seed: int) -> torch.Tensor:
-    """K distinct experts for each id, every expert as often as any other, up to one.
+    """K distinct experts for each id; numbers of ids per expert differ by at most one.
 
-    The experts are dealt in turn, in an order that is drawn anew whenever a row ends with the last of them, to rows in
-    random order.
+    The experts are dealt to rows in random order. Their own order is drawn anew whenever a row ends with the last one.
 
-    Args:
-        num_ids: number of token ids.
-        topk: K, at most E.
-        num_experts: E.
-        seed: of the random numbers.
     Returns:
         [num_ids, K] int32.
 

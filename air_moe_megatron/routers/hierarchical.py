@@ -1,12 +1,12 @@
-"""HierarchicalRouter: a gate chooses groups of experts, and only the experts of those are scored.
+"""HierarchicalRouter: a gate chooses groups of experts, and only their experts are scored.
 
-The experts are split into G groups of E/G consecutive ones. A token takes its best g groups by a learned group gate,
-and of their experts the best K by the product of both gates, ``log p(group) + log p(expert within its group)``; with
-all groups taken this is a distribution over all experts.
+The experts are split into G groups of E/G consecutive ones. A learned gate chooses the best g groups of a token. Of
+their experts it takes the best K by the product of both gates, ``log p(group) + log p(expert within its group)``. If
+all groups are taken, this is a distribution over all experts.
 
 Source: Shazeer et al. 2017, "Outrageously Large Neural Networks", arXiv 1701.06538, appendix B (hierarchical mixture of
-experts). Ours, not theirs: no noise on the gates, both softmaxes run over all of their entries, and the K experts are
-taken from the g groups together instead of so many from each.
+experts). Ours, not theirs: no noise on the gates, softmaxes over all entries of a gate, and the K experts from all g
+groups together instead of a fixed number from each.
 
 Cost of a token: forward ``2*H*(G + g*E/G)`` FLOPs, backward twice that.
 
@@ -65,12 +65,12 @@ class HierarchicalRouter(CompactRouter):
     def _with_z_loss(
         self, group_logits: torch.Tensor, logits: torch.Tensor, padding_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits of both gates with the z-loss of all that were computed; the products are normalized already."""
+        """The logits of both gates with the z-loss attached, which is over all logits that were computed."""
         both = torch.cat((group_logits, logits.flatten(1)), dim=1)
-        both = super().apply_z_loss(both, padding_mask=padding_mask)
+        both = super().apply_z_loss(both, padding_mask)
         group_logits, flat = both.split([group_logits.shape[1], both.shape[1] - group_logits.shape[1]], dim=1)
         return group_logits, flat.view_as(logits)
 
     def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Nothing: the z-loss is attached to the logits of both gates, before they are normalized."""
+        """Do nothing: :meth:`_with_z_loss` attaches the loss before the gates are normalized."""
         return logits

@@ -4,14 +4,14 @@ A balancing loss weighs each token's score of an expert by the share of the sele
 
     loss = coeff * E * sum over e of share_e * (sum over tokens of score_te) / num_tokens
 
-Three kinds differ in the tokens they sum over. "aux_loss" takes the microbatch of a data-parallel rank, "seq_aux_loss"
-takes each sequence by itself and then the mean, "global_aux_loss" takes the microbatches of all ranks. The last one's
-shares come from all microbatches of the global batch so far. Source: Fedus et al. 2021, arXiv 2101.03961, and
-Qiu et al. 2025, arXiv 2501.11873.
+Three kinds differ in the tokens they sum over. "aux_loss" takes the microbatch of a data-parallel rank. "seq_aux_loss"
+takes each sequence by itself and then the mean. "global_aux_loss" takes the microbatches of all ranks, and its shares
+come from all microbatches of the global batch so far. Source: Fedus et al. 2021, arXiv 2101.03961, and Qiu et al. 2025,
+arXiv 2501.11873.
 
-Names, logging and the scale of the main loss are Megatron's. Its own functions differ where token counts differ: they
-divide the selections of several microbatches or sequences by the mean number of tokens, and average
-"global_aux_loss" over data-parallel ranks although each of them holds only a part of it.
+Names, logging and the scale of the main loss are Megatron's. Its functions differ where token counts differ. They
+divide the selections of several microbatches or sequences by the mean number of tokens. They average "global_aux_loss"
+over data-parallel ranks, although each rank holds only a part of it.
 
 Without ``calculate_per_token_loss`` every microbatch weighs the same, and every sequence of it. With it, every token
 weighs the same.
@@ -28,7 +28,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.recomputation import hidden_from_checkpoints
 
-# Megatron's balancing losses, and the names that it logs them by.
+# Megatron's balancing losses, and their names in its logs.
 _BALANCING_LOSSES = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
@@ -65,7 +65,7 @@ class RouterLosses(TopKRouter):
         return self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled()
 
     def _aux_scores(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, M] bool, which candidates count as selected, and [T, M] their scores, which sum to one for a token."""
+        """[T, M] bool, whether a candidate is selected, and [T, M] scores, which sum to one for a token."""
         return compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
 
     def _attach_aux_losses(
@@ -79,7 +79,7 @@ class RouterLosses(TopKRouter):
         """Attach the balancing losses, in O(T*M + E).
 
         Args:
-            probs: [T, K], which the losses are attached to.
+            probs: [T, K]; the losses are attached to them.
             logits: [T, M] of the candidates.
             ids: [T, M] int64 experts of the candidates, -1 for none; None if the candidates are all experts in order.
             padded: [T] bool, True for tokens that do not count; None if all do.
@@ -120,7 +120,7 @@ class RouterLosses(TopKRouter):
         num_groups: int,
         group: torch.distributed.ProcessGroup | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[U, E] selections of each expert, and [U] tokens that count, at least 1; over all ranks of the group."""
+        """[U, E] selections of each expert and [U] counted tokens, at least 1, over all ranks of the group."""
         shape = (selected.shape[0] // num_groups, num_groups)
         if slots is None:
             counts = selected.view(*shape, self.num_experts).sum(dim=0)
@@ -137,8 +137,8 @@ class RouterLosses(TopKRouter):
 
     @torch.no_grad()
     def _num_tokens(self, tokens: torch.Tensor, padded: torch.Tensor | None) -> torch.Tensor:
-        """Scalar, tokens that count in this microbatch, at least 1; over the ranks that hold parts of its sequences."""
-        if padded is None:  # each rank holds as many
+        """Number of counted tokens of this microbatch, at least 1, over the ranks that hold parts of its sequences."""
+        if padded is None:  # all ranks hold equally many
             num_tokens = torch.full((), tokens.shape[0] * group_size(self.tp_cp_group), device=tokens.device)
         else:
             num_tokens = sum_over_ranks((~padded).sum(), self.tp_cp_group)
@@ -161,8 +161,8 @@ class RouterLosses(TopKRouter):
         Args:
             activation: what the loss is attached to.
             loss: [U] or scalar, this rank's part of the loss of each group of tokens, coefficient included.
-            num_tokens: as ``loss``, tokens of which the loss is a mean, over all ranks of ``group``.
-            name: what it is logged by.
+            num_tokens: as ``loss``; the loss is a mean over so many tokens, on all ranks of ``group``.
+            name: its name in the log.
             coeff: its coefficient, which the log leaves out.
             group: the ranks whose parts sum up to the loss: ``tp_cp_group`` or ``tp_dp_cp_group``.
         Returns:
@@ -170,7 +170,7 @@ class RouterLosses(TopKRouter):
         """
         config = self.config
         if self.is_mtp_layer and config.mtp_use_repeated_layer and config.mtp_num_layers is not None:
-            loss = loss / config.mtp_num_layers  # the layer runs so many times per microbatch
+            loss = loss / config.mtp_num_layers  # the layer runs this many times per microbatch
         if self._is_counted and self.layer_number is not None:
             with hidden_from_checkpoints():
                 mean = loss.detach().mean() / coeff
@@ -184,16 +184,16 @@ class RouterLosses(TopKRouter):
             )
         if self.calculate_per_token_loss:
             loss = (loss * num_tokens).sum()
-        else:  # a loss that is spread over data-parallel ranks already must not be averaged over them
+        else:  # a loss that is spread over data-parallel ranks must not be averaged over them
             loss = loss.mean() * (group_size(group) / group_size(self.tp_cp_group))
         return MoEAuxLossAutoScaler.apply(activation, loss)
 
 
 class _WeightedScores(torch.autograd.Function):
-    """[U] sums of ``score * weight`` over the tokens of a group, weights being those of the candidates' experts.
+    """[U] sums of ``score * weight`` over the tokens of a group; each expert has a weight.
 
-    The weights are kept as an attribute: ``torch.utils.checkpoint`` hands the first forward's backward the saved
-    tensors of a second one, which would see the counts of later microbatches.
+    The weights are kept as an attribute. ``torch.utils.checkpoint`` gives the first forward's backward the tensors that
+    a second forward saved, which would see the counts of later microbatches.
     """
 
     @staticmethod
@@ -203,7 +203,7 @@ class _WeightedScores(torch.autograd.Function):
         slots: torch.Tensor | None,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum scores [T, M] by weights [U, E] at ``slots`` [T, M] of the flat weights; None if M = E, in order."""
+        """Sum scores [T, M] times weights [U, E] at ``slots`` [T, M] of the flat weights; None if M = E, in order."""
         ctx.weights, ctx.shape = weights, scores.shape
         ctx.save_for_backward(slots)
         grouped = (scores.shape[0] // weights.shape[0], weights.shape[0], scores.shape[1])
@@ -223,7 +223,7 @@ class _WeightedScores(torch.autograd.Function):
 
 
 def _slots(ids: torch.Tensor, num_groups: int, num_experts: int) -> torch.Tensor:
-    """[T, M] of the experts [T, M] in a flat [U, E], the group being the token's."""
+    """[T, M] slots of the experts [T, M] in a flat [U, E], in the token's group."""
     if num_groups == 1:
         return ids
     groups = torch.arange(ids.shape[0], device=ids.device) % num_groups
@@ -231,7 +231,7 @@ def _slots(ids: torch.Tensor, num_groups: int, num_experts: int) -> torch.Tensor
 
 
 def _without(values: torch.Tensor, padded: torch.Tensor | None) -> torch.Tensor:
-    """The values [T, ...] with padding tokens at zero. Not a product with the mask, which would let a NaN through."""
+    """The values [T, ...] with padding tokens at zero; a product with the mask would keep a NaN."""
     if padded is None:
         return values
     return values.masked_fill(padded.view(-1, *(1,) * (values.dim() - 1)), 0)

@@ -3,15 +3,17 @@
 Expert ``i * n2 + j`` has the key (first sub-key i, second sub-key j) and the score ``<q1, k1_i> + <q2, k2_j>``. The
 best k pairs are among the products of the best k of each half, so the search is exact within the product structure.
 
-Source: He 2024, "Mixture of A Million Experts" (PEER), arXiv 2407.04153, after Lample et al. 2019, arXiv 1907.05242:
-heads with queries of their own and one set of keys, batch-normalized queries, a softmax over the k of each head, heads
-summed: the probs of a token sum to the number of heads. With ``moe_product_key_on_tokens``, one head and
-``moe_router_pre_softmax`` it is the Cartesian product router of OmniMoE, arXiv 2602.05711: sub-keys of the hidden size,
-compared with the token itself; each one's scores batch-normalized, without gain and bias; and probs that are the
-products of two softmaxes, each over all sub-keys of a half. That is the softmax over all experts, which
-``moe_router_pre_softmax`` asks for in any case. Ours, not theirs: halves of unequal sizes where the number of experts
-is no square, keys of their own for several heads on tokens, which would be one head otherwise, and Megatron's options
-for scores and losses.
+Source: He 2024, "Mixture of A Million Experts" (PEER), arXiv 2407.04153, after Lample et al. 2019, arXiv 1907.05242.
+Each head has its own queries, and all heads share one set of keys. Queries are batch-normalized. Each head has a
+softmax over its k experts, so the probs of a token sum to the number of heads.
+
+With ``moe_product_key_on_tokens``, one head and ``moe_router_pre_softmax`` it is the Cartesian product router of
+OmniMoE, arXiv 2602.05711. Sub-keys have the hidden size and are compared with the token itself. The scores of each
+sub-key are batch-normalized, without gain and bias. Probs are products of two softmaxes, each over all sub-keys of a
+half. That product is the softmax over all experts, for which ``moe_router_pre_softmax`` stands everywhere.
+
+Ours, not theirs: unequal halves where the number of experts is no square; separate keys for several heads on tokens,
+which would otherwise be one head; Megatron's options for scores and losses.
 
 Cost of a token, J heads with sub-keys of size d: forward ``4*H*J*d`` FLOPs for the queries (none on tokens) and
 ``2*J*d*(n1 + n2)`` for the keys, backward twice that.
@@ -44,9 +46,9 @@ from air_moe_megatron.running_norm import EPSILON, RunningNorm, batch_sums, mome
 class ProductKeyRouter(CompactRouter):
     """Route each token to the best k experts of each head's product keys; two heads may find the same expert.
 
-    Communicates with batch-normalized queries: one all-reduce per training forward over ``tp_dp_cp``, the ranks that
-    hold different tokens, and one in its backward; so N ranks equal one rank on all their tokens. The statistics for
-    evaluation are learned at the step boundary (``sync.py``).
+    With batch norm a training forward communicates: one all-reduce over ``tp_dp_cp``, the ranks that hold different
+    tokens, and one in its backward. So many ranks equal one rank on all their tokens. The statistics for evaluation are
+    learned at the step boundary (``sync.py``).
     """
 
     router_type = "product_key"
@@ -65,7 +67,7 @@ class ProductKeyRouter(CompactRouter):
             self.query_weight = None
         else:
             self.add_parameter("query_weight", num_inputs, config.hidden_size)
-        num_sets = sizes.num_heads if self.on_tokens else 1  # of keys
+        num_sets = sizes.num_heads if self.on_tokens else 1
         for name, num_keys in zip(("keys1", "keys2"), sizes.num_keys, strict=True):
             self.add_parameter(name, num_sets, num_keys, sizes.key_dim)
         self.normalizes_scores = self.on_tokens and sizes.query_norm == "batchnorm"
@@ -88,7 +90,7 @@ class ProductKeyRouter(CompactRouter):
         }
 
     def learners(self) -> list[Learner]:
-        """As of every router; with batch-normalized queries or scores their running norm too."""
+        """As the base's, and the running norm of batch-normalized queries or scores."""
         return super().learners() + ([] if self.query_norm is None else [self.query_norm])
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
@@ -102,14 +104,14 @@ class ProductKeyRouter(CompactRouter):
         routes = self._choose_among(logits, ids, padding_mask, batch_size)
         if not (self.config.moe_router_pre_softmax and self.score_function == "softmax"):
             return routes
-        # So far a softmax over the candidates. Their share of the softmax over all experts makes it that one.
+        # The probs are a softmax over the candidates. Times the candidates' share they are one over all experts.
         log1, log2 = (half.log_softmax(dim=2).gather(2, ids) for half, ids in zip(halves, (ids1, ids2), strict=True))
         log_share = (log1.unsqueeze(3) + log2.unsqueeze(2)).flatten(2).logsumexp(dim=2)  # [T, J]
         return replace(routes, probs=routes.probs * log_share.exp().repeat_interleave(sizes.topk_per_head, dim=1))
 
     def _scores(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> Sequence[torch.Tensor]:
-        """Of each head's query with the first and the second sub-keys, [T, J, n1] and [T, J, n2]."""
-        scores = [  # one set of keys is there for all heads
+        """Scores of each head's query with the first and the second sub-keys, [T, J, n1] and [T, J, n2]."""
+        scores = [  # a single set of keys serves all heads
             torch.einsum("trd,rnd->trn", queries, keys.to(queries.dtype))
             for queries, keys in zip(self._queries(hidden, padding_mask), (self.keys1, self.keys2), strict=True)
         ]
@@ -132,7 +134,7 @@ class ProductKeyRouter(CompactRouter):
         return self._normalize(queries, padding_mask).view(shape).unbind(dim=2)
 
     def _normalize(self, queries: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        """[T, F] queries, normalized in fp32 or wider."""
+        """[T, features] queries, normalized in fp32 or wider."""
         norm = self.sizes.query_norm
         if norm == "none":
             return queries
@@ -145,7 +147,10 @@ class ProductKeyRouter(CompactRouter):
         return (normal * self.norm_weight + self.norm_bias).to(queries.dtype)
 
     def _batch_normalize(self, queries: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        """[T, F], by mean and variance of the tokens that count on all ranks; by the running ones when evaluating."""
+        """Normalize queries [T, features] by mean and variance of the counted tokens on all ranks.
+
+        An evaluation takes the running ones instead.
+        """
         if not self.training:
             return self.query_norm(queries)
         if self.learns():
@@ -154,7 +159,7 @@ class ProductKeyRouter(CompactRouter):
         return _BatchNorm.apply(queries, self.query_norm.mean, padding_mask, self.tp_dp_cp_group)
 
     def _select(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, K] probs and columns, the best k of each head beside each other."""
+        """[T, K] probs and columns: the best k of each head, head after head."""
         heads, topk = self.sizes.num_heads, self.sizes.topk_per_head
         logits = self._per_head(logits)
         probs, columns = topk_routing_with_score_function(logits, topk, dense_output=True, **self._score_settings())
@@ -163,7 +168,7 @@ class ProductKeyRouter(CompactRouter):
         return probs.view(-1, self.topk), columns.view(-1, self.topk)
 
     def _aux_scores(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the base's. Each head is a routing of its own, and their scores are averaged."""
+        """As the base's. Each head routes for itself; the scores are averaged over heads."""
         selected, scores = compute_routing_scores_for_aux_loss(
             self._per_head(logits), self.sizes.topk_per_head, self.score_function
         )
@@ -175,9 +180,9 @@ class ProductKeyRouter(CompactRouter):
 
 
 class _BatchNorm(torch.autograd.Function):
-    """``(q - mean) / sqrt(variance + 1e-5)`` with mean and variance of the counted tokens on all ranks of a group.
+    """``(q - mean) / sqrt(variance + 1e-5)``: mean and variance are of the counted tokens on all ranks of a group.
 
-    The sums are taken around the running mean, which is the same on all ranks.
+    Sums are taken around the running mean, which all ranks share.
     """
 
     @staticmethod
@@ -201,7 +206,7 @@ class _BatchNorm(torch.autograd.Function):
         normal, scale, padding_mask = ctx.saved_tensors
         sums = torch.cat((grad.sum(dim=0), (grad * normal).sum(dim=0)))
         of_mean, of_scale = (sum_over_ranks(sums, ctx.group) / ctx.count).to(grad.dtype).chunk(2)
-        through = of_mean + normal * of_scale  # what the tokens that count contribute by mean and variance
+        through = of_mean + normal * of_scale  # the gradient through mean and variance, of counted tokens
         if padding_mask is not None:
             through = through.masked_fill(padding_mask.unsqueeze(1), 0.0)
         return (grad - through) * scale, None, None, None

@@ -1,15 +1,15 @@
 """VQRouter: half of a token's experts by its discrete code, half by an ordinary top-k router.
 
 Each expert has a code, a vector of the hidden size. The discrete branch takes the experts of the K/2 codes nearest to
-the token, with equal weights; the continuous branch the top K/2 by score; a learned gate of two weighs the branches.
+the token, with equal weights. The continuous branch takes the top K/2 by score. A learned gate weighs the two.
 
 Source: Do et al., "On the Role of Discrete Representation in Sparse Mixture of Experts" (VQMoE), arXiv 2411.19402: a
-learned codebook with codebook and commitment loss, both branches combined by a linear gate. Ours, not theirs: K/2 codes
-instead of one, so that every router uses K experts; the experts of a code see the token itself instead of its code, as
-those of all routers do, and without another layer norm.
+learned codebook with codebook and commitment loss, and a linear gate over both branches. Ours, not theirs: K/2 codes
+instead of one, so that every router uses K experts. The experts of a code see the token itself instead of its code,
+without another layer norm.
 
 **Changes the loss**: adds ``moe_vq_loss_coeff * (|sg(h) - c|^2 + moe_vq_commitment * |h - sg(c)|^2)``, the mean over
-tokens, their K/2 codes and the hidden size, attached to the probs as Megatron attaches auxiliary losses.
+tokens, their K/2 codes and the hidden size. It is attached to the probs as Megatron attaches auxiliary losses.
 
 Cost of a token: two exact searches, forward ``4*H*E + 4*H`` FLOPs, backward ``4*H*E + 8*H``; the codes get theirs by
 K/2 row sums.
@@ -27,7 +27,7 @@ from air_moe_megatron.routers.base import CompactRouter, Routes
 
 
 class VQRouter(CompactRouter):
-    """Route each token to the experts of its nearest codes and to its top experts; both may find the same one."""
+    """Route each token to the experts of its nearest codes and to its top experts, which may be the same."""
 
     router_type = "vq"
     checkpoint_key = "codes"
@@ -67,7 +67,7 @@ class VQRouter(CompactRouter):
     def _attach_vq_loss(
         self, probs: torch.Tensor, hidden: torch.Tensor, code_ids: torch.Tensor, padding_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The probs [T, K], with codebook and commitment loss attached and logged as "vq_loss"."""
+        """Attach codebook and commitment loss to the probs [T, K], and log them as "vq_loss"."""
         num_tokens, coeff = self._num_tokens(hidden, padding_mask), self.config.moe_vq_loss_coeff
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weights = (coeff / (hidden.shape[1] * self.topk_per_branch) / num_tokens.to(wide)).expand(hidden.shape[0])
