@@ -47,9 +47,6 @@ class Traffic:
     pair_bytes: int = 0
     remote_pair_bytes: int = 0
 
-    def reset(self) -> None:
-        self.tokens = self.row_bytes = self.remote_row_bytes = self.pair_bytes = self.remote_pair_bytes = 0
-
 
 class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
     """Megatron's dispatcher interface over compact routes; every rank of the expert-parallel group takes part.

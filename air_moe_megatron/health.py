@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from air_moe_megatron.dispatcher import Traffic
 from air_moe_megatron.layer import AIRMoELayer
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.recall import recall
@@ -96,15 +97,15 @@ def dispatch_figures(layers: Sequence[AIRMoELayer], group: torch.distributed.Pro
     dispatchers = [layer.token_dispatcher for layer in layers]
     if not dispatchers:
         return {}
-    traffics = [(dispatcher.traffic, dispatcher.recomputed_traffic) for dispatcher in dispatchers]
+    traffics = ((dispatcher.traffic, dispatcher.recomputed_traffic) for dispatcher in dispatchers)
     sums = [
         (first.tokens, first.row_bytes, first.remote_row_bytes + first.remote_pair_bytes, again.row_bytes)
         for first, again in traffics
     ]
     sums = torch.tensor(sums, dtype=torch.float64, device=next(layers[0].parameters()).device).sum(dim=0)
     sum_over_ranks(sums, group)
-    for traffic in sum(traffics, ()):
-        traffic.reset()
+    for dispatcher in dispatchers:
+        dispatcher.traffic, dispatcher.recomputed_traffic = Traffic(), Traffic()
     tokens, *sums = sums.tolist()
     rows, remote, again = (total / max(tokens, 1.0) for total in sums)
     figures = {"dispatch-bytes-per-token": rows, "remote-bytes-per-token": remote}

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from itertools import batched
 from typing import Any
 
 import torch
@@ -97,13 +98,13 @@ def _sum_over_ranks(
     sizes = [*(learner.statistics.numel() for _, learner in learning), len(listing)]
     *parts, ran = sum_over_ranks(flat, group).split(sizes)
     parts = [part.view_as(learner.statistics) for (_, learner), part in zip(learning, parts, strict=True)]
-    figures = [part.isfinite().all() for part in parts]
-    figures += [learner.num_tokens(part) > 0 for (_, learner), part in zip(learning, parts, strict=True)]
-    figures = torch.cat([torch.stack(figures).float(), ran] if figures else [ran]).tolist()
-    num_learners = len(learning)
-    finite, with_tokens = figures[:num_learners], figures[num_learners : 2 * num_learners]
-    states = [(bool(is_finite), bool(has_tokens)) for is_finite, has_tokens in zip(finite, with_tokens, strict=True)]
-    return parts, states, [int(count) for count in figures[2 * num_learners :]]
+    states = [
+        torch.stack((part.isfinite().all(), learner.num_tokens(part) > 0))
+        for (_, learner), part in zip(learning, parts, strict=True)
+    ]
+    figures = torch.cat([*states, ran]).int().tolist()
+    states = [(bool(is_finite), bool(has_tokens)) for is_finite, has_tokens in batched(figures[: 2 * len(learning)], 2)]
+    return parts, states, figures[2 * len(learning) :]
 
 
 def _require_every_rank(listing: list[CompactRouter], num_ran: list[int], num_ranks: int) -> None:
