@@ -39,8 +39,6 @@ class FlagRule:
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that this entry would otherwise accept and not honor, or that would end the run later.
 
-    Args:
-        args: Megatron's parsed and validated arguments.
     Raises:
         ValueError: naming the flag, its value and the reason or the rule.
     """

@@ -43,13 +43,7 @@ from air_moe_megatron.sync import codebook_updates
 
 
 def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags that are ours to Megatron's parser.
-
-    Args:
-        parser: Megatron's parser, all of its own flags already added.
-    Returns:
-        The same parser.
-    """
+    """Add our flags to Megatron's parser, which has its own already, and return it."""
     group = parser.add_argument_group(title="air_moe_megatron")
     group.add_argument("--cpu", action="store_true", help="Train on CPU with the gloo backend; no GPU is needed.")
     group.add_argument(
@@ -62,14 +56,14 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 
 def _refuse_command_line(message: str) -> NoReturn:
-    """In place of argparse's own, which has every rank print the usage of all of Megatron's flags."""
+    """Replaces argparse's own, with which every rank prints the usage of all of Megatron's flags."""
     raise ValueError(message)
 
 
 def parse() -> tuple[argparse.Namespace, Ranks]:
-    """Parse the command line; with `--use-checkpoint-args` our fields too are those of the checkpoint.
+    """Parse the command line. With `--use-checkpoint-args` our fields come from the checkpoint too.
 
-    A flag of ours that is given beside it keeps its value: the checks of the checkpoint say if that cannot be.
+    A flag of ours on the command line keeps its value. The checks of the checkpoint refuse it if it does not fit.
 
     Returns:
         Megatron's parsed and validated arguments, and the ranks of this start.
@@ -95,12 +89,8 @@ def parse() -> tuple[argparse.Namespace, Ranks]:
 
 
 def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridModelConfig:
-    """Build the model configuration: hybrid where `--hybrid-layer-pattern` is given, GPT otherwise.
+    """Build the configuration of the model: hybrid where `--hybrid-layer-pattern` is given, GPT otherwise.
 
-    Args:
-        args: Megatron's parsed and validated arguments.
-    Returns:
-        The configuration whose builder makes the model.
     Raises:
         ValueError: naming the field, value and rule that the arguments break.
     """
@@ -122,14 +112,8 @@ def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridM
     return config
 
 
-def leave_out_codebooks(model: list) -> list:
-    """Have the routers of a model not ask the checkpoint, which holds none, for codebooks.
-
-    Args:
-        model: Megatron's list of model chunks.
-    Returns:
-        The same list, as Megatron's hooks must.
-    """
+def leave_out_codebooks(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Tell the routers of a model that the checkpoint holds no codebooks; return it, as Megatron's hooks must."""
     for router in find_routers(model, AIRRouter):
         router.is_codebook_left_out = True
     return model

@@ -54,9 +54,6 @@ def check_room(args: argparse.Namespace, config: TransformerConfig) -> None:
 def check_optimizer_resumes(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
     """Refuse the distributed optimizer where Megatron could not load its state.
 
-    Args:
-        args: Megatron's parsed and validated arguments.
-        checkpoint: what the run will load, or None.
     Raises:
         ValueError: if the run would save or load that state, and neither Transformer Engine nor Apex is there.
     """
