@@ -39,7 +39,7 @@ def page() -> str:
         parts.append(f"\n## {cause.title}\n| refused | reason |\n|---|---|\n")
         for row in REFUSALS:
             if row.cause is cause:
-                shown = f" {row.shown}" if row.shown else ""
+                shown = f" {row.values.shown}" if row.values.shown else ""
                 parts.append(f"| `{row.field}`{shown} | {row.reason} |\n")
     parts.append("\n## The training entry, `python -m air_moe_megatron.pretrain`\n")
     parts.append("| flag | refused with | reason |\n|---|---|---|\n")

@@ -8,9 +8,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config.fields import balancing_losses
 
-Predicate = Callable[[TransformerConfig, Any], bool]
-"""Of the config and the field's value: whether the value is refused."""
-
 
 @dataclass(frozen=True)
 class Cause:
@@ -24,15 +21,23 @@ class Cause:
 
 
 @dataclass(frozen=True)
+class Values:
+    """Values of a field that are refused."""
+
+    hold: Callable[[TransformerConfig, Any], bool]
+    """Whether the field's value in a config is one of them."""
+    shown: str = ""
+    """Their words in docs/limits.md, where the field alone does not say it."""
+
+
+@dataclass(frozen=True)
 class Refusal:
-    """A field whose value a cause excludes."""
+    """A field some of whose values a cause excludes."""
 
     cause: Cause
     field: str
-    when: Predicate
+    values: Values
     reason: str
-    shown: str = ""
-    """Which values are refused, for docs/limits.md, where the field alone does not say it."""
 
 
 def check_refusals(config: TransformerConfig) -> None:
@@ -45,35 +50,26 @@ def check_refusals(config: TransformerConfig) -> None:
     """
     for row in REFUSALS:
         value = getattr(config, row.field)
-        if row.cause.applies(config) and row.when(config, value):
+        if row.cause.applies(config) and row.values.hold(config, value):
             raise ValueError(f"{row.field} ({value!r}) is not supported with {row.cause.name(config)}: {row.reason}")
 
 
-# Predicates.
+_on = Values(lambda config, value: bool(value))
+_given = Values(lambda config, value: value is not None)
+_above_one = Values(lambda config, value: value is not None and value > 1, "above 1")
+_balancing = Values(lambda config, value: bool(balancing_losses(config)))
 
 
-def _on(config: TransformerConfig, value: Any) -> bool:
-    return bool(value)
+def _not(default: str) -> Values:
+    return Values(lambda config, value: value != default, f"but {default!r}")
 
 
-def _given(config: TransformerConfig, value: Any) -> bool:
-    return value is not None
+def _is(excluded: str) -> Values:
+    return Values(lambda config, value: value == excluded, repr(excluded))
 
 
-def _above_one(config: TransformerConfig, value: Any) -> bool:
-    return value is not None and value > 1
-
-
-def _not(default: Any) -> Predicate:
-    return lambda config, value: value != default
-
-
-def _is(excluded: Any) -> Predicate:
-    return lambda config, value: value == excluded
-
-
-def _has(kind: str) -> Predicate:
-    return lambda config, value: kind in ([value] if isinstance(value, str) else value)
+def _has(kind: str) -> Values:
+    return Values(lambda config, value: kind in ([value] if isinstance(value, str) else value), repr(kind))
 
 
 def _captures_router(config: TransformerConfig, implementation: str) -> bool:
@@ -144,65 +140,52 @@ _GROUPS = "Megatron picks groups by dense scores of all experts, which are not m
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
-        MEGATRONS_OWN, "moe_dispatch", _not("stock"),
+        MEGATRONS_OWN, "moe_dispatch", _is("compact"),
         "they take dense maps; use 'stock', or add --moe-granular-experts",
-        "'compact'",
     ),
     Refusal(
-        MEGATRONS_OWN, "moe_router_input_norm", _not("none"),
+        MEGATRONS_OWN, "moe_router_input_norm", _is("running"),
         "that is Megatron's own router; add --moe-granular-experts",
-        "'running'",
     ),
-    Refusal(PRODUCT_KEY, "moe_router_input_norm", _not("none"), "it has moe_product_key_query_norm", "'running'"),
-    Refusal(HASH, "moe_router_input_norm", _not("none"), "it does not look at the tokens", "'running'"),
+    Refusal(PRODUCT_KEY, "moe_router_input_norm", _is("running"), "it has moe_product_key_query_norm"),
+    Refusal(HASH, "moe_router_input_norm", _is("running"), "it does not look at the tokens"),
     Refusal(
         AIR_WITH_BIAS, "moe_air_num_candidates", _on,
         "a biased expert may win from behind the best candidates; leave it at 0",
     ),
-    Refusal(
-        PRODUCT_KEY_ON_TOKENS, "moe_product_key_dim", _on, "the sub-keys are then of hidden_size; leave it at 0"
-    ),
+    Refusal(PRODUCT_KEY_ON_TOKENS, "moe_product_key_dim", _on, "the sub-keys are then of hidden_size; leave it at 0"),
     Refusal(
         OURS, "moe_router_load_balancing_type", _has("sinkhorn"),
         "it assigns by dense [tokens, experts] scores, which are not made",
-        "'sinkhorn'",
     ),
     Refusal(
         OURS, "moe_router_load_balancing_type", _has("quantile_balancing"),
         "it takes dense [tokens, experts] scores, which are not made",
-        "'quantile_balancing'",
     ),
     Refusal(NOT_TOPK, "moe_router_num_groups", _given, _GROUPS),
     Refusal(NOT_TOPK, "moe_router_group_topk", _given, _GROUPS),
     Refusal(NOT_TOPK, "moe_router_force_biased", _given, "its bias is drawn over the columns of dense logits"),
     Refusal(OURS, "moe_paged_stash", _on, "it repeats forwards within a step, and their tokens would count twice"),
-    Refusal(
-        OURS, "moe_enable_routing_replay", _on, "a replay is recorded and given inside Megatron's own router"
-    ),
+    Refusal(OURS, "moe_enable_routing_replay", _on, "a replay is recorded and given inside Megatron's own router"),
     Refusal(OURS, "moe_router_fusion", _on, "Transformer Engine's fused router takes dense logits"),
     Refusal(
-        OURS, "init_model_with_meta_device", _on,
-        "codebooks and lists would come from memory that nothing has written",
+        OURS, "init_model_with_meta_device", _on, "codebooks and lists would come from memory that nothing has written"
     ),
+    Refusal(OURS, "transformer_impl", _is("inference_optimized"), "it builds its own router and dispatcher"),
+    Refusal(OURS, "moe_pad_experts_for_cuda_graph_inference", _on, "it switches the router to dropping while decoding"),
     Refusal(
-        OURS, "transformer_impl", _is("inference_optimized"), "it builds its own router and dispatcher",
-        "'inference_optimized'",
-    ),
-    Refusal(
-        OURS, "moe_pad_experts_for_cuda_graph_inference", _on, "it switches the router to dropping while decoding"
-    ),
-    Refusal(
-        OURS, "cuda_graph_impl", _captures_router,
+        OURS, "cuda_graph_impl", Values(_captures_router, "where cuda_graph_modules hold the router"),
         "grouping tokens by codeword waits for counts on the host, which capture forbids",
-        "where cuda_graph_modules hold the router",
     ),
     Refusal(
         AIR, "moe_router_score_function",
-        lambda config, value: value == "sqrtsoftplus"
-        and (config.moe_air_num_probes > 1 or config.moe_air_codebook_source == "experts"),
+        Values(
+            lambda config, value: value == "sqrtsoftplus"
+            and (config.moe_air_num_probes > 1 or config.moe_air_codebook_source == "experts"),
+            "'sqrtsoftplus', with several probes or source 'experts'",
+        ),
         "its gradient is undefined at the masked candidates of several probes or of inverted lists; use one probe and "
         "source 'tokens'",
-        "'sqrtsoftplus', with several probes or source 'experts'",
     ),
     Refusal(
         SEARCHES, "moe_router_enable_expert_bias", _on,
@@ -215,37 +198,27 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         HIERARCHICAL, "moe_router_score_function", _not("softmax"),
         "the gates of groups and experts are probabilities; use 'softmax'",
-        "but 'softmax'",
     ),
-    Refusal(
-        HASH, "moe_aux_loss_coeff", lambda config, value: bool(balancing_losses(config)), "there is nothing to learn"
-    ),
-    Refusal(
-        VQ, "moe_aux_loss_coeff", lambda config, value: bool(balancing_losses(config)),
-        "half of the experts are chosen by code, without scores",
-    ),
+    Refusal(HASH, "moe_aux_loss_coeff", _balancing, "there is nothing to learn"),
+    Refusal(VQ, "moe_aux_loss_coeff", _balancing, "half of the experts are chosen by code, without scores"),
     Refusal(HASH, "moe_z_loss_coeff", _given, "there are no scores"),
     Refusal(HASH, "moe_input_jitter_eps", _given, "the hidden states are not looked at"),
-    Refusal(HASH, "moe_router_score_function", _not("softmax"), "there are no scores", "but 'softmax'"),
+    Refusal(HASH, "moe_router_score_function", _not("softmax"), "there are no scores"),
     Refusal(HASH, "moe_router_pre_softmax", _on, "there are no scores"),
-    Refusal(HASH, "pipeline_model_parallel_size", _above_one, "only the first stage knows the token ids", "above 1"),
+    Refusal(HASH, "pipeline_model_parallel_size", _above_one, "only the first stage knows the token ids"),
     Refusal(
         HASH, "mtp_num_layers", _given,
         "multi-token-prediction layers see shifted tokens, but the router keeps the ids of the unshifted ones",
     ),
-    Refusal(
-        HASH, "overlap_moe_expert_parallel_comm", _on, "its schedule mixes the token ids of two microbatches"
-    ),
+    Refusal(HASH, "overlap_moe_expert_parallel_comm", _on, "its schedule mixes the token ids of two microbatches"),
     Refusal(
         GRANULAR, "expert_tensor_parallel_size", _above_one,
         "an expert of a few rows is not split; add --expert-tensor-parallel-size 1, which is otherwise that of "
         "--tensor-model-parallel-size",
-        "above 1",
     ),
     Refusal(
         GRANULAR, "expert_gtp_weight_remat_size", _above_one,
         "their weights are not sharded further than over expert-parallel ranks",
-        "above 1",
     ),
     Refusal(GRANULAR, "add_bias_linear", _on, "tiny experts have no biases; add --disable-bias-linear"),
     Refusal(GRANULAR, "fp8", _given, _ENGINE),
@@ -255,32 +228,35 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(GRANULAR, "moe_single_grouped_weight", _on, _ENGINE),
     Refusal(GRANULAR, "use_te_activation_func", _on, _ENGINE),
     Refusal(GRANULAR, "use_kitchen", _on, _ENGINE),
-    Refusal(
-        GRANULAR, "moe_grouped_gemm", _on, "these experts are one tensor already; leave out --moe-grouped-gemm"
-    ),
+    Refusal(GRANULAR, "moe_grouped_gemm", _on, "these experts are one tensor already; leave out --moe-grouped-gemm"),
     Refusal(GRANULAR, "moe_apply_probs_on_input", _on, "the probs weigh the activations of each expert"),
     Refusal(
         GRANULAR, "recompute_modules",
-        lambda config, value: "moe_act" in (value or []) and config.recompute_granularity == "selective",
+        Values(
+            lambda config, value: "moe_act" in (value or []) and config.recompute_granularity == "selective",
+            "with 'moe_act'",
+        ),
         "'moe_act' recomputes Megatron's own experts; recompute 'moe' instead",
-        "with 'moe_act'",
     ),
     Refusal(
         GRANULAR, "offload_modules",
-        lambda config, value: bool(
-            config.fine_grained_activation_offloading and {"expert_fc1", "moe_act"} & set(value)
+        Values(
+            lambda config, value: (
+                config.fine_grained_activation_offloading and not {"expert_fc1", "moe_act"}.isdisjoint(value)
+            ),
+            "with 'expert_fc1' or 'moe_act'",
         ),
         "'expert_fc1' and 'moe_act' offload Megatron's own experts",
-        "with 'expert_fc1' or 'moe_act'",
     ),
     Refusal(GRANULAR, "delay_wgrad_compute", _on, _ONE_PASS),
     Refusal(GRANULAR, "overlap_dispatch_backward_with_experts_wgrad", _on, _ONE_PASS),
     Refusal(
-        COMPACT, "moe_granular_experts", lambda config, value: not value,
+        COMPACT, "moe_granular_experts", Values(lambda config, value: not value, "off"),
         "the other experts want K copies of each token; add --moe-granular-experts",
-        "off",
     ),
-    Refusal(COMPACT, "num_moe_experts", lambda config, value: value >= 2**31, "expert ids are int32", "from 2^31"),
+    Refusal(
+        COMPACT, "num_moe_experts", Values(lambda config, value: value >= 2**31, "from 2^31"), "expert ids are int32"
+    ),
     Refusal(COMPACT, "moe_expert_capacity_factor", _given, "tokens are dropped on Megatron's dense maps"),
     Refusal(COMPACT, "moe_expert_rank_capacity_factor", _given, "no token is dropped"),
     Refusal(
@@ -290,11 +266,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         COMPACT, "moe_token_dispatcher_type", _is("flex"),
         "DeepEP's buffers would be made and not used; leave it at 'allgather'",
-        "'flex'",
     ),
-    Refusal(
-        COMPACT, "overlap_moe_expert_parallel_comm", _on, "its schedule has not been tested with this dispatcher"
-    ),
+    Refusal(COMPACT, "overlap_moe_expert_parallel_comm", _on, "its schedule has not been tested with this dispatcher"),
     Refusal(COMPACT, "moe_permute_fusion", _on, _NOT_PERMUTED),
     Refusal(COMPACT, "moe_router_padding_for_quantization", _on, _NOT_PERMUTED),
     Refusal(COMPACT, "moe_router_padding_for_fp8", _on, _NOT_PERMUTED),
