@@ -140,27 +140,23 @@ def _shown(value: Any, args: argparse.Namespace | None, name: str) -> Any:
 def _sizes_of_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that shape a model, without those that have no effect."""
     sizes = {name: getattr(args, name) for name in (*_GIVEN_SIZES, *_DERIVED_SIZES) if hasattr(args, name)}
-    # Megatron's older name of the pattern stands in older checkpoints.
+    # Older checkpoints hold Megatron's older name of the pattern.
     pattern = sizes.get("hybrid_layer_pattern") or getattr(args, "hybrid_override_pattern", None)
-    sizes["hybrid_layer_pattern"] = pattern
-    if pattern is not None:
-        sizes["hybrid_layer_pattern"] = bare_pattern(pattern)
-        sizes.pop("num_layers", None)  # it is derived from the pattern
-    if not getattr(args, "group_query_attention", False):
-        sizes.pop("num_query_groups", None)
+    sizes["hybrid_layer_pattern"] = None if pattern is None else bare_pattern(pattern)
     layers = moe_layers(argparse.Namespace(**vars(args) | {"hybrid_layer_pattern": pattern}))
+    unused = set()
+    if pattern is not None:
+        unused |= {"num_layers", "moe_layer_freq"}  # derived from the pattern
+    if not getattr(args, "group_query_attention", False):
+        unused.add("num_query_groups")
     if all(layers):
-        sizes.pop("ffn_hidden_size", None)
+        unused.add("ffn_hidden_size")
     if sizes.setdefault("num_experts", None) is None:
-        for name in ("moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
-            sizes.pop(name, None)
-        return sizes
-    sizes["moe_ffn_hidden_size"] = args.moe_ffn_hidden_size or args.ffn_hidden_size
-    if pattern is None:
-        sizes["moe_layer_freq"] = layers
+        unused |= {"moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"}
     else:
-        sizes.pop("moe_layer_freq", None)
-    return sizes
+        sizes["moe_ffn_hidden_size"] = args.moe_ffn_hidden_size or args.ffn_hidden_size
+        sizes["moe_layer_freq"] = layers
+    return {name: value for name, value in sizes.items() if name not in unused}
 
 
 def _sizes_of_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
