@@ -119,7 +119,7 @@ def _check_sizes(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         found = _sizes_of_arguments(checkpoint.args)
         if own["hybrid_layer_pattern"] is not None and found["hybrid_layer_pattern"] is None:
             for name in ("num_layers", "moe_layer_freq", "hybrid_layer_pattern"):
-                del found[name]  # Megatron pairs the layers of a GPT checkpoint with those of a hybrid model
+                found.pop(name, None)  # Megatron pairs the layers of a GPT checkpoint with those of a hybrid model
     else:  # a rank's file of the legacy format holds only a part of the experts
         found = {} if checkpoint.is_legacy else _sizes_of_tensors(checkpoint.shapes)
     for names in (_GIVEN_SIZES, _DERIVED_SIZES):  # a derived size is not named beside the one it follows from

@@ -343,6 +343,11 @@ def test_a_model_of_another_shape_is_refused(save, check, is_legacy, changes, me
     assert str(error.value).endswith(f"was trained with a model of another shape: {message}")
 
 
+def test_a_dense_gpt_model_is_refused_for_a_hybrid_one_with_experts(save, check):
+    with pytest.raises(ValueError, match=r"another shape: --num-experts must be left out$"):
+        check(load=save(num_experts=None), hybrid_layer_pattern="M*-E", num_layers=4)
+
+
 def test_equal_patterns_of_layers_pass_however_they_are_written(save, check):
     assert check(load=save(), moe_layer_freq=[1, 1]) is False
 
