@@ -9,6 +9,7 @@ Legend: T tokens, H hidden, C clusters, P probes, E experts. Derivation: docs/co
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -34,7 +35,9 @@ def window_decay(decay: float, num_updates: int) -> float:
     return min(decay, (1 + num_updates) / (3 + num_updates))
 
 
-def update_from_tokens(codewords, ema, statistics, decay, num_updates):
+def update_from_tokens(
+    codewords: torch.Tensor, ema: torch.Tensor, statistics: torch.Tensor, decay: float, num_updates: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One step of adaptive spherical k-means: decayed sums, then divide and normalize, then revive.
 
     The running sums start at zero and only their ratios and directions are used, so they need no bias correction and
@@ -53,13 +56,15 @@ def update_from_tokens(codewords, ema, statistics, decay, num_updates):
     return split_loaded(_directions(ema, codewords), ema, statistics, num_updates)
 
 
-def _directions(sums, otherwise):
+def _directions(sums: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
     """[C, H]: the unit vectors of the summed tokens in [C, H + 3], or the given rows where nothing was summed."""
     vectors = sums[:, : otherwise.shape[1]]
     return torch.where(vectors.any(dim=1, keepdim=True), unit_rows(vectors), otherwise)
 
 
-def split_loaded(codewords, ema, statistics, num_updates):
+def split_loaded(
+    codewords: torch.Tensor, ema: torch.Tensor, statistics: torch.Tensor, num_updates: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Revive starved codewords by the split rule: the i-th starved one takes half of the i-th most loaded one.
 
     Both halves start at the latest mean of the loaded cluster, moved apart along a random direction by as much as a
@@ -97,7 +102,7 @@ def split_loaded(codewords, ema, statistics, num_updates):
             centers[rows] = codewords[rows]
 
 
-def lloyd_step(codewords: torch.Tensor, weight: torch.Tensor):
+def lloyd_step(codewords: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One Lloyd step of spherical k-means over the expert centers; a starved cluster splits a large one.
 
     Args:
@@ -225,7 +230,7 @@ class Codebook(Learner):
             return CodebookHealth(None, None, int(self.num_dropped))
         return CodebookHealth(1.0 - cosine, int(live), int(self.num_dropped))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         strict, missing_keys = args[1], args[2]
         names = [prefix + name for name in ("codewords", "ema", "num_updates", "num_dropped")]
         for name in ("codewords", "ema"):

@@ -3,6 +3,8 @@
 Legend: H hidden, E experts, C clusters, L shortlist.
 """
 
+from typing import Any
+
 import torch
 
 from air_moe_megatron.codebook import Codebook
@@ -22,7 +24,7 @@ def reserved_places(num_experts: int, num_clusters: int, shortlist_size: int, to
 
 
 @torch.no_grad()
-def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0):
+def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0) -> torch.Tensor:
     """Shortlists that hold every expert: the *orphan rule*.
 
     A list keeps the experts that score highest at its codeword, up to its reserved places. The experts that no list
@@ -68,7 +70,7 @@ def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0):
     return torch.cat((kept, rest), dim=1).sort(dim=1).values.int()
 
 
-def _first_distinct(ids, count):
+def _first_distinct(ids: torch.Tensor, count: int) -> torch.Tensor:
     """[C, count]: the first ids of each row that are not -1 and do not repeat an earlier one."""
     sorted_ids, places = ids.sort(dim=1, stable=True)
     out = sorted_ids < 0
@@ -77,7 +79,7 @@ def _first_distinct(ids, count):
     return ids.gather(1, where)
 
 
-def inverted_lists(codewords, weight, capacity):
+def inverted_lists(codewords: torch.Tensor, weight: torch.Tensor, capacity: int) -> torch.Tensor:
     """Put every expert into the list of its nearest codeword that has room: a classic inverted file, bounded.
 
     In each round the experts still outside propose to their nearest codeword with room, which takes the nearest of
@@ -112,7 +114,7 @@ def inverted_lists(codewords, weight, capacity):
     return lists.masked_fill(lists == num_experts, -1).int()
 
 
-def balanced_lists(num_clusters, shortlist_size, num_experts, device):
+def balanced_lists(num_clusters: int, shortlist_size: int, num_experts: int, device: torch.device) -> torch.Tensor:
     """Lists of consecutive experts, spread evenly over the ids whatever the weights; for load tests.
 
     Every expert has the same number of places if C * L is a multiple of E, otherwise one more or less; with fewer
@@ -171,7 +173,7 @@ class ShortlistIndex(torch.nn.Module):
 
     def __init__(
         self, num_clusters: int, shortlist_size: int, source: str, refresh_interval: int, num_reserved: int = 0
-    ):
+    ) -> None:
         super().__init__()
         self.num_reserved = num_reserved
         self.source = source
@@ -242,7 +244,7 @@ class ShortlistIndex(torch.nn.Module):
             self.built_at.fill_(version)
             self._built_at_on_host = version
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         strict, missing_keys = args[1], args[2]
         loaded = state_dict.get(prefix + "shortlist")
         if loaded is not None and loaded.shape != self.shortlist.shape:

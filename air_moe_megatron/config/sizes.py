@@ -60,11 +60,11 @@ def resolve_sizes(config: TransformerConfig) -> AIRSizes:
     return AIRSizes(num_experts, topk, num_clusters, shortlist_size, num_probes, num_candidates)
 
 
-def _automatic_probes(config):
+def _automatic_probes(config: TransformerConfig) -> int:
     return _PROBES if config.moe_air_codebook_source == "tokens" else 1
 
 
-def _automatic_clusters(config):
+def _automatic_clusters(config: TransformerConfig) -> int:
     num_experts, num_probes = config.num_moe_experts, config.moe_air_num_probes or _automatic_probes(config)
     num_clusters = min(_automatic(4 * math.sqrt(num_experts)), num_experts)
     if config.moe_air_codebook_source == "tokens":
@@ -76,7 +76,7 @@ def _automatic_clusters(config):
     return min(num_clusters, max(num_probes, most, least))
 
 
-def _automatic(size):
+def _automatic(size: float) -> int:
     return _round_up(max(_MIN_AUTO_SIZE, math.ceil(size)), 8)
 
 

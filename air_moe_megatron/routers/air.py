@@ -8,11 +8,15 @@ Legend: S sequence, B batch, T = S*B tokens, H hidden, E experts, C clusters, L 
 candidates, M the best of them that probabilities and losses see, K top-k.
 """
 
+import argparse
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import apply_random_logits, topk_routing_with_score_function
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.config import resolve_sizes
@@ -45,7 +49,9 @@ class AIRRouter(CompactRouter):
     router_type = "air"
     has_lists = True
 
-    def __init__(self, config, pg_collection=None, is_mtp_layer: bool = False) -> None:
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
+    ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.sizes = resolve_sizes(config)
         self.codebook = Codebook(self.sizes.num_clusters, config.hidden_size, config.moe_air_codebook_ema)
@@ -111,7 +117,7 @@ class AIRRouter(CompactRouter):
             logits = apply_random_logits(logits.gather(1, order)).masked_fill(ids < 0, float("-inf"))
         return logits, ids
 
-    def _probs_of(self, selected):
+    def _probs_of(self, selected: torch.Tensor) -> torch.Tensor:
         """[T, K] probs of selected scores [T, K]; only where no other score enters them."""
         columns = torch.arange(self.topk, device=selected.device).expand_as(selected)
         return topk_routing_with_score_function(
@@ -166,11 +172,13 @@ class AIRRouter(CompactRouter):
         return shortlist, codewords
 
     @staticmethod
-    def checkpoint_fields(config: Any) -> dict[str, Any]:
+    def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
         """As the base's."""
         return {"moe_air_codebook_source": config.moe_air_codebook_source}
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
         """As Megatron's; without codebook and lists while a checkpoint that holds none is being loaded."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.is_codebook_left_out:
@@ -187,7 +195,7 @@ class AIRRouter(CompactRouter):
         if self.index.source == "experts":
             self.codebook.count_update()
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.is_codebook_left_out = False
         return super()._load_from_state_dict(*args, **kwargs)
 
