@@ -4,22 +4,21 @@ Every rank reports what it sees, rank 0 reads and checks, and all ranks get the 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 from megatron.core.transformer import TransformerConfig
 
 from air_moe_megatron.agreement import Ranks
 from air_moe_megatron.checkpoints.checks import check_contents
-from air_moe_megatron.checkpoints.reader import Checkpoint, Damaged, Location, advice, locate, read
+from air_moe_megatron.checkpoints.reader import Damaged, Location, advice, locate, read
 from air_moe_megatron.checkpoints.saving import check_optimizer_resumes, check_room, find_write_problem
 from air_moe_megatron.config import AIRFields
 
 __all__ = ["check_checkpoint", "fields_of_checkpoint"]
-
-_UNCHECKED_FORMATS = ("torch_dcp", "fsdp_dtensor")
-"""Formats of FSDP, which only plain top-k models train with (`entry_refusals.py`)."""
 
 
 def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks: Ranks) -> bool:
@@ -39,11 +38,9 @@ def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks:
                 raise ValueError(f"{report['write problem']}, on rank {rank} ({report['host']})")
         checkpoint, lacks_codebooks = None, False
         if location is not None and not args.moe_use_upcycling:
-            checkpoint = _read_whole(location)
-            try:
+            with _naming(location):
+                checkpoint = read(location)
                 lacks_codebooks = check_contents(checkpoint, args, config)
-            except Damaged as error:
-                raise _damaged(location, error) from error
         check_optimizer_resumes(args, checkpoint)
         check_room(args, config)
         return lacks_codebooks
@@ -65,7 +62,10 @@ def fields_of_checkpoint(args: argparse.Namespace, ranks: Ranks) -> dict[str, An
 
     def judge(reports: list[dict[str, Any]]) -> dict[str, Any]:
         location = _agreed_location(args, reports)
-        saved_by = None if location is None else _read_whole(location).args
+        if location is None:
+            return {}
+        with _naming(location):
+            saved_by = read(location).args
         names = [field.name for field in dataclasses.fields(AIRFields)]
         return {name: getattr(saved_by, name) for name in names if hasattr(saved_by, name)}
 
@@ -75,8 +75,6 @@ def fields_of_checkpoint(args: argparse.Namespace, ranks: Ranks) -> dict[str, An
 def _report(args: argparse.Namespace) -> dict[str, Any]:
     """What this rank sees of the checkpoint: its iteration, or what is wrong."""
     report = {"host": socket.gethostname(), "iteration": None, "problem": None}
-    if args.ckpt_format in _UNCHECKED_FORMATS:
-        return report
     try:
         location = locate(args)
         if location is not None:
@@ -90,11 +88,10 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 
 def _agreed_location(args: argparse.Namespace, reports: list[dict[str, Any]]) -> Location | None:
     """The checkpoint's location, which every rank must see as rank 0 does."""
-    if args.ckpt_format in _UNCHECKED_FORMATS:
-        return None
     location = locate(args)
     if location is not None and reports[0]["problem"] is not None:
-        raise _damaged(location, Damaged(reports[0]["problem"]))
+        with _naming(location):
+            raise Damaged(reports[0]["problem"])
     for rank, report in enumerate(reports):
         if report["problem"] is not None or report["iteration"] != reports[0]["iteration"]:
             seen = report["problem"] or f"it finds {report['iteration'] or 'no checkpoint'}"
@@ -105,12 +102,11 @@ def _agreed_location(args: argparse.Namespace, reports: list[dict[str, Any]]) ->
     return location
 
 
-def _read_whole(location: Location) -> Checkpoint:
+@contextlib.contextmanager
+def _naming(location: Location) -> Iterator[None]:
+    """Within this context, an error about damage names the checkpoint and what to load instead."""
     try:
-        return read(location)
+        yield
     except Damaged as error:
-        raise _damaged(location, error) from error
-
-
-def _damaged(location: Location, error: Damaged) -> ValueError:
-    return ValueError(f"{location} is damaged: {error}; {advice(location.folder, location.name)}")
+        message = f"{location} is damaged: {error}; {advice(location.folder, location.name)}"
+        raise ValueError(message) from error

@@ -25,6 +25,9 @@ _ITERATION = re.compile(r"iter_(\d{7,})")
 _NON_PERSISTENT = "non_persistent"
 """Folder within that of `--load`; Megatron keeps only the latest checkpoint in it."""
 
+_UNCHECKED_FORMATS = ("torch_dcp", "fsdp_dtensor")
+"""Formats of FSDP, which only plain top-k models train with (`entry_refusals.py`)."""
+
 _METADATA = ".metadata"
 _COMMON_FILE = "common.pt"
 _COMMON_KEY = ShardedObject("common_state", None, (1,), (0,)).unique_key
@@ -94,11 +97,13 @@ def locate(args: argparse.Namespace) -> Location | None:
     """Find the checkpoint that Megatron will load.
 
     Returns:
-        its location, or None for a run that starts from scratch: without `--load`, or with a `--load` that names the
-        new or empty folder of `--save`.
+        its location; None for a run that starts from scratch (without `--load`, or with one that names the new or empty
+        folder of `--save`), and for formats that are not checked.
     Raises:
         ValueError: if there is no checkpoint where a flag says, or the file that names the latest iteration is garbled.
     """
+    if args.ckpt_format in _UNCHECKED_FORMATS:
+        return None
     flags = (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint))
     given = [(flag, folder) for flag, folder in flags if folder is not None]
     for flag, folder in given:
