@@ -16,14 +16,15 @@ from air_moe_megatron.config import balancing_losses, is_plain_topk
 
 @dataclass(frozen=True)
 class FlagRefusal:
-    """A flag that this entry would accept and not honor; without a cause it is always refused."""
+    """A flag that this entry would accept and not honor, where it is given; without a cause it is always refused."""
 
     flag: str
-    when: Callable[[argparse.Namespace], bool]
     reason: str
     cause: str = ""
     """As errors and docs/limits.md name it. {router} stands for the flag that asks for a layer of ours, {packed} for
     the flag that packs documents."""
+    applies: Callable[[argparse.Namespace], bool] = lambda args: True
+    """Whether the cause is there."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def check_flags(args: argparse.Namespace) -> None:
         ValueError: naming the flag, its value and the reason or the rule.
     """
     for row in FLAG_REFUSALS:
-        if row.when(args):
+        value = value_of(args, row.flag)
+        if value is not None and value is not False and row.applies(args):
             cause = row.cause.format(router=_router_flag(args), packed=_packing_flag(args))
             cause = f" with {cause}" if cause else ""
             raise ValueError(f"{_shown(args, row.flag)} is not supported{cause}: {row.reason}")
@@ -83,87 +85,60 @@ def _counts_evaluations(args: argparse.Namespace) -> bool:
 _WHOLE_PARAMETERS = "codebooks, health lines and main_grad read whole parameters outside of the forward"
 
 FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
+    FlagRefusal("--freeze-all-layers", "Megatron freezes only models that it builds from arguments"),
+    FlagRefusal("--logits-load-dir", "this entry has no knowledge distillation from cached logits"),
     FlagRefusal(
-        "--freeze-all-layers",
-        lambda args: args.freeze_all_layers,
-        "Megatron freezes only models that it builds from arguments",
+        "--moe-routing-trace-capture-logits", "it records exact logits of all experts inside Megatron's own router",
+        "{router}", _ours,
     ),
-    FlagRefusal(
-        "--logits-load-dir",
-        lambda args: args.logits_load_dir is not None,
-        "this entry has no knowledge distillation from cached logits",
-    ),
-    FlagRefusal(
-        "--moe-routing-trace-capture-logits",
-        lambda args: _ours(args) and args.moe_routing_trace_capture_logits,
-        "it records exact logits of all experts inside Megatron's own router",
-        "{router}",
-    ),
-    FlagRefusal(
-        "--use-megatron-fsdp", lambda args: _ours(args) and args.use_megatron_fsdp, _WHOLE_PARAMETERS, "{router}"
-    ),
-    FlagRefusal("--use-torch-fsdp2", lambda args: _ours(args) and args.use_torch_fsdp2, _WHOLE_PARAMETERS, "{router}"),
+    FlagRefusal("--use-megatron-fsdp", _WHOLE_PARAMETERS, "{router}", _ours),
+    FlagRefusal("--use-torch-fsdp2", _WHOLE_PARAMETERS, "{router}", _ours),
     FlagRefusal(
         "--micro-batch-size",
-        lambda args: args.moe_router_type == "hash" and is_packed(args) and (args.micro_batch_size or 0) > 1,
         "packed microbatches are flattened after the embedding has seen the ids, so ids and hidden states are in "
         "different orders; use --micro-batch-size 1",
         "--moe-router-type hash and {packed}",
+        lambda args: args.moe_router_type == "hash" and is_packed(args) and args.micro_batch_size > 1,
     ),
     FlagRefusal(
         "--moe-router-load-balancing-type",
-        lambda args: _ours(args) and is_packed(args) and "seq_aux_loss" in balancing_losses(args),
         "a router is not told where documents end, and would balance a pack of them as one sequence; use aux_loss or "
         "global_aux_loss",
         "{router} and {packed}",
+        lambda args: _ours(args) and is_packed(args) and "seq_aux_loss" in balancing_losses(args),
     ),
     FlagRefusal(
         "--moe-router-load-balancing-type",
-        lambda args: _ours(args) and args.hybrid_context_parallel and bool(balancing_losses(args)),
         "the ranks that hold parts of a sequence change with every microbatch; set --moe-aux-loss-coeff 0",
         "{router} and --hybrid-context-parallel",
+        lambda args: _ours(args) and args.hybrid_context_parallel and bool(balancing_losses(args)),
     ),
     FlagRefusal(
         "--hybrid-context-parallel",
-        lambda args: (
-            args.hybrid_context_parallel
-            and args.moe_router_type == "product_key"
-            and args.moe_product_key_query_norm in ("auto", "batchnorm")
-        ),
         "batch norm sums over the ranks in every forward, and their numbers of forwards differ; use "
         "--moe-product-key-query-norm layernorm",
         "--moe-router-type product_key",
+        lambda args: (
+            args.moe_router_type == "product_key" and args.moe_product_key_query_norm in ("auto", "batchnorm")
+        ),
     ),
     FlagRefusal(
-        "--save-tokens-per-expert-interval",
-        lambda args: args.moe_granular_experts and args.save_tokens_per_expert_interval is not None,
-        "it records what Megatron's own experts are given",
-        "--moe-granular-experts",
+        "--save-tokens-per-expert-interval", "it records what Megatron's own experts are given",
+        "--moe-granular-experts", lambda args: args.moe_granular_experts,
     ),
     FlagRefusal(
-        "--moe-use-upcycling",
-        lambda args: args.moe_granular_experts and args.moe_use_upcycling,
-        "an expert of a few rows is no copy of a dense MLP",
-        "--moe-granular-experts",
+        "--moe-use-upcycling", "an expert of a few rows is no copy of a dense MLP",
+        "--moe-granular-experts", lambda args: args.moe_granular_experts,
+    ),
+    FlagRefusal("--perform-rl-step", "this entry only pretrains; Megatron-LM has train_rl.py"),
+    FlagRefusal(
+        "--fim-data", "this entry makes such data for GPT models only",
+        "--hybrid-layer-pattern", lambda args: args.hybrid_layer_pattern is not None,
     ),
     FlagRefusal(
-        "--perform-rl-step",
-        lambda args: args.perform_rl_step,
-        "this entry only pretrains; Megatron-LM has train_rl.py",
+        "--overlap-moe-expert-parallel-comm", "its schedule plan drops the document boundaries", "{packed}", is_packed
     ),
-    FlagRefusal(
-        "--fim-data",
-        lambda args: args.fim_data and args.hybrid_layer_pattern is not None,
-        "this entry makes such data for GPT models only",
-        "--hybrid-layer-pattern",
-    ),
-    FlagRefusal(
-        "--overlap-moe-expert-parallel-comm",
-        lambda args: args.overlap_moe_expert_parallel_comm and is_packed(args),
-        "its schedule plan drops the document boundaries",
-        "{packed}",
-    ),
-)
+)  # fmt: skip
 """Checked from the top; the first row that applies is the error."""
 
 FLAG_RULES: tuple[FlagRule, ...] = (
