@@ -153,10 +153,8 @@ def _validate_air(config: TransformerConfig) -> None:
             "in one list"
         )
     if sizes.num_probes * num_experts < topk * sizes.num_clusters:
-        most_clusters, least_probes = (
-            sizes.num_probes * num_experts // topk,
-            -(-topk * sizes.num_clusters // num_experts),
-        )
+        most_clusters = sizes.num_probes * num_experts // topk
+        least_probes = -(-topk * sizes.num_clusters // num_experts)
         raise ValueError(
             f"moe_air_num_probes ({sizes.num_probes}) times the mean list, num_moe_experts ({num_experts}) over "
             f"moe_air_num_clusters ({sizes.num_clusters}), must be at least moe_router_topk ({topk}) with "
