@@ -1,4 +1,4 @@
-"""Which Megatron this is, and what it leaves undone: the only home of version checks."""
+"""Version checks of Megatron, and what it leaves undone."""
 
 import argparse
 import contextlib
@@ -36,10 +36,10 @@ def megatron_has_our_fields() -> bool:
 
 
 def release_process_groups() -> None:
-    """End the process groups of a finished run, and with them their threads; without a process group, do nothing.
+    """End the process groups of a finished run with their threads; without a process group, do nothing.
 
-    Megatron leaves that to the end of the process. A thread of gloo that drops its last tensor while Python is already
-    shutting down then aborts the process ("terminate called without an active exception"), after all work was done.
+    Megatron leaves that to the end of the process. Then a thread of gloo that drops its last tensor while Python shuts
+    down aborts the process ("terminate called without an active exception"), after all work was done.
     """
     from megatron.core import parallel_state
 
@@ -65,7 +65,7 @@ def process_groups_released() -> Iterator[None]:
 
 
 def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Escape stray percent signs in help texts: with the one of megatron-core 0.19's own, ``--help`` would crash."""
+    """Escape stray percent signs in help texts: megatron-core 0.19 has one, with which ``--help`` crashes."""
     for action in parser._actions:
         try:
             (action.help or "") % vars(action)

@@ -34,7 +34,7 @@ class FlagRule:
     flag: str
     when: Callable[[argparse.Namespace], bool]
     rule: str
-    """What the error says after the flag and its value; {router} as in :class:`FlagRefusal`."""
+    """Text of the error after the flag and its value; {router} as in :class:`FlagRefusal`."""
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ def expert_loads(routers: Sequence[CompactRouter]) -> tuple[list[torch.Tensor], 
 
 
 def load_figures(loads: Sequence[torch.Tensor], num_ranks: int) -> dict[str, float]:
-    """How evenly the tokens are spread, as means over the routers; waits for the device.
+    """Figures of how evenly the tokens are spread, as means over the routers; waits for the device.
 
     Args:
         loads: for each router [E] tokens of each expert.
@@ -243,8 +243,10 @@ def vq_loss(routers: Sequence[VQRouter]) -> float:
 
 
 def codebook_figures(routers: Sequence[AIRRouter]) -> dict[str, float]:
-    """How the codebooks of AIR routers fit, as means over them, where they were fitted since a checkpoint was loaded;
-    waits for the device."""
+    """Figures of the codebooks of AIR routers; waits for the device.
+
+    Error and live codewords are means over the codebooks that were fitted since a checkpoint was loaded.
+    """
     healths = [router.codebook.health() for router in routers]
     figures = {
         "experts-listed": listed_share(routers),

@@ -1,4 +1,4 @@
-"""What a router learns from each global batch without gradients: the base of codebook and running norm."""
+"""The base of codebook and running norm, which learn from each global batch without gradients."""
 
 import torch
 
@@ -9,8 +9,8 @@ class Learner(PreservedState):
     """Statistics of one router that are summed over ranks and applied once per successful step.
 
     Life of a step: ``accumulate`` in the forward of each microbatch, ``discard`` when the step is attempted again,
-    ``apply_update`` with the sums over all ranks after the step. All tensors are fp32 or
-    wider, or integer, whatever the dtype of the model. Buffers are equal on all ranks.
+    ``apply_update`` with the sums over all ranks after the step. Whatever the dtype of the model, all tensors are fp32
+    or wider, or integer. Buffers are equal on all ranks.
 
     Args:
         shape: of the statistics.
@@ -33,8 +33,8 @@ class Learner(PreservedState):
 
         Args:
             statistics: summed over all ranks.
-            is_finite: whether all of them are, as every rank has found alike.
-            has_tokens: whether any token was counted, likewise.
+            is_finite: whether all of them are; the same on every rank.
+            has_tokens: whether any token was counted; the same on every rank.
         """
         if not is_finite:
             self._drop()
@@ -46,7 +46,7 @@ class Learner(PreservedState):
         raise NotImplementedError
 
     def drop_note(self) -> str:
-        """What the log adds to the warning that an update was dropped; waits for the device."""
+        """Words that the log adds to the warning of a dropped update; waits for the device."""
         return ""
 
     def _learn(self, statistics: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What happens to the statistics of a module when a model is cast, moved or wrapped."""
+"""Statistics of a module that survive when a model is cast, moved or wrapped."""
 
 from collections.abc import Callable
 

@@ -14,7 +14,7 @@ _CHUNK = 16384  # experts whose exact scores are held at a time
 
 @torch.no_grad()
 def recall(router: AIRRouter) -> tuple[float, float] | None:
-    """What the shortlists of a router keep, on the tokens that it has kept of its last training forward.
+    """Mass and top-k recall of a router's shortlists, on the tokens that it kept of its last training forward.
 
     Reads the scores of all experts a chunk at a time, so that nothing larger than [tokens, chunk] is made:
     ``2 * tokens * E * H`` FLOPs. Waits for the device; does not communicate.

@@ -1,4 +1,4 @@
-"""Which forward of a token counts, where activations are recomputed.
+"""Count each token once where activations are recomputed.
 
 Checkpointing runs the forward of a layer twice for the same tokens. Statistics must count one of the two:
 

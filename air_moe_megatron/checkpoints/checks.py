@@ -80,7 +80,7 @@ def _flag(name: str) -> str:
 
 
 def _demand(name: str, own: Any, found: Any) -> str:
-    """What the user must do about one argument that differs."""
+    """Tell the user what to do about one argument that differs."""
     given = "not given" if own is None or own is False else str(own)
     if found is None or found is False:
         return f"{_flag(name)} must be left out"

@@ -1,4 +1,4 @@
-"""What cannot be combined with what: one table, checked when a config is made. docs/limits.md is generated from it."""
+"""The table of what cannot be combined, checked when a config is made. docs/limits.md is generated from it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Cause:
     """Heading in docs/limits.md."""
     applies: Callable[[TransformerConfig], bool]
     name: Callable[[TransformerConfig], str]
-    """How an error names it."""
+    """Its name in an error."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which values of our fields are valid: each by itself, and against each other and Megatron's sizes."""
+"""The valid values of our fields: each by itself, and against each other and Megatron's sizes."""
 
 import math
 from dataclasses import fields
@@ -14,12 +14,12 @@ _HINTS = get_type_hints(AIRFields)
 
 
 def refuse_unused(values: object) -> None:
-    """Refuse a field of ours that nothing would heed.
+    """Refuse a field of ours that would have no effect.
 
     Args:
         values: a config or arguments that have all our fields.
     Raises:
-        ValueError: naming the flag, its value and what would heed it.
+        ValueError: naming the flag, its value and the flag that it needs.
     """
     for field in fields(AIRFields):
         value, owner = getattr(values, field.name), router_type_of(field.name)

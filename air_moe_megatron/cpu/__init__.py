@@ -94,7 +94,7 @@ def _missing(name: str) -> MissingNameError:
 
 
 class CPUMode:
-    """What `enable()` returns: as a context manager it ends CPU mode, if it was this call that began it.
+    """The handle of `enable()`. As a context manager it ends CPU mode, if this call began it.
 
     Attributes:
         names: the dotted names that are replaced, in the order of `ADAPTATIONS`.

@@ -1,4 +1,4 @@
-"""What CPU mode puts in the place of which name, and why. Nothing happens on import."""
+"""The names that CPU mode replaces, with what, and why. Nothing happens on import."""
 
 import contextlib
 import functools
@@ -95,10 +95,10 @@ def _load(original: Callable) -> Callable:
 
 
 def _loader_iter(original: Callable) -> Callable:
-    """A data loader draws a seed from the CPU generator when an iterator is made.
+    """Keep the random state while an iterator is made: a data loader draws a seed from the CPU generator then.
 
-    Here that generator is CUDA's too: without this, a resumed run, which makes its iterators after it has restored the
-    random state, would drop out other activations than the run that was never stopped.
+    Here that generator is CUDA's too. A resumed run makes its iterators after it has restored the random state, and
+    would drop out other activations than the run that was never stopped.
     """
 
     @functools.wraps(original)
@@ -114,9 +114,9 @@ def _loader_iter(original: Callable) -> Callable:
 
 @functools.cache  # torch.distributed and its submodule must keep sharing one function: P2POp compares identities
 def _isend(original: Callable) -> Callable:
-    """gloo reads the memory after isend has returned, and the pipeline schedules empty `.data` of what they sent.
+    """Send an alias: gloo reads the memory after isend has returned, and pipeline schedules empty `.data` meanwhile.
 
-    The alias shares the storage but not the `.data` slot, and the returned work holds it until it is done.
+    The alias shares the storage but not the `.data` slot. The returned work holds it until it is done.
     """
 
     @functools.wraps(original)
@@ -127,7 +127,7 @@ def _isend(original: Callable) -> Callable:
 
 
 def _all_to_all_single(original: Callable) -> Callable:
-    """Megatron moves split sizes from CUDA to numpy, but leaves those that are on the CPU as tensors."""
+    """Make lists of split sizes: Megatron moves those on CUDA to numpy, and leaves those on the CPU as tensors."""
 
     def as_list(sizes: torch.Tensor | list[int] | None) -> list[int] | None:
         return sizes.tolist() if hasattr(sizes, "tolist") else sizes
@@ -216,7 +216,7 @@ def _manual_seed(seed: int) -> None:
 
 
 def _without_warnings(original: types.ModuleType) -> types.SimpleNamespace:
-    """`logging` for a module whose one message, that the CPU's generator moved in a CUDA fork, is true by design."""
+    """`logging` for a module with one warning, which is true by design: the CPU's generator moves in a CUDA fork."""
     silent = logging.Logger(f"{__name__}.silent", level=logging.CRITICAL + 1)
     return types.SimpleNamespace(**{**vars(original), "getLogger": lambda name=None: silent})
 
@@ -239,7 +239,7 @@ def _compile_helpers(original: Callable) -> Callable:
 def _torch_norm(original: Callable) -> Callable:
     """torch's norms with sequence parallelism: each rank normalizes its own tokens, gradients are summed over ranks.
 
-    Megatron does that sum for every parameter marked `sequence_parallel`; its own fused norm sets the mark, the
+    Megatron sums the gradients of every parameter marked `sequence_parallel`. Its own fused norm sets the mark; its
     wrapper of torch's norm refuses instead. The computation needs no change.
     """
 

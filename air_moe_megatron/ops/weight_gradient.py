@@ -21,7 +21,7 @@ def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
 
 
 def added_to_main_grad(weight: torch.Tensor) -> torch.Tensor:
-    """What a backward returns for a weight whose gradient is in ``main_grad`` already.
+    """The result of a backward for a weight whose gradient is in ``main_grad`` already.
 
     Autograd needs a tensor of the right shape for Megatron's hooks to run; they do not read it, and it is never
     written, so that on a CPU it takes no memory.

@@ -1,4 +1,4 @@
-"""What the compact dispatcher sends to each rank, and what it makes of the answers: each token once per rank."""
+"""The two permutations of the compact dispatcher: tokens to rows, once per rank, and rows back to tokens."""
 
 from typing import TYPE_CHECKING, Union
 

@@ -16,7 +16,7 @@ __all__ = ["Pairs", "make_pairs", "pair_dots", "pair_sums"]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which weight rows each row of tokens meets, in both orders."""
+    """Pairs of rows of tokens and weight rows, in both orders."""
 
     rows: torch.Tensor  # [N] int64, ascending
     ids: torch.Tensor  # [N] int64, weight rows
