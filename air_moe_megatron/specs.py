@@ -132,15 +132,10 @@ def air_hybrid_stack_spec(config: TransformerConfig, given: ModuleSpec | None = 
 
 
 def require_routers(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Check that a model was built from our specs.
+    """Check that a model was built from our specs, and return it, as Megatron's hooks must.
 
-    Each router must have the class that its config asks for, and compact routes need a layer with the compact
-    dispatcher.
+    Each router must have the class that its config asks for. Compact routes need a layer with the compact dispatcher.
 
-    Args:
-        model: Megatron's list of model chunks.
-    Returns:
-        The same list, as Megatron's hooks must.
     Raises:
         ValueError: naming the module that kept Megatron's router, or the layer that kept Megatron's dispatcher.
     """

@@ -98,13 +98,9 @@ class HashRouter(CompactRouter):
         return ids.reshape(-1)
 
 
-def hand_over_token_ids(model: list[torch.nn.Module]) -> list:
-    """Have the embedding of a model tell its hash routers the token ids of each microbatch.
+def hand_over_token_ids(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Have a model's embedding give its hash routers the token ids of each microbatch; return the model, as hooks must.
 
-    Args:
-        model: Megatron's list of model chunks.
-    Returns:
-        The same list, as Megatron's hooks must.
     Raises:
         ValueError: if a chunk has hash routers and no embedding.
     """
