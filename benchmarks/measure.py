@@ -132,9 +132,6 @@ def _status_bytes(field: str) -> int:
 def environment(device: torch.device) -> dict[str, str]:
     """What every row carries: device, threads, large pages, versions and commit."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     return {
         "device": name,
         "threads": str(torch.get_num_threads()),
@@ -142,8 +139,23 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": str(torch.__version__),
         "triton": importlib.metadata.version("triton"),
         "megatron_core": importlib.metadata.version("megatron-core"),
-        "commit": commit or "unknown",
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """This tree's commit, with "-dirty" where a tracked file differs from it; "unknown" where git cannot tell.
+
+    Results are left out: a benchmark that writes among them does not make the next one's rows dirty.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent).stdout.strip()
+
+    name = git("rev-parse", "--short", "HEAD")
+    is_dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs/results")
+    return f"{name}-dirty" if is_dirty else name or "unknown"
 
 
 def large_pages() -> str:
