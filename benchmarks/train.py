@@ -22,7 +22,7 @@ from benchmarks.timing import Case, time_interleaved
 
 logger = logging.getLogger(__name__)
 
-_AIR, _TOPK = "GPT, AIRMoELayer", "GPT, MoELayer with TopKRouter"
+AIR, _TOPK = "GPT, AIRMoELayer", "GPT, MoELayer with TopKRouter"
 _VOCABULARY = 256
 
 
@@ -45,15 +45,13 @@ def run(args) -> list[dict]:
         checks.check_router(pg_collection, device)
         _check(pg_collection, device)
         sizes = Sizes.of(args)
-        batch = _batch(sizes, args.sequence, device)
-        steps = {
-            name: Trainer(name, sizes, args.layers, args.sequence, pg_collection, device) for name in (_AIR, _TOPK)
-        }
+        batch = make_batch(sizes, args.sequence, device)
+        steps = {name: Trainer(name, sizes, args.layers, args.sequence, pg_collection, device) for name in (AIR, _TOPK)}
         work, rebuilds, rebuild_works = {}, [], []
         for name, trainer in steps.items():
             layers = []
             for layer, hidden in trainer.layers_and_inputs(batch):
-                if name == _AIR:
+                if name == AIR:
                     warm_up_codebook(layer.router, hidden)
                     checks.check_lists(layer.router)
                     checks.check_at_size(layer.router, hidden.reshape(-1, 1, sizes.hidden))
@@ -74,9 +72,9 @@ def run(args) -> list[dict]:
             lambda: {"total": sum(rebuild()["total"] for rebuild in rebuilds)}, roofline.together(*rebuild_works)
         )
         outcome = time_interleaved(cases, args, device, extra_phases=("optimizer",))
-        interval = steps[_AIR].routers[0].index.refresh_interval
+        interval = steps[AIR].routers[0].index.refresh_interval
         seconds = {name: outcome.median(name) for name in steps}
-        seconds[_AIR] += outcome.median(rebuild) / interval
+        seconds[AIR] += outcome.median(rebuild) / interval
         columns = sizes.columns() | {"ffn": sizes.ffn, "layers": args.layers}
         rows = []
         for name in cases:
@@ -89,9 +87,12 @@ def run(args) -> list[dict]:
 
 
 class Trainer:
-    """A GPT with Megatron's data-parallel wrapper and optimizer, in a world of one rank."""
+    """A GPT with Megatron's data-parallel wrapper and optimizer, in a world of one rank.
 
-    def __init__(self, name, sizes, num_layers, sequence, pg_collection, device) -> None:
+    ``fields`` are those of the config that a caller sets beside the benchmark's.
+    """
+
+    def __init__(self, name, sizes, num_layers, sequence, pg_collection, device, **fields) -> None:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.models.gpt import GPTModel
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -102,7 +103,7 @@ class Trainer:
 
         destroy_moe_metrics_tracker()  # it has a slot for each layer of the model before
         torch.manual_seed(0)
-        is_air = name == _AIR
+        is_air = name == AIR
         config = make_config(
             sizes,
             "air" if is_air else "topk",
@@ -113,6 +114,7 @@ class Trainer:
             masked_softmax_fusion=False,
             bias_dropout_fusion=False,
             gradient_accumulation_fusion=False,
+            **fields,
         )
         model = GPTModel(config, _layer_spec(config), _VOCABULARY, sequence, pg_collection=pg_collection).to(device)
         if config.bf16:
@@ -190,7 +192,7 @@ def _layer_spec(config):
     return with_air_layers(spec, config)
 
 
-def _batch(sizes, sequence, device):
+def make_batch(sizes, sequence, device):
     generator = torch.Generator().manual_seed(0)
     shape = (sizes.tokens // sequence, sequence + 1)
     text = torch.randint(_VOCABULARY, shape, generator=generator).to(device)
@@ -202,8 +204,8 @@ def _batch(sizes, sequence, device):
 def _check(pg_collection, device):
     """With full lists and equal weights both models have equal losses, after steps of the optimizer too."""
     sizes = Sizes(experts=64, hidden=32, tokens=64, topk=4, ffn=2, clusters=4, shortlist=64)
-    batch = _batch(sizes, 16, device)
-    air, topk = (Trainer(name, sizes, 2, 16, pg_collection, device) for name in (_AIR, _TOPK))
+    batch = make_batch(sizes, 16, device)
+    air, topk = (Trainer(name, sizes, 2, 16, pg_collection, device) for name in (AIR, _TOPK))
     missing, unexpected = air.model.module.load_state_dict(topk.model.module.state_dict(), strict=False)
     if unexpected or any(".router.codebook." not in name and ".router.index." not in name for name in missing):
         raise AssertionError(f"the models differ in {missing} and {unexpected}")
