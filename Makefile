@@ -18,11 +18,13 @@ OUT_STUDY ?= out/study
 BENCH ?= router
 FLAGS ?=
 RUN = $(BIN)/python -W ignore benchmarks/run.py
-GPU_SIZES := --hidden 1024 --tokens 16384 --topk 64
-GPU_RUNS := --warmup 3 --repetitions 20 --slow-repetitions 10
+PARTS ?=
+MINUTES ?= 25
+AGAIN ?=
+DRY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train test test-fast golden limits lint bench bench-gpu bench-layer bench-compare study clean
+.PHONY: help install data train test test-fast golden limits lint bench bench-gpu bench-layer bench-compare gpu gpu-curves study clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-14s%s\n", $$1, $$2}'
@@ -83,17 +85,14 @@ bench: install  ## Run all benchmarks (12 minutes on two cores), write $(OUT_BEN
 	@$(BIN)/python benchmarks/targets.py $(OUT_BENCH)
 
 bench-gpu: install  ## The same on a large GPU, with its sizes, into $(OUT_BENCH)/gpu
-	$(RUN) router $(GPU_SIZES) $(GPU_RUNS) --out $(OUT_BENCH)/gpu/router.csv
-	$(RUN) router --experts 16384 --hidden 1024 --tokens 16384 --topk 32 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/router_medium.csv
-	$(RUN) recall $(GPU_SIZES) --out $(OUT_BENCH)/gpu/recall.csv
-	$(RUN) recall --experts 16384 --hidden 1024 --tokens 16384 --topk 32 --out $(OUT_BENCH)/gpu/recall_medium.csv
-	$(RUN) growth $(GPU_SIZES) $(GPU_RUNS) --out $(OUT_BENCH)/gpu/growth.csv
-	$(RUN) layer $(GPU_SIZES) --stock-experts 65536 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/layer.csv
-	$(RUN) refresh --hidden 1024 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/refresh.csv
-	$(RUN) train --hidden 1024 --tokens 8192 --sequence 1024 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/train.csv
-	$(RUN) dispatch --hidden 1024 --tokens 8192 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/dispatch.csv
-	$(RUN) scaling $(GPU_SIZES) --dense-gib 5 $(GPU_RUNS) --out $(OUT_BENCH)/gpu/scaling.csv --plot $(OUT_BENCH)/gpu/route_time.png
+	$(BIN)/python -W ignore benchmarks/gpu.py bench --again --out $(OUT_BENCH)/gpu
 	@$(BIN)/python benchmarks/targets.py $(OUT_BENCH)
+
+gpu: install  ## All that needs a GPU, in 25 minutes, into docs/results/gpu; PARTS="tests bench", MINUTES=12, AGAIN=1, DRY=1
+	$(BIN)/python -W ignore benchmarks/gpu.py $(PARTS) --minutes $(MINUTES) --data $(DATA) $(if $(AGAIN),--again) $(if $(DRY),--dry)
+
+gpu-curves: install  ## Train the demo on the CPU four times, for the comparison in `make gpu` (12 minutes)
+	$(BIN)/python -W ignore benchmarks/gpu.py --curves --data $(DATA)
 
 bench-layer: install  ## Time the whole layer, also at a million experts, and measure its memory
 	$(RUN) layer --out $(OUT_BENCH)/layer.csv
