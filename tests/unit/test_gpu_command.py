@@ -79,6 +79,17 @@ def test_a_new_reference_is_compared_with_the_losses_that_are_there(setup):
     assert "| yes | c |" in (setup.out / "README.md").read_text()
 
 
+def test_the_committed_curves_hold_bf16_on_a_cpu_within_their_band():
+    committed = json.loads((gpu.ROOT / "docs/results/gpu/cpu_curves.json").read_text())
+    curves = committed["curves"]
+    assert curves.keys() == gpu.CURVES.keys()
+    assert all(list(losses) == ["1", *map(str, range(20, 201, 20))] for losses in curves.values())
+    assert all(losses["200"] < losses["20"] - 1 for losses in curves.values())
+    result = gpu.compare_curves(curves["bf16, seed 1234"], committed["made_for"], committed)
+    assert result.passed, result.detail
+    assert 0 < gpu.expect(curves)[1] < 0.4
+
+
 @pytest.mark.parametrize(
     ("hashes", "ending", "passed"),
     [
