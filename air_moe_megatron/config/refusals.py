@@ -105,7 +105,6 @@ NOT_TOPK = Cause("Every router but `topk`", lambda config: config.moe_router_typ
 SEARCHES = Cause(
     "`product_key`, `hierarchical`, `hash` and `vq`", _type_is("product_key", "hierarchical", "hash", "vq"), _by_type
 )
-AIR = Cause("`air`", _type_is("air"), _by_type)
 AIR_WITH_BIAS = Cause(
     "`air` with an expert bias",
     lambda config: config.moe_router_type == "air" and config.moe_router_enable_expert_bias,
@@ -128,7 +127,7 @@ COMPACT = Cause(
 )
 
 CAUSES = (
-    OURS, NOT_TOPK, GRANULAR, COMPACT, AIR, AIR_WITH_BIAS, SEARCHES, PRODUCT_KEY, PRODUCT_KEY_ON_TOKENS, HIERARCHICAL,
+    OURS, NOT_TOPK, GRANULAR, COMPACT, AIR_WITH_BIAS, SEARCHES, PRODUCT_KEY, PRODUCT_KEY_ON_TOKENS, HIERARCHICAL,
     HASH, VQ, MEGATRONS_OWN,
 )  # fmt: skip
 """In the order of docs/limits.md."""
@@ -176,16 +175,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         OURS, "cuda_graph_impl", Values(_captures_router, "where cuda_graph_modules hold the router"),
         "grouping tokens by codeword waits for counts on the host, which capture forbids",
-    ),
-    Refusal(
-        AIR, "moe_router_score_function",
-        Values(
-            lambda config, value: value == "sqrtsoftplus"
-            and (config.moe_air_num_probes > 1 or config.moe_air_codebook_source == "experts"),
-            "'sqrtsoftplus', with several probes or source 'experts'",
-        ),
-        "its gradient is undefined at the masked candidates of several probes or of inverted lists; use one probe and "
-        "source 'tokens'",
     ),
     Refusal(
         SEARCHES, "moe_router_enable_expert_bias", _on,

@@ -28,6 +28,8 @@ from air_moe_megatron.recomputation import hidden_from_checkpoints
 from air_moe_megatron.routers.base import CompactRouter, Routes
 
 _SAMPLE_SIZE = 64  # tokens
+# The logit of what is no candidate, for sqrtsoftplus: the score is 4e-18, and at -inf the gradient would be NaN.
+_NEXT_TO_NOTHING = -80.0
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class AIRRouter(CompactRouter):
         if is_load_test:
             ids, order = ids.sort(dim=1)
             logits = apply_random_logits(logits.gather(1, order)).masked_fill(ids < 0, float("-inf"))
+        if self.score_function == "sqrtsoftplus":
+            logits = logits.masked_fill(ids < 0, _NEXT_TO_NOTHING)
         return logits, ids
 
     def _probs_of(self, selected: torch.Tensor) -> torch.Tensor:

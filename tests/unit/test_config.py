@@ -153,14 +153,6 @@ UNSUPPORTED = {
     "force-biased": (dict(moe_router_force_biased=0.5), ["moe_router_force_biased (0.5)", "bias"]),
     "meta-device": (dict(init_model_with_meta_device=True), ["init_model_with_meta_device (True)", "codebooks"]),
     "fused-router": (dict(moe_router_fusion=True), ["moe_router_fusion (True)", "fused"]),
-    "sqrtsoftplus-with-probes": (
-        dict(moe_router_score_function="sqrtsoftplus", moe_air_num_probes=2),
-        ["moe_router_score_function ('sqrtsoftplus')", "gradient"],
-    ),
-    "sqrtsoftplus-with-inverted-lists": (
-        dict(moe_router_score_function="sqrtsoftplus", moe_air_codebook_source="experts"),
-        ["moe_router_score_function ('sqrtsoftplus')", "gradient"],
-    ),
 }
 
 # Settings that Megatron's own checks refuse too where their companions are absent: set after construction.

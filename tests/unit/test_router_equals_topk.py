@@ -51,6 +51,8 @@ SCORES = {
     "scaled-pre-softmax": dict(moe_router_pre_softmax=True, moe_router_topk_scaling_factor=0.7),
     "scaled-sigmoid": dict(moe_router_score_function="sigmoid", moe_router_topk_scaling_factor=2.5),
     "sigmoid-expert-bias": dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
+    "sqrtsoftplus": dict(moe_router_score_function="sqrtsoftplus"),
+    "sqrtsoftplus-expert-bias": dict(moe_router_score_function="sqrtsoftplus", moe_router_enable_expert_bias=True),
 }
 
 LOSSES = {
