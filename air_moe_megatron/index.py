@@ -1,169 +1,106 @@
-"""The inverted index: codeword -> shortlist of experts.
+"""The inverted index, codeword -> shortlist of experts, and its rebuilds.
 
-Legend: H hidden, E experts, C clusters, L shortlist.
+How lists of source 'tokens' are rebuilt, once there are some:
+
+1. Each step, the first training forward ranks the next few codewords (:meth:`ShortlistIndex.refresh`): a share of those
+   of the interval, of which each rank takes a part. What a codeword is given to choose from are the lists of the
+   codewords nearest to it, and one of R slices of all experts; in R rebuilds every expert is tried at every codeword.
+2. At the end of the step, the ranks exchange what they ranked (:meth:`ShortlistIndex.end_step`). The new lists are
+   staged, and the old ones stay in force.
+3. When all codewords have been ranked, the staged lists take their place at once, with the experts that none of them
+   would hold (:func:`list_every_expert`).
+
+Legend: H hidden, E experts, C clusters, L shortlist, R slices.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from air_moe_megatron.codebook import Codebook
-from air_moe_megatron.ops.ranking import Ranking, rank_experts
-from air_moe_megatron.ops.unit_vectors import unit_rows
+from air_moe_megatron.lists import inverted_lists, list_every_expert
+from air_moe_megatron.ops.ranking import Ranking, rank_candidates, rank_experts
 
 SOURCES = ("tokens", "experts")
 
+# A rebuild costs 2CH(C + nL + E/R). Measured in docs/codebook.md#rebuilding-the-lists.
+NUM_NEIGHBORS = 8  # codewords whose lists a codeword chooses from; it is the first of them
+NUM_SLICES = 32  # R
+BLOCK = 16  # codewords ranked by one product, so that its bits do not depend on the number of ranks and steps
 
-def reserved_places(num_experts: int, num_clusters: int, shortlist_size: int, topk: int) -> int:
-    """Places at the end of each list that go to experts which no list would hold: enough for all of them, where the
-    top-k leaves room.
+_ID_BITS = 2**31 - 1
 
-    Example: E = 16384, C = 512, L = 128 reserves 32 of the 128 places.
+
+def next_version(version: int, interval: int) -> int:
+    """The update after which the lists are due that follow those of another update.
+
+    The younger the codebook, the faster tokens and centers move: with an interval of 20, the lists are made anew
+    whenever a tenth of its age has passed.
+
+    Example: interval 20, from 18 on: 19, 20, 22, 24, 26, 28, 30, 33, ..., 196, 215, 235, 255.
     """
-    return min(-(-num_experts // num_clusters), shortlist_size - topk)
-
-
-@torch.no_grad()
-def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0) -> torch.Tensor:
-    """Shortlists that hold every expert: the *orphan rule*.
-
-    A list keeps the experts that score highest at its codeword, up to its reserved places. The experts that no list
-    keeps are the orphans. Each goes into a reserved place of the codeword at which it scores highest, the highest
-    scores first; those that find it full go where there is room, in order. Places that no orphan takes go to the
-    experts that score highest next. So an expert that the model has left is still scored for the tokens that it suits
-    best, and can come back. Where there are more orphans than reserved places, they take turns.
-
-    Args:
-        ranking: lists best first.
-        reserved: places per list, see :func:`reserved_places`; 0 leaves the lists as they are.
-        turn: number of the rebuild; whose turn it is.
-    Returns:
-        [C, L] int32, ascending expert ids.
-
-    Example: two codewords that both rank the experts 0, 1, 2, 3, lists of 3 with 2 places reserved: both keep 0; the
-    orphans 1, 2, 3 take three of the four places.
-    """
-    lists = ranking.lists
-    num_clusters, num_experts = lists.shape[0], ranking.nearest.numel()
-    kept, tail = lists[:, : lists.shape[1] - reserved], lists[:, lists.shape[1] - reserved :]
-    is_orphan = torch.ones(num_experts, dtype=torch.bool, device=lists.device)
-    is_orphan[kept.flatten()] = False
-    orphans = torch.nonzero(is_orphan).flatten()
-    if reserved == 0 or orphans.numel() == 0:
-        return lists.sort(dim=1).values.int()
-    room = num_clusters * reserved
-    if orphans.numel() > room:
-        orphans = orphans.roll(-turn * room)[:room]
-    by_score = orphans[ranking.score[orphans].argsort(descending=True, stable=True)]
-    codeword = ranking.nearest[by_score]
-    order = codeword.argsort(stable=True)
-    orphans, codeword = by_score[order], codeword[order]
-    first = torch.searchsorted(codeword, torch.arange(num_clusters, device=lists.device))
-    place = torch.arange(orphans.numel(), device=lists.device) - first[codeword]
-    places = lists.new_full((num_clusters, reserved), -1)
-    fits = place < reserved
-    places[codeword[fits], place[fits]] = orphans[fits]
-    homeless = orphans[~fits]
-    free = torch.nonzero(places.flatten() < 0).flatten()[: homeless.numel()]
-    places.view(-1)[free] = homeless
-    rest = _first_distinct(torch.cat((places, tail), dim=1), reserved)
-    return torch.cat((kept, rest), dim=1).sort(dim=1).values.int()
-
-
-def _first_distinct(ids: torch.Tensor, count: int) -> torch.Tensor:
-    """[C, count]: the first ids of each row that are not -1 and do not repeat an earlier one."""
-    sorted_ids, places = ids.sort(dim=1, stable=True)
-    out = sorted_ids < 0
-    out[:, 1:] |= sorted_ids[:, 1:] == sorted_ids[:, :-1]
-    where = places.masked_fill(out, ids.shape[1]).topk(count, dim=1, largest=False, sorted=True).values
-    return ids.gather(1, where)
-
-
-def inverted_lists(codewords: torch.Tensor, weight: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Put every expert into the list of its nearest codeword that has room: a classic inverted file, bounded.
-
-    In each round the experts still outside propose to their nearest codeword with room, which takes the nearest of
-    them. Every expert ends up in exactly one list.
-
-    Args:
-        codewords: [C, H] fp32, unit rows.
-        weight: [E, H] expert centers.
-        capacity: experts a list can hold; C * capacity must be at least E.
-    Returns:
-        [C, capacity] int32, ascending expert ids, -1 at the end of a shorter list.
-    """
-    num_clusters, num_experts = codewords.shape[0], weight.shape[0]
-    similarity = unit_rows(weight) @ codewords.t()  # [E, C]
-    lists = torch.full((num_clusters, capacity), num_experts, dtype=torch.int64, device=weight.device)
-    used = torch.zeros(num_clusters, dtype=torch.int64, device=weight.device)
-    outside = torch.arange(num_experts, device=weight.device)
-    while outside.numel():
-        scores = similarity[outside].masked_fill(used >= capacity, float("-inf"))
-        score, codeword = scores.max(dim=1)
-        # Nearest first within each codeword: a stable sort by codeword of the experts sorted by score.
-        by_score = score.argsort(descending=True, stable=True)
-        order = by_score[codeword[by_score].argsort(stable=True)]
-        counts = torch.bincount(codeword, minlength=num_clusters)
-        rank = torch.arange(order.numel(), device=order.device) - (counts.cumsum(0) - counts)[codeword[order]]
-        place = used[codeword[order]] + rank
-        taken = place < capacity
-        lists[codeword[order][taken], place[taken]] = outside[order[taken]]
-        used = (used + counts).clamp(max=capacity)
-        outside = outside[order[~taken]].sort().values
-    lists = lists.sort(dim=1).values
-    return lists.masked_fill(lists == num_experts, -1).int()
-
-
-def balanced_lists(num_clusters: int, shortlist_size: int, num_experts: int, device: torch.device) -> torch.Tensor:
-    """Lists of consecutive experts, spread evenly over the ids whatever the weights; for load tests.
-
-    Every expert has the same number of places if C * L is a multiple of E, otherwise one more or less; with fewer
-    places than experts, some have none.
-
-    Returns:
-        [C, L] int32, ascending expert ids.
-    """
-    first = torch.arange(num_clusters, device=device) * num_experts // num_clusters
-    lists = (first.unsqueeze(1) + torch.arange(shortlist_size, device=device)) % num_experts
-    return lists.sort(dim=1).values.int()
-
-
-def due_version(num_updates: int, interval: int) -> int:
-    """The update after which the lists in force were due.
-
-    The younger the codebook, the faster tokens and centers move, and the more often lists are rebuilt: with an interval
-    of 10 every update makes a rebuild due at first, every second from 20 on, every third from 30 on, and every tenth
-    from 100 on.
-
-    Example: interval 10, updates 20 to 25: 20, 20, 22, 22, 24, 24.
-    """
-    start = num_updates // interval * interval
-    step = min(max(1, num_updates // interval), interval)
-    return start + (num_updates - start) // step * step
-
-
-def versions_before(version: int, interval: int) -> int:
-    """How many versions of the lists there were before this one: rebuilds in training until then."""
-    blocks, rest = divmod(version, interval)
-    young = sum(-(-interval // max(1, block)) for block in range(min(blocks, interval)))
-    return young + max(0, blocks - interval) + rest // min(max(1, blocks), interval)
+    return version + min(max(1, 2 * version // interval), interval)
 
 
 def num_rebuilds(num_steps: int, interval: int) -> int:
-    """How often the first steps of a training rebuild the lists, with an update of the codebook after each.
+    """How often the first steps of a training make lists, with an update of the codebook after each step.
 
-    Example: interval 10: 29 in the first 40 steps (20 in twenty, 5 in ten, 4 in ten), then one in ten from step 100 on.
+    Example: interval 20: 29 in the first 40 steps, 57 in 400.
     """
-    return 0 if num_steps < 1 else versions_before(due_version(num_steps - 1, interval), interval) + 1
+    count, version = 0, 0
+    while version < num_steps:
+        count, version = count + 1, next_version(version, interval)
+    return count
+
+
+NUM_FULL_REBUILDS = 2
+"""Of lists of source 'tokens': the first one, and the one after the first update, which replaces all codewords."""
+
+
+def rebuild_products(num_experts: int, num_clusters: int, shortlist_size: int) -> int:
+    """Products of a codeword with a codeword or an expert center that one rebuild takes, of all ranks together."""
+    num_candidates = min(min(NUM_NEIGHBORS, num_clusters) * shortlist_size, num_experts)
+    return num_clusters * (num_clusters + num_candidates + num_experts // min(NUM_SLICES, num_experts))
+
+
+def pack(score: torch.Tensor, codeword: torch.Tensor) -> torch.Tensor:
+    """int64 keys that order fp32 scores, and codewords where scores are equal: NaN first, the lower codeword first."""
+    bits = score.nan_to_num(torch.inf, torch.inf, -torch.inf).view(torch.int32)
+    bits = bits ^ ((bits >> 31) & _ID_BITS)  # negative floats are ordered the other way round
+    return (bits.long() << 32) | (codeword ^ _ID_BITS)
+
+
+def unpack(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and codewords of keys; codeword 0 with the score -inf for an expert that was tried nowhere."""
+    bits = (keys >> 32).int()
+    return (bits ^ ((bits >> 31) & _ID_BITS)).view(torch.float32), (keys & _ID_BITS) ^ _ID_BITS
+
+
+_UNTRIED = int(pack(torch.tensor(-torch.inf), torch.tensor(0)))
+STAGED = ("staged_lists", "staged_keys", "progress")
+"""Buffers that hold a rebuild under way."""
+
+
+@dataclass
+class Share:
+    """What a rank has ranked in a step, until the ranks exchange it."""
+
+    rows: slice  # the codewords of all ranks
+    version: int  # updates of the codebook so far
+    num_ranks: int
+    lists: torch.Tensor  # [rows, L] int64, best first; -1 at the codewords of other ranks
+    keys: torch.Tensor  # [E] int64, of each expert the best score and its codeword
+    failure: Exception | None = None
 
 
 class ShortlistIndex(torch.nn.Module):
-    """The shortlists of one router: derived from codewords and expert centers, rebuilt lazily.
+    """The shortlists of one router: derived from codewords and expert centers.
 
-    They are saved with the model, because with a refresh interval above one they come from centers that are no longer
-    there when a run resumes.
+    They are saved with the model, and so is a rebuild under way: both come from centers that are no longer there when a
+    run resumes.
 
     Args:
+        num_experts: E.
         num_clusters: C.
         shortlist_size: L.
         source: "tokens" or "experts".
@@ -172,43 +109,51 @@ class ShortlistIndex(torch.nn.Module):
     """
 
     def __init__(
-        self, num_clusters: int, shortlist_size: int, source: str, refresh_interval: int, num_reserved: int = 0
-    ) -> None:
+        self,
+        num_experts: int,
+        num_clusters: int,
+        shortlist_size: int,
+        source: str,
+        refresh_interval: int,
+        num_reserved: int = 0,
+    ):
         super().__init__()
         self.num_reserved = num_reserved
         self.source = source
         self.refresh_interval = refresh_interval
+        self.num_neighbors = min(NUM_NEIGHBORS, num_clusters)
+        self.num_slices = min(NUM_SLICES, num_experts)
         self.register_buffer("shortlist", torch.zeros(num_clusters, shortlist_size, dtype=torch.int32))
         self.register_buffer("built_at", torch.full((1,), -1, dtype=torch.int64))
         # Saved, because lists and codewords of one source mean nothing to the other.
         self.register_buffer("source_code", torch.tensor([SOURCES.index(source)]))
-        self._built_at_on_host = -1
+        # A rebuild under way; lists of experts are made at once.
+        is_staged = source == "tokens"
+        self.register_buffer("staged_lists", torch.zeros(is_staged * num_clusters, shortlist_size, dtype=torch.int32))
+        self.register_buffer("staged_keys", torch.full((is_staged * num_experts,), _UNTRIED, dtype=torch.int64))
+        self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))  # rebuilds so far, codewords ranked
+        self._on_host = [-1, 0, 0]  # built_at and progress
+        self._share: Share | None = None
         self._provisional = None  # what provisional lists were made of
 
     @property
     def is_built(self) -> bool:
         """Whether training has made the lists; waits for the device only right after a checkpoint was loaded."""
-        if self._built_at_on_host is None:
-            self._built_at_on_host = int(self.built_at)
-        return self._built_at_on_host >= 0
+        return self._state()[0] >= 0
 
-    def is_due(self, codebook: Codebook, weight: torch.Tensor, training: bool = True) -> bool:
-        """Whether an update of the codebook has made a rebuild due.
+    def _state(self) -> list[int]:
+        """Update of the lists in force, rebuilds so far, and codewords that the rebuild under way has ranked."""
+        if self._on_host is None:
+            self._on_host = [*self.built_at.tolist(), *self.progress.tolist()]
+        return self._on_host
 
-        Asked at the start of a forward. A recomputed forward finds nothing due and sees the same lists. Evaluation
-        takes the lists that there are. Where there are none yet, it makes provisional ones, and training begins anew.
-
-        Args:
-            codebook: whose updates count.
-            weight: [E, H] expert centers.
-            training: whether the forward trains.
-        """
-        if not self.is_built:
-            return training or self._provisional != _made_of(codebook, weight)
-        return training and self._built_at_on_host != due_version(codebook.updates_on_host, self.refresh_interval)
+    def _set_state(self, built_at: int, num_rebuilds: int, num_ranked: int) -> None:
+        self._on_host = [built_at, num_rebuilds, num_ranked]
+        self.built_at.fill_(built_at)
+        self.progress[0], self.progress[1] = num_rebuilds, num_ranked
 
     @torch.no_grad()
-    def rebuild(
+    def refresh(
         self,
         codebook: Codebook,
         weight: torch.Tensor,
@@ -216,35 +161,143 @@ class ShortlistIndex(torch.nn.Module):
         score_function: str | None = None,
         expert_bias: torch.Tensor | None = None,
         training: bool = True,
+        group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        """Make the lists of the codebook's codewords anew.
+        """Begin a forward: make the first lists, or rank this rank's share of the next ones.
+
+        A second forward of the step and a recomputed one find nothing to do and see the same lists. Evaluation takes
+        the lists that there are. Where there are none yet, it makes provisional ones, and training begins anew.
+        Does not communicate.
 
         Args:
-            codebook: read only.
+            codebook: whose updates count; one of source 'experts' is fitted to the centers first.
             weight, bias, score_function, expert_bias: as :func:`rank_experts` takes them.
-            training: whether the lists stay in force; otherwise they are provisional.
+            training: whether the forward trains.
+            group: ranks with the same centers, which share the work; None means this rank alone.
         """
-        version = due_version(codebook.updates_on_host, self.refresh_interval)
-        if self.source == "tokens":
-            ranking = rank_experts(
-                codebook.codewords,
-                codebook.typical_projections(),
-                weight,
-                bias,
-                self.shortlist.shape[1],
-                score_function,
-                expert_bias,
-            )
-            lists = list_every_expert(ranking, self.num_reserved, versions_before(version, self.refresh_interval))
-        else:
-            lists = inverted_lists(codebook.codewords, weight, self.shortlist.shape[1])
-        self.shortlist.copy_(lists)
-        self._provisional = None if training else _made_of(codebook, weight)
-        if training:
-            self.built_at.fill_(version)
-            self._built_at_on_host = version
+        centers = (weight, bias, score_function, expert_bias)
+        if not training:
+            if not self.is_built and self._provisional != _made_of(codebook, weight):
+                self._make_lists(codebook, *centers)
+                self._provisional = _made_of(codebook, weight)
+            return
+        (built_at, turn, num_ranked), updates = self._state(), codebook.updates_on_host
+        due = 0 if built_at < 0 else next_version(built_at, self.refresh_interval)
+        # The first update replaces the random codewords: what is near the lists of old is not near those of the new.
+        if updates >= due and (self.source == "experts" or built_at < 1):
+            self._make_lists(codebook, *centers)
+            self._set_state(updates, turn + 1, 0)
+        elif self._share is None and self.source == "tokens":
+            num_clusters = self.shortlist.shape[0]
+            share = num_clusters * (updates - built_at) // (due - built_at) // BLOCK * BLOCK
+            rows = slice(num_ranked, num_clusters if updates >= due else share)
+            if rows.start < rows.stop:
+                self._share = self._rank_share(rows, codebook, *centers, group)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _make_lists(
+        self,
+        codebook: Codebook,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        score_function: str | None,
+        expert_bias: torch.Tensor | None,
+    ) -> None:
+        """Make all lists at once, of all experts."""
+        if self.source == "experts":
+            codebook.fit_experts(weight, is_first=not self.is_built)
+            self.shortlist.copy_(inverted_lists(codebook.codewords, weight, self.shortlist.shape[1]))
+            return
+        scale, size = codebook.typical_projections(), self.shortlist.shape[1]
+        ranking = rank_experts(codebook.codewords, scale, weight, bias, size, score_function, expert_bias)
+        self.shortlist.copy_(list_every_expert(ranking, self.num_reserved, self._state()[1]))
+
+    def _rank_share(
+        self,
+        rows: slice,
+        codebook: Codebook,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        score_function: str | None,
+        expert_bias: torch.Tensor | None,
+        group: torch.distributed.ProcessGroup | None,
+    ) -> Share:
+        """Rank this rank's part of the codewords ``rows``, in blocks."""
+        rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
+        lists = torch.full((rows.stop - rows.start, self.shortlist.shape[1]), -1, device=weight.device)
+        share = Share(rows, codebook.updates_on_host, num_ranks, lists, torch.full_like(self.staged_keys, _UNTRIED))
+        codewords, scale, num_experts = codebook.codewords, codebook.typical_projections(), weight.shape[0]
+        turn = self._state()[1] % self.num_slices
+        experts = slice(num_experts * turn // self.num_slices, num_experts * (turn + 1) // self.num_slices)
+        blocks = range(rows.start, rows.stop, BLOCK)
+        try:
+            for first in blocks[len(blocks) * rank // num_ranks : len(blocks) * (rank + 1) // num_ranks]:
+                block = slice(first, min(first + BLOCK, rows.stop))
+                ids = torch.arange(block.start, block.stop, device=weight.device)
+                neighbors = (codewords[block] @ codewords.t()).topk(self.num_neighbors, dim=1).indices
+                candidates = self.shortlist[neighbors].flatten(1).long()
+                ranking = rank_candidates(
+                    codewords[block], scale[block], weight, bias, candidates, experts, lists.shape[1], score_function,
+                    expert_bias,
+                )  # fmt: skip
+                lists[block.start - rows.start : block.stop - rows.start] = ranking.lists
+                keys = pack(ranking.scores, ids.unsqueeze(1))
+                share.keys.scatter_reduce_(0, ranking.candidates.flatten(), keys.flatten(), "amax")
+                in_slice = share.keys[experts]
+                torch.maximum(in_slice, pack(ranking.score, ids[ranking.nearest]), out=in_slice)
+        except Exception as error:
+            if num_ranks == 1:
+                raise
+            share.failure = error  # the other ranks learn of it at the end of the step
+        return share
+
+    @property
+    def failure(self) -> Exception | None:
+        """What kept this rank from ranking its share of the step."""
+        return None if self._share is None else self._share.failure
+
+    def discard(self) -> None:
+        """Forget what was ranked in this step."""
+        self._share = None
+
+    @torch.no_grad()
+    def commit(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+        """End a successful step: stage what the ranks have ranked; once all is there, the staged lists come into force.
+
+        Every rank must call it. Communicates, in steps that rank codewords: one all-reduce (maximum) of the E keys and
+        of the lists of the step's codewords, 8 bytes each. Waits for the device when lists come into force.
+
+        Args:
+            group: as :meth:`refresh` took it.
+        Raises:
+            ValueError: if the group has another number of ranks than those that shared the work.
+        """
+        share, self._share = self._share, None
+        if share is None:
+            return
+        num_ranks = 1 if group is None else group.size()
+        if share.num_ranks != num_ranks:
+            raise ValueError(
+                f"the lists were ranked by {share.num_ranks} ranks together, so the codebooks must be updated with "
+                f"their group, not with one of {num_ranks}"
+            )
+        keys, lists = share.keys, share.lists
+        if num_ranks > 1:
+            values = torch.cat((keys, lists.flatten()))
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=group)
+            keys, lists = values[: keys.numel()], values[keys.numel() :].view_as(lists)
+        self.staged_lists[share.rows] = lists.int()
+        torch.maximum(self.staged_keys, keys, out=self.staged_keys)
+        built_at, turn, _ = self._state()
+        if share.rows.stop < self.shortlist.shape[0]:
+            self._set_state(built_at, turn, share.rows.stop)
+            return
+        score, nearest = unpack(self.staged_keys)
+        ranking = Ranking(self.staged_lists.long(), nearest, score)
+        self.shortlist.copy_(list_every_expert(ranking, self.num_reserved, turn))
+        self.staged_keys.fill_(_UNTRIED)
+        self._set_state(share.version, turn + 1, 0)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
         strict, missing_keys = args[1], args[2]
         loaded = state_dict.get(prefix + "shortlist")
         if loaded is not None and loaded.shape != self.shortlist.shape:
@@ -258,11 +311,18 @@ class ShortlistIndex(torch.nn.Module):
                 f"moe_air_codebook_source ({self.source!r}) must be that of the checkpoint, "
                 f"{SOURCES[int(source_code)]!r}: codebooks and lists of one source mean nothing to the other"
             )
+        has_lists = any(prefix + name in state_dict for name in ("shortlist", "built_at", "source_code"))
+        has_staged = any(prefix + name in state_dict for name in STAGED)
         num_missing = len(missing_keys)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if strict and not any(prefix + name in state_dict for name in ("shortlist", "built_at", "source_code")):
+        if strict and not has_lists and not has_staged:
             del missing_keys[num_missing:]  # plain top-k routing has no lists: they are built in the first forward
-        self._built_at_on_host = self._provisional = None
+        elif strict and not has_staged:  # lists from before anything was staged: the interval begins anew
+            missing_keys[num_missing:] = [key for key in missing_keys[num_missing:] if key[len(prefix) :] not in STAGED]
+        if not has_staged:
+            self.staged_keys.fill_(_UNTRIED)
+            self.progress.zero_()
+        self._on_host = self._share = self._provisional = None
 
 
 def _made_of(codebook: Codebook, weight: torch.Tensor) -> tuple[int, int | None, int]:

@@ -1,8 +1,8 @@
-"""The step boundary: when the codebooks learn, and the one collective that it takes.
+"""The step boundary: when the codebooks learn and the lists change, and the collectives that it takes.
 
 Communication per optimizer step and pipeline stage: one all-reduce of fp32 numbers over ``tp_dp_cp``, the ranks of the
 stage that hold different tokens. A codebook adds ``C * (H + 3)`` numbers, a running norm ``3 * features + 1``, and an
-AIR router one.
+AIR router two. In steps that rank codewords for new lists, one more per AIR router: ``ShortlistIndex.commit``.
 
 A step that Megatron repeats must not count twice, so every attempt starts with ``discard_statistics``. Forwards
 accumulate. ``update_codebooks`` runs once after the optimizer has stepped, so a skipped step leaves no trace.
@@ -53,6 +53,7 @@ def update_codebooks(
         the number of routers whose update was dropped because a token was NaN or infinite.
     Raises:
         ValueError: on every rank, if an AIR router had a training forward on some ranks only.
+        RuntimeError: on every rank, if one failed to rank its share of the codewords.
     """
     return _update(find_routers(modules), group)
 
@@ -62,8 +63,10 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
     listing = [router for router in routers if router.has_lists]
     dropped = []
     if learning or listing:
-        parts, states, num_ran = _sum_over_ranks(learning, listing, group)
-        _require_every_rank(listing, num_ran, group_size(group))
+        parts, states, num_ran, num_failed = _sum_over_ranks(learning, listing, group)
+        if sum(num_failed):
+            _raise_failures(listing, group)
+        _require_every_rank(listing, num_ran, group)
         for (router, learner), part, (is_finite, has_tokens) in zip(learning, parts, states, strict=True):
             learner.apply_update(part, is_finite, has_tokens)
             learner.discard()
@@ -85,17 +88,18 @@ def _sum_over_ranks(
     learning: list[tuple[CompactRouter, Learner]],
     listing: list[CompactRouter],
     group: torch.distributed.ProcessGroup | None,
-) -> tuple[list[torch.Tensor], list[tuple[bool, bool]], list[int]]:
+) -> tuple[list[torch.Tensor], list[tuple[bool, bool]], list[int], list[int]]:
     """Reduce all statistics at once; waits for the device once.
 
     Returns:
         the summed statistics of each learner; for each, whether they are finite and whether they hold a token; for each
-        router of ``listing``, the number of ranks that ran it.
+        router of ``listing``, the number of ranks that ran it, and of those that failed to rank its codewords.
     """
     device = (learning[0][0] if learning else listing[0]).expert_load.device
-    ran = torch.tensor([float(router.has_learned) for router in listing], dtype=torch.float32, device=device)
+    ran = [router.has_learned for router in listing] + [router.index.failure is not None for router in listing]
+    ran = torch.tensor(ran, dtype=torch.float32, device=device)
     flat = torch.cat([*(learner.statistics.flatten() for _, learner in learning), ran])
-    sizes = [*(learner.statistics.numel() for _, learner in learning), len(listing)]
+    sizes = [*(learner.statistics.numel() for _, learner in learning), ran.numel()]
     *parts, ran = sum_over_ranks(flat, group).split(sizes)
     parts = [part.view_as(learner.statistics) for (_, learner), part in zip(learning, parts, strict=True)]
     states = [
@@ -104,14 +108,30 @@ def _sum_over_ranks(
     ]
     figures = torch.cat([*states, ran]).int().tolist()
     states = [(bool(is_finite), bool(has_tokens)) for is_finite, has_tokens in batched(figures[: 2 * len(learning)], 2)]
-    return parts, states, figures[2 * len(learning) :]
+    counts = figures[2 * len(learning) :]
+    return parts, states, counts[: len(listing)], counts[len(listing) :]
 
 
-def _require_every_rank(listing: list[CompactRouter], num_ran: list[int], num_ranks: int) -> None:
+def _raise_failures(listing: list[CompactRouter], group: torch.distributed.ProcessGroup | None) -> None:
+    """Name on every rank what failed on some."""
+    failures = [(router.layer_number, router.index.failure) for router in listing if router.index.failure is not None]
+    own = [f"layer {layer}: {type(error).__name__}: {error}" for layer, error in failures]
+    every_rank = [None] * group_size(group)
+    torch.distributed.all_gather_object(every_rank, own, group=group)
+    named = [f"rank {rank} of the group, {failure}" for rank, found in enumerate(every_rank) for failure in found]
+    raise RuntimeError("codewords could not be ranked for the next shortlists: " + "; ".join(named)) from (
+        failures[0][1] if failures else None
+    )
+
+
+def _require_every_rank(
+    listing: list[CompactRouter], num_ran: list[int], group: torch.distributed.ProcessGroup | None
+) -> None:
     """Refuse a router that some ranks did not run, and count the step for those that all ranks ran.
 
     Lists are made in the first forward after an update. A rank without one would make its lists from later centers.
     """
+    num_ranks = group_size(group)
     for router, count in zip(listing, num_ran, strict=True):
         if count not in (0, num_ranks):
             raise ValueError(
@@ -120,7 +140,7 @@ def _require_every_rank(listing: list[CompactRouter], num_ran: list[int], num_ra
                 "tokens an empty batch"
             )
         if count:
-            router.count_step()
+            router.count_step(group)
 
 
 def finish_step(model: list[torch.nn.Module], iteration: int, successful: bool) -> None:

@@ -295,20 +295,25 @@ def timed(device, work) -> dict[str, float]:
     return {"total": clock(device) - start}
 
 
-def rebuild_run(router):
+def rebuild_run(router, in_full: bool = False):
     """A function that rebuilds the lists of a router with all that belongs to it, and returns its seconds.
 
     It works on copies of codebook and lists, so that the router keeps its own.
-    """
-    from air_moe_megatron.routers.air import refresh_lists
 
+    Args:
+        in_full: whether each time is the first, of all experts at all codewords.
+    """
     codebook, index = copy.deepcopy(router.codebook), copy.deepcopy(router.index)
     index.refresh_interval = 2**62  # every update makes a rebuild due, as in a codebook's youth
 
     def run():
         codebook.count_update()
+        if in_full:
+            index.load_state_dict({**index.state_dict(), "built_at": torch.full_like(index.built_at, -1)})
         start = clock(router.weight.device)
-        if not refresh_lists(codebook, index, router.weight, router.bias):
+        index.refresh(codebook, router.weight, router.bias)
+        index.commit()
+        if int(index.built_at) != codebook.updates_on_host:
             raise AssertionError("the lists were not rebuilt")
         return {"total": clock(router.weight.device) - start}
 

@@ -20,8 +20,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.config import resolve_sizes
-from air_moe_megatron.index import ShortlistIndex, balanced_lists, reserved_places
+from air_moe_megatron.index import ShortlistIndex
 from air_moe_megatron.learner import Learner
+from air_moe_megatron.lists import balanced_lists, reserved_places
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.recomputation import hidden_from_checkpoints
@@ -58,6 +59,7 @@ class AIRRouter(CompactRouter):
         self.sizes = resolve_sizes(config)
         self.codebook = Codebook(self.sizes.num_clusters, config.hidden_size, config.moe_air_codebook_ema)
         self.index = ShortlistIndex(
+            self.num_experts,
             self.sizes.num_clusters,
             self.sizes.shortlist_size,
             config.moe_air_codebook_source,
@@ -143,14 +145,14 @@ class AIRRouter(CompactRouter):
     @torch.no_grad()
     def _coarse(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The lists to search, [C, L] int32, and which of them each token searches, [T, P]."""
-        refresh_lists(
+        self.index.refresh(
             self.codebook,
-            self.index,
             self.weight,
             self.bias,
             score_function=None if self.expert_bias is None else self.score_function,
             expert_bias=self.expert_bias,
             training=self.training,
+            group=self.tp_dp_cp_group,
         )
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
@@ -194,10 +196,16 @@ class AIRRouter(CompactRouter):
         """As the base's, and the codebook where it learns from tokens."""
         return super().learners() + ([self.codebook] if self.index.source == "tokens" else [])
 
-    def count_step(self) -> None:
+    def discard(self) -> None:
+        """As the base's, and what was ranked for the next lists."""
+        super().discard()
+        self.index.discard()
+
+    def count_step(self, group: torch.distributed.ProcessGroup | None) -> None:
         """As the base's; a codebook of source 'experts' learns at the next rebuild of the lists."""
         if self.index.source == "experts":
             self.codebook.count_update()
+        self.index.commit(group)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.is_codebook_left_out = False
@@ -215,22 +223,3 @@ def _take_sample(hidden: torch.Tensor, codewords: torch.Tensor, padding_mask: to
     )
 
 
-def refresh_lists(
-    codebook: Codebook,
-    index: ShortlistIndex,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    score_function: str | None = None,
-    expert_bias: torch.Tensor | None = None,
-    training: bool = True,
-) -> bool:
-    """Rebuild the lists of an index if that is due, and tell whether it was.
-
-    A codebook of expert centers is fitted to them first. Arguments as :meth:`ShortlistIndex.rebuild`'s.
-    """
-    if not index.is_due(codebook, weight, training):
-        return False
-    if index.source == "experts":
-        codebook.fit_experts(weight, is_first=not index.is_built)
-    index.rebuild(codebook, weight, bias, score_function, expert_bias, training)
-    return True

@@ -227,8 +227,8 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         self.has_learned = False
         self._forwards.reset()
 
-    def count_step(self) -> None:
-        """Count a successful step in which every rank has run the router."""
+    def count_step(self, group: torch.distributed.ProcessGroup | None) -> None:
+        """End a successful step in which every rank of the group has run the router; may communicate within it."""
 
     def end_step(self) -> None:
         """Keep what the forwards since the last step have added to the logs; the next global batch begins."""

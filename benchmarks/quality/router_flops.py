@@ -11,7 +11,7 @@ Legend: H hidden, E experts, C clusters, L shortlist, P probes, M candidates wit
 from dataclasses import dataclass
 
 from air_moe_megatron.config import resolve_groups, resolve_product_keys, resolve_sizes
-from air_moe_megatron.index import num_rebuilds
+from air_moe_megatron.index import NUM_FULL_REBUILDS, num_rebuilds, rebuild_products
 
 DISPATCH_CONSTANT = 14
 """Operations per scored row and hidden unit that Krajewski et al. 2024 (arXiv 2402.07871) charge an exact router with
@@ -52,11 +52,13 @@ def router_flops(config, tokens_per_batch: int | None = None, num_steps: int | N
 
     Args:
         config: a valid transformer config with our fields.
-        tokens_per_batch: tokens that one rank routes per global batch, for AIR's refresh (every rank rebuilds its own
-            lists): ``2CEH / (tokens * moe_air_refresh_interval)``, and as much again with source 'experts', whose
-            k-means step assigns the experts anew. None leaves it out.
+        tokens_per_batch: tokens of a global batch, for AIR's refresh, which the ranks share:
+            ``2CH(C + nL + E/R) / (tokens * moe_air_refresh_interval)``, of n lists and R slices (``index.py``). With
+            source 'experts' every rank does it all, for its own tokens: ``2CEH`` for the lists, and as much for the
+            k-means step that assigns the experts anew. None leaves it out.
         num_steps: of a training that starts with a new codebook, whose lists are rebuilt more often
-            (``index.num_rebuilds``); None counts those of an old one.
+            (``index.num_rebuilds``), the first two times in full and by every rank, ``2CEH``; None counts those
+            of an old one.
 
     Example: H = 8, E = 100, K = 2 and topk: forward 1600, backward 3200.
     """
@@ -69,11 +71,17 @@ def router_flops(config, tokens_per_batch: int | None = None, num_steps: int | N
         searched = sizes.num_probes * sizes.shortlist_size
         refresh = 0.0
         if tokens_per_batch is not None:
-            products = 1 if config.moe_air_codebook_source == "tokens" else 2
-            rebuild = products * 2 * sizes.num_clusters * num_experts * hidden
-            interval = config.moe_air_refresh_interval
-            rebuilds_per_step = 1 / interval if num_steps is None else num_rebuilds(num_steps, interval) / num_steps
-            refresh = rebuild * rebuilds_per_step / tokens_per_batch
+            interval, in_full = config.moe_air_refresh_interval, sizes.num_clusters * num_experts
+            if config.moe_air_codebook_source == "experts":
+                in_full = rebuild = 2 * in_full
+            else:
+                rebuild = rebuild_products(num_experts, sizes.num_clusters, sizes.shortlist_size)
+            products_per_step = rebuild / interval
+            if num_steps is not None:
+                num_full = min(num_steps, NUM_FULL_REBUILDS)
+                num_others = num_rebuilds(num_steps, interval) - num_full
+                products_per_step = (num_full * in_full + num_others * rebuild) / num_steps
+            refresh = 2 * hidden * products_per_step / tokens_per_batch
         with_gradient = sizes.num_candidates if _all_scores_matter(config) else topk
         return RouterFlops(2 * hidden * (sizes.num_clusters + searched), 4 * hidden * with_gradient, refresh)
     if router_type == "product_key":

@@ -5,21 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from air_moe_megatron import index as index_module
 from air_moe_megatron.codebook import Codebook
-from air_moe_megatron.index import (
-    ShortlistIndex,
-    balanced_lists,
-    due_version,
-    inverted_lists,
-    list_every_expert,
-    num_rebuilds,
-    reserved_places,
-    versions_before,
-)
+from air_moe_megatron.index import STAGED, ShortlistIndex, next_version, num_rebuilds, pack, unpack
+from air_moe_megatron.lists import balanced_lists, inverted_lists, list_every_expert, reserved_places
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.ranking import Ranking, rank_experts
 from air_moe_megatron.ops.ranking import eager as eager_ranking
-from air_moe_megatron.routers.air import refresh_lists
 
 
 def randn(*shape, seed=0):
@@ -166,12 +158,6 @@ def test_more_orphans_than_places_take_turns():
     assert listed == set(range(100))
 
 
-def test_each_rebuild_of_an_index_is_another_turn():
-    versions = [due_version(updates, 5) for updates in range(60)]
-    turns = [versions_before(version, 5) for version in dict.fromkeys(versions)]
-    assert turns == list(range(len(turns)))
-
-
 # Lists of source 'experts'.
 
 
@@ -240,33 +226,46 @@ def test_balanced_lists_give_every_expert_the_same_number_of_places_up_to_one(nu
 # When lists are rebuilt.
 
 
-VERSIONS = {
-    1: [0, 1, 2, 3, 4, 5, 6, 7],
-    2: [0, 1, 2, 3, 4, 4, 6, 6],
-    3: [0, 1, 2, 3, 4, 5, 6, 6],
-    10: [0, 1, 2, 3, 4, 5, 6, 7],
-}
+def versions(interval, number):
+    """The updates of the codebook that the first lists of a training come from."""
+    found = [0]
+    while len(found) < number:
+        found.append(next_version(found[-1], interval))
+    return found
 
 
-@pytest.mark.parametrize("interval", VERSIONS)
-def test_version_follows_a_young_codebook_closely_and_then_in_intervals(interval):
-    assert [due_version(updates, interval) for updates in range(8)] == VERSIONS[interval]
-    assert [due_version(100 * interval + i, interval) for i in range(interval)] == [100 * interval] * interval
+def test_versions_follow_a_young_codebook_closely_and_then_in_intervals():
+    assert versions(1, 8) == list(range(8))
+    assert versions(20, 31)[18:] == [18, 19, 20, 22, 24, 26, 28, 30, 33, 36, 39, 42, 46]
+    assert versions(20, 57)[-6:] == [295, 315, 335, 355, 375, 395]
+
+
+@pytest.mark.parametrize("interval", (1, 3, 10, 20))
+def test_lists_are_at_most_twice_the_share_of_an_interval_old(interval):
+    for before, after in zip(versions(interval, 200), versions(interval, 200)[1:], strict=False):
+        assert 1 <= after - before <= max(1, min(interval, 2 * before / interval))
 
 
 class Setup:
-    """A codebook and an index over moving centers, as one router has them."""
+    """A codebook and an index over moving centers, as one router has them.
 
-    def __init__(self, source, interval=3, num_experts=20, shortlist_size=6):
-        self.codebook = Codebook(5, 6, 0.8)
-        self.index = ShortlistIndex(5, shortlist_size, source, interval)
+    There are more codewords than one step ranks together, so that a rebuild is spread over several.
+    """
+
+    def __init__(self, source, interval=3, num_experts=90, shortlist_size=9, num_clusters=40):
+        self.codebook = Codebook(num_clusters, 6, 0.8)
+        self.index = ShortlistIndex(num_experts, num_clusters, shortlist_size, source, interval, 3)
         self.weight = randn(num_experts, 6)
 
     def forward(self):
-        return refresh_lists(self.codebook, self.index, self.weight, None)
+        """Tell whether it made lists or ranked codewords."""
+        before = self.index.shortlist.clone()
+        self.index.refresh(self.codebook, self.weight, None)
+        return self.index._share is not None or not torch.equal(before, self.index.shortlist)
 
     def step(self, seed):
-        """The end of a training step: the codebook learns, the centers move."""
+        """The end of a training step: the lists and the codebook change, the centers move."""
+        self.index.commit()
         if self.index.source == "tokens":
             hidden = randn(60, 6, seed=seed)
             self.codebook.accumulate(assign_with_statistics(hidden, self.codebook.codewords, 1)[1])
@@ -300,14 +299,16 @@ SOURCES = pytest.mark.parametrize("source", ("tokens", "experts"))
 
 
 @SOURCES
-@pytest.mark.parametrize("interval", (1, 3, 7))
+@pytest.mark.parametrize("interval", (1, 3, 7, 20))
 def test_num_rebuilds_counts_those_of_a_training(source, interval):
-    setup, rebuilt = Setup(source, interval), 0
+    setup, built_at = Setup(source, interval), set()
     assert num_rebuilds(0, interval) == 0
-    for step in range(1, 8 * interval):
-        rebuilt += setup.forward()
-        assert rebuilt == num_rebuilds(step, interval)
+    for step in range(1, 6 * interval):
+        setup.forward()
         setup.step(step)
+        built_at.add(int(setup.index.built_at))
+        assert len(built_at) == num_rebuilds(step, interval)
+    assert num_rebuilds(400, 20) == 57
 
 
 @SOURCES
@@ -315,43 +316,74 @@ def test_first_forward_builds_the_lists(source):
     setup = Setup(source)
     assert setup.forward()
     if source == "tokens":
-        scores = setup.codebook.codewords @ setup.weight.t()
-        expected = scores.topk(6, dim=1).indices.sort(dim=1).values
+        ranking = rank_experts(setup.codebook.codewords, torch.ones(40), setup.weight, None, 9)
+        expected = list_every_expert(ranking, 3)
     else:
-        expected = inverted_lists(setup.codebook.codewords, setup.weight, 6)
+        expected = inverted_lists(setup.codebook.codewords, setup.weight, 9)
     assert torch.equal(setup.index.shortlist.long(), expected.long())
 
 
-@SOURCES
-def test_lists_are_rebuilt_in_the_forward_after_each_due_update_only(source):
-    setup = Setup(source, interval=3)
+def test_codewords_are_ranked_step_by_step_and_the_lists_change_with_the_last():
+    setup, changed, ranked = Setup("tokens", interval=20), [], []
+    for step in range(70):
+        before = setup.index.shortlist.clone()
+        setup.forward()
+        if setup.index._share is not None:
+            ranked.append((step, setup.index._share.rows))
+        setup.step(step)
+        if not torch.equal(setup.index.shortlist, before):
+            changed.append(step)
+    assert changed == [version for version in versions(20, 60) if version < 70]
+    assert [step for step, rows in ranked if rows.stop == 40] == changed[2:]  # 0 and 1 at once, in the forward
+    assert all(after.start == before.stop % 40 for (_, before), (_, after) in zip(ranked, ranked[1:], strict=False))
+    assert [(step, rows.start, rows.stop) for step, rows in ranked if 60 < step < 67] == [
+        (63, 0, 16), (65, 16, 32), (66, 32, 40),
+    ]  # fmt: skip
+
+
+def test_lists_of_experts_are_rebuilt_in_the_forward_after_each_due_update_only():
+    setup = Setup("experts", interval=5)
     rebuilt = []
-    for step in range(13):
+    for step in range(21):
         if setup.forward():
             rebuilt.append(step)
         setup.step(step)
-    assert rebuilt == [0, 1, 2, 3, 4, 5, 6, 8, 9, 12]
+    assert rebuilt == [0, 1, 2, 3, 4, 5, 7, 9, 12, 16]
 
 
 @SOURCES
-def test_a_second_forward_and_a_recomputation_see_the_same_lists(source):
-    setup = Setup(source, interval=1)
-    for step in range(3):
+@pytest.mark.parametrize("interval", (1, 20))
+def test_forwards_of_a_step_see_the_same_lists_and_work_once(source, interval):
+    setup = Setup(source, interval)
+    for step in range(27):
         setup.forward()
-        before = setup.state()
+        before, share = setup.state(), setup.index._share
         # The centers move between two forwards of one step only where a test moves them.
-        setup.weight = setup.weight + randn(20, 6, seed=50 + step)
-        assert not setup.forward()
+        setup.weight = setup.weight + randn(90, 6, seed=50 + step)
+        setup.forward()
+        setup.index.refresh(setup.codebook, setup.weight, None, training=False)
+        assert setup.index._share is share
         assert_same_bits(setup.state(), before)
         setup.step(step)
+
+
+def test_what_a_discarded_attempt_has_ranked_is_ranked_again():
+    run, other = Setup("tokens"), Setup("tokens")
+    for step in range(6):
+        other.forward()
+        other.index.discard()
+        for setup in (run, other):
+            setup.forward()
+            setup.step(step)
+        assert_same_bits(other.state(), run.state())
 
 
 def test_lists_of_experts_follow_moving_centers():
     setup = Setup("experts", interval=1)
     for step in range(4):
         setup.forward()
-        assert sorted(present(setup.index.shortlist)) == list(range(20))
-        torch.testing.assert_close(setup.codebook.codewords.norm(dim=1), torch.ones(5))
+        assert sorted(present(setup.index.shortlist)) == list(range(90))
+        torch.testing.assert_close(setup.codebook.codewords.norm(dim=1), torch.ones(40))
         before = setup.index.shortlist.clone()
         setup.step(step)
     setup.forward()
@@ -359,17 +391,17 @@ def test_lists_of_experts_follow_moving_centers():
 
 
 @SOURCES
-@pytest.mark.parametrize("saved_after", range(8))
+@pytest.mark.parametrize("saved_after", (*range(4), *range(20, 27)))
 @pytest.mark.parametrize("forward_between", (False, True), ids=("at-step-end", "after-evaluation"))
 def test_a_resumed_run_sees_the_lists_of_the_uninterrupted_one(source, saved_after, forward_between):
-    run = Setup(source, interval=3)
+    run = Setup(source, interval=12)
     for step in range(saved_after):
         run.forward()
         run.step(step)
     if forward_between:
-        run.forward()
+        run.index.refresh(run.codebook, run.weight, None, training=False)
     other = run.resumed()
-    for step in range(saved_after, saved_after + 5):
+    for step in range(saved_after, saved_after + 8):
         assert run.forward() == other.forward()
         assert_same_bits(other.state(), run.state())
         run.step(step)
@@ -383,7 +415,23 @@ def test_a_checkpoint_without_lists_builds_them_in_the_first_forward():
     assert setup.forward()
 
 
-@pytest.mark.parametrize("missing", ("shortlist", "built_at"))
+def test_a_checkpoint_from_before_anything_was_staged_begins_the_interval_anew():
+    run = Setup("tokens", interval=20)
+    for step in range(50):
+        run.forward()
+        run.step(step)
+    assert 0 < int(run.index.progress[1]) < 40
+    other, before = run.resumed(), run.index.shortlist.clone()
+    other.index.load_state_dict({name: value for name, value in run.index.state_dict().items() if name not in STAGED})
+    assert other.index.progress.tolist() == [0, 0] and (other.index.staged_keys == index_module._UNTRIED).all()
+    for step in range(50, 56):
+        other.forward()
+        other.step(step)
+    assert not torch.equal(other.index.shortlist, before)
+    assert set(other.index.shortlist.flatten().tolist()) == set(range(90))
+
+
+@pytest.mark.parametrize("missing", ("shortlist", "built_at", *STAGED))
 def test_a_checkpoint_with_half_an_index_is_an_error(missing):
     index = Setup("tokens").index
     incomplete = {name: value for name, value in index.state_dict().items() if name != missing}
@@ -393,12 +441,119 @@ def test_a_checkpoint_with_half_an_index_is_an_error(missing):
 
 @pytest.mark.parametrize("shape", ((5, 7), (4, 6)), ids=str)
 def test_a_checkpoint_of_another_shape_is_refused(shape):
-    other = ShortlistIndex(*shape, "tokens", 3).state_dict()
+    other = ShortlistIndex(20, *shape, "tokens", 3).state_dict()
     with pytest.raises(ValueError) as error:
-        ShortlistIndex(5, 6, "tokens", 3).load_state_dict(other)
+        ShortlistIndex(20, 5, 6, "tokens", 3).load_state_dict(other)
     message = str(error.value)
     assert "moe_air_num_clusters" in message and "moe_air_shortlist_size" in message
     assert str(shape) in message and "(5, 6)" in message
+
+
+# A rebuild from what is near, against the ranking of all experts.
+
+SELECTIONS = {
+    "plain": (False, None),
+    "bias": (True, None),
+    "sigmoid": (True, "sigmoid"),
+    "sqrt": (False, "sqrtsoftplus"),
+}
+
+
+def fixed(selection, num_experts=600, num_clusters=50, shortlist_size=40, num_reserved=12, interval=1):
+    """Codebook, index and the centers' arguments, which stay as they are; the lists are those of all experts."""
+    with_bias, function = SELECTIONS[selection]
+    codebook = Codebook(num_clusters, 8, 0.8)
+    codebook.accumulate(assign_with_statistics(2.0 * randn(500, 8, seed=5), codebook.codewords, 1)[1])
+    codebook.apply_update(codebook.statistics.clone(), True)
+    index = ShortlistIndex(num_experts, num_clusters, shortlist_size, "tokens", interval, num_reserved)
+    bias = 0.3 * randn(num_experts, seed=3) if with_bias else None
+    expert_bias = None if function is None else 0.1 * randn(num_experts, seed=4)
+    arguments = (randn(num_experts, 8, seed=2), bias, function, expert_bias)
+    index.refresh(codebook, *arguments)
+    return codebook, index, arguments
+
+
+def rebuild(codebook, index, arguments):
+    codebook.count_update()
+    index.refresh(codebook, *arguments)
+    index.commit()
+
+
+def as_sets(lists):
+    return [set(row) for row in lists.tolist()]
+
+
+def full_ranking(codebook, index, arguments):
+    weight, bias, function, expert_bias = arguments
+    scale, size = codebook.typical_projections(), index.shortlist.shape[1]
+    return rank_experts(codebook.codewords, scale, weight, bias, size, function, expert_bias)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("name, value", (("num_neighbors", 50), ("num_slices", 1)))
+def test_with_every_list_or_every_expert_to_choose_from_a_rebuild_is_a_full_one(selection, name, value):
+    codebook, index, arguments = fixed(selection)
+    expected = index.shortlist.clone()
+    index.shortlist.copy_(balanced_lists(50, 40, 600, "cpu"))  # every expert, in the wrong lists
+    setattr(index, name, value)
+    rebuild(codebook, index, arguments)
+    assert torch.equal(index.shortlist, expected)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_after_one_turn_of_all_slices_the_lists_keep_the_best_of_all_experts(selection):
+    """Of lists that stood anywhere; experts that no list keeps are where they were tried last."""
+    codebook, index, arguments = fixed(selection)
+    index.num_neighbors = 1
+    index.shortlist.copy_(balanced_lists(50, 40, 600, "cpu"))
+    for _ in range(index.num_slices):
+        rebuild(codebook, index, arguments)
+    best = full_ranking(codebook, index, arguments).lists[:, :28]
+    assert all(kept <= listed for kept, listed in zip(as_sets(best), as_sets(index.shortlist), strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    num_experts=st.integers(1, 150), num_clusters=st.integers(1, 60), topk=st.integers(1, 6), spare=st.integers(0, 20),
+    interval=st.sampled_from((1, 20, 40)), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_every_expert_stands_in_a_list_after_every_swap(num_experts, num_clusters, topk, spare, interval, seed):
+    topk = min(topk, num_experts)
+    size = min(topk + -(-num_experts // num_clusters) + spare, num_experts)
+    reserved = reserved_places(num_experts, num_clusters, size, topk)
+    codebook = Codebook(num_clusters, 4, 0.8)
+    index = ShortlistIndex(num_experts, num_clusters, size, "tokens", interval, reserved)
+    weight = randn(num_experts, 4, seed=seed)
+    for step in range(26):
+        index.refresh(codebook, weight, None)
+        assert set(index.shortlist.flatten().tolist()) == set(range(num_experts))
+        assert (index.shortlist.diff(dim=1) > 0).all()  # sorted, and none twice
+        index.commit()
+        hidden = randn(30, 4, seed=seed + step)
+        codebook.accumulate(assign_with_statistics(hidden, codebook.codewords, 1)[1])
+        codebook.apply_update(codebook.statistics.clone(), True)
+        codebook.discard()
+        weight = weight + 0.3 * randn(*weight.shape, seed=seed + step)
+
+
+def test_keys_order_scores_and_then_codewords():
+    scores = torch.tensor([-torch.inf, -3.0, -1e-30, 0.0, 2.5, 2.5, torch.inf])
+    codewords = torch.tensor([7, 2**31 - 1, 0, 4, 6, 5, 1])
+    keys = pack(scores, codewords)
+    assert torch.equal(keys.sort().values, keys)
+    assert all(torch.equal(*pair) for pair in zip(unpack(keys), (scores, codewords), strict=True))
+    assert torch.equal(pack(torch.tensor([torch.nan, -torch.nan]), codewords[-1:]), keys[-1:].expand(2))
+
+
+def test_a_share_of_several_ranks_is_not_taken_for_all():
+    class TwoRanks:
+        rank, size = staticmethod(lambda: 1), staticmethod(lambda: 2)
+
+    codebook, index, arguments = fixed("plain")
+    codebook.count_update()
+    index.refresh(codebook, *arguments, group=TwoRanks)
+    with pytest.raises(ValueError, match="ranked by 2 ranks together.*not with one of 1"):
+        index.commit()
 
 
 def test_lists_rank_by_what_the_top_k_ranks_by():
@@ -424,6 +579,6 @@ def test_a_score_function_needs_an_expert_bias():
 
 @pytest.mark.parametrize("saved, loading", [("tokens", "experts"), ("experts", "tokens")])
 def test_lists_of_the_other_source_are_refused(saved, loading):
-    state = ShortlistIndex(4, 3, saved, 10).state_dict()
+    state = ShortlistIndex(9, 4, 3, saved, 10).state_dict()
     with pytest.raises(ValueError, match=f"moe_air_codebook_source \\('{loading}'\\) must be .* '{saved}'"):
-        ShortlistIndex(4, 3, loading, 10).load_state_dict(state)
+        ShortlistIndex(9, 4, 3, loading, 10).load_state_dict(state)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from air_moe_megatron.index import num_rebuilds
+from air_moe_megatron.config import resolve_sizes
+from air_moe_megatron.index import num_rebuilds, rebuild_products
 from air_moe_megatron.ops.fine_scores import eager
 from air_moe_megatron.routers import ROUTERS
 from benchmarks.quality.router_flops import expert_flops, router_flops
@@ -68,13 +69,40 @@ def test_refresh_is_spread_over_the_tokens_between_two():
     config = make_config(moe_router_type="air", moe_air_num_clusters=16, moe_air_refresh_interval=5)
     plain, spread = router_flops(config), router_flops(config, tokens_per_batch=100)
     assert plain.refresh == 0.0
-    assert spread.refresh == 2 * 16 * 64 * 16 / 500
+    products = rebuild_products(num_experts=64, num_clusters=16, shortlist_size=resolve_sizes(config).shortlist_size)
+    assert spread.refresh == pytest.approx(2 * 16 * products / 500)
     assert spread.total == plain.total + spread.refresh
     young = router_flops(config, tokens_per_batch=100, num_steps=10).refresh
-    assert young == pytest.approx(2 * 16 * 64 * 16 / 100 * num_rebuilds(10, 5) / 10)
+    assert num_rebuilds(10, 5) == 7
+    assert young == pytest.approx(2 * 16 / 100 * (2 * 64 * 16 + 5 * products) / 10)
     assert young > spread.refresh
     config.moe_air_codebook_source = "experts"
-    assert router_flops(config, tokens_per_batch=100).refresh == 2 * spread.refresh
+    assert router_flops(config, tokens_per_batch=100).refresh == 2 * 2 * 16 * 64 * 16 / 500
+    young = router_flops(config, tokens_per_batch=100, num_steps=10).refresh
+    assert young == pytest.approx(2 * 2 * 16 * 64 * 16 / 100 * 7 / 10)
+
+
+@pytest.mark.parametrize(
+    "fields", (dict(), dict(moe_air_num_clusters=12, moe_air_shortlist_size=60)), ids=("few-candidates", "all")
+)
+def test_products_of_a_rebuild_equal_what_torch_counts(megatron_cpu, fields):
+    """In full the first time, then of what is near."""
+    config = make_config(
+        moe_router_type="air", num_moe_experts=EXPERTS, moe_router_topk=TOPK, hidden_size=HIDDEN,
+        **{"moe_air_num_clusters": 20, "moe_air_shortlist_size": 24, **fields},
+    )  # fmt: skip
+    router = ROUTERS["air"](config, megatron_cpu)
+    sizes, counts = router.sizes, []
+    weight = router.weight.bfloat16()  # the products with fp32 centers are sparse, which torch does not count
+    for _ in range(3):
+        with FlopCounterMode(display=False) as counter:
+            router.index.refresh(router.codebook, weight, None)
+        router.index.commit()
+        router.codebook.count_update()
+        counts.append(counter.get_total_flops())
+    in_full = 2 * HIDDEN * sizes.num_clusters * EXPERTS
+    near = 2 * HIDDEN * rebuild_products(EXPERTS, sizes.num_clusters, sizes.shortlist_size)
+    assert counts == [in_full, in_full, near]
 
 
 def test_dispatch_constant_of_krajewski():

@@ -7,7 +7,7 @@ import torch
 from air_moe_megatron.ops.backend import use_kernels
 from air_moe_megatron.ops.ranking import eager
 
-__all__ = ["SCORE_FUNCTIONS", "Ranking", "rank_experts"]
+__all__ = ["SCORE_FUNCTIONS", "CandidateRanking", "Ranking", "rank_candidates", "rank_experts"]
 
 SCORE_FUNCTIONS = (None, "sigmoid", "sqrtsoftplus")
 """Functions through which Megatron's expert bias is added to a score."""
@@ -20,6 +20,17 @@ class Ranking:
     lists: torch.Tensor  # [C, L] int64, the experts that score highest at each codeword, best first
     nearest: torch.Tensor  # [E] int64, the codeword at which each expert scores highest
     score: torch.Tensor  # [E] fp32, that score
+
+
+@dataclass(frozen=True)
+class CandidateRanking:
+    """Result of ranking some candidates at each codeword, and a range of experts at all of them."""
+
+    lists: torch.Tensor  # [n, L] int64, the experts that score highest of those tried at each codeword, best first
+    candidates: torch.Tensor  # [n, m] int64, sorted by id
+    scores: torch.Tensor  # [n, m] fp32, theirs; -inf for one that repeats another or is in the range
+    nearest: torch.Tensor  # [k] int64, the codeword at which each expert of the range scores highest
+    score: torch.Tensor  # [k] fp32, that score
 
 
 @torch.compiler.disable
@@ -61,6 +72,54 @@ def rank_experts(
             *kernels.rank_experts(codewords, scale, weight, bias, shortlist_size, score_function, expert_bias)
         )
     return Ranking(*eager.rank_experts(codewords, scale, weight, bias, shortlist_size, score_function, expert_bias))
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def rank_candidates(
+    codewords: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    candidates: torch.Tensor,
+    experts: slice,
+    shortlist_size: int,
+    score_function: str | None = None,
+    expert_bias: torch.Tensor | None = None,
+) -> CandidateRanking:
+    """Rank candidates of its own at each codeword, and a range of experts at every codeword, as :func:`rank_experts`.
+
+    Costs ``2 n H (m + k)`` for n codewords with m candidates each and a range of k experts. There are no kernels of its
+    own: on a GPU it is a gather, batched products and ``topk``. It does not wait for the device.
+
+    Args:
+        codewords: [n, H] fp32, unit rows.
+        scale: [n] fp32.
+        weight: [E, H] expert centers, any float dtype.
+        bias: [E] or None.
+        candidates: [n, m] int64 expert ids, which may repeat; at least L distinct ones per row.
+        experts: the range, with start and stop.
+        shortlist_size: L.
+        score_function, expert_bias: as :func:`rank_experts` takes them.
+    Raises:
+        ValueError: if shapes, dtypes or arguments do not fit.
+
+    Example: codewords [[1, 0], [0, 1]], weight [[1, 0], [0, 3], [2, 2]], candidates [[0, 0], [0, 1]], the range from 2
+    to 3 and L = 1 give the lists [[2], [1]], and for expert 2 the nearest codeword 0 with the score 2.
+    """
+    _validate(codewords, scale, weight, bias, shortlist_size, score_function, expert_bias)
+    if candidates.dim() != 2 or candidates.shape[0] != codewords.shape[0] or candidates.shape[1] < shortlist_size:
+        raise ValueError(
+            f"candidates {tuple(candidates.shape)} must be [n, m] with n = {codewords.shape[0]} codewords and m at "
+            f"least shortlist_size ({shortlist_size})"
+        )
+    if not 0 <= experts.start < experts.stop <= weight.shape[0]:
+        raise ValueError(f"experts ({experts.start} to {experts.stop}) must be a range within E = {weight.shape[0]}")
+    return CandidateRanking(
+        *eager.rank_candidates(
+            codewords, scale, weight, bias, candidates, experts, shortlist_size, score_function, expert_bias
+        )
+    )
 
 
 def _validate(

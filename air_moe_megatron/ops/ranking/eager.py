@@ -1,10 +1,13 @@
-"""Ranking with torch operations: the experts streamed in chunks, so that no [C, E] tensor is held for large E."""
+"""Ranking with torch operations: of candidates, or of all experts, streamed so that no [C, E] tensor is held."""
 
 import torch
+
+from air_moe_megatron.ops.weight_gradient import sparse_rows
 
 CHUNK_ELEMENTS = 2**26  # of the scores [C, n] of a chunk of experts: 256 MiB
 _STRIPES = 8  # experts that one maximum stands for in the first step of a top-k
 _SPARE = 32  # candidates of a chunk beyond twice those expected
+_GATHERED_ELEMENTS = 2**22  # of the centers that are gathered at a time where they cannot be read in place: 16 MiB
 _SCORE = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda scores: torch.nn.functional.softplus(scores).sqrt()}
 
 
@@ -28,11 +31,7 @@ def rank_experts(
     def score(experts: slice) -> torch.Tensor:
         size = experts.stop - experts.start
         scores = torch.mm(codewords, weight[experts].float().t(), out=buffer[: num_clusters * size].view(-1, size))
-        if bias is not None or score_function is not None:
-            scores *= scale.unsqueeze(1)
-        if bias is not None:
-            scores += bias[experts].float()
-        return scores if score_function is None else _SCORE[score_function](scores) + expert_bias[experts]
+        return _ranked_by(scores, scale, bias, score_function, expert_bias, experts)
 
     # About one in so many of a list's experts is in each chunk; twice that, and few lists ask for more.
     kept = min(shortlist_size, 2 * -(-shortlist_size // len(chunks)) + _SPARE)
@@ -53,6 +52,64 @@ def rank_experts(
         best, places = torch.cat(values, dim=1).topk(shortlist_size, dim=1)
     ids = torch.cat([part + experts.start for part, experts in zip(ids, chunks, strict=True)], dim=1)
     return ids.gather(1, places), torch.cat(nearest), torch.cat(highest)
+
+
+def rank_candidates(
+    codewords: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    candidates: torch.Tensor,
+    experts: slice,
+    shortlist_size: int,
+    score_function: str | None,
+    expert_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """As :func:`air_moe_megatron.ops.ranking.rank_candidates`. Does not wait for the device."""
+    candidates = candidates.sort(dim=1).values
+    scores = _ranked_by(_products(codewords, weight, candidates), scale, bias, score_function, expert_bias, candidates)
+    repeated = (candidates >= experts.start) & (candidates < experts.stop)  # they are among the experts of the range
+    repeated[:, 1:] |= candidates[:, 1:] == candidates[:, :-1]
+    scores = scores.masked_fill(repeated, float("-inf"))
+    in_range = codewords @ weight[experts].float().t()
+    in_range = _ranked_by(in_range, scale, bias, score_function, expert_bias, experts)
+    score, nearest = _max_per_column(in_range)
+    best, places = scores.topk(min(shortlist_size, scores.shape[1]), dim=1)
+    best_in_range, places_in_range = _topk(in_range, shortlist_size)
+    ids = torch.cat((candidates.gather(1, places), places_in_range + experts.start), dim=1)
+    order = torch.cat((best, best_in_range), dim=1).topk(shortlist_size, dim=1).indices
+    return ids.gather(1, order), candidates, scores, nearest, score
+
+
+def _products(codewords: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """[n, m] fp32 products of each of the n codewords with the m centers that ``ids`` [n, m] names for it."""
+    num_codewords, num_ids = ids.shape
+    if num_ids >= weight.shape[0]:  # of few experts: all products are fewer
+        return (codewords @ weight.float().t()).gather(1, ids)
+    if weight.dtype == torch.float32 and not weight.is_cuda:  # in place: gathered centers would fall out of the cache
+        first = torch.arange(0, ids.numel() + 1, num_ids)
+        pattern = sparse_rows(first, ids.reshape(-1), codewords.new_zeros(ids.numel()), weight.shape[0])
+        products = torch.sparse.sampled_addmm(pattern, codewords, weight.t(), beta=0.0)
+        return products.values().view(num_codewords, num_ids)
+    chunk = max(1, _GATHERED_ELEMENTS // (num_ids * weight.shape[1]))
+    parts = zip(ids.split(chunk), codewords.split(chunk), strict=True)
+    return torch.cat([torch.bmm(weight[part].float(), rows.unsqueeze(2)).squeeze(2) for part, rows in parts])
+
+
+def _ranked_by(
+    products: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    score_function: str | None,
+    expert_bias: torch.Tensor | None,
+    experts: slice | torch.Tensor,
+) -> torch.Tensor:
+    """[n, m] what experts are ranked by, from their products with codewords [n, m], which it may overwrite."""
+    if bias is not None or score_function is not None:
+        products *= scale.unsqueeze(1)
+    if bias is not None:
+        products += bias[experts].float()
+    return products if score_function is None else _SCORE[score_function](products) + expert_bias[experts]
 
 
 def _max_per_column(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

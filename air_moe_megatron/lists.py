@@ -1,0 +1,123 @@
+"""What stands in the shortlists: pure functions from scores to lists.
+
+Legend: H hidden, E experts, C clusters, L shortlist.
+"""
+
+import torch
+
+from air_moe_megatron.ops.ranking import Ranking
+from air_moe_megatron.ops.unit_vectors import unit_rows
+
+
+def reserved_places(num_experts: int, num_clusters: int, shortlist_size: int, topk: int) -> int:
+    """Places at the end of each list that go to experts which no list would hold: enough for all of them, where the
+    top-k leaves room.
+
+    Example: E = 16384, C = 512, L = 128 reserves 32 of the 128 places.
+    """
+    return min(-(-num_experts // num_clusters), shortlist_size - topk)
+
+
+@torch.no_grad()
+def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0):
+    """Shortlists that hold every expert: the *orphan rule*.
+
+    A list keeps the experts that score highest at its codeword, up to its reserved places. The experts that no list
+    keeps are the orphans. Each goes into a reserved place of the codeword at which it scores highest, the highest
+    scores first; those that find it full go where there is room, in order. Places that no orphan takes go to the
+    experts that score highest next. So an expert that the model has left is still scored for the tokens that it suits
+    best, and can come back. Where there are more orphans than reserved places, they take turns.
+
+    Args:
+        ranking: lists best first.
+        reserved: places per list, see :func:`reserved_places`; 0 leaves the lists as they are.
+        turn: number of the rebuild; whose turn it is.
+    Returns:
+        [C, L] int32, ascending expert ids.
+
+    Example: two codewords that both rank the experts 0, 1, 2, 3, lists of 3 with 2 places reserved: both keep 0; the
+    orphans 1, 2, 3 take three of the four places.
+    """
+    lists = ranking.lists
+    num_clusters, num_experts = lists.shape[0], ranking.nearest.numel()
+    kept, tail = lists[:, : lists.shape[1] - reserved], lists[:, lists.shape[1] - reserved :]
+    is_orphan = torch.ones(num_experts, dtype=torch.bool, device=lists.device)
+    is_orphan[kept.flatten()] = False
+    orphans = torch.nonzero(is_orphan).flatten()
+    if reserved == 0 or orphans.numel() == 0:
+        return lists.sort(dim=1).values.int()
+    room = num_clusters * reserved
+    if orphans.numel() > room:
+        orphans = orphans.roll(-turn * room)[:room]
+    by_score = orphans[ranking.score[orphans].argsort(descending=True, stable=True)]
+    codeword = ranking.nearest[by_score]
+    order = codeword.argsort(stable=True)
+    orphans, codeword = by_score[order], codeword[order]
+    first = torch.searchsorted(codeword, torch.arange(num_clusters, device=lists.device))
+    place = torch.arange(orphans.numel(), device=lists.device) - first[codeword]
+    places = lists.new_full((num_clusters, reserved), -1)
+    fits = place < reserved
+    places[codeword[fits], place[fits]] = orphans[fits]
+    homeless = orphans[~fits]
+    free = torch.nonzero(places.flatten() < 0).flatten()[: homeless.numel()]
+    places.view(-1)[free] = homeless
+    rest = _first_distinct(torch.cat((places, tail), dim=1), reserved)
+    return torch.cat((kept, rest), dim=1).sort(dim=1).values.int()
+
+
+def _first_distinct(ids, count):
+    """[C, count]: the first ids of each row that are not -1 and do not repeat an earlier one."""
+    sorted_ids, places = ids.sort(dim=1, stable=True)
+    out = sorted_ids < 0
+    out[:, 1:] |= sorted_ids[:, 1:] == sorted_ids[:, :-1]
+    where = places.masked_fill(out, ids.shape[1]).topk(count, dim=1, largest=False, sorted=True).values
+    return ids.gather(1, where)
+
+
+def inverted_lists(codewords, weight, capacity):
+    """Put every expert into the list of its nearest codeword that has room: a classic inverted file, bounded.
+
+    In each round the experts still outside propose to their nearest codeword with room, which takes the nearest of
+    them. Every expert ends up in exactly one list.
+
+    Args:
+        codewords: [C, H] fp32, unit rows.
+        weight: [E, H] expert centers.
+        capacity: experts a list can hold; C * capacity must be at least E.
+    Returns:
+        [C, capacity] int32, ascending expert ids, -1 at the end of a shorter list.
+    """
+    num_clusters, num_experts = codewords.shape[0], weight.shape[0]
+    similarity = unit_rows(weight) @ codewords.t()  # [E, C]
+    lists = torch.full((num_clusters, capacity), num_experts, dtype=torch.int64, device=weight.device)
+    used = torch.zeros(num_clusters, dtype=torch.int64, device=weight.device)
+    outside = torch.arange(num_experts, device=weight.device)
+    while outside.numel():
+        scores = similarity[outside].masked_fill(used >= capacity, float("-inf"))
+        score, codeword = scores.max(dim=1)
+        # Nearest first within each codeword: a stable sort by codeword of the experts sorted by score.
+        by_score = score.argsort(descending=True, stable=True)
+        order = by_score[codeword[by_score].argsort(stable=True)]
+        counts = torch.bincount(codeword, minlength=num_clusters)
+        rank = torch.arange(order.numel(), device=order.device) - (counts.cumsum(0) - counts)[codeword[order]]
+        place = used[codeword[order]] + rank
+        taken = place < capacity
+        lists[codeword[order][taken], place[taken]] = outside[order[taken]]
+        used = (used + counts).clamp(max=capacity)
+        outside = outside[order[~taken]].sort().values
+    lists = lists.sort(dim=1).values
+    return lists.masked_fill(lists == num_experts, -1).int()
+
+
+def balanced_lists(num_clusters, shortlist_size, num_experts, device):
+    """Lists of consecutive experts, spread evenly over the ids whatever the weights; for load tests.
+
+    Every expert has the same number of places if C * L is a multiple of E, otherwise one more or less; with fewer
+    places than experts, some have none.
+
+    Returns:
+        [C, L] int32, ascending expert ids.
+    """
+    first = torch.arange(num_clusters, device=device) * num_experts // num_clusters
+    lists = (first.unsqueeze(1) + torch.arange(shortlist_size, device=device)) % num_experts
+    return lists.sort(dim=1).values.int()
