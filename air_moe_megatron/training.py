@@ -112,10 +112,17 @@ def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridM
     return config
 
 
-def leave_out_codebooks(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Tell the routers of a model that the checkpoint holds no codebooks; return it, as Megatron's hooks must."""
+def leave_out(names: list[str], model: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Have the AIR routers of a model not ask the checkpoint for what it lacks.
+
+    Args:
+        names: beginnings of its names.
+        model: Megatron's list of model chunks.
+    Returns:
+        The same list, as Megatron's hooks must.
+    """
     for router in find_routers(model, AIRRouter):
-        router.is_codebook_left_out = True
+        router.left_out = names
     return model
 
 
@@ -174,8 +181,9 @@ def train(program_start: float | None = None, screen: TextIO | None = None) -> N
         ranks.check("data", lambda: preflight.check_data(args))
         model_config = model_config_from_args(args)
         ranks.check("memory", lambda: check_memory(args))
-        if check_checkpoint(args, model_config.transformer, ranks):
-            model_config.pre_wrap_hooks.append(leave_out_codebooks)
+        lacking = check_checkpoint(args, model_config.transformer, ranks)
+        if lacking:
+            model_config.pre_wrap_hooks.append(partial(leave_out, lacking))
     pretrain_func, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     with process_groups_released():
         run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, not is_plain_topk(args), screen)

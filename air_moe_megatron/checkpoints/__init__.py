@@ -21,29 +21,29 @@ from air_moe_megatron.config import AIRFields
 __all__ = ["check_checkpoint", "fields_of_checkpoint"]
 
 
-def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks: Ranks) -> bool:
+def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks: Ranks) -> list[str]:
     """Check what the run will load and where it will save, and say what will become of the codebooks.
 
     Returns:
-        whether the run has codebooks that the checkpoint lacks; False where no checkpoint is loaded.
+        as :func:`check_contents`; nothing where no checkpoint is loaded.
     Raises:
         ValueError: on every rank, if the checkpoint is damaged, not seen by some rank or unfit for the run, or if
             nothing can be saved.
     """
 
-    def judge(reports: list[dict[str, Any]]) -> bool:
+    def judge(reports: list[dict[str, Any]]) -> list[str]:
         location = _agreed_location(args, reports)
         for rank, report in enumerate(reports):
             if report["write problem"] is not None:
                 raise ValueError(f"{report['write problem']}, on rank {rank} ({report['host']})")
-        checkpoint, lacks_codebooks = None, False
+        checkpoint, lacking = None, []
         if location is not None and not args.moe_use_upcycling:
             with _naming(location):
                 checkpoint = read(location)
-                lacks_codebooks = check_contents(checkpoint, args, config)
+                lacking = check_contents(checkpoint, args, config)
         check_optimizer_resumes(args, checkpoint)
         check_room(args, config)
-        return lacks_codebooks
+        return lacking
 
     return ranks.agree("checkpoint", _report(args) | {"write problem": find_write_problem(args)}, judge)
 

@@ -10,6 +10,7 @@ from megatron.training.utils import print_rank_0
 from air_moe_megatron.arguments import bare_pattern, moe_layers
 from air_moe_megatron.checkpoints.reader import LEGACY_FILE, Checkpoint, Damaged
 from air_moe_megatron.config import AIRFields, resolve_sizes
+from air_moe_megatron.index import STAGED
 from air_moe_megatron.routers import ROUTERS
 
 _GIVEN_SIZES = (
@@ -31,14 +32,15 @@ _LEGACY_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "
 """The layout that the legacy format is bound to."""
 
 
-def check_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: TransformerConfig) -> bool:
+def check_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: TransformerConfig) -> list[str]:
     """Compare a checkpoint with the run that will load it.
 
     Between top-k and AIR only the codebooks differ, so either loads into the other. A missing codebook is learned anew,
-    an unwanted one is left. Routers of other types have parameters of their own.
+    an unwanted one is left. Routers of other types have parameters of their own. A checkpoint of AIR may come from
+    before rebuilds of the lists were saved: the one under way begins anew.
 
     Returns:
-        whether the run has codebooks that the checkpoint lacks.
+        what the AIR routers of the run have and the checkpoint lacks: beginnings of names, as in a router's state.
     Raises:
         ValueError: naming our flag, its value and what the checkpoint needs.
     """
@@ -58,14 +60,17 @@ def check_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
         _check_fields(checkpoint, config)
     if router_type == "air":
         _check_codebooks(checkpoint, config)
-    if (router_type == "air") == has_codebooks:
-        return False
+    if router_type == "air" and has_codebooks:
+        has_staged = any(key.endswith("router.index.progress") for key in checkpoint.shapes)
+        return [] if has_staged else [f"index.{name}" for name in STAGED]
+    if router_type != "air" and not has_codebooks:
+        return []
     if has_codebooks:
         outcome = "AIR routing: its codebooks are left, its experts are loaded"
     else:
         outcome = "top-k routing: expert centers are kept, codebooks are seeded from the first batch"
     print_rank_0(f"> {checkpoint.location.directory} was trained with {outcome}")
-    return not has_codebooks
+    return [] if has_codebooks else ["codebook.", "index."]
 
 
 def loads_optimizer(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:

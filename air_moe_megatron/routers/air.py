@@ -69,8 +69,8 @@ class AIRRouter(CompactRouter):
         # No slot of the routes stays empty: lists of source 'tokens' are full. Inverted lists may be short, and several
         # lists may hold fewer than M distinct experts: an empty slot may then stand in for one whose score underflows.
         self.always_complete = config.moe_air_codebook_source == "tokens" and self.sizes.num_probes == 1
-        # Set before a top-k checkpoint is loaded: the codebook is not asked of it. Loading sets it back.
-        self.is_codebook_left_out = False
+        # Beginnings of the names of what a checkpoint lacks, and so is not asked for; loading sets it back.
+        self.left_out: list[str] = []
         # Tokens of the last training forward, for logs only.
         self.sample: TokenSample | None = None
 
@@ -185,12 +185,10 @@ class AIRRouter(CompactRouter):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """As Megatron's; without codebook and lists while a checkpoint that holds none is being loaded."""
+        """As Megatron's; without what a checkpoint that is being loaded lacks."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.is_codebook_left_out:
-            left_out = (f"{prefix}codebook.", f"{prefix}index.")
-            state = {key: value for key, value in state.items() if not key.startswith(left_out)}
-        return state
+        left_out = tuple(prefix + name for name in self.left_out)
+        return {key: value for key, value in state.items() if not key.startswith(left_out)} if left_out else state
 
     def learners(self) -> list[Learner]:
         """As the base's, and the codebook where it learns from tokens."""
@@ -208,7 +206,7 @@ class AIRRouter(CompactRouter):
         self.index.commit(group)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.is_codebook_left_out = False
+        self.left_out = []
         return super()._load_from_state_dict(*args, **kwargs)
 
 

@@ -50,6 +50,7 @@ def tensors_of(args: argparse.Namespace) -> dict[str, torch.Tensor]:
             "weight": (EXPERTS, HIDDEN),
             "codebook.codewords": (args.moe_air_num_clusters, HIDDEN),
             "index.shortlist": (args.moe_air_num_clusters, args.moe_air_shortlist_size),
+            "index.progress": (2,),
         },
         "product_key": {"keys1": (1, 4, HIDDEN // 2)},
         "hierarchical": {"weight": (EXPERTS, HIDDEN), "group_weight": (4, HIDDEN)},
@@ -108,9 +109,9 @@ def save(parsed, megatron_cpu, tmp_path):
 
 @pytest.fixture
 def check(parsed, megatron_cpu):
-    """A function that checks a run: its arguments that differ from top-k's -> whether it lacks codebooks."""
+    """A function that checks a run: its arguments that differ from top-k's -> what the checkpoint lacks."""
 
-    def check(ranks=ALONE, **changes) -> bool:
+    def check(ranks=ALONE, **changes) -> list[str]:
         from air_moe_megatron.arguments import transformer_config_from_args
         from air_moe_megatron.checkpoints import check_checkpoint
 
@@ -139,18 +140,25 @@ def only(folder: Path, pattern: str) -> Path:
 def test_the_run_that_saved_it_passes(save, check, is_legacy, fields):
     if fields.get("moe_router_type") == "hash":
         fields = fields | {"moe_hash_vocab_size": 64, "moe_router_dtype": None, "moe_aux_loss_coeff": 0.0}
-    assert check(load=save(is_legacy=is_legacy, **fields), **fields) is False
+    assert check(load=save(is_legacy=is_legacy, **fields), **fields) == []
 
 
 def test_topk_and_air_load_into_each_other(save, check, is_legacy, capsys):
-    assert check(load=save(is_legacy=is_legacy), **AIR) is True
+    assert check(load=save(is_legacy=is_legacy), **AIR) == ["codebook.", "index."]
     assert "expert centers are kept, codebooks are seeded" in capsys.readouterr().out
-    assert check(load=save(iteration=3, is_legacy=is_legacy, **AIR)) is False
+    assert check(load=save(iteration=3, is_legacy=is_legacy, **AIR)) == []
     assert "its codebooks are left, its experts are loaded" in capsys.readouterr().out
 
 
+def test_a_checkpoint_from_before_rebuilds_were_saved_lacks_only_them(save, parsed, check, is_legacy):
+    tensors = tensors_of(argparse.Namespace(**vars(parsed) | AIR))
+    del tensors["router.index.progress"]
+    lacking = check(load=save(tensors=tensors, is_legacy=is_legacy, **AIR), **AIR)
+    assert lacking == ["index.staged_lists", "index.staged_keys", "index.progress"]
+
+
 def test_without_load_nothing_is_read(check):
-    assert check(**AIR) is False
+    assert check(**AIR) == []
 
 
 # Where it is.
@@ -167,7 +175,7 @@ def test_a_garbled_tracker_is_an_error_that_names_a_whole_iteration(save, check,
         check(load=folder)
     assert "\n" not in str(error.value) and "--ckpt-step 2" in str(error.value)
     tracker.unlink()  # as the message says
-    assert check(load=folder, ckpt_step=2) is False
+    assert check(load=folder, ckpt_step=2) == []
 
 
 def test_a_missing_tracker_beside_iterations_is_an_error(save, check):
@@ -175,7 +183,7 @@ def test_a_missing_tracker_beside_iterations_is_an_error(save, check):
     (folder / "latest_checkpointed_iteration.txt").unlink()
     with pytest.raises(ValueError, match="iteration.txt' is missing; iteration 2 is whole: add --ckpt-step 2"):
         check(load=folder, save=folder)
-    assert check(load=folder, save=folder, ckpt_step=2) is False
+    assert check(load=folder, save=folder, ckpt_step=2) == []
     for changes in ({"pretrained_checkpoint": folder}, {"load": folder, "pretrained_checkpoint": folder}):
         with pytest.raises(ValueError, match="iteration.txt' is missing; write one of them into it"):
             check(**changes)
@@ -195,8 +203,8 @@ def test_the_folder_of_one_iteration_is_none_to_start_in(save, check, is_legacy,
 def test_load_without_a_checkpoint_is_an_error_but_for_the_folder_of_save(check, tmp_path):
     new, other = tmp_path / "new", tmp_path / "other"
     other.mkdir()
-    assert check(load=new, save=new) is False
-    assert check(load=other, save=f"{tmp_path}/new/../other") is False
+    assert check(load=new, save=new) == []
+    assert check(load=other, save=f"{tmp_path}/new/../other") == []
     for changes in ({}, {"save": new}, {"save": other, "skip_train": True}):
         with pytest.raises(ValueError, match=f"--load '{other}' holds no checkpoint: name a folder that does"):
             check(load=other, **changes)
@@ -221,7 +229,7 @@ def test_the_newer_of_two_kinds_of_checkpoint_is_checked(save, check):
     (folder / "non_persistent" / "latest_checkpointed_iteration.txt").write_text("3")
     with pytest.raises(ValueError, match="non_persistent/iter_0000003' holds granular experts"):
         check(load=folder, non_persistent_ckpt_type="global")
-    assert check(load=folder) is False
+    assert check(load=folder) == []
 
 
 # Whether it is whole.
@@ -264,7 +272,7 @@ def test_a_damaged_checkpoint_names_the_file_and_the_iteration_that_is_whole(sav
     assert message.startswith(f"--load '{folder}/iter_0000003' is damaged: '{path}' ")
     assert message.endswith("; iteration 2 is whole: add --ckpt-step 2 to load it")
     assert "\n" not in message
-    assert check(load=folder, save=folder, ckpt_step=2) is False
+    assert check(load=folder, save=folder, ckpt_step=2) == []
     assert before <= set(folder.rglob("*"))
 
 
@@ -304,7 +312,7 @@ def test_reading_a_checkpoint_runs_none_of_its_code(save, check, tmp_path, where
     trace = tmp_path / "trace"
     if where == "common-state":
         folder = save(moe_router_topk=Attack(trace))
-        assert check(load=folder) is False  # its arguments are not read
+        assert check(load=folder) == []  # its arguments are not read
     elif where == "metadata":
         folder = save()
         (folder / "iter_0000002" / ".metadata").write_bytes(pickle.dumps(Attack(trace)))
@@ -349,7 +357,7 @@ def test_a_dense_gpt_model_is_refused_for_a_hybrid_one_with_experts(save, check)
 
 
 def test_equal_patterns_of_layers_pass_however_they_are_written(save, check):
-    assert check(load=save(), moe_layer_freq=[1, 1]) is False
+    assert check(load=save(), moe_layer_freq=[1, 1]) == []
 
 
 @pytest.mark.parametrize(
@@ -364,7 +372,7 @@ def test_equal_patterns_of_layers_pass_however_they_are_written(save, check):
 @pytest.mark.parametrize("fields", [{}, GRANULAR], ids=["modules", "granular"])
 def test_without_arguments_the_tensors_tell_the_sizes(save, check, fields, changes, message):
     folder = save(args=False, **fields)
-    assert check(load=folder, **fields) is False
+    assert check(load=folder, **fields) == []
     with pytest.raises(ValueError, match=message):
         check(load=folder, **fields, **changes)
 
@@ -415,7 +423,7 @@ OTHER_ROUTER = {
 def test_another_router_is_refused(save, check, is_legacy, saved, wanted, message, skip_train):
     folder = save(is_legacy=is_legacy, **saved)
     if message is None:
-        assert check(load=folder, skip_train=skip_train, **wanted) is False
+        assert check(load=folder, skip_train=skip_train, **wanted) == []
         return
     with pytest.raises(ValueError, match=message):
         check(load=folder, skip_train=skip_train, **wanted)
@@ -436,7 +444,7 @@ def test_a_size_that_was_chosen_automatically_names_what_it_was_chosen_by(save, 
 
 
 def test_expert_biases_that_are_not_wanted_are_left_with_a_word(save, check, capsys):
-    assert check(load=save(moe_router_enable_expert_bias=True)) is False
+    assert check(load=save(moe_router_enable_expert_bias=True)) == []
     assert "holds expert biases: without --moe-router-enable-expert-bias they are left" in capsys.readouterr().out
 
 
@@ -457,15 +465,15 @@ def test_the_optimizer_of_another_precision_is_refused(save, check, saved, wante
     with pytest.raises(ValueError, match=message):
         check(load=folder, **wanted)
     for remedy in ({"no_load_optim": True}, {"finetune": True}, {"skip_train": True}):
-        assert check(load=folder, **wanted, **remedy) is False
+        assert check(load=folder, **wanted, **remedy) == []
 
 
 def test_a_checkpoint_without_optimizer_state(save, check):
-    assert check(load=save(no_save_optim=True)) is False  # its arguments say so, and Megatron asks for none
+    assert check(load=save(no_save_optim=True)) == []  # its arguments say so, and Megatron asks for none
     folder = save(iteration=3, no_save_optim=True, args=False)
     with pytest.raises(ValueError, match="holds no optimizer state: add --no-load-optim"):
         check(load=folder)
-    assert check(load=folder, no_load_optim=True) is False
+    assert check(load=folder, no_load_optim=True) == []
 
 
 def test_the_legacy_format_is_bound_to_its_layout(save, check):
@@ -473,7 +481,7 @@ def test_the_legacy_format_is_bound_to_its_layout(save, check):
     with pytest.raises(ValueError, match=r"legacy format 'torch', .*: --expert-model-parallel-size \(1\) must be 2"):
         check(load=folder)
     same = {"load": folder, "expert_model_parallel_size": 2, "world_size": 2}
-    assert check(**same) is False
+    assert check(**same) == []
     path = folder / "iter_0000002" / "mp_rank_00_001" / "model_optim_rng.pt"
     path.rename(path.with_name("elsewhere"))
     with pytest.raises(ValueError, match=f"'{path}' is missing; no other iteration"):
@@ -484,7 +492,7 @@ def test_the_flag_of_the_other_format_is_refused(save, check):
     folder = save()
     with pytest.raises(ValueError, match=r"format torch_dist: --ckpt-format \(torch\) must be torch_dist"):
         check(load=folder, ckpt_format="torch")
-    assert check(load=folder, ckpt_format="torch", auto_detect_ckpt_format=True) is False
+    assert check(load=folder, ckpt_format="torch", auto_detect_ckpt_format=True) == []
 
 
 # Where the run saves, and whether it can resume.
@@ -494,9 +502,9 @@ def test_a_folder_that_cannot_be_written_is_refused(check, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--save '.*/file/run' cannot be written: Not a directory in .*, on rank 0"):
         check(save=tmp_path / "file" / "run")
-    assert check(save=tmp_path / "a" / "b") is False
+    assert check(save=tmp_path / "a" / "b") == []
     assert not (tmp_path / "a").exists()
-    assert check(save=tmp_path / "file" / "run", skip_train=True) is False
+    assert check(save=tmp_path / "file" / "run", skip_train=True) == []
 
 
 def test_a_file_system_without_room_is_refused(check, tmp_path):
@@ -504,7 +512,7 @@ def test_a_file_system_without_room_is_refused(check, tmp_path):
     needed = r"\d{7,}\.\d GiB: free some"
     with pytest.raises(ValueError, match=rf"--save '.*' has \d+\.\d GiB free, and .* takes at least {needed}"):
         check(save=tmp_path, **huge)
-    assert check(**huge) is False
+    assert check(**huge) == []
 
 
 def test_the_estimate_counts_what_it_says(parsed, megatron_cpu):
@@ -529,14 +537,14 @@ def test_a_distributed_optimizer_that_cannot_resume_is_refused(save, check, is_l
     distributed = {"use_distributed_optimizer": True}
     with pytest.raises(ValueError, match="without Transformer Engine or Apex .* or add --no-save-optim"):
         check(save=tmp_path, **distributed)
-    assert check(**distributed) is False
-    assert check(save=tmp_path, no_save_optim=True, **distributed) is False
+    assert check(**distributed) == []
+    assert check(save=tmp_path, no_save_optim=True, **distributed) == []
     folder = save(is_legacy=is_legacy, **distributed)
     with pytest.raises(ValueError, match="without Transformer Engine or Apex .* or add --no-load-optim"):
         check(load=folder, **distributed)
-    assert check(load=folder, no_load_optim=True, **distributed) is False
+    assert check(load=folder, no_load_optim=True, **distributed) == []
     monkeypatch.setattr(saving, "HAVE_APEX_OR_TE", True)
-    assert check(load=folder, save=tmp_path, **distributed) is False
+    assert check(load=folder, save=tmp_path, **distributed) == []
     with pytest.raises(ValueError, match="another kind of optimizer: --use-distributed-optimizer must be given"):
         check(load=folder)
 
@@ -547,8 +555,8 @@ def test_a_distributed_optimizer_that_cannot_resume_is_refused(save, check, is_l
 def messages_of(check, changes_of_rank: list[dict]) -> list[str]:
     """What each rank of a world is told, or "" where it may start."""
     outcomes = on_ranks(len(changes_of_rank), lambda ranks: check(ranks=ranks, **changes_of_rank[ranks.rank]))
-    assert all(outcome is False or isinstance(outcome, ValueError) for outcome in outcomes)
-    return ["" if outcome is False else str(outcome) for outcome in outcomes]
+    assert all(outcome == [] or isinstance(outcome, ValueError) for outcome in outcomes)
+    return ["" if outcome == [] else str(outcome) for outcome in outcomes]
 
 
 def test_every_rank_ends_with_the_same_message(save, check, tmp_path):
