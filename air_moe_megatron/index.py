@@ -2,15 +2,15 @@
 
 How lists of source 'tokens' are rebuilt, once there are some:
 
-1. Each step, the first training forward ranks the next few codewords (:meth:`ShortlistIndex.refresh`): a share of those
-   of the interval, of which each rank takes a part. What a codeword is given to choose from are the lists of the
-   codewords nearest to it, and one of R slices of all experts; in R rebuilds every expert is tried at every codeword.
-2. At the end of the step, the ranks exchange what they ranked (:meth:`ShortlistIndex.end_step`). The new lists are
-   staged, and the old ones stay in force.
-3. When all codewords have been ranked, the staged lists take their place at once, with the experts that none of them
-   would hold (:func:`list_every_expert`).
+1. Each step, the first training forward ranks the experts at the next few blocks of codewords
+   (:meth:`ShortlistIndex.refresh`). Each rank takes a part of the blocks.
+2. A codeword keeps a *pool* of its best M experts. It chooses from its pool, its list, and the pools of the nearest
+   codewords that had their *turn* in the rebuild before. Whose turn it is chooses from all experts: one block in R.
+3. At the end of the step, the ranks exchange what they ranked (:meth:`ShortlistIndex.commit`). The lists stay in force.
+4. When all codewords have been ranked, the best L of each pool become the lists, at once, with the experts that none of
+   them would hold (:func:`list_every_expert`).
 
-Legend: H hidden, E experts, C clusters, L shortlist, R slices.
+Legend: H hidden, E experts, C clusters, L shortlist, M pool, R turns.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,10 @@ from air_moe_megatron.ops.ranking import Ranking, rank_candidates, rank_experts
 
 SOURCES = ("tokens", "experts")
 
-# A rebuild costs 2CH(C + nL + E/R). Measured in docs/codebook.md#rebuilding-the-lists.
-NUM_NEIGHBORS = 8  # codewords whose lists a codeword chooses from; it is the first of them
-NUM_SLICES = 32  # R
+# What they cost and lose is measured in docs/codebook.md#rebuilding-the-lists.
+NUM_TURNS = 8  # R
+NUM_NEIGHBORS = 2  # codewords whose pools a codeword chooses from
+POOL = 4  # M / L
 BLOCK = 16  # codewords ranked by one product, so that its bits do not depend on the number of ranks and steps
 
 _ID_BITS = 2**31 - 1
@@ -57,10 +58,21 @@ NUM_FULL_REBUILDS = 2
 """Of lists of source 'tokens': the first one, and the one after the first update, which replaces all codewords."""
 
 
-def rebuild_products(num_experts: int, num_clusters: int, shortlist_size: int) -> int:
-    """Products of a codeword with a codeword or an expert center that one rebuild takes, of all ranks together."""
-    num_candidates = min(min(NUM_NEIGHBORS, num_clusters) * shortlist_size, num_experts)
-    return num_clusters * (num_clusters + num_candidates + num_experts // min(NUM_SLICES, num_experts))
+def num_turns(num_clusters: int) -> int:
+    """R: in so many rebuilds every codeword is ranked once with all experts; all of them at once where they are few."""
+    return min(NUM_TURNS, -(-num_clusters // BLOCK))
+
+
+def rebuild_products(num_experts: int, num_clusters: int, shortlist_size: int) -> float:
+    """Products of a codeword with a codeword or an expert center that a rebuild takes on average, of all ranks.
+
+    Example: E = 65,536, C = 1024, L = 128: 128 codewords with all experts and 896 with 128 codewords and 1664 experts,
+    15% of the products of all codewords with all experts.
+    """
+    in_turn = num_clusters / num_turns(num_clusters)
+    pool_size = min(POOL * shortlist_size, num_experts)
+    num_candidates = min(shortlist_size + (1 + NUM_NEIGHBORS) * pool_size, num_experts)
+    return in_turn * num_experts + (num_clusters - in_turn) * (in_turn + num_candidates)
 
 
 def pack(score: torch.Tensor, codeword: torch.Tensor) -> torch.Tensor:
@@ -77,8 +89,8 @@ def unpack(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 _UNTRIED = int(pack(torch.tensor(-torch.inf), torch.tensor(0)))
-STAGED = ("staged_lists", "staged_keys", "progress")
-"""Buffers that hold a rebuild under way."""
+REBUILDING = ("pool", "staged_keys", "progress")
+"""Buffers that only rebuilds read; checkpoints from before they were spread over steps lack them."""
 
 
 @dataclass
@@ -88,7 +100,7 @@ class Share:
     rows: slice  # the codewords of all ranks
     version: int  # updates of the codebook so far
     num_ranks: int
-    lists: torch.Tensor  # [rows, L] int64, best first; -1 at the codewords of other ranks
+    pool: torch.Tensor  # [rows, M] int64, best first; -1 at the codewords of other ranks
     keys: torch.Tensor  # [E] int64, of each expert the best score and its codeword
     failure: Exception | None = None
 
@@ -121,16 +133,15 @@ class ShortlistIndex(torch.nn.Module):
         self.num_reserved = num_reserved
         self.source = source
         self.refresh_interval = refresh_interval
-        self.num_neighbors = min(NUM_NEIGHBORS, num_clusters)
-        self.num_slices = min(NUM_SLICES, num_experts)
+        self.num_turns = num_turns(num_clusters)
         self.register_buffer("shortlist", torch.zeros(num_clusters, shortlist_size, dtype=torch.int32))
         self.register_buffer("built_at", torch.full((1,), -1, dtype=torch.int64))
         # Saved, because lists and codewords of one source mean nothing to the other.
         self.register_buffer("source_code", torch.tensor([SOURCES.index(source)]))
-        # A rebuild under way; lists of experts are made at once.
-        is_staged = source == "tokens"
-        self.register_buffer("staged_lists", torch.zeros(is_staged * num_clusters, shortlist_size, dtype=torch.int32))
-        self.register_buffer("staged_keys", torch.full((is_staged * num_experts,), _UNTRIED, dtype=torch.int64))
+        # What rebuilds read; lists of source 'experts' are made at once.
+        is_spread, pool_size = source == "tokens", min(POOL * shortlist_size, num_experts)
+        self.register_buffer("pool", torch.zeros(is_spread * num_clusters, pool_size, dtype=torch.int32))
+        self.register_buffer("staged_keys", torch.full((is_spread * num_experts,), _UNTRIED, dtype=torch.int64))
         self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))  # rebuilds so far, codewords ranked
         self._on_host = [-1, 0, 0]  # built_at and progress
         self._share: Share | None = None
@@ -181,13 +192,15 @@ class ShortlistIndex(torch.nn.Module):
                 self._make_lists(codebook, *centers)
                 self._provisional = _made_of(codebook, weight)
             return
-        (built_at, turn, num_ranked), updates = self._state(), codebook.updates_on_host
+        (built_at, num_rebuilds, num_ranked), updates = self._state(), codebook.updates_on_host
         due = 0 if built_at < 0 else next_version(built_at, self.refresh_interval)
-        # The first update replaces the random codewords: what is near the lists of old is not near those of the new.
-        if updates >= due and (self.source == "experts" or built_at < 1):
+        # The first update replaces the random codewords: their pools are of no use to the new ones. An older checkpoint
+        # holds no pools.
+        is_at_once = self.source == "experts" or built_at < 1 or num_rebuilds == 0
+        if updates >= due and is_at_once:
             self._make_lists(codebook, *centers)
-            self._set_state(updates, turn + 1, 0)
-        elif self._share is None and self.source == "tokens":
+            self._set_state(updates, num_rebuilds + 1, 0)
+        elif self._share is None and not is_at_once:
             num_clusters = self.shortlist.shape[0]
             share = num_clusters * (updates - built_at) // (due - built_at) // BLOCK * BLOCK
             rows = slice(num_ranked, num_clusters if updates >= due else share)
@@ -207,8 +220,14 @@ class ShortlistIndex(torch.nn.Module):
             codebook.fit_experts(weight, is_first=not self.is_built)
             self.shortlist.copy_(inverted_lists(codebook.codewords, weight, self.shortlist.shape[1]))
             return
-        scale, size = codebook.typical_projections(), self.shortlist.shape[1]
-        ranking = rank_experts(codebook.codewords, scale, weight, bias, size, score_function, expert_bias)
+        scale, pool_size = codebook.typical_projections(), self.pool.shape[1]
+        ranking = rank_experts(codebook.codewords, scale, weight, bias, pool_size, score_function, expert_bias)
+        self.pool.copy_(ranking.lists)
+        self._list(ranking.nearest, ranking.score)
+
+    def _list(self, nearest: torch.Tensor, score: torch.Tensor) -> None:
+        """Put the lists in force that the pools and each expert's best codeword make."""
+        ranking = Ranking(self.pool[:, : self.shortlist.shape[1]].long(), nearest, score)
         self.shortlist.copy_(list_every_expert(ranking, self.num_reserved, self._state()[1]))
 
     def _rank_share(
@@ -223,32 +242,49 @@ class ShortlistIndex(torch.nn.Module):
     ) -> Share:
         """Rank this rank's part of the codewords ``rows``, in blocks."""
         rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
-        lists = torch.full((rows.stop - rows.start, self.shortlist.shape[1]), -1, device=weight.device)
-        share = Share(rows, codebook.updates_on_host, num_ranks, lists, torch.full_like(self.staged_keys, _UNTRIED))
-        codewords, scale, num_experts = codebook.codewords, codebook.typical_projections(), weight.shape[0]
-        turn = self._state()[1] % self.num_slices
-        experts = slice(num_experts * turn // self.num_slices, num_experts * (turn + 1) // self.num_slices)
+        pool = torch.full((rows.stop - rows.start, self.pool.shape[1]), -1, device=weight.device)
+        share = Share(rows, codebook.updates_on_host, num_ranks, pool, torch.full_like(self.staged_keys, _UNTRIED))
+        scale, settings = codebook.typical_projections(), (weight, bias, score_function, expert_bias)
         blocks = range(rows.start, rows.stop, BLOCK)
         try:
             for first in blocks[len(blocks) * rank // num_ranks : len(blocks) * (rank + 1) // num_ranks]:
                 block = slice(first, min(first + BLOCK, rows.stop))
-                ids = torch.arange(block.start, block.stop, device=weight.device)
-                neighbors = (codewords[block] @ codewords.t()).topk(self.num_neighbors, dim=1).indices
-                candidates = self.shortlist[neighbors].flatten(1).long()
-                ranking = rank_candidates(
-                    codewords[block], scale[block], weight, bias, candidates, experts, lists.shape[1], score_function,
-                    expert_bias,
-                )  # fmt: skip
-                lists[block.start - rows.start : block.stop - rows.start] = ranking.lists
-                keys = pack(ranking.scores, ids.unsqueeze(1))
-                share.keys.scatter_reduce_(0, ranking.candidates.flatten(), keys.flatten(), "amax")
-                in_slice = share.keys[experts]
-                torch.maximum(in_slice, pack(ranking.score, ids[ranking.nearest]), out=in_slice)
+                pool[block.start - rows.start : block.stop - rows.start] = self._rank_block(
+                    block, codebook.codewords, scale, *settings, share.keys
+                )
         except Exception as error:
             if num_ranks == 1:
                 raise
             share.failure = error  # the other ranks learn of it at the end of the step
         return share
+
+    def _rank_block(
+        self,
+        block: slice,
+        codewords: torch.Tensor,
+        scale: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        score_function: str | None,
+        expert_bias: torch.Tensor | None,
+        keys: torch.Tensor,
+    ) -> torch.Tensor:
+        """[n, M] pools of the codewords of a block; what experts score there enters their keys [E]."""
+        centers, selection = (weight, bias), (self.pool.shape[1], score_function, expert_bias)
+        num_rebuilds = self._state()[1]
+        if block.start // BLOCK % self.num_turns == num_rebuilds % self.num_turns:
+            ranking = rank_experts(codewords[block], scale[block], *centers, *selection)
+            torch.maximum(keys, pack(ranking.score, ranking.nearest + block.start), out=keys)
+            return ranking.lists
+        ids = torch.arange(codewords.shape[0], device=weight.device)
+        had_their_turn = ids[ids // BLOCK % self.num_turns == (num_rebuilds - 1) % self.num_turns]
+        similarity = codewords[block] @ codewords[had_their_turn].t()
+        neighbors = had_their_turn[similarity.topk(min(NUM_NEIGHBORS, had_their_turn.numel()), dim=1).indices]
+        candidates = torch.cat((self.pool[block], self.shortlist[block], self.pool[neighbors].flatten(1)), dim=1)
+        ranking = rank_candidates(codewords[block], scale[block], *centers, candidates.long(), *selection)
+        values = pack(ranking.scores, ids[block].unsqueeze(1))
+        keys.scatter_reduce_(0, ranking.candidates.flatten(), values.flatten(), "amax")
+        return ranking.lists
 
     @property
     def failure(self) -> Exception | None:
@@ -261,10 +297,10 @@ class ShortlistIndex(torch.nn.Module):
 
     @torch.no_grad()
     def commit(self, group: torch.distributed.ProcessGroup | None = None) -> None:
-        """End a successful step: stage what the ranks have ranked; once all is there, the staged lists come into force.
+        """End a successful step: keep what the ranks have ranked; once they have ranked everything, change the lists.
 
         Every rank must call it. Communicates, in steps that rank codewords: one all-reduce (maximum) of the E keys and
-        of the lists of the step's codewords, 8 bytes each. Waits for the device when lists come into force.
+        of the pools of the step's codewords, 8 bytes each. Waits for the device when the lists change.
 
         Args:
             group: as :meth:`refresh` took it.
@@ -280,22 +316,21 @@ class ShortlistIndex(torch.nn.Module):
                 f"the lists were ranked by {share.num_ranks} ranks together, so the codebooks must be updated with "
                 f"their group, not with one of {num_ranks}"
             )
-        keys, lists = share.keys, share.lists
+        keys, pool = share.keys, share.pool
         if num_ranks > 1:
-            values = torch.cat((keys, lists.flatten()))
+            values = torch.cat((keys, pool.flatten()))
             torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=group)
-            keys, lists = values[: keys.numel()], values[keys.numel() :].view_as(lists)
-        self.staged_lists[share.rows] = lists.int()
+            keys, pool = values[: keys.numel()], values[keys.numel() :].view_as(pool)
+        self.pool[share.rows] = pool.int()
         torch.maximum(self.staged_keys, keys, out=self.staged_keys)
-        built_at, turn, _ = self._state()
+        built_at, num_rebuilds, _ = self._state()
         if share.rows.stop < self.shortlist.shape[0]:
-            self._set_state(built_at, turn, share.rows.stop)
+            self._set_state(built_at, num_rebuilds, share.rows.stop)
             return
         score, nearest = unpack(self.staged_keys)
-        ranking = Ranking(self.staged_lists.long(), nearest, score)
-        self.shortlist.copy_(list_every_expert(ranking, self.num_reserved, turn))
+        self._list(nearest, score)
         self.staged_keys.fill_(_UNTRIED)
-        self._set_state(share.version, turn + 1, 0)
+        self._set_state(share.version, num_rebuilds + 1, 0)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         strict, missing_keys = args[1], args[2]
@@ -312,14 +347,16 @@ class ShortlistIndex(torch.nn.Module):
                 f"{SOURCES[int(source_code)]!r}: codebooks and lists of one source mean nothing to the other"
             )
         has_lists = any(prefix + name in state_dict for name in ("shortlist", "built_at", "source_code"))
-        has_staged = any(prefix + name in state_dict for name in STAGED)
+        is_whole = any(prefix + name in state_dict for name in REBUILDING)
         num_missing = len(missing_keys)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if strict and not has_lists and not has_staged:
+        if strict and not has_lists and not is_whole:
             del missing_keys[num_missing:]  # plain top-k routing has no lists: they are built in the first forward
-        elif strict and not has_staged:  # lists from before anything was staged: the interval begins anew
-            missing_keys[num_missing:] = [key for key in missing_keys[num_missing:] if key[len(prefix) :] not in STAGED]
-        if not has_staged:
+        elif strict and not is_whole:  # the next lists are made at once
+            missing_keys[num_missing:] = [
+                key for key in missing_keys[num_missing:] if key[len(prefix) :] not in REBUILDING
+            ]
+        if not is_whole:
             self.staged_keys.fill_(_UNTRIED)
             self.progress.zero_()
         self._on_host = self._share = self._provisional = None

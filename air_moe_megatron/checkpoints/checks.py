@@ -10,7 +10,7 @@ from megatron.training.utils import print_rank_0
 from air_moe_megatron.arguments import bare_pattern, moe_layers
 from air_moe_megatron.checkpoints.reader import LEGACY_FILE, Checkpoint, Damaged
 from air_moe_megatron.config import AIRFields, resolve_sizes
-from air_moe_megatron.index import STAGED
+from air_moe_megatron.index import REBUILDING
 from air_moe_megatron.routers import ROUTERS
 
 _GIVEN_SIZES = (
@@ -62,7 +62,7 @@ def check_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
         _check_codebooks(checkpoint, config)
     if router_type == "air" and has_codebooks:
         has_staged = any(key.endswith("router.index.progress") for key in checkpoint.shapes)
-        return [] if has_staged else [f"index.{name}" for name in STAGED]
+        return [] if has_staged else [f"index.{name}" for name in REBUILDING]
     if router_type != "air" and not has_codebooks:
         return []
     if has_codebooks:

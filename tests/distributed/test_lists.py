@@ -108,15 +108,15 @@ def test_every_rank_has_bitwise_the_lists_and_the_staged_rebuild_of_one_rank(ran
                 assert torch.equal(found[buffer], value), buffer
 
 
-def test_a_step_that_ranks_codewords_takes_one_all_reduce_of_keys_and_lists(ranks):
-    per_rebuild = 8 * CLUSTERS * SHORTLIST
+def test_a_step_that_ranks_codewords_takes_one_all_reduce_of_keys_and_pools(ranks):
+    per_rebuild = 8 * CLUSTERS * 4 * SHORTLIST
     for results in ranks:
         assert results["plain", 1][1] == [8 * EXPERTS + per_rebuild] * (STEPS - 3)  # without the two in full
-        # Spread over the steps, no list is sent twice.
+        # Spread over the steps, no pool is sent twice.
         sizes, history = results["plain", 20][1], results["plain", 20][0]
         num_rebuilds, num_ranked = history[-1]["progress"].tolist()
         sent = sum(sizes) - 8 * EXPERTS * len(sizes)
-        assert sent == per_rebuild * (num_rebuilds - 2) + 8 * num_ranked * SHORTLIST and num_ranked > 0
+        assert sent == per_rebuild * (num_rebuilds - 2) + 8 * num_ranked * 4 * SHORTLIST and num_ranked > 0
 
 
 def test_a_rank_that_fails_is_named_on_all_ranks(ranks):

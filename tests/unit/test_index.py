@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from air_moe_megatron import index as index_module
 from air_moe_megatron.codebook import Codebook
-from air_moe_megatron.index import STAGED, ShortlistIndex, next_version, num_rebuilds, pack, unpack
+from air_moe_megatron.index import REBUILDING, ShortlistIndex, next_version, num_rebuilds, pack, unpack
 from air_moe_megatron.lists import balanced_lists, inverted_lists, list_every_expert, reserved_places
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.ranking import Ranking, rank_experts
@@ -415,23 +415,28 @@ def test_a_checkpoint_without_lists_builds_them_in_the_first_forward():
     assert setup.forward()
 
 
-def test_a_checkpoint_from_before_anything_was_staged_begins_the_interval_anew():
+def test_a_checkpoint_from_before_there_were_pools_makes_the_next_lists_at_once():
     run = Setup("tokens", interval=20)
     for step in range(50):
         run.forward()
         run.step(step)
     assert 0 < int(run.index.progress[1]) < 40
     other, before = run.resumed(), run.index.shortlist.clone()
-    other.index.load_state_dict({name: value for name, value in run.index.state_dict().items() if name not in STAGED})
+    other.index.load_state_dict(
+        {name: value for name, value in run.index.state_dict().items() if name not in REBUILDING}
+    )
     assert other.index.progress.tolist() == [0, 0] and (other.index.staged_keys == index_module._UNTRIED).all()
-    for step in range(50, 56):
+    due = next_version(int(run.index.built_at), 20)
+    for step in range(50, due + 1):
+        assert torch.equal(other.index.shortlist, before)
         other.forward()
         other.step(step)
-    assert not torch.equal(other.index.shortlist, before)
+    assert not torch.equal(other.index.shortlist, before)  # made at once, as there are no pools to choose from
+    assert other.index.progress.tolist() == [1, 0] and int(other.index.built_at) == due
     assert set(other.index.shortlist.flatten().tolist()) == set(range(90))
 
 
-@pytest.mark.parametrize("missing", ("shortlist", "built_at", *STAGED))
+@pytest.mark.parametrize("missing", ("shortlist", "built_at", *REBUILDING))
 def test_a_checkpoint_with_half_an_index_is_an_error(missing):
     index = Setup("tokens").index
     incomplete = {name: value for name, value in index.state_dict().items() if name != missing}
@@ -489,27 +494,50 @@ def full_ranking(codebook, index, arguments):
     return rank_experts(codebook.codewords, scale, weight, bias, size, function, expert_bias)
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("name, value", (("num_neighbors", 50), ("num_slices", 1)))
-def test_with_every_list_or_every_expert_to_choose_from_a_rebuild_is_a_full_one(selection, name, value):
+def scrambled(selection):
+    """The same, with lists of every expert, but in the wrong places, and pools to match; and the lists of before."""
     codebook, index, arguments = fixed(selection)
     expected = index.shortlist.clone()
-    index.shortlist.copy_(balanced_lists(50, 40, 600, "cpu"))  # every expert, in the wrong lists
-    setattr(index, name, value)
+    index.shortlist.copy_(balanced_lists(50, 40, 600, "cpu"))
+    index.pool.copy_(balanced_lists(50, 160, 600, "cpu"))
+    return codebook, index, arguments, expected
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_rebuild_in_which_every_codeword_has_its_turn_is_a_full_one(selection):
+    codebook, index, arguments, expected = scrambled(selection)
+    index.num_turns = 1
     rebuild(codebook, index, arguments)
     assert torch.equal(index.shortlist, expected)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_after_one_turn_of_all_slices_the_lists_keep_the_best_of_all_experts(selection):
-    """Of lists that stood anywhere; experts that no list keeps are where they were tried last."""
-    codebook, index, arguments = fixed(selection)
-    index.num_neighbors = 1
-    index.shortlist.copy_(balanced_lists(50, 40, 600, "cpu"))
-    for _ in range(index.num_slices):
+def test_a_rebuild_that_chooses_from_all_experts_is_a_full_one(selection):
+    codebook, index, arguments, expected = scrambled(selection)
+    index.pool = torch.arange(600, dtype=torch.int32).expand(50, 600).contiguous()
+    rebuild(codebook, index, arguments)
+    assert torch.equal(index.shortlist, expected)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_after_a_turn_of_every_codeword_the_lists_keep_the_best_of_all_experts(selection):
+    """Whatever stood there; experts that no list keeps are where they were tried last."""
+    codebook, index, arguments, _ = scrambled(selection)
+    assert index.num_turns == 4
+    for _ in range(index.num_turns):
         rebuild(codebook, index, arguments)
     best = full_ranking(codebook, index, arguments).lists[:, :28]
     assert all(kept <= listed for kept, listed in zip(as_sets(best), as_sets(index.shortlist), strict=True))
+
+
+def test_every_expert_is_tried_in_every_rebuild():
+    """At least where it stands: so the orphan rule knows a codeword for it."""
+    codebook, index, arguments = fixed("plain")
+    for _ in range(6):
+        codebook.count_update()
+        index.refresh(codebook, *arguments)
+        assert (index._share.keys > index_module._UNTRIED).all()
+        index.commit()
 
 
 @settings(max_examples=40, deadline=None)

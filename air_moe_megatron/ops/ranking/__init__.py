@@ -24,13 +24,11 @@ class Ranking:
 
 @dataclass(frozen=True)
 class CandidateRanking:
-    """Result of ranking some candidates at each codeword, and a range of experts at all of them."""
+    """Result of ranking some candidates at each codeword."""
 
-    lists: torch.Tensor  # [n, L] int64, the experts that score highest of those tried at each codeword, best first
+    lists: torch.Tensor  # [n, L] int64, the candidates that score highest at each codeword, best first
     candidates: torch.Tensor  # [n, m] int64, sorted by id
-    scores: torch.Tensor  # [n, m] fp32, theirs; -inf for one that repeats another or is in the range
-    nearest: torch.Tensor  # [k] int64, the codeword at which each expert of the range scores highest
-    score: torch.Tensor  # [k] fp32, that score
+    scores: torch.Tensor  # [n, m] fp32, theirs; -inf for one that repeats another
 
 
 @torch.compiler.disable
@@ -82,15 +80,14 @@ def rank_candidates(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     candidates: torch.Tensor,
-    experts: slice,
     shortlist_size: int,
     score_function: str | None = None,
     expert_bias: torch.Tensor | None = None,
 ) -> CandidateRanking:
-    """Rank candidates of its own at each codeword, and a range of experts at every codeword, as :func:`rank_experts`.
+    """Rank candidates of its own at each codeword, as :func:`rank_experts` ranks all experts.
 
-    Costs ``2 n H (m + k)`` for n codewords with m candidates each and a range of k experts. There are no kernels of its
-    own: on a GPU it is a gather, batched products and ``topk``. It does not wait for the device.
+    Costs ``2 n H m`` for n codewords with m candidates each. It has no kernels: on a GPU it gathers centers for batched
+    products and ``topk``. It does not wait for the device.
 
     Args:
         codewords: [n, H] fp32, unit rows.
@@ -98,14 +95,13 @@ def rank_candidates(
         weight: [E, H] expert centers, any float dtype.
         bias: [E] or None.
         candidates: [n, m] int64 expert ids, which may repeat; at least L distinct ones per row.
-        experts: the range, with start and stop.
         shortlist_size: L.
         score_function, expert_bias: as :func:`rank_experts` takes them.
     Raises:
         ValueError: if shapes, dtypes or arguments do not fit.
 
-    Example: codewords [[1, 0], [0, 1]], weight [[1, 0], [0, 3], [2, 2]], candidates [[0, 0], [0, 1]], the range from 2
-    to 3 and L = 1 give the lists [[2], [1]], and for expert 2 the nearest codeword 0 with the score 2.
+    Example: codewords [[1, 0], [0, 1]], weight [[1, 0], [0, 3], [2, 2]], candidates [[0, 2], [0, 0]] and L = 1 give the
+    lists [[2], [0]].
     """
     _validate(codewords, scale, weight, bias, shortlist_size, score_function, expert_bias)
     if candidates.dim() != 2 or candidates.shape[0] != codewords.shape[0] or candidates.shape[1] < shortlist_size:
@@ -113,12 +109,8 @@ def rank_candidates(
             f"candidates {tuple(candidates.shape)} must be [n, m] with n = {codewords.shape[0]} codewords and m at "
             f"least shortlist_size ({shortlist_size})"
         )
-    if not 0 <= experts.start < experts.stop <= weight.shape[0]:
-        raise ValueError(f"experts ({experts.start} to {experts.stop}) must be a range within E = {weight.shape[0]}")
     return CandidateRanking(
-        *eager.rank_candidates(
-            codewords, scale, weight, bias, candidates, experts, shortlist_size, score_function, expert_bias
-        )
+        *eager.rank_candidates(codewords, scale, weight, bias, candidates, shortlist_size, score_function, expert_bias)
     )
 
 

@@ -60,25 +60,15 @@ def rank_candidates(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     candidates: torch.Tensor,
-    experts: slice,
     shortlist_size: int,
     score_function: str | None,
     expert_bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.ranking.rank_candidates`. Does not wait for the device."""
     candidates = candidates.sort(dim=1).values
     scores = _ranked_by(_products(codewords, weight, candidates), scale, bias, score_function, expert_bias, candidates)
-    repeated = (candidates >= experts.start) & (candidates < experts.stop)  # they are among the experts of the range
-    repeated[:, 1:] |= candidates[:, 1:] == candidates[:, :-1]
-    scores = scores.masked_fill(repeated, float("-inf"))
-    in_range = codewords @ weight[experts].float().t()
-    in_range = _ranked_by(in_range, scale, bias, score_function, expert_bias, experts)
-    score, nearest = _max_per_column(in_range)
-    best, places = scores.topk(min(shortlist_size, scores.shape[1]), dim=1)
-    best_in_range, places_in_range = _topk(in_range, shortlist_size)
-    ids = torch.cat((candidates.gather(1, places), places_in_range + experts.start), dim=1)
-    order = torch.cat((best, best_in_range), dim=1).topk(shortlist_size, dim=1).indices
-    return ids.gather(1, order), candidates, scores, nearest, score
+    scores[:, 1:].masked_fill_(candidates[:, 1:] == candidates[:, :-1], float("-inf"))
+    return candidates.gather(1, scores.topk(shortlist_size, dim=1).indices), candidates, scores
 
 
 def _products(codewords: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
