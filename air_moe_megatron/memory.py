@@ -11,6 +11,9 @@ from air_moe_megatron.config import is_plain_topk
 from air_moe_megatron.routers import ROUTERS
 
 _GIB = 2**30
+
+_KEY_BYTES = 8  # of an expert in a rebuild of AIR's lists; lists and pools, of other sizes, come on top
+
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -60,7 +63,9 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
     map_bytes = args.params_dtype.itemsize + 1  # a prob and a boolean
     return {
         "experts": layers * experts * expert_size // expert_shards * _bytes_per_parameter(args, expert_replicas),
-        "routers": layers * experts * router_size * _bytes_per_parameter(args, router_replicas),
+        "routers": layers
+        * experts
+        * (router_size * _bytes_per_parameter(args, router_replicas) + (args.moe_router_type == "air") * _KEY_BYTES),
         f"maps of {tokens} tokens times {experts} experts, which --moe-dispatch compact avoids": (
             tokens * experts * map_bytes if args.moe_dispatch == "stock" else 0
         ),

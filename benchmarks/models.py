@@ -270,10 +270,13 @@ def expert_work(sizes: Sizes, num_used: int) -> dict[str, roofline.Work]:
     return roofline.experts(*numbers, sizes.dtype.itemsize)
 
 
-def rebuild_work(router, sizes: Sizes) -> dict[str, roofline.Work]:
-    """What a rebuild of the router's lists cannot do without."""
+def rebuild_work(router, sizes: Sizes, in_full: bool = False) -> dict[str, roofline.Work]:
+    """What a rebuild of the router's lists cannot do without, of all experts at all codewords or of those it tries."""
+    from air_moe_megatron.index import rebuild_products
+
     lists = (router.sizes.num_clusters, router.sizes.shortlist_size)
-    return roofline.rebuild(sizes.experts, sizes.hidden, *lists, sizes.dtype.itemsize)
+    num_products = None if in_full else rebuild_products(sizes.experts, *lists)
+    return roofline.rebuild(sizes.experts, sizes.hidden, *lists, sizes.dtype.itemsize, num_products)
 
 
 def step(forward, module, hidden: torch.Tensor, grad: torch.Tensor) -> dict[str, float]:

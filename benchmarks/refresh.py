@@ -16,8 +16,9 @@ def add_arguments(parser) -> None:
 def run(args) -> list[dict]:
     """Time the rebuild whole, and compare its share per step with a step of the whole layer that rebuilds nothing.
 
-    The share is of a step without any rebuild, the larger of the two ways to say it. In training a young codebook
-    rebuilds more often, for ``--interval`` squared steps; here is what comes after.
+    The share is of a step without any rebuild, the larger of the two ways to say it. In training the work is spread
+    over the steps of the interval and over ranks. A young codebook rebuilds more often, for ten times ``--interval``
+    steps; here is what comes after. The first two rebuilds of a training try all experts at all codewords.
     """
     with world() as (device, pg_collection):
         checks.check_router(pg_collection, device)
@@ -34,6 +35,9 @@ def run(args) -> list[dict]:
         cases = {
             "AIRMoELayer": Case(lambda: layer_step(layer, hidden, grad), layer_work(layer, hidden, sizes), args.tokens),
             "shortlist rebuild": Case(rebuild, rebuild_work(layer.router, sizes)),
+            "shortlist rebuild, in full": Case(
+                rebuild_run(layer.router, in_full=True), rebuild_work(layer.router, sizes, in_full=True)
+            ),
             "codebook update": Case(
                 codebook_update_run(learner), roofline.codebook_update(layer.router.sizes.num_clusters, args.hidden)
             ),
@@ -42,7 +46,8 @@ def run(args) -> list[dict]:
         sizes_of_air = {"clusters": layer.router.sizes.num_clusters, "shortlist": layer.router.sizes.shortlist_size}
         step_seconds = outcome.median("AIRMoELayer")
         rows = []
-        for name, interval in (("AIRMoELayer", ""), ("shortlist rebuild", args.interval), ("codebook update", 1)):
+        intervals = {"AIRMoELayer": "", "shortlist rebuild": args.interval, "shortlist rebuild, in full": ""}
+        for name, interval in (intervals | {"codebook update": 1}).items():
             figures = dict.fromkeys(("every_steps", "per_step_ms", "percent_of_step"), "")
             if interval:
                 per_step = outcome.median(name) / interval

@@ -217,10 +217,10 @@ def codebook_update(num_clusters, hidden):
     return {"total": Work(0, 4 * num_clusters * hidden * _FP32_BYTES)}
 
 
-def rebuild(num_experts, hidden, num_clusters, shortlist_size, element):
-    """All codewords times all centers: each center and codeword read once, the lists written once."""
+def rebuild(num_experts, hidden, num_clusters, shortlist_size, element, num_products=None):
+    """All codewords times all centers, or so many products: each center and codeword read once, lists written once."""
     numbers = num_experts * hidden * element + num_clusters * (hidden * _FP32_BYTES + shortlist_size * _ID_BYTES)
-    return {"total": Work(2 * num_clusters * num_experts * hidden, numbers)}
+    return {"total": Work(2 * (num_products or num_clusters * num_experts) * hidden, numbers)}
 
 
 def transformer(tokens, hidden, num_layers, sequence, vocabulary):

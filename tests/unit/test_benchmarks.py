@@ -39,7 +39,7 @@ CASES = {
         *("AIRRouter.route", "ProductKeyRouter"),  # the dense maps are too large
     ],
     "layer": ["AIRMoELayer", "HierarchicalMoELayer", "PEERLayer", "AIRMoELayer", "MoELayer"],
-    "refresh": ["AIRMoELayer", "shortlist rebuild", "codebook update"],
+    "refresh": ["AIRMoELayer", "shortlist rebuild", "shortlist rebuild, in full", "codebook update"],
     "train": ["GPT, AIRMoELayer", "GPT, MoELayer with TopKRouter", "shortlist rebuild, all layers"],
     "dispatch": ["CompactTokenDispatcher", "MoEAlltoAllTokenDispatcher"],
 }

@@ -19,6 +19,7 @@ ARGS = dict(
     use_precision_aware_optimizer=False, use_distributed_optimizer=False, skip_train=False, cpu=True,
 )  # fmt: skip
 EXPERTS, ROUTERS = 2 * 16 * 3 * 3 * 8, 2 * 16 * 8  # parameters of both layers
+KEYS = 2 * 16 * 8  # bytes of AIR's routers of both layers
 
 
 def arguments(**changes):
@@ -32,28 +33,31 @@ def needed(**changes):
 
 # Changes, and bytes for experts, for routers, for dense maps.
 SIZES = {
-    "fp32": ({}, (EXPERTS * 16, ROUTERS * 16, 0)),
-    "plain": (dict(swiglu=False), (EXPERTS * 16 * 2 // 3, ROUTERS * 16, 0)),
+    "fp32": ({}, (EXPERTS * 16, KEYS + ROUTERS * 16, 0)),
+    "plain": (dict(swiglu=False), (EXPERTS * 16 * 2 // 3, KEYS + ROUTERS * 16, 0)),
     "bf16": (
         dict(params_dtype=torch.bfloat16, accumulate_allreduce_grads_in_fp32=True),
-        (EXPERTS * 18, ROUTERS * 18, 0),
+        (EXPERTS * 18, KEYS + ROUTERS * 18, 0),
     ),
-    "bf16-gradients": (dict(params_dtype=torch.bfloat16), (EXPERTS * 16, ROUTERS * 16, 0)),
+    "bf16-gradients": (dict(params_dtype=torch.bfloat16), (EXPERTS * 16, KEYS + ROUTERS * 16, 0)),
     "distributed-optimizer": (
         dict(use_distributed_optimizer=True, world_size=4, data_parallel_size=4, expert_model_parallel_size=2),
-        (EXPERTS // 2 * (8 + 8 // 2), ROUTERS * (8 + 8 // 4), 0),
+        (EXPERTS // 2 * (8 + 8 // 2), KEYS + ROUTERS * (8 + 8 // 4), 0),
     ),
-    "evaluation": (dict(skip_train=True), (EXPERTS * 4, ROUTERS * 4, 0)),
-    "sgd": (dict(optimizer="sgd"), (EXPERTS * 8, ROUTERS * 8, 0)),
-    "stock": (dict(moe_dispatch="stock"), (EXPERTS * 16, ROUTERS * 16, 20 * 16 * 5)),
+    "evaluation": (dict(skip_train=True), (EXPERTS * 4, KEYS + ROUTERS * 4, 0)),
+    "sgd": (dict(optimizer="sgd"), (EXPERTS * 8, KEYS + ROUTERS * 8, 0)),
+    "stock": (dict(moe_dispatch="stock"), (EXPERTS * 16, KEYS + ROUTERS * 16, 20 * 16 * 5)),
     "sequence-parallel": (
         dict(moe_dispatch="stock", sequence_parallel=True, tensor_model_parallel_size=2, context_parallel_size=2),
-        (EXPERTS * 16, ROUTERS * 16, 5 * 16 * 5),
+        (EXPERTS * 16, KEYS + ROUTERS * 16, 5 * 16 * 5),
     ),
-    "stages": (dict(num_layers=3, pipeline_model_parallel_size=2, world_size=2), (EXPERTS * 16, ROUTERS * 16, 0)),
-    "every-second-layer": (dict(num_layers=3, moe_layer_freq=2), (EXPERTS * 16, ROUTERS * 16, 0)),
-    "listed-layers": (dict(num_layers=3, moe_layer_freq=[0, 1, 0]), (EXPERTS * 8, ROUTERS * 8, 0)),
-    "hybrid": (dict(num_layers=4, hybrid_layer_pattern="M*EE"), (EXPERTS * 16, ROUTERS * 16, 0)),
+    "stages": (
+        dict(num_layers=3, pipeline_model_parallel_size=2, world_size=2),
+        (EXPERTS * 16, KEYS + ROUTERS * 16, 0),
+    ),
+    "every-second-layer": (dict(num_layers=3, moe_layer_freq=2), (EXPERTS * 16, KEYS + ROUTERS * 16, 0)),
+    "listed-layers": (dict(num_layers=3, moe_layer_freq=[0, 1, 0]), (EXPERTS * 8, KEYS // 2 + ROUTERS * 8, 0)),
+    "hybrid": (dict(num_layers=4, hybrid_layer_pattern="M*EE"), (EXPERTS * 16, KEYS + ROUTERS * 16, 0)),
     "hash": (dict(moe_router_type="hash"), (EXPERTS * 16, 0, 0)),
     "vq": (dict(moe_router_type="vq"), (EXPERTS * 16, ROUTERS * 32, 0)),
 }
@@ -84,6 +88,8 @@ def test_parameters_are_at_most_those_of_a_layer(megatron_cpu, router_type):
             config, MoESubmodules(experts=GranularExperts, router=CLASSES[router_type]), 1, megatron_cpu
         )
         experts, router = (sum(p.numel() for p in part.parameters()) for part in (layer.experts, layer.router))
+        if router_type == "air":
+            router += 2 * layer.router.index.staged_keys.numel()  # int64
         bytes_ = needed(moe_router_type=router_type, num_experts=num_experts, num_layers=1, skip_train=True)
         assert bytes_[0] == 4 * experts
         assert bytes_[1] <= 4 * router
@@ -98,8 +104,8 @@ def test_sizes_beyond_the_host_are_refused_and_say_what_there_is():
         memory.check_memory(arguments(num_experts=10**9, hidden_size=1024))
     message = str(error.value)
     for words in (
-        "--num-experts (1000000000): a rank needs at least 305175.8 GiB",
-        "274658.2 GiB for experts, 30517.6 GiB for routers",
+        "--num-experts (1000000000): a rank needs at least 305190.7 GiB",
+        "274658.2 GiB for experts, 30532.5 GiB for routers",
         "GiB for each of the 1 ranks on this host",
         "--expert-model-parallel-size (1)",
     ):
