@@ -14,6 +14,7 @@ Legend: H hidden, E experts, C clusters, L shortlist, M pool, R turns.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -128,7 +129,7 @@ class ShortlistIndex(torch.nn.Module):
         source: str,
         refresh_interval: int,
         num_reserved: int = 0,
-    ):
+    ) -> None:
         super().__init__()
         self.num_reserved = num_reserved
         self.source = source
@@ -332,7 +333,7 @@ class ShortlistIndex(torch.nn.Module):
         self.staged_keys.fill_(_UNTRIED)
         self._set_state(share.version, num_rebuilds + 1, 0)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         strict, missing_keys = args[1], args[2]
         loaded = state_dict.get(prefix + "shortlist")
         if loaded is not None and loaded.shape != self.shortlist.shape:

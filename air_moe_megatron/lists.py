@@ -19,7 +19,7 @@ def reserved_places(num_experts: int, num_clusters: int, shortlist_size: int, to
 
 
 @torch.no_grad()
-def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0):
+def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0) -> torch.Tensor:
     """Shortlists that hold every expert: the *orphan rule*.
 
     A list keeps the experts that score highest at its codeword, up to its reserved places. The experts that no list
@@ -65,7 +65,7 @@ def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0):
     return torch.cat((kept, rest), dim=1).sort(dim=1).values.int()
 
 
-def _first_distinct(ids, count):
+def _first_distinct(ids: torch.Tensor, count: int) -> torch.Tensor:
     """[C, count]: the first ids of each row that are not -1 and do not repeat an earlier one."""
     sorted_ids, places = ids.sort(dim=1, stable=True)
     out = sorted_ids < 0
@@ -74,7 +74,7 @@ def _first_distinct(ids, count):
     return ids.gather(1, where)
 
 
-def inverted_lists(codewords, weight, capacity):
+def inverted_lists(codewords: torch.Tensor, weight: torch.Tensor, capacity: int) -> torch.Tensor:
     """Put every expert into the list of its nearest codeword that has room: a classic inverted file, bounded.
 
     In each round the experts still outside propose to their nearest codeword with room, which takes the nearest of
@@ -109,7 +109,7 @@ def inverted_lists(codewords, weight, capacity):
     return lists.masked_fill(lists == num_experts, -1).int()
 
 
-def balanced_lists(num_clusters, shortlist_size, num_experts, device):
+def balanced_lists(num_clusters: int, shortlist_size: int, num_experts: int, device: torch.device) -> torch.Tensor:
     """Lists of consecutive experts, spread evenly over the ids whatever the weights; for load tests.
 
     Every expert has the same number of places if C * L is a multiple of E, otherwise one more or less; with fewer

@@ -219,5 +219,3 @@ def _take_sample(hidden: torch.Tensor, codewords: torch.Tensor, padding_mask: to
         codewords=codewords[::step].clone(),
         padding_mask=None if padding_mask is None else padding_mask[::step].clone(),
     )
-
-
