@@ -28,7 +28,7 @@ SOURCES = ("tokens", "experts")
 NUM_TURNS = 8  # R
 NUM_NEIGHBORS = 2  # codewords whose pools a codeword chooses from
 POOL = 4  # M / L
-BLOCK = 16  # codewords ranked by one product, so that its bits do not depend on the number of ranks and steps
+BLOCK = 32  # codewords ranked by one product, so that its bits do not depend on the number of ranks and steps
 
 _ID_BITS = 2**31 - 1
 
@@ -278,7 +278,8 @@ class ShortlistIndex(torch.nn.Module):
             torch.maximum(keys, pack(ranking.score, ranking.nearest + block.start), out=keys)
             return ranking.lists
         ids = torch.arange(codewords.shape[0], device=weight.device)
-        had_their_turn = ids[ids // BLOCK % self.num_turns == (num_rebuilds - 1) % self.num_turns]
+        first = ids[(num_rebuilds - 1) % self.num_turns * BLOCK :: self.num_turns * BLOCK]
+        had_their_turn = (first.unsqueeze(1) + ids[:BLOCK]).flatten().clamp(max=codewords.shape[0] - 1)
         similarity = codewords[block] @ codewords[had_their_turn].t()
         neighbors = had_their_turn[similarity.topk(min(NUM_NEIGHBORS, had_their_turn.numel()), dim=1).indices]
         candidates = torch.cat((self.pool[block], self.shortlist[block], self.pool[neighbors].flatten(1)), dim=1)

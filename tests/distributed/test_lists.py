@@ -5,7 +5,7 @@ import torch
 
 from tests.processes import run_ranks
 
-EXPERTS, CLUSTERS, HIDDEN, SHORTLIST, STEPS = 203, 75, 8, 12, 60  # 75 codewords are five blocks, the last one shorter
+EXPERTS, CLUSTERS, HIDDEN, SHORTLIST, STEPS = 203, 150, 8, 12, 60  # 150 codewords are five blocks, the last one shorter
 SELECTIONS = {"plain": None, "expert-bias": "sigmoid"}
 
 

@@ -252,7 +252,7 @@ class Setup:
     There are more codewords than one step ranks together, so that a rebuild is spread over several.
     """
 
-    def __init__(self, source, interval=3, num_experts=90, shortlist_size=9, num_clusters=40):
+    def __init__(self, source, interval=3, num_experts=90, shortlist_size=9, num_clusters=80):
         self.codebook = Codebook(num_clusters, 6, 0.8)
         self.index = ShortlistIndex(num_experts, num_clusters, shortlist_size, source, interval, 3)
         self.weight = randn(num_experts, 6)
@@ -316,7 +316,7 @@ def test_first_forward_builds_the_lists(source):
     setup = Setup(source)
     assert setup.forward()
     if source == "tokens":
-        ranking = rank_experts(setup.codebook.codewords, torch.ones(40), setup.weight, None, 9)
+        ranking = rank_experts(setup.codebook.codewords, torch.ones(80), setup.weight, None, 9)
         expected = list_every_expert(ranking, 3)
     else:
         expected = inverted_lists(setup.codebook.codewords, setup.weight, 9)
@@ -334,10 +334,10 @@ def test_codewords_are_ranked_step_by_step_and_the_lists_change_with_the_last():
         if not torch.equal(setup.index.shortlist, before):
             changed.append(step)
     assert changed == [version for version in versions(20, 60) if version < 70]
-    assert [step for step, rows in ranked if rows.stop == 40] == changed[2:]  # 0 and 1 at once, in the forward
-    assert all(after.start == before.stop % 40 for (_, before), (_, after) in zip(ranked, ranked[1:], strict=False))
+    assert [step for step, rows in ranked if rows.stop == 80] == changed[2:]  # 0 and 1 at once, in the forward
+    assert all(after.start == before.stop % 80 for (_, before), (_, after) in zip(ranked, ranked[1:], strict=False))
     assert [(step, rows.start, rows.stop) for step, rows in ranked if 60 < step < 67] == [
-        (63, 0, 16), (65, 16, 32), (66, 32, 40),
+        (63, 0, 32), (65, 32, 64), (66, 64, 80),
     ]  # fmt: skip
 
 
@@ -383,7 +383,7 @@ def test_lists_of_experts_follow_moving_centers():
     for step in range(4):
         setup.forward()
         assert sorted(present(setup.index.shortlist)) == list(range(90))
-        torch.testing.assert_close(setup.codebook.codewords.norm(dim=1), torch.ones(40))
+        torch.testing.assert_close(setup.codebook.codewords.norm(dim=1), torch.ones(80))
         before = setup.index.shortlist.clone()
         setup.step(step)
     setup.forward()
@@ -420,7 +420,7 @@ def test_a_checkpoint_from_before_there_were_pools_makes_the_next_lists_at_once(
     for step in range(50):
         run.forward()
         run.step(step)
-    assert 0 < int(run.index.progress[1]) < 40
+    assert 0 < int(run.index.progress[1]) < 80
     other, before = run.resumed(), run.index.shortlist.clone()
     other.index.load_state_dict(
         {name: value for name, value in run.index.state_dict().items() if name not in REBUILDING}
@@ -464,7 +464,7 @@ SELECTIONS = {
 }
 
 
-def fixed(selection, num_experts=600, num_clusters=50, shortlist_size=40, num_reserved=12, interval=1):
+def fixed(selection, num_experts=600, num_clusters=100, shortlist_size=40, num_reserved=12, interval=1):
     """Codebook, index and the centers' arguments, which stay as they are; the lists are those of all experts."""
     with_bias, function = SELECTIONS[selection]
     codebook = Codebook(num_clusters, 8, 0.8)
@@ -498,8 +498,8 @@ def scrambled(selection):
     """The same, with lists of every expert, but in the wrong places, and pools to match; and the lists of before."""
     codebook, index, arguments = fixed(selection)
     expected = index.shortlist.clone()
-    index.shortlist.copy_(balanced_lists(50, 40, 600, "cpu"))
-    index.pool.copy_(balanced_lists(50, 160, 600, "cpu"))
+    index.shortlist.copy_(balanced_lists(100, 40, 600, "cpu"))
+    index.pool.copy_(balanced_lists(100, 160, 600, "cpu"))
     return codebook, index, arguments, expected
 
 
@@ -514,7 +514,7 @@ def test_a_rebuild_in_which_every_codeword_has_its_turn_is_a_full_one(selection)
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_a_rebuild_that_chooses_from_all_experts_is_a_full_one(selection):
     codebook, index, arguments, expected = scrambled(selection)
-    index.pool = torch.arange(600, dtype=torch.int32).expand(50, 600).contiguous()
+    index.pool = torch.arange(600, dtype=torch.int32).expand(100, 600).contiguous()
     rebuild(codebook, index, arguments)
     assert torch.equal(index.shortlist, expected)
 
@@ -542,7 +542,7 @@ def test_every_expert_is_tried_in_every_rebuild():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    num_experts=st.integers(1, 150), num_clusters=st.integers(1, 60), topk=st.integers(1, 6), spare=st.integers(0, 20),
+    num_experts=st.integers(1, 150), num_clusters=st.integers(1, 90), topk=st.integers(1, 6), spare=st.integers(0, 20),
     interval=st.sampled_from((1, 20, 40)), seed=st.integers(0, 1000),
 )  # fmt: skip
 def test_every_expert_stands_in_a_list_after_every_swap(num_experts, num_clusters, topk, spare, interval, seed):

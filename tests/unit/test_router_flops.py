@@ -91,7 +91,7 @@ def test_products_of_a_rebuild_equal_what_torch_counts(megatron_cpu, fields):
     """In full the first two times, then on average of all turns."""
     config = make_config(
         moe_router_type="air", num_moe_experts=EXPERTS, moe_router_topk=TOPK, hidden_size=HIDDEN,
-        **{"moe_air_num_clusters": 64, "moe_air_shortlist_size": 24, **fields},
+        **{"moe_air_num_clusters": 128, "moe_air_shortlist_size": 24, **fields},
     )  # fmt: skip
     router = ROUTERS["air"](config, megatron_cpu)
     sizes, counts = router.sizes, []

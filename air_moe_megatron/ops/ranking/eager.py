@@ -6,6 +6,7 @@ from air_moe_megatron.ops.weight_gradient import sparse_rows
 
 CHUNK_ELEMENTS = 2**26  # of the scores [C, n] of a chunk of experts: 256 MiB
 _STRIPES = 8  # experts that one maximum stands for in the first step of a top-k
+_MANY_ROWS = 128  # from which on maxima over groups come first
 _SPARE = 32  # candidates of a chunk beyond twice those expected
 _GATHERED_ELEMENTS = 2**22  # of the centers that are gathered at a time where they cannot be read in place: 16 MiB
 _SCORE = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda scores: torch.nn.functional.softplus(scores).sqrt()}
@@ -103,9 +104,9 @@ def _ranked_by(
 
 
 def _max_per_column(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maximum [n] and its row [n] of scores [C, n]; over groups of rows first, as ``amax`` is the quick part."""
+    """Maximum [n] and its row [n] of scores [C, n]; of many rows over groups first, as ``amax`` is the quick part."""
     num_rows, size = scores.shape
-    if num_rows % _STRIPES:
+    if num_rows % _STRIPES or num_rows < _MANY_ROWS:
         return scores.max(dim=0)
     grouped = scores.view(_STRIPES, num_rows // _STRIPES, size)
     values, group = grouped.amax(dim=0).max(dim=0)
