@@ -4,13 +4,13 @@ How lists of source 'tokens' are rebuilt, once there are some:
 
 1. Each step, the first training forward ranks the experts at the next few blocks of codewords
    (:meth:`ShortlistIndex.refresh`). Each rank takes a part of the blocks.
-2. A codeword keeps a *pool* of its best M experts. It chooses from its pool, its list, and the pools of the nearest
+2. A codeword keeps a *pool* of its best Q experts. It chooses from its pool, its list, and the pools of the nearest
    codewords that had their *turn* in the rebuild before. Whose turn it is chooses from all experts: one block in R.
 3. At the end of the step, the ranks exchange what they ranked (:meth:`ShortlistIndex.commit`). The lists stay in force.
 4. When all codewords have been ranked, the best L of each pool become the lists, at once, with the experts that none of
    them would hold (:func:`list_every_expert`).
 
-Legend: H hidden, E experts, C clusters, L shortlist, M pool, R turns.
+Legend: H hidden, E experts, C clusters, L shortlist, Q pool, R turns.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ SOURCES = ("tokens", "experts")
 # What they cost and lose is measured in docs/codebook.md#rebuilding-the-lists.
 NUM_TURNS = 8  # R
 NUM_NEIGHBORS = 2  # codewords whose pools a codeword chooses from
-POOL = 4  # M / L
+POOL = 4  # Q / L
 BLOCK = 32  # codewords ranked by one product, so that its bits do not depend on the number of ranks and steps
 
 _ID_BITS = 2**31 - 1
@@ -101,7 +101,7 @@ class Share:
     rows: slice  # the codewords of all ranks
     version: int  # updates of the codebook so far
     num_ranks: int
-    pool: torch.Tensor  # [rows, M] int64, best first; -1 at the codewords of other ranks
+    pool: torch.Tensor  # [rows, Q] int64, best first; -1 at the codewords of other ranks
     keys: torch.Tensor  # [E] int64, of each expert the best score and its codeword
     failure: Exception | None = None
 
@@ -118,7 +118,7 @@ class ShortlistIndex(torch.nn.Module):
         shortlist_size: L.
         source: "tokens" or "experts".
         refresh_interval: codebook updates, one per global batch, between two rebuilds once the codebook is old.
-        num_reserved: places of each list, of the last ones, that orphans may take (:func:`list_every_expert`).
+        num_reserved: slots of each list, of the last ones, that orphans may take (:func:`list_every_expert`).
     """
 
     def __init__(
@@ -270,7 +270,7 @@ class ShortlistIndex(torch.nn.Module):
         expert_bias: torch.Tensor | None,
         keys: torch.Tensor,
     ) -> torch.Tensor:
-        """[n, M] pools of the codewords of a block; what experts score there enters their keys [E]."""
+        """[n, Q] pools of the codewords of a block; what experts score there enters their keys [E]."""
         centers, selection = (weight, bias), (self.pool.shape[1], score_function, expert_bias)
         num_rebuilds = self._state()[1]
         if block.start // BLOCK % self.num_turns == num_rebuilds % self.num_turns:

@@ -9,11 +9,11 @@ from air_moe_megatron.ops.ranking import Ranking
 from air_moe_megatron.ops.unit_vectors import unit_rows
 
 
-def reserved_places(num_experts: int, num_clusters: int, shortlist_size: int, topk: int) -> int:
-    """Places at the end of each list that go to experts which no list would hold: enough for all of them, where the
+def reserved_slots(num_experts: int, num_clusters: int, shortlist_size: int, topk: int) -> int:
+    """Slots at the end of each list that go to experts which no list would hold: enough for all of them, where the
     top-k leaves room.
 
-    Example: E = 16384, C = 512, L = 128 reserves 32 of the 128 places.
+    Example: E = 16384, C = 512, L = 128 reserves 32 of the 128 slots.
     """
     return min(-(-num_experts // num_clusters), shortlist_size - topk)
 
@@ -22,21 +22,21 @@ def reserved_places(num_experts: int, num_clusters: int, shortlist_size: int, to
 def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0) -> torch.Tensor:
     """Shortlists that hold every expert: the *orphan rule*.
 
-    A list keeps the experts that score highest at its codeword, up to its reserved places. The experts that no list
-    keeps are the orphans. Each goes into a reserved place of the codeword at which it scores highest, the highest
-    scores first; those that find it full go where there is room, in order. Places that no orphan takes go to the
+    A list keeps the experts that score highest at its codeword, up to its reserved slots. The experts that no list
+    keeps are the orphans. Each goes into a reserved slot of the codeword at which it scores highest, the highest
+    scores first; those that find it full go where there is room, in order. Slots that no orphan takes go to the
     experts that score highest next. So an expert that the model has left is still scored for the tokens that it suits
-    best, and can come back. Where there are more orphans than reserved places, they take turns.
+    best, and can come back. Where there are more orphans than reserved slots, they take turns.
 
     Args:
         ranking: lists best first.
-        reserved: places per list, see :func:`reserved_places`; 0 leaves the lists as they are.
+        reserved: slots per list, see :func:`reserved_slots`; 0 leaves the lists as they are.
         turn: number of the rebuild; whose turn it is.
     Returns:
         [C, L] int32, ascending expert ids.
 
-    Example: two codewords that both rank the experts 0, 1, 2, 3, lists of 3 with 2 places reserved: both keep 0; the
-    orphans 1, 2, 3 take three of the four places.
+    Example: two codewords that both rank the experts 0, 1, 2, 3, lists of 3 with 2 slots reserved: both keep 0; the
+    orphans 1, 2, 3 take three of the four slots.
     """
     lists = ranking.lists
     num_clusters, num_experts = lists.shape[0], ranking.nearest.numel()
@@ -54,23 +54,23 @@ def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0) -> torch.T
     order = codeword.argsort(stable=True)
     orphans, codeword = by_score[order], codeword[order]
     first = torch.searchsorted(codeword, torch.arange(num_clusters, device=lists.device))
-    place = torch.arange(orphans.numel(), device=lists.device) - first[codeword]
-    places = lists.new_full((num_clusters, reserved), -1)
-    fits = place < reserved
-    places[codeword[fits], place[fits]] = orphans[fits]
+    slot = torch.arange(orphans.numel(), device=lists.device) - first[codeword]
+    slots = lists.new_full((num_clusters, reserved), -1)
+    fits = slot < reserved
+    slots[codeword[fits], slot[fits]] = orphans[fits]
     homeless = orphans[~fits]
-    free = torch.nonzero(places.flatten() < 0).flatten()[: homeless.numel()]
-    places.view(-1)[free] = homeless
-    rest = _first_distinct(torch.cat((places, tail), dim=1), reserved)
+    free = torch.nonzero(slots.flatten() < 0).flatten()[: homeless.numel()]
+    slots.view(-1)[free] = homeless
+    rest = _first_distinct(torch.cat((slots, tail), dim=1), reserved)
     return torch.cat((kept, rest), dim=1).sort(dim=1).values.int()
 
 
 def _first_distinct(ids: torch.Tensor, count: int) -> torch.Tensor:
     """[C, count]: the first ids of each row that are not -1 and do not repeat an earlier one."""
-    sorted_ids, places = ids.sort(dim=1, stable=True)
+    sorted_ids, slots = ids.sort(dim=1, stable=True)
     out = sorted_ids < 0
     out[:, 1:] |= sorted_ids[:, 1:] == sorted_ids[:, :-1]
-    where = places.masked_fill(out, ids.shape[1]).topk(count, dim=1, largest=False, sorted=True).values
+    where = slots.masked_fill(out, ids.shape[1]).topk(count, dim=1, largest=False, sorted=True).values
     return ids.gather(1, where)
 
 
@@ -100,9 +100,9 @@ def inverted_lists(codewords: torch.Tensor, weight: torch.Tensor, capacity: int)
         order = by_score[codeword[by_score].argsort(stable=True)]
         counts = torch.bincount(codeword, minlength=num_clusters)
         rank = torch.arange(order.numel(), device=order.device) - (counts.cumsum(0) - counts)[codeword[order]]
-        place = used[codeword[order]] + rank
-        taken = place < capacity
-        lists[codeword[order][taken], place[taken]] = outside[order[taken]]
+        slot = used[codeword[order]] + rank
+        taken = slot < capacity
+        lists[codeword[order][taken], slot[taken]] = outside[order[taken]]
         used = (used + counts).clamp(max=capacity)
         outside = outside[order[~taken]].sort().values
     lists = lists.sort(dim=1).values
@@ -112,8 +112,8 @@ def inverted_lists(codewords: torch.Tensor, weight: torch.Tensor, capacity: int)
 def balanced_lists(num_clusters: int, shortlist_size: int, num_experts: int, device: torch.device) -> torch.Tensor:
     """Lists of consecutive experts, spread evenly over the ids whatever the weights; for load tests.
 
-    Every expert has the same number of places if C * L is a multiple of E, otherwise one more or less; with fewer
-    places than experts, some have none.
+    Every expert has the same number of slots if C * L is a multiple of E, otherwise one more or less; with fewer
+    slots than experts, some have none.
 
     Returns:
         [C, L] int32, ascending expert ids.

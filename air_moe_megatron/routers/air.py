@@ -1,11 +1,10 @@
 """AIRRouter: coarse assignment to codewords -> shortlist -> exact fine scores -> top-k.
 
-Scores, top-k and probabilities are Megatron's own functions, applied to the columns of the shortlist instead of all
-experts; with a full shortlist the router therefore routes as ``TopKRouter``. Nothing on the way to ``Routes`` is
-of size [T, E]; ``_to_dense`` is the one place that densifies, for Megatron's own dispatchers.
+Top-k and probabilities are Megatron's own functions, applied to a token's candidates instead of all experts. With a full
+shortlist the router therefore routes as ``TopKRouter``. Nothing on the way to ``Routes`` is of size [T, E];
+``_to_dense`` alone makes such maps, for Megatron's own dispatchers.
 
-Legend: S sequence, B batch, T = S*B tokens, H hidden, E experts, C clusters, L shortlist, P probes, N = P*L
-candidates, M the best of them that probabilities and losses see, K top-k.
+Legend: S sequence length, N candidates of a token in a tensor: K, M or P*L of them; others as in ``ops/__init__.py``.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.config import resolve_sizes
 from air_moe_megatron.index import ShortlistIndex
 from air_moe_megatron.learner import Learner
-from air_moe_megatron.lists import balanced_lists, reserved_places
+from air_moe_megatron.lists import balanced_lists, reserved_slots
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.recomputation import hidden_from_checkpoints
@@ -64,7 +63,7 @@ class AIRRouter(CompactRouter):
             self.sizes.shortlist_size,
             config.moe_air_codebook_source,
             config.moe_air_refresh_interval,
-            reserved_places(self.num_experts, self.sizes.num_clusters, self.sizes.shortlist_size, self.topk),
+            reserved_slots(self.num_experts, self.sizes.num_clusters, self.sizes.shortlist_size, self.topk),
         )
         # No slot of the routes stays empty: lists of source 'tokens' are full. Inverted lists may be short, and several
         # lists may hold fewer than M distinct experts: an empty slot may then stand in for one whose score underflows.

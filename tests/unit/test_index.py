@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from air_moe_megatron import index as index_module
 from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.index import REBUILDING, ShortlistIndex, next_version, num_rebuilds, pack, unpack
-from air_moe_megatron.lists import balanced_lists, inverted_lists, list_every_expert, reserved_places
+from air_moe_megatron.lists import balanced_lists, inverted_lists, list_every_expert, reserved_slots
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.ranking import Ranking, rank_experts
 from air_moe_megatron.ops.ranking import eager as eager_ranking
@@ -120,7 +120,7 @@ def test_every_expert_stands_in_a_list(num_experts, num_clusters, topk, spare, i
     if not is_crowded:
         codewords = directions(num_clusters, 8, seed)
     ranking = rank_experts(codewords, torch.ones(num_clusters), weight, None, shortlist_size)
-    reserved = reserved_places(num_experts, num_clusters, shortlist_size, topk)
+    reserved = reserved_slots(num_experts, num_clusters, shortlist_size, topk)
     lists = list_every_expert(ranking, reserved, turn=seed % 5)
     assert lists.shape == (num_clusters, shortlist_size) and lists.dtype == torch.int32
     assert set(lists.flatten().tolist()) == set(range(num_experts))
@@ -148,7 +148,7 @@ def test_where_the_best_codeword_is_full_an_orphan_goes_where_there_is_room():
 def test_more_orphans_than_places_take_turns():
     codewords, weight = crowded(100, 4)
     ranking = rank_experts(codewords, torch.ones(4), weight, None, 10)
-    reserved = reserved_places(100, 4, 10, topk=7)
+    reserved = reserved_slots(100, 4, 10, topk=7)
     assert reserved == 3  # 12 places for at least 72 orphans
     listed = set()
     for turn in range(9):
@@ -548,7 +548,7 @@ def test_every_expert_is_tried_in_every_rebuild():
 def test_every_expert_stands_in_a_list_after_every_swap(num_experts, num_clusters, topk, spare, interval, seed):
     topk = min(topk, num_experts)
     size = min(topk + -(-num_experts // num_clusters) + spare, num_experts)
-    reserved = reserved_places(num_experts, num_clusters, size, topk)
+    reserved = reserved_slots(num_experts, num_clusters, size, topk)
     codebook = Codebook(num_clusters, 4, 0.8)
     index = ShortlistIndex(num_experts, num_clusters, size, "tokens", interval, reserved)
     weight = randn(num_experts, 4, seed=seed)

@@ -12,7 +12,7 @@ page faults than the products themselves.
 The best K of one list are chosen from each tile while it is in the cache: the [T, L] scores are never written. Several
 lists of a token are merged from a block of [n, P*L] scores.
 
-Legend: R = T*P rows, B codewords of a batch, n their rows after padding, N rows of all batches after padding; others as
+Legend: R = T*P rows, B codewords of a batch, n their rows after padding, X rows of all batches after padding; others as
 in ``ops/__init__.py``.
 """
 
@@ -36,7 +36,7 @@ _TABLE_ROWS = (32, 128)  # tokens of such a block: fewer cost operations, more o
 class _Batch:
     """Codewords whose tiles are one batched product."""
 
-    span: slice  # of the N padded rows
+    span: slice  # of the X padded rows
     shape: tuple[int, int]  # B, n
     rows: torch.Tensor  # [B * n] int64, R where padded
     tokens: torch.Tensor  # [B * n] int64, the token of each row; any where padded
@@ -55,8 +55,8 @@ class _Grouping:
     """All batches, and where the rows are among them."""
 
     batches: list[_Batch]
-    places: torch.Tensor  # [R] int64, padded row of each row; N for the rows of codewords without experts
-    num_padded: int  # N
+    slots: torch.Tensor  # [R] int64, padded row of each row; X for the rows of codewords without experts
+    num_padded: int  # X
     width: int  # experts of the shortest list in a batch as long as the batch is wide; 0 if a row is in no batch
 
 
@@ -81,8 +81,8 @@ def _group(shortlist: torch.Tensor, assignments: torch.Tensor, hidden_size: int)
     first = torch.empty_like(counts).index_copy_(0, by_count, torch.tensor(starts, dtype=torch.int64, device=device))
     sorted_codewords = codewords[order]
     shift = first - (counts.cumsum(0) - counts)
-    places = (torch.arange(num_rows, device=device) + shift[sorted_codewords]).clamp(max=num_padded)
-    rows = torch.full((num_padded + 1,), num_rows, device=device).index_copy_(0, places, order)
+    slots = (torch.arange(num_rows, device=device) + shift[sorted_codewords]).clamp(max=num_padded)
+    rows = torch.full((num_padded + 1,), num_rows, device=device).index_copy_(0, slots, order)
     tokens = rows.clamp(max=max(num_rows - 1, 0))
     tokens = tokens // num_probes if num_probes > 1 else tokens
 
@@ -94,7 +94,7 @@ def _group(shortlist: torch.Tensor, assignments: torch.Tensor, hidden_size: int)
     num_batched = sum(rows_of for start, end, *_ in spans for rows_of, _ in sizes[start:end])
     width = min((batch.experts.shape[1] if batch.is_full else 0 for batch in batches), default=0)
     return _Grouping(
-        batches, torch.empty_like(places).index_copy_(0, order, places), num_padded, width * (num_batched == num_rows)
+        batches, torch.empty_like(slots).index_copy_(0, order, slots), num_padded, width * (num_batched == num_rows)
     )
 
 
@@ -358,6 +358,6 @@ def _best_of_list(
         else:
             for values, best in zip((scores, columns), tile.topk(num_best, dim=2, sorted=False), strict=True):
                 values[batch.span, :num_best] = best.flatten(0, 1)
-    scores, columns = scores.index_select(0, grouping.places), columns.index_select(0, grouping.places)
+    scores, columns = scores.index_select(0, grouping.slots), columns.index_select(0, grouping.slots)
     ids = shortlist.reshape(-1).index_select(0, (assignments * shortlist.shape[1] + columns).reshape(-1))
     return scores, ids.int().view_as(columns)

@@ -44,9 +44,9 @@ _TILE_ELEMENTS = 2**26  # of the fp32 gradients of centers that wait for a sum i
 @triton.jit
 def rows_of_block(block, codeword, order, row_first, starts, P, BLOCK_N: tl.constexpr):
     """[BLOCK_N] rows of a block and their tokens, and which of them there are."""
-    places = tl.load(starts + block) + tl.arange(0, BLOCK_N)
-    inside = places < tl.load(row_first + codeword + 1)
-    rows = tl.load(order + places, mask=inside, other=0)
+    slots = tl.load(starts + block) + tl.arange(0, BLOCK_N)
+    inside = slots < tl.load(row_first + codeword + 1)
+    rows = tl.load(order + slots, mask=inside, other=0)
     return rows, rows // P, inside
 
 
@@ -152,10 +152,10 @@ def _fine_scores_bwd_hidden_kernel(
     in_row = columns < H
     sums = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     for start in range(0, L, BLOCK_L):
-        places = start + tl.arange(0, BLOCK_L)
-        experts = experts_of_list(shortlist, codeword, places, L)
+        slots = start + tl.arange(0, BLOCK_L)
+        experts = experts_of_list(shortlist, codeword, slots, L)
         present = experts >= 0
-        where = rows[:, None] * L + places[None, :]
+        where = rows[:, None] * L + slots[None, :]
         grad = tl.load(grad_scores + where, mask=inside[:, None] & present[None, :], other=0.0)
         w = tl.load(
             weight + experts[:, None] * H + columns[None, :],
@@ -197,8 +197,8 @@ def _fine_scores_bwd_weight_kernel(
         return
     columns = column_block * BLOCK_H + tl.arange(0, BLOCK_H)
     in_row = columns < H
-    places = list_block * BLOCK_L + tl.arange(0, BLOCK_L)
-    experts = experts_of_list(shortlist, codeword, places, L)
+    slots = list_block * BLOCK_L + tl.arange(0, BLOCK_L)
+    experts = experts_of_list(shortlist, codeword, slots, L)
     present = experts >= 0
     sums = tl.zeros([BLOCK_L, BLOCK_H], tl.float32)
     while first < end:
@@ -206,7 +206,7 @@ def _fine_scores_bwd_weight_kernel(
         inside = where < end
         rows = tl.load(order + where, mask=inside, other=0)
         grad = tl.load(
-            grad_scores + rows[None, :] * L + places[:, None],
+            grad_scores + rows[None, :] * L + slots[:, None],
             mask=present[:, None] & inside[None, :],
             other=0.0,
         )
@@ -221,7 +221,7 @@ def _fine_scores_bwd_weight_kernel(
     if ATOMIC:
         tl.atomic_add(out + experts[:, None] * H + columns[None, :], sums, mask=kept, sem="relaxed")
     else:
-        tile_rows = chunk_codeword * L + places
+        tile_rows = chunk_codeword * L + slots
         tl.store(out + tile_rows[:, None] * H + columns[None, :], sums, mask=kept)
 
 
@@ -230,7 +230,7 @@ class Rows:
     """The rows sorted by codeword."""
 
     order: torch.Tensor  # [R] int64
-    row_first: torch.Tensor  # [C + 1] int64, first place of each codeword in ``order``; the last is R
+    row_first: torch.Tensor  # [C + 1] int64, first slot of each codeword in ``order``; the last is R
 
     @property
     def num_rows(self) -> int:
@@ -317,9 +317,9 @@ def launch_fine_scores_grad_weight(
     deterministic: bool,
     grad_weight_out: torch.Tensor,
 ) -> None:
-    """Add ``grad_scores.T @ tokens`` of each list place to its expert's row of ``grad_weight_out`` [E, H].
+    """Add ``grad_scores.T @ tokens`` of each list slot to its expert's row of ``grad_weight_out`` [E, H].
 
-    One program makes the sum of 64 places by 128 columns over all rows of a codeword. An expert is in the lists of
+    One program makes the sum of 64 slots by 128 columns over all rows of a codeword. An expert is in the lists of
     several codewords: their sums meet by fp32 atomic additions, or, if ``deterministic``, they are written down for a
     chunk of codewords at a time and added in their order. Rows of experts that got no token are not touched, unless
     the buffer is not fp32: then the sums are made beside it.
@@ -354,9 +354,9 @@ def launch_fine_scores_grad_weight(
         launch(tiles, first, count)
         in_use = rows.row_first[first : first + count + 1].diff() > 0
         experts = shortlist[first : first + count].masked_fill(~in_use.unsqueeze(1), -1).reshape(-1)
-        places = torch.arange(experts.numel(), device=experts.device)
-        pairs = make_pairs(places, experts, experts.numel(), grad_weight_out.shape[0])
-        launch_pair_weight_gradient(tiles, torch.ones_like(places, dtype=torch.float32), pairs, grad_weight_out)
+        slots = torch.arange(experts.numel(), device=experts.device)
+        pairs = make_pairs(slots, experts, experts.numel(), grad_weight_out.shape[0])
+        launch_pair_weight_gradient(tiles, torch.ones_like(slots, dtype=torch.float32), pairs, grad_weight_out)
 
 
 def dense_gradients(

@@ -87,8 +87,8 @@ def _fine_topk_fwd_kernel(
         else:
             best = tl.bitonic_merge(tl.maximum(best, tl.flip(keys, 1)), descending=True)
     present = best != LOWEST_KEY
-    places = id_of_key(best).to(tl.int32)
-    ids = tl.load(shortlist + codeword * L + places, mask=present, other=-1).to(tl.int32)
+    slots = id_of_key(best).to(tl.int32)
+    ids = tl.load(shortlist + codeword * L + slots, mask=present, other=-1).to(tl.int32)
     choices = tl.arange(0, BLOCK_K)
     out = rows[:, None] * K + choices[None, :]
     kept = inside[:, None] & (choices < K)[None, :]

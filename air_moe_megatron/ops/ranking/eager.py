@@ -2,6 +2,7 @@
 
 import torch
 
+from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
 from air_moe_megatron.ops.weight_gradient import sparse_rows
 
 CHUNK_ELEMENTS = 2**26  # of the scores [C, n] of a chunk of experts: 256 MiB
@@ -9,7 +10,6 @@ _STRIPES = 8  # experts that one maximum stands for in the first step of a top-k
 _MANY_ROWS = 128  # from which on maxima over groups come first
 _SPARE = 32  # candidates of a chunk beyond twice those expected
 _GATHERED_ELEMENTS = 2**22  # of the centers that are gathered at a time where they cannot be read in place: 16 MiB
-_SCORE = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda scores: torch.nn.functional.softplus(scores).sqrt()}
 
 
 def rank_experts(
@@ -43,16 +43,16 @@ def rank_experts(
             parts.append(part)
         for parts, part in zip((values, ids), _topk(scores, kept), strict=True):
             parts.append(part)
-    best, places = torch.cat(values, dim=1).topk(shortlist_size, dim=1)
+    best, slots = torch.cat(values, dim=1).topk(shortlist_size, dim=1)
     fully_kept = [part.shape[1] == experts.stop - experts.start for part, experts in zip(values, chunks, strict=True)]
     asks_for_more = (torch.stack([part[:, -1] for part in values]) > best[:, -1]).any(dim=1).tolist()
     for number, experts in enumerate(chunks):
         if asks_for_more[number] and not fully_kept[number] and kept < shortlist_size:
             values[number], ids[number] = _topk(score(experts), shortlist_size)
     if any(asks_for_more):
-        best, places = torch.cat(values, dim=1).topk(shortlist_size, dim=1)
+        best, slots = torch.cat(values, dim=1).topk(shortlist_size, dim=1)
     ids = torch.cat([part + experts.start for part, experts in zip(ids, chunks, strict=True)], dim=1)
-    return ids.gather(1, places), torch.cat(nearest), torch.cat(highest)
+    return ids.gather(1, slots), torch.cat(nearest), torch.cat(highest)
 
 
 def rank_candidates(
@@ -100,7 +100,7 @@ def _ranked_by(
         products *= scale.unsqueeze(1)
     if bias is not None:
         products += bias[experts].float()
-    return products if score_function is None else _SCORE[score_function](products) + expert_bias[experts]
+    return products if score_function is None else SCORE_FUNCTIONS[score_function](products) + expert_bias[experts]
 
 
 def _max_per_column(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,5 +126,5 @@ def _topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     grouped = scores.view(num_rows, _STRIPES, num_groups)
     groups = grouped.amax(dim=1).topk(k, dim=1).indices
     candidates = grouped.gather(2, groups.unsqueeze(1).expand(-1, _STRIPES, -1)).flatten(1)
-    values, places = candidates.topk(k, dim=1)
-    return values, places // k * num_groups + groups.gather(1, places % k)
+    values, slots = candidates.topk(k, dim=1)
+    return values, slots // k * num_groups + groups.gather(1, slots % k)

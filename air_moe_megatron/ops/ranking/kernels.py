@@ -112,7 +112,7 @@ def _candidates_fwd_kernel(
     weight,  # [E, H]
     bias,  # [E]
     expert_bias,  # [E]
-    pairs,  # [n * k] int64, (codeword, place among its groups) sorted by group
+    pairs,  # [n * k] int64, (codeword, slot among its groups) sorted by group
     first_pairs,  # [E / G + 1] int64, of each group in pairs
     candidates,  # [n, k, G] int64 keys
     first_codeword,
@@ -134,9 +134,9 @@ def _candidates_fwd_kernel(
     end = tl.load(first_pairs + group + 1)
     if first >= end:
         return
-    places = first + tl.arange(0, BLOCK_C)
-    is_pair = places < end
-    pair = tl.load(pairs + places, mask=is_pair, other=0)
+    slots = first + tl.arange(0, BLOCK_C)
+    is_pair = slots < end
+    pair = tl.load(pairs + slots, mask=is_pair, other=0)
     ids = first_codeword + pair // k
     experts = group.to(tl.int64) * G + tl.arange(0, G)
     is_expert = experts < E
@@ -170,7 +170,7 @@ def _candidate_blocks(weight: torch.Tensor) -> dict[str, int]:
 
 
 def _best_groups(group_keys: torch.Tensor, num_kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n * k] pairs (codeword, place among its best groups) sorted by group, and [E / G + 1] each group's first."""
+    """[n * k] pairs (codeword, slot among its best groups) sorted by group, and [E / G + 1] each group's first."""
     groups = ids_of_keys(group_keys.topk(num_kept, dim=1).values)
     return sort_into_segments(groups.flatten(), group_keys.shape[1])
 
