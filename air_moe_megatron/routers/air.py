@@ -1,7 +1,7 @@
 """AIRRouter: coarse assignment to codewords -> shortlist -> exact fine scores -> top-k.
 
-Top-k and probabilities are Megatron's own functions, applied to a token's candidates instead of all experts. With a full
-shortlist the router therefore routes as ``TopKRouter``. Nothing on the way to ``Routes`` is of size [T, E];
+Top-k and probabilities are Megatron's own functions, applied to a token's candidates instead of all experts. With a
+full shortlist the router therefore routes as ``TopKRouter``. Nothing on the way to ``Routes`` is of size [T, E];
 ``_to_dense`` alone makes such maps, for Megatron's own dispatchers.
 
 Legend: S sequence length, N candidates of a token in a tensor: K, M or P*L of them; others as in ``ops/__init__.py``.
