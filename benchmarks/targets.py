@@ -86,7 +86,8 @@ def judge(target: Target, kind: str, folder: Path) -> tuple[str, str]:
     """What was measured for a target, and whether it is met; empty where it was not, at the sizes that are asked."""
     rows = [row for row in read(folder, target.file) if row["case"] == target.case]
     for row in rows:
-        if all(row.get(name) == str(value) for name, value in target.sizes[kind].items()):
+        sizes = target.sizes[kind].items()
+        if row.get(target.column) and all(row.get(name) == str(value) for name, value in sizes):
             measured = float(row[target.column])
             is_met = measured <= target.asked[kind] if target.at_most else measured >= target.asked[kind]
             return f"{measured:g} {target.unit}".strip(), "yes" if is_met else "NO"
