@@ -12,6 +12,7 @@ from air_moe_megatron.ops.pair_products.kernels import (
     pair_dots,
     pair_sums,
 )
+from air_moe_megatron.ops.selected_scores.kernels import selected_scores
 from tests.ops.conftest import relative_error
 
 BF16 = 2.0**-7  # a rounding of 8 bits
@@ -58,6 +59,10 @@ def fine_scores_of_many_rows(num_rows, hidden_size, device):
     assignments = (torch.arange(num_rows, device=device) >= num_rows - 16).long().unsqueeze(1)
     scores = fine_scores(hidden, weight, None, shortlist, assignments, torch.float32)
     best, ids = fine_topk(hidden, weight, None, shortlist, assignments, 4, torch.float32)
+    merged = fine_topk(
+        hidden, weight, None, shortlist, torch.cat((assignments, 1 - assignments), dim=1), 4, torch.float32
+    )
+    best = selected_scores(hidden, weight, None, ids, best)
     wide_hidden, wide_weight = hidden.detach()[-16:].double(), weight.detach()[-16:].double()
     expected = wide_hidden @ wide_weight.t()
     assert relative_error(scores[-16:, 0], expected) <= 1e-5
@@ -65,6 +70,9 @@ def fine_scores_of_many_rows(num_rows, hidden_size, device):
     wanted = expected.topk(4, dim=1)
     assert relative_error(best[-16:], wanted.values) <= 1e-5
     assert torch.equal(ids[-16:].long(), wanted.indices + num_rows - 16)
+    above = wanted.values.clamp(min=0)  # the experts of the other list score zero
+    assert relative_error(merged[0][-16:], above) <= 1e-5
+    assert torch.equal(merged[1][-16:].long()[above > 0], ids[-16:].long()[above > 0])
 
     grad = torch.zeros_like(scores)
     grad[-16:, 0] = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)).to(device)
