@@ -27,7 +27,7 @@ from air_moe_megatron.ops.weight_gradient import added_to_main_grad, main_grad_o
 
 _BATCH_ELEMENTS = 2**21  # of the gathered centers: 8 MiB in fp32, which the cache of a CPU holds beside the tiles
 _MIN_FILL = 0.75  # rows of the smallest codeword of a batch over those of the largest
-SCORES_OF_BLOCK = 2**25  # of the candidates that are scored before the best of them are chosen: 128 MiB in fp32
+SCORES_OF_BLOCK = 2**26  # of the candidates that are scored before the best of them are chosen: 256 MiB in fp32
 _TABLE_BYTES = 2**23  # of the table of experts that a block of tokens has found
 _TABLE_ROWS = (32, 128)  # tokens of such a block: fewer cost operations, more of them fall out of the cache
 
