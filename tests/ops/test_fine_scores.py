@@ -23,6 +23,7 @@ SHAPES = {
     "no-tokens": (0, 8, 12, 3, 4, 2),
     "one-token": (1, 8, 12, 3, 4, 2),
     "one-everything": (1, 1, 1, 1, 1, 1),
+    "more-probes-than-a-byte-counts": (3, 4, 150, 140, 2, 140),
     "full-list": (19, 8, 12, 1, 12, 1),
     "more-codewords-than-tokens": (4, 8, 64, 40, 9, 1),
     "expert-in-every-list": (500, 16, 32, 100, 32, 1),

@@ -300,17 +300,18 @@ def _best_distinct(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best K experts of each token by scores [T, P*L], an expert in several of its lists counted once.
 
-    A table of [tokens of a block, E] bytes tells which probe an expert was last found in. Only the P*L entries of a
-    token are written and read. The block is as small as keeps the table in the cache.
+    A table of [tokens of a block, E] tells which probe an expert was last found in: one byte each, for up to 127 probes.
+    Only the P*L entries of a token are written and read. The block is as small as keeps the table in the cache.
 
     Returns:
         [T, K] scores and ids, in no order.
     """
     num_tokens, num_probes = assignments.shape
     lists = torch.where(shortlist < 0, num_experts, shortlist).long()  # no expert: a column of its own
-    probes = torch.arange(num_probes, dtype=torch.int8, device=scores.device).repeat_interleave(shortlist.shape[1])
+    number = torch.int8 if num_probes <= 127 else torch.int32
+    probes = torch.arange(num_probes, dtype=number, device=scores.device).repeat_interleave(shortlist.shape[1])
     size = min(_TABLE_ROWS[1], max(_TABLE_ROWS[0], _TABLE_BYTES // num_experts), max(num_tokens, 1))
-    last_probe = torch.empty(size, num_experts + 1, dtype=torch.int8, device=scores.device)
+    last_probe = torch.empty(size, num_experts + 1, dtype=number, device=scores.device)
     if expert_bias is not None:
         expert_bias = torch.nn.functional.pad(expert_bias, (0, 1), value=float("-inf"))
     best_scores = scores.new_empty(num_tokens, topk)

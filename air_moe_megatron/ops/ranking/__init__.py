@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
+from air_moe_megatron.ops import score_functions
 from air_moe_megatron.ops.backend import use_kernels
 from air_moe_megatron.ops.ranking import eager
 
 __all__ = ["SCORE_FUNCTIONS", "CandidateRanking", "Ranking", "rank_candidates", "rank_experts"]
 
-SCORE_FUNCTIONS = (None, "sigmoid", "sqrtsoftplus")
+SCORE_FUNCTIONS = (None, *score_functions.SCORE_FUNCTIONS)
 """Functions through which Megatron's expert bias is added to a score."""
 
 
