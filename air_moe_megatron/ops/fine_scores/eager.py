@@ -300,7 +300,7 @@ def _best_distinct(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best K experts of each token by scores [T, P*L], an expert in several of its lists counted once.
 
-    A table of [tokens of a block, E] tells which probe an expert was last found in: one byte each, for up to 127 probes.
+    A table of [tokens of a block, E] tells which probe an expert was last found in: a byte each, for up to 127 probes.
     Only the P*L entries of a token are written and read. The block is as small as keeps the table in the cache.
 
     Returns:
