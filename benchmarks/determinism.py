@@ -58,7 +58,7 @@ def run(args: Namespace) -> list[str]:
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     sizes = Sizes.of(args, dtype=dtype, routing_dtype=torch.float32)
     with world() as (device, pg_collection):
-        trainer = Trainer(AIR, sizes, 2, args.sequence, pg_collection, device, deterministic_mode=True)
+        trainer = Trainer.of_router(AIR, sizes, 2, args.sequence, pg_collection, device, deterministic_mode=True)
         batch = make_batch(sizes, args.sequence, device)
         for layer, hidden in trainer.layers_and_inputs(batch):
             warm_up_codebook(layer.router, hidden)

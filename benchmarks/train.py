@@ -46,7 +46,8 @@ def run(args) -> list[dict]:
         _check(pg_collection, device)
         sizes = Sizes.of(args)
         batch = make_batch(sizes, args.sequence, device)
-        steps = {name: Trainer(name, sizes, args.layers, args.sequence, pg_collection, device) for name in (AIR, _TOPK)}
+        shape = (args.layers, args.sequence)
+        steps = {name: Trainer.of_router(name, sizes, *shape, pg_collection, device) for name in (AIR, _TOPK)}
         work, rebuilds, rebuild_works = {}, [], []
         for name, trainer in steps.items():
             layers = []
@@ -83,20 +84,40 @@ def run(args) -> list[dict]:
 class Trainer:
     """A GPT with Megatron's data-parallel wrapper and optimizer, in a world of one rank.
 
-    ``fields`` are those of the config that a caller sets beside the benchmark's.
+    Args:
+        config: of the model.
+        spec: of its layers.
+        shape: token ids of the vocabulary, and tokens of a sequence.
+        more: arguments of GPTModel beside these.
     """
 
-    def __init__(self, name, sizes, num_layers, sequence, pg_collection, device, **fields) -> None:
+    def __init__(self, config, spec, shape: tuple[int, int], pg_collection, device: torch.device, **more) -> None:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.models.gpt import GPTModel
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.transformer.module import Float16Module
         from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 
-        from air_moe_megatron.routers import AIRRouter, find_routers
+        from air_moe_megatron.routers import find_routers
 
         destroy_moe_metrics_tracker()  # it has a slot for each layer of the model before
         torch.manual_seed(0)
+        model = GPTModel(config, spec, *shape, pg_collection=pg_collection, **more).to(device)
+        if config.bf16:
+            model = Float16Module(config, model)
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        self.model = DistributedDataParallel(config, ddp_config, model, pg_collection=pg_collection)
+        self.model.train()
+        optimizer_config = OptimizerConfig(
+            optimizer="adam", lr=1e-4, bf16=config.bf16, params_dtype=config.params_dtype, clip_grad=1.0
+        )
+        self.optimizer = get_megatron_optimizer(optimizer_config, [self.model])
+        self.routers = find_routers(self.model)
+        self.device, self.num_parameters = device, sum(parameter.numel() for parameter in model.parameters())
+
+    @classmethod
+    def of_router(cls, name: str, sizes: Sizes, num_layers: int, sequence: int, pg_collection, device, **fields):
+        """The model of this benchmark: ``name`` is AIR or the baseline; ``fields`` of the config beside its own."""
         is_air = name == AIR
         config = make_config(
             sizes,
@@ -110,18 +131,7 @@ class Trainer:
             gradient_accumulation_fusion=False,
             **fields,
         )
-        model = GPTModel(config, _layer_spec(config), _VOCABULARY, sequence, pg_collection=pg_collection).to(device)
-        if config.bf16:
-            model = Float16Module(config, model)
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-        self.model = DistributedDataParallel(config, ddp_config, model, pg_collection=pg_collection)
-        self.model.train()
-        optimizer_config = OptimizerConfig(
-            optimizer="adam", lr=1e-4, bf16=config.bf16, params_dtype=sizes.dtype, clip_grad=1.0
-        )
-        self.optimizer = get_megatron_optimizer(optimizer_config, [self.model])
-        self.routers = find_routers(self.model, AIRRouter)
-        self.device, self.num_parameters = device, sum(parameter.numel() for parameter in model.parameters())
+        return cls(config, _layer_spec(config), (_VOCABULARY, sequence), pg_collection, device)
 
     def step(self, batch) -> dict[str, float]:
         """Seconds of one training step, as Megatron's training loop makes it; the loss is kept in ``loss``."""
@@ -199,7 +209,7 @@ def _check(pg_collection, device):
     """With full lists and equal weights both models have equal losses, after steps of the optimizer too."""
     sizes = Sizes(experts=64, hidden=32, tokens=64, topk=4, ffn=2, clusters=4, shortlist=64)
     batch = make_batch(sizes, 16, device)
-    air, topk = (Trainer(name, sizes, 2, 16, pg_collection, device) for name in (AIR, _TOPK))
+    air, topk = (Trainer.of_router(name, sizes, 2, 16, pg_collection, device) for name in (AIR, _TOPK))
     missing, unexpected = air.model.module.load_state_dict(topk.model.module.state_dict(), strict=False)
     if unexpected or any(".router.codebook." not in name and ".router.index." not in name for name in missing):
         raise AssertionError(f"the models differ in {missing} and {unexpected}")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import pandas
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -36,6 +38,10 @@ def groups(rows: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
 
 def _place(row):
     return tuple(row[name] for name in ("corpus", "tokens", "precision", "experts", "topk", "ffn"))
+
+
+def _model(row):
+    return tuple(row[name] for name in ("corpus", "variant", "experts", "topk", "ffn"))
 
 
 def _title(corpus, tokens, precision, experts, topk, ffn):
@@ -77,13 +83,20 @@ def changes(rows: list[dict], reference: list[dict]) -> list[float]:
     return [100 * (quality(row) / by_seed[row["seed"]] - 1) for row in rows if row["seed"] in by_seed]
 
 
-def table(variants: dict[str, list[dict]]) -> str:
-    """A table of one group, best first; differences to the reference are of runs of the same seed."""
+def table(variants: dict[str, list[dict]], step_ms: dict[tuple, float] | None = None) -> str:
+    """A table of one group, best first; differences to the reference are of runs of the same seed.
+
+    Args:
+        variants: of a group, with the rows of their seeds.
+        step_ms: milliseconds of a step by :func:`_model`; without those of this group there is no column.
+    """
+    times = {name: (step_ms or {}).get(_model(rows[0])) for name, rows in variants.items()}
+    is_timed = any(times.values())
     rows = [row for of_variant in variants.values() for row in of_variant]
     digits = ".2f" if "word_perplexity" in rows[0] else ".4f"
     columns = (
         "router", "seeds", quality_name(rows), f"against {_REFERENCE}", "router MFLOPs per token", "total",
-        "experts used", "imbalance factor", "mass recall", "top-k recall",
+        *(["ms per step"] if is_timed else []), "experts used", "imbalance factor", "mass recall", "top-k recall",
     )  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for name, of_variant in sorted(variants.items(), key=lambda item: statistics.mean(map(quality, item[1]))):
@@ -96,6 +109,7 @@ def table(variants: dict[str, list[dict]]) -> str:
             f"{spread(differences, '+.2f')} %" if differences else "",
             f"{flops['router'] / 1e6:.3f}",
             f"{flops['total'] / 1e6:.2f}",
+            *([f"{times[name]:.0f}" if times[name] else ""] if is_timed else []),
             _percent(of_variant, _USED),
             _mean(of_variant, _IMBALANCE, ".2f"),
             _percent(of_variant, _RECALL),
@@ -103,6 +117,11 @@ def table(variants: dict[str, list[dict]]) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def read_step_times(path: Path) -> dict[tuple, float]:
+    """Milliseconds of a step of each model in a CSV file of step_time.py."""
+    return {_model(row): row["step_ms"] for row in pandas.read_csv(path).to_dict("records")}
 
 
 def _values(rows, name):
@@ -119,14 +138,14 @@ def _percent(rows, name):
     return f"{spread(values, '.1f')} %" if values else ""
 
 
-def tables(rows: list[dict]) -> str:
-    """All tables, with what they were measured on."""
+def tables(rows: list[dict], step_ms: dict[tuple, float] | None = None) -> str:
+    """All tables, with what they were measured on; ``step_ms`` as in :func:`table`."""
     parts = []
     for place, variants in groups(rows).items():
         of_group = [row for of_variant in variants.values() for row in of_variant]
         origins = sorted({(row["device"], row["torch"], row["megatron_core"], row["commit"]) for row in of_group})
         parts.append(f"### {_title(*place)}\n")
-        parts.append(table(variants) + "\n")
+        parts.append(table(variants, step_ms) + "\n")
         measured = "; ".join(
             f"{device}, torch {torch}, megatron-core {core}, commit {commit}" for device, torch, core, commit in origins
         )
@@ -308,12 +327,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="files of JSON lines")
     parser.add_argument("--out", type=Path, required=True, help="folder for tables.md and the plots")
+    parser.add_argument("--step-times", type=Path, help="CSV file of step_time.py, for the column of step times")
     args = parser.parse_args(argv)
     rows = [row for path in args.results for row in read_results(path)]
     if not rows:
         sys.exit(f"{', '.join(map(str, args.results))}: no results")
     args.out.mkdir(parents=True, exist_ok=True)
-    text = tables(rows)
+    text = tables(rows, None if args.step_times is None else read_step_times(args.step_times))
     (args.out / "tables.md").write_text(text)
     files = plots(rows, args.out)
     sys.stdout.write(f"{text}\n{args.out / 'tables.md'}\n" + "".join(f"{file}\n" for file in files))

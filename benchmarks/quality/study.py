@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _CPU_FLAGS = {"cpu": True}
 # glibc gives large tensors back to the kernel and takes them again page by page. With these it keeps them: a step of
 # an exact router over 65,536 experts takes 3.5 s instead of 8.2 (docs/log.md). No number depends on it.
-_CPU_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
+CPU_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 # Megatron's own layers, as Transformer Engine and Apex may be missing.
 _GPU_FLAGS = {
     "bf16": True,
@@ -261,7 +261,7 @@ class Study:
         line = command(run, self.out / "data" / run.prepared, folder, eval_iters, self.on_gpu)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         if not self.on_gpu:
-            environment |= {"OMP_NUM_THREADS": str(self.threads), **_CPU_ENVIRONMENT}
+            environment |= {"OMP_NUM_THREADS": str(self.threads), **CPU_ENVIRONMENT}
         start = time.perf_counter()
         with (folder / "log.txt").open("w") as log:
             log.write(" ".join(line) + "\n")

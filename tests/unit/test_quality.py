@@ -6,8 +6,10 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from benchmarks.quality import data, report, study
 from benchmarks.quality.flops import flops_per_token
@@ -210,6 +212,44 @@ def test_the_table_compares_runs_of_the_same_seed_and_puts_the_best_first():
     assert "-7.50 +- 3.54 %" in lines[2]
     assert "60.0 +- 14.1 %" in lines[2] and "50.0 +- 35.4 %" in lines[2]
     assert "110.00 +- 14.14" in lines[3]
+
+
+def test_the_table_shows_step_times_where_the_group_was_timed(tmp_path):
+    rows = [result("topk", 1, 100.0), result("air", 1, 90.0), result("air", 1, 80.0) | {"experts": 256}]
+    path = tmp_path / "times.csv"
+    path.write_text("corpus,variant,experts,topk,ffn,step_ms\nwikitext-2,air,64,4,1,12.6\n")
+    first, second = (report.table(variants, report.read_step_times(path)) for variants in report.groups(rows).values())
+    of_air, of_topk = first.splitlines()[2:]
+    assert "| total | ms per step |" in first and "| 5.00 | 13 |" in of_air and "| 5.00 |  |" in of_topk
+    assert "ms per step" not in second
+
+
+def test_steps_of_every_variant_are_timed_in_turn_on_the_data_of_the_study(tmp_path, megatron_cpu):
+    from benchmarks.quality import step_time
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "train.bin"), dtype=numpy.uint16)
+    builder.add_document(numpy.arange(200) % 50, [200])
+    builder.finalize(str(tmp_path / "train.idx"))
+    flags = {
+        "num-layers": 1, "hidden-size": 8, "num-attention-heads": 2, "seq-length": 4, "global-batch-size": 2,
+        "train-iters": 10, "position-embedding-type": "rope", "disable-bias-linear": True,
+        "moe-granular-experts": True, "moe-dispatch": "compact", "moe-router-dtype": "fp32",
+    }  # fmt: skip
+    names = ("topk", "air", "hash")
+    config = CONFIG | {"vocabulary": 50, "flags": flags, "variants": {n: {"moe-router-type": n} for n in names}}
+    config["runs"] = [{"experts": [64], "shapes": [[4, 1]], "variants": list(names)}]
+    runs, device = step_time.models(config, 64), torch.device("cpu")
+    batches = step_time.batches(tmp_path / "train", flags, device)
+    assert len(batches) == 20 and batches[1]["tokens"].tolist()[0] == [10, 11, 12, 13]
+    assert (batches[0]["labels"][:, :-1] == batches[0]["tokens"][:, 1:]).all()
+    trainers = {name: step_time.trainer_of(run, megatron_cpu, device) for name, run in runs.items()}
+    assert [router.router_type for trainer in trainers.values() for router in trainer.routers] == list(names)
+    seconds = step_time.time_steps(trainers, batches, warmup=2, repetitions=3)
+    rows = step_time.rows_of(runs, seconds, 2, device)
+    assert [row["variant"] for row in rows] == list(names) and rows[0]["of_topk"] == 1.0
+    assert all(row["repetitions"] == 3 and row["step_ms"] > 0 for row in rows)
+    with pytest.raises(ValueError, match=r"--experts \(32\) must be a size of the study"):
+        step_time.models(config, 32)
 
 
 def test_runs_with_different_flags_are_not_taken_for_seeds():
