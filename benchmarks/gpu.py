@@ -11,357 +11,38 @@ With `--dry` all steps run on the CPU at tiny sizes, into out/gpu-dry: a test of
 """
 
 import argparse
-import contextlib
-import csv
 import hashlib
 import json
-import math
-import os
-import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
-import threading
 import time
 import traceback
-import xml.etree.ElementTree
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import targets  # noqa: E402
+from benchmarks.gpu_steps import (  # noqa: E402
+    BENCHMARKS,
+    CURVES,
+    INTERRUPT_SECONDS,
+    STEPS,
+    Result,
+    Setup,
+    Step,
+    compare_curves,
+    make_curves,
+    variables_of,
+)
 
-_INTERRUPT_SECONDS = 20  # between the signal that asks a step to end and the one that ends it
 _SHORTEST_SECONDS = 30  # a step does not start with less
 _DRY_SECONDS = 1200  # for a step of a dry run, on a CPU that may have other work: it ends a hang
 _EXPLAINED = "../../performance.md#one-command-on-a-gpu"
-_DEMO = ROOT / "examples/pretrain_demo.sh"
-_GOLDEN = ROOT / "tests/golden/losses.json"
-_LOSS = re.compile(r"iteration +(\d+)/ .*?lm loss: ([0-9.E+-]+|nan|inf) ")
-
-_SIZES = "--hidden 1024 --tokens 16384 --topk 64"
-_MEDIUM = "--experts 16384 --hidden 1024 --tokens 16384 --topk 32"
-_RUNS = "--warmup 3 --repetitions 20 --slow-repetitions 10"
-_TINY = "--hidden 16 --tokens 64 --topk 8"
-_TINY_LAYER = f"--stock-experts 256 {_TINY} --no-memory"
-BENCHMARKS = {  # file of the rows -> benchmark and flags on a large GPU, the same in a dry run, seconds
-    "router": (f"router {_SIZES}", f"router --experts 256 {_TINY}", 120),
-    "router_medium": (f"router {_MEDIUM}", f"router --experts 576 {_TINY}", 60),
-    "recall": (f"recall {_SIZES}", f"recall --experts 256 {_TINY} --updates 5", 60),
-    "recall_medium": (f"recall {_MEDIUM}", f"recall --experts 576 {_TINY} --updates 5", 30),
-    "layer": (f"layer {_SIZES} --stock-experts 65536", f"layer --experts 1024 {_TINY_LAYER}", 120),
-    "train": ("train --hidden 1024 --tokens 8192 --sequence 1024", f"train --experts 256 {_TINY} --sequence 16", 90),
-    "growth": (f"growth {_SIZES}", f"growth --experts 256 1024 {_TINY}", 75),
-    "refresh": ("refresh --hidden 1024", f"refresh --experts 256 {_TINY}", 45),
-    "scaling": (f"scaling {_SIZES} --dense-gib 5", f"scaling --experts 256 {_TINY}", 75),
-    "dispatch": ("dispatch --hidden 1024 --tokens 8192", f"dispatch --experts 64 {_TINY}", 45),
-}  # fmt: skip
-"""In the order of importance. The sizes are those that `targets.py` asks of a GPU."""
-
-_TINY_DEMO = (
-    *"--num-layers 1 --hidden-size 32 --num-experts 256 --moe-router-topk 4 --seq-length 64".split(),
-    *"--max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 4 --train-iters 6".split(),
-    *"--log-interval 2 --eval-iters 1 --lr-warmup-fraction 0.5".split(),
-)
-CURVES = {  # of the CPU -> flags added to the demo's
-    "fp32, seed 1234": (),
-    "bf16, seed 1234": ("--bf16",),
-    "fp32, seed 1": ("--seed", "1"),
-    "fp32, seed 2": ("--seed", "2"),
-}
-TINY_CURVES = ("fp32, seed 1234", "fp32, seed 1")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Where a run reads and writes.
-
-    Attributes:
-        out: folder of the results.
-        scratch: folder of logs and of what is not kept.
-        data: folder of the demo's data; made where it is missing.
-        curves: file with the losses of the demo on a CPU.
-        dry: tiny sizes on the CPU.
-    """
-
-    out: Path
-    scratch: Path
-    data: Path
-    curves: Path
-    dry: bool
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a step found: whether it passed, one line on it, and its figures."""
-
-    passed: bool
-    detail: str
-    figures: dict
-
-
-@dataclass(frozen=True)
-class Step:
-    """Something to be run: what it is, its limit in seconds, and how. ``run`` raises where it cannot give a result."""
-
-    what: str
-    seconds: int
-    run: Callable[[Setup, int], Result]
-
-
-# Processes.
-
-
-def run_process(words: Sequence[str | Path], seconds: float, log: Path, environment: dict[str, str]) -> int | None:
-    """Run a command, its output on the screen and at the end of a file.
-
-    At the limit it is interrupted, as by Ctrl-C, so that it can still write what it has; soon after it is ended.
-
-    Returns:
-        its exit status; None if it was stopped at the limit.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            list(map(str, words)), cwd=ROOT, env=environment, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        copier = threading.Thread(target=_copy, args=(process.stdout, file), daemon=True)
-        copier.start()
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            for signal_number in (signal.SIGINT, signal.SIGKILL):
-                if process.poll() is None:
-                    os.killpg(process.pid, signal_number)
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(_INTERRUPT_SECONDS)
-            copier.join(5)
-
-
-def _copy(stream, file) -> None:
-    for chunk in iter(lambda: stream.read1(65536), b""):
-        file.write(chunk)
-        file.flush()
-        sys.stdout.buffer.write(chunk)
-        sys.stdout.flush()
-
-
-def _python(
-    setup: Setup, words: Sequence[str | Path], seconds: float, log: str, variables: dict[str, str] | None = None
-) -> str:
-    """Run a Python of this environment on this tree's sources; returns how it ended, empty if well."""
-    return _command(setup, [sys.executable, "-W", "ignore", *words], seconds, log, variables)
-
-
-def _command(
-    setup: Setup, words: Sequence[str | Path], seconds: float, log: str, variables: dict[str, str] | None = None
-) -> str:
-    status = run_process(words, seconds, setup.scratch / f"{log}.log", _variables(setup.dry) | (variables or {}))
-    if status is None:
-        return f"stopped after {seconds:.0f} s"
-    return f"exit status {status}" if status else ""
-
-
-def _variables(dry: bool) -> dict[str, str]:
-    """The environment of a step: this tree's sources come first, and a dry run sees no GPU."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if dry else {}
-    return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", **hidden}
-
-
-# Steps.
-
-
-def run_tests(setup: Setup, seconds: int) -> Result:
-    """The tests marked gpu; in a dry run a few that are not."""
-    report = setup.scratch / "tests.xml"
-    report.unlink(missing_ok=True)
-    chosen = ("tests/ops/test_tiles.py", "-m", "not gpu") if setup.dry else ("-m", "gpu")
-    words = ("-m", "pytest", "--durations", "10", "--junitxml", report, *chosen)
-    return read_tests(report, _python(setup, words, seconds, "tests"))
-
-
-def read_tests(report: Path, ending: str) -> Result:
-    """Count the tests of a JUnit file. It passes if some test passed, none failed and the run came to its end."""
-    figures, failed = {"passed": 0, "failed": 0, "skipped": 0}, []
-    if report.exists():
-        for case in xml.etree.ElementTree.parse(report).iter("testcase"):
-            faults = [*case.iter("failure"), *case.iter("error")]
-            kind = "failed" if faults else "skipped" if case.find("skipped") is not None else "passed"
-            figures[kind] += 1
-            if faults:
-                file = f"{case.get('classname', '').replace('.', '/')}.py"
-                message = faults[0].get("message", "").replace(str(ROOT), ".")[:400]
-                failed.append({"test": f"{file}::{case.get('name')}", "message": message})
-    detail = ", ".join(f"{number} {kind}" for kind, number in figures.items())
-    passed = not ending and figures["passed"] > 0 and not failed
-    return Result(passed, f"{detail}; {ending}" if ending else detail, figures | {"failures": failed})
-
-
-def run_benchmark(name: str) -> Callable[[Setup, int], Result]:
-    """A step that writes the rows of a benchmark as NAME.csv."""
-
-    def run(setup: Setup, seconds: int) -> Result:
-        rows = setup.out / f"{name}.csv"
-        rows.unlink(missing_ok=True)
-        large, tiny, _ = BENCHMARKS[name]
-        runs = "--warmup 0 --repetitions 1 --slow-repetitions 1" if setup.dry else _RUNS
-        plot = f"--plot {setup.out}/route_time.png" if name == "scaling" else ""
-        words = ("benchmarks/run.py", *f"{tiny if setup.dry else large} {runs} {plot}".split(), "--out", rows)
-        return read_rows(rows, _python(setup, words, seconds, name))
-
-    return run
-
-
-def read_rows(path: Path, ending: str) -> Result:
-    """The median time or the recall of each row of a benchmark, with E where a case has several rows."""
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    cases, figures = [row["case"] for row in rows], []
-    for row in rows:
-        size = "" if cases.count(row["case"]) == 1 else f", E = {row['experts']}"
-        figure = f"{float(row['total_ms']):.4g} ms" if "total_ms" in row else f"recall {row['topk_recall']}"
-        figures.append(f"{row['case']}{size} {figure}")
-    return Result(bool(rows) and not ending, "; ".join(filter(None, (*figures, ending))), {"rows": len(rows)})
-
-
-def run_curve(setup: Setup, seconds: int) -> Result:
-    """The demo in bf16: its losses beside those of the CPU."""
-    if setup.dry:
-        make_curves(setup, TINY_CURVES, seconds)
-    losses, ending = _train(setup, ("--bf16",), seconds, "curve")
-    if ending:
-        return Result(False, ending, {"losses": losses})
-    return compare_curves(losses, demo_key(), json.loads(setup.curves.read_text()))
-
-
-def _train(
-    setup: Setup, flags: Sequence[str], seconds: float, log: str, on_cpu: bool = False
-) -> tuple[dict[str, float], str]:
-    """Train the demo; returns its losses by step, and how it ended."""
-    out = setup.scratch / "demo"
-    (out / "train.log").unlink(missing_ok=True)
-    if not (setup.data / "stdlib_test.idx").exists():
-        ending = _python(setup, ("examples/prepare_stdlib.py", "--out", setup.data), seconds, log)
-        if ending:
-            return {}, f"the data: {ending}"
-    variables = {"PYTHON": sys.executable, "DATA": str(setup.data.resolve()), "OUT": str(out.resolve())}
-    if on_cpu:
-        variables["CUDA_VISIBLE_DEVICES"] = ""
-    tiny = _TINY_DEMO if setup.dry else ()
-    ending = _command(setup, ["bash", _DEMO, *tiny, *flags], seconds, log, variables)
-    text = (out / "train.log").read_text() if (out / "train.log").exists() else ""
-    return {step: float(loss) for step, loss in _LOSS.findall(text)}, ending
-
-
-def demo_key() -> dict[str, str]:
-    """Hashes that change with what the demo's losses depend on: its flags, and the losses of AIR routers."""
-    golden = json.loads(_GOLDEN.read_text())
-    of_air = [losses for name, losses in golden.items() if name.startswith("air")]
-    texts = {"examples/pretrain_demo.sh": _DEMO.read_text(), "tests/golden/losses.json": json.dumps(of_air)}
-    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
-
-
-def make_curves(setup: Setup, names: Sequence[str], seconds: float) -> None:
-    """Train the demo on the CPU, once for each of the names, and write the losses to ``setup.curves``."""
-    from benchmarks.measure import commit
-
-    curves = {}
-    for name in names:
-        curves[name], ending = _train(setup, CURVES[name], seconds, "curves", on_cpu=True)
-        if ending:
-            raise RuntimeError(f"the demo on the CPU ({name}): {ending}")
-    setup.curves.parent.mkdir(parents=True, exist_ok=True)
-    reference = {"commit": commit(), "python": sys.version.split()[0], "made_for": demo_key(), "curves": curves}
-    setup.curves.write_text(json.dumps(reference, indent=1) + "\n")
-
-
-def compare_again(setup: Setup) -> None:
-    """Compare the losses that stand in the results' folder, if any, with a reference that is new."""
-    record = read_record(setup.out / "curve.json")
-    if record is not None and "made_for" in record["figures"]:
-        figures = record["figures"]
-        result = compare_curves(figures["losses"], figures["made_for"], json.loads(setup.curves.read_text()))
-        write_record(setup, "curve", record | vars(result), json.loads((setup.out / "environment.json").read_text()))
-
-
-def run_determinism(setup: Setup, seconds: int) -> Result:
-    """Hashes of forty repeats of a training step in deterministic mode."""
-    file = setup.scratch / "hashes.json"
-    file.unlink(missing_ok=True)
-    tiny = ("--experts", "256", *_TINY.split(), "--sequence", "16", "--repeats", "3") if setup.dry else ()
-    ending = _python(setup, ("benchmarks/determinism.py", *tiny, "--out", file), seconds, "determinism")
-    return compare_hashes(json.loads(file.read_text()) if file.exists() else [], ending)
-
-
-def compare_hashes(hashes: Sequence[str], ending: str = "") -> Result:
-    """It passes if there are several hashes and all are one."""
-    counts = {digest: hashes.count(digest) for digest in dict.fromkeys(hashes)}
-    detail = f"{len(hashes)} repeats, {len(counts)} hash{'' if len(counts) == 1 else 'es'}"
-    passed = not ending and len(hashes) > 1 and len(counts) == 1
-    return Result(passed, f"{detail}; {ending}" if ending else detail, {"repeats_of_hash": counts})
-
-
-def expect(curves: dict[str, dict[str, float]]) -> tuple[dict[str, float], float]:
-    """What is expected of one more seed: the mean loss of the fp32 runs at each step, and how far it may be from it.
-
-    A GPU starts from other random weights than a CPU with the same seed, so its run is one more seed. The band is four
-    standard deviations of its distance from the mean of n: ``4 * sqrt(variance * (1 + 1 / n))``. The variance is that
-    of the n losses at one step, averaged over the steps.
-
-    Example: losses 3.0 and 3.2 at one step, 2.0 and 2.0 at another: means 3.1 and 2.0, variances 0.02 and 0, band
-    4 * sqrt(0.01 * 1.5).
-    """
-    seeds = [losses for name, losses in curves.items() if name.startswith("fp32")]
-    at_steps = {step: [losses[step] for losses in seeds] for step in seeds[0]}
-    variance = statistics.fmean(map(statistics.variance, at_steps.values()))
-    means = {step: round(statistics.fmean(losses), 6) for step, losses in at_steps.items()}
-    return means, 4 * math.sqrt(variance * (1 + 1 / len(seeds)))
-
-
-def compare_curves(losses: dict[str, float], made_for: dict[str, str], reference: dict) -> Result:
-    """It passes if every loss is within the band around the mean of the fp32 runs on a CPU.
-
-    Args:
-        losses: of the demo on the GPU, by step.
-        made_for: ``demo_key`` at that time. A reference with another one is refused.
-        reference: as ``make_curves`` writes it.
-    """
-    expected, width = expect(reference["curves"])
-    figures = {"losses": losses, "made_for": made_for, "cpu": expected, "band": round(width, 4)}
-    figures["cpu_commit"] = reference["commit"]
-    if losses.keys() != expected.keys():
-        return Result(False, f"losses at steps {', '.join(losses)}, not {', '.join(expected)}", figures)
-    distances = {step: abs(losses[step] - expected[step]) for step in expected}
-    outside = [step for step, distance in distances.items() if not distance <= width]  # NaN is outside
-    worst = max(distances, key=lambda step: math.inf if math.isnan(distances[step]) else distances[step])
-    detail = f"at most {distances[worst]:.4f} nats off (step {worst}), band {width:.4f}"
-    if outside:
-        detail += f"; outside at steps {', '.join(outside)}"
-    stale = [name for name, key in made_for.items() if reference["made_for"].get(name) != key]
-    if stale:
-        detail += f"; the CPU's losses are of another {' and '.join(stale)}: make gpu-curves"
-    return Result(not outside and not stale, detail, figures)
-
-
-STEPS = {
-    "tests": Step("tests marked `gpu`", 450, run_tests),
-    **{name: Step(f"benchmark `{name}`", seconds, run_benchmark(name)) for name, (_, _, seconds) in BENCHMARKS.items()},
-    "curve": Step("losses of the demo in bf16 against fp32 on a CPU", 180, run_curve),
-    "determinism": Step("loss and gradients of repeated steps, `--deterministic-mode`", 90, run_determinism),
-}
-"""All steps, in their order. The limits add up to 24 minutes."""
 GROUPS = {"bench": tuple(BENCHMARKS)}
-
-
-# A run.
 
 
 def environment(dry: bool) -> dict[str, str]:
@@ -377,7 +58,7 @@ def environment(dry: bool) -> dict[str, str]:
         "print(json.dumps(facts))\n"
     )
     words = (sys.executable, "-W", "ignore", "-c", code)
-    answer = subprocess.run(words, cwd=ROOT, env=_variables(dry), capture_output=True, text=True)
+    answer = subprocess.run(words, cwd=ROOT, env=variables_of(dry), capture_output=True, text=True)
     if answer.returncode:
         sys.exit(f"{answer.stderr}gpu.py: torch or megatron-core cannot be imported")
     facts = json.loads(answer.stdout)
@@ -421,7 +102,7 @@ def run_steps(
             records[name] = kept
             continue
         allowed = _DRY_SECONDS if setup.dry else step.seconds
-        limit = min(allowed, int(deadline - time.monotonic()) - _INTERRUPT_SECONDS)
+        limit = min(allowed, int(deadline - time.monotonic()) - INTERRUPT_SECONDS)
         if limit < min(allowed, _SHORTEST_SECONDS):
             _say(f"{head}: no time left")
             continue
@@ -487,6 +168,15 @@ def summary(out: Path, facts: dict) -> str:
             asked = f"{'<=' if target.at_most else '>='} {target.asked['GPU']:g} {target.unit}".rstrip()
             lines.append(f"| {target.what}, asked {asked} | {measured or 'not run'} | | {is_met} | |")
     return "\n".join(lines) + "\n"
+
+
+def compare_again(setup: Setup) -> None:
+    """Compare the losses that stand in the results' folder, if any, with a reference that is new."""
+    record = read_record(setup.out / "curve.json")
+    if record is not None and "made_for" in record["figures"]:
+        figures = record["figures"]
+        result = compare_curves(figures["losses"], figures["made_for"], json.loads(setup.curves.read_text()))
+        write_record(setup, "curve", record | vars(result), json.loads((setup.out / "environment.json").read_text()))
 
 
 def chosen_steps(names: Sequence[str]) -> dict[str, Step]:

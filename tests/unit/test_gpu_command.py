@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import determinism, gpu
-from benchmarks.gpu import Result, Setup, Step
+from benchmarks import determinism, gpu, gpu_steps
+from benchmarks.gpu_steps import Result, Setup, Step
 from tests.processes import run
 
 ORIGIN = {"commit": "c", "sources": "s", "device": "d"}
@@ -22,7 +22,7 @@ WELL = Result(True, "well", {"number": 1})
 def reference(**curves):
     """A reference of two seeds 0.2 apart at the first of two steps, made for today's demo."""
     seeds = {"fp32, seed 1234": {"1": 3.0, "2": 2.0}, "fp32, seed 1": {"1": 3.2, "2": 2.0}}
-    return {"commit": "c", "made_for": gpu.demo_key(), "curves": seeds | curves}
+    return {"commit": "c", "made_for": gpu_steps.demo_key(), "curves": seeds | curves}
 
 
 @pytest.fixture
@@ -34,10 +34,10 @@ def setup(tmp_path):
 
 
 def test_the_band_is_four_deviations_of_one_more_seed_from_the_mean():
-    means, band = gpu.expect(reference()["curves"])
+    means, band = gpu_steps.expect(reference()["curves"])
     assert means == {"1": 3.1, "2": 2.0} and band == pytest.approx(4 * math.sqrt(0.01 * 1.5))
     bf16 = {"bf16, seed 1234": {"1": 9.0, "2": 9.0}}  # is no seed of fp32
-    assert gpu.expect(reference(**bf16)["curves"]) == (means, band)
+    assert gpu_steps.expect(reference(**bf16)["curves"]) == (means, band)
 
 
 @pytest.mark.parametrize(
@@ -53,20 +53,20 @@ def test_the_band_is_four_deviations_of_one_more_seed_from_the_mean():
     ids=("within", "outside", "nan", "infinite", "too-short", "none"),
 )
 def test_a_curve_is_compared_at_every_step(losses, passed, word):
-    result = gpu.compare_curves(losses, gpu.demo_key(), reference())
+    result = gpu_steps.compare_curves(losses, gpu_steps.demo_key(), reference())
     assert result.passed is passed and word in result.detail
     assert result.figures["losses"] == losses
 
 
 def test_curves_of_another_demo_are_not_compared_with():
-    old = reference() | {"made_for": {**gpu.demo_key(), "tests/golden/losses.json": "0"}}
-    result = gpu.compare_curves({"1": 3.0, "2": 2.0}, gpu.demo_key(), old)
+    old = reference() | {"made_for": {**gpu_steps.demo_key(), "tests/golden/losses.json": "0"}}
+    result = gpu_steps.compare_curves({"1": 3.0, "2": 2.0}, gpu_steps.demo_key(), old)
     assert not result.passed and "of another tests/golden/losses.json: make gpu-curves" in result.detail
 
 
 def test_a_new_reference_is_compared_with_the_losses_that_are_there(setup):
     def curve(name, seconds):
-        return gpu.compare_curves({"1": 3.0, "2": 2.0}, gpu.demo_key(), reference() | {"made_for": {}})
+        return gpu_steps.compare_curves({"1": 3.0, "2": 2.0}, gpu_steps.demo_key(), reference() | {"made_for": {}})
 
     gpu.compare_again(setup)  # nothing is there
     gpu.run_steps({"curve": Step("", 60, curve)}, setup, {}, ORIGIN, 600)
@@ -82,12 +82,12 @@ def test_a_new_reference_is_compared_with_the_losses_that_are_there(setup):
 def test_the_committed_curves_hold_bf16_on_a_cpu_within_their_band():
     committed = json.loads((gpu.ROOT / "docs/results/gpu/cpu_curves.json").read_text())
     curves = committed["curves"]
-    assert curves.keys() == gpu.CURVES.keys()
+    assert curves.keys() == gpu_steps.CURVES.keys()
     assert all(list(losses) == ["1", *map(str, range(20, 201, 20))] for losses in curves.values())
     assert all(losses["200"] < losses["20"] - 1 for losses in curves.values())
-    result = gpu.compare_curves(curves["bf16, seed 1234"], committed["made_for"], committed)
+    result = gpu_steps.compare_curves(curves["bf16, seed 1234"], committed["made_for"], committed)
     assert result.passed, result.detail
-    assert 0 < gpu.expect(curves)[1] < 0.4
+    assert 0 < gpu_steps.expect(curves)[1] < 0.4
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_committed_curves_hold_bf16_on_a_cpu_within_their_band():
     ids=("one", "two", "no-repeat", "none", "failed"),
 )
 def test_repeats_must_have_one_hash(hashes, ending, passed):
-    assert gpu.compare_hashes(hashes, ending).passed is passed
+    assert gpu_steps.compare_hashes(hashes, ending).passed is passed
 
 
 def test_a_hash_sees_every_bit():
@@ -128,7 +128,9 @@ def test_tests_are_counted_from_pytests_own_report(tmp_path):
 
     def counted(*flags):
         words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml", report, *flags]
-        return gpu.read_tests(report, f"exit status {run(words, cwd=tmp_path).returncode}".replace("exit status 0", ""))
+        return gpu_steps.read_tests(
+            report, f"exit status {run(words, cwd=tmp_path).returncode}".replace("exit status 0", "")
+        )
 
     result = counted()
     assert not result.passed and result.detail == "1 passed, 2 failed, 1 skipped; exit status 1"
@@ -138,19 +140,19 @@ def test_tests_are_counted_from_pytests_own_report(tmp_path):
     assert counted("-k", "right or skipped").passed
     assert not counted("-k", "skipped").passed  # nothing was tested
     report.unlink()
-    assert not gpu.read_tests(report, "stopped after 1 s").passed
+    assert not gpu_steps.read_tests(report, "stopped after 1 s").passed
 
 
 def test_rows_of_a_benchmark_that_ended_badly_do_not_pass(tmp_path):
     rows = tmp_path / "router.csv"
-    assert not gpu.read_rows(rows, "").passed
+    assert not gpu_steps.read_rows(rows, "").passed
     rows.write_text("case,total_ms\nAIRRouter.route,1.5\n")
-    assert gpu.read_rows(rows, "") == Result(True, "AIRRouter.route 1.5 ms", {"rows": 1})
-    assert not gpu.read_rows(rows, "stopped after 60 s").passed
+    assert gpu_steps.read_rows(rows, "") == Result(True, "AIRRouter.route 1.5 ms", {"rows": 1})
+    assert not gpu_steps.read_rows(rows, "stopped after 60 s").passed
     rows.write_text("case,experts,total_ms\na,4,1\na,8,2\nb,8,3\n")
-    assert gpu.read_rows(rows, "").detail == "a, E = 4 1 ms; a, E = 8 2 ms; b 3 ms"
+    assert gpu_steps.read_rows(rows, "").detail == "a, E = 4 1 ms; a, E = 8 2 ms; b 3 ms"
     rows.write_text("case,topk_recall\nAIRRouter,0.61\n")
-    assert gpu.read_rows(rows, "").detail == "AIRRouter recall 0.61"
+    assert gpu_steps.read_rows(rows, "").detail == "AIRRouter recall 0.61"
 
 
 # A run.
@@ -225,23 +227,23 @@ def test_a_process_is_interrupted_at_its_limit_and_its_output_is_kept(tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as main does
     try:
         start = time.monotonic()
-        assert gpu.run_process([sys.executable, "-c", code], 2, tmp_path / "log", dict(os.environ)) is None
+        assert gpu_steps.run_process([sys.executable, "-c", code], 2, tmp_path / "log", dict(os.environ)) is None
         assert time.monotonic() - start < 300
         assert (tmp_path / "log").read_text() == "begun\ninterrupted\n"
-        assert gpu.run_process([sys.executable, "-c", "raise SystemExit(3)"], 600, tmp_path / "log", {}) == 3
+        assert gpu_steps.run_process([sys.executable, "-c", "raise SystemExit(3)"], 600, tmp_path / "log", {}) == 3
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def test_steps_are_chosen_by_name_and_keep_their_order():
-    assert list(gpu.chosen_steps([])) == ["tests", *gpu.BENCHMARKS, "curve", "determinism"]
-    assert list(gpu.chosen_steps(["curve", "bench"])) == [*gpu.BENCHMARKS, "curve"]
+    assert list(gpu.chosen_steps([])) == ["tests", *gpu_steps.BENCHMARKS, "curve", "determinism"]
+    assert list(gpu.chosen_steps(["curve", "bench"])) == [*gpu_steps.BENCHMARKS, "curve"]
     with pytest.raises(ValueError, match="no step is named benches; the names are tests, "):
         gpu.chosen_steps(["benches"])
 
 
 def test_all_limits_together_fit_in_25_minutes():
-    assert sum(step.seconds for step in gpu.STEPS.values()) <= 24 * 60
+    assert sum(step.seconds for step in gpu_steps.STEPS.values()) <= 24 * 60
 
 
 def test_without_a_gpu_one_line_says_so():
@@ -261,10 +263,10 @@ def test_a_dry_run_goes_through_all_steps_and_then_keeps_them(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(gpu.ROOT)}
     result = run(words, env=environment)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
-    records = {name: json.loads((out / f"{name}.json").read_text()) for name in gpu.STEPS}
+    records = {name: json.loads((out / f"{name}.json").read_text()) for name in gpu_steps.STEPS}
     assert all(record["passed"] for record in records.values())
     assert records["tests"]["figures"]["passed"] > 0
-    for name in gpu.BENCHMARKS:
+    for name in gpu_steps.BENCHMARKS:
         with (out / f"{name}.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == records[name]["figures"]["rows"] > 0
@@ -272,14 +274,14 @@ def test_a_dry_run_goes_through_all_steps_and_then_keeps_them(tmp_path):
     assert (out / "route_time.png").exists()
     curves = json.loads((out / "cpu_curves.json").read_text())["curves"]
     losses = records["curve"]["figures"]["losses"]
-    assert list(losses) == ["1", "2", "4", "6"] and curves.keys() == set(gpu.TINY_CURVES)
+    assert list(losses) == ["1", "2", "4", "6"] and curves.keys() == set(gpu_steps.TINY_CURVES)
     assert losses not in curves.values()  # bf16 was trained, not fp32 again
     ((digest, repeats),) = records["determinism"]["figures"]["repeats_of_hash"].items()
     assert len(digest) == 64 and repeats == 3
     facts = json.loads((out / "environment.json").read_text())
     assert facts["gpus"] == 0 and {"device", "torch", "triton", "megatron_core", "commit", "python"} <= facts.keys()
     table = (out / "README.md").read_text()
-    assert table.count("| yes |") == len(gpu.STEPS) and "Nothing here was measured on a GPU" in table
+    assert table.count("| yes |") == len(gpu_steps.STEPS) and "Nothing here was measured on a GPU" in table
     assert str(tmp_path) not in table
     kept = run(words, env=environment)
-    assert kept.returncode == 0 and kept.stdout.count(": kept, passed") == len(gpu.STEPS)
+    assert kept.returncode == 0 and kept.stdout.count(": kept, passed") == len(gpu_steps.STEPS)
