@@ -88,10 +88,22 @@ class Trainer:
         config: of the model.
         spec: of its layers.
         shape: token ids of the vocabulary, and tokens of a sequence.
+        optimizer: fields of Megatron's OptimizerConfig beside those of a benchmark.
+        seed: of the weights.
         more: arguments of GPTModel beside these.
     """
 
-    def __init__(self, config, spec, shape: tuple[int, int], pg_collection, device: torch.device, **more) -> None:
+    def __init__(
+        self,
+        config,
+        spec,
+        shape: tuple[int, int],
+        pg_collection,
+        device: torch.device,
+        optimizer=None,
+        seed: int = 0,
+        **more,
+    ) -> None:
         from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
         from megatron.core.models.gpt import GPTModel
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -101,16 +113,15 @@ class Trainer:
         from air_moe_megatron.routers import find_routers
 
         destroy_moe_metrics_tracker()  # it has a slot for each layer of the model before
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = GPTModel(config, spec, *shape, pg_collection=pg_collection, **more).to(device)
         if config.bf16:
             model = Float16Module(config, model)
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
         self.model = DistributedDataParallel(config, ddp_config, model, pg_collection=pg_collection)
         self.model.train()
-        optimizer_config = OptimizerConfig(
-            optimizer="adam", lr=1e-4, bf16=config.bf16, params_dtype=config.params_dtype, clip_grad=1.0
-        )
+        fields = {"optimizer": "adam", "lr": 1e-4, "clip_grad": 1.0, **(optimizer or {})}
+        optimizer_config = OptimizerConfig(bf16=config.bf16, params_dtype=config.params_dtype, **fields)
         self.optimizer = get_megatron_optimizer(optimizer_config, [self.model])
         self.routers = find_routers(self.model)
         self.device, self.num_parameters = device, sum(parameter.numel() for parameter in model.parameters())

@@ -60,8 +60,8 @@ def batches(prefix: Path, flags: dict, device: torch.device) -> list[dict[str, t
     ]
 
 
-def trainer_of(run: Run, pg_collection, device: torch.device) -> Trainer:
-    """The model of a run and its optimizer, with the plugin's layers in Megatron's own."""
+def trainer_of(run: Run, pg_collection, device: torch.device, optimizer: dict | None = None, seed: int = 0) -> Trainer:
+    """The model of a run and its optimizer, with the plugin's layers in Megatron's own; others as Trainer's."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     from air_moe_megatron.routers.hashing import hand_over_token_ids
@@ -83,6 +83,8 @@ def trainer_of(run: Run, pg_collection, device: torch.device) -> Trainer:
         (run.vocabulary, flags["seq-length"]),
         pg_collection,
         device,
+        optimizer,
+        seed,
         position_embedding_type=flags["position-embedding-type"],
         share_embeddings_and_output_weights=not flags.get("untie-embeddings-and-output-weights", False),
     )

@@ -299,3 +299,45 @@ def test_tables_in_the_documents_are_those_of_the_results():
     assert len(shown) >= 6
     for table in shown:
         assert table in full + small, f"report.py makes another table of the results:\n{table}"
+
+
+def test_every_rule_of_the_drift_study_does_what_it_says(tmp_path, megatron_cpu):
+    pandas = pytest.importorskip("pandas")
+    from benchmarks.quality import drift, step_time
+
+    flags = {
+        "num-layers": 1, "hidden-size": 8, "num-attention-heads": 2, "seq-length": 4, "global-batch-size": 2,
+        "train-iters": 10, "position-embedding-type": "rope", "disable-bias-linear": True,
+        "moe-granular-experts": True, "moe-dispatch": "compact", "moe-router-dtype": "fp32",
+        "attention-dropout": 0, "hidden-dropout": 0,
+        "moe-router-type": "air", "num-experts": 64, "moe-router-topk": 4, "moe-ffn-hidden-size": 1,
+    }  # fmt: skip
+    run = study.Run("air", 64, 4, 1, 1, "wikitext-2", 50, flags)
+    device = torch.device("cpu")
+    text = torch.arange(25 * 2 * 5).remainder(50).view(25, 2, 5)
+    positions, mask = torch.arange(4).expand(2, 4), torch.ones(1, 1, 4, 4, dtype=torch.bool).triu(1)
+    data = [{"tokens": b[:, :-1], "labels": b[:, 1:], "positions": positions, "mask": mask} for b in text]
+    rows = pandas.DataFrame(drift.rows_of_seed(run, data, data[:12], 1, megatron_cpu, device))
+    after = {name: rows[rows.rule == name] for name in drift.RULES}
+    assert (rows.rule == "before").sum() == 25 and all(len(part) == 12 for part in after.values())
+    first = {part.loss.iloc[0] for part in after.values()}
+    assert len(first) == 1  # all go on from one state
+    assert after["as it is"].age.tolist() == list(range(26, 38))
+    assert after["reset"].age.tolist() == list(range(9, 21))
+    assert after["as it is"].quantization_error.iloc[-1] != after["frozen"].quantization_error.iloc[-1]
+    assert drift.table(rows).count("\n") == 1 + len(drift.RULES)
+    router = step_time.trainer_of(run, megatron_cpu, device).routers[0]
+    rule = drift.Rule("drift", router, 400, [0.1, 0.2] * 10)
+    rule.begin()
+    assert (router.codebook.decay, router.index.refresh_interval) == (0.99, 20)
+    router.codebook.last_health.copy_(torch.tensor([0.1, 8.0]))  # an error of 0.9
+    rule.after_step()
+    assert rule.age == 200 and router.codebook.decay == 0.99
+    rule.age = 20
+    rule.after_step()
+    assert rule.age == 10 and router.codebook.decay == 11 / 13
+    for _ in range(10):
+        rule.after_step()  # such errors are soon no longer unusual
+    assert rule.age > 10
+    rule.end()
+    assert (router.codebook.decay, router.index.refresh_interval) == (0.99, 20)

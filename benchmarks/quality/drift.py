@@ -1,0 +1,259 @@
+"""What a codebook should do when the data change: `python benchmarks/quality/drift.py STUDY.toml --data-dir CORPORA`.
+
+A model of the study's variant `air` trains on the study's corpus. From its state, training goes on with Gutenberg, once
+for each rule of the codebook below. Each step's loss is that of tokens which the model has not seen before.
+
+| rule | what it does after the change |
+|---|---|
+| `as it is` | nothing |
+| `frozen` | the codewords stay as they are; lists are still rebuilt |
+| `reset` | at the change the codebook's age is set back to 8 updates: it is told what the others must notice |
+| `drift` | the age is halved after each step whose quantization error is far above its running mean |
+
+The age decides the decay and how often lists are rebuilt, as in ``window_decay`` and ``next_version``.
+"""
+
+import argparse
+import copy
+import logging
+import math
+import os
+import statistics
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from air_moe_megatron.codebook import window_decay  # noqa: E402
+from air_moe_megatron.recall import recall  # noqa: E402
+from benchmarks.measure import environment, world  # noqa: E402
+from benchmarks.quality.data import prepare  # noqa: E402
+from benchmarks.quality.step_time import batches, models, trainer_of  # noqa: E402
+from benchmarks.quality.study import CPU_ENVIRONMENT  # noqa: E402
+from benchmarks.train import Trainer  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+RULES = ("as it is", "frozen", "reset", "drift")
+_RECALL_EVERY = 10  # steps
+_RESET_AGE = 8  # updates
+_OPTIMIZER = {"lr": 2e-3, "weight_decay": 0.1, "adam_beta2": 0.95}
+"""A constant rate between the study's highest and lowest: a schedule would mix its own effect with the change's."""
+
+
+@dataclass
+class Rule:
+    """A rule at work on one router.
+
+    Attributes:
+        name: of ``RULES``.
+        router: whose codebook it steers.
+        age: updates that decay and rebuilds go by.
+    """
+
+    name: str
+    router: torch.nn.Module
+    age: int
+    errors: list[float] = field(default_factory=list)  # quantization errors since the run began
+
+    def __post_init__(self) -> None:
+        self.decay, self.interval = self.router.codebook.decay, self.router.index.refresh_interval
+
+    def begin(self) -> None:
+        """Act at the change of the data."""
+        if self.name == "reset":
+            self.age = _RESET_AGE
+        if self.name == "frozen":
+            self.router.codebook._learn = self.router.codebook.note_health
+        self._steer()
+
+    def after_step(self) -> None:
+        """Act on what the step has shown."""
+        error = self.router.codebook.health().quantization_error
+        self.age += 1
+        if self.name == "drift" and len(self.errors) >= 20:
+            recent = self.errors[-100:]
+            if error > statistics.fmean(recent) + 4 * statistics.stdev(recent):
+                self.age = max(_RESET_AGE, self.age // 2)
+        self.errors.append(error)
+        self._steer()
+
+    def _steer(self) -> None:
+        if self.name in ("reset", "drift"):
+            self.router.codebook.decay = window_decay(self.decay, self.age)
+            self.router.index.refresh_interval = min(max(1, 2 * self.age // self.interval), self.interval)
+
+    def end(self) -> None:
+        """Undo what steered the router."""
+        self.router.codebook.decay, self.router.index.refresh_interval = self.decay, self.interval
+        self.router.codebook.__dict__.pop("_learn", None)
+
+
+def other_corpus(tokenizer: Path, other: Path, out: Path, num_tokens: int) -> Path:
+    """A data set of another prepared corpus in a tokenizer's ids; made where it is missing.
+
+    Args:
+        tokenizer: file of the tokenizer.
+        other: folder of the prepared corpus.
+        out: folder of the data set.
+        num_tokens: at least so many.
+    Returns:
+        the prefix of its files.
+    """
+    import numpy
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+    from tokenizers import Tokenizer
+
+    prefix = out / f"drift-{num_tokens}"
+    if not prefix.with_suffix(".idx").exists():
+        theirs, ours = Tokenizer.from_file(str(other / "tokenizer.json")), Tokenizer.from_file(str(tokenizer))
+        dtype = DType.optimal_dtype(ours.get_vocab_size() + 1)
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+        for document in IndexedDataset(str(other / "train")):
+            text = theirs.decode(document[:-1].tolist(), skip_special_tokens=False)
+            ids = numpy.array(ours.encode(text, add_special_tokens=False).ids, dtype=dtype)
+            builder.add_document(ids, [len(ids)])
+            num_tokens -= len(ids)
+            if num_tokens <= 0:
+                break
+        builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def train(trainer: Trainer, data: list, rules: list[Rule], label: dict, on_step: tqdm) -> list[dict]:
+    """Train on every batch once; a row for each step, with recall, a mean over the layers, every ten steps."""
+    rows = []
+    for number, batch in enumerate(data):
+        trainer.step(batch)
+        for rule in rules:
+            rule.after_step()
+        row = label | {"step": number, "loss": float(trainer.loss), "age": rules[0].age}
+        row["quantization_error"] = statistics.fmean(rule.errors[-1] for rule in rules)
+        if number % _RECALL_EVERY == 0:
+            mass, topk = zip(*(recall(rule.router) for rule in rules), strict=True)
+            row |= {"mass_recall": statistics.fmean(mass), "topk_recall": statistics.fmean(topk)}
+        rows.append(row)
+        on_step.update()
+    return rows
+
+
+def rows_of_seed(run, first: list, second: list, seed: int, pg_collection, device: torch.device) -> list[dict]:
+    """Train on the first corpus, then from its end on the second, once with every rule."""
+    trainer = trainer_of(run, pg_collection, device, {**_OPTIMIZER}, seed=seed)
+    with tqdm(total=len(first) + len(RULES) * len(second), unit="step", desc=f"seed {seed}") as on_step:
+        before = [Rule("as it is", router, 0) for router in trainer.routers]
+        rows = train(trainer, first, before, {"seed": seed, "rule": "before"}, on_step)
+        state = copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()))
+        for name in RULES:
+            trainer.model.load_state_dict(copy.deepcopy(state[0]))
+            trainer.optimizer.load_state_dict(copy.deepcopy(state[1]))
+            rules = [Rule(name, rule.router, len(first), list(rule.errors)) for rule in before]
+            for rule in rules:
+                rule.begin()
+            rows += train(trainer, second, rules, {"seed": seed, "rule": name}, on_step)
+            for rule in rules:
+                rule.end()
+    return [row | environment(device) for row in rows]
+
+
+def table(rows: pandas.DataFrame) -> str:
+    """Perplexity and recall after the change, by rule: differences are of runs of one seed."""
+    after = rows[rows.rule != "before"]
+    parts = ((0, 20), (20, 60), (60, 120), (120, 10**9))
+    last = int(after.step.max()) + 1
+    columns = [f"{first} to {min(end, last)}" for first, end in parts if first < last]
+    lines = [f"| rule | {' | '.join(f'perplexity, steps {c}' for c in columns)} | top-k recall, first 20 | last 60 |"]
+    lines.append(f"|{'---|' * (len(columns) + 3)}")
+    for name in RULES:
+        cells = []
+        for first, end in parts[: len(columns)]:
+            part = after[(after.step >= first) & (after.step < end)]
+            loss = part.groupby(["rule", "seed"]).loss.mean()
+            if name == "as it is":
+                cells.append(f"{math.exp(loss[name].mean()):.1f}")
+                continue
+            change = 100 * ((loss[name] - loss["as it is"]).apply(math.exp) - 1)
+            spread = f" +- {change.std():.2f}" if len(change) > 1 else ""
+            cells.append(f"{change.mean():+.2f}{spread}%")
+        of_rule = after[after.rule == name]
+        early, late = of_rule[of_rule.step < 20], of_rule[of_rule.step >= last - 60]
+        cells += [f"{early.topk_recall.mean():.3f}", f"{late.topk_recall.mean():.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: pandas.DataFrame, file: Path) -> None:
+    """Loss against `as it is`, top-k recall and quantization error over the steps after the change."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
+    means = rows[rows.rule != "before"].groupby(["rule", "step"])[["loss", "topk_recall", "quantization_error"]].mean()
+    for color, name in zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7"), RULES, strict=True):
+        of_rule = means.loc[name]
+        loss = (of_rule.loss - means.loc["as it is"].loss).rolling(10, min_periods=1).mean()
+        axes[0].plot(loss, color=color, label=name)
+        axes[1].plot(of_rule.topk_recall.dropna(), color=color)
+        axes[2].plot(of_rule.quantization_error, color=color)
+    for axis, label in zip(
+        axes, ("loss - that of `as it is`, nats", "top-k recall", "quantization error"), strict=True
+    ):
+        axis.set_xlabel("steps since the data changed")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=len(RULES))
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make what is missing of the seeds, one after the other; then the table and the plot of all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="TOML file of the study")
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of the unpacked corpora")
+    parser.add_argument("--work", type=Path, default=ROOT / "out/quality/data", help="folder of the prepared corpora")
+    parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows; the plot is beside it")
+    parser.add_argument("--experts", type=int, default=4096, help="a size of the study")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, nargs=2, default=[400, 200], help="before and after the change")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU, as the study's runs have")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available() and not CPU_ENVIRONMENT.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **CPU_ENVIRONMENT})  # read when a process starts
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    torch.set_num_threads(args.threads)
+    config = tomllib.loads(args.config.read_text())
+    run = models(config, args.experts)["air"]
+    folders = {name: args.work / f"{name}-{config['vocabulary']}" for name in (config["corpus"], "gutenberg-100m")}
+    for name, folder in folders.items():
+        prepare(name, config["vocabulary"], args.data_dir, folder)
+    own, other = folders.values()
+    per_step = run.flags["global-batch-size"] * (run.flags["seq-length"] + 1)
+    new_text = other_corpus(own / "tokenizer.json", other, args.work, args.steps[1] * per_step)
+    rows = pandas.read_csv(args.out) if args.out.is_file() else pandas.DataFrame()
+    for seed in args.seeds:
+        if len(rows) and (rows.seed == seed).any():
+            continue
+        with world() as (device, pg_collection):
+            first = batches(own / "train", run.flags, device)[: args.steps[0]]
+            second = batches(new_text, run.flags, device)[: args.steps[1]]
+            made = rows_of_seed(run, first, second, seed, pg_collection, device)
+        rows = pandas.concat((rows, pandas.DataFrame(made)))
+        rows.to_csv(args.out, index=False)
+    logger.info("%s", table(rows))
+    plot(rows, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
