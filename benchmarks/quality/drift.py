@@ -8,7 +8,7 @@ for each rule of the codebook below. Each step's loss is that of tokens which th
 | `as it is` | nothing |
 | `frozen` | the codewords stay as they are; lists are still rebuilt |
 | `reset` | at the change the codebook's age is set back to 8 updates: it is told what the others must notice |
-| `drift` | the age is halved after each step whose quantization error is far above its running mean |
+| `drift` | the age falls to a tenth after a step whose quantization error is far above its running mean |
 
 The age decides the decay and how often lists are rebuilt, as in ``window_decay`` and ``next_version``.
 """
@@ -82,7 +82,7 @@ class Rule:
         if self.name == "drift" and len(self.errors) >= 20:
             recent = self.errors[-100:]
             if error > statistics.fmean(recent) + 4 * statistics.stdev(recent):
-                self.age = max(_RESET_AGE, self.age // 2)
+                self.age = max(_RESET_AGE, self.age // 10)
         self.errors.append(error)
         self._steer()
 
