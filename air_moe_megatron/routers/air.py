@@ -18,14 +18,15 @@ from megatron.core.transformer.moe.moe_utils import apply_random_logits, topk_ro
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.codebook import Codebook
-from air_moe_megatron.config import resolve_sizes
-from air_moe_megatron.index import ShortlistIndex
+from air_moe_megatron.config import balancing_losses, resolve_sizes
+from air_moe_megatron.index import NUM_FULL_REBUILDS, ShortlistIndex, num_rebuilds, rebuild_products
 from air_moe_megatron.learner import Learner
 from air_moe_megatron.lists import balanced_lists, reserved_slots
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.recomputation import hidden_from_checkpoints
 from air_moe_megatron.routers.base import CompactRouter, Routes
+from air_moe_megatron.routers.flops import RouterFlops
 
 _SAMPLE_SIZE = 64  # tokens
 # The logit of what is no candidate, for sqrtsoftplus: the score is 4e-18, and at -inf the gradient would be NaN.
@@ -181,6 +182,34 @@ class AIRRouter(CompactRouter):
         """As the base's."""
         return {"moe_air_codebook_source": config.moe_air_codebook_source}
 
+    @staticmethod
+    def flops(
+        config: TransformerConfig, tokens_per_batch: int | None = None, num_steps: int | None = None
+    ) -> RouterFlops:
+        """As the base's: 2H(C + PL) forward, 4HK backward, or 4HM where every candidate's score gets gradients.
+
+        The ranks share a rebuild of lists, ``2CH(C + nL + E/R)`` of n lists and R turns (``index.py``). The first two
+        of a training are in full and by every rank, ``2CEH``. With source 'experts' every rank makes them all for its
+        own tokens: ``2CEH`` for the lists, and as much for the k-means step that assigns the experts anew.
+        """
+        hidden, sizes = config.hidden_size, resolve_sizes(config)
+        refresh = 0.0
+        if tokens_per_batch is not None:
+            interval, in_full = config.moe_air_refresh_interval, sizes.num_clusters * config.num_moe_experts
+            if config.moe_air_codebook_source == "experts":
+                in_full = rebuild = 2 * in_full
+            else:
+                rebuild = rebuild_products(config.num_moe_experts, sizes.num_clusters, sizes.shortlist_size)
+            products_per_step = rebuild / interval
+            if num_steps is not None:
+                num_full = min(num_steps, NUM_FULL_REBUILDS)
+                num_others = num_rebuilds(num_steps, interval) - num_full
+                products_per_step = (num_full * in_full + num_others * rebuild) / num_steps
+            refresh = 2 * hidden * products_per_step / tokens_per_batch
+        searched = sizes.num_clusters + sizes.num_probes * sizes.shortlist_size
+        with_gradient = sizes.num_candidates if _all_scores_matter(config) else config.moe_router_topk
+        return RouterFlops(2 * hidden * searched, 4 * hidden * with_gradient, refresh)
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
     ) -> ShardedStateDict:
@@ -207,6 +236,16 @@ class AIRRouter(CompactRouter):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.left_out = []
         return super()._load_from_state_dict(*args, **kwargs)
+
+
+def _all_scores_matter(config: TransformerConfig) -> bool:
+    """As the router's own answer in training."""
+    return (
+        bool(balancing_losses(config))
+        or config.moe_z_loss_coeff is not None
+        or (config.moe_router_score_function == "softmax" and config.moe_router_pre_softmax)
+        or config.moe_router_force_load_balancing
+    )
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from air_moe_megatron.learner import Learner
 from air_moe_megatron.module_state import PreservedState
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.recomputation import ForwardCounter, hidden_from_checkpoints
+from air_moe_megatron.routers.flops import RouterFlops
 from air_moe_megatron.routers.losses import RouterLosses
 from air_moe_megatron.running_norm import RunningNorm
 
@@ -44,8 +45,8 @@ class Routes:
 class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     """A router that gives :class:`Routes`; a subclass says how experts are chosen.
 
-    A subclass defines ``router_type`` and ``_choose``. One without a center per expert sets ``vectors_per_expert`` to
-    0: the [E, H] weight of ``TopKRouter`` is then never touched.
+    A subclass defines ``router_type``, ``flops`` and ``_choose``. One without a center per expert sets
+    ``vectors_per_expert`` to 0: the [E, H] weight of ``TopKRouter`` is then never touched.
 
     A training forward with gradients counts its tokens once, also where activations are recomputed
     (``recomputation.py``). Evaluation changes no state. A router whose parameters are all frozen learns nothing.
@@ -87,6 +88,22 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
         """The config fields that a checkpoint of this router is bound to, with automatic sizes chosen."""
         return {}
+
+    @staticmethod
+    def flops(
+        config: TransformerConfig, tokens_per_batch: int | None = None, num_steps: int | None = None
+    ) -> RouterFlops:
+        """Operations per token of this router.
+
+        Args:
+            config: a valid config with our fields.
+            tokens_per_batch: tokens of a global batch, over which AIR's rebuilds are spread; None leaves them out.
+            num_steps: of a training that starts with a new codebook, whose lists are rebuilt more often; None counts
+                the rebuilds of an old one.
+
+        Example: H = 8, E = 100, K = 2 and topk: forward 1600, backward 3200.
+        """
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """As Megatron's. Without a center per expert, drop the empty weight before anything is written to it."""

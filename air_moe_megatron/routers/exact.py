@@ -12,14 +12,24 @@ from megatron.core.transformer.moe.moe_utils import (
     apply_random_logits,
     topk_routing_with_score_function,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.routers.base import CompactRouter, Routes
+from air_moe_megatron.routers.flops import RouterFlops
 
 
 class ExactRouter(CompactRouter):
     """Route each token to the top-k of all experts; routes and parameters are those of ``TopKRouter``."""
 
     router_type = "topk"
+
+    @staticmethod
+    def flops(
+        config: TransformerConfig, tokens_per_batch: int | None = None, num_steps: int | None = None
+    ) -> RouterFlops:
+        """As the base's: 2HE forward, 4HE backward."""
+        products = config.hidden_size * config.num_moe_experts
+        return RouterFlops(2 * products, 4 * products)
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         logits = self._linear(hidden, self.weight, self.bias)  # [T, E]

@@ -22,6 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.routers.base import CompactRouter, Routes
+from air_moe_megatron.routers.flops import RouterFlops
 
 
 class HashRouter(CompactRouter):
@@ -46,6 +47,13 @@ class HashRouter(CompactRouter):
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
         """As the base's."""
         return {"moe_hash_vocab_size": config.moe_hash_vocab_size, "moe_hash_seed": config.moe_hash_seed}
+
+    @staticmethod
+    def flops(
+        config: TransformerConfig, tokens_per_batch: int | None = None, num_steps: int | None = None
+    ) -> RouterFlops:
+        """As the base's: none."""
+        return RouterFlops(0, 0)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Set the layer's number, which chooses its table."""

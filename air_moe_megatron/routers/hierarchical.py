@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from air_moe_megatron.config import resolve_groups
 from air_moe_megatron.ops.fine_scores import fine_scores
 from air_moe_megatron.routers.base import CompactRouter, Routes
+from air_moe_megatron.routers.flops import RouterFlops
 
 
 class HierarchicalRouter(CompactRouter):
@@ -46,6 +47,15 @@ class HierarchicalRouter(CompactRouter):
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
         """As the base's."""
         return {"moe_hierarchical_num_groups": resolve_groups(config).num_groups}
+
+    @staticmethod
+    def flops(
+        config: TransformerConfig, tokens_per_batch: int | None = None, num_steps: int | None = None
+    ) -> RouterFlops:
+        """As the base's: 2H(G + gE/G) forward, twice that backward."""
+        sizes = resolve_groups(config)
+        forward = 2 * config.hidden_size * (sizes.num_groups + sizes.topk_groups * sizes.group_size)
+        return RouterFlops(forward, 2 * forward)
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         sizes, dtype = self.sizes, self._router_dtype(hidden)

@@ -40,6 +40,7 @@ from air_moe_megatron.learner import Learner
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.recomputation import hidden_from_checkpoints
 from air_moe_megatron.routers.base import CompactRouter, Routes
+from air_moe_megatron.routers.flops import RouterFlops
 from air_moe_megatron.running_norm import EPSILON, RunningNorm, batch_sums, moments
 
 
@@ -88,6 +89,17 @@ class ProductKeyRouter(CompactRouter):
             "moe_product_key_dim": keys.key_dim,
             "moe_product_key_query_norm": keys.query_norm,
         }
+
+    @staticmethod
+    def flops(
+        config: TransformerConfig, tokens_per_batch: int | None = None, num_steps: int | None = None
+    ) -> RouterFlops:
+        """As the base's: 4HJd + 2Jd(n1 + n2) forward, without the first on tokens; twice that backward."""
+        sizes = resolve_product_keys(config)
+        width = sizes.num_heads * sizes.key_dim
+        queries = 0 if config.moe_product_key_on_tokens else 4 * config.hidden_size * width
+        forward = queries + 2 * width * sum(sizes.num_keys)
+        return RouterFlops(forward, 2 * forward)
 
     def learners(self) -> list[Learner]:
         """As the base's, and the running norm of batch-normalized queries or scores."""

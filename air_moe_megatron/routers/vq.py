@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.routers.base import CompactRouter, Routes
+from air_moe_megatron.routers.flops import RouterFlops
 
 
 class VQRouter(CompactRouter):
@@ -41,6 +42,14 @@ class VQRouter(CompactRouter):
         self.topk_per_branch = config.moe_router_topk // 2
         self.add_parameter("codes", config.num_moe_experts, config.hidden_size)
         self.add_parameter("branch_weight", 2, config.hidden_size)
+
+    @staticmethod
+    def flops(
+        config: TransformerConfig, tokens_per_batch: int | None = None, num_steps: int | None = None
+    ) -> RouterFlops:
+        """As the base's: 4HE + 4H forward, 4HE + 8H backward."""
+        products = 4 * config.hidden_size * config.num_moe_experts
+        return RouterFlops(products + 4 * config.hidden_size, products + 8 * config.hidden_size)
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         dtype, topk = self._router_dtype(hidden), self.topk_per_branch

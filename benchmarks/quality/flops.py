@@ -1,9 +1,17 @@
-"""Floating-point operations per token of a study's model, in training: what its results are plotted against."""
+"""Floating-point operations per token of a study's model, in training: what its results are plotted against.
+
+The formula of a router stands on its class.
+"""
 
 from dataclasses import fields
 
+from air_moe_megatron.routers import ROUTERS
+from air_moe_megatron.routers.flops import RouterFlops
 from benchmarks import roofline
-from benchmarks.quality.router_flops import expert_flops, router_flops
+
+DISPATCH_CONSTANT = 14
+"""Operations per scored row and hidden unit that Krajewski et al. 2024 (arXiv 2402.07871) charge an exact router with
+its dispatch, forward and backward, in place of the 6 of the scores alone."""
 
 
 def flops_per_token(flags: dict, vocabulary: int) -> dict[str, float]:
@@ -19,17 +27,30 @@ def flops_per_token(flags: dict, vocabulary: int) -> dict[str, float]:
     """
     config = config_of(flags)
     tokens = flags["global-batch-size"] * flags["seq-length"]
-    router, layers = router_flops(config, tokens, flags["train-iters"]), config.num_layers
+    router = ROUTERS[config.moe_router_type].flops(config, tokens, flags["train-iters"])
+    layers = config.num_layers
     sizes = (config.hidden_size, layers, flags["seq-length"], vocabulary)
     given = {
         "router": layers * router.total,
         "rebuilds": layers * router.refresh,
-        "router_with_dispatch": layers * router.with_dispatch,
+        "router_with_dispatch": layers * with_dispatch(router),
         "experts": layers * expert_flops(config),
         "other": sum(work.flops for work in roofline.transformer(1, *sizes).values()),
     }
     rest = given["experts"] + given["other"]
     return given | {"total": given["router"] + rest, "total_with_dispatch": given["router_with_dispatch"] + rest}
+
+
+def with_dispatch(router: RouterFlops) -> float:
+    """Refresh, and 14 operations for each 2 of the forward (Krajewski et al.), which stand for both directions and the
+    dispatch. It charges the dispatch by what is scored, so nothing to the hash, whatever the dispatch costs."""
+    return DISPATCH_CONSTANT / 2 * router.forward + router.refresh
+
+
+def expert_flops(config) -> int:
+    """Operations per token of the K experts of a layer, forward and backward: ``6 * K * H * F`` per projection."""
+    projections = 3 if config.gated_linear_unit else 2
+    return 6 * config.moe_router_topk * config.hidden_size * config.moe_ffn_hidden_size * projections
 
 
 def config_of(flags: dict):
