@@ -186,7 +186,7 @@ def test_recall_against_all_probabilities(megatron_cpu, monkeypatch, fields, num
     from air_moe_megatron import health, recall
     from tests.builders import HIDDEN, make_router
 
-    monkeypatch.setattr(recall, "_CHUNK", 10)  # 64 experts in seven chunks
+    monkeypatch.setattr(recall, "CHUNK", 10)  # 64 experts in seven chunks
     lists = dict(moe_air_num_clusters=8, moe_air_shortlist_size=12)
     router = make_router(megatron_cpu, moe_router_type="air", **{**lists, **fields})
     assert recall.recall(router) is None

@@ -1,0 +1,393 @@
+"""Bounds on what the shortlists miss, from constants of the expert centers. Proofs are in docs/theory.md.
+
+A token is split at a codeword c: ``h = s*c + r`` with r orthogonal to c. Scores at the *anchor* ``s*c`` are known where
+c is; what the residual r adds to them is bounded. Functions of one such split first; then :class:`FrozenBounds`, the
+constants of all codewords of a router that is no longer trained.
+
+Legend: V verified experts, G angles, B bins of experts; others as in ``ops/__init__.py``.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from air_moe_megatron.codebook import Codebook
+from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk
+from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
+from air_moe_megatron.routers.air import AIRRouter
+
+_UNIT_ROUNDOFF = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}  # by torch's float32 matmul precision
+_OUT = float("-inf")
+_NUM_ANGLES = 33
+_NUM_BINS = 8  # of experts, by their expert bias
+CHUNK = 4096  # experts whose exact scores are held at a time
+RANK_ERROR = 2.0**-20  # of score functions in fp32, over 1 plus the largest expert bias
+_BLOCK = 2**22  # products of codewords and experts that are held at a time
+BOUND_SLACK = 1e-9  # of fp64 logarithms of masses: far above their rounding, far below that of fp32 scores
+
+
+class Split(NamedTuple):
+    """Tokens as seen from one direction each."""
+
+    along: torch.Tensor  # [T, 1] fp64, s
+    residual: torch.Tensor  # [T, H] fp64, r
+    distance: torch.Tensor  # [T, 1] fp64, |r|
+
+
+def split(hidden: torch.Tensor, directions: torch.Tensor) -> Split:
+    """Split tokens [T, H] into their parts along directions [T, H] of any length and orthogonal to them.
+
+    Example: the token [3, 4] and the direction [2, 0]: s = 3, r = [0, 4].
+    """
+    unit = torch.nn.functional.normalize(directions.double(), dim=1, eps=1e-300)
+    hidden = hidden.double()
+    along = (hidden * unit).sum(dim=1, keepdim=True)
+    residual = hidden - along * unit
+    return Split(along, residual, residual.norm(dim=1, keepdim=True))
+
+
+def relative_rounding(hidden_size: int) -> float:
+    """How far a computed product <h, w> of fp32 numbers may be from the exact one, over |h|*|w|.
+
+    The classical bound gamma_n = n*u / (1 - n*u), in any order of sums, with n = H + 16: that leaves room for a bias, a
+    scale and the rounding of a direction. u is the unit roundoff of torch's float32 matmul precision. Source: Higham,
+    Accuracy and Stability of Numerical Algorithms, section 3.1.
+
+    Example: H = 128 in full fp32 precision: 8.6e-6.
+    """
+    total = (hidden_size + 16) * _UNIT_ROUNDOFF[torch.get_float32_matmul_precision()]
+    return total / (1.0 - total) if total < 0.5 else math.inf
+
+
+def orthogonal_lengths(squares: torch.Tensor, projections: torch.Tensor, error: torch.Tensor | float) -> torch.Tensor:
+    """Upper bounds on the lengths of vectors' parts orthogonal to a unit vector, ``sqrt(|x|^2 - <x, c>^2)``.
+
+    Args:
+        squares: upper bounds on |x|^2.
+        projections: <x, c>, each off by no more than ``error``.
+
+    Example: x = [3, 4] and c = [1, 0]: 4.
+    """
+    certain = (projections.abs() - error).clamp(min=0)
+    return (squares - certain.square()).clamp(min=0).sqrt()
+
+
+def bennett(limit: torch.Tensor) -> torch.Tensor:
+    """``phi(X) = (exp(X) - 1 - X) / X^2`` in fp64 for X >= 0: ``exp(v) <= 1 + v + v^2 * phi(X)`` for all v <= X.
+
+    Example: phi(0) = 0.5, phi(1) = e - 2.
+    """
+    small = limit < 1e-3
+    safe = torch.where(small, 1.0, limit)
+    exact = (torch.expm1(safe) - safe) / safe.square()
+    return torch.where(small, 0.5 + limit / 6.0 + limit.square() / 20.0, exact)
+
+
+def log_growth(value: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """``log(1 + v + v^2 * phi(X))`` for v <= X, which is at least v; X itself where phi(X) is out of range."""
+    in_range = limit < 300.0
+    safe = torch.where(in_range, limit, 0.0)
+    value = torch.where(in_range, value, 0.0)
+    growth = torch.log(1.0 + value + value.square() * bennett(safe))
+    return torch.where(in_range, growth, limit)
+
+
+class Spread(NamedTuple):
+    """Where the centers of a router lie."""
+
+    center: torch.Tensor  # [H] fp32, near their mean
+    longest: torch.Tensor  # [] fp32, the largest length of a center
+    radius: torch.Tensor  # [] fp32, at least the largest distance of a center from ``center``
+    rounding: float  # twice the relative rounding of a product
+    largest_bias: torch.Tensor  # [] fp32, the largest absolute value of a bias
+
+    def score_error(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, 1] fp64: bounds on the rounding of any score of tokens [T, H]."""
+        return self.rounding * (hidden.double().norm(dim=1, keepdim=True) * self.longest + self.largest_bias)
+
+
+def spread(weight: torch.Tensor, bias: torch.Tensor | None) -> Spread:
+    """Measure centers [E, H] and their biases [E], a chunk at a time."""
+    rounding = 2.0 * relative_rounding(weight.shape[1])
+    center = weight.mean(dim=0, dtype=torch.float32)
+    longest = radius = center.new_zeros(())
+    for chunk in weight.split(CHUNK):
+        longest = torch.maximum(longest, chunk.float().norm(dim=1).amax())
+        radius = torch.maximum(radius, (chunk.float() - center).norm(dim=1).amax())
+    largest_bias = center.new_zeros(()) if bias is None else bias.abs().amax().float()
+    return Spread(center, longest * (1.0 + rounding), radius * (1.0 + rounding), rounding, largest_bias)
+
+
+def selection_ranks(scores: torch.Tensor, score_function: str | None, expert_bias: torch.Tensor | None) -> torch.Tensor:
+    """What experts are selected by: scores, or ``function(score) + expert_bias`` with biases that broadcast."""
+    return scores if score_function is None else SCORE_FUNCTIONS[score_function](scores) + expert_bias
+
+
+def lowest_selected(
+    router: AIRRouter, hidden: torch.Tensor, codewords: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The top-k that a router finds in the lists of tokens, and the lowest rank in it.
+
+    Args:
+        hidden: [T, H] as scored.
+        codewords: [T, P] int64, probed.
+    Returns:
+        [T, 1] fp64, -inf where fewer than K experts are listed; [T, K] int32 expert ids, -1 for none.
+    """
+    function = None if router.expert_bias is None else router.score_function
+    scores, found = fine_topk(
+        hidden,
+        router.weight,
+        router.bias,
+        router.index.shortlist,
+        codewords,
+        router.topk,
+        torch.float32,
+        function,
+        router.expert_bias,
+    )
+    bias = None if function is None else router.expert_bias[found.clamp(min=0)]
+    ranks = selection_ranks(scores.double(), function, bias)
+    return ranks.masked_fill(found < 0, _OUT).amin(dim=1, keepdim=True), found
+
+
+class _Constants(NamedTuple):
+    """What is kept of each codeword. Outside: neither in its list nor among its verified experts."""
+
+    verified: torch.Tensor  # [C, V] int32, -1 where fewer are unlisted
+    support: torch.Tensor  # [C, B, G] fp64, of the centers outside, in the direction of each angle
+    log_mass: torch.Tensor  # [C] fp64, of the experts outside, at the anchor of the typical token
+    mean: torch.Tensor  # [C, H] fp64, of the centers outside, weighted by their mass at the anchor
+    variance: torch.Tensor  # [C] fp64, of the same, along the direction in which it is largest
+    reach: torch.Tensor  # [C] fp64, the largest distance of a center outside from the mean
+
+
+class FrozenBounds:
+    """Certificates and mass bounds for any tokens of a router whose centers, lists and codebook stay as they are.
+
+    Of each codeword it keeps V *verified* experts: the unlisted ones that could score highest for a typical token. It
+    scores them for each token, and bounds all others by constants: O(V*H) work per token beyond the fine scores, O(H)
+    with ``num_verified=0``. A bias becomes one more component of the centers. Source: derived in docs/theory.md.
+
+    Making it takes ``2*C*E*H`` FLOPs, with mass bounds ``2*C*E*H*(H + 2)``. It holds ``C*(V + 33)`` numbers, with mass
+    bounds ``C*H`` more. Does not communicate.
+
+    Args:
+        router: whose lists are made.
+        num_verified: V; None means L.
+        with_mass: whether :meth:`mass_bound` will be asked for.
+    Raises:
+        ValueError: if ``num_verified`` is negative.
+
+    Example: of lists that hold all experts, nothing is outside: every token is certified and every bound is 1.
+    """
+
+    def __init__(self, router: AIRRouter, num_verified: int | None = None, with_mass: bool = True) -> None:
+        size = router.index.shortlist.shape[1] if num_verified is None else num_verified
+        if size < 0:
+            raise ValueError(f"num_verified ({num_verified}) must be at least 0")
+        self.router, self.with_mass = router, with_mass
+        self._made_of = self._state()
+        self._function = None if router.expert_bias is None else router.score_function
+        with torch.no_grad():
+            self._build(min(size, router.num_experts))
+
+    def _state(self) -> list[tuple[int, int | None]]:
+        tensors = (self.router.weight, self.router.bias, self.router.expert_bias)
+        tensors += (self.router.index.shortlist, self.router.codebook.codewords)
+        versions = [None if x is None or x.is_inference() else x._version for x in tensors]  # inference mode has none
+        return [(x.data_ptr(), version) for x, version in zip(tensors, versions, strict=True) if x is not None]
+
+    def _build(self, num_verified: int) -> None:
+        router = self.router
+        weight = self._lift(router.weight.float(), router.bias)
+        self._spread = spread(weight, None)
+        length, ratio = _typical(router.codebook)
+        directions = router.codebook.codewords.double()
+        if router.bias is not None:  # the anchor of the typical token, with its 1
+            directions = self._lift(directions * length, router.bias, 1.0)
+            length = (length.square() + 1.0).sqrt()
+        directions = torch.nn.functional.normalize(directions, dim=1, eps=1e-300)
+        self._directions, self._length = directions, length  # [C, H], [C, 1] fp64
+        self._angles = torch.linspace(0.0, math.pi / 2, _NUM_ANGLES, dtype=torch.float64, device=weight.device)
+        if self._function is None:
+            bins = [slice(None)]
+        else:
+            bins = [ids for ids in router.expert_bias.argsort().chunk(_NUM_BINS) if ids.numel()]
+            self._bin_bias = torch.stack([router.expert_bias[ids].amax() for ids in bins]).double()
+        squares = (weight - self._spread.center).square().sum(dim=1).double() * (1.0 + self._spread.rounding)
+        size = max(1, _BLOCK // weight.shape[0])
+        blocks = torch.arange(directions.shape[0], device=weight.device).split(size)
+        parts = [self._constants(rows, weight, squares, length * ratio, bins, num_verified) for rows in blocks]
+        self.constants = _Constants(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    def _lift(self, rows: torch.Tensor, bias: torch.Tensor | None, value: float | None = None) -> torch.Tensor:
+        """Rows with one more component where there is a bias: the bias itself, or a value."""
+        if bias is None:
+            return rows
+        column = bias.to(rows.dtype).unsqueeze(1) if value is None else rows.new_full((len(rows), 1), value)
+        return torch.cat((rows, column), dim=1)
+
+    def _constants(
+        self,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        squares: torch.Tensor,
+        typical_distance: torch.Tensor,
+        bins: list[slice | torch.Tensor],
+        num_verified: int,
+    ) -> _Constants:
+        """Constants of the codewords ``rows``."""
+        center, longest, _, rounding, _ = self._spread
+        directions, length = self._directions[rows], self._length[rows]
+        projections = directions.float() @ weight.t()  # [rows, E]
+        from_center = projections.double() - directions @ center.double().unsqueeze(1)
+        projections = projections.double()
+        reach = orthogonal_lengths(squares, from_center, rounding * longest)
+        lists = self.router.index.shortlist[rows]
+        is_outside = _without(torch.ones_like(reach, dtype=torch.bool), lists)
+        key = selection_ranks(
+            length * projections + typical_distance[rows] * reach, self._function, self.router.expert_bias
+        )
+        verified = key.masked_fill(~is_outside, _OUT).topk(num_verified, dim=1).indices
+        verified = verified.masked_fill(~is_outside.gather(1, verified), -1)
+        is_outside = _without(is_outside, verified)
+        support = torch.stack(
+            [
+                torch.stack([values[:, ids].amax(dim=1) for ids in bins], dim=1)
+                for angle in self._angles
+                for values in [(angle.cos() * projections + angle.sin() * reach).masked_fill(~is_outside, _OUT)]
+            ],
+            dim=2,
+        )
+        log_masses = (length * projections).masked_fill(~is_outside, _OUT)
+        log_mass = log_masses.logsumexp(dim=1)
+        none = log_mass.new_zeros(len(rows))
+        if not self.with_mass:
+            return _Constants(verified.int(), support, log_mass, none.unsqueeze(1), none, none)
+        shares = (log_masses - log_mass.unsqueeze(1)).exp().nan_to_num(0.0)
+        moments = self._moments(weight, shares)
+        offset = moments[:, :, -1]  # of the mean from the center
+        covariance = moments[:, :, :-1] - offset.unsqueeze(2) * offset.unsqueeze(1)
+        variance = torch.linalg.eigvalsh(covariance)[:, -1].clamp(min=0) * (1.0 + BOUND_SLACK)
+        distances = squares + offset.square().sum(dim=1, keepdim=True)
+        distances -= 2.0 * torch.cat([offset @ (x - center).double().t() for x in weight.split(CHUNK)], dim=1)
+        distances += 2.0 * rounding * longest.square()
+        furthest = distances.masked_fill(~is_outside, 0.0).amax(dim=1).clamp(min=0).sqrt()
+        return _Constants(verified.int(), support, log_mass, center + offset, variance, furthest)
+
+    def _moments(self, weight: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """[rows, H, H + 1] fp64: second moments and means of the centers, from their common center, by shares."""
+        moments = 0.0
+        for x, share in zip(weight.split(CHUNK), shares.split(CHUNK, dim=1), strict=True):
+            x = (x - self._spread.center).double()
+            ones = torch.cat((x, x.new_ones(len(x), 1)), dim=1)
+            moments = moments + torch.stack([(x * one.unsqueeze(1)).t() @ ones for one in share])
+        return moments
+
+    def _require_unchanged(self) -> None:
+        if self._state() != self._made_of:
+            raise ValueError(
+                "the router's centers, biases, lists or codewords have changed since its constants were made; make "
+                "FrozenBounds anew"
+            )
+
+    def _verified_scores(self, hidden: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:
+        """[T, V] fp64."""
+        verified = self.constants.verified
+        if verified.shape[1] == 0:
+            return hidden.new_empty(len(hidden), 0, dtype=torch.float64)
+        weights = (self.router.weight, self.router.bias)
+        return fine_scores(hidden, *weights, verified, nearest.unsqueeze(1), torch.float32).squeeze(1).double()
+
+    @torch.no_grad()
+    def certified(self, hidden: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
+        """Say whose top-k is proven to be that of an exact router.
+
+        Args:
+            hidden: [T, H], tokens as the router scores them, after its input norm.
+            codewords: [T, P] int64, as ``Routes.codewords``.
+        Returns:
+            [T] bool.
+        Raises:
+            ValueError: if the router has changed since its constants were made.
+        """
+        self._require_unchanged()
+        router, nearest = self.router, codewords[:, 0]
+        lowest, _ = lowest_selected(router, hidden, codewords)
+        ids = self.constants.verified[nearest]
+        scores = self._verified_scores(hidden, nearest)
+        lifted = self._lift(hidden.float(), router.bias, 1.0)
+        error = 4.0 * self._spread.score_error(lifted)
+        parts = split(lifted, self._directions[nearest])
+        angle = torch.atan2(parts.distance, parts.along)  # [T, 1]
+        step = math.pi / 2 / (_NUM_ANGLES - 1)
+        place = (angle / step).floor().long().clamp(0, _NUM_ANGLES - 2)
+        size = torch.hypot(parts.along, parts.distance) / math.sin(step)
+        left = size * torch.sin((place + 1) * step - angle).clamp(min=0)
+        right = size * torch.sin(angle - place * step).clamp(min=0)
+        support = self.constants.support[nearest]  # [T, B, G]
+        place = place.unsqueeze(2).expand(-1, support.shape[1], 1)
+        most = left * support.gather(2, place).squeeze(2) + right * support.gather(2, place + 1).squeeze(2)
+        most = most + parts.residual @ self._spread.center.double().unsqueeze(1) + error
+        most = most.masked_fill(angle > math.pi / 2, math.inf)
+        is_empty = support[:, :, 0] == _OUT
+        listed_bias = bin_bias = None
+        rank_error = 0.0
+        if self._function is not None:
+            listed_bias, bin_bias = router.expert_bias[ids.clamp(min=0)], self._bin_bias
+            rank_error = RANK_ERROR * (1.0 + router.expert_bias.abs().amax())
+        most = selection_ranks(most, self._function, bin_bias).masked_fill(is_empty, _OUT)
+        ranks = selection_ranks(scores + error, self._function, listed_bias)
+        counts = (ids >= 0) & ~self._are_candidates(codewords, ids)
+        return (torch.cat((most, ranks.masked_fill(~counts, _OUT)), dim=1) + rank_error <= lowest).all(dim=1)
+
+    def _are_candidates(self, codewords: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """[T, V]: which experts [T, V] stand in a list that the token searches."""
+        listed = self.router.index.shortlist[codewords].flatten(1).sort(dim=1).values  # [T, P*L]
+        slots = torch.searchsorted(listed, ids).clamp(max=listed.shape[1] - 1)
+        return listed.gather(1, slots) == ids
+
+    @torch.no_grad()
+    def mass_bound(self, hidden: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
+        """Lower bounds on the softmax mass that the lists hold.
+
+        Args, raises: as :meth:`certified`.
+        Returns:
+            [T] fp32.
+        """
+        if not self.with_mass:
+            raise ValueError("FrozenBounds (with_mass=False) must be made with_mass=True to bound the mass")
+        self._require_unchanged()
+        router, nearest = self.router, codewords[:, 0]
+        lists, weights = router.index.shortlist, (router.weight, router.bias)
+        num_listed = codewords.shape[1] * lists.shape[1]
+        candidates = fine_topk(hidden, *weights, lists, codewords, num_listed, torch.float32)[0].double()
+        known = fine_scores(hidden, *weights, lists, nearest.unsqueeze(1), torch.float32).squeeze(1).double()
+        known = torch.cat((known, self._verified_scores(hidden, nearest)), dim=1)
+        lifted = self._lift(hidden.float(), router.bias, 1.0).double()
+        _, _, log_mass, mean, variance, reach = (values[nearest] for values in self.constants)
+        residual = lifted - self._length[nearest] * self._directions[nearest]
+        distance = residual.norm(dim=1)
+        limit, gain = distance * reach, variance * distance.square()
+        in_range = limit < 300.0
+        growth = torch.where(in_range, torch.log1p(gain * bennett(torch.where(in_range, limit, 0.0))), limit)
+        unknown = log_mass + (residual * mean).sum(dim=1) + growth
+        error = 4.0 * self._spread.score_error(lifted).squeeze(1) + BOUND_SLACK
+        everything = torch.logaddexp(known.logsumexp(dim=1), unknown)
+        return (candidates.logsumexp(dim=1) - everything - error).clamp(max=0.0).exp().float()
+
+
+def _without(is_member: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """[R, E] bool without the ids [R, N] of each row; -1 stands for none."""
+    padded = torch.nn.functional.pad(is_member, (0, 1))
+    return padded.scatter(1, ids.long().remainder(padded.shape[1]), False)[:, :-1]
+
+
+def _typical(codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor]:
+    """[C, 1] fp64: mean projections of each codeword's tokens, and tangents of their angles; 1 where none was seen."""
+    length = codebook.typical_projections().double().unsqueeze(1)
+    counts, cosines = codebook.ema[:, -3].double(), codebook.ema[:, -2].double()
+    cosine = torch.where(counts > 0, cosines / counts.clamp(min=1e-300), 0.5**0.5).clamp(1e-3, 1.0).unsqueeze(1)
+    return length.clamp(min=0.0), (1.0 - cosine.square()).sqrt() / cosine

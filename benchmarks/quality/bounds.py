@@ -1,0 +1,156 @@
+"""How tight the bounds and how common the certificates are over a training: `python benchmarks/quality/bounds.py`.
+
+Trains the study's default AIR model at each number of experts, measures larger samples of its tokens at some steps, and
+writes one row per step and layer, and the figure. Derivations: docs/theory.md.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.quality.data import prepare  # noqa: E402
+from benchmarks.quality.study import CPU_ENVIRONMENT, Run, command, load_runs, origin  # noqa: E402
+
+STEPS = (1, 10, 20, 40, 80, 120, 160, 200, 300, 400)
+KEPT_STEPS = (40, 200, 400)  # constants of all codewords take longer to make
+NUM_TOKENS = 512
+ENTRY = "air_moe_megatron.pretrain"
+
+
+def find_run(experts: int) -> Run:
+    """The study's default AIR run of a size, with its first seed."""
+    runs = load_runs(tomllib.loads((ROOT / "benchmarks/quality/full.toml").read_text()))
+    found = [
+        run for run in runs if (run.variant, run.experts, run.topk, run.corpus) == ("air", experts, 16, "wikitext-2")
+    ]
+    if not found:
+        raise ValueError(f"experts ({experts}) must be a size of the air runs on WikiText-2 in full.toml")
+    return found[0]
+
+
+def train(experts: int, data_dir: Path, out: Path, threads: int) -> Path:
+    """Train one model in a process of its own; returns the CSV of its rows."""
+    run, folder = find_run(experts), out / f"bounds-{experts}"
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(run.corpus, run.vocabulary, data_dir, out / "data" / run.prepared)
+    line = command(run, out / "data" / run.prepared, folder, 1, on_gpu=False)
+    words = line[line.index(ENTRY) + 1 :]
+    rows = folder / "rows.csv"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), **CPU_ENVIRONMENT}
+    with (folder / "log.txt").open("w") as log:
+        given = [sys.executable, "-W", "ignore", __file__, "--inside", str(rows), *words]
+        subprocess.run(given, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
+    return rows
+
+
+def train_inside(rows: Path, words: list[str]) -> None:
+    """Train in this process, and measure after some of the steps."""
+    sys.argv = [ENTRY, *words]
+    from air_moe_megatron import cpu
+
+    cpu.enable()  # before Megatron is imported
+    import pandas
+
+    from air_moe_megatron import pretrain, sync
+    from air_moe_megatron.routers import air
+
+    air._SAMPLE_SIZE = NUM_TOKENS
+    log_health, found = sync.log_health, []
+
+    def measure_and_log(model: list, routers: list, iteration: int) -> None:
+        if iteration in STEPS:
+            found.extend(measure_step(router, iteration) for router in routers)
+            pandas.DataFrame(found).to_csv(rows, index=False)
+        log_health(model, routers, iteration)
+
+    sync.log_health = measure_and_log
+    pretrain.main()
+
+
+def measure_step(router: "air.AIRRouter", iteration: int) -> dict[str, float]:  # noqa: F821
+    """One row: means over the sampled tokens."""
+    from air_moe_megatron.bounds import FrozenBounds
+    from air_moe_megatron.recall import measure
+
+    figures, size = measure(router), router.sizes.shortlist_size
+    row = {"experts": router.num_experts, "layer": router.layer_number, "iteration": iteration, "tokens": NUM_TOKENS}
+    for name in ("mass_recall", "paper_bound", "mass_bound"):
+        values = getattr(figures, name)
+        row |= {name: float(values.mean()), f"{name}_median": float(values.median())}
+    row |= {"topk_recall": float(figures.topk_recall.mean()), "exact": float((figures.topk_recall == 1).float().mean())}
+    for label, num_verified in (("0", 0), ("L", size), ("4L", 4 * size)):
+        row[f"certified_{label}"] = float(measure(router, num_verified).certified.float().mean())
+    row["violations"] = int((figures.mass_bound > figures.mass_recall).sum())
+    row["violations"] += int((figures.paper_bound > figures.mass_recall).sum())
+    row["violations"] += int((figures.certified & (figures.topk_recall < 1)).sum())
+    if iteration in KEPT_STEPS:
+        bounds, tokens = FrozenBounds(router), (router.sample.hidden, router.sample.codewords)
+        kept, certified = bounds.mass_bound(*tokens), bounds.certified(*tokens)
+        row |= {"kept_bound": float(kept.mean()), "kept_certified": float(certified.float().mean())}
+        row["violations"] += int((kept > figures.mass_recall).sum() + (certified & (figures.topk_recall < 1)).sum())
+    return row
+
+
+def plot(table: "pandas.DataFrame", path: Path) -> None:  # noqa: F821
+    """Recall, bounds and certified share over the steps: a column per size, a line style per layer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    masses = {"mass_recall": ("measured", "#000000"), "mass_bound": ("our bound", "#0072B2")}
+    masses["paper_bound"] = ("paper's bound", "#D55E00")
+    shares = {"exact": ("top-k is exact", "#000000"), "certified_L": ("certified, L verified", "#0072B2")}
+    shares["certified_0"] = ("certified, constants alone", "#D55E00")
+    sizes = sorted(table.experts.unique())
+    figure, axes = pyplot.subplots(2, len(sizes), figsize=(5 * len(sizes), 7), sharex=True, sharey="row", squeeze=False)
+    for column, experts in enumerate(sizes):
+        for row, (lines, what) in enumerate(((masses, "softmax mass in the lists"), (shares, "share of the tokens"))):
+            axis = axes[row, column]
+            for layer, style in zip(sorted(table.layer.unique()), ("-", "--", ":", "-."), strict=False):
+                part = table[(table.experts == experts) & (table.layer == layer)]
+                for name, (label, color) in lines.items():
+                    axis.plot(part.iteration, part[name], style, color=color, label=f"{label}, layer {layer}")
+            axis.set_ylim(bottom=-0.005)
+            axis.grid(alpha=0.3)
+            if column == 0:
+                axis.set_ylabel(what)
+                axis.legend(fontsize=8, loc="upper left")
+        axes[0, column].set_title(f"E = {experts:,}")
+        axes[1, column].set_xlabel("training step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, measure, and write the table and the figure."""
+    import pandas
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--experts", type=int, nargs="+", default=[4096, 16384], help="sizes of the study's air runs")
+    parser.add_argument("--data-dir", type=Path, required=True, help="where the corpora are")
+    parser.add_argument("--out", type=Path, default=ROOT / "out/quality", help="for data sets and logs")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "docs/results/bounds.csv", help="CSV; the figure is beside it"
+    )
+    args = parser.parse_args(argv)
+    parts = [pandas.read_csv(train(size, args.data_dir, args.out, args.threads)) for size in args.experts]
+    table = pandas.concat(parts, ignore_index=True).assign(**origin(on_gpu=False)).round(5)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(args.results, index=False)
+    plot(table, args.results.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--inside"]:
+        train_inside(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        main()
