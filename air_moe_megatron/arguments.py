@@ -9,7 +9,17 @@ from megatron.training.argument_utils import ArgumentGroupFactory, core_transfor
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from air_moe_megatron.compat import megatron_has_our_fields
-from air_moe_megatron.config import AIRFields, AIRMoEConfig, attach, is_plain_topk, refuse_unused
+from air_moe_megatron.config import (
+    AIRFields,
+    AIRMoEConfig,
+    Problems,
+    attach,
+    invalid,
+    is_plain_topk,
+    refuse_unused,
+    set_fields,
+    unused,
+)
 
 
 def add_air_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -42,6 +52,25 @@ def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
     if not isinstance(config, AIRMoEConfig):
         attach(config, args)  # multi-latent attention and heterogeneous layers bring config classes of their own
     return config
+
+
+def unfit_fields(args: argparse.Namespace, config: TransformerConfig) -> Problems[None]:
+    """What :func:`transformer_config_from_args` would refuse beside Megatron, all of it.
+
+    Args:
+        args: as there; a ``moe_hash_vocab_size`` of 0 is set as there.
+        config: Megatron's own of these arguments; gets our fields.
+    """
+    yield from unused(args)
+    if is_plain_topk(args):
+        return
+    if args.moe_router_type == "hash":
+        try:
+            args.moe_hash_vocab_size = _hash_vocab_size(args)
+        except ValueError as error:
+            yield error
+    set_fields(config, args)
+    yield from invalid(config)
 
 
 def _hash_vocab_size(args: argparse.Namespace) -> int:

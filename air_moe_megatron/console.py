@@ -14,8 +14,15 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn, TextIO
 
 PROGRAM = "air_moe_megatron.pretrain"
+"""The command that errors name where another program calls this package."""
 TRACEBACK_VARIABLE = "AIR_MOE_TRACEBACK"
 """Environment variable. If it is set, a refused start shows its traceback on every rank."""
+
+CPU_ON_A_GPU = (
+    "--cpu is for machines without a CUDA GPU, and this one has one; leave it out, or hide the GPU with "
+    "CUDA_VISIBLE_DEVICES="
+)
+NO_GPU = "no CUDA GPU is visible; give --cpu to run on CPU with gloo"
 
 _PATIENCE = 10.0
 """Seconds that rank 0 gets to say why the start is refused, before another rank does. A launcher such as torchrun ends
@@ -35,9 +42,16 @@ def refuse(message: str) -> NoReturn:
     if rank:
         time.sleep(_PATIENCE + local_rank)
     where = f" on rank {rank}" if rank else ""
-    sys.stderr.write(f"{PROGRAM}: error{where}: {' '.join(message.split())}\n")
+    sys.stderr.write(f"{_program()}: error{where}: {' '.join(message.split())}\n")
     sys.stderr.flush()
     raise SystemExit(2)
+
+
+def _program() -> str:
+    """The command that was started, named as after ``python -m``."""
+    name = os.path.basename(sys.argv[0]).removesuffix(".py").rpartition(".")[2]
+    is_ours = os.path.isfile(os.path.join(os.path.dirname(__file__), f"{name}.py"))
+    return f"{__package__}.{name}" if is_ours else PROGRAM
 
 
 @contextlib.contextmanager

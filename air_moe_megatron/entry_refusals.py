@@ -11,7 +11,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.spec_utils import import_module
 
 from air_moe_megatron.arguments import is_packed, moe_layers, value_of
-from air_moe_megatron.config import balancing_losses, is_plain_topk
+from air_moe_megatron.config import Problems, balancing_losses, is_plain_topk, raise_first
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,22 @@ def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that this entry would otherwise accept and not honor, or that would end the run later.
 
     Raises:
-        ValueError: naming the flag, its value and the reason or the rule.
+        ValueError: the first of :func:`refused_flags`.
     """
+    raise_first(refused_flags(args))
+
+
+def refused_flags(args: argparse.Namespace) -> Problems[None]:
+    """The rows of both tables that apply: a ValueError each, with the flag, its value and the reason or the rule."""
     for row in FLAG_REFUSALS:
         value = value_of(args, row.flag)
         if value is not None and value is not False and row.applies(args):
             cause = row.cause.format(router=_router_flag(args), packed=_packing_flag(args))
             cause = f" with {cause}" if cause else ""
-            raise ValueError(f"{_shown(args, row.flag)} is not supported{cause}: {row.reason}")
+            yield ValueError(f"{_shown(args, row.flag)} is not supported{cause}: {row.reason}")
     for row in FLAG_RULES:
         if row.when(args):
-            raise ValueError(f"{_shown(args, row.flag)} {row.rule.format(router=_router_flag(args))}")
+            yield ValueError(f"{_shown(args, row.flag)} {row.rule.format(router=_router_flag(args))}")
 
 
 def _router_flag(args: argparse.Namespace) -> str:
@@ -139,7 +144,7 @@ FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
         "--overlap-moe-expert-parallel-comm", "its schedule plan drops the document boundaries", "{packed}", is_packed
     ),
 )  # fmt: skip
-"""Checked from the top; the first row that applies is the error."""
+"""Checked from the top; the first row that applies is the error of a start."""
 
 FLAG_RULES: tuple[FlagRule, ...] = (
     FlagRule(

@@ -17,6 +17,7 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from air_moe_megatron.arguments import padded_vocab_size, value_of
+from air_moe_megatron.config import Problems, problem_of, raise_first
 
 _HEADER = struct.Struct("<QBQQ")
 """After the magic bytes: version, code of the token type, numbers of sequences and of document boundaries."""
@@ -49,7 +50,7 @@ class _Blend:
 
 
 @dataclass(frozen=True)
-class _IndexedDataset:
+class IndexedTokens:
     """What the index of a data set says, and its tokens on disk."""
 
     prefix: str
@@ -64,40 +65,62 @@ def check_data(args: argparse.Namespace) -> None:
     storage to Megatron. Does not communicate.
 
     Raises:
-        ValueError: naming the flag, the path and the rule that it breaks.
+        ValueError: the first of :func:`unfit_data`.
+    """
+    raise_first(unfit_data(args))
+
+
+def unfit_data(args: argparse.Namespace) -> Problems[None]:
+    """What is wrong with the data sets: a ValueError each, with the flag, the path and the rule that it breaks.
+
+    Each data set is read up to its first damage.
     """
     single = [flag for flag in ("--data-path", "--data-args-path") if value_of(args, flag)]
     per_split_flags = [f"--{split}-data-path" for split in _SPLITS] + ["--per-split-data-args-path"]
     per_split = [flag for flag in per_split_flags if value_of(args, flag)]
     if args.mock_data:
         if single + per_split:
-            raise ValueError(f"--mock-data excludes {', '.join(single + per_split)}: give one source of data")
-        _check_splits_are_given(args, set(_SPLITS))
+            yield ValueError(f"--mock-data excludes {', '.join(single + per_split)}: give one source of data")
+        yield from _missing_splits(args, set(_SPLITS))
         return
     if single and per_split:
-        raise ValueError(f"{', '.join(single)} excludes {', '.join(per_split)}: give one source of data")
+        yield ValueError(f"{', '.join(single)} excludes {', '.join(per_split)}: give one source of data")
+        return
     if not single + per_split:
-        raise ValueError(
+        yield ValueError(
             "no data set is given: add --data-path PREFIX (with --split), or --train-data-path PREFIX "
             "(with --valid-data-path and --test-data-path), or --mock-data for random tokens"
         )
-    blends = _blends(args, single + per_split)
+        return
+    try:
+        blends = _blends(args, single + per_split)
+    except (ValueError, OSError) as error:
+        yield error
+        return
     if not args.sft:
-        _check_splits_are_given(args, {split for blend in blends for split in blend.shares})
+        yield from _missing_splits(args, {split for blend in blends for split in blend.shares})
     num_datasets = sum(len(blend.prefixes) for blend in blends)
     for blend in blends:
         if not args.sft:
-            _check_drawn(args, blend)
+            yield from problem_of(_check_drawn, args, blend)
         for prefix in blend.prefixes:
-            name = f"{blend.name} entry '{prefix}'"
-            if is_object_storage_path(prefix):
-                continue
-            if args.sft:
-                _check_file(prefix, name, "with --sft it is a JSON Lines file")
-                continue
-            dataset = _read_indexed_dataset(prefix, name)
-            _check_splits(args, blend, dataset, name)
-            _check_token_ids(dataset, name, padded_vocab_size(args), max(1, _SCANNED_BLOCKS // num_datasets))
+            if not is_object_storage_path(prefix):
+                yield from _unfit_dataset(args, blend, prefix, max(1, _SCANNED_BLOCKS // num_datasets))
+
+
+def _unfit_dataset(args: argparse.Namespace, blend: _Blend, prefix: str, num_blocks: int) -> Problems[None]:
+    """What is wrong with one data set of a blend: damage, splits without tokens, ids beyond the vocabulary."""
+    name = f"{blend.name} entry '{prefix}'"
+    if args.sft:
+        yield from problem_of(_check_file, prefix, name, "with --sft it is a JSON Lines file")
+        return
+    try:
+        dataset = read_indexed_dataset(prefix, name)
+    except (ValueError, OSError) as error:
+        yield error
+        return
+    yield from problem_of(_check_splits, args, blend, dataset, name)
+    yield from problem_of(check_token_ids, dataset, name, padded_vocab_size(args), num_blocks)
 
 
 def _blends(args: argparse.Namespace, flags: list[str]) -> list[_Blend]:
@@ -162,7 +185,15 @@ def _check_file(path: str, name: str, rule: str) -> int:
     return size
 
 
-def _read_indexed_dataset(prefix: str, name: str) -> _IndexedDataset:
+def read_indexed_dataset(prefix: str, name: str) -> IndexedTokens:
+    """Read the index of a data set and map its tokens, after checking that both files are whole.
+
+    Args:
+        prefix: of the pair .bin, .idx.
+        name: of the data set in errors.
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
     idx_path, bin_path = get_idx_path(prefix), get_bin_path(prefix)
     idx_size = _check_file(idx_path, name, _PAIR_RULE)
     bin_size = _check_file(bin_path, name, _PAIR_RULE)
@@ -202,22 +233,22 @@ def _read_indexed_dataset(prefix: str, name: str) -> _IndexedDataset:
             f"{name}: '{bin_path}' has {bin_size} bytes where its index '{idx_path}' needs {bin_size_needed}"
         )
     dtype = numpy.dtype(DType.dtype_from_code(dtype_code)).newbyteorder("<")
-    return _IndexedDataset(prefix, lengths, numpy.memmap(bin_path, dtype, "r", shape=(bin_size // token_size,)))
+    return IndexedTokens(prefix, lengths, numpy.memmap(bin_path, dtype, "r", shape=(bin_size // token_size,)))
 
 
-def _check_splits_are_given(args: argparse.Namespace, given: set[str]) -> None:
-    """Refuse missing splits. Without training data Megatron ends silently, without validation data in a TypeError."""
+def _missing_splits(args: argparse.Namespace, given: set[str]) -> Problems[None]:
+    """Splits that are missing. Without training data Megatron ends silently, without validation data in a TypeError."""
     how = f"--split {args.split}" if args.split is not None else "no flag"
     trains = not args.skip_train and (args.train_iters or args.train_samples)
     if trains and "train" not in given:
-        raise ValueError(f"{how} gives data to train: give the split a share, or add --train-data-path or --skip-train")
+        yield ValueError(f"{how} gives data to train: give the split a share, or add --train-data-path or --skip-train")
     if (args.full_validation or args.eval_iters) and "valid" not in given:
-        raise ValueError(
+        yield ValueError(
             f"{how} gives data to valid, and --eval-iters ({args.eval_iters}) needs it: give the split a share, or add "
             "--valid-data-path or --eval-iters 0"
         )
     if args.full_validation and "test" in given:
-        raise ValueError(
+        yield ValueError(
             "--full-validation excludes test data, which Megatron-Core 0.19 then reads as several sets: leave out "
             "--test-data-path, or give --split 99,1,0 (--mock-data always has a test split)"
         )
@@ -240,7 +271,7 @@ def _check_drawn(args: argparse.Namespace, blend: _Blend) -> None:
         )
 
 
-def _check_splits(args: argparse.Namespace, blend: _Blend, dataset: _IndexedDataset, name: str) -> None:
+def _check_splits(args: argparse.Namespace, blend: _Blend, dataset: IndexedTokens, name: str) -> None:
     """Refuse splits of a data set from which Megatron can draw no sample.
 
     It splits by sequences, which are the documents of most data sets. It repeats a split that holds too few samples;
@@ -263,7 +294,7 @@ def _check_splits(args: argparse.Namespace, blend: _Blend, dataset: _IndexedData
             )
 
 
-def _check_token_ids(dataset: _IndexedDataset, name: str, vocab_size: int, num_blocks: int) -> None:
+def check_token_ids(dataset: IndexedTokens, name: str, vocab_size: int, num_blocks: int) -> None:
     """Refuse ids that the embedding does not have, where blocks spread over the file show some."""
     tokens = dataset.tokens
     has_room = tokens.dtype.kind not in "iu" or numpy.iinfo(tokens.dtype).max >= vocab_size

@@ -7,10 +7,12 @@ refused by name. With `--moe-router-type topk`, the default, it is Megatron.
 Importing this module loads nothing else: worker processes, such as those that write checkpoints, import it again.
 """
 
+import logging
 import os
 import sys
 import time
 import warnings
+from typing import TextIO
 
 
 def main() -> None:
@@ -27,6 +29,45 @@ def main() -> None:
     if log_file:
         with console.refusals():
             screen = console.write_log_file(log_file)
+    choose_device()
+    from air_moe_megatron.training import train
+
+    train(program_start, screen)
+
+
+def run_quietly() -> TextIO:
+    """Begin a command that prints results only: what Megatron prints goes to `--log-file`, or nowhere.
+
+    Returns:
+        The screen, which standard output was until now.
+    Raises:
+        SystemExit: as :func:`choose_device`.
+    """
+    from air_moe_megatron import console
+
+    screen, log_file = sys.stdout, console.log_file_of(sys.argv[1:])
+    if not {"-h", "--help"} & set(sys.argv):
+        with console.refusals():
+            screen = console.write_log_file(log_file or os.devnull)
+    if not log_file:
+        logging.getLogger(__package__).setLevel(logging.WARNING)
+    choose_device()
+    from air_moe_megatron import cpu
+
+    cpu.set_rendezvous_defaults()
+    return screen
+
+
+def choose_device() -> None:
+    """Turn CPU mode on where the command line has `--cpu`; call it before Megatron is imported.
+
+    It binds some of torch.cuda at import. The flags that a CPU run needs are added to the command line.
+
+    Raises:
+        SystemExit: where there is neither a GPU nor `--cpu`, or both.
+    """
+    from air_moe_megatron import console
+
     if os.environ.get("RANK", "0") != "0":
         warnings.filterwarnings("ignore", category=UserWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -38,21 +79,14 @@ def main() -> None:
 
     from air_moe_megatron import cpu
 
-    if "--cpu" in sys.argv:  # before Megatron is imported: it binds some of torch.cuda at import
+    if "--cpu" in sys.argv:
         if torch.cuda.is_available() and not cpu.is_enabled():
-            console.refuse(
-                "--cpu is for machines without a CUDA GPU, and this one has one; leave it out, or hide the GPU with "
-                "CUDA_VISIBLE_DEVICES="
-            )
+            console.refuse(console.CPU_ON_A_GPU)
         cpu.enable()
         cpu.set_rendezvous_defaults()
         sys.argv = cpu.with_required_flags(sys.argv)
     elif not torch.cuda.is_available() and not {"-h", "--help"} & set(sys.argv):
-        console.refuse("no CUDA GPU is visible; give --cpu to train on CPU with gloo")
-
-    from air_moe_megatron.training import train
-
-    train(program_start, screen)
+        console.refuse(console.NO_GPU)
 
 
 if __name__ == "__main__":

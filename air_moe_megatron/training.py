@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 from megatron.core.enums import ModelType
@@ -40,6 +40,9 @@ from air_moe_megatron.specs import (
     require_routers,
 )
 from air_moe_megatron.sync import codebook_updates
+
+ARGS_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
+"""What this entry gives to Megatron's validation of arguments, as `pretrain_gpt.py` does."""
 
 
 def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -78,14 +81,19 @@ def parse() -> tuple[argparse.Namespace, Ranks]:
         if ranks.rank == 0 and fields:
             listed = ", ".join(f"{name} {value}" for name, value in fields.items())
             print_rank_0(f"> --use-checkpoint-args: from the checkpoint {listed}")
+    args = parse_and_validate_args(extra_args_provider=provider_with(fields), args_defaults=ARGS_DEFAULTS)
+    return args, ranks or meet(args)
+
+
+def provider_with(fields: dict[str, Any]) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
+    """As :func:`extra_args_provider`, with other defaults of our fields."""
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = extra_args_provider(parser)
         parser.set_defaults(**fields)
         return parser
 
-    args = parse_and_validate_args(extra_args_provider=provider, args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    return args, ranks or meet(args)
+    return provider
 
 
 def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridModelConfig:

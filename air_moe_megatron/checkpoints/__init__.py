@@ -13,39 +13,58 @@ from typing import Any
 from megatron.core.transformer import TransformerConfig
 
 from air_moe_megatron.agreement import Ranks
-from air_moe_megatron.checkpoints.checks import check_contents
+from air_moe_megatron.checkpoints.checks import unfit_contents
 from air_moe_megatron.checkpoints.reader import Damaged, Location, advice, locate, read
 from air_moe_megatron.checkpoints.saving import check_optimizer_resumes, check_room, find_write_problem
-from air_moe_megatron.config import AIRFields
+from air_moe_megatron.config import AIRFields, Problems, problem_of, raise_first
 
-__all__ = ["check_checkpoint", "fields_of_checkpoint"]
+__all__ = ["check_checkpoint", "fields_of_checkpoint", "saved_arguments", "unfit_checkpoint"]
 
 
 def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks: Ranks) -> list[str]:
     """Check what the run will load and where it will save, and say what will become of the codebooks.
 
     Returns:
-        as :func:`check_contents`; nothing where no checkpoint is loaded.
+        as :func:`unfit_checkpoint`.
     Raises:
-        ValueError: on every rank, if the checkpoint is damaged, not seen by some rank or unfit for the run, or if
-            nothing can be saved.
+        ValueError: on every rank, the first of :func:`unfit_checkpoint`.
     """
+    report = _report(args) | {"write problem": find_write_problem(args)}
+    return ranks.agree("checkpoint", report, lambda reports: raise_first(_unfit(args, config, reports)))
 
-    def judge(reports: list[dict[str, Any]]) -> list[str]:
+
+def unfit_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Problems[list[str]]:
+    """What is wrong with the checkpoint to load and the folder to save to, as this process sees them.
+
+    A ValueError each: a checkpoint that is damaged, not seen by some rank or unfit for the run, a folder where nothing
+    can be saved.
+
+    Returns:
+        as :func:`unfit_contents`; nothing where no checkpoint is loaded.
+    """
+    return (yield from _unfit(args, config, [_report(args) | {"write problem": find_write_problem(args)}]))
+
+
+def _unfit(args: argparse.Namespace, config: TransformerConfig, reports: list[dict[str, Any]]) -> Problems[list[str]]:
+    """As :func:`unfit_checkpoint`, of what all ranks report."""
+    location, checkpoint, lacking = None, None, []
+    try:
         location = _agreed_location(args, reports)
-        for rank, report in enumerate(reports):
-            if report["write problem"] is not None:
-                raise ValueError(f"{report['write problem']}, on rank {rank} ({report['host']})")
-        checkpoint, lacking = None, []
-        if location is not None and not args.moe_use_upcycling:
+    except ValueError as error:
+        yield error
+    for rank, report in enumerate(reports):
+        if report["write problem"] is not None:
+            yield ValueError(f"{report['write problem']}, on rank {rank} ({report['host']})")
+    if location is not None and not args.moe_use_upcycling:
+        try:
             with _naming(location):
                 checkpoint = read(location)
-                lacking = check_contents(checkpoint, args, config)
-        check_optimizer_resumes(args, checkpoint)
-        check_room(args, config)
-        return lacking
-
-    return ranks.agree("checkpoint", _report(args) | {"write problem": find_write_problem(args)}, judge)
+                lacking = yield from unfit_contents(checkpoint, args, config)
+        except ValueError as error:
+            yield error
+    yield from problem_of(check_optimizer_resumes, args, checkpoint)
+    yield from problem_of(check_room, args, config)
+    return lacking
 
 
 def fields_of_checkpoint(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
@@ -70,6 +89,28 @@ def fields_of_checkpoint(args: argparse.Namespace, ranks: Ranks) -> dict[str, An
         return {name: getattr(saved_by, name) for name in names if hasattr(saved_by, name)}
 
     return ranks.agree("arguments of the checkpoint", _report(args), judge)
+
+
+def saved_arguments(args: argparse.Namespace, ranks: Ranks) -> argparse.Namespace:
+    """Read the arguments that a checkpoint was saved with, all of them.
+
+    Args:
+        args: Megatron's parsed arguments, not yet validated; they must name a checkpoint.
+        ranks: the ranks of this start.
+    Raises:
+        ValueError: on every rank, if the checkpoint is damaged, not seen by some rank, or without arguments.
+    """
+
+    def judge(reports: list[dict[str, Any]]) -> None:
+        location = _agreed_location(args, reports)
+        if location is None:
+            raise ValueError(f"--load '{args.load}' holds no checkpoint that can be read here")
+        with _naming(location):
+            if read(location).args is None:
+                raise ValueError(f"{location} holds no arguments of the run that saved it, or unsafe ones")
+
+    ranks.agree("arguments of the checkpoint", _report(args), judge)
+    return read(locate(args)).args  # as rank 0 found them: every rank sees the same iteration
 
 
 def _report(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from megatron.training.utils import print_rank_0
 
 from air_moe_megatron.arguments import bare_pattern, moe_layers
 from air_moe_megatron.checkpoints.reader import LEGACY_FILE, Checkpoint, Damaged
-from air_moe_megatron.config import AIRFields, resolve_sizes
+from air_moe_megatron.config import AIRFields, Problems, passed_on, problem_of, resolve_sizes
 from air_moe_megatron.index import REBUILDING
 from air_moe_megatron.routers import ROUTERS
 
@@ -32,8 +32,8 @@ _LEGACY_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "
 """The layout that the legacy format is bound to."""
 
 
-def check_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: TransformerConfig) -> list[str]:
-    """Compare a checkpoint with the run that will load it.
+def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: TransformerConfig) -> Problems[list[str]]:
+    """What keeps a run from loading a checkpoint: a ValueError each, with our flag, its value and what is needed.
 
     Between top-k and AIR only the codebooks differ, so either loads into the other. A missing codebook is learned anew,
     an unwanted one is left. Routers of other types have parameters of their own. A checkpoint of AIR may come from
@@ -41,25 +41,25 @@ def check_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
 
     Returns:
         what the AIR routers of the run have and the checkpoint lacks: beginnings of names, as in a router's state.
-    Raises:
-        ValueError: naming our flag, its value and what the checkpoint needs.
     """
     router_type = getattr(config, "moe_router_type", "topk")
     if checkpoint.is_legacy:
-        _check_layout(checkpoint, args)
+        yield from problem_of(_check_layout, checkpoint, args)
     elif args.ckpt_format == "torch" and not args.auto_detect_ckpt_format:
-        raise ValueError(f"{checkpoint.location} is in the format torch_dist: --ckpt-format (torch) must be torch_dist")
-    _check_sizes(checkpoint, args)
-    _check_experts(checkpoint, getattr(config, "moe_granular_experts", False))
-    _check_router(checkpoint, router_type)
-    _check_input_norm(checkpoint, getattr(config, "moe_router_input_norm", "none"))
-    _check_expert_bias(checkpoint, config)
-    _check_optimizer(checkpoint, args)
+        yield ValueError(f"{checkpoint.location} is in the format torch_dist: --ckpt-format (torch) must be torch_dist")
+    of_other_size = yield from passed_on(problem_of(_check_sizes, checkpoint, args))
+    yield from problem_of(_check_experts, checkpoint, getattr(config, "moe_granular_experts", False))
+    of_other_type = yield from passed_on(problem_of(_check_router, checkpoint, router_type))
+    yield from problem_of(_check_input_norm, checkpoint, getattr(config, "moe_router_input_norm", "none"))
+    yield from problem_of(_check_expert_bias, checkpoint, config)
+    yield from problem_of(_check_optimizer, checkpoint, args)
+    if of_other_size or of_other_type:
+        return []
     has_codebooks = checkpoint.has("router.codebook.codewords")
     if router_type not in ("topk", "air") or router_type == "air" and has_codebooks:
-        _check_fields(checkpoint, config)
+        yield from problem_of(_check_fields, checkpoint, config)
     if router_type == "air":
-        _check_codebooks(checkpoint, config)
+        yield from problem_of(_check_codebooks, checkpoint, config)
     if router_type == "air" and has_codebooks:
         has_staged = any(key.endswith("router.index.progress") for key in checkpoint.shapes)
         return [] if has_staged else [f"index.{name}" for name in REBUILDING]

@@ -1,7 +1,7 @@
 """AIRMoEConfig: Megatron's config with our fields, validated on construction. Imports nothing else of the package.
 
 ``fields.py`` documents every field, ``sizes.py`` chooses the automatic sizes, ``rules.py`` says which values are valid,
-and ``refusals.py`` what cannot be combined.
+``refusals.py`` what cannot be combined, and ``problems.py`` is how checks say what they found.
 """
 
 import dataclasses
@@ -9,8 +9,9 @@ import dataclasses
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config.fields import ROUTER_TYPES, AIRFields, balancing_losses, is_plain_topk, router_type_of
+from air_moe_megatron.config.problems import Problems, passed_on, problem_of, raise_first
 from air_moe_megatron.config.refusals import CAUSES, REFUSALS
-from air_moe_megatron.config.rules import refuse_unused, validate
+from air_moe_megatron.config.rules import invalid, refuse_unused, unused, validate
 from air_moe_megatron.config.sizes import (
     AIRSizes,
     GroupSizes,
@@ -28,15 +29,22 @@ __all__ = [
     "AIRMoEConfig",
     "AIRSizes",
     "GroupSizes",
+    "Problems",
     "ProductKeySizes",
     "attach",
     "balancing_losses",
+    "invalid",
     "is_plain_topk",
+    "passed_on",
+    "problem_of",
+    "raise_first",
     "refuse_unused",
     "resolve_groups",
     "resolve_product_keys",
     "resolve_sizes",
     "router_type_of",
+    "set_fields",
+    "unused",
     "validate",
 ]
 
@@ -59,6 +67,11 @@ def attach(config: TransformerConfig, values: object) -> None:
     Raises:
         ValueError: as :func:`validate`.
     """
+    set_fields(config, values)
+    validate(config)
+
+
+def set_fields(config: TransformerConfig, values: object) -> None:
+    """As :func:`attach`, without validating."""
     for field in dataclasses.fields(AIRFields):
         setattr(config, field.name, getattr(values, field.name))
-    validate(config)

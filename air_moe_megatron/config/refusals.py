@@ -7,6 +7,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config.fields import balancing_losses
+from air_moe_megatron.config.problems import Problems
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,18 @@ class Refusal:
     reason: str
 
 
-def check_refusals(config: TransformerConfig) -> None:
-    """Refuse the first row of the table that applies to a config.
+def refused(config: TransformerConfig) -> Problems[None]:
+    """The rows of the table that apply to a config, each as a ValueError.
+
+    It names the field, its value, the cause and the reason.
 
     Args:
         config: with all our fields.
-    Raises:
-        ValueError: naming the field, its value, the cause and the reason.
     """
     for row in REFUSALS:
         value = getattr(config, row.field)
         if row.cause.applies(config) and row.values.hold(config, value):
-            raise ValueError(f"{row.field} ({value!r}) is not supported with {row.cause.name(config)}: {row.reason}")
+            yield ValueError(f"{row.field} ({value!r}) is not supported with {row.cause.name(config)}: {row.reason}")
 
 
 _on = Values(lambda config, value: bool(value))
@@ -261,4 +262,4 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(COMPACT, "moe_router_padding_for_quantization", _on, _NOT_PERMUTED),
     Refusal(COMPACT, "moe_router_padding_for_fp8", _on, _NOT_PERMUTED),
 )  # fmt: skip
-"""Checked from the top; the first row that applies is the error."""
+"""Checked from the top; the first row that applies is the error of a start."""

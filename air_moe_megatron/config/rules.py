@@ -7,7 +7,8 @@ from typing import get_args, get_type_hints
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config.fields import AIRFields, is_plain_topk, router_type_of
-from air_moe_megatron.config.refusals import check_refusals
+from air_moe_megatron.config.problems import Problems, passed_on, raise_first
+from air_moe_megatron.config.refusals import refused
 from air_moe_megatron.config.sizes import resolve_groups, resolve_product_keys, resolve_sizes
 
 _HINTS = get_type_hints(AIRFields)
@@ -19,15 +20,20 @@ def refuse_unused(values: object) -> None:
     Args:
         values: a config or arguments that have all our fields.
     Raises:
-        ValueError: naming the flag, its value and the flag that it needs.
+        ValueError: the first of :func:`unused`.
     """
+    raise_first(unused(values))
+
+
+def unused(values: object) -> Problems[None]:
+    """The fields of ours that would have no effect: a ValueError each, with the flag, its value and what it needs."""
     for field in fields(AIRFields):
         value, owner = getattr(values, field.name), router_type_of(field.name)
         if value == field.default or owner == values.moe_router_type:
             continue
         if owner is not None or (field.name in ("moe_dispatch", "moe_router_input_norm") and is_plain_topk(values)):
             remedy = f"--moe-router-type {owner}" if owner else "--moe-granular-experts"
-            raise ValueError(
+            yield ValueError(
                 f"--{field.name.replace('_', '-')} ({value!r}) has no effect with --moe-router-type "
                 f"{values.moe_router_type}; add {remedy} or leave it out"
             )
@@ -37,109 +43,121 @@ def validate(config: TransformerConfig) -> None:
     """Check our fields against each other and against Megatron's, before anything is built.
 
     Raises:
-        ValueError: naming the field, its value, the rule and the other value.
+        ValueError: the first of :func:`invalid`.
     """
-    _require_choice(config, "moe_router_type")
+    raise_first(invalid(config))
+
+
+def invalid(config: TransformerConfig) -> Problems[None]:
+    """What is wrong with our fields: a ValueError each, with the field, its value, the rule and the other value.
+
+    Rules that presume one that is broken are left out.
+    """
+    has_no_type = yield from passed_on(_no_choice(config, "moe_router_type"))
     for field in fields(AIRFields):
         value = getattr(config, field.name)
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{field.name} ({value}) must be a finite number")
-    _require_choice(config, "moe_router_input_norm")
-    _require_choice(config, "moe_dispatch")
+            yield ValueError(f"{field.name} ({value}) must be a finite number")
+    yield from _no_choice(config, "moe_router_input_norm")
+    yield from _no_choice(config, "moe_dispatch")
+    if has_no_type:
+        return
     if not is_plain_topk(config):
         if config.num_moe_experts is None:
-            raise ValueError(
+            yield ValueError(
                 f"moe_router_type ({config.moe_router_type!r}) needs num_moe_experts (--num-experts), which is not set"
             )
-        _validate_layers(config)
-        _validate_counts(config)
-        _VALIDATE[config.moe_router_type](config)
+            return
+        yield from _invalid_layers(config)
+        if not (yield from passed_on(_invalid_counts(config))):
+            yield from _INVALID[config.moe_router_type](config)
     if config.moe_granular_experts:
-        _validate_experts(config)
-    check_refusals(config)
+        yield from _invalid_experts(config)
+    yield from refused(config)
 
 
-def _require_choice(config: TransformerConfig, name: str) -> None:
-    """Refuse a value that the type of its field does not list."""
+def _no_choice(config: TransformerConfig, name: str) -> Problems[None]:
+    """A value that the type of its field does not list."""
     choices = get_args(_HINTS[name])
     value = getattr(config, name)
     if value not in choices:
         *others, last = map(repr, choices)
-        raise ValueError(f"{name} ({value!r}) must be {', '.join(others)} or {last}")
+        yield ValueError(f"{name} ({value!r}) must be {', '.join(others)} or {last}")
 
 
-def _validate_layers(config: TransformerConfig) -> None:
+def _invalid_layers(config: TransformerConfig) -> Problems[None]:
     frequency = config.moe_layer_freq
     if isinstance(frequency, int) and frequency < 1:
-        raise ValueError(f"moe_layer_freq ({frequency}) must be at least 1")
+        yield ValueError(f"moe_layer_freq ({frequency}) must be at least 1")
     if isinstance(frequency, list) and not any(frequency):
-        raise ValueError(
+        yield ValueError(
             f"moe_layer_freq ({frequency}) must have a 1: without an MoE layer moe_router_type "
             f"({config.moe_router_type!r}) has no effect"
         )
 
 
-def _validate_experts(config: TransformerConfig) -> None:
+def _invalid_experts(config: TransformerConfig) -> Problems[None]:
     size = config.moe_ffn_hidden_size
     if size is None or size < 1:
-        raise ValueError(f"moe_ffn_hidden_size ({size}) must be at least 1 with moe_granular_experts (True)")
+        yield ValueError(f"moe_ffn_hidden_size ({size}) must be at least 1 with moe_granular_experts (True)")
     rows = size * (2 if config.gated_linear_unit else 1)
     local_experts = config.num_moe_experts // config.expert_model_parallel_size
     if local_experts * rows >= 2**31:
-        raise ValueError(
+        yield ValueError(
             f"num_moe_experts ({config.num_moe_experts}) over expert_model_parallel_size "
             f"({config.expert_model_parallel_size}) with {rows} rows each makes {local_experts * rows} rows on a rank: "
             "they must be fewer than 2^31"
         )
 
 
-def _validate_codebook(config: TransformerConfig) -> None:
-    _require_choice(config, "moe_air_codebook_source")
+def _invalid_codebook(config: TransformerConfig) -> Problems[None]:
+    yield from _no_choice(config, "moe_air_codebook_source")
     if not 0.0 < config.moe_air_codebook_ema < 1.0:
-        raise ValueError(f"moe_air_codebook_ema ({config.moe_air_codebook_ema}) must lie strictly between 0 and 1")
+        yield ValueError(f"moe_air_codebook_ema ({config.moe_air_codebook_ema}) must lie strictly between 0 and 1")
     if config.moe_air_refresh_interval < 1:
-        raise ValueError(f"moe_air_refresh_interval ({config.moe_air_refresh_interval}) must be at least 1")
+        yield ValueError(f"moe_air_refresh_interval ({config.moe_air_refresh_interval}) must be at least 1")
     for name in ("moe_air_num_clusters", "moe_air_shortlist_size", "moe_air_num_probes"):
         if getattr(config, name) < 0:
-            raise ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic one")
+            yield ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic one")
 
 
-def _validate_counts(config: TransformerConfig) -> None:
+def _invalid_counts(config: TransformerConfig) -> Problems[None]:
     num_experts, topk = config.num_moe_experts, config.moe_router_topk
     ep_size = config.expert_model_parallel_size
     if num_experts % ep_size:
-        raise ValueError(f"num_moe_experts ({num_experts}) must be divisible by expert_model_parallel_size ({ep_size})")
+        yield ValueError(f"num_moe_experts ({num_experts}) must be divisible by expert_model_parallel_size ({ep_size})")
     if not 1 <= topk <= num_experts:
-        raise ValueError(f"moe_router_topk ({topk}) must be between 1 and num_moe_experts ({num_experts})")
+        yield ValueError(f"moe_router_topk ({topk}) must be between 1 and num_moe_experts ({num_experts})")
 
 
-def _validate_air(config: TransformerConfig) -> None:
-    _validate_codebook(config)
+def _invalid_air(config: TransformerConfig) -> Problems[None]:
+    if (yield from passed_on(_invalid_codebook(config))):
+        return
     num_experts, topk = config.num_moe_experts, config.moe_router_topk
     if config.moe_air_shortlist_size > num_experts:
-        raise ValueError(
+        yield ValueError(
             f"moe_air_shortlist_size ({config.moe_air_shortlist_size}) must not exceed num_moe_experts ({num_experts})"
         )
     if config.moe_air_num_clusters > num_experts:
-        raise ValueError(
+        yield ValueError(
             f"moe_air_num_clusters ({config.moe_air_num_clusters}) must not exceed num_moe_experts ({num_experts}): "
             "searching such a codebook costs more than scoring every expert"
         )
     sizes = resolve_sizes(config)
     if sizes.num_probes > sizes.num_clusters:
-        raise ValueError(
+        yield ValueError(
             f"moe_air_num_probes ({sizes.num_probes}) must not exceed moe_air_num_clusters ({sizes.num_clusters})"
         )
     searched = sizes.num_probes * sizes.shortlist_size
     if config.moe_air_num_candidates and not topk <= config.moe_air_num_candidates <= searched:
-        raise ValueError(
+        yield ValueError(
             f"moe_air_num_candidates ({config.moe_air_num_candidates}) must be between moe_router_topk ({topk}) and "
             f"moe_air_num_probes ({sizes.num_probes}) times moe_air_shortlist_size ({sizes.shortlist_size}), or 0 for "
             "the automatic number"
         )
     if config.moe_air_codebook_source == "tokens":
         if topk >= sizes.shortlist_size and sizes.shortlist_size < num_experts:
-            raise ValueError(
+            yield ValueError(
                 f"moe_air_shortlist_size ({sizes.shortlist_size}) must exceed moe_router_topk ({topk}), unless it is "
                 f"num_moe_experts ({num_experts}): slots beyond the top-k hold the experts that no list would hold, "
                 f"which are lost for good without them; use {min(2 * topk, num_experts)} or more, or 0 for the "
@@ -147,7 +165,7 @@ def _validate_air(config: TransformerConfig) -> None:
             )
         return
     if sizes.num_clusters * sizes.shortlist_size < num_experts:
-        raise ValueError(
+        yield ValueError(
             f"moe_air_num_clusters ({sizes.num_clusters}) times moe_air_shortlist_size ({sizes.shortlist_size}) must "
             f"be at least num_moe_experts ({num_experts}) with moe_air_codebook_source 'experts': every expert stands "
             "in one list"
@@ -155,7 +173,7 @@ def _validate_air(config: TransformerConfig) -> None:
     if sizes.num_probes * num_experts < topk * sizes.num_clusters:
         most_clusters = sizes.num_probes * num_experts // topk
         least_probes = -(-topk * sizes.num_clusters // num_experts)
-        raise ValueError(
+        yield ValueError(
             f"moe_air_num_probes ({sizes.num_probes}) times the mean list, num_moe_experts ({num_experts}) over "
             f"moe_air_num_clusters ({sizes.num_clusters}), must be at least moe_router_topk ({topk}) with "
             "moe_air_codebook_source 'experts': a token would not find its top-k; use at most "
@@ -163,78 +181,84 @@ def _validate_air(config: TransformerConfig) -> None:
         )
 
 
-def _validate_product_keys(config: TransformerConfig) -> None:
-    num_experts, topk = config.num_moe_experts, config.moe_router_topk
+def _invalid_key_fields(config: TransformerConfig) -> Problems[None]:
     for name in ("moe_product_key_heads", "moe_product_key_dim"):
         if getattr(config, name) < 0:
-            raise ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic one")
-    _require_choice(config, "moe_product_key_query_norm")
+            yield ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic one")
+    yield from _no_choice(config, "moe_product_key_query_norm")
+
+
+def _invalid_product_keys(config: TransformerConfig) -> Problems[None]:
+    if (yield from passed_on(_invalid_key_fields(config))):
+        return
+    num_experts, topk = config.num_moe_experts, config.moe_router_topk
     sizes = resolve_product_keys(config)
     if topk % sizes.num_heads:
-        raise ValueError(f"moe_product_key_heads ({sizes.num_heads}) must divide moe_router_topk ({topk})")
+        yield ValueError(f"moe_product_key_heads ({sizes.num_heads}) must divide moe_router_topk ({topk})")
     if sizes.num_keys[0] == 1:
-        raise ValueError(f"num_moe_experts ({num_experts}) must be a product of two numbers above 1, the sub-keys")
+        yield ValueError(f"num_moe_experts ({num_experts}) must be a product of two numbers above 1, the sub-keys")
     if sizes.topk_per_head == 1 and config.moe_router_score_function == "softmax":
-        raise ValueError(
+        yield ValueError(
             f"moe_product_key_heads ({sizes.num_heads}) must leave each head two experts of moe_router_topk ({topk}): "
             "the softmax over one is constant, and the keys would get no gradient (or use the score function 'sigmoid')"
         )
 
 
-def _validate_groups(config: TransformerConfig) -> None:
+def _invalid_groups(config: TransformerConfig) -> Problems[None]:
     num_experts, topk = config.num_moe_experts, config.moe_router_topk
     groups, searched = config.moe_hierarchical_num_groups, config.moe_hierarchical_topk_groups
     if groups < 0 or (groups and num_experts % groups):
-        raise ValueError(
+        yield ValueError(
             f"moe_hierarchical_num_groups ({groups}) must divide num_moe_experts ({num_experts}), or be 0 for the "
             "automatic size"
         )
+        return
     sizes = resolve_groups(config)
     if not 0 <= searched <= sizes.num_groups:
-        raise ValueError(
+        yield ValueError(
             f"moe_hierarchical_topk_groups ({searched}) must be between 1 and moe_hierarchical_num_groups "
             f"({sizes.num_groups}), or 0 for the automatic size"
         )
     if sizes.topk_groups * sizes.group_size < topk:
-        raise ValueError(
+        yield ValueError(
             f"moe_router_topk ({topk}) must not exceed moe_hierarchical_topk_groups ({sizes.topk_groups}) times the "
             f"{sizes.group_size} experts of a group"
         )
 
 
-def _validate_hash(config: TransformerConfig) -> None:
+def _invalid_hash(config: TransformerConfig) -> Problems[None]:
     if config.moe_hash_vocab_size < 1:
-        raise ValueError(
+        yield ValueError(
             f"moe_hash_vocab_size ({config.moe_hash_vocab_size}) must be the number of token ids, padding included; "
             "give --moe-hash-vocab-size, or with air_moe_megatron.pretrain --vocab-size"
         )
     if config.moe_hash_seed < 0:
-        raise ValueError(f"moe_hash_seed ({config.moe_hash_seed}) must not be negative")
+        yield ValueError(f"moe_hash_seed ({config.moe_hash_seed}) must not be negative")
 
 
-def _validate_vq(config: TransformerConfig) -> None:
+def _invalid_vq(config: TransformerConfig) -> Problems[None]:
     topk = config.moe_router_topk
     if topk % 2:
-        raise ValueError(f"moe_router_topk ({topk}) must be even: half are found by code, half by score")
+        yield ValueError(f"moe_router_topk ({topk}) must be even: half are found by code, half by score")
     if topk == 2 and config.moe_router_score_function == "softmax" and not config.moe_router_pre_softmax:
-        raise ValueError(
+        yield ValueError(
             f"moe_router_topk ({topk}) leaves the continuous branch one expert, and the softmax over one is constant: "
             "add --moe-router-pre-softmax, or use more experts"
         )
     if not config.moe_vq_loss_coeff > 0.0:
-        raise ValueError(
+        yield ValueError(
             f"moe_vq_loss_coeff ({config.moe_vq_loss_coeff}) must be positive: this loss is the only thing that trains "
             "the codes"
         )
     if not config.moe_vq_commitment >= 0.0:
-        raise ValueError(f"moe_vq_commitment ({config.moe_vq_commitment}) must not be negative")
+        yield ValueError(f"moe_vq_commitment ({config.moe_vq_commitment}) must not be negative")
 
 
-_VALIDATE = {
-    "topk": lambda config: None,
-    "air": _validate_air,
-    "product_key": _validate_product_keys,
-    "hierarchical": _validate_groups,
-    "hash": _validate_hash,
-    "vq": _validate_vq,
+_INVALID = {
+    "topk": lambda config: iter(()),
+    "air": _invalid_air,
+    "product_key": _invalid_product_keys,
+    "hierarchical": _invalid_groups,
+    "hash": _invalid_hash,
+    "vq": _invalid_vq,
 }

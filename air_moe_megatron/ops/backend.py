@@ -32,9 +32,7 @@ def use_kernels(operation: str, *tensors: torch.Tensor, dtype: torch.dtype | Non
     Raises:
         ValueError: if AIR_MOE_BACKEND is none of its values, or "triton" where the kernels cannot run.
     """
-    forced = os.environ.get(VARIABLE, "auto")
-    if forced not in ("auto", "torch", "triton"):
-        raise ValueError(f"{VARIABLE} ({forced!r}) must be 'auto', 'torch' or 'triton'")
+    forced = _forced()
     if forced == "torch":
         return False
     dtypes = [tensor.dtype for tensor in tensors] + ([] if dtype is None else [dtype])
@@ -44,6 +42,32 @@ def use_kernels(operation: str, *tensors: torch.Tensor, dtype: torch.dtype | Non
             raise ValueError(f"{VARIABLE} ('triton') cannot be had for {operation}: {reason}")
         _say_once(operation, reason)
     return reason is None and (forced == "triton" or tensors[0].is_cuda)
+
+
+def explain(operation: str, device: torch.device, dtypes: list[torch.dtype], **sizes: int) -> tuple[str, str]:
+    """What :func:`use_kernels` answers for tensors of these dtypes on a device, in words for people.
+
+    Returns:
+        "Triton" or "torch", and the reason.
+    Raises:
+        ValueError: as :func:`use_kernels`.
+    """
+    forced = _forced()
+    if forced == "torch":
+        return "torch", f"{VARIABLE} is 'torch'"
+    reason = _reason_against(operation, device, dtypes, sizes)
+    if reason is None and forced == "triton":
+        return "Triton", f"{VARIABLE} is 'triton'"
+    if reason is None and device.type == "cuda":
+        return "Triton", "a CUDA GPU, and all within the limits of the kernels"
+    return "torch", reason or "the tensors are not on a CUDA GPU"
+
+
+def _forced() -> str:
+    forced = os.environ.get(VARIABLE, "auto")
+    if forced not in ("auto", "torch", "triton"):
+        raise ValueError(f"{VARIABLE} ({forced!r}) must be 'auto', 'torch' or 'triton'")
+    return forced
 
 
 def _reason_against(

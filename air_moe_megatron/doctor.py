@@ -1,0 +1,380 @@
+"""Say what a run would find here: `python -m air_moe_megatron.doctor [flags of air_moe_megatron.pretrain]`.
+
+It prints versions, devices, and which path each operation takes and why. For a command line it lists all that would
+stop the start, in the words of the start. No process group is made, nothing is written, and no other rank is needed:
+`--world-size` says how many there would be. The exit code is 0 if the command would start, otherwise 2.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import logging
+import os
+import platform
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from air_moe_megatron import console
+
+if TYPE_CHECKING:
+    from air_moe_megatron.config import Problems
+
+OPERATIONS = {
+    "coarse": "tokens to codewords",
+    "fine_scores": "scores of the shortlists",
+    "ranking": "rebuild of the shortlists",
+    "selected_scores": "gradients of the selected scores",
+    "pair_products": "products of pairs",
+    "exchange": "plan of the compact dispatch",
+    "granular_experts": "the experts",
+}
+"""Folders under ``ops/`` with kernels, and what they do."""
+
+_DISTRIBUTIONS = {"triton": ("pytorch-triton",), "megatron": ("megatron-core",)}
+"""Names under which packages are installed too, beside their own."""
+
+_NVIDIAS_APEX = ("multi_tensor_apply", "optimizers", "normalization")
+"""Folders of NVIDIA Apex; the package of that name on PyPI, a web framework's, has none of them."""
+
+
+@dataclass
+class Findings:
+    """What would stop a start, and what could not be checked because of it."""
+
+    problems: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+    def add(self, *problems: Exception | str) -> None:
+        """Add problems in the words of a start, each once."""
+        for words in (" ".join(str(problem).split()) for problem in problems):
+            if words not in self.problems:
+                self.problems.append(words)
+
+    def walk[T](self, topic: str, problems: "Problems[T]") -> T | None:
+        """Walk a check to its end.
+
+        Behind an earlier problem a check may lack what it presumes, and fail: its topic is then listed as unchecked.
+
+        Returns:
+            what the check returns; None where it failed.
+        """
+        try:
+            while True:
+                self.add(next(problems))
+        except StopIteration as end:
+            return end.value
+        except Exception:
+            if not self.problems:
+                raise
+            self.unchecked.append(topic)
+            return None
+
+
+def versions() -> dict[str, str]:
+    """Name -> version in words, of what a run is made of."""
+    import torch
+
+    cuda = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    nccl = "missing"
+    if torch.distributed.is_nccl_available():
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return {
+        "air_moe_megatron": _version("air_moe_megatron"),
+        "Python": platform.python_version(),
+        "torch": f"{torch.__version__}, {cuda}",
+        "megatron-core": _megatron(),
+        "Triton": _version("triton"),
+        "Transformer Engine": _version("transformer_engine"),
+        "NVIDIA Apex": apex(),
+        "NCCL": nccl,
+    }
+
+
+def apex() -> str:
+    """NVIDIA Apex in words, told from the unrelated package `apex` of PyPI by what is in it; neither is imported."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return "missing"
+    version = _version("apex")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any((folder / name).is_dir() for folder in folders for name in _NVIDIAS_APEX):
+        return (
+            f"missing: the installed package `apex` {version} is the unrelated one of PyPI; uninstall it, and build "
+            "https://github.com/NVIDIA/apex where you want Apex"
+        )
+    if importlib.util.find_spec("amp_C") is None:
+        return f"{version}, without its CUDA extensions, so Megatron does without it"
+    return version
+
+
+def _version(name: str) -> str:
+    if importlib.util.find_spec(name) is None:
+        return "missing"
+    for distribution in (name, *_DISTRIBUTIONS.get(name, ())):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return "of unknown version"
+
+
+def _megatron() -> str:
+    from air_moe_megatron.compat import require_supported_megatron
+
+    try:
+        require_supported_megatron()
+    except ImportError as error:
+        return f"{_version('megatron')}: {error}"
+    return importlib.metadata.version("megatron-core")
+
+
+def devices() -> list[str]:
+    """The devices of this machine in words."""
+    import torch
+
+    gib = 2**30
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / gib
+    lines = [f"CPU: {len(os.sched_getaffinity(0))} cores, {memory:.1f} GiB, torch threads: {torch.get_num_threads()}"]
+    if not torch.cuda.is_available():
+        return [*lines, "GPU: none that torch sees; --cpu trains on the CPU with gloo"]
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        capability = f"sm_{found.major}{found.minor}"
+        lines.append(f"GPU {index}: {found.name}, {capability}, {found.total_memory / gib:.1f} GiB")
+    return lines
+
+
+def paths(args: argparse.Namespace | None) -> dict[str, tuple[str, str]]:
+    """Operation -> "Triton" or "torch", and why.
+
+    Args:
+        args: of a command line with a router of ours, for its dtypes and sizes; None for bf16 and sizes of any kind.
+    """
+    import torch
+
+    from air_moe_megatron.ops.backend import explain
+
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if has_gpu and not getattr(args, "cpu", False) else torch.device("cpu")
+    dtype = getattr(args, "params_dtype", None) or (torch.bfloat16 if has_gpu else torch.float32)
+    router_dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(getattr(args, "moe_router_dtype", None), dtype)
+    sizes = _limited_sizes(args)
+    dtypes = {name: [dtype, router_dtype] for name in ("fine_scores", "selected_scores")}
+    chosen = {name: explain(name, device, dtypes.get(name, [dtype]), **sizes.get(name, {})) for name in OPERATIONS}
+    if args is not None and args.expert_model_parallel_size == 1:
+        chosen["exchange"] = "torch", "a single expert-parallel rank exchanges nothing"
+    return chosen
+
+
+def _limited_sizes(args: argparse.Namespace | None) -> dict[str, dict[str, int]]:
+    """The sizes that kernels limit, by operation and name; nothing without arguments."""
+    from air_moe_megatron.config import is_plain_topk, resolve_sizes
+
+    if args is None or is_plain_topk(args):
+        return {}
+    topk, ranks = args.moe_router_topk, args.expert_model_parallel_size
+    sizes = {"exchange": {"num_ranks": ranks, "topk": topk}, "fine_scores": {"topk": topk}}
+    if args.moe_granular_experts:
+        sizes["granular_experts"] = {"ffn_hidden_size": args.moe_ffn_hidden_size or args.ffn_hidden_size}
+    if args.moe_router_type == "air":
+        chosen = resolve_sizes(argparse.Namespace(**vars(args), num_moe_experts=args.num_experts))
+        sizes["coarse"] = {"num_probes": chosen.num_probes}
+        sizes["fine_scores"] = {"topk": chosen.num_candidates, "probes": chosen.num_probes}
+    return sizes
+
+
+def examine(flags: Sequence[str]) -> tuple[argparse.Namespace | None, Findings]:
+    """Check a command line of `air_moe_megatron.pretrain` as its start would, to the end.
+
+    Without a GPU it turns on CPU mode, in which Megatron can read the flags. What Megatron prints is dropped.
+
+    Returns:
+        the arguments, None where they cannot be parsed or Megatron refuses them; all that was found.
+    """
+    import torch
+
+    from air_moe_megatron import cpu
+    from air_moe_megatron.compat import require_supported_megatron
+
+    found = Findings()
+    try:
+        require_supported_megatron()
+    except ImportError as error:
+        found.add(error)
+        found.unchecked += ["flags", "data", "model", "memory", "checkpoint"]
+        return None, found
+    words, has_gpu = [console.PROGRAM, *flags], torch.cuda.is_available() and not cpu.is_enabled()
+    if "--cpu" in words and has_gpu:
+        found.add(console.CPU_ON_A_GPU)
+    elif "--cpu" in words:
+        words = cpu.with_required_flags(words)
+    elif not has_gpu:
+        found.add(console.NO_GPU)
+    if not has_gpu:
+        cpu.enable()
+    argv, sys.argv = sys.argv, words
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return _examine(found), found
+    finally:
+        sys.argv = argv
+
+
+def _examine(found: Findings) -> argparse.Namespace | None:
+    """The checks in the order of ``training.train``."""
+    from megatron.training.argument_utils import core_transformer_config_from_args
+    from megatron.training.arguments import parse_args
+
+    from air_moe_megatron.arguments import unfit_fields
+    from air_moe_megatron.checkpoints import unfit_checkpoint
+    from air_moe_megatron.config import problem_of, unused
+    from air_moe_megatron.entry_refusals import refused_flags
+    from air_moe_megatron.memory import check_memory
+    from air_moe_megatron.preflight import unfit_data
+    from air_moe_megatron.training import extra_args_provider, model_config_from_args
+
+    try:
+        args = parse_args(extra_args_provider)
+    except ValueError as error:
+        found.add(error)
+        found.unchecked += ["data", "model", "memory", "checkpoint"]
+        return None
+    if args.log_file:
+        found.walk("log file", problem_of(_check_writable, args.log_file))
+    args, is_valid = _complete(args, found)
+    found.walk("flags", refused_flags(args))
+    found.walk("data", unfit_data(args))
+    if not is_valid:
+        found.walk("unused flags", unused(args))
+        found.unchecked += ["model", "memory", "checkpoint"]
+        return None
+    try:
+        config = core_transformer_config_from_args(args)
+    except (ValueError, AssertionError) as error:
+        found.add(_of_megatron(error))
+        found.walk("unused flags", unused(args))
+        found.unchecked += ["model", "memory", "checkpoint"]
+        return None
+    num_problems = len(found.problems)
+    found.walk("model", unfit_fields(args, config))
+    is_valid = len(found.problems) == num_problems
+    if is_valid:
+        found.walk("model", problem_of(model_config_from_args, args))
+    if console.NO_GPU in found.problems:
+        found.unchecked.append("memory")
+    else:
+        found.walk("memory", problem_of(check_memory, args))
+    found.walk("checkpoint", unfit_checkpoint(args, config))
+    return args if is_valid else None
+
+
+def _complete(args: argparse.Namespace, found: Findings) -> tuple[argparse.Namespace, bool]:
+    """The arguments with what checkpoint, Megatron's validation and tokenizer add, and whether all of them passed."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    from air_moe_megatron.agreement import Ranks
+    from air_moe_megatron.checkpoints import fields_of_checkpoint
+    from air_moe_megatron.training import ARGS_DEFAULTS, provider_with
+
+    if args.use_checkpoint_args:
+        try:
+            args = parse_args(provider_with(fields_of_checkpoint(args, Ranks(0, 1, None))))
+        except ValueError as error:
+            found.add(error)
+            return args, False
+    try:
+        if args.use_checkpoint_args:
+            load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+            load_args_from_checkpoint(args)
+        validate_args(args, ARGS_DEFAULTS)
+        build_tokenizer(args)
+    except (Exception, SystemExit) as error:  # Megatron's checks are assertions, errors of all kinds, and exits
+        found.add(_of_megatron(error))
+        return args, False
+    return args, True
+
+
+def _of_megatron(error: BaseException) -> str:
+    """The words of an error of Megatron's; many of its assertions have none but their code."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"Megatron: {error}" if str(error).strip() else f"Megatron: {type(error).__name__} at {place.line}"
+
+
+def _check_writable(path: str) -> None:
+    """Refuse a log file that cannot be written; leaves nothing behind."""
+    if os.path.exists(path):
+        open(path, "a").close()
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+def report(flags: Sequence[str], world_size: int) -> tuple[str, bool]:
+    """All that the command prints, and whether the command line would start; True where none is given."""
+    args, found = examine(flags) if flags else (None, Findings())
+    chosen = {}
+    try:
+        chosen = paths(args)
+    except ValueError as error:  # of AIR_MOE_BACKEND
+        found.add(error)
+    lines = ["Versions", *(f"  {name:20}{version}" for name, version in versions().items())]
+    lines += ["", "Devices", *(f"  {line}" for line in devices())]
+    lines += ["", "Operations" + ("" if args is None else ", with the sizes of the command line")]
+    lines += [f"  {name:20}{path:8}{reason} ({OPERATIONS[name]})" for name, (path, reason) in chosen.items()]
+    if flags:
+        lines += ["", f"Command line, as rank 0 of {world_size}"]
+        if found.problems:
+            lines.append(f"  It would not start. {len(found.problems)} to mend:")
+            lines += [f"  {number}. {problem}" for number, problem in enumerate(found.problems, 1)]
+        else:
+            lines.append("  Nothing here would stop it.")
+        if found.unchecked:
+            topics = ", ".join(dict.fromkeys(found.unchecked))
+            lines.append(f"  Not checked before these are mended: {topics}")
+    return "\n".join(lines) + "\n", not found.problems
+
+
+def own_parser() -> argparse.ArgumentParser:
+    """Parser of the doctor's own flags; what it does not know is the command line to check."""
+    parser = argparse.ArgumentParser(prog="python -m air_moe_megatron.doctor", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="ranks in all")
+    parser.add_argument("--nproc-per-node", type=int, help="ranks on this host, which share its memory; default: all")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the report.
+
+    Raises:
+        SystemExit: with 2 where the command line would not start, otherwise 0.
+    """
+    parser = own_parser()
+    own, flags = parser.parse_known_args(argv)
+    for name in ("world_size", "nproc_per_node"):
+        if getattr(own, name) is not None and getattr(own, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} ({getattr(own, name)}) must be at least 1")
+    on_host = own.nproc_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", own.world_size))
+    world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": own.world_size, "LOCAL_WORLD_SIZE": on_host}
+    os.environ.update({name: str(value) for name, value in world.items()})
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    text, would_start = report(flags, own.world_size)
+    sys.stdout.write(text)
+    sys.exit(0 if would_start else 2)
+
+
+if __name__ == "__main__":
+    main()

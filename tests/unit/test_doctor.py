@@ -1,0 +1,233 @@
+"""The doctor: what is installed, which path an operation takes, and all that would stop a command line."""
+
+import argparse
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from air_moe_megatron import cpu, doctor
+from air_moe_megatron.config import ROUTER_TYPES, AIRFields, invalid, validate
+from tests.builders import make_config
+from tests.processes import run
+
+FLAGS = (
+    "--cpu --num-layers 2 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --seq-length 16 "
+    "--max-position-embeddings 16 --num-experts 64 --moe-ffn-hidden-size 8 --moe-router-topk 2 --moe-router-type air "
+    "--micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 2 --eval-interval 10 --eval-iters 1 "
+    "--tokenizer-type NullTokenizer --vocab-size 64 --mock-data --disable-bias-linear"
+).split()
+# One mistake each: its flags, and the words of the start.
+MISTAKES = {
+    "flag": (["--freeze-all-layers"], "--freeze-all-layers is not supported: Megatron freezes only models that it"),
+    "rule": (["--log-interval", "0"], "--log-interval (0) must be at least 1"),
+    "data": (["--full-validation", "--multiple-validation-sets"], "--full-validation excludes test data"),
+    "unused": (["--moe-hash-seed", "3"], "--moe-hash-seed (3) has no effect with --moe-router-type air"),
+    "value": (["--moe-air-num-probes", "-1"], "moe_air_num_probes (-1) must be positive, or 0 for the automatic one"),
+    "fusion": (["--moe-router-fusion"], "moe_router_fusion (True) is not supported with moe_router_type 'air'"),
+    "compact": (["--moe-dispatch", "compact"], "moe_granular_experts (False) is not supported with moe_dispatch"),
+    "checkpoint": (["--load", "nowhere"], "--load 'nowhere' holds no checkpoint"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def examine():
+    """The doctor's checks of a command line, without what CPU mode leaves behind."""
+    was_enabled = cpu.is_enabled()
+    yield lambda *more: doctor.examine([*FLAGS, *more])
+    if not was_enabled:
+        cpu.disable()
+
+
+def first_error(monkeypatch, flags):
+    """The words with which a start refuses a command line."""
+    from megatron.training.arguments import parse_args, validate_args
+
+    from air_moe_megatron.agreement import Ranks
+    from air_moe_megatron.checkpoints import check_checkpoint
+    from air_moe_megatron.entry_refusals import check_flags
+    from air_moe_megatron.preflight import check_data
+    from air_moe_megatron.training import extra_args_provider, model_config_from_args
+
+    monkeypatch.setattr(sys, "argv", cpu.with_required_flags(["pretrain", *flags]))
+    args = parse_args(extra_args_provider)
+    validate_args(args, {})
+    with pytest.raises(ValueError) as error:
+        check_flags(args)
+        check_data(args)
+        check_checkpoint(args, model_config_from_args(args).transformer, Ranks(0, 1, None))
+    return str(error.value)
+
+
+def test_a_sound_command_line_has_no_problem(examine):
+    args, found = examine()
+    assert (found.problems, found.unchecked) == ([], [])
+    assert args.num_experts == 64 and args.padded_vocab_size
+    assert not torch.distributed.is_initialized()
+
+
+def test_all_problems_of_a_command_line_are_listed_at_once_in_the_words_of_the_start(examine, monkeypatch):
+    _, found = examine(*(flag for flags, _ in MISTAKES.values() for flag in flags))
+    assert len(found.problems) == len(MISTAKES) and found.unchecked == []
+    for flags, words in MISTAKES.values():
+        message = first_error(monkeypatch, [*FLAGS, *flags])
+        assert message.startswith(words)
+        assert " ".join(message.split()) in found.problems
+
+
+def test_megatrons_first_problem_is_named_as_its_own_and_ours_are_listed_beside_it(examine):
+    args, found = examine("--global-batch-size", "3", "--log-interval", "0", "--moe-hash-seed", "3")
+    megatrons, *ours = found.problems
+    assert args is None and megatrons.startswith("Megatron: ") and "3" in megatrons
+    assert [problem.split()[0] for problem in ours] == ["--log-interval", "--moe-hash-seed"]
+    assert found.unchecked == ["model", "memory", "checkpoint"]
+
+
+def test_an_assertion_without_words_is_named_by_its_code(examine):
+    _, found = examine("--seq-length", "32")
+    assert found.problems and all(len(problem) > len("Megatron: ") for problem in found.problems)
+
+
+def test_flags_that_cannot_be_parsed_are_the_one_problem(examine):
+    args, found = examine("--no-such-flag", "--log-interval", "0")
+    assert args is None and found.problems == ["unrecognized arguments: --no-such-flag"]
+
+
+def test_a_gpu_command_is_checked_without_a_gpu(examine):
+    args, found = doctor.examine([flag for flag in FLAGS if flag != "--cpu"])
+    assert found.problems[0] == "no CUDA GPU is visible; give --cpu to run on CPU with gloo"
+    assert args is None or "memory" in found.unchecked
+
+
+def test_a_megatron_that_is_not_supported_is_the_one_problem(examine, monkeypatch):
+    monkeypatch.setattr("air_moe_megatron.compat.SUPPORTED_MEGATRON", ("0.1", "0.2"))
+    args, found = examine("--log-interval", "0")
+    assert args is None and len(found.problems) == 1 and "is not supported: air_moe_megatron needs" in found.problems[0]
+    assert "needs >= 0.1, < 0.2" in doctor.versions()["megatron-core"]
+
+
+def test_a_failing_check_is_unchecked_behind_a_problem_and_a_fault_without_one():
+    def fails():
+        yield ValueError("first")
+        raise KeyError("presumed")
+
+    found = doctor.Findings()
+    assert found.walk("topic", fails()) is None
+    assert (found.problems, found.unchecked) == (["first"], ["topic"])
+
+    def breaks():
+        yield from ()
+        raise KeyError("a fault")
+
+    with pytest.raises(KeyError):
+        doctor.Findings().walk("topic", breaks())
+
+
+SETTINGS = st.fixed_dictionaries(
+    {
+        "moe_router_type": st.sampled_from(ROUTER_TYPES),
+        "num_moe_experts": st.sampled_from([None, 7, 64]),
+        "moe_router_topk": st.integers(-1, 65),
+        "expert_model_parallel_size": st.sampled_from([1, 2]),
+        "moe_ffn_hidden_size": st.sampled_from([None, 0, 1]),
+        "moe_dispatch": st.sampled_from(["stock", "compact", "other"]),
+        "moe_granular_experts": st.booleans(),
+        "moe_air_codebook_source": st.sampled_from(["tokens", "experts", "other"]),
+        "moe_air_codebook_ema": st.sampled_from([0.99, 1.0, float("nan")]),
+        **{
+            name: st.integers(-1, 70)
+            for name in AIRFields.__dataclass_fields__
+            if AIRFields.__dataclass_fields__[name].type is int
+        },
+    }
+)
+
+
+@given(SETTINGS)
+def test_every_problem_of_a_config_is_found_and_the_first_is_the_error(settings):
+    config = make_config()
+    for name, value in settings.items():
+        setattr(config, name, value)
+    problems = [str(problem) for problem in invalid(config)]
+    assert len(set(problems)) == len(problems)
+    if problems:
+        with pytest.raises(ValueError) as error:
+            validate(config)
+        assert str(error.value) == problems[0]
+    else:
+        validate(config)
+
+
+# Versions, devices, paths.
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A function that puts a package on the path: name, files -> None."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def install(name, *files):
+        for file in ("__init__.py", *files):
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("raise AssertionError('the doctor imports no Apex')\n")
+
+    return install
+
+
+def test_apex_of_pypi_is_not_taken_for_nvidias(installed):
+    assert doctor.apex() == "missing"
+    installed("apex", "models.py", "templates/base.pt")
+    assert doctor.apex().startswith("missing: the installed package `apex`") and "unrelated" in doctor.apex()
+
+
+def test_nvidias_apex_is_told_with_its_extensions(installed):
+    installed("apex", "multi_tensor_apply/__init__.py", "optimizers/fused_adam.py")
+    assert "without its CUDA extensions" in doctor.apex()
+    installed("amp_C")
+    assert doctor.apex() == "of unknown version"
+
+
+def test_versions_name_what_is_there():
+    found = doctor.versions()
+    assert found["torch"].startswith(torch.__version__) and found["megatron-core"].startswith("0.19")
+    assert found["Triton"][0].isdigit()
+    assert {"Triton", "Transformer Engine", "NVIDIA Apex", "NCCL"} <= set(found)
+
+
+def test_every_operation_has_a_path_and_a_reason(monkeypatch):
+    from tests.unit.test_layering import PACKAGE
+
+    assert set(doctor.OPERATIONS) == {path.parent.name for path in (PACKAGE / "ops").glob("*/kernels.py")}
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert set(doctor.paths(None).values()) == {("torch", "the tensors are not on a CUDA GPU")}
+    monkeypatch.setenv("AIR_MOE_BACKEND", "torch")
+    assert set(doctor.paths(None).values()) == {("torch", "AIR_MOE_BACKEND is 'torch'")}
+    monkeypatch.setenv("AIR_MOE_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert set(doctor.paths(None).values()) == {("Triton", "AIR_MOE_BACKEND is 'triton'")}
+
+
+def test_sizes_beyond_the_kernels_limits_are_named(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    fields = dict(num_experts=4096, moe_router_topk=4, expert_model_parallel_size=1, moe_ffn_hidden_size=1, cpu=True)
+    values = {name: field.default for name, field in AIRFields.__dataclass_fields__.items()}
+    args = argparse.Namespace(
+        **values | fields | dict(moe_router_type="air", moe_air_num_probes=16, moe_granular_experts=True)
+    )
+    found = doctor.paths(args)
+    assert found["coarse"] == ("torch", "num_probes (16) exceeds 8")
+    assert found["fine_scores"] == ("torch", "probes (16) exceeds 8")
+    assert found["exchange"] == ("torch", "a single expert-parallel rank exchanges nothing")
+
+
+def test_the_command_ends_with_2_where_a_start_would_not_work_and_writes_nothing(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "air_moe_megatron.doctor", "--world-size", "2", *FLAGS]
+    save = ["--save", str(tmp_path / "out"), "--save-interval", "1", "--tensorboard-dir", str(tmp_path / "board")]
+    ended = run([*command, *save, "--log-interval", "0"])
+    assert ended.returncode == 2 and "as rank 0 of 2" in ended.stdout and "arguments -----" not in ended.stdout
+    assert ended.stdout.startswith("Versions\n")
+    assert ended.stdout.endswith("1 to mend:\n  1. --log-interval (0) must be at least 1\n")
+    assert list(tmp_path.iterdir()) == []
