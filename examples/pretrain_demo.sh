@@ -65,3 +65,4 @@ checkpoint:  {sys.argv[2]}/checkpoint
 log:         {sys.argv[2]}/train.log
 TensorBoard: tensorboard --logdir {sys.argv[2]}/tensorboard
 data:        {sys.argv[3]}''')" "$NATS" "$OUT" "$DATA"
+"$PYTHON" -m air_moe_megatron.generate "${DEVICE[@]}" --load "$OUT/checkpoint" --prompt $'import os\n\n\ndef ' --temperature 0.6

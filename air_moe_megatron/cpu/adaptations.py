@@ -215,6 +215,20 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
+def _generator(original: type[torch.Generator]) -> type:
+    """`torch.Generator` for which CUDA means CPU; what it makes are generators of torch itself."""
+
+    class OfGenerators(type):
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, original)
+
+    class Generator(metaclass=OfGenerators):
+        def __new__(cls, device: Any = "cpu") -> torch.Generator:
+            return original("cpu" if _names_cuda(device) else device)
+
+    return Generator
+
+
 def _without_warnings(original: types.ModuleType) -> types.SimpleNamespace:
     """`logging` for a module with one warning, which is true by design: the CPU's generator moves in a CUDA fork."""
     silent = logging.Logger(f"{__name__}.silent", level=logging.CRITICAL + 1)
@@ -310,6 +324,7 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
             *("Tensor.new_tensor", "Tensor.new_empty", "Tensor.new_zeros", "Tensor.new_ones", "Tensor.new_full"),
         )
     ),
+    Adaptation("torch.Generator", _generator, "Megatron's inference samples with one on the current device"),
     Adaptation("torch.load", _load, "map_location='cuda' means the CPU"),
     Adaptation("torch.Tensor.to", _tensor_to, "to('cuda') means the CPU"),
     Adaptation("torch.Tensor.cuda", _itself, "already there"),

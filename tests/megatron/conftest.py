@@ -58,6 +58,11 @@ class Run:
         return {int(number): (loss, norm) for number, loss, norm in _ITERATION.findall(self.output)}
 
     @property
+    def validation_loss(self) -> float:
+        """That of the evaluation at the end of the run."""
+        return float(re.search(r"on validation set \| lm loss value: ([0-9.E+-]+)", self.output)[1])
+
+    @property
     def norms(self) -> dict[int, str]:
         return {number: norm for number, (_, norm) in self.steps.items()}
 
@@ -93,8 +98,21 @@ def successors(tmp_path_factory) -> list:
 
 
 @pytest.fixture(scope="session")
+def validation(tmp_path_factory) -> list:
+    """The flags of validation data that the evaluations of ``MODEL`` read once, whole: one document."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
+
+    prefix = str(tmp_path_factory.mktemp("validation") / "one")
+    builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=DType.optimal_dtype(VOCABULARY))
+    length = GLOBAL_BATCH * SEQUENCE + 1
+    builder.add_document(torch.from_numpy(numpy.random.default_rng(1).integers(0, VOCABULARY, size=length)), [length])
+    builder.finalize(get_idx_path(prefix))
+    return ["--valid-data-path", prefix, "--test-data-path", prefix]
+
+
+@pytest.fixture(scope="session")
 def forkserver(tmp_path_factory):
-    """A function that trains with our entry: flags, ranks, more flags by rank -> Run."""
+    """A function that runs one of our commands: flags, ranks, more flags by rank, its module -> Run."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.megatron.forkserver"],
         cwd=ROOT,
@@ -106,14 +124,14 @@ def forkserver(tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("logs")
 
-    def run(flags, ranks, flags_of_rank):
+    def run(flags, ranks, flags_of_rank, module="air_moe_megatron.pretrain"):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         log = folder / f"{len(list(folder.iterdir()))}.log"
         log.touch()
         request = {"flags": flags, "ranks": ranks, "port": port, "log": str(log), "timeout": HANG_SECONDS}
-        request["flags_of_rank"] = flags_of_rank
+        request |= {"flags_of_rank": flags_of_rank, "module": module}
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
         reply = process.stdout.readline()
@@ -143,6 +161,18 @@ def pretrain(data_prefix, forkserver, tmp_path_factory):
             result = Run(ended.stdout, ended.returncode)
         if succeeds:
             assert result.returncode == 0, result.output[-6000:]
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def use(forkserver):
+    """A function that runs what uses a checkpoint: "evaluate" or "generate", flags -> Run."""
+
+    def run(command, *flags, ranks=1, succeeds=True):
+        result = forkserver(["--cpu", *map(str, flags)], ranks, {}, f"air_moe_megatron.{command}")
+        assert not succeeds or result.returncode == 0, result.output[-6000:]
         return result
 
     return run

@@ -5,6 +5,7 @@ and forks a process per rank for each run it is asked for: a JSON object per lin
 torchrun do: when one fails, the others are stopped.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -25,11 +26,11 @@ def start(rank: int, request: dict) -> int:
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "LOCAL_WORLD_SIZE": request["ranks"]}
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}
     os.environ.update({name: str(value) for name, value in {**world, **rendezvous}.items()})
-    sys.argv = ["air_moe_megatron.pretrain", *request["flags"], *request["flags_of_rank"].get(str(rank), [])]
-    from air_moe_megatron import console, pretrain
+    sys.argv = [request["module"], *request["flags"], *request["flags_of_rank"].get(str(rank), [])]
+    from air_moe_megatron import console
 
     console._PATIENCE = 1.0  # no launcher stops this rank when rank 0 has ended
-    pretrain.main()
+    importlib.import_module(request["module"]).main()
     sys.exit(0)
 
 
@@ -62,7 +63,10 @@ def main() -> None:
     from air_moe_megatron import cpu
 
     cpu.enable()
-    import air_moe_megatron.training  # noqa: F401
+    import air_moe_megatron.inference.evaluation
+    import air_moe_megatron.inference.generation
+    import air_moe_megatron.training
+    import air_moe_megatron.tune.command  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,11 +1,12 @@
 """Every baseline in the real training loop: compact and stock path alike, learning, and resumed in another layout."""
 
+import json
 import re
 
 import pytest
 import torch
 
-from tests.megatron.conftest import AIR, EP2, read_checkpoint
+from tests.megatron.conftest import AIR, EP2, GLOBAL_BATCH, SEQUENCE, read_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -40,11 +41,12 @@ def assert_same_norms(run, expected, steps):
 
 
 @pytest.fixture(scope="module")
-def train(pretrain, successors):
+def train(pretrain, successors, validation):
     """A function that trains a granular model: flags -> Run."""
+    data = ["--train-data-path", successors[1], *validation, *successors[-2:]]
 
     def run(*flags, **settings):
-        return pretrain(*GRANULAR, *successors, *flags, data=False, **settings)
+        return pretrain(*GRANULAR, *data, *flags, data=False, **settings)
 
     return run
 
@@ -98,6 +100,26 @@ def test_another_router_does_not_load_it(baseline, train):
     assert f"holds routers of type {router_type}: --moe-router-type air cannot load them" in other.output
 
 
+def figures_of(use, directory, validation, tmp_path, *flags, **settings):
+    """What `evaluate` measures on the validation data, without any flag of the model."""
+    file = tmp_path / "figures.json"
+    run = use("evaluate", "--load", directory, "--data-path", validation[1], "--json", file, *flags, **settings)
+    content = json.loads(file.read_text())
+    assert content["iteration"] > 0
+    (figures,) = content["data"]
+    assert f"{figures['tokens']} " in run.output or f"{figures['tokens']:,} " in run.output
+    return figures
+
+
+def test_evaluation_repeats_the_loss_of_training(baseline, use, validation, tmp_path):
+    router_type, _, run, directory = baseline
+    figures = figures_of(use, directory, validation, tmp_path)
+    assert figures["loss"] == pytest.approx(run.validation_loss, rel=PRINTED_LOSS)
+    assert figures["tokens"] == GLOBAL_BATCH * SEQUENCE and figures["bytes"] is None
+    assert [layer["router"] for layer in figures["layers"]] == [router_type, router_type]
+    assert all(0 < layer["experts_used"] <= 1 <= layer["imbalance_factor"] for layer in figures["layers"])
+
+
 def test_megatrons_own_experts_take_product_keys_of_two_heads(pretrain):
     """Two heads may name one expert; Megatron's all-to-all still finds K for each token."""
     flags = ["--moe-router-type", "product_key", "--moe-router-topk", "4", "--moe-product-key-heads", "2"]
@@ -107,8 +129,16 @@ def test_megatrons_own_experts_take_product_keys_of_two_heads(pretrain):
     assert "--moe-product-key-heads (2) has no effect with --moe-router-type air" in run.output
 
 
-def test_air_reports_its_recall(train):
-    run = train(*AIR, *COMPACT, *EP2, "--train-iters", "2")
+def test_air_reports_its_recall_and_is_used_without_its_flags(train, use, validation, tmp_path):
+    run = train(*AIR, *COMPACT, *EP2, "--train-iters", "2", *save_flags(tmp_path))
     found = re.findall(r"mass recall: ([0-9.]+) \| top-k recall: ([0-9.]+)", run.output)
     assert len(found) == 2
     assert all(0.2 < float(mass) <= 1.0 and 0.2 < float(topk) <= 1.0 for mass, topk in found)
+    figures = figures_of(use, tmp_path, validation, tmp_path, *EP2, ranks=2)
+    assert figures["loss"] == pytest.approx(run.validation_loss, rel=PRINTED_LOSS)
+    for layer in figures["layers"]:
+        assert 0.2 < layer["mass_recall"] <= 1.0 and 0.2 < layer["topk_recall"] <= 1.0 and layer["rank_imbalance"] >= 1
+    prompts = ["1 2 3 4 5", "7"]
+    run = use("generate", "--load", tmp_path, "--prompt", *prompts, "--num-tokens", "4", *EP2, ranks=2)
+    texts = run.output.split(f"{'-' * 40}\n")
+    assert [text.lstrip().startswith(prompt) for text, prompt in zip(texts[-2:], prompts, strict=True)]

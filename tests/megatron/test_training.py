@@ -1,5 +1,6 @@
 """The real training loop: when the codebook learns, what a checkpoint holds, and what is refused before it starts."""
 
+import json
 import re
 
 import pytest
@@ -34,11 +35,16 @@ def refused(run, message):
 
 
 @pytest.fixture(scope="module")
-def topk_checkpoint(pretrain, tmp_path_factory):
-    """A checkpoint of two top-k steps."""
-    directory = tmp_path_factory.mktemp("topk")
-    pretrain(*EP2, "--train-iters", "2", *save_flags(directory, 2))
-    return directory
+def topk_run(pretrain, data_prefix, validation, tmp_path_factory):
+    """Two top-k steps with Megatron's own experts: the run and its checkpoint."""
+    directory, cache = (tmp_path_factory.mktemp(name) for name in ("topk", "cache"))
+    data = ["--train-data-path", data_prefix, *validation, "--data-cache-path", cache]
+    return pretrain(*EP2, *data, "--train-iters", "2", *save_flags(directory, 2), data=False), directory
+
+
+@pytest.fixture(scope="module")
+def topk_checkpoint(topk_run):
+    return topk_run[1]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,34 @@ def test_resumed_run_equals_the_uninterrupted_one(pretrain, tmp_path):
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     assert updates_and_counts(tmp_path / "resumed", 10)[0] == [10, 10]
     assert re.search(r"routing health at iteration +10 .*quantization error: 0\.\d+.*live codewords: \d", whole.output)
+
+
+def test_a_plain_checkpoint_is_evaluated_as_it_was_trained(topk_run, use, validation, tmp_path):
+    run, directory = topk_run
+    use("evaluate", "--load", directory, "--data-path", validation[1], "--json", tmp_path / "x.json")
+    (figures,) = json.loads((tmp_path / "x.json").read_text())["data"]
+    assert figures["loss"] == pytest.approx(run.validation_loss, rel=1.1e-6)
+    assert [(layer["layer"], layer["router"]) for layer in figures["layers"]] == [("1", "topk"), ("2", "topk")]
+    assert all(0 < layer["experts_used"] <= 1 for layer in figures["layers"])
+
+
+VQ = ["--moe-router-type", "vq", "--moe-router-pre-softmax"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "evaluate: error: --load must name the folder of a checkpoint"),
+        (["--load", "FOLDER"], "holds no checkpoint: name a folder that does"),
+        (["--load", "TOPK", "--data-path", "none"], "none.idx' does not exist"),
+        (["--load", "TOPK", "--data-path", "DATA", "--moe-router-type", "air"], "the codebooks would be random"),
+        (["--load", "TOPK", "--data-path", "DATA", *VQ], "--moe-router-type vq cannot load them"),
+    ],
+    ids=("no-load", "no-checkpoint", "absent-data", "air", "vq"),
+)
+def test_evaluation_names_what_is_wrong(topk_checkpoint, use, validation, tmp_path, flags, message):
+    places = {"FOLDER": tmp_path, "TOPK": topk_checkpoint, "DATA": validation[1]}
+    assert refused(use("evaluate", *(places.get(flag, flag) for flag in flags), succeeds=False), message)
 
 
 LAYOUTS = {

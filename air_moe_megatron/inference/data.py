@@ -1,0 +1,153 @@
+"""Data to measure a model on: one stream of tokens, cut into windows of the model's sequence length.
+
+Every token but the first is predicted exactly once. Windows follow one another without overlap; only the last one
+begins earlier, so that it is as long as the others, and what it repeats does not count.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy
+import torch
+from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
+
+from air_moe_megatron.arguments import padded_vocab_size
+from air_moe_megatron.inference.text import ByteTokenizer, Tokenizer, num_bytes
+from air_moe_megatron.preflight import check_token_ids, read_indexed_dataset
+
+_BLOCK = 2**20  # tokens that are looked at together
+_SCANNED_BLOCKS = 64
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """The documents of a data set, one after the other."""
+
+    path: str
+    tokens: numpy.ndarray  # [N] ids
+    num_bytes: int | None  # of the text of all tokens but the first; None where the tokenizer does not tell
+
+
+def read(path: str, tokenizer: Tokenizer, args: argparse.Namespace) -> TokenStream:
+    """Read a data set.
+
+    Args:
+        path: prefix of a Megatron indexed data set; or a text file, which is one document; or a file that ends in
+            .jsonl, whose lines are objects with a document under "text", each then ended by the end of a document.
+        tokenizer: of the model.
+        args: as ``restore.parse`` returns them.
+    Raises:
+        ValueError: naming the path and what is wrong with it.
+    """
+    name = f"--data-path entry '{path}'"
+    if os.path.isfile(path) and not path.endswith((".bin", ".idx")):
+        tokens = _tokenize(_documents(path, name), tokenizer, has_ends=path.endswith(".jsonl"))
+    else:
+        dataset = read_indexed_dataset(path, name)
+        check_token_ids(dataset, name, padded_vocab_size(args), _SCANNED_BLOCKS)
+        tokens = dataset.tokens[: int(dataset.lengths.sum(dtype=numpy.int64))]
+    if args.max_tokens is not None:
+        tokens = tokens[: args.max_tokens]
+    if len(tokens) < args.seq_length + 1:
+        raise ValueError(
+            f"{name} holds {len(tokens)} tokens, and a window of --seq-length ({args.seq_length}) takes "
+            f"{args.seq_length + 1}: give more data, or a smaller --seq-length"
+        )
+    return TokenStream(path, tokens, _bytes_of(tokens, tokenizer))
+
+
+def _documents(path: str, name: str) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        try:
+            if not path.endswith(".jsonl"):
+                yield file.read()
+                return
+            for line in file:
+                if line.strip():
+                    yield json.loads(line)["text"]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is neither a text file in UTF-8 nor the prefix of an indexed data set") from error
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{name}: {line.strip()[:40]!r} is no JSON object with a string under "text"') from error
+
+
+def _tokenize(documents: Iterator[str], tokenizer: Tokenizer, has_ends: bool) -> numpy.ndarray:
+    end = [tokenizer.eod] if has_ends else []
+    parts = [numpy.array([*tokenizer.tokenize(text), *end], dtype=numpy.int64) for text in documents]
+    return numpy.concatenate(parts) if parts else numpy.empty(0, dtype=numpy.int64)
+
+
+def _bytes_of(tokens: numpy.ndarray, tokenizer: Tokenizer) -> int | None:
+    """Bytes of the text of all tokens but the first; documents are detokenized one by one."""
+    if isinstance(tokenizer, ByteTokenizer):
+        blocks = range(1, len(tokens), _BLOCK)
+        return sum(int((tokens[start : start + _BLOCK] < ByteTokenizer.vocab_size - 1).sum()) for start in blocks)
+    ends = (numpy.flatnonzero(numpy.asarray(tokens) == tokenizer.eod) + 1).tolist()
+    total = 0
+    for start, end in zip([0, *ends], [*ends, len(tokens)], strict=True):
+        found = num_bytes(tokenizer, tokens[start:end])
+        if found is None:
+            return None
+        total += found
+    return total - num_bytes(tokenizer, tokens[:1])
+
+
+class Windows(torch.utils.data.Dataset):
+    """Windows of a stream, as Megatron's data sets give samples.
+
+    Args:
+        tokens: [N] ids, more than ``args.seq_length``.
+        eod: id of the end of a document.
+        args: with ``seq_length`` and Megatron's settings of positions, masks and losses within a sample.
+
+    Example: 8 tokens in windows of 3 predict the tokens 1 to 3, 4 to 6, and 7, the last one from 4, 5 and 6.
+    """
+
+    def __init__(self, tokens: numpy.ndarray, eod: int, args: argparse.Namespace) -> None:
+        self.tokens, self.eod, self.length = tokens, eod, args.seq_length
+        self.settings = (
+            args.reset_position_ids,
+            args.reset_attention_mask,
+            args.eod_mask_loss,
+            args.create_attention_mask_in_dataloader,
+        )
+
+    def __len__(self) -> int:
+        return -(-(len(self.tokens) - 1) // self.length)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """A window; from the last one on, they begin anew and do not count."""
+        first = index % len(self) * self.length
+        start = min(first, len(self.tokens) - 1 - self.length)
+        window = torch.from_numpy(self.tokens[start : start + self.length + 1].astype(numpy.int64))
+        inputs, labels = window[:-1].contiguous(), window[1:].contiguous()
+        attention_mask, loss_mask, position_ids = _get_ltor_masks_and_position_ids(inputs, self.eod, *self.settings)
+        loss_mask[: first - start] = 0.0
+        if index >= len(self):
+            loss_mask.zero_()
+        sample = {"tokens": inputs, "labels": labels, "loss_mask": loss_mask, "position_ids": position_ids}
+        return sample if attention_mask is None else sample | {"attention_mask": attention_mask}
+
+
+def microbatches(
+    windows: Windows, micro_batch_size: int, rank: int, num_ranks: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The windows of one data-parallel rank; all ranks get as many microbatches.
+
+    Args:
+        windows: of the data set.
+        micro_batch_size: windows in a microbatch.
+        rank: data-parallel rank.
+        num_ranks: data-parallel ranks.
+    """
+    for number in range(num_microbatches(windows, micro_batch_size, num_ranks)):
+        first = (number * num_ranks + rank) * micro_batch_size
+        yield torch.utils.data.default_collate([windows[first + i] for i in range(micro_batch_size)])
+
+
+def num_microbatches(windows: Windows, micro_batch_size: int, num_ranks: int) -> int:
+    """Microbatches of each data-parallel rank."""
+    return -(-len(windows) // (micro_batch_size * num_ranks))

@@ -1,0 +1,284 @@
+"""Measure a trained model on data: perplexity, bits per byte, and how its routers route."""
+
+import argparse
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import pandas
+import torch
+from megatron.core import mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.router import TopKRouter
+from tqdm import tqdm
+
+from air_moe_megatron import console
+from air_moe_megatron.batches import forward_step
+from air_moe_megatron.compat import process_groups_released
+from air_moe_megatron.health import listed_share, load_figures
+from air_moe_megatron.inference import restore
+from air_moe_megatron.inference.data import TokenStream, Windows, microbatches, num_microbatches, read
+from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
+from air_moe_megatron.process_groups import sum_over_ranks
+from air_moe_megatron.recall import recall
+from air_moe_megatron.routers import AIRRouter
+from air_moe_megatron.routers.air import TokenSample
+from air_moe_megatron.routers.base import CompactRouter
+
+_SAMPLE_SIZE, _MAX_SAMPLED = 64, 4096
+"""Tokens of a microbatch, and of a data set, whose exact scores are computed; of each layer and rank."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured on one data set."""
+
+    path: str
+    tokens: int  # that were predicted and count
+    loss: float  # nats per token
+    perplexity: float
+    bytes: int | None
+    bits_per_byte: float | None
+    layers: list[dict[str, Any]]  # see :meth:`RoutingMeter.figures`
+
+
+class RoutingMeter:
+    """Measures a router of any type while a model is evaluated; nothing in the router changes.
+
+    Counts the tokens of each expert. Of AIR routers it also samples tokens, whose recall is measured against exact
+    scores of all experts: ``2 * tokens * E * H`` FLOPs, for up to 64 tokens of a microbatch and 4,096 in all.
+
+    Args:
+        router: Megatron's or ours.
+        layer: its name in the figures.
+    """
+
+    def __init__(self, router: TopKRouter, layer: str) -> None:
+        self.router, self.layer = router, layer
+        self.num_experts = router.config.num_moe_experts
+        self.loads: torch.Tensor | None = None  # [E] int64
+        self.recalls: list[tuple[float, float]] = []
+        self.num_sampled = 0
+        self._hook = router.register_forward_hook(self._measure)
+
+    def remove(self) -> None:
+        """Take the meter off the router."""
+        self._hook.remove()
+
+    @torch.no_grad()
+    def _measure(self, router: TopKRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        chosen = output[1]  # [T, K] ids with compact dispatch, otherwise a routing map [T, E]
+        if chosen.dtype == torch.bool:
+            loads = chosen.sum(dim=0)
+        else:
+            loads = torch.bincount(chosen[chosen >= 0].long(), minlength=self.num_experts)
+        self.loads = loads if self.loads is None else self.loads + loads
+        if isinstance(router, AIRRouter) and self.num_sampled < _MAX_SAMPLED:
+            self._sample(router, args[0])
+
+    def _sample(self, router: AIRRouter, hidden: torch.Tensor) -> None:
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        hidden = hidden[:: -(-hidden.shape[0] // _SAMPLE_SIZE)]
+        codewords = router._route(hidden, None).codewords
+        if router.input_norm is not None:
+            hidden = router.input_norm(hidden)
+        kept = router.sample
+        router.sample = TokenSample(hidden, codewords, None)
+        self.recalls.append(recall(router))
+        router.sample = kept
+        self.num_sampled += hidden.shape[0]
+
+    def figures(self) -> dict[str, Any]:
+        """Figures over all ranks of the pipeline stage; communicates within it, and waits for the device.
+
+        Returns:
+            layer, router (its type), experts, topk; experts_used, a share; imbalance_factor, 1 if all experts get the
+            same; rank_imbalance, the load of the most loaded expert-parallel rank over the mean; of AIR routers
+            experts_listed, mass_recall and topk_recall, shares.
+        """
+        router, group = self.router, self.router.tp_dp_cp_group
+        names = ("experts-used", "imbalance-factor", "rank-imbalance")
+        loads = load_figures([sum_over_ranks(self.loads, group)], router.config.expert_model_parallel_size)
+        figures = {
+            "layer": self.layer,
+            "router": router.router_type if isinstance(router, CompactRouter) else "topk",
+            "experts": self.num_experts,
+            "topk": router.topk,
+            **{name.replace("-", "_"): loads[name] for name in names},
+        }
+        if isinstance(router, AIRRouter):
+            sums = [sum(values) for values in zip(*self.recalls, strict=True)]
+            sums = torch.tensor([*sums, len(self.recalls)], dtype=torch.float64, device=self.loads.device)
+            mass, topk, count = sum_over_ranks(sums, group).tolist()
+            figures |= {
+                "experts_listed": listed_share([router]),
+                "mass_recall": mass / count,
+                "topk_recall": topk / count,
+            }
+        return figures
+
+
+def meters_of(model: Sequence[torch.nn.Module]) -> list[RoutingMeter]:
+    """A meter on each router of a model; those of multi-token prediction are named so."""
+    return [
+        RoutingMeter(module, f"{'mtp ' if 'mtp' in name.split('.') else ''}{module.layer_number}")
+        for chunk in model
+        for name, module in chunk.named_modules()
+        if isinstance(module, TopKRouter)
+    ]
+
+
+@torch.no_grad()
+def evaluate(
+    model: list[torch.nn.Module],
+    stream: TokenStream,
+    eod: int,
+    args: argparse.Namespace,
+    progress: Callable[[Iterator], Iterator] = iter,
+) -> Figures:
+    """Measure a model on a data set, each token but the first once.
+
+    The loss is that of training, without what balances the routers. Communicates; every rank must call it.
+
+    Args:
+        model: in evaluation mode, as ``restore.build_and_load`` gives it.
+        stream: the data set.
+        eod: id of the end of a document.
+        args: as ``restore.parse`` returns them.
+        progress: wraps the loop over microbatches, such as tqdm.
+    Returns:
+        the figures, the same on all ranks.
+    """
+    windows = Windows(stream.tokens, eod, args)
+    rank, num_ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    batches = microbatches(windows, args.micro_batch_size, rank, num_ranks)
+    run = get_forward_backward_func()
+    meters = meters_of(model)
+    sums = torch.zeros(2, dtype=torch.float64, device=next(model[0].parameters()).device)  # nats, tokens
+    for _ in progress(range(num_microbatches(windows, args.micro_batch_size, num_ranks))):
+        losses = run(
+            forward_step_func=forward_step,
+            data_iterator=[batches] * len(model) if len(model) > 1 else batches,
+            model=model,
+            num_microbatches=1,
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            decoder_seq_length=args.decoder_seq_length,
+            forward_only=True,
+        )
+        for loss in losses:  # of the last pipeline stage
+            sums += loss["lm loss"].double()
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        sums.zero_()  # its loss is that of rank 0
+    nats, count = sum_over_ranks(sums, torch.distributed.group.WORLD).tolist()
+    layers = _gather([meter.figures() for meter in meters])
+    for meter in meters:
+        meter.remove()
+    loss = nats / count
+    return Figures(
+        stream.path,
+        int(count),
+        loss,
+        math.exp(min(loss, 700.0)),
+        stream.num_bytes,
+        nats / math.log(2) / stream.num_bytes if stream.num_bytes else None,
+        layers,
+    )
+
+
+def _gather(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The layers of all pipeline stages, in their order."""
+    every_rank = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every_rank, layers)
+    found = {layer["layer"]: layer for layers_of_rank in every_rank for layer in layers_of_rank}
+    return sorted(found.values(), key=lambda layer: (layer["layer"].startswith("mtp"), int(layer["layer"].split()[-1])))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``python -m air_moe_megatron.evaluate``."""
+    group = parser.add_argument_group(title="evaluate")
+    group.add_argument("--json", metavar="FILE", help="Also write the figures to this file.")
+    group.add_argument("--max-tokens", type=int, help="Read only this many tokens of each data set.")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be measured, before the model is built.
+
+    Raises:
+        ValueError: naming the flag, its value and the rule.
+    """
+    if not args.data_path:
+        raise ValueError(
+            "--data-path must name the data: prefixes of indexed data sets, text files, or files that end in .jsonl"
+        )
+    for flag, given in (
+        ("--sft", args.sft),
+        ("--dataloader-inter-document-masking", args.dataloader_inter_document_masking),
+    ):
+        if given:
+            raise ValueError(f"{flag} of the checkpoint is not supported: its samples are documents, not windows")
+    if args.max_tokens is not None and args.max_tokens < 2:
+        raise ValueError(f"--max-tokens ({args.max_tokens}) must be at least 2")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json '{args.json}': the folder does not exist")
+
+
+def run(screen: TextIO) -> None:
+    """Parse the command line, load the checkpoint, and print what was measured.
+
+    Args:
+        screen: where rank 0 prints it.
+    Raises:
+        SystemExit: where the command line, the checkpoint or the data cannot work; one line says why.
+    """
+    with contextlib.ExitStack() as stack:
+        with console.refusals():
+            args, ranks = restore.parse(add_flags)
+            check(args)
+            tokenizer: Tokenizer = tokenizer_of(args)
+            streams: list[TokenStream] = []
+            ranks.check("data", lambda: streams.extend(read(path, tokenizer, args) for path in args.data_path))
+            stack.enter_context(process_groups_released())
+            model = restore.build_and_load(args, ranks)
+        found = []
+        for stream in streams:
+            bar = tqdm if ranks.rank == 0 else iter
+            found.append(evaluate(model, stream, tokenizer.eod, args, bar))
+        if ranks.rank == 0:
+            screen.write(format_figures(args.load, args.iteration, found))
+            screen.flush()
+            if args.json:
+                content = {"checkpoint": args.load, "iteration": args.iteration, "data": [asdict(one) for one in found]}
+                Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
+
+
+_SHARES = ("experts_used", "experts_listed", "mass_recall", "topk_recall")
+
+
+def format_figures(checkpoint: str, iteration: int, found: Sequence[Figures]) -> str:
+    """Readable tables: one row per data set, then for each of them one row per layer with experts."""
+    rows = [
+        {
+            "data": one.path,
+            "tokens": f"{one.tokens:,}",
+            "nats per token": f"{one.loss:.4f}",
+            "perplexity": f"{one.perplexity:.3f}",
+            "bytes": "-" if one.bytes is None else f"{one.bytes:,}",
+            "bits per byte": "-" if one.bits_per_byte is None else f"{one.bits_per_byte:.4f}",
+        }
+        for one in found
+    ]
+    parts = [f"{checkpoint}, iteration {iteration}", pandas.DataFrame(rows).to_string(index=False)]
+    for one in found:
+        if one.layers:
+            table = pandas.DataFrame(one.layers)
+            for name in table.columns:
+                kind = "{:.1%}" if name in _SHARES else "{:.3f}" if name.endswith(("factor", "imbalance")) else "{}"
+                table[name] = ["-" if pandas.isna(value) else kind.format(value) for value in table[name]]
+            table.columns = [name.replace("topk_recall", "top-k recall").replace("_", " ") for name in table.columns]
+            parts += [f"routing on {one.path}", table.to_string(index=False)]
+    return "\n\n".join(parts) + "\n"

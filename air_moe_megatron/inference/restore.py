@@ -1,0 +1,202 @@
+"""Build the model of a checkpoint and load it, without the flags that it was trained with.
+
+Megatron's ``--use-checkpoint-args`` brings over a part of what shapes a model: not the dtype of the router, the epsilon
+of the norms, the scaling of rotary embeddings or anything of ours. Here all arguments that the model's configuration is
+made from come from the checkpoint, as defaults: a flag on the command line wins, and is reported. What belongs to a run
+and not to its model stays behind: parallelism, recomputation, data, and what makes a forward random.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.training.arguments import parse_and_validate_args, parse_args
+from megatron.training.checkpointing import load_checkpoint
+from megatron.training.config.training_config import TokenizerConfig
+from megatron.training.initialize import initialize_megatron
+from megatron.training.models import GPTModelConfig
+
+from air_moe_megatron.agreement import Ranks, check_agreement, meet
+from air_moe_megatron.batches import get_embedding_ranks
+from air_moe_megatron.checkpoints import check_checkpoint, saved_arguments
+from air_moe_megatron.config import AIRMoEConfig, is_plain_topk
+from air_moe_megatron.entry_refusals import check_flags
+from air_moe_megatron.inference.text import check_tokenizer_files
+from air_moe_megatron.memory import check_memory
+from air_moe_megatron.specs import mtp_specs_with_air_layers
+from air_moe_megatron.training import extra_args_provider, leave_out, model_config_from_args
+
+_CONFIGS = (AIRMoEConfig, MLATransformerConfig, HeterogeneousTransformerConfig)
+
+OF_A_RUN = frozenset(
+    {
+        *(field.name for field in dataclasses.fields(ModelParallelConfig)),
+        # stages of a pipeline
+        *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout"),
+        *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+        # memory of training, and graphs
+        *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+        *("moe_layer_recompute", "distribute_saved_activations", "init_model_with_meta_device"),
+        *("fine_grained_activation_offloading", "offload_modules", "min_offloaded_tensor_size"),
+        *("delay_offload_until_cuda_graph", "delta_offload_bytes_across_pp_ranks", "activation_offload_fraction"),
+        *("fine_grained_offloading_max_inflight_offloads", "moe_paged_stash", "moe_paged_stash_page_size"),
+        *("moe_paged_stash_buffer_size_factor_cuda", "moe_paged_stash_buffer_size_factor_cpu"),
+        *("enable_cuda_graph", "cuda_graph_use_single_mempool", "cuda_graph_retain_backward_graph"),
+        *("cuda_graph_warmup_steps", "external_cuda_graph", "cuda_graph_impl", "cuda_graph_modules"),
+        *("inference_cuda_graph_scope", "cuda_graph_scope", "use_inference_optimized_layers", "inference_rng_tracker"),
+        # what makes a forward random, or has it repeat another
+        *("moe_input_jitter_eps", "moe_router_force_load_balancing", "moe_router_force_biased"),
+        *("moe_enable_routing_replay", "test_mode", "config_logger_dir"),
+    }
+)
+"""Fields of Megatron's config that belong to a run and not to its model; they keep Megatron's defaults."""
+
+MODEL_ARGUMENTS = frozenset(
+    {
+        *("num_experts", "swiglu", "squared_relu", "quick_geglu", "group_query_attention"),
+        *("init_method_xavier_uniform", "bf16", "fp16", "fp16_lm_cross_entropy", "spec", "hybrid_layer_pattern"),
+        *("no_persist_layer_norm", "bias_swiglu_fusion", "bias_gelu_fusion"),
+        *("seq_length", "max_position_embeddings", "position_embedding_type", "add_position_embedding"),
+        *("use_rotary_position_embeddings", "rotary_base", "rotary_percent", "rotary_seq_len_interpolation_factor"),
+        *("use_rope_scaling", "rope_scaling_factor", "untie_embeddings_and_output_weights"),
+        *("make_vocab_size_divisible_by", "fp8_param_gather", "fp4_param_gather"),
+        *("te_precision_config_file", "kitchen_config_file", "kitchen_recipe_number"),
+        # what a token's context and loss are
+        *("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "create_attention_mask_in_dataloader"),
+        *("sft", "dataloader_inter_document_masking"),
+        *("ckpt_format",),
+    }
+)
+"""Arguments that shape a model beside the fields of its config and of its tokenizer."""
+
+_NEVER_TRAINS = {
+    "skip_train": True,
+    "no_load_optim": True,
+    "no_load_rng": True,
+    "exit_on_missing_checkpoint": True,
+    "rerun_mode": "disabled",
+    "eval_iters": 0,
+}
+
+
+def model_arguments(saved: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a checkpoint that its model and its tokenizer are made from.
+
+    Args:
+        saved: the arguments of the run that saved it, validated by Megatron.
+    """
+    names = {field.name for config in _CONFIGS for field in dataclasses.fields(config)} - OF_A_RUN
+    names |= {field.name for field in dataclasses.fields(TokenizerConfig)} | MODEL_ARGUMENTS
+    values = {name: value for name, value in vars(saved).items() if name in names}
+    if values.get("hybrid_layer_pattern") is not None:
+        values.pop("num_layers", None)  # Megatron derives it, and refuses both
+    return values
+
+
+def parse(
+    add_flags: Callable[[argparse.ArgumentParser], object], left: Collection[str] = ()
+) -> tuple[argparse.Namespace, Ranks]:
+    """Parse the command line, with the arguments of the checkpoint as defaults.
+
+    Communicates with the other ranks, through the store of the rendezvous.
+
+    Args:
+        add_flags: adds the flags of the command to Megatron's parser.
+        left: arguments of the checkpoint that the command leaves, and says so.
+    Returns:
+        Megatron's parsed and validated arguments, and the ranks of this start.
+    Raises:
+        ValueError: without a checkpoint, for one that does not hold its arguments, or for flags that do not fit it.
+    """
+
+    def provider(parser: argparse.ArgumentParser, defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
+        parser = extra_args_provider(parser)
+        add_flags(parser)
+        parser.set_defaults(**(defaults or {}))
+        return parser
+
+    given = parse_args(provider)
+    if given.load is None:
+        raise ValueError("--load must name the folder of a checkpoint")
+    if given.save is not None:
+        raise ValueError(f"--save ({given.save}) must be left out: nothing is trained")
+    ranks = meet(given)
+    saved = saved_arguments(given, ranks)
+    values = model_arguments(saved)
+    _check_padding(values, given.tensor_model_parallel_size)
+    check_tokenizer_files(values, given)
+    kept = {name: value for name, value in values.items() if name not in left}
+    defaults = {"micro_batch_size": saved.micro_batch_size} | kept | _NEVER_TRAINS
+    args = parse_and_validate_args(extra_args_provider=partial(provider, defaults=defaults))
+    check_agreement(args, ranks)
+    check_flags(args)
+    if ranks.rank == 0:
+        _report_changes(args, values)
+    return args, ranks
+
+
+def build_and_load(args: argparse.Namespace, ranks: Ranks) -> list[torch.nn.Module]:
+    """Make the process groups, build the model, and load the checkpoint into it.
+
+    Communicates. The caller ends the process groups, as ``compat.process_groups_released`` does.
+
+    Args:
+        args: as :func:`parse` returns them; their ``iteration`` becomes that of the checkpoint.
+        ranks: likewise.
+    Returns:
+        Megatron's list of model chunks, in evaluation mode.
+    Raises:
+        ValueError: for a checkpoint that is damaged or does not fit.
+    """
+    config = model_config_from_args(args)
+    ranks.check("memory", lambda: check_memory(args))
+    lacking = check_checkpoint(args, config.transformer, ranks)
+    if any(name.startswith("codebook.") for name in lacking):
+        raise ValueError(
+            f"--load '{args.load}' was trained with top-k routing, so --moe-router-type (air) must be left out: the "
+            "codebooks would be random"
+        )
+    if lacking:
+        config.pre_wrap_hooks.append(partial(leave_out, lacking))
+    initialize_megatron(
+        allow_no_cuda=args.cpu,
+        get_embedding_ranks=get_embedding_ranks if isinstance(config, GPTModelConfig) else None,
+    )
+    with contextlib.nullcontext() if is_plain_topk(args) else mtp_specs_with_air_layers():
+        model = config.get_builder_cls()(config).build_distributed_models(
+            ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False, data_parallel_random_init=False
+        )
+    args.iteration, args.num_floating_point_operations_so_far = load_checkpoint(model, None, None)
+    for chunk in model:
+        chunk.eval()
+    return model
+
+
+def _check_padding(values: dict[str, Any], tensor_parallel_size: int) -> None:
+    """Another padding of the vocabulary adds logits that were never trained, and so changes every loss."""
+    padded = values.get("padded_vocab_size")
+    if padded is not None and padded % tensor_parallel_size:
+        raise ValueError(
+            f"--tensor-model-parallel-size ({tensor_parallel_size}) must divide the padded vocabulary size of the "
+            f"checkpoint ({padded})"
+        )
+
+
+def _report_changes(args: argparse.Namespace, values: dict[str, Any]) -> None:
+    """Say on standard error which arguments of the model are not those of the checkpoint."""
+    changed = [
+        f"{name} is {getattr(args, name)} (was {value})"
+        for name, value in values.items()
+        if getattr(args, name, value) != value
+    ]
+    if changed:
+        sys.stderr.write(f"not as in the checkpoint: {', '.join(changed)}\n")

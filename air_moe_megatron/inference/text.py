@@ -1,0 +1,117 @@
+"""Text to token ids and back, as the data that a checkpoint was trained on were made."""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from megatron.core.tokenizers import MegatronTokenizer
+from megatron.training import get_tokenizer
+
+_NUM_BYTES = 256
+_FILE_TOKENIZERS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
+"""Tokenizers whose model is a file; a HuggingFace model may be a name too."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as the ids 0 to 255, with the methods that Megatron's inference calls.
+
+    For models that were trained on bytes with Megatron's NullTokenizer and 257 ids, as ``examples/prepare_stdlib.py``
+    makes them.
+
+    Example: "hi" is [104, 105]; [104, 105, 256] is "hi" again, as the end of a document (256) is no text.
+    """
+
+    vocab_size = _NUM_BYTES + 1
+    bos = None
+
+    def __init__(self, eod: int = _NUM_BYTES) -> None:
+        self.eod = eod
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of the bytes; what a shell has passed undecoded keeps its bytes.
+
+        Raises:
+            ValueError: if the text holds a lone surrogate, which has no bytes.
+        """
+        return list(text.encode("utf-8", "surrogateescape"))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of the bytes; what is no UTF-8 becomes the replacement character."""
+        return self.to_bytes(ids).decode("utf-8", "replace")
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes, without the end of a document."""
+        return bytes(token for token in ids if token < _NUM_BYTES)
+
+
+class IdTokenizer:
+    """Token ids as decimal numbers, separated by white space: what NullTokenizer takes for text."""
+
+    bos = None
+
+    def __init__(self, vocab_size: int, eod: int) -> None:
+        self.vocab_size, self.eod = vocab_size, eod
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of the numbers.
+
+        Raises:
+            ValueError: if a word is no id of the vocabulary.
+        """
+        words = text.split()
+        wrong = [word for word in words if not word.isdecimal() or int(word) >= self.vocab_size]
+        if wrong:
+            raise ValueError(
+                f"{wrong[0]!r} is no token id: NullTokenizer with --vocab-size {self.vocab_size} takes numbers from 0 "
+                f"to {self.vocab_size - 1}, separated by spaces (257 ids are taken for bytes and the end of a document)"
+            )
+        return [int(word) for word in words]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The numbers, separated by spaces."""
+        return " ".join(str(token) for token in ids)
+
+
+Tokenizer = ByteTokenizer | IdTokenizer | MegatronTokenizer
+
+
+def check_tokenizer_files(values: dict[str, object], given: argparse.Namespace) -> None:
+    """Refuse a tokenizer whose files a checkpoint names and this machine lacks.
+
+    Args:
+        values: the arguments of the checkpoint.
+        given: those of the command line.
+    Raises:
+        ValueError: naming the flag and the path.
+    """
+    names = ["vocab_file", "merge_file", "metadata_path"]
+    names += ["tokenizer_model"] if values.get("tokenizer_type") in _FILE_TOKENIZERS else []
+    for name in names:
+        path = getattr(given, name, None) or values.get(name)
+        if isinstance(path, str) and not os.path.isfile(path):
+            flag = "--tokenizer-metadata" if name == "metadata_path" else "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} '{path}' of the checkpoint does not exist here: give the flag with its place")
+
+
+def tokenizer_of(args: argparse.Namespace) -> Tokenizer:
+    """The tokenizer of a model; bytes where NullTokenizer has 257 ids.
+
+    Args:
+        args: as ``restore.parse`` returns them, which has built Megatron's tokenizer.
+    """
+    if args.tokenizer_type != "NullTokenizer":
+        return get_tokenizer()
+    eod = get_tokenizer().eod
+    return ByteTokenizer(eod) if args.vocab_size == ByteTokenizer.vocab_size else IdTokenizer(args.vocab_size, eod)
+
+
+def num_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> int | None:
+    """Bytes of the text that tokens stand for, without ends of documents; None where they stand for no text.
+
+    Example: with bytes [104, 105, 256] it is 2.
+    """
+    if isinstance(tokenizer, IdTokenizer):
+        return None
+    if isinstance(tokenizer, ByteTokenizer):
+        return sum(token < _NUM_BYTES for token in ids)
+    return len(tokenizer.detokenize([int(token) for token in ids if token != tokenizer.eod]).encode())

@@ -1,0 +1,111 @@
+"""What of a checkpoint's arguments shapes its model, and that all of it comes over."""
+
+import argparse
+import dataclasses
+import sys
+
+import pytest
+from megatron.training.arguments import parse_args, validate_args
+
+from air_moe_megatron import cpu
+from air_moe_megatron.inference import restore
+from air_moe_megatron.training import extra_args_provider, model_config_from_args
+
+BASE = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 24 "
+    "--micro-batch-size 2 --vocab-size 64 --tokenizer-type NullTokenizer --train-iters 2 --lr 1 "
+)
+MOE = "--num-experts 16 --moe-ffn-hidden-size 8 --moe-router-topk 2 "
+# Flags with values that Megatron would not choose, and for the most part does not bring over itself.
+MODELS = {
+    "air": BASE + MOE + "--moe-router-type air --moe-granular-experts --moe-dispatch compact --moe-router-dtype fp32 "
+    "--moe-router-topk-scaling-factor 4 --moe-router-input-norm running --moe-air-num-clusters 8 "
+    "--moe-air-num-probes 2 --norm-epsilon 1e-3 --normalization RMSNorm --swiglu --disable-bias-linear "
+    "--untie-embeddings-and-output-weights",
+    "attention": BASE + "--qk-layernorm --attention-softmax-in-fp32 --rotary-base 500 --rotary-percent 0.5 "
+    "--squared-relu --position-embedding-type rope --group-query-attention --num-query-groups 2 --kv-channels 16 "
+    "--add-qkv-bias --window-size 4,0 --softmax-type learnable --apply-query-key-layer-scaling --fp16 "
+    "--use-rope-scaling",
+    "megatron's experts": BASE + MOE + "--moe-layer-freq ([0]+[1]) --moe-shared-expert-intermediate-size 8 "
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-pre-softmax "
+    "--moe-apply-probs-on-input --moe-expert-capacity-factor 2 --moe-router-num-groups 4 --moe-router-group-topk 2 "
+    "--bf16 --fp32-residual-connection --moe-router-load-balancing-type seq_aux_loss",
+    "latent": BASE + "--multi-latent-attention --q-lora-rank 8 --kv-lora-rank 12 --qk-head-dim 6 "
+    "--qk-pos-emb-head-dim 4 --v-head-dim 6 --rotary-scaling-factor 20 --mscale 0.5 --hidden-size 24",
+    "hybrid": BASE.replace("--num-layers 2", "") + MOE + "--hybrid-layer-pattern *E*E --moe-router-type hash "
+    "--moe-hash-seed 3 --moe-granular-experts --moe-router-load-balancing-type none --moe-aux-loss-coeff 0 "
+    "--disable-bias-linear",
+}  # fmt: skip
+# Arguments of the training run that must not come over.
+OF_THE_RUN = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --seed 3"
+LEFT = {"recompute_granularity", "recompute_method", "recompute_num_layers", "inference_sampling_seed"}
+READ_OF_A_RUN = {"decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "seed", "num_layers"}
+
+
+class Recorder(argparse.Namespace):
+    """Remembers which arguments are read."""
+
+    def __getattribute__(self, name):
+        if not name.startswith("__"):
+            object.__getattribute__(self, "__dict__").setdefault("_read", set()).add(name)
+        return object.__getattribute__(self, name)
+
+
+@pytest.fixture
+def parse(megatron_cpu, monkeypatch):
+    """A function that parses and validates: flags, defaults -> arguments."""
+
+    def run(flags, defaults=None):
+        monkeypatch.setattr(sys, "argv", cpu.with_required_flags(["test", "--cpu", *flags.split()]))
+
+        def provider(parser):
+            parser = extra_args_provider(parser)
+            parser.set_defaults(**(defaults or {}))
+            return parser
+
+        args = parse_args(provider)
+        validate_args(args, {})
+        return args
+
+    return run
+
+
+def comparable(config):
+    """The fields of a model's configuration and of its transformer, without functions."""
+    fields = {**vars(config), **vars(config.transformer)}
+    return {name: value for name, value in fields.items() if name != "transformer" and not callable(value)}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_model_is_that_of_the_training_flags(parse, model):
+    saved = parse(f"{MODELS[model]} {OF_THE_RUN}")
+    expected = comparable(model_config_from_args(saved))
+    found = comparable(model_config_from_args(parse("--micro-batch-size 1", restore.model_arguments(saved))))
+    assert found.keys() == expected.keys()
+    assert {name for name in found if found[name] != expected[name] and "hook" not in name} == LEFT
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_argument_that_a_model_is_made_from_is_brought_or_named_as_the_runs(parse, model):
+    args = parse(MODELS[model])
+    recorder = Recorder(**vars(args))
+    model_config_from_args(recorder)
+    read = recorder.__dict__["_read"] & vars(args).keys()
+    assert {"hidden_size", "layernorm_epsilon"} <= read
+    assert read <= restore.model_arguments(args).keys() | restore.OF_A_RUN | READ_OF_A_RUN
+
+
+def test_the_names_are_those_of_this_megatron(parse):
+    known = vars(parse(BASE)).keys()
+    optional = {"kitchen_config_file", "kitchen_recipe_number"}  # only with the library of that name
+    assert restore.MODEL_ARGUMENTS - known <= optional
+    fields = {field.name for config in restore._CONFIGS for field in dataclasses.fields(config)}
+    assert restore.OF_A_RUN <= fields
+
+
+def test_another_padding_of_the_vocabulary_is_refused():
+    with pytest.raises(
+        ValueError, match=r"--tensor-model-parallel-size \(2\) must divide .* of the checkpoint \(257\)"
+    ):
+        restore._check_padding({"padded_vocab_size": 257}, 2)
+    restore._check_padding({"padded_vocab_size": 256}, 2)
