@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from air_moe_megatron.config import AIRFields
+from air_moe_megatron.doctor import own_parser
 from tests.builders import make_router
 from tests.processes import run
 
@@ -34,6 +35,7 @@ printf '%s\037' "${0##*/}" "$@" >> "LOG"
 printf '\036' >> "LOG"
 """
 OF_THE_ENTRY = {"--cpu": "off", "--log-file": "None"}  # flags that are no fields of the config
+CHECKED = {"air_moe_megatron.pretrain", "air_moe_megatron.doctor"}  # these take the flags of a training
 NOT_OURS = {"pretrain_gpt.py"}  # scripts of a Megatron-LM checkout
 
 
@@ -142,9 +144,9 @@ def flags_of(command: list[str]) -> list[str]:
     places = [
         place
         for place, word in enumerate(command)
-        if word == "air_moe_megatron.pretrain" or word in NOT_OURS or word.startswith("examples/")
+        if word in CHECKED or word in NOT_OURS or word.startswith("examples/")
     ]
-    return command[places[-1] + 1 :] if places else []
+    return own_parser().parse_known_args(command[places[-1] + 1 :])[1] if places else []
 
 
 @documents(of_language("bash"))
@@ -166,6 +168,29 @@ def test_commands_name_what_exists(path, tmp_path, parser):
         assert flags or not any(word.startswith("--moe-") for word in command), command
         if flags:
             refuse_unused(parser.parse_args(flags))
+
+
+def test_commands_that_use_a_checkpoint_parse(tmp_path, megatron_cpu):
+    from megatron.training.arguments import add_megatron_arguments
+
+    from air_moe_megatron.inference import evaluation, generation
+    from air_moe_megatron.training import extra_args_provider
+    from air_moe_megatron.tune import command as tuning
+
+    modules = {"generate": generation, "evaluate": evaluation, "tune": tuning}
+    found = set()
+    commands = [
+        one for name in ("inference", "tools") for one in commands_of(ROOT / f"docs/{name}.md", tmp_path / name)
+    ]
+    for command in commands:
+        name = next(word for word in command if word.startswith("air_moe_megatron."))
+        if name in CHECKED:
+            continue
+        parser = extra_args_provider(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+        modules[name.removeprefix("air_moe_megatron.")].add_flags(parser)
+        assert parser.parse_args(command[command.index(name) + 1 :]).load
+        found.add(name)
+    assert len(found) == len(modules)
 
 
 def test_the_readme_trains_air_on_cpu_and_gpu_with_the_same_flags(tmp_path):

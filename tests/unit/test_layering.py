@@ -19,13 +19,15 @@ LAYERS = (
     {"codebook", "lists"},
     {"index", "running_norm"},
     {"routers", "dispatcher", "experts"},
+    {"bounds"},
     {"layer", "recall"},
     {"specs", "health", "arguments"},
     {"sync", "batches", "preflight", "agreement", "memory"},
     {"entry_refusals"},
     {"checkpoints"},
     {"training"},
-    {"pretrain"},
+    {"pretrain", "inference", "doctor"},
+    {"evaluate", "generate", "tune"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # These import torch (and Triton) only, never Megatron.
@@ -89,9 +91,10 @@ def test_cpu_mode_imports_nothing_else_of_ours(path):
 CONFIG = {
     "fields": set(),
     "sizes": {"fields"},
-    "refusals": {"fields"},
-    "rules": {"fields", "sizes", "refusals"},
-    "__init__": {"fields", "sizes", "refusals", "rules"},
+    "problems": set(),
+    "refusals": {"fields", "problems"},
+    "rules": {"fields", "problems", "sizes", "refusals"},
+    "__init__": {"fields", "problems", "sizes", "refusals", "rules"},
 }
 
 

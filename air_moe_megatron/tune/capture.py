@@ -1,0 +1,116 @@
+"""Collect the tokens that the routers of a model score, by forwards on data."""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+
+from air_moe_megatron.batches import forward_step
+from air_moe_megatron.inference.data import TokenStream, Windows
+from air_moe_megatron.routers import AIRRouter
+from air_moe_megatron.tune.recall import Layer
+
+
+class TokenCollector:
+    """Keeps what one router scores: tokens after the input norm, without padding. The router is not changed.
+
+    Args:
+        router: of plain top-k or AIR, in evaluation mode.
+    """
+
+    def __init__(self, router: TopKRouter) -> None:
+        self.router = router
+        self.kept: dict[str, list[torch.Tensor]] = {"fit": [], "test": []}
+        self.part = "fit"
+        self._hook = router.register_forward_pre_hook(self._keep)
+
+    def remove(self) -> None:
+        """Take the collector off the router."""
+        self._hook.remove()
+
+    @torch.no_grad()
+    def _keep(self, router: TopKRouter, inputs: tuple) -> None:
+        hidden = inputs[0].transpose(0, 1).flatten(0, 1)  # [T, H], one window after the other
+        if len(inputs) > 1 and inputs[1] is not None:
+            hidden = hidden[~inputs[1].transpose(0, 1).flatten()]
+        norm = getattr(router, "input_norm", None)
+        self.kept[self.part].append((hidden if norm is None else norm(hidden)).float())
+
+    def layer(self, name: str, num_fit: int, num_test: int) -> Layer:
+        """The router's tokens, at most so many, with its centers; and its lists, where training has made some."""
+        router = self.router
+        fit, test = (torch.cat(self.kept[part])[:num] for part, num in (("fit", num_fit), ("test", num_test)))
+        has_lists = isinstance(router, AIRRouter) and router.index.is_built and router.index.source == "tokens"
+        return Layer(
+            name,
+            fit.contiguous(),
+            test.contiguous(),
+            router.weight.detach().float(),
+            None if router.bias is None else router.bias.detach().float(),
+            router.topk,
+            None if router.expert_bias is None else router.score_function,
+            router.expert_bias,
+            router.codebook.codewords if has_lists else None,
+            router.index.shortlist if has_lists else None,
+        )
+
+
+@torch.no_grad()
+def collect(
+    model: Sequence[torch.nn.Module],
+    streams: Sequence[TokenStream],
+    eod: int,
+    args: argparse.Namespace,
+    num_fit: int,
+    num_test: int,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> list[Layer]:
+    """Run a model on windows of data sets, and keep what its routers score.
+
+    The held-out tokens come from the end of each data set, the others from what is before it.
+
+    Args:
+        model: one chunk in evaluation mode, on a world of one rank, as ``restore.build_and_load`` gives it.
+        streams: the data sets, which contribute alike.
+        eod: id of the end of a document.
+        args: as ``restore.parse`` returns them.
+        num_fit, num_test: tokens of a layer, at most; fewer where the data hold fewer.
+        progress: wraps the loop over microbatches, such as tqdm.
+    Returns:
+        the layers with routers, in their order.
+    """
+    collectors = [
+        TokenCollector(module) for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)
+    ]
+    size = args.micro_batch_size
+    work: list[tuple[str, list[tuple[Windows, int]]]] = []
+    for part, number in (("fit", num_fit), ("test", num_test)):
+        chosen = [
+            place
+            for stream in streams
+            for place in _windows(stream, eod, args, part, number / len(streams), num_test / (num_fit + num_test))
+        ]
+        work += [
+            (part, [chosen[(first + i) % len(chosen)] for i in range(size)]) for first in range(0, len(chosen), size)
+        ]
+    for part, places in progress(work):
+        for collector in collectors:
+            collector.part = part
+        batch = torch.utils.data.default_collate([windows[index] for windows, index in places])
+        forward_step(iter([batch]), model[0])
+    for collector in collectors:
+        collector.remove()
+    return [collector.layer(f"{number}", num_fit, num_test) for number, collector in enumerate(collectors, 1)]
+
+
+def _windows(
+    stream: TokenStream, eod: int, args: argparse.Namespace, part: str, num_tokens: float, held_out: float
+) -> list[tuple[Windows, int]]:
+    """Windows of one part of a data set, spread evenly over it, as (windows, index)."""
+    windows = Windows(stream.tokens, eod, args)
+    border = min(len(windows) - 1, max(1, round(len(windows) * (1 - held_out))))
+    first, end = (0, border) if part == "fit" else (border, len(windows))
+    number = min(-(-int(num_tokens) // args.seq_length), end - first)
+    return [(windows, int(index)) for index in numpy.linspace(first, end - 1, max(1, number))]

@@ -1,0 +1,135 @@
+"""The command: flags and their checks, the order of the work, and the report."""
+
+import argparse
+import contextlib
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_model_config
+from tqdm import tqdm
+
+from air_moe_megatron import console
+from air_moe_megatron.checkpoints import saved_arguments
+from air_moe_megatron.compat import process_groups_released
+from air_moe_megatron.inference import restore
+from air_moe_megatron.inference.data import read
+from air_moe_megatron.inference.text import tokenizer_of
+from air_moe_megatron.routers import AIRRouter, find_routers
+from air_moe_megatron.tune import output
+from air_moe_megatron.tune.capture import collect
+from air_moe_megatron.tune.recall import Layer
+from air_moe_megatron.tune.report import METRICS, report
+from air_moe_megatron.tune.search import cheapest, flops_of, grid, measure_loaded, measure_others, of_type, search
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``python -m air_moe_megatron.tune``."""
+    group = parser.add_argument_group(title="tune")
+    group.add_argument("--target-recall", type=float, default=0.9, help="Recall that every layer is to reach.")
+    group.add_argument("--target-metric", choices=list(METRICS), default="topk", help="Recall of what.")
+    group.add_argument("--fit-tokens", type=int, default=16384, help="Tokens of a layer that codebooks are fitted to.")
+    group.add_argument("--test-tokens", type=int, default=2048, help="Held-out tokens of a layer for the recall.")
+    group.add_argument("--batch-tokens", type=int, help="Tokens of a global batch. Default: of the checkpoint's run.")
+    group.add_argument("--time-limit", type=float, default=600.0, help="Seconds after which the search stops.")
+    group.add_argument("--out-dir", default="out/tune", help="Folder of tune.csv and tune.png.")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be measured, before the model is built.
+
+    Raises:
+        ValueError: naming the flag, its value and the rule.
+    """
+    if not args.data_path:
+        raise ValueError(
+            "--data-path must name the data: prefixes of indexed data sets, text files, or files that end in .jsonl"
+        )
+    if args.world_size != 1:
+        raise ValueError(f"the number of ranks ({args.world_size}) must be 1: a checkpoint loads at any sizes")
+    if args.num_experts is None:
+        raise ValueError(f"--load '{args.load}' holds a model without experts: there is nothing to choose")
+    if args.moe_router_type not in ("topk", "air"):
+        raise ValueError(
+            f"--load '{args.load}' holds routers of type {args.moe_router_type}: recall is measured against the exact "
+            "top-k of expert centers, as routers of type topk and air have them"
+        )
+    if not 0 < args.target_recall <= 1:
+        raise ValueError(f"--target-recall ({args.target_recall}) must be above 0 and at most 1")
+    if not 0 < args.time_limit < math.inf:
+        raise ValueError(f"--time-limit ({args.time_limit}) must be a positive number of seconds")
+    for name in ("fit_tokens", "test_tokens", "batch_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be at least 1")
+
+
+def check_grid(config: TransformerConfig, num_tokens: int) -> None:
+    """Refuse a model of so few experts that exact scores cost less than any setting.
+
+    Raises:
+        ValueError: naming the number of experts.
+    """
+    if not grid(config, num_tokens):
+        raise ValueError(
+            f"num_moe_experts ({config.num_moe_experts}) with moe_router_topk ({config.moe_router_topk}) leaves no "
+            "setting that costs less than exact scores: keep --moe-router-type topk"
+        )
+
+
+def run(screen: TextIO) -> None:
+    """Parse the command line, load the checkpoint, measure, and print the choice.
+
+    Args:
+        screen: where it is printed.
+    Raises:
+        SystemExit: where the command line, the checkpoint or the data cannot work; one line says why.
+    """
+    with contextlib.ExitStack() as stack:
+        with console.refusals():
+            args, ranks = restore.parse(add_flags)
+            check(args)
+            args.max_tokens = None
+            tokenizer = tokenizer_of(args)
+            streams = [read(path, tokenizer, args) for path in args.data_path]
+            saved = saved_arguments(args, ranks)
+            batch = args.batch_tokens or saved.global_batch_size * saved.seq_length
+            stack.enter_context(process_groups_released())
+            model = restore.build_and_load(args, ranks)
+            config = get_model_config(model[0])
+            check_grid(config, args.fit_tokens)
+            out = Path(args.out_dir)
+            out.mkdir(parents=True, exist_ok=True)
+        bar = partial(tqdm, delay=3, leave=False)
+        layers = collect(
+            model, streams, tokenizer.eod, args, args.fit_tokens, args.test_tokens, partial(bar, desc="forwards")
+        )
+        screen.write(describe(args, config, layers, batch))
+        screen.flush()
+        loaded = measure_loaded(layers, config, find_routers(model, AIRRouter), batch)
+        with bar(total=len(layers) * len(grid(config, layers[0].fit.shape[0])), desc="search") as progress:
+            found = search(
+                layers, config, args.target_recall, args.target_metric, batch, args.time_limit, progress.update
+            )
+        others = measure_others(bar(layers, desc="baselines"), config)
+        screen.write(report(args, config, layers, found, loaded, others, batch))
+        exact = flops_of(of_type(config, "topk"))
+        results = [*found.results, *loaded, *others]
+        output.rows_of(results, [layer.name for layer in layers]).to_csv(out / "tune.csv", index=False)
+        chosen = cheapest(found.results, args.target_recall, args.target_metric)
+        output.plot(out / "tune.png", results, chosen, args.target_recall, args.target_metric, exact)
+        screen.write(f"\nall settings: {out / 'tune.csv'}, plot: {out / 'tune.png'}\n")
+        screen.flush()
+
+
+def describe(args: argparse.Namespace, config: TransformerConfig, layers: Sequence[Layer], batch: int) -> str:
+    """What is measured, in two lines."""
+    fit, test = (layers[0].fit.shape[0], layers[0].test.shape[0])
+    return (
+        f"{args.load}, iteration {args.iteration}: {len(layers)} layers of {config.num_moe_experts} experts, top-"
+        f"{config.moe_router_topk}, hidden size {config.hidden_size}, router {args.moe_router_type}\n"
+        f"{fit} tokens fit the codebooks, {test} held-out ones measure the recall; {batch} tokens share a rebuild\n"
+    )

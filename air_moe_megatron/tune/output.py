@@ -1,0 +1,109 @@
+"""Table, CSV file and plot of what was measured."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import pandas
+
+from air_moe_megatron.index import POOL
+from air_moe_megatron.tune.search import Result, Setting, frontier
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+_COLORS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00")  # Okabe and Ito: told apart by the color-blind
+
+
+def state_bytes(setting: Setting, hidden_size: int, num_experts: int) -> int:
+    """Bytes of codebook and lists of one layer, as a rank holds and a checkpoint saves them.
+
+    Codewords and running sums [C, H] and [C, H + 3] fp32, lists [C, L] and pools [C, 4L] int32, an int64 per expert.
+    """
+    clusters, length = setting.num_clusters, setting.shortlist_size
+    per_cluster = 4 * hidden_size + 4 * (hidden_size + 3) + 4 * (length + min(POOL * length, num_experts))
+    return clusters * per_cluster + 8 * num_experts
+
+
+def rows_of(results: Sequence[Result], layers: Sequence[str]) -> pandas.DataFrame:
+    """One row per result and layer, for the CSV file."""
+    return pandas.DataFrame(
+        {
+            "name": result.name,
+            "num_clusters": result.setting.num_clusters if result.setting else None,
+            "shortlist_size": result.setting.shortlist_size if result.setting else None,
+            "num_probes": result.setting.num_probes if result.setting else None,
+            "flops_per_token": result.flops,
+            "layer": layer,
+            "topk_recall": topk,
+            "mass_recall": mass,
+        }
+        for result in results
+        for layer, topk, mass in zip(layers, result.topk, result.mass, strict=True)
+    )
+
+
+def plot(
+    path: Path, results: Sequence[Result], chosen: Result | None, target: float, metric: str, exact: float
+) -> None:
+    """Recall of the worst layer over FLOPs per token, of AIR's settings and of the other structures.
+
+    Args:
+        path: of the PNG file.
+        results: all of them.
+        chosen: the cheapest that reaches the target.
+        target, metric: recall that is wanted.
+        exact: FLOPs per token of an exact router.
+    """
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    air = [result for result in results if result.name == "air"]
+    for color, probes in zip(_COLORS, sorted({one.setting.num_probes for one in air}), strict=False):
+        chunk = [one for one in air if one.setting.num_probes == probes]
+        axes.scatter(
+            [one.flops for one in chunk],
+            [one.recall(metric) for one in chunk],
+            s=14,
+            color=color,
+            label=f"AIR, {probes} {'probe' if probes == 1 else 'probes'}",
+        )
+    line = frontier(air, metric)
+    axes.plot(
+        [one.flops for one in line],
+        [one.recall(metric) for one in line],
+        color="black",
+        linewidth=1,
+        label="AIR, best at its cost",
+    )
+    others = {
+        "groups": ("s", "#cc79a7", "groups of the same centers"),
+        "product keys": ("*", "#999999", "product keys fitted to them"),
+    }
+    for name, (marker, color, label) in others.items():
+        chunk = [one for one in results if one.name.startswith(name)]
+        if chunk:
+            axes.plot(
+                [one.flops for one in chunk],
+                [one.recall(metric) for one in chunk],
+                marker=marker,
+                color=color,
+                label=label,
+            )
+    axes.axhline(target, color="black", linestyle=":", linewidth=1)
+    axes.axvline(exact, color="black", linestyle="--", linewidth=1, label="exact top-k")
+    if chosen is not None:
+        axes.scatter(
+            [chosen.flops],
+            [chosen.recall(metric)],
+            s=160,
+            facecolors="none",
+            edgecolors="black",
+            linewidths=1.5,
+            label="chosen",
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("router FLOPs per token and layer: forward, backward, rebuilds")
+    axes.set_ylabel(f"{'top-k' if metric == 'topk' else 'mass'} recall of the worst layer")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,191 @@
+"""Fit a codebook to the tokens of a layer, list the experts, and measure what the lists hold; torch only.
+
+Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, M candidates, K top-k.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from air_moe_megatron.codebook import Codebook
+from air_moe_megatron.lists import list_every_expert, reserved_slots
+from air_moe_megatron.ops.coarse import assign, assign_with_statistics
+from air_moe_megatron.ops.fine_scores import fine_topk
+from air_moe_megatron.ops.ranking import Ranking, rank_experts
+from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
+
+DECAY = 0.99  # as moe_air_codebook_ema
+_BATCHES, _PASSES = 8, 4  # of the fit: its tokens are seen four times, in eight batches each time
+_SCORES = 2**25  # exact scores that are held at a time
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A router's tokens and centers."""
+
+    name: str
+    fit: torch.Tensor  # [T, H] tokens as the router scores them, for the codebooks
+    test: torch.Tensor  # [T, H] held-out ones, for the recall
+    weight: torch.Tensor  # [E, H]
+    bias: torch.Tensor | None  # [E]
+    topk: int
+    score_function: str | None = None  # with an expert bias only
+    expert_bias: torch.Tensor | None = None  # [E]
+    codewords: torch.Tensor | None = None  # [C, H] of the checkpoint, where it has them
+    lists: torch.Tensor | None = None  # [C, L] likewise
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.weight.shape[0]
+
+
+@torch.no_grad()
+def fit_codebook(tokens: torch.Tensor, num_clusters: int) -> Codebook:
+    """Learn a codebook from tokens [T, H] as a run does: spherical k-means over several batches, several times.
+
+    The order of the tokens and the seed are fixed: equal tokens give equal codewords.
+    """
+    codebook = Codebook(num_clusters, tokens.shape[1], DECAY).to(tokens.device)
+    for _ in range(_PASSES):
+        for batch in range(_BATCHES):  # every eighth token: neighbors in a text are alike
+            hidden = tokens[batch::_BATCHES]
+            codebook.discard()
+            codebook.accumulate(assign_with_statistics(hidden, codebook.codewords, 1)[1])
+            codebook.apply_update(codebook.statistics, bool(codebook.statistics.isfinite().all()), len(hidden) > 0)
+    return codebook
+
+
+@torch.no_grad()
+def make_lists(layer: Layer, codebook: Codebook, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Lists [C, L] of several lengths L, each as a full rebuild makes it: the best experts, and those left over."""
+    ranking = rank_experts(
+        codebook.codewords, codebook.typical_projections(), layer.weight, layer.bias, max(sizes),
+        layer.score_function, layer.expert_bias,
+    )  # fmt: skip
+    num_clusters = codebook.codewords.shape[0]
+    return [
+        list_every_expert(
+            Ranking(ranking.lists[:, :size], ranking.nearest, ranking.score),
+            reserved_slots(layer.num_experts, num_clusters, size, layer.topk),
+        )
+        for size in sizes
+    ]
+
+
+@torch.no_grad()
+def exact(layer: Layer) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """The exact routing of the held-out tokens, some of them at a time, so that no [T, E] tensor of all is made.
+
+    Yields:
+        which tokens; [n, E] softmax over all experts; [n, K] the exact top-k.
+    """
+    weight = layer.weight.float()
+    size = max(1, _SCORES // layer.num_experts)
+    for first in range(0, layer.test.shape[0], size):
+        rows = slice(first, min(first + size, layer.test.shape[0]))
+        logits = layer.test[rows].float() @ weight.t()
+        if layer.bias is not None:
+            logits += layer.bias.float()
+        scores = logits
+        if layer.expert_bias is not None:
+            scores = SCORE_FUNCTIONS[layer.score_function](logits) + layer.expert_bias
+        yield rows, logits.softmax(dim=1), scores.topk(layer.topk, dim=1).indices
+
+
+@torch.no_grad()
+def measure(
+    layer: Layer, choices: torch.Tensor, lists: Sequence[torch.Tensor], probes: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Measure what the lists of each held-out token hold, for several lengths and numbers of lists at once.
+
+    Args:
+        layer: with its held-out tokens.
+        choices: [T, P] int64, the lists of each token, best first; P at least the largest of ``probes``.
+        lists: of each length, [C, L] int32 expert ids, distinct in a row.
+        probes: numbers of lists that are searched.
+    Returns:
+        top-k recall, the share of the exact top-k that the lists hold, and mass recall, the exact softmax mass over all
+        experts that they hold: [lengths, probes] fp64 means over the tokens.
+
+    Example: exact probabilities [0.5, 0.3, 0.2], K = 2 and a list of the experts 0 and 2: top-k 0.5, mass 0.7.
+    """
+    counted, order = torch.tensor(probes, device=choices.device), torch.arange(max(probes), device=choices.device)
+    found = torch.zeros(2, len(lists), len(probes), dtype=torch.float64, device=choices.device)
+    for rows, probs, best in exact(layer):
+        for number, listed in enumerate(lists):
+            ids = listed.long()[choices[rows, : max(probes)]]  # [n, P, L]
+            first = torch.full(
+                probs.shape, max(probes), dtype=torch.uint8, device=ids.device
+            )  # list that an expert is in
+            for probe in reversed(range(ids.shape[1])):
+                first.scatter_(1, ids[:, probe], probe)
+            hits = first.gather(1, best).unsqueeze(2) < counted  # [n, K, probes]
+            is_new = first.gather(1, ids.flatten(1)).view_as(ids) == order.view(-1, 1)
+            mass = (probs.gather(1, ids.flatten(1)).view_as(ids) * is_new).sum(dim=2).double().cumsum(dim=1)  # [n, P]
+            found[0, number] += hits.double().mean(dim=1).sum(dim=0)
+            found[1, number] += mass[:, counted - 1].sum(dim=0)
+    return tuple(found / max(1, layer.test.shape[0]))
+
+
+@torch.no_grad()
+def mass_of_candidates(
+    layer: Layer, choices: torch.Tensor, lists: torch.Tensor, numbers: Sequence[int]
+) -> torch.Tensor:
+    """[len(numbers)] fp64: mean exact softmax mass of the best M candidates, for several M.
+
+    Args:
+        layer: with its held-out tokens.
+        choices: [T, P] int64, the lists that are searched.
+        lists: [C, L].
+        numbers: of candidates; more than P * L count as P * L.
+    """
+    found = torch.zeros(len(numbers), dtype=torch.float64, device=choices.device)
+    for rows, probs, _ in exact(layer):
+        ids = lists.long()[choices[rows]].flatten(1).sort(dim=1).values
+        mass = probs.gather(1, ids)
+        mass[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], 0.0)
+        mass = mass.sort(dim=1, descending=True).values.double().cumsum(dim=1)
+        columns = torch.tensor([min(number, mass.shape[1]) - 1 for number in numbers], device=mass.device)
+        found += mass[:, columns].sum(dim=0)
+    return found / max(1, layer.test.shape[0])
+
+
+@torch.no_grad()
+def time_search(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor, num_probes: int, repeats: int = 3) -> float:
+    """Seconds per token of both stages of a forward, the least of some repeats: what runs beside it only adds."""
+
+    def run() -> None:
+        choices = assign(layer.test, codewords, num_probes)
+        fine_topk(
+            layer.test, layer.weight, layer.bias, lists, choices, layer.topk, torch.float32, layer.score_function,
+            layer.expert_bias,
+        )  # fmt: skip
+
+    return _least_seconds(run, layer.test, repeats)
+
+
+@torch.no_grad()
+def time_exact(layer: Layer, repeats: int = 3) -> float:
+    """Seconds per token of scoring all experts and of the top-k."""
+
+    def run() -> None:
+        for _ in exact(layer):
+            pass
+
+    return _least_seconds(run, layer.test, repeats)
+
+
+def _least_seconds(run: Callable[[], None], tokens: torch.Tensor, repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats + 1):
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:]) / max(1, tokens.shape[0])

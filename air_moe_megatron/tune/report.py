@@ -1,0 +1,204 @@
+"""The report: the choice as flags, the table of settings, and what the choice means layer by layer."""
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pandas
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from air_moe_megatron.config import resolve_sizes
+from air_moe_megatron.ops.coarse import assign
+from air_moe_megatron.recall import measure as measure_sample
+from air_moe_megatron.routers.air import TokenSample
+from air_moe_megatron.tune import output
+from air_moe_megatron.tune.recall import Layer, fit_codebook, make_lists, mass_of_candidates, time_exact, time_search
+from air_moe_megatron.tune.search import (
+    Result,
+    Search,
+    Setting,
+    air_config,
+    automatic,
+    best,
+    cheapest,
+    flops_of,
+    frontier,
+    of_type,
+)
+
+METRICS = {"topk": "top-k", "mass": "mass"}
+_SHOWN = 10  # settings of the frontier in the table
+_SAMPLED = 256  # tokens whose bounds are computed
+_FORMATS = {"C": "{:.0f}", "L": "{:.0f}", "P": "{:.0f}", "kFLOPs": "{:.1f}", "KiB": "{:.0f}", "us/token": "{:.2f}"}
+
+
+def report(
+    args: argparse.Namespace,
+    config: TransformerConfig,
+    layers: Sequence[Layer],
+    found: Search,
+    loaded: Sequence[Result],
+    others: Sequence[Result],
+    batch: int,
+) -> str:
+    """The choice, the table, the candidates and the layers of the choice, and what was left out."""
+    metric, target = args.target_metric, args.target_recall
+    exact = flops_of(of_type(config, "topk"))
+    chosen = cheapest(found.results, target, metric)
+    shown = chosen or best(found.results, metric)
+    candidates = measure_candidates(layers, config, shown, batch)
+    lines = ["", _verdict(shown, chosen is not None, target, metric, exact)]
+    has_bias = config.moe_router_enable_expert_bias  # with it, all candidates are
+    lines.append(
+        f"  {shown.setting.flags()}" + ("" if metric == "topk" or has_bias else _candidates_flag(candidates, target))
+    )
+    table, worst = _table(layers, config, found, shown, loaded, others, metric, exact)
+    lines += ["", table]
+    lines += [f"bounds, certified tokens and time are those of layer {worst.name}, whose recall is the lowest"]
+    lines += ["", "The chosen setting by layer:" if chosen is not None else "That setting by layer:"]
+    by_layer = pandas.DataFrame({"layer": [layer.name for layer in layers], "top-k": shown.topk, "mass": shown.mass})
+    lines += [by_layer.to_string(index=False, float_format="{:.3f}".format)]
+    lines += ["", "Its candidates with gradients (--moe-air-num-candidates), which losses and probabilities see:"]
+    lines += [candidates.to_string(index=False, float_format="{:.3f}".format)]
+    lines += [f"left out: {number} clusters, {reason}" for number, reason in found.left_out.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(shown: Result, is_reached: bool, target: float, metric: str, exact: float) -> str:
+    cost = f"at 1/{exact / shown.flops:.1f} of the FLOPs of exact routing"
+    recall = f"{METRICS[metric]} recall"
+    if is_reached:
+        return (
+            f"The cheapest setting with a {recall} of {target} in every layer has {shown.recall(metric):.3f}, {cost}:"
+        )
+    return (
+        f"No setting that was measured reaches a {recall} of {target} in every layer for less than exact routing "
+        f"costs. The best one has {shown.recall(metric):.3f}, {cost}:"
+    )
+
+
+def measure_candidates(
+    layers: Sequence[Layer], config: TransformerConfig, result: Result, batch: int
+) -> pandas.DataFrame:
+    """Mass and cost of the best M candidates of a setting, for several M; "mass" is that of the worst layer."""
+    setting = result.setting
+    automatic_number = resolve_sizes(air_config(config, setting)).num_candidates
+    most = setting.num_probes * setting.shortlist_size
+    numbers = {config.moe_router_topk, automatic_number, most}
+    numbers |= {automatic_number // 2, 2 * automatic_number, 4 * automatic_number}
+    numbers = sorted(number for number in numbers if config.moe_router_topk <= number <= most)
+    masses = []
+    for layer in layers:
+        codebook = fit_codebook(layer.fit, setting.num_clusters)
+        (lists,) = make_lists(layer, codebook, [setting.shortlist_size])
+        masses.append(
+            mass_of_candidates(layer, assign(layer.test, codebook.codewords, setting.num_probes), lists, numbers)
+        )
+    rows = []
+    for number, mass in zip(numbers, torch.stack(masses).amin(dim=0).tolist(), strict=True):
+        changed = air_config(config, setting)
+        changed.moe_air_num_candidates = number
+        note = "automatic" if number == automatic_number else "all" if number == most else ""
+        rows.append({"M": number, "": note, "mass": mass, "kFLOPs": flops_of(changed, batch) / 1e3})
+    return pandas.DataFrame(rows)
+
+
+def _candidates_flag(candidates: pandas.DataFrame, target: float) -> str:
+    """The fewest candidates whose mass reaches the target; all of them where none do."""
+    reaching = candidates[candidates["mass"] >= target]
+    number = int((reaching if len(reaching) else candidates.tail(1))["M"].iloc[0])
+    return f" --moe-air-num-candidates {number}"
+
+
+def _table(
+    layers: Sequence[Layer],
+    config: TransformerConfig,
+    found: Search,
+    shown: Result,
+    loaded: Sequence[Result],
+    others: Sequence[Result],
+    metric: str,
+    exact: float,
+) -> tuple[str, Layer]:
+    """The table, and the layer that its bounds and times are of."""
+    line, usual = frontier(found.results, metric), automatic(config)
+    kept = [*line[:: max(1, -(-len(line) // _SHOWN))], shown, *(one for one in found.results if one.setting == usual)]
+    kept = sorted({one.setting: one for one in kept}.values(), key=lambda one: one.flops)
+    recalls = shown.topk if metric == "topk" else shown.mass
+    worst = layers[recalls.index(min(recalls))]
+    details = _details(worst, [*kept, *loaded])
+    rows = [_row(one, _name(one, shown, usual), exact) for one in [*kept, *loaded, *others]]
+    rows = [row | detail for row, detail in itertools.zip_longest(rows, details, fillvalue={})]
+    rows.append({"router": "exact top-k", "top-k": 1.0, "mass": 1.0, "kFLOPs": exact / 1e3, "of exact": 1.0})
+    rows[-1]["us/token"] = time_exact(worst) * 1e6
+    table = pandas.DataFrame(rows)
+    for name in table.columns[1:]:
+        table[name] = [
+            "-" if pandas.isna(value) else _FORMATS.get(name, "{:.3f}").format(value) for value in table[name]
+        ]
+    return table.to_string(index=False), worst
+
+
+def _name(result: Result, shown: Result, usual: Setting) -> str:
+    if result.name == "checkpoint":
+        return "AIR as in the checkpoint"
+    if result.setting is None:
+        return result.name
+    notes = [word for word, holds in (("chosen", result is shown), ("automatic", result.setting == usual)) if holds]
+    return " ".join(["AIR", *(f"({note})" for note in notes)])
+
+
+def _row(result: Result, name: str, exact: float) -> dict[str, object]:
+    sizes = (None, None, None) if result.setting is None else dataclasses.astuple(result.setting)
+    return {
+        "router": name,
+        **dict(zip("CLP", sizes, strict=True)),
+        "top-k": min(result.topk),
+        "mass": min(result.mass),
+        "kFLOPs": result.flops / 1e3,
+        "of exact": result.flops / exact,
+    }
+
+
+def _details(layer: Layer, results: Sequence[Result]) -> list[dict[str, float]]:
+    """Bound, certified share, time and memory of settings in one layer."""
+    details, codebooks = [], {}
+    hidden = layer.test[:: max(1, layer.test.shape[0] // _SAMPLED)]
+    for result in results:
+        setting = result.setting
+        if result.name == "checkpoint":
+            codewords, lists = layer.codewords, layer.lists
+        else:
+            if setting.num_clusters not in codebooks:
+                codebooks[setting.num_clusters] = fit_codebook(layer.fit, setting.num_clusters)
+            codewords = codebooks[setting.num_clusters].codewords
+            (lists,) = make_lists(layer, codebooks[setting.num_clusters], [setting.shortlist_size])
+        sample = TokenSample(hidden, assign(hidden, codewords, setting.num_probes), None)
+        figures = measure_sample(_as_router(layer, codewords, lists, sample))
+        details.append(
+            {
+                "bound": float(figures.mass_bound.mean()),
+                "certified": float(figures.certified.float().mean()),
+                "us/token": time_search(layer, codewords, lists, setting.num_probes) * 1e6,
+                "KiB": output.state_bytes(setting, layer.weight.shape[1], layer.num_experts) / 1024,
+            }
+        )
+    return details
+
+
+def _as_router(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor, sample: TokenSample) -> SimpleNamespace:
+    """What :func:`air_moe_megatron.recall.measure` reads of a router."""
+    return SimpleNamespace(
+        sample=sample,
+        weight=layer.weight,
+        bias=layer.bias,
+        topk=layer.topk,
+        num_experts=layer.num_experts,
+        score_function=layer.score_function,
+        expert_bias=layer.expert_bias,
+        codebook=SimpleNamespace(codewords=codewords),
+        index=SimpleNamespace(shortlist=lists),
+    )

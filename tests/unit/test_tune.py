@@ -1,0 +1,293 @@
+"""Choosing AIR's sizes: what lists hold of the exact routing, which settings are tried, and which one is chosen."""
+
+import argparse
+import math
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from air_moe_megatron.config import invalid
+from air_moe_megatron.index import ShortlistIndex
+from air_moe_megatron.lists import reserved_slots
+from air_moe_megatron.ops.coarse import assign
+from air_moe_megatron.recall import measure as measure_sample
+from air_moe_megatron.routers.air import TokenSample
+from air_moe_megatron.tune import search as searching
+from air_moe_megatron.tune.baselines import measure_groups, measure_product_keys
+from air_moe_megatron.tune.command import check, check_grid
+from air_moe_megatron.tune.output import state_bytes
+from air_moe_megatron.tune.recall import Layer, fit_codebook, make_lists, mass_of_candidates, measure
+from air_moe_megatron.tune.report import _as_router, report
+from air_moe_megatron.tune.search import (
+    Result,
+    Setting,
+    air_config,
+    automatic,
+    best,
+    cheapest,
+    frontier,
+    grid,
+    of_type,
+    search,
+)
+from tests.builders import make_config, make_router
+
+pytestmark = pytest.mark.usefixtures("megatron_cpu")
+
+HIDDEN, EXPERTS, TOPK = 16, 64, 4
+
+
+def make_layer(num_fit=256, num_test=33, bias=False, expert_bias=False) -> Layer:
+    """A layer of random centers, and of tokens that lie around a few directions."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(8, HIDDEN, generator=generator)
+    tokens = directions[torch.arange(num_fit + num_test) % 8]
+    tokens = tokens + 0.3 * torch.randn(tokens.shape, generator=generator)
+    extra = torch.randn(2, EXPERTS, generator=generator)
+    return Layer(
+        "1", tokens[:num_fit], tokens[num_fit:], torch.randn(EXPERTS, HIDDEN, generator=generator),
+        extra[0] if bias else None, TOPK, "sigmoid" if expert_bias else None, extra[1] if expert_bias else None,
+    )  # fmt: skip
+
+
+def naive_recall(layer, choices, lists):
+    """Top-k and mass recall in words."""
+    topk = mass = 0.0
+    for hidden, chosen in zip(layer.test, choices.tolist(), strict=True):
+        logits = layer.weight @ hidden + (0.0 if layer.bias is None else layer.bias)
+        scores = logits if layer.expert_bias is None else logits.sigmoid() + layer.expert_bias
+        listed = {expert for one in chosen for expert in lists[one].tolist()}
+        topk += len(listed & set(scores.topk(layer.topk).indices.tolist())) / layer.topk
+        mass += logits.softmax(dim=0)[sorted(listed)].sum().item()
+    return topk / len(layer.test), mass / len(layer.test)
+
+
+@pytest.mark.parametrize("biases", [{}, {"bias": True}, {"expert_bias": True}], ids=["plain", "bias", "expert-bias"])
+def test_recall_is_that_of_a_loop_over_tokens(biases):
+    layer = make_layer(**biases)
+    codebook = fit_codebook(layer.fit, 8)
+    choices = assign(layer.test, codebook.codewords, 4)
+    lists = make_lists(layer, codebook, [8, 16])
+    topk, mass = measure(layer, choices, lists, [1, 3, 4])
+    for row, listed in enumerate(lists):
+        for column, probes in enumerate((1, 3, 4)):
+            expected = naive_recall(layer, choices[:, :probes], listed)
+            assert (float(topk[row, column]), float(mass[row, column])) == pytest.approx(expected, abs=1e-6)
+    assert (topk.diff(dim=1) >= 0).all() and (mass.diff(dim=1) >= 0).all()
+
+
+def test_recall_is_that_of_the_routers_own_figures():
+    layer = make_layer()
+    codebook = fit_codebook(layer.fit, 8)
+    (lists,) = make_lists(layer, codebook, [8])
+    choices = assign(layer.test, codebook.codewords, 2)
+    topk, mass = measure(layer, choices, [lists], [2])
+    router = _as_router(layer, codebook.codewords, lists, TokenSample(layer.test, choices, None))
+    figures = measure_sample(router)
+    assert float(topk) == pytest.approx(float(figures.topk_recall.mean()), abs=1e-6)
+    assert float(mass) == pytest.approx(float(figures.mass_recall.mean()), abs=1e-5)
+    assert (figures.mass_bound <= figures.mass_recall + 1e-5).all()
+
+
+def test_tokens_in_several_pieces_give_the_same_recall(monkeypatch):
+    layer = make_layer()
+    codebook = fit_codebook(layer.fit, 8)
+    arguments = layer, assign(layer.test, codebook.codewords, 2), make_lists(layer, codebook, [8]), [1, 2]
+    whole = measure(*arguments)
+    monkeypatch.setattr("air_moe_megatron.tune.recall._SCORES", 5 * EXPERTS)
+    assert torch.allclose(torch.stack(measure(*arguments)), torch.stack(whole), atol=1e-12)
+
+
+def test_a_full_list_finds_everything():
+    layer = make_layer()
+    codebook = fit_codebook(layer.fit, 4)
+    (lists,) = make_lists(layer, codebook, [EXPERTS])
+    topk, mass = measure(layer, assign(layer.test, codebook.codewords, 1), [lists], [1])
+    assert float(topk) == 1.0 and float(mass) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_lists_are_those_of_a_full_rebuild():
+    layer = make_layer()
+    codebook = fit_codebook(layer.fit, 16)
+    index = ShortlistIndex(EXPERTS, 16, 8, "tokens", 20, reserved_slots(EXPERTS, 16, 8, TOPK))
+    index.refresh(codebook, layer.weight, None)
+    (lists,) = make_lists(layer, codebook, [8])
+    assert torch.equal(lists, index.shortlist)
+    assert lists.unique().numel() == EXPERTS
+
+
+def test_candidates_are_the_best_distinct_ones():
+    layer = make_layer()
+    codebook = fit_codebook(layer.fit, 8)
+    (lists,) = make_lists(layer, codebook, [8])
+    choices = assign(layer.test, codebook.codewords, 3)
+    found = mass_of_candidates(layer, choices, lists, [TOPK, 7, 1000])
+    for number, mass in zip((TOPK, 7, 1000), found.tolist(), strict=True):
+        expected = 0.0
+        for hidden, chosen in zip(layer.test, choices, strict=True):
+            probs = (layer.weight @ hidden).softmax(dim=0)[lists[chosen].long().unique()]
+            expected += probs.sort(descending=True).values[:number].sum().item() / len(layer.test)
+        assert mass == pytest.approx(expected, abs=1e-6)
+
+
+def test_all_groups_find_everything_and_one_no_more_than_two():
+    topk, mass = measure_groups(make_layer(bias=True), 8, [1, 2, 8])
+    assert topk[0] <= topk[1] <= topk[2] == 1.0
+    assert float(mass[2]) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_product_keys_find_everything_where_centers_are_pairs_of_sub_keys():
+    halves = torch.randn(2, 8, HIDDEN // 2, generator=torch.Generator().manual_seed(3))
+    ids = torch.arange(EXPERTS)
+    first, second = ids // 8, (ids // 8 + ids) % 8  # all sub-keys stand where k-means starts, at every eighth id
+    weight = torch.cat((halves[0, first], halves[1, second]), dim=1)
+    layer = make_layer()
+    assert measure_product_keys(Layer("1", layer.fit, layer.test, weight, None, TOPK), (8, 8))[0] == 1.0
+    assert measure_product_keys(layer, (8, 8))[0] < 1.0
+
+
+def test_the_memory_is_that_of_a_routers_buffers(megatron_cpu):
+    router = make_router(
+        megatron_cpu, moe_router_type="air", moe_air_num_clusters=16, moe_air_shortlist_size=8, moe_air_num_probes=2
+    )
+    buffers = [*router.codebook.named_buffers(), *router.index.named_buffers()]
+    kept = ("codewords", "ema", "shortlist", "pool", "staged_keys")
+    expected = sum(buffer.numel() * buffer.element_size() for name, buffer in buffers if name in kept)
+    assert state_bytes(Setting(16, 8, 2), router.config.hidden_size, router.num_experts) == expected
+
+
+# The grid and the choice.
+
+
+def test_every_setting_of_the_grid_is_valid_and_cheaper_than_exact_scores():
+    config = make_config(num_moe_experts=1024, moe_router_type="air")
+    settings = [one for chunk in grid(config, 10**6).values() for one in chunk]
+    assert len(settings) > 50 and automatic(config) in settings and len(set(settings)) == len(settings)
+    for one in settings:
+        assert not list(invalid(air_config(config, one)))
+        assert one.num_clusters + one.num_probes * one.shortlist_size < 1024
+    assert max(one.num_clusters for chunk in grid(config, 1024).values() for one in chunk) == 128
+    assert grid(make_config(num_moe_experts=16, moe_router_type="air"), 10**6) == {}
+
+
+def test_a_config_of_another_router_keeps_experts_and_rebuilds():
+    config = make_config(moe_router_type="air", moe_air_refresh_interval=7, moe_air_num_probes=2)
+    changed = of_type(config, "topk")
+    assert (changed.moe_router_type, changed.moe_granular_experts, changed.moe_air_num_probes) == ("topk", True, 0)
+    assert air_config(config).moe_air_refresh_interval == 7
+    assert config.moe_router_type == "air" and config.moe_air_num_probes == 2
+    plain = TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, num_moe_experts=EXPERTS)
+    assert air_config(plain, Setting(16, 8, 1)).moe_air_num_clusters == 16
+
+
+def results(*rows):
+    return [
+        Result("air", Setting(8, 8, number), flops, recalls, recalls) for number, (flops, recalls) in enumerate(rows)
+    ]
+
+
+def test_the_cheapest_that_reaches_the_target_in_every_layer_is_chosen():
+    found = results((1.0, (0.5, 0.95)), (3.0, (0.92, 0.91)), (2.0, (0.9, 0.9)), (2.0, (0.9, 0.99)), (9.0, (1.0, 1.0)))
+    assert cheapest(found, 0.9, "topk") is found[2]
+    assert cheapest(found, 0.91, "topk") is found[1]
+    assert cheapest(found[:1], 0.9, "topk") is None
+    assert best(found, "mass") is found[4]
+    assert frontier(found, "topk") == [found[0], found[2], found[1], found[4]]
+
+
+def test_a_search_measures_every_setting_and_larger_ones_find_more():
+    config, layers = make_config(moe_router_type="air"), [make_layer(), make_layer(num_fit=200)]
+    ticks = []
+    found = search(layers, config, 1.0, "topk", 512, 1e9, ticks.append)
+    assert [one.setting for one in found.results] == [one for chunk in grid(config, 256).values() for one in chunk]
+    assert sum(ticks) == 2 * len(grid(config, 256)) and not found.left_out
+    by_setting = {one.setting: one for one in found.results}
+    for one, result in by_setting.items():
+        assert len(result.topk) == 2
+        more = by_setting.get(Setting(one.num_clusters, one.shortlist_size, 2 * one.num_probes))
+        if more is not None:
+            assert more.recall("topk") >= result.recall("topk") and more.flops > result.flops
+
+
+def test_a_search_leaves_out_what_costs_more_than_its_best_and_what_it_has_no_time_for():
+    config, layers = make_config(moe_router_type="air"), [make_layer()]
+    numbers = list(grid(config, 256))
+    assert len(numbers) > 1
+    found = search(layers, config, 1e-9, "topk", None, 1e9)
+    smaller = [number for number in numbers[1:] if number not in found.left_out]
+    assert all(number < numbers[0] for number in smaller)
+    assert all("costs more than the best" in found.left_out[number] for number in numbers if number > numbers[0])
+    found = search(layers, config, 1.0, "topk", None, -1.0)
+    assert list(found.left_out) == numbers[1:] and set(found.left_out.values()) == {"the time was up"}
+    assert {one.setting.num_clusters for one in found.results} == {numbers[0]}
+
+
+def test_lists_of_the_checkpoint_are_measured_as_they_are(megatron_cpu):
+    router = make_router(
+        megatron_cpu, moe_router_type="air", moe_air_num_clusters=16, moe_air_shortlist_size=8, moe_air_num_probes=2
+    )
+    layer = make_layer()
+    codebook = fit_codebook(layer.fit, 16)
+    (lists,) = make_lists(layer, codebook, [8])
+    loaded = Layer("1", layer.fit, layer.test, layer.weight, None, TOPK, None, None, codebook.codewords, lists)
+    (result,) = searching.measure_loaded([loaded], router.config, [router], 512)
+    assert result.setting == Setting(16, 8, 2)
+    assert result.topk[0] == pytest.approx(naive_recall(layer, assign(layer.test, codebook.codewords, 2), lists)[0])
+    assert searching.measure_loaded([layer], router.config, [router], 512) == []
+
+
+def test_other_structures_cost_what_their_formulas_say():
+    config = make_config(moe_router_type="air", num_moe_experts=EXPERTS)
+    groups, *_, keys = searching.measure_others([make_layer()], config)
+    root = math.isqrt(EXPERTS)
+    assert groups.name == f"groups: 1 of {root}" and groups.flops == 6 * HIDDEN * (root + root)
+    assert keys.name == f"product keys: {root} x {root}" and keys.flops == 3 * HIDDEN * 2 * root
+
+
+def make_args(**changes) -> argparse.Namespace:
+    given = dict(
+        load="folder", data_path=["text"], world_size=1, num_experts=EXPERTS, moe_router_type="air", target_recall=0.9,
+        target_metric="topk", time_limit=1.0, fit_tokens=1, test_tokens=1, batch_tokens=None,
+    )  # fmt: skip
+    return argparse.Namespace(**given | changes)
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("topk", "0 in every layer"),
+        ("mass", "No setting that was measured reaches a mass recall of 1.0 in every layer"),
+    ],
+)
+def test_a_target_that_nothing_reaches_is_said_with_the_best_setting(metric, words):
+    config, layers = make_config(moe_router_type="air"), [make_layer(num_test=9)]
+    found = search(layers, config, 1.0, metric, 512, 1e9)
+    text = report(make_args(target_recall=1.0, target_metric=metric), config, layers, found, [], [], 512)
+    shown = cheapest(found.results, 1.0, metric) or best(found.results, metric)
+    assert words in text and f"  {shown.setting.flags()}" in text
+    assert ("--moe-air-num-candidates " in text.split("--moe-air-num-probes")[1].splitlines()[0]) == (metric == "mass")
+
+
+BAD = {
+    "data": (dict(data_path=None), "--data-path must name the data"),
+    "ranks": (dict(world_size=2), "the number of ranks (2) must be 1"),
+    "dense": (dict(num_experts=None), "holds a model without experts"),
+    "router": (dict(moe_router_type="hash"), "holds routers of type hash"),
+    "recall": (dict(target_recall=1.5), "--target-recall (1.5) must be above 0 and at most 1"),
+    "time": (dict(time_limit=0.0), "--time-limit (0.0) must be a positive number of seconds"),
+    "tokens": (dict(fit_tokens=0), "--fit-tokens (0) must be at least 1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD.values(), ids=BAD)
+def test_what_cannot_be_measured_is_refused_by_name(changes, words):
+    check(make_args())
+    with pytest.raises(ValueError) as error:
+        check(make_args(**changes))
+    assert words in str(error.value)
+
+
+def test_a_model_of_few_experts_is_refused():
+    with pytest.raises(ValueError, match=r"num_moe_experts \(16\) .* leaves no setting that costs less"):
+        check_grid(make_config(num_moe_experts=16, moe_router_type="air"), 1000)
