@@ -1,7 +1,8 @@
 """Seconds of a training step of a study's models: `python benchmarks/quality/step_time.py CONFIG.toml --out TIMES.csv`.
 
 All variants of one size are built in one process and step in turn, so a drift of the machine's speed meets them all
-alike. They train on the study's own tokens. A step of AIR contains its share of the rebuilds of the lists.
+alike. They train on the study's own tokens. A step of AIR contains its share of the rebuilds of the lists. On a CPU the
+processor time of the one thread counts, which other work on the machine disturbs little.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import logging
 import os
 import statistics
 import sys
+import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +97,7 @@ def trainer_of(run: Run, pg_collection, device: torch.device, optimizer: dict | 
 def time_steps(
     trainers: dict[str, Trainer], data: list[dict[str, torch.Tensor]], warmup: int, repetitions: int
 ) -> dict[str, list[float]]:
-    """Seconds of each counted step of each model.
+    """Seconds of each counted step of each model: of the processor on a CPU, by the clock on a GPU.
 
     Args:
         trainers: by variant.
@@ -109,7 +111,9 @@ def time_steps(
     def step(name: str) -> float:
         batch = data[numbers[name] % len(data)]
         numbers[name] += 1
-        return trainers[name].step(batch)["total"]
+        before = time.process_time()
+        by_clock = trainers[name].step(batch)["total"]
+        return by_clock if batch["tokens"].is_cuda else time.process_time() - before
 
     for name in tqdm(trainers, desc="warm-up", unit="model"):
         for _ in range(warmup):
