@@ -110,21 +110,21 @@ def plot(table: "pandas.DataFrame", path: Path) -> None:  # noqa: F821
     shares = {"exact": ("top-k is exact", "#000000"), "certified_L": ("certified, L verified", "#0072B2")}
     shares["certified_0"] = ("certified, constants alone", "#D55E00")
     sizes = sorted(table.experts.unique())
-    figure, axes = pyplot.subplots(2, len(sizes), figsize=(5 * len(sizes), 7), sharex=True, sharey="row", squeeze=False)
+    layout = dict(figsize=(5.5 * len(sizes) + 1, 7), sharex=True, sharey="row", squeeze=False)
+    figure, axes = pyplot.subplots(2, len(sizes), **layout)
     for column, experts in enumerate(sizes):
-        for row, (lines, what) in enumerate(((masses, "softmax mass in the lists"), (shares, "share of the tokens"))):
+        for row, lines in enumerate((masses, shares)):
             axis = axes[row, column]
             for layer, style in zip(sorted(table.layer.unique()), ("-", "--", ":", "-."), strict=False):
                 part = table[(table.experts == experts) & (table.layer == layer)]
                 for name, (label, color) in lines.items():
                     axis.plot(part.iteration, part[name], style, color=color, label=f"{label}, layer {layer}")
-            axis.set_ylim(bottom=-0.005)
             axis.grid(alpha=0.3)
-            if column == 0:
-                axis.set_ylabel(what)
-                axis.legend(fontsize=8, loc="upper left")
         axes[0, column].set_title(f"E = {experts:,}")
         axes[1, column].set_xlabel("training step")
+    for row, what in enumerate(("softmax mass in the lists", "share of the tokens")):
+        axes[row, 0].set_ylabel(what)
+        axes[row, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
