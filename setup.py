@@ -19,7 +19,7 @@ setup(
     packages=find_packages(include=["air_moe_megatron", "air_moe_megatron.*"]),
     install_requires=["packaging", "torch>=2.11"],
     extras_require={
-        "train": ["matplotlib", "megatron-core[training]==0.19.*", "pandas", "tensorboard"],
+        "train": ["matplotlib", "megatron-core[training]==0.19.*", "pandas", "tensorboard", "tqdm"],
         "dev": [
             "hypothesis",
             "matplotlib",
@@ -29,6 +29,7 @@ setup(
             "pytest",
             "ruff",
             "tensorboard",
+            "tqdm",
         ],
     },
     classifiers=[
