@@ -48,7 +48,7 @@ BENCHMARKS = {  # file of the rows -> benchmark and flags on a large GPU, the sa
 
 _TINY_DEMO = (
     *"--num-layers 1 --hidden-size 32 --num-experts 256 --moe-router-topk 4 --seq-length 64".split(),
-    *"--max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 4 --train-iters 6".split(),
+    *"--max-position-embeddings 256 --micro-batch-size 2 --global-batch-size 4 --train-iters 6".split(),
     *"--log-interval 2 --eval-iters 1 --lr-warmup-fraction 0.5".split(),
 )
 CURVES = {  # of the CPU -> flags added to the demo's

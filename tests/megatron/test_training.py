@@ -82,9 +82,6 @@ def test_a_plain_checkpoint_is_evaluated_as_it_was_trained(topk_run, use, valida
     assert all(0 < layer["experts_used"] <= 1 for layer in figures["layers"])
 
 
-VQ = ["--moe-router-type", "vq", "--moe-router-pre-softmax"]
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -92,9 +89,12 @@ VQ = ["--moe-router-type", "vq", "--moe-router-pre-softmax"]
         (["--load", "FOLDER"], "holds no checkpoint: name a folder that does"),
         (["--load", "TOPK", "--data-path", "none"], "none.idx' does not exist"),
         (["--load", "TOPK", "--data-path", "DATA", "--moe-router-type", "air"], "the codebooks would be random"),
-        (["--load", "TOPK", "--data-path", "DATA", *VQ], "--moe-router-type vq cannot load them"),
+        (
+            ["--load", "TOPK", "--data-path", "DATA", "--moe-router-type", "hierarchical"],
+            "--moe-router-type hierarchical cannot load them",
+        ),
     ],
-    ids=("no-load", "no-checkpoint", "absent-data", "air", "vq"),
+    ids=("no-load", "no-checkpoint", "absent-data", "air", "hierarchical"),
 )
 def test_evaluation_names_what_is_wrong(topk_checkpoint, use, validation, tmp_path, flags, message):
     places = {"FOLDER": tmp_path, "TOPK": topk_checkpoint, "DATA": validation[1]}
