@@ -270,7 +270,9 @@ class FrozenBounds:
         moments = self._moments(weight, shares)
         offset = moments[:, :, -1]  # of the mean from the center
         covariance = moments[:, :, :-1] - offset.unsqueeze(2) * offset.unsqueeze(1)
-        variance = torch.linalg.eigvalsh(covariance)[:, -1].clamp(min=0) * (1.0 + BOUND_SLACK)
+        variance = torch.linalg.eigvalsh(covariance)[:, -1].clamp(min=0)
+        # A variance far below the rounding of the moments counts too: phi of a large residual may be exp(300).
+        variance += BOUND_SLACK * moments.diagonal(dim1=1, dim2=2).sum(dim=1)
         distances = squares + offset.square().sum(dim=1, keepdim=True)
         distances -= 2.0 * torch.cat([offset @ (x - center).double().t() for x in weight.split(CHUNK)], dim=1)
         distances += 2.0 * rounding * longest.square()
@@ -374,7 +376,8 @@ class FrozenBounds:
         in_range = limit < 300.0
         growth = torch.where(in_range, torch.log1p(gain * bennett(torch.where(in_range, limit, 0.0))), limit)
         unknown = log_mass + (residual * mean).sum(dim=1) + growth
-        error = 4.0 * self._spread.score_error(lifted).squeeze(1) + BOUND_SLACK
+        at_anchor = self._length[nearest].squeeze(1) * self._spread.longest * self._spread.rounding
+        error = 4.0 * (self._spread.score_error(lifted).squeeze(1) + at_anchor) + BOUND_SLACK
         everything = torch.logaddexp(known.logsumexp(dim=1), unknown)
         return (candidates.logsumexp(dim=1) - everything - error).clamp(max=0.0).exp().float()
 
