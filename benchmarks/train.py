@@ -100,7 +100,7 @@ class Trainer:
         shape: tuple[int, int],
         pg_collection,
         device: torch.device,
-        optimizer=None,
+        optimizer: dict | None = None,
         seed: int = 0,
         **more,
     ) -> None:

@@ -31,6 +31,18 @@ class TokenStream:
     num_bytes: int | None  # of the text of all tokens but the first; None where the tokenizer does not tell
 
 
+def require_paths(args: argparse.Namespace) -> None:
+    """Refuse a command line without data.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if not args.data_path:
+        raise ValueError(
+            "--data-path must name the data: prefixes of indexed data sets, text files, or files that end in .jsonl"
+        )
+
+
 def read(path: str, tokenizer: Tokenizer, args: argparse.Namespace) -> TokenStream:
     """Read a data set.
 

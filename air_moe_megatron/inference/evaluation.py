@@ -21,7 +21,7 @@ from air_moe_megatron.batches import forward_step
 from air_moe_megatron.compat import process_groups_released
 from air_moe_megatron.health import listed_share, load_figures
 from air_moe_megatron.inference import restore
-from air_moe_megatron.inference.data import TokenStream, Windows, microbatches, num_microbatches, read
+from air_moe_megatron.inference.data import TokenStream, Windows, microbatches, num_microbatches, read, require_paths
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.recall import recall
@@ -211,10 +211,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flag, its value and the rule.
     """
-    if not args.data_path:
-        raise ValueError(
-            "--data-path must name the data: prefixes of indexed data sets, text files, or files that end in .jsonl"
-        )
+    require_paths(args)
     for flag, given in (
         ("--sft", args.sft),
         ("--dataloader-inter-document-masking", args.dataloader_inter_document_masking),

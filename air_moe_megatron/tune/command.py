@@ -16,7 +16,7 @@ from air_moe_megatron import console
 from air_moe_megatron.checkpoints import saved_arguments
 from air_moe_megatron.compat import process_groups_released
 from air_moe_megatron.inference import restore
-from air_moe_megatron.inference.data import read
+from air_moe_megatron.inference.data import read, require_paths
 from air_moe_megatron.inference.text import tokenizer_of
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.tune import output
@@ -44,10 +44,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flag, its value and the rule.
     """
-    if not args.data_path:
-        raise ValueError(
-            "--data-path must name the data: prefixes of indexed data sets, text files, or files that end in .jsonl"
-        )
+    require_paths(args)
     if args.world_size != 1:
         raise ValueError(f"the number of ranks ({args.world_size}) must be 1: a checkpoint loads at any sizes")
     if args.num_experts is None:

@@ -17,7 +17,6 @@ import argparse
 import copy
 import logging
 import math
-import os
 import statistics
 import sys
 import tomllib
@@ -36,11 +35,10 @@ from air_moe_megatron.codebook import window_decay  # noqa: E402
 from air_moe_megatron.recall import recall  # noqa: E402
 from benchmarks.measure import environment, world  # noqa: E402
 from benchmarks.quality.data import prepare  # noqa: E402
-from benchmarks.quality.step_time import batches, models, trainer_of  # noqa: E402
-from benchmarks.quality.study import CPU_ENVIRONMENT  # noqa: E402
+from benchmarks.quality.in_process import batches, begin, models, trainer_of  # noqa: E402
 from benchmarks.train import Trainer  # noqa: E402
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("benchmarks.quality.drift")
 
 RULES = ("as it is", "frozen", "reset", "drift")
 _RECALL_EVERY = 10  # steps
@@ -228,11 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs=2, default=[400, 200], help="before and after the change")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU, as the study's runs have")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available() and not CPU_ENVIRONMENT.items() <= os.environ.items():
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **CPU_ENVIRONMENT})  # read when a process starts
-    logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO)
-    torch.set_num_threads(args.threads)
+    begin(args.threads)
     config = tomllib.loads(args.config.read_text())
     run = models(config, args.experts)["air"]
     folders = {name: args.work / f"{name}-{config['vocabulary']}" for name in (config["corpus"], "gutenberg-100m")}

@@ -143,13 +143,14 @@ def tables(rows: list[dict], step_ms: dict[tuple, float] | None = None) -> str:
     parts = []
     for place, variants in groups(rows).items():
         of_group = [row for of_variant in variants.values() for row in of_variant]
-        origins = sorted({(row["device"], row["torch"], row["megatron_core"], row["commit"]) for row in of_group})
+        origins: dict[tuple, set[str]] = {}
+        for row in of_group:
+            origins.setdefault((row["device"], row["torch"], row["megatron_core"]), set()).add(row["commit"])
         parts.append(f"### {_title(*place)}\n")
         parts.append(table(variants, step_ms) + "\n")
-        measured = "; ".join(
-            f"{device}, torch {torch}, megatron-core {core}, commit {commit}" for device, torch, core, commit in origins
-        )
-        parts.append(f"Measured on: {measured}.\n")
+        for (device, torch, core), commits in sorted(origins.items()):
+            parts.append(f"Measured on {device}, torch {torch}, megatron-core {core}.\n")
+            parts.append(f"Commits: {', '.join(sorted(commits))}.\n")
     return "\n".join(parts)
 
 

@@ -6,9 +6,7 @@ processor time of the one thread counts, which other work on the machine disturb
 """
 
 import argparse
-import dataclasses
 import logging
-import os
 import statistics
 import sys
 import time
@@ -24,74 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import environment, world  # noqa: E402
-from benchmarks.quality.flops import config_of  # noqa: E402
-from benchmarks.quality.study import CPU_ENVIRONMENT, Run, load_runs  # noqa: E402
+from benchmarks.quality.in_process import batches, begin, models, trainer_of  # noqa: E402
+from benchmarks.quality.study import Run  # noqa: E402
 from benchmarks.train import Trainer  # noqa: E402
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("benchmarks.quality.step_time")
 
 KEY = ["corpus", "variant", "experts", "topk", "ffn"]
 """The columns that name a model of a study."""
-
-
-def models(config: dict, experts: int) -> dict[str, Run]:
-    """The first run of each variant with so many experts, in the study's main shape."""
-    shape = tuple(config["runs"][0]["shapes"][0])
-    found: dict[str, Run] = {}
-    for run in load_runs(config):
-        is_main = run.corpus == config["corpus"] and (run.topk, run.ffn) == shape
-        if run.experts == experts and is_main:
-            found.setdefault(run.variant, run)
-    if not found:
-        raise ValueError(f"--experts ({experts}) must be a size of the study")
-    return found
-
-
-def batches(prefix: Path, flags: dict, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """All global batches of a data set, in order: tokens, labels, positions and attention mask."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    num_samples, length = flags["global-batch-size"], flags["seq-length"]
-    text = torch.cat([torch.from_numpy(document.astype("int64")) for document in IndexedDataset(str(prefix))])
-    text = text[: text.numel() // (num_samples * (length + 1)) * num_samples * (length + 1)]
-    positions = torch.arange(length, device=device).expand(num_samples, length)
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)  # True: not attended to
-    return [
-        {"tokens": part[:, :-1], "labels": part[:, 1:], "positions": positions, "mask": mask}
-        for part in text.to(device).view(-1, num_samples, length + 1)
-    ]
-
-
-def trainer_of(run: Run, pg_collection, device: torch.device, optimizer: dict | None = None, seed: int = 0) -> Trainer:
-    """The model of a run and its optimizer, with the plugin's layers in Megatron's own; others as Trainer's."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
-    from air_moe_megatron.routers.hashing import hand_over_token_ids
-    from air_moe_megatron.specs import with_air_layers
-
-    flags = run.flags
-    config = config_of({**flags, "moe-hash-vocab-size": run.vocabulary} if run.variant == "hash" else flags)
-    config = dataclasses.replace(
-        config,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
-        moe_token_dispatcher_type="allgather",
-    )
-    spec = get_gpt_layer_local_spec(num_experts=run.experts, moe_grouped_gemm=False, normalization="RMSNorm")
-    trainer = Trainer(
-        config,
-        with_air_layers(spec, config),
-        (run.vocabulary, flags["seq-length"]),
-        pg_collection,
-        device,
-        optimizer,
-        seed,
-        position_embedding_type=flags["position-embedding-type"],
-        share_embeddings_and_output_weights=not flags.get("untie-embeddings-and-output-weights", False),
-    )
-    hand_over_token_ids([trainer.model])
-    return trainer
 
 
 def time_steps(
@@ -154,11 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=10, help="counted steps of each model")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU, as the study's runs have")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available() and not CPU_ENVIRONMENT.items() <= os.environ.items():
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **CPU_ENVIRONMENT})  # read when a process starts
-    logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO)
-    torch.set_num_threads(args.threads)
+    begin(args.threads)
     config = tomllib.loads(args.config.read_text())
     for experts in args.experts:
         runs = models(config, experts)

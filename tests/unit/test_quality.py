@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import numpy
+import pandas
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
@@ -225,7 +226,7 @@ def test_the_table_shows_step_times_where_the_group_was_timed(tmp_path):
 
 
 def test_steps_of_every_variant_are_timed_in_turn_on_the_data_of_the_study(tmp_path, megatron_cpu):
-    from benchmarks.quality import step_time
+    from benchmarks.quality import in_process, step_time
 
     builder = IndexedDatasetBuilder(str(tmp_path / "train.bin"), dtype=numpy.uint16)
     builder.add_document(numpy.arange(200) % 50, [200])
@@ -238,18 +239,18 @@ def test_steps_of_every_variant_are_timed_in_turn_on_the_data_of_the_study(tmp_p
     names = ("topk", "air", "hash")
     config = CONFIG | {"vocabulary": 50, "flags": flags, "variants": {n: {"moe-router-type": n} for n in names}}
     config["runs"] = [{"experts": [64], "shapes": [[4, 1]], "variants": list(names)}]
-    runs, device = step_time.models(config, 64), torch.device("cpu")
-    batches = step_time.batches(tmp_path / "train", flags, device)
+    runs, device = in_process.models(config, 64), torch.device("cpu")
+    batches = in_process.batches(tmp_path / "train", flags, device)
     assert len(batches) == 20 and batches[1]["tokens"].tolist()[0] == [10, 11, 12, 13]
     assert (batches[0]["labels"][:, :-1] == batches[0]["tokens"][:, 1:]).all()
-    trainers = {name: step_time.trainer_of(run, megatron_cpu, device) for name, run in runs.items()}
+    trainers = {name: in_process.trainer_of(run, megatron_cpu, device) for name, run in runs.items()}
     assert [router.router_type for trainer in trainers.values() for router in trainer.routers] == list(names)
     seconds = step_time.time_steps(trainers, batches, warmup=2, repetitions=3)
     rows = step_time.rows_of(runs, seconds, 2, device)
     assert [row["variant"] for row in rows] == list(names) and rows[0]["of_topk"] == 1.0
     assert all(row["repetitions"] == 3 and row["step_ms"] > 0 for row in rows)
     with pytest.raises(ValueError, match=r"--experts \(32\) must be a size of the study"):
-        step_time.models(config, 32)
+        in_process.models(config, 32)
 
 
 def test_runs_with_different_flags_are_not_taken_for_seeds():
@@ -302,8 +303,7 @@ def test_tables_in_the_documents_are_those_of_the_results():
 
 
 def test_every_rule_of_the_drift_study_does_what_it_says(tmp_path, megatron_cpu):
-    pandas = pytest.importorskip("pandas")
-    from benchmarks.quality import drift, step_time
+    from benchmarks.quality import drift, in_process
 
     flags = {
         "num-layers": 1, "hidden-size": 8, "num-attention-heads": 2, "seq-length": 4, "global-batch-size": 2,
@@ -326,7 +326,7 @@ def test_every_rule_of_the_drift_study_does_what_it_says(tmp_path, megatron_cpu)
     assert after["reset"].age.tolist() == list(range(9, 21))
     assert after["as it is"].quantization_error.iloc[-1] != after["frozen"].quantization_error.iloc[-1]
     assert drift.table(rows).count("\n") == 1 + len(drift.RULES)
-    router = step_time.trainer_of(run, megatron_cpu, device).routers[0]
+    router = in_process.trainer_of(run, megatron_cpu, device).routers[0]
     rule = drift.Rule("drift", router, 400, [0.1, 0.2] * 10)
     rule.begin()
     assert (router.codebook.decay, router.index.refresh_interval) == (0.99, 20)

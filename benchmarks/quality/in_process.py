@@ -1,0 +1,85 @@
+"""A study's models in this process, to be stepped one by one: `step_time.py` and `drift.py` use them."""
+
+import dataclasses
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality.flops import config_of
+from benchmarks.quality.study import CPU_ENVIRONMENT, Run, load_runs
+from benchmarks.train import Trainer
+
+
+def begin(threads: int) -> None:
+    """Set up the process of a command that trains a study's models: memory, threads, and what it logs.
+
+    On a CPU the process starts anew with the environment of the study's runs, which glibc reads when a process starts.
+    """
+    if not torch.cuda.is_available() and not CPU_ENVIRONMENT.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **CPU_ENVIRONMENT})
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("benchmarks").setLevel(logging.INFO)
+    torch.set_num_threads(threads)
+
+
+def models(config: dict, experts: int) -> dict[str, Run]:
+    """The first run of each variant with so many experts, in the study's main shape."""
+    shape = tuple(config["runs"][0]["shapes"][0])
+    found: dict[str, Run] = {}
+    for run in load_runs(config):
+        is_main = run.corpus == config["corpus"] and (run.topk, run.ffn) == shape
+        if run.experts == experts and is_main:
+            found.setdefault(run.variant, run)
+    if not found:
+        raise ValueError(f"--experts ({experts}) must be a size of the study")
+    return found
+
+
+def batches(prefix: Path, flags: dict, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """All global batches of a data set, in order: tokens, labels, positions and attention mask."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    num_samples, length = flags["global-batch-size"], flags["seq-length"]
+    text = torch.cat([torch.from_numpy(document.astype("int64")) for document in IndexedDataset(str(prefix))])
+    text = text[: text.numel() // (num_samples * (length + 1)) * num_samples * (length + 1)]
+    positions = torch.arange(length, device=device).expand(num_samples, length)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=device).triu(1)  # True: not attended to
+    return [
+        {"tokens": part[:, :-1], "labels": part[:, 1:], "positions": positions, "mask": mask}
+        for part in text.to(device).view(-1, num_samples, length + 1)
+    ]
+
+
+def trainer_of(run: Run, pg_collection, device: torch.device, optimizer: dict | None = None, seed: int = 0) -> Trainer:
+    """The model of a run and its optimizer, with the plugin's layers in Megatron's own; others as Trainer's."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from air_moe_megatron.routers.hashing import hand_over_token_ids
+    from air_moe_megatron.specs import with_air_layers
+
+    flags = run.flags
+    config = config_of({**flags, "moe-hash-vocab-size": run.vocabulary} if run.variant == "hash" else flags)
+    config = dataclasses.replace(
+        config,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        moe_token_dispatcher_type="allgather",
+    )
+    spec = get_gpt_layer_local_spec(num_experts=run.experts, moe_grouped_gemm=False, normalization="RMSNorm")
+    trainer = Trainer(
+        config,
+        with_air_layers(spec, config),
+        (run.vocabulary, flags["seq-length"]),
+        pg_collection,
+        device,
+        optimizer,
+        seed,
+        position_embedding_type=flags["position-embedding-type"],
+        share_embeddings_and_output_weights=not flags.get("untie-embeddings-and-output-weights", False),
+    )
+    hand_over_token_ids([trainer.model])
+    return trainer
