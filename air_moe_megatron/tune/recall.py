@@ -1,4 +1,4 @@
-"""Fit a codebook to the tokens of a layer, list the experts, and measure what the lists hold; torch only.
+"""Fit a codebook to the tokens of a layer, list the experts, and measure what the lists hold.
 
 Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, M candidates, K top-k.
 """
@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from air_moe_megatron.codebook import Codebook
+from air_moe_megatron.config import AIRFields
 from air_moe_megatron.lists import list_every_expert, reserved_slots
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.ops.ranking import Ranking, rank_experts
 from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
 
-DECAY = 0.99  # as moe_air_codebook_ema
+DECAY = AIRFields.moe_air_codebook_ema  # that of a run without the flag
 _BATCHES, _PASSES = 8, 4  # of the fit: its tokens are seen four times, in eight batches each time
 _SCORES = 2**25  # exact scores that are held at a time
 
@@ -117,9 +118,8 @@ def measure(
     for rows, probs, best in exact(layer):
         for number, listed in enumerate(lists):
             ids = listed.long()[choices[rows, : max(probes)]]  # [n, P, L]
-            first = torch.full(
-                probs.shape, max(probes), dtype=torch.uint8, device=ids.device
-            )  # list that an expert is in
+            # [n, E]: the first list that an expert is in
+            first = torch.full(probs.shape, max(probes), dtype=torch.uint8, device=ids.device)
             for probe in reversed(range(ids.shape[1])):
                 first.scatter_(1, ids[:, probe], probe)
             hits = first.gather(1, best).unsqueeze(2) < counted  # [n, K, probes]
