@@ -294,7 +294,9 @@ def test_committed_results_are_those_of_the_studies(name):
 
 
 def test_tables_in_the_documents_are_those_of_the_results():
-    full, small = (report.tables(study.read_results(RESULTS / f"quality/{name}.jsonl")) for name in ("full", "small"))
+    step_ms = report.read_step_times(RESULTS / "quality/step_time.csv")
+    full = report.tables(study.read_results(RESULTS / "quality/full.jsonl"), step_ms)
+    small = report.tables(study.read_results(RESULTS / "quality/small.jsonl"))
     assert (RESULTS / "quality/tables.md").read_text() == full
     shown = re.findall(r"^\| router \| seeds \|.*(?:\n\|.*)+", (RESULTS / "quality.md").read_text(), re.MULTILINE)
     assert len(shown) >= 6
