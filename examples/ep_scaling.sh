@@ -6,7 +6,7 @@
 #   EP_SIZES="1 2 4" bash examples/ep_scaling.sh --cpu       # tiny, on CPU
 #
 # Any Megatron flag may follow; the sizes of examples/granular_gpt.sh are environment variables. The shortlists are
-# rebuilt after each of the first forty steps, then less and less often, and every twentieth step from the 400th on: steps
+# rebuilt after each of the first twenty steps, then less and less often, and every twentieth step from the 200th on: steps
 # before WARMUP do not count, and a log line of twenty steps holds one rebuild. For a quick look at the pace of a young
 # codebook: WARMUP=20 TRAIN_ITERS=70 LOG_INTERVAL=10. All ranks of a CPU share its cores, so tokens per second do not
 # scale there; bytes and loads are counted as on GPUs. Not yet run on GPUs.

@@ -7,8 +7,8 @@
 # An expert is one gated row of 64, 192 parameters, and 64 more in the router: 0.27 billion in all, times 16 bytes for
 # the fp32 weight, its gradient and Adam's two moments. Any Megatron flag may follow; other sizes are environment
 # variables, see examples/granular_gpt.sh. It ends with the peak memory and the time per step, which
-# is longer where the shortlists are rebuilt: in each of the first forty steps, so in all of the default run, then less and
-# less often, and in every twentieth step from the 400th on. Not yet run on a GPU.
+# is longer where lists are rebuilt in full: in the first two. Until the 20th step every one makes new lists of a local rebuild,
+# so all of the default run; later a rebuild is spread over up to 20 steps. Not yet run on a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
