@@ -45,6 +45,10 @@ class AIRFields:
     moe_air_refresh_interval: int = 20
     """Rebuild the shortlists every this many codebook updates; while the codebook is young, more often."""
 
+    moe_air_diagnostics_interval: int = 100
+    """Measure the routers of every layer every this many steps, for the log, TensorBoard, W&B and the file
+    air_diagnostics.jsonl; 0 turns it off. It is for every router type, not for 'air' alone."""
+
     moe_dispatch: Literal["stock", "compact"] = "stock"
     """How tokens reach their experts: 'stock' is the dispatcher that moe_token_dispatcher_type names, 'compact' sends a
     token once to each expert-parallel rank that holds any of its experts, without dense maps (needs
@@ -90,6 +94,9 @@ class AIRFields:
     """Weight of the commitment loss of the 'vq' router relative to its codebook loss."""
 
 
+_OF_EVERY_ROUTER = ("moe_air_diagnostics_interval",)
+"""Fields that are named like those of one router type, and that every router of ours heeds."""
+
 ROUTER_TYPES: tuple[str, ...] = get_args(get_type_hints(AIRFields)["moe_router_type"])
 
 
@@ -111,4 +118,6 @@ def router_type_of(field_name: str) -> str | None:
 
     Example: ``moe_product_key_dim`` belongs to 'product_key', ``moe_dispatch`` to none.
     """
+    if field_name in _OF_EVERY_ROUTER:
+        return None
     return next((name for name in ROUTER_TYPES if field_name.startswith(f"moe_{name}_")), None)

@@ -12,6 +12,8 @@ from air_moe_megatron.config.refusals import refused
 from air_moe_megatron.config.sizes import resolve_groups, resolve_product_keys, resolve_sizes
 
 _HINTS = get_type_hints(AIRFields)
+_NEED_OURS = ("moe_dispatch", "moe_router_input_norm", "moe_air_diagnostics_interval")
+"""Fields that every router of ours heeds, and Megatron's own does not."""
 
 
 def refuse_unused(values: object) -> None:
@@ -31,7 +33,7 @@ def unused(values: object) -> Problems[None]:
         value, owner = getattr(values, field.name), router_type_of(field.name)
         if value == field.default or owner == values.moe_router_type:
             continue
-        if owner is not None or (field.name in ("moe_dispatch", "moe_router_input_norm") and is_plain_topk(values)):
+        if owner is not None or (field.name in _NEED_OURS and value and is_plain_topk(values)):
             remedy = f"--moe-router-type {owner}" if owner else "--moe-granular-experts"
             yield ValueError(
                 f"--{field.name.replace('_', '-')} ({value!r}) has no effect with --moe-router-type "
@@ -60,6 +62,11 @@ def invalid(config: TransformerConfig) -> Problems[None]:
             yield ValueError(f"{field.name} ({value}) must be a finite number")
     yield from _no_choice(config, "moe_router_input_norm")
     yield from _no_choice(config, "moe_dispatch")
+    if config.moe_air_diagnostics_interval < 0:
+        yield ValueError(
+            f"moe_air_diagnostics_interval ({config.moe_air_diagnostics_interval}) must be a number of steps, or 0 to "
+            "turn diagnostics off"
+        )
     if has_no_type:
         return
     if not is_plain_topk(config):

@@ -27,6 +27,8 @@ from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.recomputation import hidden_from_checkpoints
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import RouterFlops
+from air_moe_megatron.routers.observation import CodewordCounter
+from air_moe_megatron.routers.token_ids import ids_in_order
 
 _SAMPLE_SIZE = 64  # tokens
 # The logit of what is no candidate, for sqrtsoftplus: the score is 4e-18, and at -inf the gradient would be NaN.
@@ -71,8 +73,10 @@ class AIRRouter(CompactRouter):
         self.always_complete = config.moe_air_codebook_source == "tokens" and self.sizes.num_probes == 1
         # Beginnings of the names of what a checkpoint lacks, and so is not asked for; loading sets it back.
         self.left_out: list[str] = []
-        # Tokens of the last training forward, for logs only.
+        # For logs only: tokens of the last training forward, kept while they are asked for; what counts all of them.
+        self.keeps_sample = config.moe_air_diagnostics_interval > 0
         self.sample: TokenSample | None = None
+        self.observer: CodewordCounter | None = None
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         with hidden_from_checkpoints():
@@ -85,8 +89,19 @@ class AIRRouter(CompactRouter):
         probs = routes.probs if self.always_complete else routes.probs.masked_fill(routes.topk_ids < 0, 0.0)
         if self._is_counted and not self.config.moe_router_force_load_balancing:
             with hidden_from_checkpoints():
-                self.sample = _take_sample(hidden, codewords, padding_mask)
+                if self.keeps_sample:
+                    self.sample = _take_sample(hidden, codewords, padding_mask)
+                if self.observer is not None:
+                    self.observer.observe(codewords, padding_mask, self._token_ids(hidden.shape[0], batch_size))
         return Routes(routes.topk_ids, probs, codewords)
+
+    def _token_ids(self, num_tokens: int, batch_size: int) -> torch.Tensor | None:
+        """[T] ids of this forward's tokens, where the observer was told them and their order is that of the tokens."""
+        ids = self.observer.token_ids
+        if ids is None or ids.shape[0] != batch_size:  # packed microbatches are flattened after the embedding
+            return None
+        ids = ids_in_order(ids, self)
+        return ids if ids.numel() == num_tokens else None
 
     def _candidates(
         self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor
@@ -226,6 +241,8 @@ class AIRRouter(CompactRouter):
         """As the base's, and what was ranked for the next lists."""
         super().discard()
         self.index.discard()
+        if self.observer is not None:
+            self.observer.discard()
 
     def count_step(self, group: torch.distributed.ProcessGroup | None) -> None:
         """As the base's; a codebook of source 'experts' learns at the next rebuild of the lists."""

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import RouterFlops
+from air_moe_megatron.routers.token_ids import embedding_of, ids_in_order, tell_token_ids
 
 
 class HashRouter(CompactRouter):
@@ -95,15 +96,13 @@ class HashRouter(CompactRouter):
                 f"layer {self.layer_number}: the router has been given no token ids; call hand_over_token_ids(model) "
                 "after the model is built, as the entry point does"
             )
-        ids = self.token_ids.t()  # [sequence, batch]
-        if self.config.sequence_parallel:
-            ids = ids.chunk(self.tp_group.size(), dim=0)[self.tp_group.rank()]
+        ids = ids_in_order(self.token_ids, self)
         if ids.numel() != num_tokens:
             raise ValueError(
-                f"layer {self.layer_number}: {num_tokens} tokens, but {ids.numel()} token ids (of {tuple(ids.shape)} "
-                "[sequence, batch]) came from the embedding"
+                f"layer {self.layer_number}: {num_tokens} tokens, but {ids.numel()} token ids (of "
+                f"{tuple(self.token_ids.shape)} [batch, sequence]) came from the embedding"
             )
-        return ids.reshape(-1)
+        return ids
 
 
 def hand_over_token_ids(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -116,20 +115,12 @@ def hand_over_token_ids(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
         routers = [module for module in chunk.modules() if isinstance(module, HashRouter)]
         if not routers:
             continue
-        embedding = next((module for name, module in chunk.named_modules() if name.split(".")[-1] == "embedding"), None)
+        embedding = embedding_of(chunk)
         if embedding is None:
             raise ValueError(
                 f"moe_router_type 'hash' needs the model's embedding on the same rank; {type(chunk).__name__} has none"
             )
-
-        def tell(
-            module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], routers: list[HashRouter] = routers
-        ) -> None:
-            token_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-            for router in routers:
-                router.token_ids = token_ids
-
-        embedding.register_forward_pre_hook(tell, with_kwargs=True)
+        tell_token_ids(embedding, routers)
     return model
 
 

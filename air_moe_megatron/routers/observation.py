@@ -1,0 +1,78 @@
+"""What is counted of the tokens of one step, for logs only: in steps that measure, and in no other.
+
+Legend: T tokens, C clusters, P probes.
+"""
+
+import torch
+
+
+class CodewordCounter:
+    """Counts the tokens of one AIR router by nearest codeword, and keeps the token ids of a part of them.
+
+    It neither communicates nor waits for the device. An attempt that is repeated begins with :meth:`discard`.
+
+    Args:
+        num_clusters: C.
+        capacity: tokens whose ids are kept, the first of the step.
+        device: of the counts.
+    """
+
+    def __init__(self, num_clusters: int, capacity: int, device: torch.device) -> None:
+        self.load = torch.zeros(num_clusters, dtype=torch.int64, device=device)  # [C] tokens
+        # [capacity] ``codeword << 32 | token id``, -1 where there is none
+        self.pairs = torch.full((capacity,), -1, dtype=torch.int64, device=device)
+        self.token_ids: torch.Tensor | None = None  # [batch, sequence] of the microbatch, where they are at hand
+        self._num_pairs = 0
+
+    @torch.no_grad()
+    def observe(
+        self, codewords: torch.Tensor, padding_mask: torch.Tensor | None, token_ids: torch.Tensor | None
+    ) -> None:
+        """Count a microbatch.
+
+        Args:
+            codewords: [T, P] int64, nearest first.
+            padding_mask: [T] bool, True for padding, which does not count; None if there is none.
+            token_ids: [T] int64, None where they are not known.
+        """
+        nearest = codewords[:, 0]
+        counted = torch.ones_like(nearest) if padding_mask is None else (~padding_mask).long()
+        self.load.index_add_(0, nearest, counted)
+        if token_ids is None:
+            return
+        kept = slice(self._num_pairs, min(self._num_pairs + nearest.numel(), self.pairs.numel()))
+        pairs = (nearest << 32 | token_ids).masked_fill(counted == 0, -1)
+        self.pairs[kept] = pairs[: kept.stop - kept.start]
+        self._num_pairs = kept.stop
+
+    def discard(self) -> None:
+        """Forget what was counted; an attempt at the step begins."""
+        self.load.zero_()
+        self.pairs.fill_(-1)
+        self._num_pairs = 0
+
+
+def most_frequent(pairs: torch.Tensor, num_clusters: int, most: int = 5) -> list[list[list[int]]]:
+    """The most frequent token ids of each codeword, with their counts; waits for the device.
+
+    Args:
+        pairs: [n] int64 as a :class:`CodewordCounter` keeps them.
+        num_clusters: C.
+        most: ids per codeword.
+    Returns:
+        C lists of [token id, count], the most frequent first, the smaller id first where counts are equal.
+
+    Example: tokens 7, 7, 3 of codeword 1 of 2 give [[], [[7, 2], [3, 1]]].
+    """
+    values, counts = pairs[pairs >= 0].cpu().unique(return_counts=True)  # in order of codeword and id
+    order = counts.argsort(descending=True, stable=True)
+    order = order[(values[order] >> 32).argsort(stable=True)]
+    values, counts = values[order], counts[order]
+    codewords = values >> 32
+    first = torch.searchsorted(codewords, codewords)  # where the codeword begins
+    is_kept = torch.arange(values.numel()) - first < most
+    found: list[list[list[int]]] = [[] for _ in range(num_clusters)]
+    rows = torch.stack((codewords, values & (2**32 - 1), counts), dim=1)[is_kept]
+    for codeword, token_id, count in rows.tolist():
+        found[codeword].append([token_id, count])
+    return found

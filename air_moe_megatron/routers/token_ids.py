@@ -1,0 +1,37 @@
+"""How token ids reach what routes or counts by them: from the model's embedding, a microbatch at a time.
+
+Routers see hidden states, not token ids. So the embedding must be on the same rank, and forward and backward of a
+microbatch must run in turn. Legend: T tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from air_moe_megatron.routers.base import CompactRouter
+
+
+def ids_in_order(token_ids: torch.Tensor, router: CompactRouter) -> torch.Tensor:
+    """[T] token ids of this rank in the order of a router's hidden states, from ids [batch, sequence]."""
+    ids = token_ids.t()  # [sequence, batch]
+    if router.config.sequence_parallel:
+        ids = ids.chunk(router.tp_group.size(), dim=0)[router.tp_group.rank()]
+    return ids.reshape(-1)
+
+
+def embedding_of(chunk: torch.nn.Module) -> torch.nn.Module | None:
+    """The embedding of a model chunk, which sees the token ids; None if it has none."""
+    return next((module for name, module in chunk.named_modules() if name.split(".")[-1] == "embedding"), None)
+
+
+def tell_token_ids(embedding: torch.nn.Module, receivers: Sequence[Any]) -> RemovableHandle:
+    """Have an embedding set the ``token_ids`` of receivers to those of each microbatch, until the handle is removed."""
+
+    def tell(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        token_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        for receiver in receivers:
+            receiver.token_ids = token_ids
+
+    return embedding.register_forward_pre_hook(tell, with_kwargs=True)
