@@ -8,25 +8,25 @@ import torch
 from air_moe_megatron.dispatcher import Traffic
 from air_moe_megatron.layer import AIRMoELayer
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
-from air_moe_megatron.recall import recall
 from air_moe_megatron.routers import AIRRouter, VQRouter
 from air_moe_megatron.routers.base import CompactRouter
 
 
 @torch.no_grad()
-def expert_loads(routers: Sequence[CompactRouter]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Read what the routers counted since the last call, summed over all ranks of the stage.
+def expert_loads(routers: Sequence[CompactRouter], reset: bool = True) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Read what the routers counted since the last reset, summed over all ranks of the stage.
 
-    Communicates (one all-reduce over ``tp_dp_cp``); sets the routers' counts back to zero.
+    Communicates (one all-reduce over ``tp_dp_cp``).
 
     Args:
         routers: those of one pipeline stage; their numbers of experts may differ.
+        reset: whether the routers' counts are set back to zero.
     Returns:
         for each router [E] int64, the tokens that each expert got; [routers] int64, the tokens that were routed.
     """
     flat = torch.cat([*(router.expert_load for router in routers), *(router.num_routed for router in routers)])
     sum_over_ranks(flat, routers[0].tp_dp_cp_group)
-    for router in routers:
+    for router in routers if reset else ():
         router.reset_log()
     *loads, num_routed = flat.split([*(router.num_experts for router in routers), len(routers)])
     return loads, num_routed
@@ -45,12 +45,13 @@ def load_figures(loads: Sequence[torch.Tensor], num_ranks: int) -> dict[str, flo
 
     Example: loads [[2, 0, 1, 1]] on 2 ranks: used 0.75, imbalance factor 4 * 6 / 16 = 1.5, most loaded rank 1.0.
     """
-    figures = torch.stack([_load_figures_of(load.double(), num_ranks) for load in loads]).mean(dim=0).tolist()
+    figures = torch.stack([load_figures_of(load, num_ranks) for load in loads]).mean(dim=0).tolist()
     return dict(zip(("experts-used", "imbalance-factor", "rank-imbalance"), figures, strict=True))
 
 
-def _load_figures_of(load: torch.Tensor, num_ranks: int) -> torch.Tensor:
-    """[3] fp64: the three figures of one router."""
+def load_figures_of(load: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """[3] fp64: the three figures of :func:`load_figures` for one router, of its load [E]."""
+    load = load.double()
     total = load.sum().clamp_min(1.0)
     imbalance = load.numel() * load.square().sum() / total.square()
     return torch.stack(
@@ -76,12 +77,14 @@ def empty_share(loads: Sequence[torch.Tensor], num_routed: torch.Tensor, topks: 
 @torch.no_grad()
 def listed_share(routers: Sequence[AIRRouter]) -> float:
     """Share of the experts that stand in some shortlist, as a mean over the routers; waits for the device."""
-    shares = []
-    for router in routers:
-        listed = torch.zeros(router.num_experts + 1, dtype=torch.bool, device=router.index.shortlist.device)
-        listed[router.index.shortlist.long().flatten()] = True  # -1, for no expert, is the last slot
-        shares.append(listed[:-1].double().mean())
-    return float(torch.stack(shares).mean())
+    return float(torch.stack([listed_share_of(router) for router in routers]).mean())
+
+
+def listed_share_of(router: AIRRouter) -> torch.Tensor:
+    """[] fp64: the share of :func:`listed_share` for one router."""
+    listed = torch.zeros(router.num_experts + 1, dtype=torch.bool, device=router.index.shortlist.device)
+    listed[router.index.shortlist.long().flatten()] = True  # -1, for no expert, is the last slot
+    return listed[:-1].double().mean()
 
 
 def dispatch_figures(layers: Sequence[AIRMoELayer], group: torch.distributed.ProcessGroup | None) -> dict[str, float]:
@@ -112,20 +115,21 @@ def dispatch_figures(layers: Sequence[AIRMoELayer], group: torch.distributed.Pro
     return figures | ({"recomputed-bytes-per-token": again} if again else {})
 
 
-def recall_figures(routers: Sequence[AIRRouter]) -> dict[str, float]:
-    """Mass and top-k recall as means over the AIR routers and the ranks of the stage; empty where none has tokens.
+def is_due(iteration: int) -> bool:
+    """Whether Megatron's own log line, and with it ours, is due after a step, counted from 1."""
+    from megatron.training import get_args
 
-    Communicates (one all-reduce over ``tp_dp_cp``) and waits for the device.
-    """
-    found = [figures for figures in map(recall, routers) if figures is not None]
-    sums = [sum(values) for values in zip(*found, strict=True)] or [0.0, 0.0]
-    sums = torch.tensor([*sums, len(found)], dtype=torch.float64, device=routers[0].weight.device)
-    mass, topk, count = sum_over_ranks(sums, routers[0].tp_dp_cp_group).tolist()
-    return {"mass-recall": mass / count, "top-k-recall": topk / count} if count else {}
+    return iteration % get_args().log_interval == 0 or iteration == 1
 
 
-def log_health(model: Sequence[torch.nn.Module], routers: Sequence[CompactRouter], iteration: int) -> None:
-    """Log the routing health of this pipeline stage where Megatron's own log line is due.
+def log_health(
+    model: Sequence[torch.nn.Module],
+    routers: Sequence[CompactRouter],
+    iteration: int,
+    counts: tuple[list[torch.Tensor], torch.Tensor],
+    measured: dict[str, float],
+) -> None:
+    """Log the routing health of this pipeline stage.
 
     Every rank of the stage must call it. The last rank, which also prints Megatron's lines, prints those of its stage.
 
@@ -133,19 +137,24 @@ def log_health(model: Sequence[torch.nn.Module], routers: Sequence[CompactRouter
         model: Megatron's list of model chunks.
         routers: the routers in it, at least one.
         iteration: counted from 1.
+        counts: as :func:`expert_loads` gives them.
+        measured: figures of the diagnostics since the last line, which are logged with those of this line.
     """
-    from megatron.training import get_args, print_rank_last
-    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+    from megatron.training import print_rank_last
 
-    args = get_args()
-    if iteration % args.log_interval and iteration != 1:
-        return
     modules = (module for chunk in model for module in chunk.modules())
     layers = [module for module in modules if isinstance(module, AIRMoELayer) and module.is_compact]
-    figures = health_figures(routers, layers)
+    figures = health_figures(routers, layers, *counts) | measured
     print_rank_last(health_line(figures, routers, iteration))
+    write_scalars(figures, "air", iteration)
+
+
+def write_scalars(figures: dict[str, float], prefix: str, iteration: int) -> None:
+    """Hand figures to Megatron's writers of TensorBoard and W&B, which the last rank has, where it has them."""
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
     writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
-    scalars = {f"air/{name}": value for name, value in figures.items()}
+    scalars = {f"{prefix}/{name}": value for name, value in figures.items()}
     if writer:
         for name, value in scalars.items():
             writer.add_scalar(name, value, iteration)
@@ -153,23 +162,28 @@ def log_health(model: Sequence[torch.nn.Module], routers: Sequence[CompactRouter
         wandb_writer.log(scalars, iteration)
 
 
-def health_figures(routers: Sequence[CompactRouter], layers: Sequence[AIRMoELayer]) -> dict[str, float]:
+def health_figures(
+    routers: Sequence[CompactRouter],
+    layers: Sequence[AIRMoELayer],
+    loads: Sequence[torch.Tensor],
+    num_routed: torch.Tensor,
+) -> dict[str, float]:
     """Figures of a pipeline stage, as means over the routers that have them; communicates and waits for the device.
 
-    Codebooks, lists and recall are of the AIR routers among them, the vq loss is of the vq routers.
+    Codebooks and lists are of the AIR routers among them, the vq loss is of the vq routers.
 
     Args:
         routers: all routers of the stage, of any types and sizes; at least one.
         layers: those with a compact dispatcher.
+        loads: for each router [E] tokens of each expert, of all ranks.
+        num_routed: [routers] tokens, of all ranks.
     """
     air = [router for router in routers if isinstance(router, AIRRouter)]
     vq = [router for router in routers if isinstance(router, VQRouter)]
-    loads, num_routed = expert_loads(routers)
     figures = codebook_figures(air) if air else {}
     figures |= load_figures(loads, routers[0].config.expert_model_parallel_size)
     figures["empty-slots"] = empty_share(loads, num_routed, [router.topk for router in routers])
     figures |= dispatch_figures(layers, routers[0].tp_dp_cp_group)
-    figures |= recall_figures(air) if air else {}
     if vq:
         figures["vq-loss"] = vq_loss(vq)
     return figures

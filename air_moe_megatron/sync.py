@@ -19,7 +19,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.compat import megatron_has_our_fields
-from air_moe_megatron.health import log_health
+from air_moe_megatron.diagnostics import Diagnostics
+from air_moe_megatron.health import expert_loads, is_due, log_health
 from air_moe_megatron.learner import Learner
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers import find_routers
@@ -143,31 +144,62 @@ def _require_every_rank(
             router.count_step(group)
 
 
-def finish_step(model: list[torch.nn.Module], iteration: int, successful: bool) -> None:
-    """End a training step: update the codebooks if it succeeded, and log the routing health where Megatron logs.
+def begin_step(model: list[torch.nn.Module], iteration: int) -> None:
+    """Begin a training step in Megatron's loop, before the first attempt at it; every rank must call it.
 
-    For a patched checkout. It has no hook after the model is built, so the model is checked here.
+    Args:
+        model: Megatron's list of model chunks.
+        iteration: the step's number, counted from 1 as in Megatron's log.
+    """
+    diagnostics = Diagnostics.of(model, iteration)
+    if diagnostics is not None:
+        diagnostics.begin_step(iteration)
+
+
+def finish_step(
+    model: list[torch.nn.Module],
+    iteration: int,
+    successful: bool,
+    losses: dict[str, torch.Tensor] | None = None,
+    grad_norm: float | None = None,
+) -> None:
+    """End a training step in Megatron's loop: update the codebooks if it succeeded, and log what is due.
+
+    A patched checkout calls it too. It has no hook after the model is built, so the model is checked here.
 
     Args:
         model: Megatron's list of model chunks.
         iteration: the step's number, counted from 1 as in Megatron's log.
         successful: whether the optimizer has stepped.
+        losses: by name, as ``train_step`` returns them on the last pipeline stage.
+        grad_norm: of all parameters, before clipping.
     Raises:
         ValueError: as :func:`require_routers`.
     """
-    _finish_step(require_routers(model), iteration, successful)
+    _finish_step(require_routers(model), iteration, successful, losses, grad_norm)
 
 
-def _finish_step(model: list[torch.nn.Module], iteration: int, successful: bool) -> None:
+def _finish_step(
+    model: list[torch.nn.Module],
+    iteration: int,
+    successful: bool,
+    losses: dict[str, torch.Tensor] | None,
+    grad_norm: float | None,
+) -> None:
     routers = find_routers(model)
-    if not routers:
-        return
-    if successful:
+    if routers and successful:
         _update(routers, routers[0].tp_dp_cp_group)
-    else:
-        for router in routers:
-            router.end_step()
-    log_health(model, routers, iteration)
+    for router in routers if not successful else ():
+        router.end_step()
+    counts = expert_loads(routers) if routers and is_due(iteration) else None
+    diagnostics = Diagnostics.of(model, iteration)
+    measured = {}
+    if diagnostics is not None:
+        loads = None if counts is None else counts[0]
+        diagnostics.finish_step(iteration, losses if successful else None, grad_norm, loads)
+        measured = diagnostics.take_unlogged() if counts is not None else {}
+    if counts is not None:
+        log_health(model, routers, iteration, counts, measured)
 
 
 @contextlib.contextmanager
@@ -207,9 +239,10 @@ def codebook_updates() -> Iterator[None]:
             discard_statistics(model)
             return forward_backward_func(*args, **attempt_kwargs)
 
+        begin_step(model, kwargs["iteration"] + 1)
         results = original(forward_step_func, data_iterator, model, optimizer, scheduler, config, attempt, **kwargs)
-        skipped = results[1]
-        _finish_step(model, kwargs["iteration"] + 1, successful=not skipped)
+        losses, skipped, *_, grad_norm, _, _ = results
+        _finish_step(model, kwargs["iteration"] + 1, not skipped, losses, grad_norm)
         return results
 
     training.train_step = train_step

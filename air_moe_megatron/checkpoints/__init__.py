@@ -17,6 +17,7 @@ from air_moe_megatron.checkpoints.checks import unfit_contents
 from air_moe_megatron.checkpoints.reader import Damaged, Location, advice, locate, read
 from air_moe_megatron.checkpoints.saving import check_optimizer_resumes, check_room, find_write_problem
 from air_moe_megatron.config import AIRFields, Problems, problem_of, raise_first
+from air_moe_megatron.diagnostics.files import find_write_problem as find_diagnostics_problem
 
 __all__ = ["check_checkpoint", "fields_of_checkpoint", "saved_arguments", "unfit_checkpoint"]
 
@@ -29,7 +30,7 @@ def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks:
     Raises:
         ValueError: on every rank, the first of :func:`unfit_checkpoint`.
     """
-    report = _report(args) | {"write problem": find_write_problem(args)}
+    report = _report(args) | {"write problem": _write_problem(args)}
     return ranks.agree("checkpoint", report, lambda reports: raise_first(_unfit(args, config, reports)))
 
 
@@ -42,7 +43,12 @@ def unfit_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Pro
     Returns:
         as :func:`unfit_contents`; nothing where no checkpoint is loaded.
     """
-    return (yield from _unfit(args, config, [_report(args) | {"write problem": find_write_problem(args)}]))
+    return (yield from _unfit(args, config, [_report(args) | {"write problem": _write_problem(args)}]))
+
+
+def _write_problem(args: argparse.Namespace) -> str | None:
+    """What keeps this rank from writing its checkpoints or the diagnostics, or None."""
+    return find_write_problem(args) or find_diagnostics_problem(args)
 
 
 def _unfit(args: argparse.Namespace, config: TransformerConfig, reports: list[dict[str, Any]]) -> Problems[list[str]]:

@@ -52,25 +52,30 @@ def train(experts: int, data_dir: Path, out: Path, threads: int) -> Path:
 
 def train_inside(rows: Path, words: list[str]) -> None:
     """Train in this process, and measure after some of the steps."""
-    sys.argv = [ENTRY, *words]
+    sys.argv = [ENTRY, *words, "--moe-air-diagnostics-interval", "0"]  # which would take the samples
     from air_moe_megatron import cpu
 
     cpu.enable()  # before Megatron is imported
     import pandas
 
     from air_moe_megatron import pretrain, sync
-    from air_moe_megatron.routers import air
+    from air_moe_megatron.routers import AIRRouter, air, find_routers
 
     air._SAMPLE_SIZE = NUM_TOKENS
-    log_health, found = sync.log_health, []
+    begin_step, finish_step, found = sync.begin_step, sync._finish_step, []
 
-    def measure_and_log(model: list, routers: list, iteration: int) -> None:
+    def keep_samples(model: list, iteration: int) -> None:
+        begin_step(model, iteration)
+        for router in find_routers(model, AIRRouter):
+            router.keeps_sample = iteration in STEPS
+
+    def measure_and_finish(model: list, iteration: int, *results: object) -> None:
+        finish_step(model, iteration, *results)
         if iteration in STEPS:
-            found.extend(measure_step(router, iteration) for router in routers)
+            found.extend(measure_step(router, iteration) for router in find_routers(model, AIRRouter))
             pandas.DataFrame(found).to_csv(rows, index=False)
-        log_health(model, routers, iteration)
 
-    sync.log_health = measure_and_log
+    sync.begin_step, sync._finish_step = keep_samples, measure_and_finish
     pretrain.main()
 
 

@@ -178,6 +178,21 @@ def use(forkserver):
     return run
 
 
+def read_diagnostics(directory: Path, kind: str | None = None) -> list[dict]:
+    """The lines of a run's diagnostics, all or those of one kind."""
+    lines = [json.loads(line) for line in (directory / "air_diagnostics.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in (None, line["kind"])]
+
+
+def untimed(line: dict) -> dict:
+    """A line of diagnostics without what depends on the clock."""
+    kept = {
+        name: value for name, value in line.items() if "time" not in name and not name.endswith(("seconds", "share"))
+    }
+    layers = [untimed(layer) for layer in line.get("layers", [])]
+    return kept | {"layers": layers} if layers else kept
+
+
 def read_checkpoint(directory: Path, iteration: int) -> dict[str, torch.Tensor]:
     """Every tensor of a ``torch_dist`` checkpoint, whole, without any process group."""
     state = {}

@@ -18,6 +18,7 @@ GRANULAR = [
     *("--init-method-std", "0.1"),
 ]
 COMPACT = ["--moe-dispatch", "compact"]
+MEASURED = ["--moe-air-diagnostics-interval", "1"]
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"]
 BASELINES = {
@@ -130,7 +131,7 @@ def test_megatrons_own_experts_take_product_keys_of_two_heads(pretrain):
 
 
 def test_air_reports_its_recall_and_is_used_without_its_flags(train, use, validation, tmp_path):
-    run = train(*AIR, *COMPACT, *EP2, "--train-iters", "2", *save_flags(tmp_path))
+    run = train(*AIR, *COMPACT, *EP2, "--train-iters", "2", *MEASURED, *save_flags(tmp_path))
     found = re.findall(r"mass recall: ([0-9.]+) \| top-k recall: ([0-9.]+)", run.output)
     assert len(found) == 2
     assert all(0.2 < float(mass) <= 1.0 and 0.2 < float(topk) <= 1.0 for mass, topk in found)

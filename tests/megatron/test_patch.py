@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from air_moe_megatron import cpu
 from air_moe_megatron.config import AIRFields
-from tests.megatron.conftest import AIR, EP2, ROOT, read_checkpoint
+from tests.megatron.conftest import AIR, EP2, ROOT, read_checkpoint, read_diagnostics, untimed
 from tests.processes import run
 
 pytestmark = pytest.mark.slow
@@ -51,13 +52,26 @@ def test_topk_is_megatron_bit_for_bit(pretrain, tmp_path):
     assert [key for key in expected if not expected[key].equal(found[key])] == []
 
 
-def test_patched_checkout_honors_the_flag(pretrain, patched):
-    by_flag = pretrain(*TRAIN, *AIR, entry=PLAIN, env=on(patched))
-    ours = pretrain(*TRAIN, *AIR)
+def test_patched_checkout_honors_the_flag(pretrain, patched, tmp_path):
+    air = [*AIR, "--moe-air-diagnostics-interval", "3"]
+    by_flag = pretrain(*TRAIN, *air, "--tensorboard-dir", tmp_path / "by_flag", entry=PLAIN, env=on(patched))
+    ours = pretrain(*TRAIN, *air, "--tensorboard-dir", tmp_path / "ours")
     ours_on_patched = pretrain(*TRAIN, *AIR, env=on(patched))
     assert len(by_flag.steps) == 4
     assert by_flag.steps == ours.steps == ours_on_patched.steps
     assert "routing health at iteration" in by_flag.output
+    found, expected = ([untimed(line) for line in read_diagnostics(tmp_path / name)] for name in ("by_flag", "ours"))
+    assert [line["kind"] for line in found] == ["run", *["step"] * 3, "diagnostics", "step", "diagnostics"]
+    assert found[1:] == expected[1:]
+    assert found[0]["layers"] == expected[0]["layers"]
+    for name in ("by_flag", "ours"):
+        scalars = EventAccumulator(str(tmp_path / name)).Reload()
+        for line in (line for line in expected if line["kind"] == "diagnostics"):
+            for layer in line["layers"]:
+                for figure in ("mass_recall", "certified", "experts_used"):
+                    logged = scalars.Scalars(f"air/layer_{layer['layer']}/{figure.replace('_', '-')}")
+                    assert {one.step: one.value for one in logged}[line["iteration"]] == pytest.approx(layer[figure])
+        assert [one.step for one in scalars.Scalars("air/routing-share")] == [3, 4]
 
 
 def test_patched_checkout_behaves_as_before_without_the_flag(pretrain, patched):

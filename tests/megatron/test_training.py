@@ -6,7 +6,16 @@ import re
 import pytest
 import torch
 
-from tests.megatron.conftest import AIR, EP2, GLOBAL_BATCH, OURS, SEQUENCE, read_checkpoint
+from tests.megatron.conftest import (
+    AIR,
+    EP2,
+    GLOBAL_BATCH,
+    OURS,
+    SEQUENCE,
+    read_checkpoint,
+    read_diagnostics,
+    untimed,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +67,7 @@ def air_checkpoint(pretrain, topk_checkpoint, tmp_path_factory):
 
 def test_resumed_run_equals_the_uninterrupted_one(pretrain, tmp_path):
     flags = [*AIR, *EP2, "--moe-air-refresh-interval", "4", "--moe-input-jitter-eps", "0.01", *FULL_RECOMPUTE]
+    flags += ["--moe-air-diagnostics-interval", "2"]
     whole = pretrain(*flags, "--train-iters", "10", *save_flags(tmp_path / "whole", 5))
     # The second run finds only the checkpoint of iteration 5, as after a kill.
     (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("5")
@@ -71,6 +81,59 @@ def test_resumed_run_equals_the_uninterrupted_one(pretrain, tmp_path):
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     assert updates_and_counts(tmp_path / "resumed", 10)[0] == [10, 10]
     assert re.search(r"routing health at iteration +10 .*quantization error: 0\.\d+.*live codewords: \d", whole.output)
+    check_diagnostics(tmp_path, whole)
+
+
+def check_diagnostics(folder, whole):
+    """The file of a whole run of ten steps, measured every second, and that of a run which resumes after the fifth."""
+    run, *lines = read_diagnostics(folder / "whole")
+    assert (run["kind"], run["iteration"], run["format"]) == ("run", 0, 1)
+    assert run["arguments"]["moe_air_refresh_interval"] == 4 and run["tokenizer"]["type"] == "NullTokenizer"
+    assert [(layer["layer"], layer["router"], layer["num_clusters"]) for layer in run["layers"]] == [
+        (1, "air", 4), (2, "air", 4)
+    ]  # fmt: skip
+    assert run["layers"][0]["exact_router_flops_per_token"] == 6 * HIDDEN * 16
+    steps, measured = ([line for line in lines if line["kind"] == kind] for kind in ("step", "diagnostics"))
+    assert len(steps) + len(measured) == len(lines)
+    assert [line["iteration"] for line in steps] == list(range(1, 11))
+    for line in steps:
+        loss, norm = map(float, whole.steps[line["iteration"]])
+        assert line["tokens"] == TOKENS * line["iteration"] and line["step_seconds"] > 0
+        assert line["grad_norm"] == pytest.approx(norm, abs=1e-3)
+        if line["iteration"] > 2:  # Megatron's second line is the mean of two
+            assert line["loss"] == pytest.approx(loss, rel=1e-5)
+    assert [line["iteration"] for line in measured] == [2, 4, 6, 8, 10]
+    for line in measured:
+        assert [layer["layer"] for layer in line["layers"]] == [1, 2]
+        for layer in line["layers"]:
+            for share in ("mass_recall", "topk_recall", "certified", "experts_listed", "experts_used"):
+                assert 0.0 <= layer[share] <= 1.0
+            assert layer["paper_bound"] <= layer["mass_bound"] + 1e-4 <= layer["mass_recall"] + 2e-4
+            assert len(layer["load_bins"]) == 16 and sum(layer["load_bins"]) == pytest.approx(16, rel=1e-4)
+            assert layer["load_bins"] == layer["max_bins"]
+            assert ("list_overlap" in layer) == (line["iteration"] > 2)
+        assert 0.0 < line["routing_share"] < 1.0
+    resumed, *lines = read_diagnostics(folder / "resumed")
+    assert (resumed["kind"], resumed["iteration"]) == ("run", 5)
+    again = [line for line in lines if line["kind"] == "diagnostics"]
+    assert [line["iteration"] for line in again] == [6, 8, 10]
+    # That of the sixth step lacks the fifth, which the first run trained.
+    assert [untimed(line) for line in again[1:]] == [untimed(line) for line in measured[3:]]
+    assert [line["tokens"] for line in lines if line["kind"] == "step"] == [TOKENS * step for step in range(6, 11)]
+    shown = re.findall(r"iteration +(\d+) .*mass recall: ([0-9.]+) \| top-k recall: ([0-9.]+)", whole.output)
+    assert [int(iteration) for iteration, *_ in shown] == [2, 4, 6, 8, 10]
+    for (_, mass, topk), line in zip(shown, measured, strict=True):
+        for name, value in (("mass_recall", mass), ("topk_recall", topk)):
+            mean = sum(layer[name] for layer in line["layers"]) / 2
+            assert float(value) == pytest.approx(mean, abs=0.0051)
+    snapshot = json.loads((folder / "whole" / "air_codebook.json").read_text())
+    assert snapshot["iteration"] == 10
+    for layer in snapshot["layers"]:
+        assert sum(layer["load"]) == TOKENS
+        assert [len(layer[name]) for name in ("x", "y", "load", "recall", "tokens")] == [4] * 5
+        for load, found in zip(layer["load"], layer["tokens"], strict=True):
+            assert len(found) == min(5, len(found)) and sum(count for _, count in found) <= load
+            assert bool(found) == bool(load)
 
 
 def test_a_plain_checkpoint_is_evaluated_as_it_was_trained(topk_run, use, validation, tmp_path):
@@ -119,11 +182,21 @@ LAYOUTS = {
 def test_each_token_of_the_global_batch_counts_once(pretrain, tmp_path, layout):
     is_rerun = "--rerun-mode" in LAYOUTS[layout]
     entry = ("-m", "tests.megatron.with_rerun_mode", "--cpu") if is_rerun else OURS
-    run = pretrain(*AIR, *LAYOUTS[layout], "--train-iters", "1", *save_flags(tmp_path, 1), entry=entry)
+    measured = ["--moe-air-diagnostics-interval", "1"]
+    run = pretrain(*AIR, *LAYOUTS[layout], *measured, "--train-iters", "1", *save_flags(tmp_path, 1), entry=entry)
     assert not is_rerun or "attempts at a step: 2" in run.output
     updates, counts = updates_and_counts(tmp_path, 1)
     assert updates == [1] * (4 if "virtual" in layout else 2)
     torch.testing.assert_close(counts, torch.full_like(counts, (1 - FIRST_DECAY) * TOKENS))
+    snapshot = json.loads((tmp_path / "air_codebook.json").read_text())
+    assert [sum(layer["load"]) for layer in snapshot["layers"]] == [TOKENS] * len(updates)
+    for layer in snapshot["layers"]:
+        # Other layers of a pipeline are not told the token ids.
+        assert ("tokens" in layer) == ("virtual" not in layout)
+        assert "virtual" in layout or sum(count for found in layer["tokens"] for _, count in found) <= TOKENS
+    (line,) = read_diagnostics(tmp_path, "diagnostics")
+    assert [layer["layer"] for layer in line["layers"]] == list(range(1, len(updates) + 1))
+    assert all(0.0 < layer["topk_recall"] <= 1.0 for layer in line["layers"])
 
 
 def test_every_rank_holds_the_same_codebook(pretrain, tmp_path):
@@ -139,11 +212,16 @@ def test_every_rank_holds_the_same_codebook(pretrain, tmp_path):
 
 
 def test_skipped_steps_leave_the_codebook_alone(pretrain, tmp_path):
-    run = pretrain(*AIR, "--fp16", "--initial-loss-scale", 2**40, "--train-iters", "2", *save_flags(tmp_path, 2))
+    flags = ["--fp16", "--initial-loss-scale", 2**40, "--train-iters", "2", *save_flags(tmp_path, 2)]
+    run = pretrain(*AIR, *flags, "--moe-air-diagnostics-interval", "2")
     assert "number of skipped iterations:   1" in run.output
     updates, counts = updates_and_counts(tmp_path, 2)
     assert updates == [0, 0]
     assert counts.tolist() == [0.0, 0.0]
+    run, *steps, measured = read_diagnostics(tmp_path)
+    assert not any("loss" in step for step in steps) and len(steps) == 2
+    # Its tokens were routed; the codebook has not been fitted to any.
+    assert all("topk_recall" in layer and "quantization_error" not in layer for layer in measured["layers"])
 
 
 def test_topk_checkpoint_loads_into_an_air_run(topk_checkpoint, air_checkpoint):
@@ -188,7 +266,7 @@ def test_a_checkpoint_brings_our_fields(pretrain, air_checkpoint, tmp_path):
 
 
 def test_a_damaged_checkpoint_ends_every_rank_and_the_one_before_loads(pretrain, tmp_path):
-    flags = [*AIR, *EP2, "--load", tmp_path, *save_flags(tmp_path, 1)]
+    flags = [*AIR, *EP2, "--load", tmp_path, *save_flags(tmp_path, 1), "--moe-air-diagnostics-interval", "2"]
     assert list(pretrain(*flags, "--train-iters", "2").steps) == [1, 2]  # a new folder that is also that of --save
     (tmp_path / "iter_0000002" / ".metadata").unlink()
     for reading in ([], ["--use-checkpoint-args"]):
@@ -198,7 +276,14 @@ def test_a_damaged_checkpoint_ends_every_rank_and_the_one_before_loads(pretrain,
         assert run.output.count(f"error: --load '{tmp_path}/iter_0000002' is damaged: ") == 1
         assert run.returncode == 2 and "Traceback" not in run.output
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    with (tmp_path / "air_diagnostics.jsonl").open("a") as file:
+        file.write('{"kind": "st')  # killed within a line
     assert list(pretrain(*flags, "--ckpt-step", "1", "--train-iters", "2").steps) == [2]
+    text = (tmp_path / "air_diagnostics.jsonl").read_text()
+    (tmp_path / "air_diagnostics.jsonl").write_text(text.replace('{"kind": "st\n', ""))
+    assert [(line["kind"], line["iteration"]) for line in read_diagnostics(tmp_path)] == [
+        ("run", 0), ("step", 1), ("step", 2), ("diagnostics", 2), ("run", 1), ("step", 2), ("diagnostics", 2)
+    ]  # fmt: skip
 
 
 def test_a_garbled_tracker_does_not_start_from_scratch(pretrain, tmp_path):
@@ -286,6 +371,9 @@ def test_every_set_is_validated_in_full_where_megatron_can(pretrain, data_prefix
 
 def test_multi_token_prediction_layers_get_the_router(pretrain, tmp_path):
     pretrain(*AIR, "--mtp-num-layers", "1", "--train-iters", "1", *save_flags(tmp_path, 1))
+    assert [layer["layer"] for layer in read_diagnostics(tmp_path, "run")[0]["layers"]] == [1, 2, 3]
+    (measured,) = read_diagnostics(tmp_path, "diagnostics")  # the last step, whatever the interval
+    assert [layer["layer"] for layer in measured["layers"]] == [1, 2, 3]
     tensors = read_checkpoint(tmp_path, 1)
     codebooks = [key for key in tensors if key.endswith("codebook.num_updates")]
     assert any(key.startswith("mtp.") for key in codebooks)

@@ -55,7 +55,7 @@ def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatc
     from megatron.core import num_microbatches_calculator
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
-    from air_moe_megatron import health, recall
+    from air_moe_megatron import health
     from tests.builders import HIDDEN
 
     destroy_moe_metrics_tracker()
@@ -68,20 +68,19 @@ def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatc
     ]
     alone = [load_figures([load], 1) for load in loads]
     empty = sum(int((r.topk_ids < 0).sum()) for r in routes) / sum(r.topk_ids.numel() for r in routes)
-    expected_recall = [recall.recall(router)[0] for router in routers[1:3]]
     logged = float(get_moe_metrics_tracker().metrics["vq_loss"].values.sum())
-    figures = health.health_figures(routers, [])
+    figures = health.health_figures(routers, [], *health.expert_loads(routers))
     for name in alone[0]:
         assert figures[name] == pytest.approx(sum(one[name] for one in alone) / 4)
     assert figures["empty-slots"] == pytest.approx(empty) and empty > 0
-    assert figures["mass-recall"] == pytest.approx(sum(expected_recall) / 2)
     assert figures["vq-loss"] == pytest.approx(logged) and logged > 0
     line = health.health_line(figures, routers, 7)
     assert "live codewords: 32.0 of 32 |" in line  # of the one that is fitted: the other has not been updated yet
     for words in ("% of 16 to 128", f"empty slots: {100 * empty:.2g}%", "vq loss: ", "experts listed: 100.0%"):
         assert words in line
     # Everything was set back; without tokens and AIR routers there is less to tell.
-    line = health.health_line(health.health_figures(routers[:1], []), routers[:1], 8)
+    counts = health.expert_loads(routers[:1])
+    line = health.health_line(health.health_figures(routers[:1], [], *counts), routers[:1], 8)
     assert "experts used: 0.0% of 32" in line
     for words in ("empty slots", "codewords", "listed", "vq loss", "recall"):
         assert words not in line
@@ -106,17 +105,25 @@ def test_the_line_of_a_dispatch_that_is_recomputed(megatron_cpu):
 
 
 def test_figures_are_the_same_under_any_default_dtype(megatron_cpu):
-    from air_moe_megatron.health import recall_figures
+    from air_moe_megatron.diagnostics.figures import layer_figures, reduce_stage
+    from air_moe_megatron.routers.observation import CodewordCounter
     from tests.builders import HIDDEN, make_router
 
     router = make_router(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
     router.route(torch.randn(60, HIDDEN, generator=torch.Generator().manual_seed(0)))
-    expected = recall_figures([router] * 3)
-    assert 0 < expected["mass-recall"] < 1
+    sample = router.sample
+
+    def figures():
+        router.sample = sample
+        (sums,) = reduce_stage([router], [0.1], {router: CodewordCounter(8, 0, torch.device("cpu"))})
+        return layer_figures(router, sums, router.expert_load, router.index.shortlist)
+
+    expected = figures()
+    assert 0 < expected["mass_recall"] < 1
     for dtype in (torch.bfloat16, torch.float64):
         torch.set_default_dtype(dtype)
         try:
-            assert recall_figures([router] * 3) == expected
+            assert figures() == expected
         finally:
             torch.set_default_dtype(torch.float32)
 
@@ -183,7 +190,7 @@ def naive_recall(router):
     ids=("one-probe", "two-probes", "lists-of-experts", "expert-bias"),
 )
 def test_recall_against_all_probabilities(megatron_cpu, monkeypatch, fields, num_tokens):
-    from air_moe_megatron import health, recall
+    from air_moe_megatron import recall
     from tests.builders import HIDDEN, make_router
 
     monkeypatch.setattr(recall, "CHUNK", 10)  # 64 experts in seven chunks
@@ -197,8 +204,6 @@ def test_recall_against_all_probabilities(megatron_cpu, monkeypatch, fields, num
     found = recall.recall(router)
     assert found == pytest.approx(naive_recall(router), abs=1e-5)
     assert 0.0 < found[0] < 1.0 and 0.0 < found[1] < 1.0
-    figures = health.recall_figures([router, router])
-    assert figures == pytest.approx({"mass-recall": found[0], "top-k-recall": found[1]})
 
 
 def test_recall_of_full_lists_is_one_and_padding_is_left_out(megatron_cpu):

@@ -22,6 +22,7 @@ LAYERS = (
     {"bounds"},
     {"layer", "recall"},
     {"specs", "health", "arguments"},
+    {"diagnostics"},
     {"sync", "batches", "preflight", "agreement", "memory"},
     {"entry_refusals"},
     {"checkpoints"},

@@ -1,0 +1,239 @@
+"""Diagnostics of a training run: figures of every layer in some steps, for log, TensorBoard, W&B and a file.
+
+``watch.py`` watches the routers during a step, ``figures.py`` makes figures of what was seen, ``files.py`` writes.
+docs/health.md documents the figures and the files.
+
+Communication, on all ranks alike, by the number of the step alone:
+
+- after a measured step, over ``tp_dp_cp`` of each pipeline stage: an all-reduce of the expert loads (E int64 for each
+  router; shared with the health line where both are due), an all-reduce of fp64 sums (``3 * C + 7`` for each AIR
+  router, one for another), and where token ids are at hand a gather of them (512 KiB for each AIR router);
+- after a measured step and before the first step, with several pipeline stages: an all-gather of Python objects over
+  the pipeline of the last rank, which writes.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from air_moe_megatron.diagnostics.figures import RouterSums, describe, layer_figures, layer_of, reduce_stage
+from air_moe_megatron.diagnostics.files import LINES, RunFiles, folder_of, run_line
+from air_moe_megatron.diagnostics.snapshot import CodewordRecall, codebook_snapshot, gather_pairs
+from air_moe_megatron.diagnostics.watch import StepWatch
+from air_moe_megatron.health import expert_loads, write_scalars
+from air_moe_megatron.routers import AIRRouter, find_routers
+from air_moe_megatron.routers.base import CompactRouter
+from air_moe_megatron.routers.observation import CodewordCounter
+
+_ATTRIBUTE = "_air_diagnostics"
+"""Of the first model chunk, so that what a training loop calls needs no more than the model."""
+
+
+class Diagnostics:
+    """What a training run measures of its routers, step by step.
+
+    Every rank must call :meth:`begin_step` and :meth:`finish_step`, also one whose pipeline stage has no router. The
+    last rank writes: it is in the last pipeline stage, prints Megatron's lines, and has Megatron's writers.
+
+    Args:
+        model: Megatron's list of model chunks.
+        args: Megatron's arguments, with our fields.
+        iteration: of the first step, counted from 1.
+    """
+
+    def __init__(self, model: Sequence[torch.nn.Module], args: argparse.Namespace, iteration: int) -> None:
+        self._model, self._args = model, args
+        self._routers = sorted(find_routers(model), key=layer_of)
+        self._is_writer = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        self._watch: StepWatch | None = None
+        # Tokens of each expert [E] that health lines have read since the last diagnostics.
+        self._loads = [torch.zeros_like(router.expert_load) for router in self._routers]
+        self._lists: dict[CompactRouter, torch.Tensor] = {}  # of the last diagnostics
+        self._recall = {router: CodewordRecall(router.sizes.num_clusters) for router in self._air()}
+        self._unlogged: dict[str, float] = {}
+        self._began, self._seconds, self._losses = 0.0, [], []  # of the steps since the last line
+        for router in self._air():
+            router.keeps_sample, router.sample = False, None
+        self._files = self._open_files()
+        layers = self._of_all_stages([describe(router, self._tokens_per_batch()) for router in self._routers])
+        if self._files is not None:
+            self._files.append(run_line(args, time.time(), iteration - 1, layers))
+
+    @classmethod
+    def of(cls, model: Sequence[torch.nn.Module], iteration: int) -> "Diagnostics | None":
+        """Those of a model, made in the first step of the process; None where ``moe_air_diagnostics_interval`` is 0."""
+        from megatron.training import get_args
+
+        args = get_args()
+        if not args.moe_air_diagnostics_interval:
+            return None
+        if not hasattr(model[0], _ATTRIBUTE):
+            setattr(model[0], _ATTRIBUTE, cls(model, args, iteration))
+        return getattr(model[0], _ATTRIBUTE)
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether a step, counted from 1, is measured: one in each interval, and the last of the training."""
+        return iteration % self._args.moe_air_diagnostics_interval == 0 or iteration == self._args.train_iters
+
+    def begin_step(self, iteration: int) -> None:
+        """Before the first attempt at a step: watch the routers, if it is measured."""
+        self._began = time.perf_counter()
+        if self.is_due(iteration):
+            self._watch = StepWatch(self._model, self._routers)
+
+    def finish_step(
+        self,
+        iteration: int,
+        losses: dict[str, torch.Tensor] | None,
+        grad_norm: float | None,
+        logged_loads: Sequence[torch.Tensor] | None,
+    ) -> None:
+        """After a step and its updates: measure and write what is due.
+
+        Args:
+            iteration: of the step, counted from 1.
+            losses: means over the global batch, on the last pipeline stage; None or empty where the step was skipped.
+            grad_norm: before clipping, where it is known.
+            logged_loads: what the health line has read of the expert loads, where it is due; None where it is not.
+        """
+        self._seconds.append(time.perf_counter() - self._began)
+        if losses and "lm loss" in losses:
+            self._losses.append(losses["lm loss"].detach().reshape(()))
+        if iteration % self._args.log_interval == 0:
+            self._write_step(iteration, grad_norm)
+        if logged_loads is not None:
+            self._loads = [read + load for read, load in zip(self._loads, logged_loads, strict=True)]
+        if self._watch is not None:
+            self._measure(iteration, has_read_loads=logged_loads is not None)
+
+    def take_unlogged(self) -> dict[str, float]:
+        """Recall of this stage, if measured since the last call: means over its AIR layers, equal on its ranks."""
+        taken, self._unlogged = self._unlogged, {}
+        return taken
+
+    def _air(self) -> list[AIRRouter]:
+        return [router for router in self._routers if isinstance(router, AIRRouter)]
+
+    def _open_files(self) -> RunFiles | None:
+        """The files, on the rank that writes; says where they are."""
+        from megatron.training import print_rank_last
+
+        folder, interval = folder_of(self._args), self._args.moe_air_diagnostics_interval
+        if folder is None:
+            print_rank_last(
+                f"> routing diagnostics every {interval} steps go into no file: neither --save nor --tensorboard-dir "
+                "names a folder"
+            )
+            return None
+        print_rank_last(f"> routing diagnostics every {interval} steps go to '{folder}/{LINES}'")
+        return RunFiles(folder) if self._is_writer else None
+
+    def _write_step(self, iteration: int, grad_norm: float | None) -> None:
+        """Write a line of the training itself; waits for the device on the rank that writes."""
+        if self._files is not None:
+            line: dict[str, Any] = {"kind": "step", "iteration": iteration, "tokens": self._consumed_tokens()}
+            line |= {"time": time.time(), "step_seconds": sum(self._seconds) / len(self._seconds)}
+            if self._losses:
+                line["loss"] = float(torch.stack(self._losses).double().mean())
+            if grad_norm is not None:
+                line["grad_norm"] = float(grad_norm)
+            self._files.append(line)
+        self._seconds, self._losses = [], []
+
+    def _measure(self, iteration: int, has_read_loads: bool) -> None:
+        """End the watch of a step, and report what it has seen with what the routers have counted."""
+        step_seconds, seconds, counters = self._watch.end()
+        self._watch = None
+        layers, codebooks = [], []
+        if self._routers:
+            loads, self._loads = self._loads, [torch.zeros_like(load) for load in self._loads]
+            if not has_read_loads:
+                unread = expert_loads(self._routers, reset=False)[0]
+                loads = [read + load for read, load in zip(loads, unread, strict=True)]
+                self._loads = [-load for load in unread]  # the next health line reads them again
+            sums = reduce_stage(self._routers, seconds, counters)
+            for router, total, load in zip(self._routers, sums, loads, strict=True):
+                layers.append(layer_figures(router, total, load, self._lists.get(router)))
+            codebooks = self._snapshots(dict(zip(self._routers, sums, strict=True)), counters)
+            self._lists = {router: router.index.shortlist.clone() for router in self._air()}
+            self._unlogged = _recall_of(layers)
+        layers, codebooks = self._of_all_stages(layers), self._of_all_stages(codebooks)
+        if self._is_writer:
+            self._report(iteration, step_seconds, layers, codebooks)
+
+    def _snapshots(
+        self, sums: dict[CompactRouter, RouterSums], counters: dict[CompactRouter, CodewordCounter]
+    ) -> list[dict[str, Any]]:
+        """The codebooks of this stage; every rank of the stage must call it."""
+        writer, group = torch.distributed.get_world_size() - 1, self._routers[0].tp_dp_cp_group
+        pairs = gather_pairs(counters, writer, group)
+        for router, recall in self._recall.items():
+            recall.add(sums[router].codeword_recall)
+        if not self._reports():
+            return []
+        return [
+            codebook_snapshot(router, sums[router], recall, pairs.get(router))
+            for router, recall in self._recall.items()
+        ]
+
+    def _report(
+        self, iteration: int, step_seconds: float, layers: list[dict[str, Any]], codebooks: list[dict[str, Any]]
+    ) -> None:
+        """Write the figures of all stages, on the rank that writes."""
+        from megatron.core import parallel_state
+
+        seconds = sum(layer["routing_seconds"] for layer in layers)
+        share = seconds / parallel_state.get_pipeline_model_parallel_world_size() / step_seconds
+        for layer in layers:
+            scalars = {name.replace("_", "-"): value for name, value in layer.items() if isinstance(value, int | float)}
+            del scalars["layer"]
+            write_scalars(scalars, f"air/layer_{layer['layer']}", iteration)
+        write_scalars({"routing-share": share}, "air", iteration)
+        if self._files is None:
+            return
+        line = {"kind": "diagnostics", "iteration": iteration, "tokens": self._consumed_tokens(), "time": time.time()}
+        line |= {"routing_seconds": seconds, "routing_share": share, "layers": layers}
+        self._files.append(line)
+        if codebooks:
+            self._files.replace_snapshot({"iteration": iteration, "layers": codebooks})
+
+    def _reports(self) -> bool:
+        """Whether this rank is in the pipeline of the rank that writes."""
+        from megatron.core import parallel_state
+
+        pipeline = torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+        return torch.distributed.get_world_size() - 1 in pipeline
+
+    def _of_all_stages(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What all pipeline stages have found, by layer, on the ranks of the pipeline of the rank that writes."""
+        from megatron.core import parallel_state
+
+        stages = [found]
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if group.size() > 1 and self._reports():
+            stages = [None] * group.size()
+            torch.distributed.all_gather_object(stages, found, group=group)
+        return sorted((one for stage in stages for one in stage), key=lambda one: one["layer"])
+
+    def _tokens_per_batch(self) -> int:
+        return self._args.global_batch_size * self._args.seq_length
+
+    def _consumed_tokens(self) -> int:
+        """Tokens that were trained on, this step's included; Megatron counts them after the step."""
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+        args = self._args
+        batch = args.data_parallel_size * args.micro_batch_size * get_num_microbatches()
+        return (args.consumed_train_samples + batch) * args.seq_length
+
+
+def _recall_of(layers: list[dict[str, Any]]) -> dict[str, float]:
+    """Recall for the health line: means over the layers that have it."""
+    measured = [(layer["mass_recall"], layer["topk_recall"]) for layer in layers if "mass_recall" in layer]
+    if not measured:
+        return {}
+    mass, topk = (sum(values) / len(values) for values in zip(*measured, strict=True))
+    return {"mass-recall": mass, "top-k-recall": topk}

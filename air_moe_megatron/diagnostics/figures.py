@@ -1,0 +1,181 @@
+"""Figures of single layers, from what the ranks of one pipeline stage have seen of a step.
+
+Legend: n tokens of the sample; others as in ``ops/__init__.py``.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from air_moe_megatron.health import listed_share_of, load_figures_of
+from air_moe_megatron.process_groups import group_size, sum_over_ranks
+from air_moe_megatron.recall import measure
+from air_moe_megatron.routers import AIRRouter, ExactRouter
+from air_moe_megatron.routers.base import CompactRouter
+from air_moe_megatron.routers.observation import CodewordCounter
+
+SAMPLE_FIGURES = ("mass_recall", "paper_bound", "mass_bound", "certified", "topk_recall")
+_MOST_BINS = 64
+
+
+@dataclass(frozen=True)
+class RouterSums:
+    """What was measured of one router in a step, over all ranks of its pipeline stage; tensors are fp64 on the CPU."""
+
+    seconds: float  # of its forwards, mean over the ranks
+    sample: torch.Tensor | None = None  # AIR: [6] sums of SAMPLE_FIGURES, and the number of sampled tokens
+    codeword_load: torch.Tensor | None = None  # AIR: [C] tokens
+    codeword_recall: torch.Tensor | None = None  # AIR: [2, C] sums of the sample's top-k recall, and sampled tokens
+
+
+def reduce_stage(
+    routers: Sequence[CompactRouter], seconds: Sequence[float], counters: dict[CompactRouter, CodewordCounter]
+) -> list[RouterSums]:
+    """Measure the samples of the routers, and add up over the ranks of the stage what each of them has seen.
+
+    Communicates: one all-reduce of fp64 numbers over ``tp_dp_cp``, one for each router and ``3 * C + 6`` more for an
+    AIR router. Waits for the device. The samples are dropped.
+
+    Args:
+        routers: of one pipeline stage, at least one.
+        seconds: for each, those of its forwards on this rank.
+        counters: of the AIR routers among them.
+    Returns:
+        the sums of each router.
+    """
+    device, group = routers[0].expert_load.device, routers[0].tp_dp_cp_group
+    parts = [torch.tensor(seconds, dtype=torch.float64, device=device)]
+    parts += [_sums_of(router, counters[router]) for router in routers if isinstance(router, AIRRouter)]
+    sizes = [part.numel() for part in parts]
+    spent, *parts = sum_over_ranks(torch.cat(parts), group).cpu().split(sizes)
+    sums = []
+    for router, total in zip(routers, spent.tolist(), strict=True):
+        if isinstance(router, AIRRouter):
+            num_clusters = router.sizes.num_clusters
+            sample, load, recall = parts.pop(0).split([len(SAMPLE_FIGURES) + 1, num_clusters, 2 * num_clusters])
+            sums.append(RouterSums(total / group_size(group), sample, load, recall.view(2, -1)))
+        else:
+            sums.append(RouterSums(total / group_size(group)))
+    return sums
+
+
+@torch.no_grad()
+def _sums_of(router: AIRRouter, counter: CodewordCounter) -> torch.Tensor:
+    """[6 + 3 * C] fp64: the sums of this rank, as :class:`RouterSums` holds them."""
+    sample = counter.load.new_zeros(len(SAMPLE_FIGURES) + 1, dtype=torch.float64)
+    recall = counter.load.new_zeros(2, router.sizes.num_clusters, dtype=torch.float64)
+    figures = measure(router)
+    router.sample = None
+    if figures is not None:
+        values = torch.stack([getattr(figures, name).double() for name in SAMPLE_FIGURES])  # [5, n]
+        sample[:-1], sample[-1] = values.sum(dim=1), values.shape[1]
+        nearest = figures.codewords[:, 0]
+        recall[0].index_add_(0, nearest, values[-1])
+        recall[1].index_add_(0, nearest, torch.ones_like(values[-1]))
+    return torch.cat((sample, counter.load.double(), recall.flatten()))
+
+
+def layer_figures(
+    router: CompactRouter, sums: RouterSums, load: torch.Tensor, last_lists: torch.Tensor | None
+) -> dict[str, Any]:
+    """The figures of one layer, without those that its router does not have; does not communicate.
+
+    Args:
+        router: of the layer.
+        sums: of the step.
+        load: [E] tokens of each expert since the last such figures, of all ranks.
+        last_lists: AIR: [C, L] int32, the lists at that time; None where there were none.
+    """
+    figures: dict[str, Any] = {"layer": layer_of(router), "router": router.router_type}
+    if isinstance(router, AIRRouter):
+        num_tokens = float(sums.sample[-1])
+        if num_tokens:
+            means = (sums.sample[:-1] / num_tokens).tolist()
+            figures |= dict(zip(SAMPLE_FIGURES, means, strict=True))
+        error = router.codebook.health().quantization_error
+        if error is not None:
+            figures["quantization_error"] = error
+        figures |= codeword_figures(sums.codeword_load)
+        if last_lists is not None:
+            figures["list_overlap"] = list_overlap(last_lists, router.index.shortlist)
+        figures["experts_listed"] = float(listed_share_of(router))
+    names = ("experts_used", "imbalance_factor", "rank_imbalance")
+    values = load_figures_of(load, router.config.expert_model_parallel_size).tolist()
+    figures |= dict(zip(names, values, strict=True))
+    figures["routing_seconds"] = sums.seconds
+    figures["load_bins"], figures["max_bins"] = load_bins(load)
+    return figures
+
+
+def layer_of(router: CompactRouter) -> int:
+    """The layer's number, from 1; those of multi-token prediction follow, as in Megatron's MoE metrics."""
+    return router.layer_number + (router.config.num_layers if router.is_mtp_layer else 0)
+
+
+def describe(router: CompactRouter, tokens_per_batch: int) -> dict[str, Any]:
+    """What a router is, for the line that begins a run; FLOPs are forward and backward, AIR's rebuilds included."""
+    described: dict[str, Any] = {
+        "layer": layer_of(router),
+        "router": router.router_type,
+        "num_experts": router.num_experts,
+        "topk": router.topk,
+    }
+    if isinstance(router, AIRRouter):
+        names = ("num_clusters", "shortlist_size", "num_probes", "num_candidates")
+        described |= {name: getattr(router.sizes, name) for name in names}
+    described["router_flops_per_token"] = router.flops(router.config, tokens_per_batch).total
+    described["exact_router_flops_per_token"] = ExactRouter.flops(router.config).total
+    return described
+
+
+def codeword_figures(load: torch.Tensor) -> dict[str, float]:
+    """Entropy of the loads [C] over its maximum, log C, and the number of codewords without a token.
+
+    Nothing without tokens; no entropy with one codeword.
+
+    Example: loads 2, 1, 1, 0: entropy 1.5 of 2 bits, 0.75, and one idle codeword.
+    """
+    if not load.any():
+        return {}
+    shares = load[load > 0] / load.sum()
+    figures: dict[str, float] = {"idle_codewords": int((load == 0).sum())}
+    if load.numel() > 1:
+        entropy = float(-(shares * shares.log()).sum())
+        figures = {"codeword_entropy": entropy / math.log(load.numel())} | figures
+    return figures
+
+
+def list_overlap(before: torch.Tensor, now: torch.Tensor) -> float:
+    """Share of the entries of lists [C, L] that still stand in the same codeword's list; waits for the device.
+
+    Args:
+        before, now: ascending expert ids, -1 for no expert.
+
+    Example: the lists 0, 1 and 2, 3 became 0, 5 and 2, 3: 0.75.
+    """
+    now = now.sort(dim=1).values
+    slots = torch.searchsorted(now, before.contiguous()).clamp(max=now.shape[1] - 1)
+    is_entry = before >= 0
+    return float(((now.gather(1, slots) == before) & is_entry).sum() / is_entry.sum().clamp_min(1))
+
+
+def load_bins(load: torch.Tensor) -> tuple[list[float], list[float]]:
+    """Mean and largest load in at most 64 equal ranges of expert ids, over the mean of all; waits for the device.
+
+    Args:
+        load: [E] tokens. Where 64 does not divide E, ranges differ by one expert.
+
+    Example: loads 2, 0, 1, 1: means and maxima 2, 0, 1, 1.
+    """
+    num_experts = load.numel()
+    num_bins = min(_MOST_BINS, num_experts)
+    bins = torch.arange(num_experts, device=load.device) * num_bins // num_experts
+    load = load.double()
+    load = load / load.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    zeros = load.new_zeros(num_bins)
+    means = zeros.index_add(0, bins, load) / zeros.index_add(0, bins, torch.ones_like(load))
+    largest = zeros.scatter_reduce(0, bins, load, "amax", include_self=False)
+    return means.tolist(), largest.tolist()
