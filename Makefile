@@ -79,6 +79,7 @@ bench: install  ## Run all benchmarks (12 minutes on two cores), write $(OUT_BEN
 	$(RUN) growth --out $(OUT_BENCH)/growth.csv
 	$(RUN) layer --slow-repetitions 2 --out $(OUT_BENCH)/layer.csv
 	$(RUN) refresh --out $(OUT_BENCH)/refresh.csv
+	$(RUN) diagnostics --out $(OUT_BENCH)/diagnostics.csv
 	$(RUN) train --slow-repetitions 2 --out $(OUT_BENCH)/train.csv
 	$(RUN) dispatch --slow-repetitions 2 --out $(OUT_BENCH)/dispatch.csv
 	$(RUN) scaling --out $(OUT_BENCH)/scaling.csv --plot $(OUT_BENCH)/route_time.png

@@ -23,6 +23,7 @@ NAMES = {
     "layer": "the whole layer against PEER and against Megatron's: time and peak memory",
     "dispatch": "dispatch and combine over expert-parallel processes: time and bytes",
     "refresh": "the rebuild of the shortlists as a share of a step",
+    "diagnostics": "a measured step against another one, as a share of a step",
     "train": "a training step of a small GPT, AIR against TopKRouter",
 }
 _TIMES = ("forward_ms", "backward_ms", "optimizer_ms", "total_ms", "total_min_ms", "total_max_ms")

@@ -24,6 +24,7 @@ NAMES = {
     "scaling": ("--experts 256 4096 --dense-gib 0.0005 --hidden 16 --tokens 64 --topk 8", 4),
     "layer": ("--experts 1024 --stock-experts 256 --hidden 16 --tokens 64 --topk 8 --no-memory", 4),
     "refresh": ("--experts 256 --hidden 16 --tokens 64 --topk 8", 4),
+    "diagnostics": ("--experts 256 --hidden 16 --tokens 64 --topk 8", 4),
     "train": ("--experts 256 --hidden 16 --tokens 64 --sequence 16 --topk 4", 6),
     "dispatch": ("--experts 64 --hidden 16 --tokens 64 --topk 8 --ranks 1", 1),
 }
@@ -40,6 +41,7 @@ CASES = {
     ],
     "layer": ["AIRMoELayer", "HierarchicalMoELayer", "PEERLayer", "AIRMoELayer", "MoELayer"],
     "refresh": ["AIRMoELayer", "shortlist rebuild", "shortlist rebuild, in full", "codebook update"],
+    "diagnostics": ["AIRMoELayer", "AIRMoELayer, measured"],
     "train": ["GPT, AIRMoELayer", "GPT, MoELayer with TopKRouter", "shortlist rebuild, all layers"],
     "dispatch": ["CompactTokenDispatcher", "MoEAlltoAllTokenDispatcher"],
 }
@@ -49,6 +51,7 @@ FIGURES = {
     "scaling": "times_ours",
     "layer": "times_ours",
     "refresh": "percent_of_step",
+    "diagnostics": "percent_of_step",
     "train": "times_faster",
     "dispatch": "times_faster",
 }
