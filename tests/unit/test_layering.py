@@ -28,7 +28,7 @@ LAYERS = (
     {"checkpoints"},
     {"training"},
     {"pretrain", "inference", "doctor"},
-    {"evaluate", "generate", "tune"},
+    {"evaluate", "generate", "report", "tune"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # These import torch (and Triton) only, never Megatron.

@@ -1,0 +1,336 @@
+"""Reading runs: ``air_diagnostics.jsonl`` and ``air_codebook.json`` of a folder, checked, without superseded lines."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pandas
+
+LINES, CODEBOOK = "air_diagnostics.jsonl", "air_codebook.json"
+FORMAT = 1
+MOST_RUNS = 7
+"""Runs that colors can tell apart."""
+
+# Fields without which a line is not one of its kind.
+_NUMBERS = {
+    "run": ("format", "iteration"),
+    "step": ("iteration", "tokens"),  # without a loss where it was no number
+    "validation": ("iteration", "tokens", "loss"),
+    "diagnostics": ("iteration", "tokens"),
+}
+_BINS = ("load_bins", "max_bins")
+_STEPS = ("iteration", "tokens", "time", "step_seconds", "loss", "grad_norm")
+FIGURES = (
+    *("mass_recall", "paper_bound", "mass_bound", "certified", "topk_recall", "quantization_error"),
+    *("codeword_entropy", "idle_codewords", "list_overlap", "experts_listed", "experts_used"),
+    *("imbalance_factor", "rank_imbalance", "routing_seconds"),
+)
+"""Figures of a layer, as the file names them."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A restart from a checkpoint."""
+
+    iteration: int
+    tokens: float
+    num_superseded: int  # lines of the earlier run that are left out
+    changed: dict[str, tuple[Any, Any]]  # argument -> before and after
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The newest snapshot of a layer's codebook; C codewords.
+
+    Attributes:
+        x, y: [C] first two principal components.
+        load: [C] tokens since the last snapshot.
+        recall: [C] top-k recall of sampled tokens; NaN where none was seen.
+        tokens: for each codeword [token id, count], the most frequent first; None where ids were not at hand.
+    """
+
+    x: numpy.ndarray
+    y: numpy.ndarray
+    load: numpy.ndarray
+    recall: numpy.ndarray
+    tokens: list[list[list[int]]] | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of a run say, superseded lines left out.
+
+    Attributes:
+        header: the newest line of kind "run".
+        steps: a row per logged step: iteration, tokens, step_seconds, loss, grad_norm, and seconds, the training time
+            so far without pauses, evaluation and saving.
+        validation: iteration, tokens, loss.
+        totals: a row per diagnostics line: iteration, tokens, routing_seconds, routing_share.
+        layers: a row per layer and diagnostics line: iteration, tokens, layer, router, the figures, and derived ones:
+            unused, unlisted, idle, drift.
+        bins: layer -> name -> [records, bins] fp32, with the tokens of the records under "tokens".
+        notes: what a reader of the page should know about the files.
+    """
+
+    name: str
+    folder: Path
+    header: dict[str, Any]
+    steps: pandas.DataFrame
+    validation: pandas.DataFrame
+    totals: pandas.DataFrame
+    layers: pandas.DataFrame
+    bins: dict[int, dict[str, numpy.ndarray]]
+    resumes: tuple[Resume, ...]
+    codebooks: dict[int, Codebook]
+    codebook_iteration: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def sizes(self) -> dict[int, dict[str, Any]]:
+        """Layer number -> what the newest header says of it."""
+        return {layer["layer"]: layer for layer in self.header["layers"]}
+
+    @property
+    def routers(self) -> list[str]:
+        """Types of the run's routers, in the order of the layers."""
+        return list(dict.fromkeys(layer["router"] for layer in self.header["layers"]))
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """The value of a flag, by its name with underscores."""
+        return self.header["arguments"].get(name, default)
+
+    def tokens_at(self, iteration: int) -> float:
+        """Tokens consumed up to an iteration, interpolated between logged ones."""
+        known = pandas.concat([self.steps, self.totals])[["iteration", "tokens"]].sort_values("iteration")
+        return float(numpy.interp(iteration, known["iteration"], known["tokens"]))
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read the runs of several folders, named by what their paths do not share.
+
+    Raises:
+        ValueError: if there are more than colors tell apart, a folder is given twice, or a file is damaged.
+        OSError: if a folder has no file of a run.
+    """
+    if len(folders) > MOST_RUNS:
+        raise ValueError(f"{len(folders)} runs are given; colors tell {MOST_RUNS} apart, so give at most so many")
+    resolved = [folder.resolve() for folder in folders]
+    for place, folder in enumerate(resolved):
+        if folder in resolved[:place]:
+            raise ValueError(f"{folders[place]} is given twice")
+    return [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Names of runs: the parts of their paths in which they differ.
+
+    Example: out/a/checkpoint and out/b/checkpoint are "a" and "b"; one folder keeps its path.
+    """
+    if len(folders) == 1:
+        return [str(folders[0])]
+    parts = [folder.resolve().parts for folder in folders]
+    shared_end = os.path.commonprefix([part[::-1] for part in parts])
+    shared_start = os.path.commonprefix(parts)
+    names = [part[len(shared_start) : len(part) - len(shared_end)] for part in parts]
+    if all(names):
+        return ["/".join(name) for name in names]
+    return [str(folder) for folder in folders]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read a run.
+
+    A last line that a kill cut, and one that a resumed run follows, are left out with a note.
+
+    Raises:
+        ValueError: naming the file and the line that is not as it should be.
+        OSError: if there is no file.
+    """
+    path = folder / LINES
+    if not path.is_file():
+        below = sorted(folder.glob(f"*/{LINES}"))
+        hint = f"; {below[0].parent} has it" if below else f"; a run with diagnostics writes {LINES} there"
+        raise FileNotFoundError(f"{path} does not exist{hint}")
+    records, notes = _records(path)
+    kept, headers, resumes = _superseded(records)
+    if not any(kept.values()):
+        raise ValueError(f"{path} has no figures yet: the run has not reached its first log interval")
+    header = headers[-1]
+    steps = pandas.DataFrame(kept["step"]).reindex(columns=_STEPS).astype(float)
+    counts = steps["iteration"].diff().fillna(steps["iteration"] - headers[0]["iteration"])
+    steps["seconds"] = (steps["step_seconds"] * counts).cumsum()
+    totals = pandas.DataFrame(kept["diagnostics"])
+    totals = totals.reindex(columns=["iteration", "tokens", "routing_seconds", "routing_share"]).astype(float)
+    layers, bins = _layers(kept["diagnostics"], {layer["layer"]: layer for layer in header["layers"]})
+    codebooks, codebook_iteration = _codebooks(folder / CODEBOOK)
+    run = Run(
+        name=name,
+        folder=folder,
+        header=header,
+        steps=steps,
+        validation=pandas.DataFrame(kept["validation"]).reindex(columns=["iteration", "tokens", "loss"]).astype(float),
+        totals=totals,
+        layers=layers,
+        bins=bins,
+        resumes=(),
+        codebooks=codebooks,
+        codebook_iteration=codebook_iteration,
+        notes=tuple(notes),
+    )
+    marks = [
+        Resume(iteration, run.tokens_at(iteration), num_superseded, changed)
+        for iteration, num_superseded, changed in resumes
+    ]
+    return replace(run, resumes=tuple(marks))
+
+
+def _records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The checked lines of a file, and notes on cut ones."""
+    records, notes, broken = [], [], None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                if broken is not None:
+                    raise ValueError(f"{path}, line {broken} is not JSON") from None
+                broken = number
+                continue
+            if broken is not None:
+                if not isinstance(record, dict) or record.get("kind") != "run":
+                    raise ValueError(f"{path}, line {broken} is not JSON")
+                notes.append(f"line {broken} of {LINES} was cut short when the run was killed, and is left out")
+                broken = None
+            _check(record, f"{path}, line {number}", is_first=not records)
+            records.append(_compact(record))
+    if broken is not None and records:
+        notes.append(f"the last line of {LINES} was cut short when the run was killed, and is left out")
+    if not records:
+        raise ValueError(f"{path} is empty" if broken is None else f"{path}, line {broken} is not JSON")
+    return records, notes
+
+
+def _check(record: Any, where: str, is_first: bool) -> None:
+    kind = record.get("kind") if isinstance(record, dict) else None
+    if not isinstance(kind, str) or kind not in _NUMBERS:
+        raise ValueError(f"{where}: kind ({kind}) must be one of {', '.join(_NUMBERS)}")
+    if is_first and kind != "run":
+        raise ValueError(f"{where}: the first line must be of kind run, and is of kind {kind}")
+    if kind == "run" and record.get("format") != FORMAT:
+        raise ValueError(
+            f"{where}: format ({record.get('format')}) must be {FORMAT}, the one that this version reads; make the "
+            "page with the version that the run was trained with"
+        )
+    for name in _NUMBERS[kind]:
+        if not _is_number(record.get(name)):
+            raise ValueError(f"{where}: {name} ({record.get(name)}) of a line of kind {kind} must be a number")
+    if kind == "run" and not isinstance(record.get("arguments"), dict):
+        raise ValueError(f"{where}: arguments must be an object of flags and values")
+    if kind in ("run", "diagnostics"):
+        layers = record.get("layers")
+        if not isinstance(layers, list) or not all(_is_layer(layer) for layer in layers):
+            raise ValueError(f"{where}: layers must be a list of objects that each have layer and router")
+    for layer in record["layers"] if kind == "diagnostics" else []:
+        for name in FIGURES:
+            if name in layer and layer[name] is not None and not _is_number(layer[name]):
+                raise ValueError(f"{where}: {name} ({layer[name]}) of layer {layer['layer']} must be a number")
+        for name in _BINS:
+            bins = layer.get(name, [])
+            if not isinstance(bins, list) or not all(value is None or _is_number(value) for value in bins):
+                raise ValueError(f"{where}: {name} of layer {layer['layer']} must be a list of numbers")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_layer(layer: Any) -> bool:
+    return isinstance(layer, dict) and isinstance(layer.get("layer"), int) and isinstance(layer.get("router"), str)
+
+
+def _compact(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with its bins as arrays: lists of numbers would take eight times the memory."""
+    for layer in record["layers"] if record["kind"] == "diagnostics" else []:
+        for name in _BINS:
+            if layer.get(name):
+                layer[name] = numpy.asarray(layer[name], dtype=numpy.float32)
+    return record
+
+
+def _superseded(
+    records: list[dict[str, Any]],
+) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]], list[tuple[int, int, dict[str, tuple[Any, Any]]]]]:
+    """Lines in force by kind, headers in force, and (iteration, lines left out, changed flags) of each resume."""
+    kept: dict[str, list[dict[str, Any]]] = {"step": [], "validation": [], "diagnostics": []}
+    headers: list[dict[str, Any]] = []
+    resumes: list[tuple[int, int, dict[str, tuple[Any, Any]]]] = []
+    for record in records:
+        if record["kind"] != "run":
+            kept[record["kind"]].append(record)
+            continue
+        start = record["iteration"]
+        before = sum(map(len, kept.values()))
+        kept = {kind: [old for old in lines if old["iteration"] <= start] for kind, lines in kept.items()}
+        num_superseded = before - sum(map(len, kept.values()))
+        resumes = [resume for resume in resumes if resume[0] < start]
+        if headers:
+            resumes.append((start, num_superseded, changes(headers[-1]["arguments"], record["arguments"])))
+        headers = [*(old for old in headers if old["iteration"] < start), record]
+    return kept, headers, resumes
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The arguments that differ, with both values; None stands for one that is missing."""
+    return {name: (old.get(name), new.get(name)) for name in sorted({*old, *new}) if old.get(name) != new.get(name)}
+
+
+def _layers(
+    records: list[dict[str, Any]], sizes: dict[int, dict[str, Any]]
+) -> tuple[pandas.DataFrame, dict[int, dict[str, numpy.ndarray]]]:
+    rows, bins = [], {}
+    for record in records:
+        for layer in record["layers"]:
+            rows.append({"iteration": record["iteration"], "tokens": record["tokens"], **layer})
+            of_layer = bins.setdefault(layer["layer"], {})
+            for name in _BINS:
+                if isinstance(layer.get(name), numpy.ndarray):
+                    of_layer.setdefault(name, []).append((record["tokens"], layer[name]))
+    frame = pandas.DataFrame(rows).reindex(columns=["iteration", "tokens", "layer", "router", *FIGURES])
+    frame[["iteration", "tokens", *FIGURES]] = frame[["iteration", "tokens", *FIGURES]].astype(float)
+    frame["unused"] = 1 - frame["experts_used"]
+    frame["unlisted"] = 1 - frame["experts_listed"]
+    clusters = frame["layer"].map({number: layer.get("num_clusters", math.nan) for number, layer in sizes.items()})
+    frame["idle"] = frame["idle_codewords"] / clusters.astype(float)
+    frame["drift"] = 1 - frame["list_overlap"]
+    arrays = {}
+    for layer, of_layer in bins.items():
+        arrays[layer] = {}
+        for name, entries in of_layer.items():
+            width = len(entries[-1][1])  # another number of bins before a resume cannot share the map
+            entries = [(tokens, values) for tokens, values in entries if len(values) == width]
+            arrays[layer][name] = numpy.stack([values for _, values in entries])
+            arrays[layer][f"{name}_tokens"] = numpy.array([tokens for tokens, _ in entries], dtype=float)
+    return frame, arrays
+
+
+def _codebooks(path: Path) -> tuple[dict[int, Codebook], int | None]:
+    if not path.is_file():
+        return {}, None
+    try:
+        snapshot = json.loads(path.read_text(encoding="utf-8"))
+        found = {}
+        for layer in snapshot["layers"]:
+            columns = [numpy.array(layer[name], dtype=float) for name in ("x", "y", "load", "recall")]
+            tokens = layer.get("tokens")
+            if len({column.shape for column in columns}) != 1 or (tokens and len(tokens) != len(columns[0])):
+                raise ValueError(f"x, y, load, recall and tokens of layer {layer['layer']} differ in length")
+            found[layer["layer"]] = Codebook(*columns, tokens or None)
+        return found, int(snapshot["iteration"])
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no snapshot of codebooks: {what}") from None
