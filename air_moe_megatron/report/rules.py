@@ -1,0 +1,340 @@
+"""The warnings: each rule is a row of a table with its threshold, its reason and its remedy."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy
+import pandas
+
+from air_moe_megatron.report.runs import Run
+
+RECORDS = 3
+"""Newest records, without a gap, in which a rule must hold: one sample of 64 tokens is noisy."""
+
+_BALANCE = "raise --moe-aux-loss-coeff"
+_NO_FLAG = "no flag mends this: report it with this page"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is looked for in one figure.
+
+    Attributes:
+        name: of what is looked at, for the reader.
+        figure: column of ``Run.layers`` or, for a rule of the whole run, a derived one of :func:`run_figures`.
+        above, below: the limit; exactly one is given.
+        words: what is wrong, with the newest value, of the worst layer.
+        remedies: router type -> flag and direction; "" stands for all others.
+        reason: why this limit.
+        of_run: whether the figure belongs to the run as a whole, not to its layers.
+    """
+
+    name: str
+    figure: str
+    words: str
+    remedies: dict[str, str]
+    reason: str
+    above: float | None = None
+    below: float | None = None
+    percent: bool = True
+    of_run: bool = False
+
+    @property
+    def threshold(self) -> str:
+        """The limit in words.
+
+        Example: above 25%.
+        """
+        limit = self.above if self.above is not None else self.below
+        shown = f"{100 * limit:g}%" if self.percent else f"{limit:g}"
+        return f"{'above' if self.above is not None else 'below'} {shown}"
+
+    @property
+    def meaning(self) -> str:
+        """The words with dots in place of the value."""
+        return re.sub(r"{[^}]*}", "…", self.words)
+
+    def holds(self, values: pandas.Series) -> pandas.Series:
+        """[n] bool: where the figure is beyond the limit; a missing one is not."""
+        return values > self.above if self.above is not None else values < self.below
+
+    def worst(self, values: pandas.Series) -> float:
+        """The value furthest beyond the limit."""
+        return float(values.max() if self.above is not None else values.min())
+
+    def remedy(self, router: str) -> str:
+        """What to do about it with a router of this type."""
+        return self.remedies.get(router, self.remedies.get("", ""))
+
+
+RULES = (
+    Rule(
+        name="experts unused",
+        figure="unused",
+        above=0.25,
+        words="{:.0%} of the experts unused",
+        remedies={
+            "air": f"raise --moe-air-num-candidates, or {_BALANCE}",
+            "hash": "lower --num-experts: more experts than --moe-router-topk times the token ids stay unused",
+            "": _BALANCE,
+        },
+        reason="in the study 90% and more were in use where the balance loss saw enough candidates, and 77% where it "
+        "saw only the best 64 of 512",
+    ),
+    Rule(
+        name="experts unlisted",
+        figure="unlisted",
+        above=0.01,
+        words="{:.1%} of the experts stand in no shortlist",
+        remedies={"": "raise --moe-air-shortlist-size"},
+        reason="an expert in no list cannot be chosen and gets no gradient; with the automatic sizes all are listed",
+    ),
+    Rule(
+        name="top-k recall",
+        figure="topk_recall",
+        below=0.7,
+        words="only {:.0%} of the exact top-k is found",
+        remedies={"": "raise --moe-air-num-probes, then --moe-air-shortlist-size"},
+        reason="in the study 84% was level with exact top-k, 79% was 4% behind it in perplexity",
+    ),
+    Rule(
+        name="recall lost",
+        figure="recall_lost",
+        above=0.1,
+        words="top-k recall is {:.0%} below its best: codebook and lists do not keep up with the tokens",
+        remedies={"": "lower --moe-air-refresh-interval, then --moe-air-codebook-ema"},
+        reason="a few points are noise of the sample of tokens; ten are not",
+    ),
+    Rule(
+        name="list drift",
+        figure="drift",
+        above=0.5,
+        words="{:.0%} of the lists' entries changed between two records",
+        remedies={"": "lower --moe-air-refresh-interval"},
+        reason="between two rebuilds tokens then search lists of which half is out of date",
+    ),
+    Rule(
+        name="idle codewords",
+        figure="idle",
+        above=0.5,
+        words="{:.0%} of the codewords got no token",
+        remedies={"": "lower --moe-air-num-clusters"},
+        reason="every codeword is scored for every token; a third is idle in a healthy run, half is waste",
+    ),
+    Rule(
+        name="entropy of the codewords",
+        figure="codeword_entropy",
+        below=0.6,
+        words="few codewords take most tokens (entropy {:.2f} of 1)",
+        remedies={"": "set --moe-router-input-norm running; where it is set, raise --moe-air-num-clusters"},
+        reason="at 0.6 the tokens of 512 codewords are spread as if there were 42",
+        percent=False,
+    ),
+    Rule(
+        name="quantization error",
+        figure="quantization_error",
+        below=0.02,
+        words="nearly all tokens have one direction (quantization error {:.3f})",
+        remedies={"": "set --moe-router-input-norm running"},
+        reason="in the study the error was 0.01 where a few experts won every token",
+        percent=False,
+    ),
+    Rule(
+        name="quantization error",
+        figure="quantization_error",
+        above=0.6,
+        words="codewords are far from their tokens (quantization error {:.2f})",
+        remedies={"": "raise --moe-air-num-clusters"},
+        reason="the demo has 0.15; random directions have 0.7 in the demo's 128 dimensions",
+        percent=False,
+    ),
+    Rule(
+        name="imbalance of experts",
+        figure="imbalance_factor",
+        above=10,
+        words="the load is as uneven as if one expert in {:.0f} did all the work",
+        remedies={"hash": "choose another --moe-router-type: a hash cannot balance", "": _BALANCE},
+        reason="balanced routers stayed below 9.2 in the study, at up to 65,536 experts",
+        percent=False,
+    ),
+    Rule(
+        name="imbalance of ranks",
+        figure="rank_imbalance",
+        above=1.25,
+        words="the most loaded expert-parallel rank gets {:.2f} times the mean",
+        remedies={"hash": "change --moe-hash-seed", "": _BALANCE},
+        reason="all ranks wait for that one: the experts' part of the step takes a quarter longer",
+        percent=False,
+    ),
+    Rule(
+        name="broken bound",
+        figure="bound_broken",
+        above=0.001,
+        words="a lower bound is {:.1%} above the measured mass recall",
+        remedies={"": _NO_FLAG},
+        reason="the bounds are proven, up to rounding",
+    ),
+    Rule(
+        name="share of routing",
+        figure="routing_share",
+        above=0.5,
+        words="routing takes {:.0%} of a step",
+        remedies={
+            "air": "lower --moe-air-num-probes, then --moe-air-num-clusters",
+            "product_key": "lower --moe-product-key-heads",
+            "hierarchical": "lower --moe-hierarchical-topk-groups",
+            "": "set --moe-router-type air",
+        },
+        reason="the rest of the model then gets less than half of the time",
+        of_run=True,
+    ),
+    Rule(
+        name="loss",
+        figure="loss_rise",
+        above=0.5,
+        words="the loss is {:.2f} nats above its best",
+        remedies={"": "lower --lr, or lower --clip-grad"},
+        reason="half a nat is 1.6 times the perplexity, far beyond the noise of a batch",
+        percent=False,
+        of_run=True,
+    ),
+    Rule(
+        name="missing loss",
+        figure="no_loss",
+        above=0,
+        words="the loss is no number, or steps are skipped",
+        remedies={"": "lower --lr, or lower --clip-grad"},
+        reason="no step should be lost; with fp16 a few are while the loss scale is found",
+        of_run=True,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that holds in a run now.
+
+    Attributes:
+        layers: layer -> (newest value, iteration since); layer 0 is the run as a whole.
+    """
+
+    run: Run
+    rule: Rule
+    router: str
+    layers: dict[int, tuple[float, int]] = field(default_factory=dict)
+
+    @property
+    def since(self) -> int:
+        """The iteration since which it holds without a gap, in the layer where it began first."""
+        return min(since for _, since in self.layers.values())
+
+    @property
+    def where(self) -> str:
+        """The layers in words."""
+        return ranges(list(self.layers))
+
+    @property
+    def text(self) -> str:
+        """The warning in words.
+
+        Example: layer 7: 31% of the experts unused since step 4,000: raise --moe-aux-loss-coeff.
+        """
+        worst = self.rule.worst(pandas.Series([value for value, _ in self.layers.values()]))
+        what = self.rule.words.format(worst)
+        remedy = self.rule.remedy(self.router)
+        if 0 in self.layers:
+            return f"{what}, since step {self.since:,}: {remedy}"
+        layer = next(layer for layer, (value, _) in self.layers.items() if value == worst)
+        where = f"layers {self.where} (worst: {layer})" if len(self.layers) > 1 else f"layer {layer}"
+        return f"{where}: {what}, since step {self.since:,}: {remedy}"
+
+
+def findings(run: Run) -> list[Finding]:
+    """The rules that hold in the newest records of a run, in the order of the table.
+
+    Example: experts used [0.9, 0.7, 0.6, 0.6] of layer 2, recorded at 10, 20, 30, 40: one warning since step 20.
+    """
+    figures = layer_figures(run)
+    found = []
+    for rule in RULES:
+        if rule.of_run:
+            state = _state(rule, run_figures(run)[rule.figure])
+            if state:
+                found.append(Finding(run, rule, run.routers[0] if run.routers else "", {0: state}))
+            continue
+        of_router: dict[str, Finding] = {}
+        for (layer, router), rows in figures.groupby(["layer", "router"]):
+            state = _state(rule, rows.set_index("iteration")[rule.figure])
+            if state:
+                of_router.setdefault(router, Finding(run, rule, router)).layers[int(layer)] = state
+        found += of_router.values()
+    return found
+
+
+def layer_figures(run: Run) -> pandas.DataFrame:
+    """``Run.layers`` with what rules need besides: recall lost, bounds broken, and what could have been used.
+
+    Experts are unused and codewords idle only as far as the tokens could have reached them: n tokens that fall on E
+    experts at random reach ``1 - exp(-n / E)`` of them.
+    """
+    frame = run.layers.sort_values(["layer", "iteration"]).copy()
+    by_layer = frame.groupby("layer", group_keys=False)
+    frame["recall_lost"] = by_layer["topk_recall"].transform(lambda recall: recall.cummax() - recall)
+    bound = frame[["mass_bound", "paper_bound"]].max(axis=1)
+    frame["bound_broken"] = bound - frame["mass_recall"]
+    num_experts, topk, num_clusters = (_size_of(run, frame, name) for name in ("num_experts", "topk", "num_clusters"))
+    frame["unused"] = _within_reach(frame["unused"], by_layer["tokens"].diff() * topk / num_experts)
+    tokens_per_step = run.argument("global_batch_size", math.nan) * run.argument("seq_length", math.nan)
+    frame["idle"] = _within_reach(frame["idle"], tokens_per_step / num_clusters)
+    return frame
+
+
+def _size_of(run: Run, frame: pandas.DataFrame, name: str) -> pandas.Series:
+    """A size of the layer that each row is of; NaN where its router has none."""
+    return frame["layer"].map({layer: size.get(name) for layer, size in run.sizes.items()}).astype(float)
+
+
+def _within_reach(unused: pandas.Series, mean: pandas.Series) -> pandas.Series:
+    """The unused share of those that random tokens reach, so many of them for each; all are where that is unknown.
+
+    Example: half unused where 0.7 tokens fall on each, which reach half: none.
+    """
+    reached = (1 - numpy.exp(-mean)).fillna(1.0)
+    return 1 - (1 - unused) / reached
+
+
+def run_figures(run: Run) -> dict[str, pandas.Series]:
+    """Figures of the whole run by iteration: the share of routing, the loss above its best, and where it is missing."""
+    loss = run.steps.set_index("iteration")["loss"].replace([numpy.inf, -numpy.inf], math.nan)
+    return {
+        "routing_share": run.totals.set_index("iteration")["routing_share"],
+        "loss_rise": loss - loss.cummin(),
+        "no_loss": loss.isna().astype(float),
+    }
+
+
+def _state(rule: Rule, values: pandas.Series) -> tuple[float, int] | None:
+    """Newest value and first iteration of the unbroken tail in which the rule holds; None if it is too short."""
+    values = values.dropna()
+    holds = rule.holds(values).to_numpy()
+    if len(holds) < RECORDS or not holds[-RECORDS:].all():
+        return None
+    breaks = numpy.flatnonzero(~holds)
+    return float(values.iloc[-1]), int(values.index[breaks[-1] + 1 if len(breaks) else 0])
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers in words.
+
+    Example: [1, 2, 3, 7] is "1 to 3, 7".
+    """
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    words = [f"{part[0]} to {part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts]
+    return ", ".join(words)
