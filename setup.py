@@ -17,11 +17,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["air_moe_megatron", "air_moe_megatron.*"]),
+    package_data={"air_moe_megatron.report": ["page.html"]},
     install_requires=["packaging", "torch>=2.11"],
     extras_require={
-        "train": ["matplotlib", "megatron-core[training]==0.19.*", "pandas", "tensorboard", "tqdm"],
+        "train": ["jinja2", "matplotlib", "megatron-core[training]==0.19.*", "pandas", "tensorboard", "tqdm"],
         "dev": [
             "hypothesis",
+            "jinja2",
             "matplotlib",
             "megatron-core==0.19.*",
             "pandas",

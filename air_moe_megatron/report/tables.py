@@ -1,0 +1,152 @@
+"""The tables of the page: what the runs are, their newest figures, what routing costs, and their flags."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas
+
+from air_moe_megatron.report.rules import RECORDS
+from air_moe_megatron.report.runs import Run, changes
+
+
+def number(value: Any, form: str = ".3g", scale: float = 1.0) -> str:
+    """A figure as text; a dash where it is missing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return format(value * scale, form)
+
+
+def summary(run: Run) -> dict[str, str]:
+    """A run in one row: what it is and how far it came."""
+    sizes = list(run.sizes.values())
+    steps, validation = run.steps, run.validation
+    last = steps["loss"].iloc[-1] if len(steps) else None
+    row = {
+        "router": ", ".join(run.routers),
+        "layers": str(len(sizes)),
+        "experts": _range(sizes, "num_experts"),
+        "top-k": _range(sizes, "topk"),
+    }
+    names = {
+        "num_clusters": "codewords C",
+        "shortlist_size": "list L",
+        "num_probes": "probes P",
+        "num_candidates": "candidates M",
+    }
+    row |= {name: _range(sizes, key) for key, name in names.items()}
+    newest = pandas.concat([steps, run.totals])[["iteration", "tokens"]].max()
+    row |= {
+        "steps": f"{newest['iteration']:,.0f}",
+        "tokens": f"{newest['tokens']:,.0f}",
+        "training time": _duration(steps["seconds"].iloc[-1]) if len(steps) else "–",
+        "loss, nats per token": number(last, ".3f"),
+        "perplexity": number(math.exp(min(last, 700)) if last is not None else None, ".4g"),
+        "validation loss": number(validation["loss"].iloc[-1] if len(validation) else None, ".3f"),
+        "device": str(run.header.get("device", "–")),
+        "versions": ", ".join(f"{name} {version}" for name, version in (run.header.get("versions") or {}).items()),
+    }
+    return row
+
+
+def _range(sizes: list[dict[str, Any]], key: str) -> str:
+    values = sorted({size[key] for size in sizes if size.get(key) is not None})
+    if not values:
+        return "–"
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
+
+
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "–"
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def notes(run: Run) -> list[str]:
+    """What a reader should know about the files of a run."""
+    found = list(run.notes)
+    for resume in run.resumes:
+        text = f"resumed after step {resume.iteration:,} ({resume.tokens:,.0f} tokens)"
+        if resume.num_superseded:
+            text += f"; {resume.num_superseded} lines of the earlier run that lie beyond are left out"
+        if resume.changed:
+            text += "; changed: " + ", ".join(f"{flag(name)} {a} → {b}" for name, (a, b) in resume.changed.items())
+        found.append(text)
+    if not len(run.totals):
+        found.append("no diagnostics were recorded: give --moe-air-diagnostics-interval")
+    return found
+
+
+def flag(name: str) -> str:
+    """The flag of an argument."""
+    return "--" + name.replace("_", "-")
+
+
+def last_figures(run: Run) -> tuple[list[str], list[tuple[int, str, list[str]]]]:
+    """Headings, and for each layer number, router and figures of the last record."""
+    columns = (
+        ("topk_recall", "top-k recall", ".1%", 1),
+        ("certified", "proven exact", ".1%", 1),
+        ("mass_recall", "mass recall", ".1%", 1),
+        ("mass_bound", "our bound", ".1%", 1),
+        ("paper_bound", "paper's bound", ".2%", 1),
+        ("experts_used", "experts used", ".1%", 1),
+        ("experts_listed", "experts listed", ".1%", 1),
+        ("imbalance_factor", "imbalance", ".2f", 1),
+        ("rank_imbalance", "most loaded rank", ".3f", 1),
+        ("idle", "idle codewords", ".1%", 1),
+        ("codeword_entropy", "entropy", ".3f", 1),
+        ("quantization_error", "quantization error", ".3f", 1),
+        ("drift", "list drift", ".1%", 1),
+        ("routing_seconds", "routing, ms", ".2f", 1e3),
+    )
+    newest = run.layers.sort_values("iteration").groupby("layer").tail(1).sort_values("layer")
+    present = [column for column in columns if newest[column[0]].notna().any()]
+    rows = [
+        (int(row["layer"]), row["router"], [number(row[name], form, scale) for name, _, form, scale in present])
+        for _, row in newest.iterrows()
+    ]
+    return [title for _, title, _, _ in present], rows
+
+
+def cost_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """For each run FLOPs and time of its routers against exact ones; times are means over the newest records."""
+    times = [float(run.totals["routing_seconds"].tail(RECORDS).mean()) for run in runs]
+    exact_time = next((time for run, time in zip(runs, times, strict=True) if run.routers == ["topk"]), None)
+    rows = []
+    for run, time in zip(runs, times, strict=True):
+        own, exact = flops(run)
+        rows.append(
+            {
+                "run": run.name,
+                "router": ", ".join(run.routers),
+                "router, MFLOPs per token": number(own, ",.3f", 1e-6),
+                "exact, MFLOPs per token": number(exact, ",.3f", 1e-6),
+                "share of exact": number(own / exact if own is not None and exact else None, ".2%"),
+                "routing, ms per step": number(time, ",.1f", 1e3),
+                "share of the step": number(float(run.totals["routing_share"].tail(RECORDS).mean()), ".1%"),
+                "step, ms": number(float(run.steps["step_seconds"].tail(RECORDS).mean()), ",.0f", 1e3),
+                "time against exact": number(time / exact_time if exact_time else None, ".2f"),
+            }
+        )
+    return rows
+
+
+def flops(run: Run) -> tuple[float | None, float | None]:
+    """FLOPs per token of all layers' routers, and of exact ones; None where a layer does not say."""
+    sums = []
+    for name in ("router_flops_per_token", "exact_router_flops_per_token"):
+        values = [layer.get(name) for layer in run.header["layers"]]
+        sums.append(None if None in values or not values else float(sum(values)))
+    return sums[0], sums[1]
+
+
+def settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
+    """Flag, value in each run, and whether they differ; those that differ come first."""
+    names = sorted({name for run in runs for name in run.header["arguments"]})
+    different = set().union(*(changes(runs[0].header["arguments"], run.header["arguments"]) for run in runs))
+    rows = [(flag(name), [str(run.argument(name, "–")) for run in runs], name in different) for name in names]
+    return sorted(rows, key=lambda row: not row[2])

@@ -1,0 +1,163 @@
+"""The files of a run: what is read, what a resumed run supersedes, and what is refused."""
+
+import json
+import math
+
+import numpy
+import pytest
+
+from air_moe_megatron.report import __main__ as command
+from air_moe_megatron.report.runs import names_of, read_run, read_runs
+from tests import run_files
+from tests.run_files import STEP_TOKENS, codebook, diagnostics, header, lines, step, validation, write
+
+
+def read(folder, records, snapshot=None):
+    return read_run(write(folder, records, snapshot), "run")
+
+
+def test_figures_come_back_as_they_were_written(tmp_path):
+    records = lines(end=60, interval=20)
+    run = read(tmp_path, records, codebook(num_clusters=16))
+    assert run.steps["iteration"].tolist() == [20, 40, 60]
+    assert run.steps["loss"].tolist() == [record["loss"] for record in records if record["kind"] == "step"]
+    assert run.steps["seconds"].tolist() == pytest.approx([5.0, 10.0, 15.0])
+    written = [layer for record in records if record["kind"] == "diagnostics" for layer in record["layers"]]
+    for name in ("topk_recall", "mass_bound", "imbalance_factor"):
+        assert run.layers[name].tolist() == [layer[name] for layer in written]
+    assert run.layers["drift"].tolist() == pytest.approx([1 - layer["list_overlap"] for layer in written])
+    assert run.layers["idle"].tolist() == pytest.approx([layer["idle_codewords"] / 512 for layer in written])
+    numpy.testing.assert_allclose(run.bins[2]["load_bins"][1], written[3]["load_bins"], rtol=1e-6)
+    assert run.bins[2]["load_bins_tokens"].tolist() == [20 * STEP_TOKENS, 40 * STEP_TOKENS, 60 * STEP_TOKENS]
+    assert run.codebooks[1].load.tolist() == codebook(num_clusters=16)["layers"][0]["load"]
+    assert run.codebook_iteration == 200 and not run.notes and not run.resumes
+
+
+def test_a_router_without_a_figure_has_none(tmp_path):
+    run = read(tmp_path, lines("hash", end=20))
+    assert run.layers["topk_recall"].isna().all() and run.layers["experts_used"].notna().all()
+
+
+def test_a_step_without_a_loss_is_a_gap(tmp_path):
+    without = {name: value for name, value in step(20).items() if name != "loss"}
+    assert math.isnan(read(tmp_path, [header(), without, step(40)]).steps["loss"][0])
+
+
+def test_lines_beyond_a_resume_are_superseded(tmp_path):
+    before = [header(), step(20, 3.0), diagnostics(20, 60), step(40, 2.5), validation(40), diagnostics(40, 60)]
+    after = [header(iteration=30, lr=0.001), step(40, 2.4), diagnostics(40, 60, topk_recall=0.5), step(60, 2.0)]
+    run = read(tmp_path, before + after)
+    assert run.steps[["iteration", "loss"]].to_numpy().tolist() == [[20, 3.0], [40, 2.4], [60, 2.0]]
+    assert run.layers["iteration"].tolist() == [20, 20, 40, 40]
+    assert run.layers["topk_recall"].tolist()[2:] == [0.5, 0.5] and run.validation.empty
+    (resume,) = run.resumes
+    assert (resume.iteration, resume.tokens, resume.num_superseded) == (30, 30 * STEP_TOKENS, 3)
+    assert resume.changed == {"lr": (0.003, 0.001)} and run.argument("lr") == 0.001
+
+
+def test_time_goes_on_after_a_resume(tmp_path):
+    run = read(tmp_path, [header(), step(20), step(40), header(iteration=30), step(40), step(60)])
+    assert run.steps["seconds"].tolist() == pytest.approx([5.0, 10.0, 15.0])
+
+
+def test_a_run_started_anew_supersedes_all(tmp_path):
+    run = read(tmp_path, [*lines(end=100), header(iteration=50), step(60), header(iteration=0), step(20)])
+    assert run.steps["iteration"].tolist() == [20] and run.layers.empty
+    assert [resume.iteration for resume in run.resumes] == [0]
+
+
+def test_a_run_from_a_checkpoint_of_another_starts_where_that_ended(tmp_path):
+    run = read(tmp_path, [header(iteration=1000), step(1020)])
+    assert run.steps["seconds"].tolist() == pytest.approx([5.0]) and not run.resumes
+
+
+@pytest.mark.parametrize("cut", ['{"kind": "step", "iter', '{"kind": "step", "iteration": 40, "tok\ufffd'])
+def test_a_last_line_that_a_kill_cut_is_left_out_with_a_note(tmp_path, cut):
+    run = read(tmp_path, [header(), step(20), cut])
+    assert len(run.steps) == 1
+    (note,) = run.notes
+    assert "last line" in note and "cut short" in note
+
+
+def test_a_cut_line_before_a_resume_is_left_out_with_a_note(tmp_path):
+    run = read(tmp_path, [header(), step(20), '{"kind": "st', header(iteration=20), step(40)])
+    assert run.steps["iteration"].tolist() == [20, 40]
+    (note,) = run.notes
+    assert note.startswith("line 3 ")
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "is empty"),
+        ([header()], "no figures yet"),
+        ([header(), step(20), "garbage", step(40)], "line 3 is not JSON"),
+        ([header(), step(20), "garbage", "more"], "line 3 is not JSON"),
+        (["garbage"], "line 1 is not JSON"),
+        ([step(20)], "line 1: the first line must be of kind run"),
+        ([header(), [1, 2], step(20)], "line 2: kind (None) must be one of run, step, validation, diagnostics"),
+        ([header(), {**step(20), "kind": "stop"}], "line 2: kind (stop) must be one of"),
+        ([{**header(), "format": 2}, step(20)], "line 1: format (2) must be 1"),
+        ([header(), step(20), {**header(), "format": 7}], "line 3: format (7) must be 1"),
+        ([header(), {**step(20), "tokens": "many"}], "line 2: tokens (many) of a line of kind step must be a number"),
+        ([{**header(), "arguments": None}, step(20)], "line 1: arguments must be an object"),
+        ([header(), {**diagnostics(20, 20), "layers": [{"layer": 1}]}], "line 2: layers must be a list of objects"),
+        ([header(), diagnostics(20, 20, topk_recall="high")], "line 2: topk_recall (high) of layer 1 must be a number"),
+        ([header(), diagnostics(20, 20, load_bins="even")], "line 2: load_bins of layer 1 must be a list of numbers"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_damaged_file_is_refused_with_file_and_line(tmp_path, records, message, capsys):
+    write(tmp_path, [record if isinstance(record, str) else json.dumps(record) for record in records])
+    with pytest.raises(SystemExit) as stopped:
+        command.main([str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("air_moe_megatron.report: error: ") and message in error
+    assert str(tmp_path / "air_diagnostics.jsonl") in error
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("text", ["{", '{"iteration": 1}', "[]", '{"iteration": 1, "layers": [{"layer": 1}]}'])
+def test_a_damaged_snapshot_is_refused(tmp_path, text):
+    write(tmp_path, lines(end=20))
+    (tmp_path / "air_codebook.json").write_text(text)
+    with pytest.raises(ValueError, match="air_codebook.json is no snapshot of codebooks"):
+        read_run(tmp_path, "run")
+
+
+def test_columns_of_a_snapshot_have_one_length(tmp_path):
+    snapshot = codebook(num_clusters=8)
+    snapshot["layers"][1]["load"].pop()
+    with pytest.raises(ValueError, match="layer 2 differ in length"):
+        read(tmp_path, lines(end=20), snapshot)
+
+
+def test_a_folder_without_the_file_is_named_with_the_one_that_has_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist; a run with diagnostics writes"):
+        read_runs([tmp_path])
+    write(tmp_path / "checkpoint", lines(end=20))
+    with pytest.raises(FileNotFoundError, match="does not exist; .*/checkpoint has it"):
+        read_runs([tmp_path])
+
+
+def test_runs_are_named_by_what_their_paths_do_not_share(tmp_path):
+    assert names_of([tmp_path / "a" / "checkpoint", tmp_path / "b" / "checkpoint"]) == ["a", "b"]
+    assert names_of([tmp_path / "a", tmp_path / "b" / "c"]) == ["a", "b/c"]
+    assert names_of([tmp_path, tmp_path / "b"]) == [str(tmp_path), str(tmp_path / "b")]
+    assert names_of([tmp_path]) == [str(tmp_path)]
+
+
+def test_too_many_runs_and_one_twice_are_refused(tmp_path):
+    write(tmp_path, lines(end=20))
+    with pytest.raises(ValueError, match="is given twice"):
+        read_runs([tmp_path, tmp_path])
+    with pytest.raises(ValueError, match="8 runs are given; colors tell 7 apart"):
+        read_runs([tmp_path] * 8)
+
+
+def test_made_up_files_have_the_form_of_the_loop(tmp_path):
+    """A guard of the other tests: figures that the reader knows are those that the generator makes."""
+    from air_moe_megatron.report.runs import FIGURES
+
+    assert set(FIGURES) == set(run_files.OF_AIR) | set(run_files.OF_ALL)
