@@ -50,7 +50,7 @@ data: $(DATA)/stdlib_test.idx  ## Make the byte-level data set from Python's sta
 $(DATA)/stdlib_test.idx: examples/prepare_stdlib.py | $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore examples/prepare_stdlib.py --out $(DATA)
 
-train: install data  ## Train the demo on two CPU processes and write $(OUT)
+train: install data  ## Train the demo on two CPU processes and write $(OUT), with a page that explains the run
 	PYTHON=$(abspath $(BIN)/python) DATA=$(abspath $(DATA)) OUT=$(abspath $(OUT)) bash examples/pretrain_demo.sh
 
 test: install  ## Run the tests that need no GPU (12 to 15 minutes on two quiet cores)

@@ -46,7 +46,7 @@ DATASET=(
 )
 OUTPUT=(
   --log-interval 20 --eval-interval 100 --eval-iters 20 --save "$OUT/checkpoint" --save-interval 200
-  --tensorboard-dir "$OUT/tensorboard" --log-file "$OUT/train.log"
+  --tensorboard-dir "$OUT/tensorboard" --log-file "$OUT/train.log" --moe-air-diagnostics-interval 10
 )
 
 mkdir -p "$OUT"
@@ -65,4 +65,6 @@ checkpoint:  {sys.argv[2]}/checkpoint
 log:         {sys.argv[2]}/train.log
 TensorBoard: tensorboard --logdir {sys.argv[2]}/tensorboard
 data:        {sys.argv[3]}''')" "$NATS" "$OUT" "$DATA"
+PAGE=$("$PYTHON" -m air_moe_megatron.report "$OUT/checkpoint" --out "$OUT/report.html")
+printf '%s\n' "report:      $PAGE" ''
 "$PYTHON" -m air_moe_megatron.generate "${DEVICE[@]}" --load "$OUT/checkpoint" --prompt $'import os\n\n\ndef ' --temperature 0.6
