@@ -1,4 +1,4 @@
-"""The corpora of the quality study as Megatron data sets: a byte-level BPE of the training text, and its splits.
+"""The corpora of the quality study as Megatron data sets: their splits, in bytes or by a BPE of the training text.
 
 Each corpus becomes a folder with {train,valid,test}.{bin,idx}, tokenizer.json and meta.json. The sizes in meta.json
 turn Megatron's loss, nats per token, into figures that no tokenizer changes: perplexity per word and bits per byte.
@@ -8,8 +8,9 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
 _STDLIB_EOD = 256  # of the byte-level data set that examples/prepare_stdlib.py makes
+BYTES = 257  # token ids of a vocabulary of bytes, with the end of a document
 _WIKI_TITLE = re.compile(r"(?=^ = [^=].* = $)", re.MULTILINE)
 _OWN_FILES = ("meta.json", "tokenizer.json", *(f"{split}.{ending}" for split in SPLITS for ending in ("bin", "idx")))
 _TOKENIZER_BYTES = 20 * 2**20  # of training text that the tokenizer is trained on, at most
@@ -32,7 +34,7 @@ class Meta:
     vocabulary: int  # token ids; the last one ends a document
     tokens: dict[str, int]  # of each split, ends of documents included
     bytes: dict[str, int]  # of text
-    words: dict[str, int] | None  # separated by white space, and one for each end of a line; None where it is not prose
+    words: dict[str, int] | None  # separated by white space, and one for each end of a line; None for code and bytes
 
 
 def prepare(corpus: str, vocabulary: int, source: Path, out: Path) -> Meta:
@@ -40,7 +42,7 @@ def prepare(corpus: str, vocabulary: int, source: Path, out: Path) -> Meta:
 
     Args:
         corpus: "stdlib", "wikitext-2" or "gutenberg-100m".
-        vocabulary: token ids, the end of a document included.
+        vocabulary: token ids, the end of a document included. 257 are the bytes, without a tokenizer.
         source: for "stdlib" the folder that ``make data`` fills; else the folder that holds the unpacked corpora.
         out: folder for the data sets.
     Raises:
@@ -59,11 +61,15 @@ def prepare(corpus: str, vocabulary: int, source: Path, out: Path) -> Meta:
     _remove(out)
     out.mkdir(parents=True, exist_ok=True)
     read, is_prose = _READERS[corpus]
-    tokenizer = _train_tokenizer((text for text in read(source, "train")), vocabulary - 1)
-    tokenizer.save(str(out / "tokenizer.json"))
-    sizes = {split: _write(read(source, split), tokenizer, vocabulary, out / split) for split in SPLITS}
+    if vocabulary == BYTES:
+        encode = _bytes
+    else:
+        tokenizer = _train_tokenizer((text for text in read(source, "train")), vocabulary - 1)
+        tokenizer.save(str(out / "tokenizer.json"))
+        encode = partial(_ids, tokenizer)
+    sizes = {split: _write(read(source, split), encode, vocabulary, out / split) for split in SPLITS}
     tokens, num_bytes, words = ({split: sizes[split][i] for split in SPLITS} for i in range(3))
-    meta = Meta(corpus, vocabulary, tokens, num_bytes, words if is_prose else None)
+    meta = Meta(corpus, vocabulary, tokens, num_bytes, words if is_prose and vocabulary != BYTES else None)
     meta_file.write_text(json.dumps(asdict(meta), indent=2) + "\n")  # last: where it is, the data sets are whole
     logger.info("%s: %s tokens of %s in %s", corpus, f"{tokens['train']:,}", vocabulary, out)
     return meta
@@ -110,7 +116,17 @@ def _first_bytes(texts, limit):
         limit -= len(text)
 
 
-def _write(texts, tokenizer, vocabulary, prefix) -> tuple[int, int, int]:
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _bytes(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def _write(
+    texts: Iterator[str], encode: Callable[[str], list[int]], vocabulary: int, prefix: Path
+) -> tuple[int, int, int]:
     """Write one split; its tokens, bytes and words. A document of several ends with the last id."""
     dtype = DType.optimal_dtype(vocabulary)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
@@ -118,7 +134,7 @@ def _write(texts, tokenizer, vocabulary, prefix) -> tuple[int, int, int]:
     end = [vocabulary - 1] if len(texts) > 1 else []
     num_tokens = num_bytes = num_words = 0
     for text in texts:
-        tokens = numpy.array(tokenizer.encode(text, add_special_tokens=False).ids + end, dtype=dtype)
+        tokens = numpy.array(encode(text) + end, dtype=dtype)
         builder.add_document(tokens, [len(tokens)])
         num_tokens += len(tokens)
         num_bytes += len(text.encode())

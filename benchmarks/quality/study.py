@@ -1,7 +1,8 @@
 """Train the runs of a study and keep what came of each: `python benchmarks/quality/study.py CONFIG.toml`.
 
 A run is one call of Megatron's training through `air_moe_megatron.pretrain`; all of its flags stand in its result, one
-JSON line. A run whose result exists is not repeated, so an interrupted study goes on where it was.
+JSON line. A run whose result exists is not repeated, and a long run goes on from its last checkpoint: an interrupted
+study goes on where it was.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -170,8 +172,30 @@ def _is_flags(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(item, (bool, int, float, str)) for item in value.values())
 
 
-def command(run: Run, data: Path, folder: Path, eval_iters: int, on_gpu: bool) -> list[str]:
-    """The command line of a run; without an "eval-iters" of its own it measures the whole of the test split."""
+def start_of(run: Run, folder: Path, checkpoint_interval: int) -> int:
+    """The iteration at which a run goes on: that of its checkpoint in ``folder``, 0 where it has none."""
+    tracker = folder / "checkpoint/latest_checkpointed_iteration.txt"
+    return int(tracker.read_text()) if checkpoint_interval and tracker.is_file() else 0
+
+
+def command(
+    run: Run, data: Path, folder: Path, eval_iters: int, on_gpu: bool, checkpoint_interval: int = 0
+) -> list[str]:
+    """The command line of a run, or of what is left of it.
+
+    Args:
+        data: folder of the data sets.
+        folder: of the run.
+        eval_iters: those of the whole test split, for a study that names no "eval-iters".
+        on_gpu: whether it runs on a GPU, in bf16.
+        checkpoint_interval: steps between two checkpoints; 0, and a run of no more steps, make none.
+    """
+    start, num_steps = start_of(run, folder, checkpoint_interval), run.flags["train-iters"]
+    saving = {}
+    if 0 < checkpoint_interval < num_steps:
+        # Megatron keeps the last checkpoint, and those at multiples of the interval to retain.
+        retained = checkpoint_interval * math.ceil(num_steps / checkpoint_interval)
+        saving = {"save": folder / "checkpoint", "save-interval": checkpoint_interval, "save-retain-interval": retained}
     flags = {
         **(_GPU_FLAGS if on_gpu else _CPU_FLAGS),
         "eval-iters": eval_iters,
@@ -183,7 +207,9 @@ def command(run: Run, data: Path, folder: Path, eval_iters: int, on_gpu: bool) -
         "valid-data-path": data / "valid",
         "test-data-path": data / "test",
         "data-cache-path": folder / "cache",
-        "tensorboard-dir": folder / "tensorboard",
+        "tensorboard-dir": folder / "tensorboard" / str(start),
+        **saving,
+        **({"load": folder / "checkpoint"} if start else {}),
     }
     words = [
         word
@@ -203,11 +229,15 @@ class Study:
         out: folder for logs, TensorBoard files and, under "data", the corpora's data sets.
         results: file of JSON lines, which may hold results already.
         threads: of a run on a CPU.
+        checkpoint_interval: steps between two checkpoints of a longer run.
     """
 
-    def __init__(self, runs: list[Run], data_dir: Path, out: Path, results: Path, threads: int) -> None:
+    def __init__(
+        self, runs: list[Run], data_dir: Path, out: Path, results: Path, threads: int, checkpoint_interval: int = 0
+    ) -> None:
         import torch
 
+        self.checkpoint_interval = checkpoint_interval
         self.runs, self.data_dir, self.out, self.results, self.threads = runs, data_dir, out, results, threads
         self.on_gpu = torch.cuda.is_available()
         self.precision = "bf16" if self.on_gpu else "fp32"
@@ -251,19 +281,22 @@ class Study:
         return self.out / "runs" / run.key
 
     def _make_one(self, run, meta):
+        from benchmarks.quality import curves
+
         folder = self._folder(run)
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (folder / "tensorboard").glob("*"):
-            old.unlink()
         per_step = run.flags["global-batch-size"]
         samples = (meta.tokens["test"] - 1) // run.flags["seq-length"]
         eval_iters = max(1, samples // per_step)
-        line = command(run, self.out / "data" / run.prepared, folder, eval_iters, self.on_gpu)
+        iteration = start_of(run, folder, self.checkpoint_interval)
+        curves.begin(folder / "tensorboard", iteration)
+        data = self.out / "data" / run.prepared
+        line = command(run, data, folder, eval_iters, self.on_gpu, self.checkpoint_interval)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         if not self.on_gpu:
             environment |= {"OMP_NUM_THREADS": str(self.threads), **CPU_ENVIRONMENT}
         start = time.perf_counter()
-        with (folder / "log.txt").open("w") as log:
+        with (folder / "log.txt").open("a" if iteration else "w") as log:
             log.write(" ".join(line) + "\n")
             log.flush()
             code = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
@@ -272,12 +305,14 @@ class Study:
         row = self._result(run, meta, folder, time.perf_counter() - start)
         with self._lock, self.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         return row
 
     def _result(self, run, meta, folder, seconds):
+        from benchmarks.quality import curves
         from benchmarks.quality.flops import flops_per_token
 
-        scalars = _scalars(folder / "tensorboard")
+        scalars = curves.read(folder / "tensorboard")
         # After the evaluations during training come those of the validation and the test split, under the same name.
         *valid_losses, (_, valid_loss), (_, test_loss) = scalars["lm loss validation"]
         row = {
@@ -291,9 +326,9 @@ class Study:
         if meta.words is not None:
             row["word_perplexity"] = math.exp(test_loss * meta.tokens["test"] / meta.words["test"])
         return row | {
-            "train_losses": _thinned(scalars["lm loss"], _LOSS_POINTS),
+            "train_losses": curves.thin(scalars["lm loss"], _LOSS_POINTS),
             "valid_losses": valid_losses,
-            "health": {name.removeprefix("air/"): values for name, values in scalars.items() if "/" in name},
+            "health": {name.removeprefix("air/"): values for name, values in scalars.items() if name.count("/") == 1},
             "flops_per_token": flops_per_token(run.flags, run.vocabulary),
             "tokens": run.flags["train-iters"] * run.flags["global-batch-size"] * run.flags["seq-length"],
             "seconds": round(seconds, 1),
@@ -337,22 +372,6 @@ def origin(on_gpu: bool) -> dict[str, str]:
     return {name: given[name] for name in ("device", "torch", "megatron_core", "commit")}
 
 
-def _scalars(folder):
-    """TensorBoard's scalars: name -> [[iteration, value], ...]."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [[event.step, event.value] for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def _thinned(values, num_points):
-    """Means over ``num_points`` equal stretches, each at its last iteration."""
-    size = max(1, math.ceil(len(values) / num_points))
-    parts = [values[start : start + size] for start in range(0, len(values), size)]
-    return [[part[-1][0], round(sum(value for _, value in part) / len(part), 5)] for part in parts]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare the data, make what is missing, and say where the results are."""
     logging.basicConfig(format="%(message)s")
@@ -365,6 +384,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="file of JSON lines (OUT/CONFIG.jsonl where not given)")
     parser.add_argument("--jobs", type=int, default=None, help="runs at a time (a CPU's cores over a run's threads)")
     parser.add_argument("--threads", type=int, default=1, help="of a run on a CPU")
+    parser.add_argument("--checkpoint-interval", type=int, default=600, help="steps; 0 makes no checkpoints")
     parser.add_argument("--only", default="*", help="pattern of the names of runs, such as 'air*E=16384*'")
     parser.add_argument("--list", action="store_true", help="list the runs, done or not, and make none")
     args = parser.parse_args(argv)
@@ -374,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not runs:
         parser.error(f"--only ({args.only!r}) must match the name of a run of {args.config}, as --list shows it")
     results = args.results or args.out / f"{args.config.stem}.jsonl"
-    study = Study(runs, args.data_dir, args.out, results, args.threads)
+    study = Study(runs, args.data_dir, args.out, results, args.threads, args.checkpoint_interval)
     if args.list:
         done = study.done()
         for run in runs:

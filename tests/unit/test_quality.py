@@ -12,7 +12,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from benchmarks.quality import data, report, study
+from benchmarks.quality import curves, data, report, study
 from benchmarks.quality.flops import flops_per_token
 
 FOLDER = Path(study.__file__).parent
@@ -130,12 +130,13 @@ def test_losses_and_health_are_read_from_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setattr(flops, "flops_per_token", lambda flags, vocabulary: {})
     run = study.load_runs(CONFIG)[0]
     run.flags.update({"global-batch-size": 2, "seq-length": 4})
-    with SummaryWriter(tmp_path / "tensorboard") as writer:
+    with SummaryWriter(tmp_path / "tensorboard/0") as writer:
         for step, loss in ((5, 2.5), (10, 2.25), (10, 2.0), (10, 1.5)):
             writer.add_scalar("lm loss validation", loss, step)
         for step in (1, 2):
             writer.add_scalar("lm loss", 4.0 - step, step)
             writer.add_scalar("air/experts-used", 0.5, step)
+            writer.add_scalar("air/layer_1/experts-used", 0.5, step)
     meta = data.Meta("stdlib", 300, {"test": 100}, {"test": 200}, None)
     row = study.Study([run], tmp_path, tmp_path, tmp_path / "results.jsonl", 1)._result(run, meta, tmp_path, 1.0)
     assert (row["valid_loss"], row["test_loss"]) == (2.0, 1.5)
@@ -164,6 +165,52 @@ def test_a_corpus_becomes_data_sets_whose_text_comes_back(tmp_path):
     train = IndexedDataset(str(tmp_path / "out" / "train"))
     assert all(document[-1] == 299 for document in train) and meta.tokens["train"] == sum(map(len, train))
     assert data.prepare("wikitext-2", 300, tmp_path / "gone", tmp_path / "out") == meta  # made once
+
+
+def test_a_vocabulary_of_bytes_needs_no_tokenizer(tmp_path):
+    (tmp_path / "gutenberg-100m").mkdir()
+    books = ["Zoe went out.", "Zo\u00eb came home."]
+    for split in data.SPLITS:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in books)
+        (tmp_path / "gutenberg-100m" / f"{split}.jsonl").write_text(lines)
+    meta = data.prepare("gutenberg-100m", data.BYTES, tmp_path, tmp_path / "out")
+    documents = IndexedDataset(str(tmp_path / "out/train"))
+    assert [bytes(document[:-1].tolist()).decode() for document in documents] == books
+    assert all(document[-1] == 256 for document in documents)
+    assert meta.bytes["train"] == len("".join(books).encode()) == meta.tokens["train"] - 2
+    assert meta.words is None and not (tmp_path / "out/tokenizer.json").exists()
+
+
+def test_what_a_run_repeats_after_its_checkpoint_counts_once(tmp_path):
+    """It wrote steps up to 5, went on from its checkpoint of step 3, stopped at once, and went on from there again."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    def write(start, steps, loss):
+        curves.begin(tmp_path, start)
+        with SummaryWriter(tmp_path / str(start)) as writer:
+            for step in steps:
+                writer.add_scalar("lm loss", loss, step)
+
+    write(0, range(1, 6), 3.0)
+    write(3, range(4, 6), 2.0)
+    write(3, range(4, 8), 1.0)
+    assert curves.read(tmp_path) == {"lm loss": [[1, 3.0], [2, 3.0], [3, 3.0], [4, 1.0], [5, 1.0], [6, 1.0], [7, 1.0]]}
+    write(0, range(1, 3), 4.0)
+    assert curves.read(tmp_path) == {"lm loss": [[1, 4.0], [2, 4.0]]}
+
+
+def test_a_long_run_saves_and_goes_on_from_its_checkpoint(tmp_path):
+    run = study.load_runs(CONFIG)[0]
+    words = study.command(run, tmp_path, tmp_path, 1, False, checkpoint_interval=10)
+    assert "--save" not in words and "--load" not in words  # 10 steps
+    words = study.command(run, tmp_path, tmp_path, 1, False, checkpoint_interval=4)
+    assert words[words.index("--save-interval") + 1] == "4" and words[words.index("--save-retain-interval") + 1] == "12"
+    assert "--load" not in words and words[words.index("--tensorboard-dir") + 1] == str(tmp_path / "tensorboard/0")
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/latest_checkpointed_iteration.txt").write_text("8")
+    words = study.command(run, tmp_path, tmp_path, 1, False, checkpoint_interval=4)
+    assert words[words.index("--load") + 1] == words[words.index("--save") + 1] == str(tmp_path / "checkpoint")
+    assert words[words.index("--tensorboard-dir") + 1] == str(tmp_path / "tensorboard/8")
 
 
 def test_a_missing_corpus_is_named(tmp_path):
