@@ -24,7 +24,7 @@ AGAIN ?=
 DRY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train test test-fast golden limits lint bench bench-gpu bench-layer bench-compare gpu gpu-curves study clean
+.PHONY: help install data train test test-all test-fast golden limits lint bench bench-gpu bench-layer bench-compare gpu gpu-curves study clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-14s%s\n", $$1, $$2}'
@@ -57,8 +57,11 @@ test: install  ## Run the tests that need no GPU (12 to 15 minutes on two quiet 
 	@echo "The tests take 12 to 15 minutes on two quiet cores. 'make test-fast' leaves out those marked slow: 3 minutes."
 	$(BIN)/python -m pytest
 
+test-all: install  ## Run the long tests too: layouts, faults, command lines at random (an hour)
+	$(BIN)/python -m pytest -m "not gpu"
+
 test-fast: install  ## Run those that are not slow either (3 minutes)
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -m "not gpu and not slow and not long"
 
 golden: install  ## Write tests/golden/losses.json anew, after a change that is meant to move losses
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.golden.losses

@@ -269,6 +269,12 @@ def test_every_document_can_be_reached_from_the_readme():
     assert {name_of(path) for path in DOCUMENTS} <= {name_of(path) for path in seen}
 
 
+def test_the_tests_that_documents_name_exist():
+    for path in DOCUMENTS:
+        for named in re.findall(r"`(tests/[\w./]+\.py)`", prose(path)):
+            assert (ROOT / named).is_file(), f"{path}: {named}"
+
+
 def test_what_the_tree_names_exists():
     (tree,) = (code for language, _, code in blocks(README) if language == "text" and "\n  " in code)
     folders: list[str] = []
