@@ -16,19 +16,23 @@ from air_moe_megatron.config import (
     attach,
     invalid,
     is_plain_topk,
+    megatron_has_hash_layers,
     refuse_unused,
     set_fields,
     unused,
+    uses_hash,
 )
 
 
 def add_air_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of AIR-MoE to Megatron's parser and return it, as an ``extra_args_provider`` must.
 
-    A checkout with ``patches/`` applied has them already, from its own config.
+    A checkout with ``patches/`` applied has them already, from its own config. Where Megatron has
+    ``--moe-num-hash-layers`` of its own, ours gives way.
     """
     if not megatron_has_our_fields():
-        group = ArgumentGroupFactory(AIRFields).build_group(parser, title="AIR-MoE")
+        given = ["moe_num_hash_layers"] if megatron_has_hash_layers() else []
+        group = ArgumentGroupFactory(AIRFields, exclude=given).build_group(parser, title="AIR-MoE")
         for action in group._group_actions:
             action.help += f" Default: {action.default}."
     return parser
@@ -38,7 +42,7 @@ def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
     """Make the transformer config: with our fields, or Megatron's own where the arguments ask for nothing of ours.
 
     Args:
-        args: Megatron's parsed and validated arguments. For the hash router a ``moe_hash_vocab_size`` of 0 becomes the
+        args: Megatron's parsed and validated arguments. For hash routers a ``moe_hash_vocab_size`` of 0 becomes the
             size of the embedding.
     Raises:
         ValueError: naming the field, value and rule that the arguments break.
@@ -46,7 +50,7 @@ def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
     refuse_unused(args)
     if is_plain_topk(args):
         return core_transformer_config_from_args(args)
-    if args.moe_router_type == "hash":
+    if uses_hash(args):
         args.moe_hash_vocab_size = _hash_vocab_size(args)
     config = core_transformer_config_from_args(args, AIRMoEConfig)
     if not isinstance(config, AIRMoEConfig):
@@ -64,7 +68,7 @@ def unfit_fields(args: argparse.Namespace, config: TransformerConfig) -> Problem
     yield from unused(args)
     if is_plain_topk(args):
         return
-    if args.moe_router_type == "hash":
+    if uses_hash(args):
         try:
             args.moe_hash_vocab_size = _hash_vocab_size(args)
         except ValueError as error:

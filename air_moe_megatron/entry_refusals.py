@@ -11,7 +11,14 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.spec_utils import import_module
 
 from air_moe_megatron.arguments import is_packed, moe_layers, value_of
-from air_moe_megatron.config import Problems, balancing_losses, is_plain_topk, raise_first
+from air_moe_megatron.config import (
+    Problems,
+    balancing_losses,
+    is_plain_topk,
+    num_hash_layers,
+    raise_first,
+    uses_hash,
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class FlagRefusal:
     reason: str
     cause: str = ""
     """As errors and docs/limits.md name it. {router} stands for the flag that asks for a layer of ours, {packed} for
-    the flag that packs documents."""
+    the flag that packs documents, {hash} for the one that asks for a hash router."""
     applies: Callable[[argparse.Namespace], bool] = lambda args: True
     """Whether the cause is there."""
 
@@ -51,7 +58,7 @@ def refused_flags(args: argparse.Namespace) -> Problems[None]:
     for row in FLAG_REFUSALS:
         value = value_of(args, row.flag)
         if value is not None and value is not False and row.applies(args):
-            cause = row.cause.format(router=_router_flag(args), packed=_packing_flag(args))
+            cause = row.cause.format(router=_router_flag(args), packed=_packing_flag(args), hash=_hash_flag(args))
             cause = f" with {cause}" if cause else ""
             yield ValueError(f"{_shown(args, row.flag)} is not supported{cause}: {row.reason}")
     for row in FLAG_RULES:
@@ -60,7 +67,13 @@ def refused_flags(args: argparse.Namespace) -> Problems[None]:
 
 
 def _router_flag(args: argparse.Namespace) -> str:
-    return "--moe-granular-experts" if args.moe_router_type == "topk" else f"--moe-router-type {args.moe_router_type}"
+    if args.moe_router_type != "topk":
+        return f"--moe-router-type {args.moe_router_type}"
+    return "--moe-granular-experts" if args.moe_granular_experts else "--moe-num-hash-layers"
+
+
+def _hash_flag(args: argparse.Namespace) -> str:
+    return "--moe-router-type hash" if args.moe_router_type == "hash" else "--moe-num-hash-layers"
 
 
 def _packing_flag(args: argparse.Namespace) -> str:
@@ -87,6 +100,10 @@ def _counts_evaluations(args: argparse.Namespace) -> bool:
     return bool(args.train_iters or args.train_samples) and not (args.full_validation or args.skip_train)
 
 
+def _hashes_hybrid(args: argparse.Namespace) -> bool:
+    return args.hybrid_layer_pattern is not None and num_hash_layers(args) > 0
+
+
 _WHOLE_PARAMETERS = "codebooks, health lines and main_grad read whole parameters outside of the forward"
 
 FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
@@ -102,8 +119,8 @@ FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
         "--micro-batch-size",
         "packed microbatches are flattened after the embedding has seen the ids, so ids and hidden states are in "
         "different orders; use --micro-batch-size 1",
-        "--moe-router-type hash and {packed}",
-        lambda args: args.moe_router_type == "hash" and is_packed(args) and args.micro_batch_size > 1,
+        "{hash} and {packed}",
+        lambda args: uses_hash(args) and is_packed(args) and args.micro_batch_size > 1,
     ),
     FlagRefusal(
         "--moe-router-load-balancing-type",
@@ -170,6 +187,18 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         "--hybrid-layer-pattern",
         lambda args: _ours(args) and args.hybrid_layer_pattern is not None and not any(moe_layers(args)),
         f"must have a layer {Symbols.MOE}: without an MoE layer {{router}} has no effect",
+    ),
+    FlagRule(
+        "--moe-num-hash-layers",
+        lambda args: _hashes_hybrid(args) and num_hash_layers(args) >= sum(moe_layers(args)) > 0,
+        f"must be below the number of layers {Symbols.MOE} in --hybrid-layer-pattern; for all of them there is "
+        "--moe-router-type hash",
+    ),
+    FlagRule(
+        "--moe-num-hash-layers",
+        lambda args: _hashes_hybrid(args) and args.pipeline_model_parallel_size > 1,
+        "needs --pipeline-model-parallel-size 1 with --hybrid-layer-pattern: the stages of such a pattern are not "
+        "looked through for hash layers",
     ),
 )
 """Checked after FLAG_REFUSALS, in this order."""

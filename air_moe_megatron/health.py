@@ -8,7 +8,7 @@ import torch
 from air_moe_megatron.dispatcher import Traffic
 from air_moe_megatron.layer import AIRMoELayer
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
-from air_moe_megatron.routers import AIRRouter, VQRouter
+from air_moe_megatron.routers import AIRRouter, HashRouter, VQRouter
 from air_moe_megatron.routers.base import CompactRouter
 
 
@@ -170,7 +170,8 @@ def health_figures(
 ) -> dict[str, float]:
     """Figures of a pipeline stage, as means over the routers that have them; communicates and waits for the device.
 
-    Codebooks and lists are of the AIR routers among them, the vq loss is of the vq routers.
+    Codebooks and lists are of the AIR routers among them, the vq loss is of the vq routers. Where there are hash layers
+    beside others, the figures of loads are of the others, and those of the hash layers begin with "hash-".
 
     Args:
         routers: all routers of the stage, of any types and sizes; at least one.
@@ -181,8 +182,17 @@ def health_figures(
     air = [router for router in routers if isinstance(router, AIRRouter)]
     vq = [router for router in routers if isinstance(router, VQRouter)]
     figures = codebook_figures(air) if air else {}
-    figures |= load_figures(loads, routers[0].config.expert_model_parallel_size)
-    figures["empty-slots"] = empty_share(loads, num_routed, [router.topk for router in routers])
+    by_hash = [isinstance(router, HashRouter) for router in routers]
+    num_ranks = routers[0].config.expert_model_parallel_size
+    if any(by_hash) and not all(by_hash):
+        hashed = load_figures([load for load, hashed in zip(loads, by_hash, strict=True) if hashed], num_ranks)
+        figures |= {f"hash-{name}": value for name, value in hashed.items()}
+        others = [number for number, hashed in enumerate(by_hash) if not hashed]
+    else:
+        others = list(range(len(routers)))
+    loads = [loads[number] for number in others]
+    figures |= load_figures(loads, num_ranks)
+    figures["empty-slots"] = empty_share(loads, num_routed[others], [routers[number].topk for number in others])
     figures |= dispatch_figures(layers, routers[0].tp_dp_cp_group)
     if vq:
         figures["vq-loss"] = vq_loss(vq)
@@ -206,6 +216,9 @@ ITEMS = (
     Item("experts-used", "experts used", "{:.1%} of {num_experts}"),
     Item("imbalance-factor", "imbalance factor", "{:.2f}"),
     Item("rank-imbalance", "most loaded rank", "{:.3f} of the mean"),
+    Item("hash-experts-used", "experts used by hash layers", "{:.1%}"),
+    Item("hash-imbalance-factor", "imbalance factor of hash layers", "{:.2f}"),
+    Item("hash-rank-imbalance", "most loaded rank of hash layers", "{:.3f} of the mean"),
     Item("empty-slots", "empty slots", "{:.2g}%", scale=100, only_nonzero=True),
     Item(
         "dispatch-bytes-per-token",
@@ -222,7 +235,8 @@ ITEMS = (
 
 def health_line(figures: dict[str, float], routers: Sequence[CompactRouter], iteration: int) -> str:
     """Word the figures of :func:`health_figures`; empty slots are named only where there are any."""
-    sizes = {"num_experts": _range([router.num_experts for router in routers])}
+    others = [router for router in routers if not isinstance(router, HashRouter)] or routers
+    sizes = {"num_experts": _range([router.num_experts for router in others])}
     if clusters := [router.sizes.num_clusters for router in routers if isinstance(router, AIRRouter)]:
         sizes["num_clusters"] = _range(clusters)
     items = [f"routing health at iteration {iteration:8d}"]

@@ -1,21 +1,30 @@
 """AIRMoELayer: Megatron's MoE layer on compact routes."""
 
+import dataclasses
+from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from air_moe_megatron.config import hash_layer_config, hash_layer_numbers, num_hash_layers
 from air_moe_megatron.dispatcher import CompactTokenDispatcher
 from air_moe_megatron.process_groups import HoldsProcessGroups
+from air_moe_megatron.routers import HashRouter
 
 
 class AIRMoELayer(HoldsProcessGroups, MoELayer):
     """Route, dispatch, apply the experts, combine: Megatron's steps, without anything of size [tokens, experts].
 
     With ``moe_dispatch`` "compact" the router's :class:`Routes` go to a :class:`CompactTokenDispatcher` and
-    :class:`GranularExperts`. With "stock" it is Megatron's layer. Arguments as ``MoELayer``'s.
+    :class:`GranularExperts`. With "stock" it is Megatron's layer. With ``moe_num_hash_layers`` the number of the layer
+    decides whether it gets a :class:`HashRouter` instead, so the router is made by :meth:`set_layer_number`.
+
+    Args: as ``MoELayer``'s, and
+        hash_layers: numbers of the layers that get a hash router; None means by ``moe_layer_freq``.
     """
 
     def __init__(
@@ -24,16 +33,59 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
         submodules: MoESubmodules | None = None,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        hash_layers: Collection[int] | None = None,
         **kwargs: Any,
     ) -> None:
         pg_collection = pg_collection or get_default_pg_collection()
-        super().__init__(config, submodules, layer_number, pg_collection, **kwargs)
+        router = None if submodules is None else submodules.router
+        is_decided = is_mtp_layer or not num_hash_layers(config)  # layers of multi-token prediction are never hashed
+        if not is_decided:
+            submodules = dataclasses.replace(submodules, router=_UnnumberedRouter)
+        super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, **kwargs)
+        self._make_router: Callable[[bool], torch.nn.Module] | None = None
+        self.hash_layers: Collection[int] = ()
+        if not is_decided:
+            self.hash_layers = hash_layer_numbers(config) if hash_layers is None else hash_layers
+
+            def make_router(by_hash: bool) -> torch.nn.Module:
+                if by_hash:
+                    return HashRouter(hash_layer_config(config), pg_collection)
+                return router(config=config, pg_collection=pg_collection, is_mtp_layer=False)
+
+            self._make_router = make_router
         self.is_compact = config.moe_dispatch == "compact"
         if self.is_compact:
             self.local_expert_indices = range(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
             self.token_dispatcher = CompactTokenDispatcher(self.num_local_experts, config, pg_collection)
 
     def set_layer_number(self, layer_number: int) -> None:
+        """Set the layer's number, counted from 1; the first time, make the router that it decides.
+
+        Raises:
+            ValueError: if the layer has a router already, and another number asks for the other kind.
+        """
+        by_hash = layer_number in self.hash_layers
+        if self._make_router is not None:
+            self.router, self._make_router = self._make_router(by_hash), None
+        elif self.hash_layers and by_hash != isinstance(self.router, HashRouter):
+            raise ValueError(
+                f"layer_number ({layer_number}) must stay that of {'other' if by_hash else 'hash'} layers, as "
+                f"{self.layer_number}: the hash layers are {list(self.hash_layers)}"
+            )
         super().set_layer_number(layer_number)
         if self.is_compact:
             self.token_dispatcher.layer_number = layer_number
+
+
+class _UnnumberedRouter(torch.nn.Module):
+    """Stands where a layer's number is still to decide which router it gets."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def forward(self, *_: Any) -> None:
+        raise ValueError(
+            "layer_number (None) must be set before a layer is used: with moe_num_hash_layers it decides "
+            "which router the layer has; call set_layer_number"
+        )

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from air_moe_megatron.arguments import moe_layers
-from air_moe_megatron.config import is_plain_topk
+from air_moe_megatron.config import is_plain_topk, num_hash_layers
 from air_moe_megatron.routers import ROUTERS
 
 _GIB = 2**30
@@ -54,6 +54,7 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
     )
     router_size = hidden * ROUTERS[args.moe_router_type].vectors_per_expert
     layers = -(-sum(moe_layers(args)) // args.pipeline_model_parallel_size)
+    scored_layers = max(0, layers - num_hash_layers(args))  # the rank may be that of all hash layers
     expert_size = projections * (args.moe_ffn_hidden_size or args.ffn_hidden_size) * (args.moe_latent_size or hidden)
     expert_replicas = args.world_size // (expert_shards * args.pipeline_model_parallel_size)
     router_replicas = args.data_parallel_size * args.context_parallel_size
@@ -63,7 +64,7 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
     map_bytes = args.params_dtype.itemsize + 1  # a prob and a boolean
     return {
         "experts": layers * experts * expert_size // expert_shards * _bytes_per_parameter(args, expert_replicas),
-        "routers": layers
+        "routers": scored_layers
         * experts
         * (router_size * _bytes_per_parameter(args, router_replicas) + (args.moe_router_type == "air") * _KEY_BYTES),
         f"maps of {tokens} tokens times {experts} experts, which --moe-dispatch compact avoids": (

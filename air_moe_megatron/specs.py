@@ -8,7 +8,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.compat import require_supported_megatron
-from air_moe_megatron.config import is_plain_topk, refuse_unused, validate
+from air_moe_megatron.config import hash_layer_numbers, is_plain_topk, num_hash_layers, refuse_unused, validate
 from air_moe_megatron.dispatcher import CompactTokenDispatcher
 from air_moe_megatron.experts import GranularExperts
 from air_moe_megatron.layer import AIRMoELayer
@@ -31,18 +31,22 @@ if TYPE_CHECKING:
 _NESTED = ("layer_specs", "mlp", "moe_layer", "mtp_model_layer", "transformer_layer")
 
 
-def with_air_layers[S](spec: S, config: TransformerConfig) -> S:
+def with_air_layers[S](spec: S, config: TransformerConfig, moe_layers: Sequence[int] | None = None) -> S:
     """Return the spec with our routing in its MoE layers; the same object where the config asks for Megatron's.
 
     Each MoE layer becomes an :class:`AIRMoELayer` with the router of ``moe_router_type``, and with
     :class:`GranularExperts` where the config asks for them. A subclass of MoELayer that is not ours is kept.
 
+    With ``moe_num_hash_layers`` layers have different parameters. ``hetereogenous_dist_checkpoint`` is then turned on
+    in the config: Megatron would otherwise save the layers stacked, as one tensor.
+
     Args:
         spec: a ModuleSpec, a ``partial`` of MoELayer, the submodules of a block or stack, or a list of these.
         config: the transformer config; its ``moe_router_type`` decides, and its fields are validated.
+        moe_layers: numbers of the layers with experts, from 1; None means by ``moe_layer_freq``.
     Raises:
         ValueError: if the config is not valid, sets a field of ours that has no effect, or asks for compact dispatch
-            in a layer class that is not ours.
+            or first layers by hash in a layer class that is not ours.
     """
     if hasattr(config, "moe_router_type"):
         refuse_unused(config)
@@ -50,34 +54,47 @@ def with_air_layers[S](spec: S, config: TransformerConfig) -> S:
         return spec
     require_supported_megatron()
     validate(config)
-    return _rewrite(spec, config)
+    hash_layers = None
+    if num_hash_layers(config):
+        config.hetereogenous_dist_checkpoint = True
+        hash_layers = hash_layer_numbers(config, moe_layers)
+    return _rewrite(spec, config, hash_layers)
 
 
-def _rewrite[S](spec: S, config: TransformerConfig) -> S:
+def _rewrite[S](spec: S, config: TransformerConfig, hash_layers: list[int] | None) -> S:
     if isinstance(spec, list):
-        return [_rewrite(item, config) for item in spec]
+        return [_rewrite(item, config, hash_layers) for item in spec]
     if isinstance(spec, functools.partial):
         submodules = spec.keywords.get("submodules")
         if not isinstance(submodules, MoESubmodules):
             return spec
         keywords = {**spec.keywords, "submodules": _air_submodules(submodules, config)}
+        if hash_layers is not None:
+            keywords["hash_layers"] = hash_layers
         return functools.partial(_air_layer(spec.func, config), *spec.args, **keywords)
     if isinstance(spec, ModuleSpec):
         if isinstance(spec.submodules, MoESubmodules) and issubclass(get_module(spec), MoELayer):
             module = _air_layer(get_module(spec), config)
-            return _replace(spec, module=module, submodules=_air_submodules(spec.submodules, config))
-        return _replace(spec, submodules=_rewrite(spec.submodules, config))
+            params = spec.params if hash_layers is None else {**spec.params, "hash_layers": hash_layers}
+            return _replace(spec, module=module, submodules=_air_submodules(spec.submodules, config), params=params)
+        return _replace(spec, submodules=_rewrite(spec.submodules, config, hash_layers))
     nested = {name: getattr(spec, name) for name in _NESTED if getattr(spec, name, None) is not None}
-    return _replace(spec, **{name: _rewrite(part, config) for name, part in nested.items()}) if nested else spec
+    return (
+        _replace(spec, **{name: _rewrite(part, config, hash_layers) for name, part in nested.items()})
+        if nested
+        else spec
+    )
 
 
 def _air_layer(layer: type[MoELayer], config: TransformerConfig) -> type[MoELayer]:
     if layer is MoELayer:
         return AIRMoELayer
-    if config.moe_dispatch == "compact" and layer is not AIRMoELayer:
+    hashed = num_hash_layers(config)
+    asked = "moe_dispatch ('compact')" if config.moe_dispatch == "compact" else f"moe_num_hash_layers ({hashed})"
+    if (config.moe_dispatch == "compact" or hashed) and layer is not AIRMoELayer:
         raise ValueError(
-            f"moe_dispatch ('compact') is not supported by the layer class {layer.__name__}: "
-            "it needs Megatron's MoELayer or an AIRMoELayer"
+            f"{asked} is not supported by the layer class {layer.__name__}: it needs Megatron's MoELayer or an "
+            "AIRMoELayer"
         )
     return layer
 
@@ -119,16 +136,27 @@ def air_layer_spec(
     return with_air_layers(spec, model_config.transformer)
 
 
-def air_hybrid_stack_spec(config: TransformerConfig, given: ModuleSpec | None = None) -> ModuleSpec:
+def air_hybrid_stack_spec(
+    config: TransformerConfig, given: ModuleSpec | None = None, moe_layers: Sequence[int] | None = None
+) -> ModuleSpec:
     """The stack spec of a hybrid model with AIR routing, for ``HybridModelConfig.hybrid_stack_spec``.
 
     Args:
         config: the transformer config.
         given: a stack spec to start from instead of Megatron's default, which needs Transformer Engine.
+        moe_layers: numbers of the layers with experts, from 1, as the hybrid pattern has them; needed with
+            ``moe_num_hash_layers``.
+    Raises:
+        ValueError: as :func:`with_air_layers`, and without the numbers where they are needed.
     """
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
-    return with_air_layers(given or hybrid_stack_spec, config)
+    if moe_layers is None and num_hash_layers(config):
+        raise ValueError(
+            f"moe_num_hash_layers ({config.moe_num_hash_layers}) needs moe_layers in a hybrid model: the numbers of "
+            "the layers with experts, which only the hybrid pattern tells"
+        )
+    return with_air_layers(given or hybrid_stack_spec, config, moe_layers)
 
 
 def require_routers(model: list[torch.nn.Module]) -> list[torch.nn.Module]:

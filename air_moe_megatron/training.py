@@ -24,11 +24,11 @@ from megatron.training.models import GPTModelConfig, HybridModelConfig
 
 from air_moe_megatron import console, preflight
 from air_moe_megatron.agreement import Ranks, check_agreement, meet
-from air_moe_megatron.arguments import add_air_arguments, transformer_config_from_args
+from air_moe_megatron.arguments import add_air_arguments, moe_layers, transformer_config_from_args
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.checkpoints import check_checkpoint, fields_of_checkpoint
 from air_moe_megatron.compat import process_groups_released, repair_help, require_supported_megatron
-from air_moe_megatron.config import is_plain_topk
+from air_moe_megatron.config import is_plain_topk, uses_hash
 from air_moe_megatron.entry_refusals import check_flags
 from air_moe_megatron.memory import check_memory
 from air_moe_megatron.routers import AIRRouter, find_routers
@@ -111,11 +111,12 @@ def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridM
         return config
     # A spec may be given by --spec; None means Megatron's own choice.
     if args.hybrid_layer_pattern is not None:
-        config.hybrid_stack_spec = air_hybrid_stack_spec(transformer_config, given=config.hybrid_stack_spec)
+        numbers = [number for number, has_experts in enumerate(moe_layers(args), 1) if has_experts]
+        config.hybrid_stack_spec = air_hybrid_stack_spec(transformer_config, config.hybrid_stack_spec, numbers)
     else:
         config.transformer_layer_spec = partial(air_layer_spec, given=config.transformer_layer_spec)
     config.pre_wrap_hooks.append(require_routers)
-    if args.moe_router_type == "hash":
+    if uses_hash(args):
         config.pre_wrap_hooks.append(hand_over_token_ids)
     return config
 

@@ -19,7 +19,7 @@ def make_config(**fields) -> AIRMoEConfig:
         moe_router_load_balancing_type="none", moe_router_dtype="fp32", moe_granular_experts=True,
         moe_dispatch="compact", init_method_std=0.5,
     )  # fmt: skip
-    if fields.get("moe_router_type") == "hash":
+    if fields.get("moe_router_type") == "hash" or fields.get("moe_num_hash_layers"):
         base["moe_hash_vocab_size"] = VOCABULARY
     return AIRMoEConfig(**{**base, **fields})
 

@@ -9,9 +9,10 @@ from megatron.training.utils import print_rank_0
 
 from air_moe_megatron.arguments import bare_pattern, moe_layers
 from air_moe_megatron.checkpoints.reader import LEGACY_FILE, Checkpoint, Damaged
-from air_moe_megatron.config import AIRFields, Problems, passed_on, problem_of, resolve_sizes
+from air_moe_megatron.config import AIRFields, Problems, num_hash_layers, passed_on, problem_of, resolve_sizes
 from air_moe_megatron.index import REBUILDING
 from air_moe_megatron.routers import ROUTERS
+from air_moe_megatron.routers.base import CompactRouter
 
 _GIVEN_SIZES = (
     "num_layers",
@@ -50,6 +51,8 @@ def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
     of_other_size = yield from passed_on(problem_of(_check_sizes, checkpoint, args))
     yield from problem_of(_check_experts, checkpoint, getattr(config, "moe_granular_experts", False))
     of_other_type = yield from passed_on(problem_of(_check_router, checkpoint, router_type))
+    if not of_other_type:
+        of_other_type = yield from passed_on(problem_of(_check_hash_layers, checkpoint, config))
     yield from problem_of(_check_input_norm, checkpoint, getattr(config, "moe_router_input_norm", "none"))
     yield from problem_of(_check_expert_bias, checkpoint, config)
     yield from problem_of(_check_optimizer, checkpoint, args)
@@ -57,7 +60,9 @@ def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
         return []
     has_codebooks = checkpoint.has("router.codebook.codewords")
     if router_type not in ("topk", "air") or router_type == "air" and has_codebooks:
-        yield from problem_of(_check_fields, checkpoint, config)
+        yield from problem_of(_check_fields, checkpoint, config, ROUTERS[router_type])
+    if num_hash_layers(config):
+        yield from problem_of(_check_fields, checkpoint, config, ROUTERS["hash"])
     if router_type == "air":
         yield from problem_of(_check_codebooks, checkpoint, config)
     if router_type == "air" and has_codebooks:
@@ -193,14 +198,41 @@ def _check_experts(checkpoint: Checkpoint, granular: bool) -> None:
 
 def _check_router(checkpoint: Checkpoint, router_type: str) -> None:
     """Routers of different types have different parameters. Only top-k and AIR load into each other."""
-    routers = {key.rpartition(".router.")[2] for key in checkpoint.shapes if ".router." in key}
-    if not routers:
+    hashed = _hashed_layers(checkpoint)
+    routers = {
+        name
+        for layer, _, name in (key.partition(".router.") for key in checkpoint.shapes)
+        if name and layer not in hashed
+    }
+    if not routers and not hashed:
         return
+    if not routers:
+        routers = {ROUTERS["hash"].checkpoint_key}
     found = next((name for name, router in ROUTERS.items() if router.checkpoint_key in routers), None)
     if found != (router_type if ROUTERS[router_type].checkpoint_key is not None else None):
         raise ValueError(
             f"{checkpoint.location} holds routers of type {found or 'topk or air'}: "
             f"--moe-router-type {router_type} cannot load them"
+        )
+
+
+def _hashed_layers(checkpoint: Checkpoint) -> set[str]:
+    """The beginnings of the names of layers with a hash router; one name where all layers are stacked."""
+    ending = ".router." + ROUTERS["hash"].checkpoint_key
+    return {key.removesuffix(ending) for key in checkpoint.shapes if key.endswith(ending)}
+
+
+def _check_hash_layers(checkpoint: Checkpoint, config: TransformerConfig) -> None:
+    """The first layers by hash have no centers, and layers with them are saved one by one."""
+    is_stacked = any(key.startswith("decoder.layers.mlp.router.") for key in checkpoint.shapes)
+    has_routers = any(".router." in key for key in checkpoint.shapes)
+    if not has_routers or getattr(config, "moe_router_type", "topk") == "hash":
+        return
+    own, found = num_hash_layers(config), 0 if is_stacked else len(_hashed_layers(checkpoint))
+    if own != found:
+        raise ValueError(
+            f"{checkpoint.location} was trained with {found} first layers by hash: --moe-num-hash-layers ({own}) must "
+            f"be {found}"
         )
 
 
@@ -262,14 +294,13 @@ def _low_precision(args: argparse.Namespace) -> str | None:
     return next((name for name in ("bf16", "fp16") if getattr(args, name)), None)
 
 
-def _check_fields(checkpoint: Checkpoint, config: TransformerConfig) -> None:
-    """Require fields that the router's parameters depend on to be as when they were trained."""
+def _check_fields(checkpoint: Checkpoint, config: TransformerConfig, router: type[CompactRouter]) -> None:
+    """Require fields that a router's parameters depend on to be as when they were trained."""
     if checkpoint.args is None:
         return
     defaults = {field.name: field.default for field in dataclasses.fields(AIRFields)}
     values = defaults | vars(checkpoint.args)
     saved = argparse.Namespace(**values, num_moe_experts=values["num_experts"])
-    router = ROUTERS[config.moe_router_type]
     own, found = router.checkpoint_fields(config), router.checkpoint_fields(saved)
     demands = [
         _demand(name, own[name], found[name]) + _automatic(name, config, saved)

@@ -13,6 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from air_moe_megatron.arguments import moe_layers
 from air_moe_megatron.checkpoints.checks import loads_optimizer
 from air_moe_megatron.checkpoints.reader import Checkpoint
+from air_moe_megatron.config import num_hash_layers
 
 _GIB = 2**30
 
@@ -78,9 +79,10 @@ def estimate_bytes(args: argparse.Namespace, config: TransformerConfig) -> int:
     num_values = (args.padded_vocab_size or 0) * hidden_size * (2 if args.untie_embeddings_and_output_weights else 1)
     if config.num_moe_experts is not None:
         per_expert = (3 if config.gated_linear_unit else 2) * hidden_size * config.moe_ffn_hidden_size
+        num_layers = sum(moe_layers(args))
+        num_values += num_layers * config.num_moe_experts * per_expert
         if getattr(config, "moe_router_type", "topk") in ("topk", "air"):
-            per_expert += hidden_size
-        num_values += sum(moe_layers(args)) * config.num_moe_experts * per_expert
+            num_values += (num_layers - num_hash_layers(config)) * config.num_moe_experts * hidden_size
     is_low = args.bf16 or args.fp16
     per_value = 2 if is_low else 4
     if not args.no_save_optim and not args.use_precision_aware_optimizer:

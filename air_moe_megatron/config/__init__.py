@@ -1,14 +1,25 @@
 """AIRMoEConfig: Megatron's config with our fields, validated on construction. Imports nothing else of the package.
 
-``fields.py`` documents every field, ``sizes.py`` chooses the automatic sizes, ``rules.py`` says which values are valid,
-``refusals.py`` what cannot be combined, and ``problems.py`` is how checks say what they found.
+``fields.py`` documents every field, ``sizes.py`` chooses the automatic sizes, ``hash_layers.py`` the first layers by
+hash, ``rules.py`` says which values are valid, ``refusals.py`` what cannot be combined, and ``problems.py`` is how
+checks say what they found.
 """
 
 import dataclasses
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.config.fields import ROUTER_TYPES, AIRFields, balancing_losses, is_plain_topk, router_type_of
+from air_moe_megatron.config.fields import (
+    ROUTER_TYPES,
+    AIRFields,
+    balancing_losses,
+    is_plain_topk,
+    megatron_has_hash_layers,
+    num_hash_layers,
+    router_type_of,
+    uses_hash,
+)
+from air_moe_megatron.config.hash_layers import hash_layer_config, hash_layer_numbers
 from air_moe_megatron.config.problems import Problems, passed_on, problem_of, raise_first
 from air_moe_megatron.config.refusals import CAUSES, REFUSALS
 from air_moe_megatron.config.rules import invalid, refuse_unused, unused, validate
@@ -33,8 +44,12 @@ __all__ = [
     "ProductKeySizes",
     "attach",
     "balancing_losses",
+    "hash_layer_config",
+    "hash_layer_numbers",
     "invalid",
     "is_plain_topk",
+    "megatron_has_hash_layers",
+    "num_hash_layers",
     "passed_on",
     "problem_of",
     "raise_first",
@@ -45,6 +60,7 @@ __all__ = [
     "router_type_of",
     "set_fields",
     "unused",
+    "uses_hash",
     "validate",
 ]
 

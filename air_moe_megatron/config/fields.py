@@ -1,7 +1,9 @@
 """Every field of the plugin and what it does. The command-line flags are made from this class (``arguments.py``)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
+
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 @dataclass
@@ -16,6 +18,10 @@ class AIRFields:
     moe_router_input_norm: Literal["none", "running"] = "none"
     """Normalize the tokens per feature before they are scored, by the 'running' mean and variance of earlier global
     batches; for 'topk', 'air', 'hierarchical' and 'vq'."""
+
+    moe_num_hash_layers: int = 0
+    """Number of MoE layers, the first of the model, whose experts are fixed by the token id, as those of
+    moe_router_type 'hash'; the other layers, and those of multi-token prediction, take moe_router_type."""
 
     moe_air_num_clusters: int = 0
     """Number of codewords C in the codebook of one router; 0 chooses 4*sqrt(experts), up to a multiple of 8. For source
@@ -102,7 +108,27 @@ ROUTER_TYPES: tuple[str, ...] = get_args(get_type_hints(AIRFields)["moe_router_t
 
 def is_plain_topk(values: object) -> bool:
     """Whether config or arguments ask for Megatron's router with Megatron's experts, and so for nothing of ours."""
-    return getattr(values, "moe_router_type", "topk") == "topk" and not getattr(values, "moe_granular_experts", False)
+    is_topk = getattr(values, "moe_router_type", "topk") == "topk"
+    return is_topk and not getattr(values, "moe_granular_experts", False) and not num_hash_layers(values)
+
+
+def num_hash_layers(values: object) -> int:
+    """The first layers by hash that config or arguments ask us for.
+
+    0 where Megatron has the flag itself, as its main branch does: then it is Megatron's.
+    """
+    return 0 if megatron_has_hash_layers() else getattr(values, "moe_num_hash_layers", 0)
+
+
+def megatron_has_hash_layers() -> bool:
+    """Whether this Megatron has ``moe_num_hash_layers`` of its own, and not from our patch."""
+    names = {field.name for field in fields(TransformerConfig)}
+    return "moe_num_hash_layers" in names and "moe_router_type" not in names
+
+
+def uses_hash(values: object) -> bool:
+    """Whether config or arguments ask for a hash router in any layer."""
+    return values.moe_router_type == "hash" or num_hash_layers(values) > 0
 
 
 def balancing_losses(values: object) -> list[str]:

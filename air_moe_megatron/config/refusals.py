@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.config.fields import balancing_losses
+from air_moe_megatron.config.fields import balancing_losses, is_plain_topk, num_hash_layers
+from air_moe_megatron.config.hash_layers import recomputes_routers
 from air_moe_megatron.config.problems import Problems
 
 
@@ -90,17 +91,27 @@ def _by_type(config: TransformerConfig) -> str:
     return f"moe_router_type {config.moe_router_type!r}"
 
 
+def _by_ours(config: TransformerConfig) -> str:
+    if config.moe_router_type != "topk":
+        return _by_type(config)
+    return "moe_granular_experts (True)" if config.moe_granular_experts else _by_hash_layers(config)
+
+
+def _by_hash_layers(config: TransformerConfig) -> str:
+    return f"moe_num_hash_layers ({config.moe_num_hash_layers})"
+
+
 # Causes.
 
 MEGATRONS_OWN = Cause(
     "Megatron's own router with Megatron's own experts",
-    lambda config: config.moe_router_type == "topk" and not config.moe_granular_experts,
+    is_plain_topk,
     lambda config: "moe_router_type 'topk' and Megatron's own experts",
 )
 OURS = Cause(
-    "Every router of ours, and `topk` with granular experts",
-    lambda config: config.moe_router_type != "topk" or config.moe_granular_experts,
-    lambda config: "moe_granular_experts (True)" if config.moe_router_type == "topk" else _by_type(config),
+    "Every router of ours, and `topk` with granular experts or first layers by hash",
+    lambda config: not is_plain_topk(config),
+    lambda config: _by_ours(config),
 )
 NOT_TOPK = Cause("Every router but `topk`", lambda config: config.moe_router_type != "topk", _by_type)
 SEARCHES = Cause(
@@ -119,6 +130,13 @@ PRODUCT_KEY_ON_TOKENS = Cause(
 )
 HIERARCHICAL = Cause("`hierarchical`", _type_is("hierarchical"), _by_type)
 HASH = Cause("`hash`", _type_is("hash"), _by_type)
+# The config of a hash layer's own router has the type 'hash' and the number of such layers.
+HASH_EVERYWHERE = Cause(
+    "`hash` in every layer",
+    lambda config: config.moe_router_type == "hash" and not config.moe_num_hash_layers,
+    _by_type,
+)
+HASH_LAYERS = Cause("First layers by hash", lambda config: num_hash_layers(config) > 0, _by_hash_layers)
 VQ = Cause("`vq`", _type_is("vq"), _by_type)
 GRANULAR = Cause(
     "Granular experts", lambda config: config.moe_granular_experts, lambda config: "moe_granular_experts (True)"
@@ -129,13 +147,14 @@ COMPACT = Cause(
 
 CAUSES = (
     OURS, NOT_TOPK, GRANULAR, COMPACT, AIR_WITH_BIAS, SEARCHES, PRODUCT_KEY, PRODUCT_KEY_ON_TOKENS, HIERARCHICAL,
-    HASH, VQ, MEGATRONS_OWN,
+    HASH, HASH_EVERYWHERE, HASH_LAYERS, VQ, MEGATRONS_OWN,
 )  # fmt: skip
 """In the order of docs/limits.md."""
 
 _ENGINE = "it belongs to Transformer Engine's experts"
 _ONE_PASS = "the gradients of these experts are made in one pass"
 _NOT_PERMUTED = "tokens are not permuted by expert; leave it out"
+_MIXED_IDS = "its schedule mixes the token ids of two microbatches"
 _GROUPS = "Megatron picks groups by dense scores of all experts, which are not made"
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -195,12 +214,25 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(HASH, "moe_input_jitter_eps", _given, "the hidden states are not looked at"),
     Refusal(HASH, "moe_router_score_function", _not("softmax"), "there are no scores"),
     Refusal(HASH, "moe_router_pre_softmax", _on, "there are no scores"),
-    Refusal(HASH, "pipeline_model_parallel_size", _above_one, "only the first stage knows the token ids"),
+    Refusal(HASH_EVERYWHERE, "pipeline_model_parallel_size", _above_one, "only the first stage knows the token ids"),
     Refusal(
-        HASH, "mtp_num_layers", _given,
+        HASH_EVERYWHERE, "mtp_num_layers", _given,
         "multi-token-prediction layers see shifted tokens, but the router keeps the ids of the unshifted ones",
     ),
-    Refusal(HASH, "overlap_moe_expert_parallel_comm", _on, "its schedule mixes the token ids of two microbatches"),
+    Refusal(HASH, "overlap_moe_expert_parallel_comm", _on, _MIXED_IDS),
+    Refusal(HASH_LAYERS, "overlap_moe_expert_parallel_comm", _on, _MIXED_IDS),
+    Refusal(
+        HASH_LAYERS, "recompute_granularity",
+        Values(
+            lambda config, value: config.pipeline_model_parallel_size > 1 and recomputes_routers(config),
+            "of whole layers or 'moe', with pipeline stages",
+        ),
+        "a hash layer would be recomputed with the token ids of a later microbatch",
+    ),
+    Refusal(
+        HASH_LAYERS, "moe_router_force_load_balancing", _on, "the experts of a hash layer are fixed by the token ids"
+    ),
+    Refusal(HASH_LAYERS, "moe_router_force_biased", _given, "the experts of a hash layer are fixed by the token ids"),
     Refusal(
         GRANULAR, "expert_tensor_parallel_size", _above_one,
         "an expert of a few rows is not split; add --expert-tensor-parallel-size 1, which is otherwise that of "

@@ -6,7 +6,15 @@ from typing import get_args, get_type_hints
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.config.fields import AIRFields, is_plain_topk, router_type_of
+from air_moe_megatron.config.fields import (
+    AIRFields,
+    is_plain_topk,
+    megatron_has_hash_layers,
+    num_hash_layers,
+    router_type_of,
+    uses_hash,
+)
+from air_moe_megatron.config.hash_layers import hash_layer_numbers, moe_layer_numbers, num_layers_of_first_chunk
 from air_moe_megatron.config.problems import Problems, passed_on, raise_first
 from air_moe_megatron.config.refusals import refused
 from air_moe_megatron.config.sizes import resolve_groups, resolve_product_keys, resolve_sizes
@@ -31,7 +39,7 @@ def unused(values: object) -> Problems[None]:
     """The fields of ours that would have no effect: a ValueError each, with the flag, its value and what it needs."""
     for field in fields(AIRFields):
         value, owner = getattr(values, field.name), router_type_of(field.name)
-        if value == field.default or owner == values.moe_router_type:
+        if value == field.default or owner == values.moe_router_type or (owner == "hash" and uses_hash(values)):
             continue
         if owner is not None or (field.name in _NEED_OURS and value and is_plain_topk(values)):
             remedy = f"--moe-router-type {owner}" if owner else "--moe-granular-experts"
@@ -39,6 +47,11 @@ def unused(values: object) -> Problems[None]:
                 f"--{field.name.replace('_', '-')} ({value!r}) has no effect with --moe-router-type "
                 f"{values.moe_router_type}; add {remedy} or leave it out"
             )
+    if values.moe_router_type == "hash" and values.moe_num_hash_layers:
+        yield ValueError(
+            f"--moe-num-hash-layers ({values.moe_num_hash_layers}) has no effect with --moe-router-type hash, which "
+            "hashes every layer; leave it out"
+        )
 
 
 def validate(config: TransformerConfig) -> None:
@@ -69,15 +82,25 @@ def invalid(config: TransformerConfig) -> Problems[None]:
         )
     if has_no_type:
         return
+    if megatron_has_hash_layers() and config.moe_num_hash_layers and not is_plain_topk(config):
+        yield ValueError(
+            f"moe_num_hash_layers ({config.moe_num_hash_layers}) is Megatron's own here, for its own router: it must "
+            f"be 0 with moe_router_type ({config.moe_router_type!r}) and moe_granular_experts "
+            f"({config.moe_granular_experts})"
+        )
+        return
     if not is_plain_topk(config):
         if config.num_moe_experts is None:
             yield ValueError(
                 f"moe_router_type ({config.moe_router_type!r}) needs num_moe_experts (--num-experts), which is not set"
             )
             return
-        yield from _invalid_layers(config)
+        has_no_layers = yield from passed_on(_invalid_layers(config))
         if not (yield from passed_on(_invalid_counts(config))):
             yield from _INVALID[config.moe_router_type](config)
+        # The config of a hash layer's own router has the type 'hash'.
+        if num_hash_layers(config) and config.moe_router_type != "hash" and not has_no_layers:
+            yield from _invalid_hash_layers(config)
     if config.moe_granular_experts:
         yield from _invalid_experts(config)
     yield from refused(config)
@@ -107,6 +130,7 @@ def _invalid_experts(config: TransformerConfig) -> Problems[None]:
     size = config.moe_ffn_hidden_size
     if size is None or size < 1:
         yield ValueError(f"moe_ffn_hidden_size ({size}) must be at least 1 with moe_granular_experts (True)")
+        return
     rows = size * (2 if config.gated_linear_unit else 1)
     local_experts = config.num_moe_experts // config.expert_model_parallel_size
     if local_experts * rows >= 2**31:
@@ -241,6 +265,26 @@ def _invalid_hash(config: TransformerConfig) -> Problems[None]:
         )
     if config.moe_hash_seed < 0:
         yield ValueError(f"moe_hash_seed ({config.moe_hash_seed}) must not be negative")
+
+
+def _invalid_hash_layers(config: TransformerConfig) -> Problems[None]:
+    number, present = config.moe_num_hash_layers, len(moe_layer_numbers(config))
+    if not 0 <= number < present:
+        yield ValueError(
+            f"moe_num_hash_layers ({number}) must be from 0 to below the number of MoE layers ({present}), by "
+            f"num_layers ({config.num_layers}) and moe_layer_freq ({config.moe_layer_freq}); to hash all of them "
+            "there is moe_router_type 'hash'"
+        )
+        return
+    last, beside = hash_layer_numbers(config)[-1], num_layers_of_first_chunk(config)
+    if last > beside:
+        chunks = config.virtual_pipeline_model_parallel_size
+        yield ValueError(
+            f"moe_num_hash_layers ({number}) makes layer {last} a hash layer, which must be among the {beside} layers "
+            f"of the first pipeline stage{' and its first virtual stage' if chunks else ''}, with "
+            f"pipeline_model_parallel_size ({config.pipeline_model_parallel_size}): only there the token ids are known"
+        )
+    yield from _invalid_hash(config)
 
 
 def _invalid_vq(config: TransformerConfig) -> Problems[None]:

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import RouterFlops
-from air_moe_megatron.routers.token_ids import embedding_of, ids_in_order, tell_token_ids
+from air_moe_megatron.routers.token_ids import embedders_of_shifted_ids, embedding_of, ids_in_order, tell_token_ids
 
 
 class HashRouter(CompactRouter):
@@ -37,6 +37,8 @@ class HashRouter(CompactRouter):
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        # Megatron updates the expert biases of all modules that have the attribute, if the model has any.
+        del self.expert_bias
         table = torch.zeros(config.moe_hash_vocab_size, config.moe_router_topk, dtype=torch.int32)
         self.register_buffer("table", table)
         # Saved, because a table of another seed would otherwise load under the name of this one.
@@ -118,9 +120,10 @@ def hand_over_token_ids(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
         embedding = embedding_of(chunk)
         if embedding is None:
             raise ValueError(
-                f"moe_router_type 'hash' needs the model's embedding on the same rank; {type(chunk).__name__} has none"
+                f"hash routers (layers {', '.join(str(router.layer_number) for router in routers)}) need the model's "
+                f"embedding on the same rank; {type(chunk).__name__} has none"
             )
-        tell_token_ids(embedding, routers)
+        tell_token_ids(embedding, routers, embedders_of_shifted_ids(chunk))
     return model
 
 

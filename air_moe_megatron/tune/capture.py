@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from air_moe_megatron.batches import forward_step
 from air_moe_megatron.inference.data import TokenStream, Windows
-from air_moe_megatron.routers import AIRRouter
+from air_moe_megatron.routers import AIRRouter, HashRouter
 from air_moe_megatron.tune.recall import Layer
 
 
@@ -79,11 +79,14 @@ def collect(
         num_fit, num_test: tokens of a layer, at most; fewer where the data hold fewer.
         progress: wraps the loop over microbatches, such as tqdm.
     Returns:
-        the layers with routers, in their order.
+        the layers with routers that score, in their order, named by their place among all layers with routers.
     """
-    collectors = [
-        TokenCollector(module) for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)
-    ]
+    routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
+    collectors = {
+        f"{number}": TokenCollector(router)
+        for number, router in enumerate(routers, 1)
+        if not isinstance(router, HashRouter)  # a first layer by hash: it scores nothing
+    }
     size = args.micro_batch_size
     work: list[tuple[str, list[tuple[Windows, int]]]] = []
     for part, number in (("fit", num_fit), ("test", num_test)):
@@ -96,13 +99,13 @@ def collect(
             (part, [chosen[(first + i) % len(chosen)] for i in range(size)]) for first in range(0, len(chosen), size)
         ]
     for part, places in progress(work):
-        for collector in collectors:
+        for collector in collectors.values():
             collector.part = part
         batch = torch.utils.data.default_collate([windows[index] for windows, index in places])
         forward_step(iter([batch]), model[0])
-    for collector in collectors:
+    for collector in collectors.values():
         collector.remove()
-    return [collector.layer(f"{number}", num_fit, num_test) for number, collector in enumerate(collectors, 1)]
+    return [collector.layer(name, num_fit, num_test) for name, collector in collectors.items()]
 
 
 def _windows(

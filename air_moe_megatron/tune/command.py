@@ -15,6 +15,7 @@ from tqdm import tqdm
 from air_moe_megatron import console
 from air_moe_megatron.checkpoints import saved_arguments
 from air_moe_megatron.compat import process_groups_released
+from air_moe_megatron.config import num_hash_layers
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import read, require_paths
 from air_moe_megatron.inference.text import tokenizer_of
@@ -125,8 +126,10 @@ def run(screen: TextIO) -> None:
 def describe(args: argparse.Namespace, config: TransformerConfig, layers: Sequence[Layer], batch: int) -> str:
     """What is measured, in two lines."""
     fit, test = (layers[0].fit.shape[0], layers[0].test.shape[0])
+    hashed = num_hash_layers(config)
+    left_out = f" (the first {hashed} with experts, by hash, left out)" if hashed else ""
     return (
-        f"{args.load}, iteration {args.iteration}: {len(layers)} layers of {config.num_moe_experts} experts, top-"
-        f"{config.moe_router_topk}, hidden size {config.hidden_size}, router {args.moe_router_type}\n"
+        f"{args.load}, iteration {args.iteration}: {len(layers)} layers{left_out} of {config.num_moe_experts} experts, "
+        f"top-{config.moe_router_topk}, hidden size {config.hidden_size}, router {args.moe_router_type}\n"
         f"{fit} tokens fit the codebooks, {test} held-out ones measure the recall; {batch} tokens share a rebuild\n"
     )

@@ -5,6 +5,7 @@ The formula of a router stands on its class.
 
 from dataclasses import fields
 
+from air_moe_megatron.config import hash_layer_numbers
 from air_moe_megatron.routers import ROUTERS
 from air_moe_megatron.routers.flops import RouterFlops
 from benchmarks import roofline
@@ -21,7 +22,8 @@ def flops_per_token(flags: dict, vocabulary: int) -> dict[str, float]:
         flags: of a run, without dashes in front.
         vocabulary: token ids of the output layer.
     Returns:
-        "router" (scores and rebuilds), "rebuilds" (of the lists, as often as this run makes them; in "router" too),
+        "router" (scores and rebuilds; first layers by hash have none), "rebuilds" (of the lists, as often as this run
+        makes them; in "router" too),
         "router_with_dispatch" (with the constant of Krajewski et al.), "experts",
         "other" (attention and output layer), "total" (without dispatch) and "total_with_dispatch".
     """
@@ -29,11 +31,12 @@ def flops_per_token(flags: dict, vocabulary: int) -> dict[str, float]:
     tokens = flags["global-batch-size"] * flags["seq-length"]
     router = ROUTERS[config.moe_router_type].flops(config, tokens, flags["train-iters"])
     layers = config.num_layers
+    scored = layers - len(hash_layer_numbers(config))  # a hash of token ids costs nothing
     sizes = (config.hidden_size, layers, flags["seq-length"], vocabulary)
     given = {
-        "router": layers * router.total,
-        "rebuilds": layers * router.refresh,
-        "router_with_dispatch": layers * with_dispatch(router),
+        "router": scored * router.total,
+        "rebuilds": scored * router.refresh,
+        "router_with_dispatch": scored * with_dispatch(router),
         "experts": layers * expert_flops(config),
         "other": sum(work.flops for work in roofline.transformer(1, *sizes).values()),
     }
@@ -61,6 +64,6 @@ def config_of(flags: dict):
     known = {field.name for field in fields(AIRMoEConfig)}
     values = {renamed.get(flag, flag.replace("-", "_")): value for flag, value in flags.items()}
     given = {name: value for name, value in values.items() if name in known}
-    if flags.get("moe-router-type") == "hash":
+    if flags.get("moe-router-type") == "hash" or flags.get("moe-num-hash-layers"):
         given.setdefault("moe_hash_vocab_size", 1)  # costs nothing whatever it is
     return AIRMoEConfig(**{"add_bias_linear": not flags.get("disable-bias-linear", False), **given})

@@ -61,7 +61,8 @@ def trainer_of(run: Run, pg_collection, device: torch.device, optimizer: dict | 
     from air_moe_megatron.specs import with_air_layers
 
     flags = run.flags
-    config = config_of({**flags, "moe-hash-vocab-size": run.vocabulary} if run.variant == "hash" else flags)
+    by_hash = flags.get("moe-router-type") == "hash" or flags.get("moe-num-hash-layers")
+    config = config_of({**flags, "moe-hash-vocab-size": run.vocabulary} if by_hash else flags)
     config = dataclasses.replace(
         config,
         masked_softmax_fusion=False,

@@ -30,6 +30,7 @@ CASES = {
     "product_key": dict(moe_router_type="product_key", **BALANCE),
     "hierarchical": dict(moe_router_type="hierarchical", **BALANCE, **NORM),
     "hash": dict(moe_router_type="hash"),
+    "air-behind-a-hash-layer": dict(moe_router_type="air", moe_num_hash_layers=1, **BALANCE, **NORM),
     "vq": dict(moe_router_type="vq", **NORM),
 }  # fmt: skip
 

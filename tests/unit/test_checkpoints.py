@@ -379,12 +379,19 @@ def test_without_arguments_the_tensors_tell_the_sizes(save, check, fields, chang
 
 PRODUCT_KEYS = {"moe_router_type": "product_key"}
 HASH = {"moe_router_type": "hash", "moe_hash_vocab_size": 64, "moe_router_dtype": None, "moe_aux_loss_coeff": 0.0}
+HASHED = {"moe_num_hash_layers": 1, "moe_hash_vocab_size": 64}
 OTHER_ROUTER = {
     "granular-wanted": ({}, GRANULAR, "holds Megatron's own experts, one module each: train without --moe-granular"),
     "granular-saved": (GRANULAR, {}, "holds granular experts: add --moe-granular-experts"),
     "product-keys-to-hash": (PRODUCT_KEYS, HASH, "type product_key: --moe-router-type hash cannot load them"),
     "hash-to-product-keys": (HASH, PRODUCT_KEYS, "type hash: --moe-router-type product_key cannot load them"),
     "topk-to-product-keys": ({}, PRODUCT_KEYS, "type topk or air: --moe-router-type product_key cannot load them"),
+    "hash-to-first-layers": (HASH, AIR | HASHED, "type hash: --moe-router-type air cannot load them"),
+    "first-layers-wanted": (
+        AIR,
+        AIR | HASHED,
+        r"was trained with 0 first layers by hash: --moe-num-hash-layers \(1\) must be 0",
+    ),
     "norm-left": (GRANULAR | NORM, GRANULAR, r"--moe-router-input-norm \(none\) must be running"),
     "norm-wanted": (GRANULAR, GRANULAR | NORM, r"--moe-router-input-norm \(running\) must be none"),
     "codewords": (AIR, AIR | {"moe_air_num_clusters": 5}, r"\[4, 32\], so --moe-air-num-clusters \(5\) must be 4"),

@@ -108,7 +108,7 @@ def test_the_embedding_hands_over_the_ids(megatron_cpu, by_name):
     ids = torch.arange(6).view(2, 3)
     model["embedding"](input_ids=ids, position_ids=None) if by_name else model["embedding"](ids)
     assert all(router.token_ids is ids for router in routers)
-    with pytest.raises(ValueError, match="needs the model's embedding"):
+    with pytest.raises(ValueError, match="need the model's embedding"):
         hand_over_token_ids([torch.nn.ModuleList(routers)])
 
 

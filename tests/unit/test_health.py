@@ -66,23 +66,25 @@ def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatc
         torch.bincount(r.topk_ids[r.topk_ids >= 0], minlength=m.num_experts)
         for r, m in zip(routes, routers, strict=True)
     ]
-    alone = [load_figures([load], 1) for load in loads]
-    empty = sum(int((r.topk_ids < 0).sum()) for r in routes) / sum(r.topk_ids.numel() for r in routes)
+    hashed, *alone = [load_figures([load], 1) for load in loads]
+    empty = sum(int((r.topk_ids < 0).sum()) for r in routes) / sum(r.topk_ids.numel() for r in routes[1:])
     logged = float(get_moe_metrics_tracker().metrics["vq_loss"].values.sum())
     figures = health.health_figures(routers, [], *health.expert_loads(routers))
     for name in alone[0]:
-        assert figures[name] == pytest.approx(sum(one[name] for one in alone) / 4)
+        assert figures[name] == pytest.approx(sum(one[name] for one in alone) / 3)
+        assert figures[f"hash-{name}"] == pytest.approx(hashed[name])
     assert figures["empty-slots"] == pytest.approx(empty) and empty > 0
     assert figures["vq-loss"] == pytest.approx(logged) and logged > 0
     line = health.health_line(figures, routers, 7)
     assert "live codewords: 32.0 of 32 |" in line  # of the one that is fitted: the other has not been updated yet
     for words in ("% of 16 to 128", f"empty slots: {100 * empty:.2g}%", "vq loss: ", "experts listed: 100.0%"):
         assert words in line
+    assert f"experts used by hash layers: {hashed['experts-used']:.1%} | imbalance factor of hash layers: " in line
     # Everything was set back; without tokens and AIR routers there is less to tell.
     counts = health.expert_loads(routers[:1])
     line = health.health_line(health.health_figures(routers[:1], [], *counts), routers[:1], 8)
     assert "experts used: 0.0% of 32" in line
-    for words in ("empty slots", "codewords", "listed", "vq loss", "recall"):
+    for words in ("empty slots", "codewords", "listed", "vq loss", "recall", "hash layers"):
         assert words not in line
 
 

@@ -92,10 +92,11 @@ def test_cpu_mode_imports_nothing_else_of_ours(path):
 CONFIG = {
     "fields": set(),
     "sizes": {"fields"},
+    "hash_layers": {"fields", "sizes"},
     "problems": set(),
-    "refusals": {"fields", "problems"},
-    "rules": {"fields", "problems", "sizes", "refusals"},
-    "__init__": {"fields", "problems", "sizes", "refusals", "rules"},
+    "refusals": {"fields", "hash_layers", "problems"},
+    "rules": {"fields", "hash_layers", "problems", "sizes", "refusals"},
+    "__init__": {"fields", "hash_layers", "problems", "sizes", "refusals", "rules"},
 }
 
 

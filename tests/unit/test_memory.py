@@ -59,6 +59,7 @@ SIZES = {
     "listed-layers": (dict(num_layers=3, moe_layer_freq=[0, 1, 0]), (EXPERTS * 8, KEYS // 2 + ROUTERS * 8, 0)),
     "hybrid": (dict(num_layers=4, hybrid_layer_pattern="M*EE"), (EXPERTS * 16, KEYS + ROUTERS * 16, 0)),
     "hash": (dict(moe_router_type="hash"), (EXPERTS * 16, 0, 0)),
+    "first-layer-by-hash": (dict(moe_num_hash_layers=1), (EXPERTS * 16, KEYS // 2 + ROUTERS * 8, 0)),
     "vq": (dict(moe_router_type="vq"), (EXPERTS * 16, ROUTERS * 32, 0)),
 }
 

@@ -27,6 +27,13 @@ CONFIG = {
 }
 
 
+SIZES = {
+    **CONFIG["flags"],
+    **{"num-layers": 3, "num-attention-heads": 2, "num-experts": 64, "moe-router-topk": 4, "moe-ffn-hidden-size": 1},
+    **{"global-batch-size": 2, "seq-length": 4},
+}
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_study_of_the_folder_loads_and_its_flops_are_known(path):
     runs = study.load_runs(tomllib.loads(path.read_text()))
@@ -36,6 +43,19 @@ def test_every_study_of_the_folder_loads_and_its_flops_are_known(path):
         assert flops["total"] == pytest.approx(flops["router"] + flops["experts"] + flops["other"])
         assert (flops["router"] == 0) == (run.flags["moe-router-type"] == "hash")
         assert (flops["rebuilds"] > 0) == (run.flags["moe-router-type"] == "air")
+
+
+@pytest.mark.parametrize("variant", ("topk", "air"))
+def test_first_layers_by_hash_cost_no_routing(variant):
+    (plain, hashed) = (
+        flops_per_token({**SIZES, **CONFIG["variants"][variant], "moe-num-hash-layers": number}, 300)
+        for number in (0, 1)
+    )
+    for name in ("router", "rebuilds", "router_with_dispatch"):
+        assert hashed[name] == pytest.approx(plain[name] * 2 / 3)
+    for name in ("experts", "other"):
+        assert hashed[name] == plain[name]
+    assert hashed["total"] == pytest.approx(hashed["router"] + hashed["experts"] + hashed["other"])
 
 
 def test_runs_are_all_combinations_one_seed_after_the_other():

@@ -1,0 +1,79 @@
+"""Which layers take the hash router with ``moe_num_hash_layers``, and the config of their routers."""
+
+import copy
+from collections.abc import Sequence
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from air_moe_megatron.config.fields import num_hash_layers
+from air_moe_megatron.config.sizes import resolve_product_keys
+
+_WITHOUT_SCORES = {
+    "moe_router_input_norm": "none",
+    "moe_router_load_balancing_type": "none",
+    "moe_aux_loss_coeff": 0.0,
+    "moe_z_loss_coeff": None,
+    "moe_input_jitter_eps": None,
+    "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": False,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+}
+"""What the other layers' routers do with their scores, and a hash router, which has none, does not."""
+
+
+def moe_layer_numbers(config: TransformerConfig) -> list[int]:
+    """The numbers of the decoder's layers with experts, from 1, by ``moe_layer_freq``.
+
+    Example: four layers and a frequency of 2: 1 and 3. With [0, 1, 1, 0]: 2 and 3.
+    """
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return list(range(1, config.num_layers + 1, frequency))
+    return [number for number, has_experts in enumerate(frequency, 1) if has_experts]
+
+
+def hash_layer_numbers(config: TransformerConfig, moe_layers: Sequence[int] | None = None) -> list[int]:
+    """The numbers of the layers that take the hash router, from 1: the first with experts.
+
+    Args:
+        config: with our fields.
+        moe_layers: numbers of the layers with experts; None means by ``moe_layer_freq``.
+
+    Example: moe_num_hash_layers 1 and moe_layer_freq [0, 1, 1, 0]: layer 2.
+    """
+    numbers = moe_layer_numbers(config) if moe_layers is None else moe_layers
+    return list(numbers[: num_hash_layers(config)])
+
+
+def num_layers_of_first_chunk(config: TransformerConfig) -> int:
+    """Decoder layers beside the embedding: of the first pipeline stage, and of its first virtual stage."""
+    layout = config.pipeline_model_parallel_layout
+    if config.pipeline_model_parallel_size == 1:
+        return config.num_layers
+    if layout is not None:
+        return layout.layout[0][0].count(LayerType.decoder)
+    return get_num_layers_to_build(config, vp_stage=0, pp_rank=0)
+
+
+def recomputes_routers(config: TransformerConfig) -> bool:
+    """Whether the forward of a router runs again in the backward."""
+    modules = config.recompute_modules or []
+    return config.recompute_granularity == "full" or (config.recompute_granularity == "selective" and "moe" in modules)
+
+
+def hash_layer_config(config: TransformerConfig) -> TransformerConfig:
+    """The config of a hash router among other routers: a copy of theirs, without what they do with scores.
+
+    Its K weights sum to what the probs of the other layers sum to: the scaling factor, times the heads of product keys.
+    """
+    changed = copy.copy(config)
+    for name, value in {"moe_router_type": "hash", **_WITHOUT_SCORES}.items():
+        setattr(changed, name, value)
+    if config.moe_router_type == "product_key":
+        scale = config.moe_router_topk_scaling_factor or 1.0
+        changed.moe_router_topk_scaling_factor = scale * resolve_product_keys(config).num_heads
+    return changed
