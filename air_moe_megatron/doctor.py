@@ -237,6 +237,7 @@ def _examine(found: Findings) -> argparse.Namespace | None:
     from air_moe_megatron.entry_refusals import refused_flags
     from air_moe_megatron.memory import check_memory
     from air_moe_megatron.preflight import unfit_data
+    from air_moe_megatron.token_counts import counts_of
     from air_moe_megatron.training import extra_args_provider, model_config_from_args
 
     try:
@@ -271,6 +272,8 @@ def _examine(found: Findings) -> argparse.Namespace | None:
     else:
         found.walk("memory", problem_of(check_memory, args))
     found.walk("checkpoint", unfit_checkpoint(args, config))
+    if is_valid:
+        found.walk("token counts", problem_of(counts_of, args))
     return args if is_valid else None
 
 

@@ -138,7 +138,7 @@ def _blends(args: argparse.Namespace, flags: list[str]) -> list[_Blend]:
         raise ValueError(f"{', '.join(flags)}: give every prefix a weight before it, or none of them") from error
     if blend_per_split is None:
         flag = "--data-path" if args.data_args_path is None else f"--data-args-path '{args.data_args_path}'"
-        return [_Blend(flag, blend[0], blend[1] is not None, _shares(args.split))]
+        return [_Blend(flag, blend[0], blend[1] is not None, split_shares(args.split))]
     if args.per_split_data_args_path is not None:
         names = [f"--per-split-data-args-path '{args.per_split_data_args_path}' ({split})" for split in _SPLITS]
     else:
@@ -150,8 +150,12 @@ def _blends(args: argparse.Namespace, flags: list[str]) -> list[_Blend]:
     ]
 
 
-def _shares(split: str | None) -> dict[str, tuple[float, float]]:
-    """Where Megatron lets each split with a share begin and end, as fractions of the sequences."""
+def split_shares(split: str | None) -> dict[str, tuple[float, float]]:
+    """Where Megatron lets each split with a share begin and end, as fractions of the sequences.
+
+    Raises:
+        ValueError: for a `--split` that is no list of up to three numbers.
+    """
     numbers = [float(number) for number in re.findall(r"[.0-9]+", split or "")]
     if not 1 <= len(numbers) <= len(_SPLITS) or sum(numbers) == 0:
         raise ValueError(f"--split ({split}) must be up to three numbers, of train, valid and test, and not all 0")

@@ -32,7 +32,7 @@ from air_moe_megatron.config import is_plain_topk, uses_hash
 from air_moe_megatron.entry_refusals import check_flags
 from air_moe_megatron.memory import check_memory
 from air_moe_megatron.routers import AIRRouter, find_routers
-from air_moe_megatron.routers.hashing import hand_over_token_ids
+from air_moe_megatron.routers.hashing import balance_hash_tables, hand_over_token_ids
 from air_moe_megatron.specs import (
     air_hybrid_stack_spec,
     air_layer_spec,
@@ -40,6 +40,7 @@ from air_moe_megatron.specs import (
     require_routers,
 )
 from air_moe_megatron.sync import codebook_updates
+from air_moe_megatron.token_counts import agreed_counts
 
 ARGS_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
 """What this entry gives to Megatron's validation of arguments, as `pretrain_gpt.py` does."""
@@ -193,6 +194,9 @@ def train(program_start: float | None = None, screen: TextIO | None = None) -> N
         lacking = check_checkpoint(args, model_config.transformer, ranks)
         if lacking:
             model_config.pre_wrap_hooks.append(partial(leave_out, lacking))
+        counts = agreed_counts(args, ranks)
+        if counts is not None:
+            model_config.pre_wrap_hooks.append(partial(balance_hash_tables, counts))
     pretrain_func, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     with process_groups_released():
         run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, not is_plain_topk(args), screen)

@@ -93,6 +93,14 @@ class AIRFields:
     moe_hash_seed: int = 0
     """Seed of the tables of the 'hash' router; each layer draws its own from it."""
 
+    moe_hash_balance: Literal["ids", "frequency"] = "ids"
+    """What the tables of the 'hash' router are balanced by: the number of token 'ids' of each expert, or the
+    'frequency' of the ids, so that frequent ones share their experts with fewer others. Frequencies are counted in the
+    training data, unless moe_hash_counts names a file; the tables are saved with the model."""
+
+    moe_hash_counts: str | None = None
+    """File with the frequency of each token id, one number per line from id 0 on, for moe_hash_balance 'frequency'."""
+
     moe_vq_loss_coeff: float = 0.1
     """Coefficient of the codebook and commitment losses of the 'vq' router."""
 

@@ -265,6 +265,12 @@ def _invalid_hash(config: TransformerConfig) -> Problems[None]:
         )
     if config.moe_hash_seed < 0:
         yield ValueError(f"moe_hash_seed ({config.moe_hash_seed}) must not be negative")
+    yield from _no_choice(config, "moe_hash_balance")
+    if config.moe_hash_counts is not None and config.moe_hash_balance == "ids":
+        yield ValueError(
+            f"moe_hash_counts ({config.moe_hash_counts!r}) has no effect with moe_hash_balance 'ids'; add "
+            "--moe-hash-balance frequency"
+        )
 
 
 def _invalid_hash_layers(config: TransformerConfig) -> Problems[None]:

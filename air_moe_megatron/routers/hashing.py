@@ -1,10 +1,11 @@
 """HashRouter: the experts of a token are fixed by its token id.
 
-Each layer has a random table of K distinct experts per token id. It is balanced: numbers of ids per expert differ by
-at most one. Nothing is learned, and all K experts weigh 1/K.
+Each layer has a random table of K distinct experts per token id. By default numbers of ids per expert differ by at most
+one. With ``moe_hash_balance`` "frequency" the tokens per expert are as equal as K experts per id allow. Nothing is
+learned, and all K experts weigh 1/K.
 
 Source: Roller et al. 2021, "Hash Layers For Large Sparse Models", arXiv 2106.04426. Ours, not theirs: K experts per id
-instead of one, and balance over ids instead of over their frequencies. Frequent ids still load their experts more.
+instead of one, and by default balance over ids instead of over their frequencies.
 
 Cost of a token: none but a row of the table.
 
@@ -14,6 +15,7 @@ embedding must be on the same rank, and forward and backward of a microbatch mus
 """
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,13 +45,15 @@ class HashRouter(CompactRouter):
         self.register_buffer("table", table)
         # Saved, because a table of another seed would otherwise load under the name of this one.
         self.register_buffer("seed", torch.tensor([config.moe_hash_seed]))
+        self._has_table = False
         # [batch, sequence] of the microbatch, whole sequences of this context-parallel rank.
         self.token_ids: torch.Tensor | None = None
 
     @staticmethod
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
         """As the base's."""
-        return {"moe_hash_vocab_size": config.moe_hash_vocab_size, "moe_hash_seed": config.moe_hash_seed}
+        names = ("moe_hash_vocab_size", "moe_hash_seed", "moe_hash_balance")
+        return {name: getattr(config, name) for name in names}
 
     @staticmethod
     def flops(
@@ -59,10 +63,23 @@ class HashRouter(CompactRouter):
         return RouterFlops(0, 0)
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Set the layer's number, which chooses its table."""
+        """Set the layer's number, which chooses its table. One balanced by frequency comes with :meth:`balance`."""
         super().set_layer_number(layer_number)
-        seed = self.config.moe_hash_seed * 65537 + layer_number
-        self.table.copy_(balanced_table(*self.table.shape, self.num_experts, seed))
+        self._has_table = self.config.moe_hash_balance == "ids"
+        if self._has_table:
+            self.table.copy_(balanced_table(*self.table.shape, self.num_experts, self._table_seed()))
+
+    def balance(self, counts: torch.Tensor) -> None:
+        """Make the table anew, balanced by frequency.
+
+        Args:
+            counts: [moe_hash_vocab_size] tokens of each id, the same on all ranks.
+        """
+        self.table.copy_(frequency_table(counts, self.topk, self.num_experts, self._table_seed()))
+        self._has_table = True
+
+    def _table_seed(self) -> int:
+        return self.config.moe_hash_seed * 65537 + self.layer_number
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
@@ -83,6 +100,7 @@ class HashRouter(CompactRouter):
                 "of each token id come from it"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._has_table |= prefix + "table" in state_dict
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         topk_ids = self.table[self._ids_of(hidden.shape[0])]
@@ -93,6 +111,12 @@ class HashRouter(CompactRouter):
         """[T] token ids in the order of the hidden states."""
         if self.layer_number is None:
             raise ValueError("layer_number (None) must be set before a hash router is used: it chooses the table")
+        if not self._has_table:
+            raise ValueError(
+                f"layer {self.layer_number}: moe_hash_balance 'frequency' needs the counts of the token ids; call "
+                "balance_hash_tables(counts, model) after the model is built, as the entry point does, or load a "
+                "checkpoint"
+            )
         if self.token_ids is None:
             raise ValueError(
                 f"layer {self.layer_number}: the router has been given no token ids; call hand_over_token_ids(model) "
@@ -127,6 +151,25 @@ def hand_over_token_ids(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
     return model
 
 
+def balance_hash_tables(counts: Sequence[float], model: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Balance the tables of a model's hash routers by frequency; return the model, as hooks must.
+
+    Args:
+        counts: tokens of each id, the same on all ranks; ids beyond them have none.
+        model: Megatron's list of model chunks.
+    Raises:
+        ValueError: for more counts than a table has ids.
+    """
+    for router in (module for chunk in model for module in chunk.modules() if isinstance(module, HashRouter)):
+        num_ids = router.table.shape[0]
+        if len(counts) > num_ids:
+            raise ValueError(f"counts ({len(counts)}) must not exceed the token ids, moe_hash_vocab_size ({num_ids})")
+        padded = torch.zeros(num_ids, dtype=torch.float64)
+        padded[: len(counts)] = torch.as_tensor(counts, dtype=torch.float64)
+        router.balance(padded)
+    return model
+
+
 def balanced_table(num_ids: int, topk: int, num_experts: int, seed: int) -> torch.Tensor:
     """K distinct experts for each id; numbers of ids per expert differ by at most one.
 
@@ -146,3 +189,44 @@ def balanced_table(num_ids: int, topk: int, num_experts: int, seed: int) -> torc
     slots = (row % rows_per_deal * topk + torch.arange(topk)) % num_experts
     table = orders[row // rows_per_deal, slots]
     return table[torch.randperm(num_ids, generator=generator)].int()
+
+
+_SAME_FREQUENCY = 16
+"""Ids of neighboring ranks are dealt together, one of so many that came before: their frequencies hardly differ."""
+
+_DEALT_SHARE = 4
+"""At most one of so many experts, those with the fewest tokens, is dealt at once."""
+
+
+def frequency_table(counts: torch.Tensor, topk: int, num_experts: int, seed: int) -> torch.Tensor:
+    """K distinct experts for each id, with tokens per expert as equal as that allows.
+
+    The longest-processing-time rule: ids in the order of their frequency take the experts that have the fewest tokens.
+    It deals them out to several ids of about the same frequency at a time, in random order. One id at a time would
+    take the K experts of one earlier id, which have the same load, so both ids would share all their experts. An id
+    that was not counted stands for half a token. Source: Graham 1969, "Bounds on Multiprocessing Timing Anomalies".
+
+    Args:
+        counts: [V] tokens of each id.
+        topk, num_experts, seed: as for :func:`balanced_table`.
+    Returns:
+        [V, K] int32.
+
+    Example: counts 6, 2, 2, 2 with K = 1 and two experts: id 0 has one expert, the others share the other one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = counts.double() + 0.5
+    ids = weights.argsort(descending=True, stable=True)
+    loads = torch.zeros(num_experts, dtype=torch.float64)
+    table = torch.empty(counts.numel(), topk, dtype=torch.int32)
+    most = max(1, num_experts // (_DEALT_SHARE * topk))
+    first = 0
+    while first < ids.numel():
+        dealt = ids[first : first + min(most, max(1, first // _SAME_FREQUENCY))]
+        shuffled = torch.rand(num_experts, generator=generator, dtype=torch.float32).argsort(stable=True)
+        least = shuffled[loads[shuffled].argsort(stable=True)[: dealt.numel() * topk]]
+        experts = least[torch.randperm(least.numel(), generator=generator)].view(-1, topk)
+        table[dealt] = experts.int()
+        loads[experts] += weights[dealt].unsqueeze(1)
+        first += dealt.numel()
+    return table

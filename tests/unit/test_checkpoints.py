@@ -406,6 +406,11 @@ OTHER_ROUTER = {
         AIR | {"moe_air_num_clusters": 4, "moe_air_shortlist_size": 0, "moe_router_topk": 8, "num_experts": 16},
         None,
     ),
+    "hash-balance": (
+        HASH,
+        HASH | {"moe_hash_balance": "frequency"},
+        r"another form: --moe-hash-balance \(frequency\) must be ids$",
+    ),
     "hash-seed": (HASH, HASH | {"moe_hash_seed": 3}, r"another form: --moe-hash-seed \(3\) must be 0$"),
     "product-key-size": (
         PRODUCT_KEYS,

@@ -4,7 +4,13 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from air_moe_megatron.routers.hashing import HashRouter, balanced_table, hand_over_token_ids
+from air_moe_megatron.routers.hashing import (
+    HashRouter,
+    balance_hash_tables,
+    balanced_table,
+    frequency_table,
+    hand_over_token_ids,
+)
 from tests.builders import HIDDEN, VOCABULARY, make_config, make_router, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
@@ -83,6 +89,83 @@ def test_a_checkpoint_of_another_seed_is_refused(megatron_cpu):
         other.load_state_dict(router.state_dict())
 
 
+def zipf(num_ids, num_tokens=100_000):
+    """Counts of ids in random order, the most frequent of them 1 of ln(V) tokens."""
+    counts = num_tokens / torch.arange(1, num_ids + 1, dtype=torch.float64)
+    return counts[torch.randperm(num_ids, generator=torch.Generator().manual_seed(0))].floor()
+
+
+def loads_of(table, counts, num_experts):
+    loads = torch.zeros(num_experts, dtype=torch.float64)
+    for row, count in zip(table.tolist(), counts.tolist(), strict=True):
+        for expert in row:
+            loads[expert] += count
+    return loads
+
+
+def evenest_imbalance(counts, topk, num_experts):
+    """The least imbalance factor that K experts per id allow: none has fewer tokens than one of its ids."""
+    shares, rest, squares, total = counts.sort(descending=True).values.tolist(), num_experts, 0.0, topk * counts.sum()
+    left = float(total)
+    for count in shares:
+        if count * rest <= left:
+            break
+        squares, left, rest = squares + topk * count**2, left - topk * count, rest - topk
+    return float(num_experts * (squares + left**2 / rest) / total**2)
+
+
+@pytest.mark.parametrize(
+    "num_ids, topk, num_experts", [(2000, 4, 64), (999, 3, 64), (500, 8, 12), (100, 7, 7), (5, 1, 3), (40, 6, 512)]
+)
+def test_tables_by_frequency_are_distinct_and_as_even_as_can_be(num_ids, topk, num_experts):
+    counts = zipf(num_ids)
+    table = frequency_table(counts, topk, num_experts, seed=1)
+    assert table.shape == (num_ids, topk) and table.dtype == torch.int32
+    assert all(len(set(row)) == topk and 0 <= min(row) and max(row) < num_experts for row in table.tolist())
+    assert torch.equal(table, frequency_table(counts, topk, num_experts, seed=1))
+
+    def imbalance(table):
+        loads = loads_of(table, counts, num_experts)
+        return float(num_experts * loads.square().sum() / loads.sum().square())
+
+    least = evenest_imbalance(counts, topk, num_experts)
+    assert least - 1e-9 <= imbalance(table) <= 1.001 * least + 0.02 * (num_ids < 10)
+    by_ids = imbalance(balanced_table(num_ids, topk, num_experts, seed=1))
+    assert imbalance(table) <= by_ids + 1e-9
+
+
+def test_ids_do_not_share_all_their_experts():
+    table, other = (frequency_table(zipf(2000), 4, 512, seed=seed) for seed in (1, 2))
+    assert not torch.equal(table, other)
+    rows = [frozenset(row) for row in table.tolist()]
+    assert len(set(rows)) > 0.99 * len(rows)
+    assert not {frozenset(row) for row in other.tolist()[:100]} & set(rows[:100])
+
+
+def test_frequency_worked_example():
+    table = frequency_table(torch.tensor([6, 2, 2, 2]), 1, 2, seed=0)
+    assert table[1:].unique().tolist() == [1 - int(table[0])]
+
+
+def test_a_table_by_frequency_needs_counts_or_a_checkpoint(megatron_cpu):
+    fields = dict(moe_router_type="hash", moe_hash_balance="frequency")
+    router, loaded = (make_router(megatron_cpu, **fields) for _ in range(2))
+    ids = torch.arange(15).view(3, 5)
+    for one in (router, loaded):
+        tell_ids(one, ids)
+        with pytest.raises(ValueError, match="'frequency' needs the counts of the token ids; call balance_hash_tables"):
+            one.route(torch.randn(5, 3, HIDDEN))
+    counts = zipf(VOCABULARY - 3)
+    assert balance_hash_tables(counts.tolist(), [router]) == [router]
+    expected = frequency_table(torch.cat((counts, torch.zeros(3))), 4, 64, seed=1)
+    assert torch.equal(router.table, expected)
+    loaded.load_state_dict(router.state_dict())
+    for one in (router, loaded):
+        assert torch.equal(one.route(torch.randn(5, 3, HIDDEN)).topk_ids, expected[ids.t().reshape(-1)])
+    with pytest.raises(ValueError, match=r"counts \(41\) must not exceed the token ids, moe_hash_vocab_size \(40\)"):
+        balance_hash_tables([1.0] * (VOCABULARY + 1), [router])
+
+
 @pytest.mark.parametrize("padded", (VOCABULARY + 24, VOCABULARY - 8))
 def test_a_vocabulary_padded_to_another_size_loads(megatron_cpu, tmp_path, padded):
     router = make_router(megatron_cpu, moe_router_type="hash")
@@ -126,6 +209,8 @@ REFUSED = {
     "aux": (dict(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.1), "moe_aux_loss_coeff (0.1)"),
     "forced": (dict(moe_router_force_load_balancing=True), "moe_router_force_load_balancing (True)"),
     "seed": (dict(moe_hash_seed=-1), "moe_hash_seed (-1)"),
+    "balance": (dict(moe_hash_balance="none"), "moe_hash_balance ('none') must be 'ids' or 'frequency'"),
+    "counts": (dict(moe_hash_counts="file"), "moe_hash_counts ('file') has no effect with moe_hash_balance 'ids'"),
 }
 
 

@@ -26,6 +26,7 @@ LAYERS = (
     {"sync", "batches", "preflight", "agreement", "memory"},
     {"entry_refusals"},
     {"checkpoints"},
+    {"token_counts"},
     {"training"},
     {"pretrain", "inference", "doctor"},
     {"evaluate", "generate", "report", "tune"},

@@ -1,0 +1,114 @@
+"""How frequent the token ids are: what `--moe-hash-balance frequency` balances the tables of hash routers by."""
+
+import argparse
+
+import numpy
+import torch
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from air_moe_megatron.agreement import Ranks
+from air_moe_megatron.checkpoints.reader import locate
+from air_moe_megatron.config import uses_hash
+from air_moe_megatron.preflight import read_indexed_dataset, split_shares
+
+COUNTED_TOKENS = 2**24
+"""Tokens that are counted, the first ones of each training data set."""
+
+
+def agreed_counts(args: argparse.Namespace, ranks: Ranks) -> list[float] | None:
+    """Count the token ids on rank 0, and give the counts to all ranks; None where no table needs them.
+
+    Raises:
+        ValueError: on every rank, as :func:`count_token_ids`.
+    """
+    if not uses_hash(args) or args.moe_hash_balance != "frequency":
+        return None
+    return ranks.agree("token counts", None, lambda _: counts_of(args))
+
+
+def counts_of(args: argparse.Namespace) -> list[float] | None:
+    """The counts that a start needs; None with a checkpoint, which brings its tables.
+
+    Raises:
+        ValueError: as :func:`count_token_ids`.
+    """
+    is_needed = uses_hash(args) and args.moe_hash_balance == "frequency"
+    if not is_needed or (locate(args) is not None and not args.moe_use_upcycling):
+        return None
+    return count_token_ids(args).tolist()
+
+
+def count_token_ids(args: argparse.Namespace) -> torch.Tensor:
+    """Count the token ids: those of `--moe-hash-counts`, or in the training data.
+
+    Of several data sets each has the part that Megatron blends it with: its weight, or its size. Reads at most 2^24
+    tokens of each. Does not communicate.
+
+    Args:
+        args: Megatron's validated arguments; ``moe_hash_vocab_size`` is set.
+    Returns:
+        [ids] fp64 tokens of each id, for at most ``moe_hash_vocab_size`` ids.
+    Raises:
+        ValueError: naming the flag, for a file that is no list of counts, or training data that cannot be counted.
+    """
+    if args.moe_hash_counts is not None:
+        return _read_counts(args.moe_hash_counts, args.moe_hash_vocab_size)
+    prefixes, weights, (start, end) = _training_sets(args)
+    total, num_counted, parts, sizes = torch.zeros(args.moe_hash_vocab_size, dtype=torch.float64), 0, [], []
+    for prefix in prefixes:
+        dataset = read_indexed_dataset(prefix, f"training data '{prefix}'")
+        bounds = [round(share * len(dataset.lengths)) for share in (start, end)]
+        first, last = (int(dataset.lengths[:bound].sum(dtype=numpy.int64)) for bound in bounds)
+        tokens = torch.from_numpy(dataset.tokens[first : min(last, first + COUNTED_TOKENS)].astype(numpy.int64))
+        counts = torch.bincount(tokens[tokens >= 0], minlength=total.numel())
+        if counts.numel() > total.numel():
+            raise ValueError(
+                f"training data '{prefix}' holds the token id {counts.numel() - 1}, and --moe-hash-vocab-size "
+                f"({total.numel()}) has the ids up to {total.numel() - 1}"
+            )
+        parts.append(counts.double())
+        sizes.append(last - first)
+        num_counted += tokens.numel()
+    if len(parts) == 1:
+        return parts[0]
+    for counts, weight in zip(parts, weights or sizes, strict=True):
+        total += counts / counts.sum().clamp_min(1.0) * (weight / sum(weights or sizes)) * num_counted
+    return total
+
+
+def _training_sets(args: argparse.Namespace) -> tuple[list[str], list[float] | None, tuple[float, float]]:
+    """Prefixes of the training data, their weights, and where its share of their sequences begins and ends."""
+    remedy = "give --moe-hash-counts FILE"
+    for flag, given in (("--mock-data", args.mock_data), ("--sft", args.sft)):
+        if given:
+            raise ValueError(f"--moe-hash-balance (frequency) cannot count the tokens of {flag}: {remedy}")
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    share = (0.0, 1.0)
+    if blend_per_split is not None:
+        blend = blend_per_split[0]
+    elif blend is not None:
+        share = split_shares(args.split).get("train", (0.0, 0.0))
+    if blend is None or share[0] == share[1]:
+        raise ValueError(f"--moe-hash-balance (frequency) finds no training data to count: {remedy}")
+    prefixes, weights = blend
+    for prefix in prefixes:
+        if is_object_storage_path(prefix):
+            raise ValueError(f"--moe-hash-balance (frequency) cannot count '{prefix}', in object storage: {remedy}")
+    return prefixes, weights, share
+
+
+def _read_counts(path: str, num_ids: int) -> torch.Tensor:
+    name = f"--moe-hash-counts '{path}'"
+    try:
+        with open(path) as file:
+            counts = torch.tensor([float(line) for line in file], dtype=torch.float64)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{name} must hold one number per line, the tokens of ids 0, 1, ...: {error}") from error
+    if not 0 < counts.numel() <= num_ids:
+        raise ValueError(f"{name} has {counts.numel()} counts; it must have 1 to {num_ids}, one for each token id")
+    if not bool(((counts >= 0) & counts.isfinite()).all()):
+        raise ValueError(f"{name} holds a number that is negative or not finite; it must hold the tokens of each id")
+    return counts
