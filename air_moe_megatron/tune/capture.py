@@ -57,6 +57,16 @@ class TokenCollector:
         )
 
 
+def collectors_of(model: Sequence[torch.nn.Module]) -> dict[str, TokenCollector]:
+    """A collector on each router that scores, by its place among all routers; first layers by hash score nothing."""
+    routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
+    return {
+        f"{number}": TokenCollector(router)
+        for number, router in enumerate(routers, 1)
+        if not isinstance(router, HashRouter)
+    }
+
+
 @torch.no_grad()
 def collect(
     model: Sequence[torch.nn.Module],
@@ -81,12 +91,7 @@ def collect(
     Returns:
         the layers with routers that score, in their order, named by their place among all layers with routers.
     """
-    routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
-    collectors = {
-        f"{number}": TokenCollector(router)
-        for number, router in enumerate(routers, 1)
-        if not isinstance(router, HashRouter)  # a first layer by hash: it scores nothing
-    }
+    collectors = collectors_of(model)
     size = args.micro_batch_size
     work: list[tuple[str, list[tuple[Windows, int]]]] = []
     for part, number in (("fit", num_fit), ("test", num_test)):

@@ -32,6 +32,18 @@ MISTAKES = {
 }  # fmt: skip
 
 
+OF_HASH_LAYERS = {
+    "number": (
+        ["--moe-num-hash-layers", "5"],
+        "moe_num_hash_layers (5) must be from 0 to below the number of MoE layers (2)",
+    ),
+    "token-counts": (
+        ["--moe-num-hash-layers", "1", "--moe-hash-balance", "frequency"],
+        "--moe-hash-balance (frequency) cannot count the tokens of --mock-data: give --moe-hash-counts FILE",
+    ),
+}
+
+
 @pytest.fixture
 def examine():
     """The doctor's checks of a command line, without what CPU mode leaves behind."""
@@ -49,6 +61,7 @@ def first_error(monkeypatch, flags):
     from air_moe_megatron.checkpoints import check_checkpoint
     from air_moe_megatron.entry_refusals import check_flags
     from air_moe_megatron.preflight import check_data
+    from air_moe_megatron.token_counts import agreed_counts
     from air_moe_megatron.training import extra_args_provider, model_config_from_args
 
     monkeypatch.setattr(sys, "argv", cpu.with_required_flags(["pretrain", *flags]))
@@ -58,6 +71,7 @@ def first_error(monkeypatch, flags):
         check_flags(args)
         check_data(args)
         check_checkpoint(args, model_config_from_args(args).transformer, Ranks(0, 1, None))
+        agreed_counts(args, Ranks(0, 1, None))
     return str(error.value)
 
 
@@ -66,6 +80,13 @@ def test_a_sound_command_line_has_no_problem(examine):
     assert (found.problems, found.unchecked) == ([], [])
     assert args.num_experts == 64 and args.padded_vocab_size
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("flags, words", OF_HASH_LAYERS.values(), ids=OF_HASH_LAYERS)
+def test_hash_layers_that_cannot_be_are_named(examine, monkeypatch, flags, words):
+    _, found = examine(*flags)
+    assert len(found.problems) == 1 and words in found.problems[0]
+    assert found.problems[0] == first_error(monkeypatch, [*FLAGS, *flags])
 
 
 def test_all_problems_of_a_command_line_are_listed_at_once_in_the_words_of_the_start(examine, monkeypatch):

@@ -105,6 +105,11 @@ def test_decoding_with_a_cache_equals_one_forward(megatron_cpu, router_type, pat
         assert_decodes_as_one_forward(model, batch)
 
 
+def test_a_first_layer_by_hash_decodes_as_one_forward(megatron_cpu):
+    model = make_model(megatron_cpu, "air", moe_hash_seed=1, moe_num_hash_layers=1, moe_hash_vocab_size=PADDED)
+    assert_decodes_as_one_forward(model, batch=1)
+
+
 @pytest.mark.parametrize("router_type", ("air", "product_key"))
 def test_the_kernels_decode_single_tokens_and_unequal_prompts(megatron_cpu, router_type, monkeypatch):
     model = make_model(megatron_cpu, router_type, num_layers=1)
