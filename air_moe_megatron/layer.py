@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,22 +39,19 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
         **kwargs: Any,
     ) -> None:
         pg_collection = pg_collection or get_default_pg_collection()
-        router = None if submodules is None else submodules.router
+        given = submodules
         is_decided = is_mtp_layer or not num_hash_layers(config)  # layers of multi-token prediction are never hashed
         if not is_decided:
             submodules = dataclasses.replace(submodules, router=_UnnumberedRouter)
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, **kwargs)
-        self._make_router: Callable[[bool], torch.nn.Module] | None = None
         self.hash_layers: Collection[int] = ()
+        self._router_makers: tuple[Callable[[], torch.nn.Module], Callable[[], torch.nn.Module]] | None = None
         if not is_decided:
             self.hash_layers = hash_layer_numbers(config) if hash_layers is None else hash_layers
-
-            def make_router(by_hash: bool) -> torch.nn.Module:
-                if by_hash:
-                    return HashRouter(hash_layer_config(config), pg_collection)
-                return router(config=config, pg_collection=pg_collection, is_mtp_layer=False)
-
-            self._make_router = make_router
+            self._router_makers = (
+                partial(given.router, config=config, pg_collection=pg_collection, is_mtp_layer=False),
+                partial(HashRouter, config=hash_layer_config(config), pg_collection=pg_collection),
+            )
         self.is_compact = config.moe_dispatch == "compact"
         if self.is_compact:
             self.local_expert_indices = range(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
@@ -66,8 +64,8 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
             ValueError: if the layer has a router already, and another number asks for the other kind.
         """
         by_hash = layer_number in self.hash_layers
-        if self._make_router is not None:
-            self.router, self._make_router = self._make_router(by_hash), None
+        if self._router_makers is not None:
+            self.router, self._router_makers = self._router_makers[by_hash](), None
         elif self.hash_layers and by_hash != isinstance(self.router, HashRouter):
             raise ValueError(
                 f"layer_number ({layer_number}) must stay that of {'other' if by_hash else 'hash'} layers, as "

@@ -7,7 +7,6 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config.fields import balancing_losses, is_plain_topk, num_hash_layers
-from air_moe_megatron.config.hash_layers import recomputes_routers
 from air_moe_megatron.config.problems import Problems
 
 
@@ -221,14 +220,6 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(HASH, "overlap_moe_expert_parallel_comm", _on, _MIXED_IDS),
     Refusal(HASH_LAYERS, "overlap_moe_expert_parallel_comm", _on, _MIXED_IDS),
-    Refusal(
-        HASH_LAYERS, "recompute_granularity",
-        Values(
-            lambda config, value: config.pipeline_model_parallel_size > 1 and recomputes_routers(config),
-            "of whole layers or 'moe', with pipeline stages",
-        ),
-        "a hash layer would be recomputed with the token ids of a later microbatch",
-    ),
     Refusal(
         HASH_LAYERS, "moe_router_force_load_balancing", _on, "the experts of a hash layer are fixed by the token ids"
     ),

@@ -9,12 +9,14 @@ instead of one, and by default balance over ids instead of over their frequencie
 
 Cost of a token: none but a row of the table.
 
-Routers see hidden states, not token ids: :func:`hand_over_token_ids` brings them from the model's embedding. So the
-embedding must be on the same rank, and forward and backward of a microbatch must run in turn.
-``config/refusals.py`` refuses the rest.
+Routers see hidden states, not token ids: :func:`hand_over_token_ids` brings them from the model's embedding, which must
+be on the same rank. A forward that is recomputed may come after those of later microbatches, with pipeline stages. So
+a router keeps the ids until then; microbatches are recomputed in the order of their forwards. ``config/refusals.py``
+refuses the rest.
 """
 
 import argparse
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +25,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from air_moe_megatron.config import recomputes_routers
+from air_moe_megatron.recomputation import is_in_backward
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import RouterFlops
-from air_moe_megatron.routers.token_ids import embedders_of_shifted_ids, embedding_of, ids_in_order, tell_token_ids
+from air_moe_megatron.routers.token_ids import embedding_of, ids_in_order, tell_token_ids
 
 
 class HashRouter(CompactRouter):
@@ -48,6 +52,7 @@ class HashRouter(CompactRouter):
         self._has_table = False
         # [batch, sequence] of the microbatch, whole sequences of this context-parallel rank.
         self.token_ids: torch.Tensor | None = None
+        self._unrepeated: deque[torch.Tensor] = deque()  # ids of the forwards that will be recomputed, oldest first
 
     @staticmethod
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
@@ -122,13 +127,33 @@ class HashRouter(CompactRouter):
                 f"layer {self.layer_number}: the router has been given no token ids; call hand_over_token_ids(model) "
                 "after the model is built, as the entry point does"
             )
-        ids = ids_in_order(self.token_ids, self)
+        ids = ids_in_order(self._ids_of_microbatch(), self)
         if ids.numel() != num_tokens:
             raise ValueError(
                 f"layer {self.layer_number}: {num_tokens} tokens, but {ids.numel()} token ids (of "
                 f"{tuple(self.token_ids.shape)} [batch, sequence]) came from the embedding"
             )
         return ids
+
+    def _ids_of_microbatch(self) -> torch.Tensor:
+        """The ids of the microbatch that the current forward is of; a recomputed one has those of its first pass."""
+        if not self.training or not recomputes_routers(self.config):
+            return self.token_ids
+        if not is_in_backward():
+            self._unrepeated.append(self.token_ids)
+            return self.token_ids
+        # The first pass of a checkpoint within a checkpoint has no gradients and is repeated later in this backward.
+        return self._unrepeated.popleft() if torch.is_grad_enabled() else self._unrepeated[0]
+
+    def discard(self) -> None:
+        """As the base's; what is not recomputed by now never is."""
+        super().discard()
+        self._unrepeated.clear()
+
+    def end_step(self) -> None:
+        """As the base's; what is not recomputed by now never is."""
+        super().end_step()
+        self._unrepeated.clear()
 
 
 def hand_over_token_ids(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -147,7 +172,7 @@ def hand_over_token_ids(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
                 f"hash routers (layers {', '.join(str(router.layer_number) for router in routers)}) need the model's "
                 f"embedding on the same rank; {type(chunk).__name__} has none"
             )
-        tell_token_ids(embedding, routers, embedders_of_shifted_ids(chunk))
+        tell_token_ids(embedding, routers)
     return model
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from torch.utils.hooks import RemovableHandle
 
 from air_moe_megatron.routers.base import CompactRouter
@@ -27,37 +26,10 @@ def embedding_of(chunk: torch.nn.Module) -> torch.nn.Module | None:
     return next((module for name, module in chunk.named_modules() if name.split(".")[-1] == "embedding"), None)
 
 
-def embedders_of_shifted_ids(chunk: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers of multi-token prediction of a model chunk, which call its embedding with shifted ids."""
-    return [module for module in chunk.modules() if isinstance(module, MultiTokenPredictionLayer)]
-
-
-def tell_token_ids(
-    embedding: torch.nn.Module, receivers: Sequence[Any], others: Sequence[torch.nn.Module] = ()
-) -> RemovableHandle:
-    """Have an embedding set the ``token_ids`` of receivers to those of each microbatch, until the handle is removed.
-
-    Args:
-        embedding: of a model chunk.
-        receivers: objects with that attribute.
-        others: modules whose forwards call the embedding with ids that are not those of the decoder's layers. A layer
-            that is recomputed after them still has its own.
-    """
-    running = []
-
-    def enter(*_: object) -> None:
-        running.append(True)
-
-    def leave(*_: object) -> None:
-        running.pop()
-
-    for other in others:
-        other.register_forward_pre_hook(enter)
-        other.register_forward_hook(leave, always_call=True)
+def tell_token_ids(embedding: torch.nn.Module, receivers: Sequence[Any]) -> RemovableHandle:
+    """Have an embedding set the ``token_ids`` of receivers to those of each microbatch, until the handle is removed."""
 
     def tell(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if running:
-            return
         token_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         for receiver in receivers:
             receiver.token_ids = token_ids

@@ -23,10 +23,11 @@ MODEL = [
 COMPACT = ["--moe-dispatch", "compact"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+MOE_RECOMPUTE = "--recompute-granularity selective --recompute-modules moe".split()
 RESUMED = {
     # name: (ranks, flags)
-    "PP2": (2, [*COMPACT, *PP2]),
-    "stock-one-rank-full-recompute": (1, FULL_RECOMPUTE),
+    "PP2-full-recompute": (2, [*COMPACT, *PP2, *FULL_RECOMPUTE]),
+    "stock-one-rank-moe-recompute": (1, MOE_RECOMPUTE),
 }
 PRINTED_NORM, PRINTED_LOSS = 1.1e-3, 1.1e-6
 

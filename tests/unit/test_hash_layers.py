@@ -22,6 +22,7 @@ from air_moe_megatron.experts import GranularExperts
 from air_moe_megatron.routers import ROUTERS, HashRouter, find_routers
 from air_moe_megatron.routers.hashing import hand_over_token_ids
 from air_moe_megatron.specs import air_hybrid_stack_spec, require_routers, with_air_layers
+from air_moe_megatron.sync import discard_statistics
 from tests.builders import HIDDEN, STOCK, VOCABULARY, make_config, make_router, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
@@ -181,8 +182,8 @@ def make_gpt(groups, mtp=False, **fields):
     return model
 
 
-def loss_of(model):
-    generator = torch.Generator().manual_seed(0)
+def loss_of(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
     text = torch.randint(VOCABULARY, (2, 9), generator=generator)
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)  # True: not attended to
     positions = torch.arange(8).expand(2, 8)
@@ -220,6 +221,47 @@ def test_layers_are_recomputed_with_the_ids_of_their_tokens(megatron_cpu, router
         torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6)
 
 
+RECOMPUTED = {
+    "layers": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+    "moe": dict(recompute_granularity="selective", recompute_modules=["moe"]),
+}
+
+
+@pytest.mark.parametrize("router_type", ("air", "hash"))
+@pytest.mark.parametrize("recompute", RECOMPUTED.values(), ids=RECOMPUTED)
+def test_a_layer_is_recomputed_after_later_microbatches(megatron_cpu, router_type, recompute):
+    """As with pipeline stages: the second microbatch goes forward before the first one goes back."""
+    fields = dict(moe_router_type=router_type, num_layers=3, moe_num_hash_layers=2 * (router_type != "hash"))
+    found = []
+    for repeated in ({}, recompute):
+        model = make_gpt(megatron_cpu, **fields, **repeated)
+        for _ in range(2):  # nothing is left of the step before
+            discard_statistics(model)
+            losses = [loss_of(model, seed) for seed in (0, 1, 2)]
+            model.eval()
+            loss_of(model, 3)
+            for loss in losses:
+                model.train()
+                loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_sizes_are_chosen_for_the_layers_that_score(megatron_cpu):
+    from air_moe_megatron.tune.capture import collectors_of
+
+    model = make_gpt(megatron_cpu, moe_router_type="air", num_layers=3, moe_num_hash_layers=1)
+    collectors = collectors_of([model.eval()])
+    loss_of(model)
+    for collector in collectors.values():
+        collector.remove()
+    assert {name: collector.router for name, collector in collectors.items()} == {
+        "2": model.decoder.layers[1].mlp.router, "3": model.decoder.layers[2].mlp.router,
+    }  # fmt: skip
+    assert all(sum(part.shape[0] for part in collector.kept["fit"]) == 16 for collector in collectors.values())
+
+
 def test_hybrid_models_name_their_layers_with_experts():
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
@@ -253,21 +295,7 @@ REFUSED = {
     "forced": (dict(moe_router_force_load_balancing=True), "moe_router_force_load_balancing (True)"),
     "vocabulary": (dict(moe_hash_vocab_size=0), "moe_hash_vocab_size (0)"),
     "seed": (dict(moe_hash_seed=-1), "moe_hash_seed (-1)"),
-    "recomputed-stages": (
-        dict(
-            pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, recompute_granularity="full",
-            recompute_method="uniform", recompute_num_layers=1,
-        ),
-        "recompute_granularity ('full') is not supported with moe_num_hash_layers (1)",
-    ),
-    "recomputed-layers-of-stages": (
-        dict(
-            pipeline_model_parallel_size=2, pipeline_dtype=torch.float32, recompute_granularity="selective",
-            recompute_modules=["moe"],
-        ),
-        "recompute_granularity ('selective') is not supported with moe_num_hash_layers (1)",
-    ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("settings, words", REFUSED.values(), ids=REFUSED)
@@ -282,11 +310,6 @@ def test_overlapped_communication_is_refused():
     config.overlap_moe_expert_parallel_comm = True  # Megatron's own checks need expert parallelism
     with pytest.raises(ValueError, match="mixes the token ids of two microbatches"):
         validate(config)
-
-
-def test_recomputed_attention_of_stages_is_no_reason():
-    stages = dict(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
-    make_config(**MIXED, **stages, recompute_granularity="selective", recompute_modules=["core_attn"])
 
 
 def test_first_layers_of_a_hash_everywhere_have_no_effect():

@@ -95,7 +95,7 @@ CONFIG = {
     "sizes": {"fields"},
     "hash_layers": {"fields", "sizes"},
     "problems": set(),
-    "refusals": {"fields", "hash_layers", "problems"},
+    "refusals": {"fields", "problems"},
     "rules": {"fields", "hash_layers", "problems", "sizes", "refusals"},
     "__init__": {"fields", "hash_layers", "problems", "sizes", "refusals", "rules"},
 }
