@@ -45,6 +45,8 @@ FLAGS = {
     "moe-product-key-heads": [None, None, 1, 2, 3],
     "moe-product-key-on-tokens": [None, None, ""],
     "moe-hierarchical-topk-groups": [None, None, 2, 100],
+    "moe-num-hash-layers": [None, None, 1, 1, 3, -1],
+    "moe-hash-balance": [None, None, "frequency"],
     "expert-model-parallel-size": [None, 2, 2, 3],
     "tensor-model-parallel-size": [None, None, None, 2],
     "sequence-parallel": [None, None, ""],

@@ -35,6 +35,7 @@ SHARED = {
     "shared expert": ["--moe-shared-expert-intermediate-size", "16"],
     "expert bias": "--moe-router-score-function sigmoid --moe-router-enable-expert-bias".split(),
     "loss over sequences": ["--moe-router-load-balancing-type", "seq_aux_loss"],
+    "first layers by hash": ["--moe-num-hash-layers", "2"],
     "loss over all ranks": ["--moe-router-load-balancing-type", "global_aux_loss"],
 }
 LAYOUTS = {
@@ -59,6 +60,7 @@ CASES = [
     *((kind, "EP 2") for kind in SHARED if kind != "fp32"),
     *((kind, "EP 2, DP 2") for kind in ("loss per token", "loss over sequences", "loss over all ranks", "expert bias")),
     ("no balancing loss", "one microbatch"),
+    ("first layers by hash", "PP 2"),
 ]
 
 # Layouts sum in another order, which may turn the last printed digit of a norm; losses differ by 1e-5 at most.
