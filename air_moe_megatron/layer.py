@@ -35,6 +35,7 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
+        *,
         hash_layers: Collection[int] | None = None,
         **kwargs: Any,
     ) -> None:
