@@ -409,3 +409,51 @@ def test_every_rule_of_the_drift_study_does_what_it_says(tmp_path, megatron_cpu)
     assert rule.age > 8
     rule.end()
     assert (router.codebook.decay, router.index.refresh_interval) == (0.99, 20)
+
+
+def test_information_is_one_where_the_id_fixes_the_expert_and_none_where_it_tells_nothing():
+    from benchmarks.quality.context import Counts
+
+    ids = torch.arange(2).repeat(50_000)
+    one, none = Counts(2, 2), Counts(2, 2)
+    one.add(ids, ids.unsqueeze(1), torch.ones(100_000, 1))
+    none.add(ids, torch.arange(2).repeat_interleave(50_000).unsqueeze(1), torch.ones(100_000, 1))
+    assert one.information(1) == pytest.approx(1.0, abs=1e-4) and none.information(1) == pytest.approx(0.0, abs=1e-4)
+
+
+def test_the_most_frequent_experts_of_an_id_come_with_their_mean_probs():
+    from benchmarks.quality.context import Counts
+
+    counts = Counts(2, 4)
+    topk_ids = torch.tensor([[0, 1], [0, 2], [0, 2], [3, 1]], dtype=torch.int32)
+    counts.add(torch.tensor([1, 1, 1, 0]), topk_ids, torch.tensor([[0.5, 0.5], [0.2, 0.8], [0.2, 0.4], [0.7, 0.3]]))
+    experts, probs = counts.most_frequent(2)
+    assert experts[1].tolist() == [0, 2] and sorted(experts[0].tolist()) == [1, 3]
+    assert probs[1].tolist() == pytest.approx([0.3, 0.6])
+
+
+def test_a_layer_that_routes_by_the_id_loses_nothing_without_context(megatron_cpu):
+    """Of two layers the first is by hash: its table comes back from the counts, and its loss stays."""
+    from benchmarks.quality import context, in_process
+
+    flags = {
+        "num-layers": 2, "hidden-size": 8, "num-attention-heads": 2, "seq-length": 8, "global-batch-size": 4,
+        "train-iters": 4, "position-embedding-type": "rope", "disable-bias-linear": True,
+        "moe-granular-experts": True, "moe-dispatch": "compact", "moe-router-dtype": "fp32",
+        "attention-dropout": 0, "hidden-dropout": 0, "moe-num-hash-layers": 1,
+        "moe-router-type": "air", "num-experts": 64, "moe-router-topk": 4, "moe-ffn-hidden-size": 1,
+    }  # fmt: skip
+    run = study.Run("hash-air", 64, 4, 1, 1, "stdlib", 50, flags)
+    text = torch.arange(60 * 4 * 9).mul(7).remainder(47).view(60, 4, 9)
+    positions, mask = torch.arange(8).expand(4, 8), torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
+    data = [{"tokens": b[:, :-1], "labels": b[:, 1:], "positions": positions, "mask": mask} for b in text]
+    batches = context.shuffled(data, 1)
+    assert len(batches) == 60 and batches[0]["tokens"].shape == (4, 8)
+    assert sum(int(batch["labels"].sum()) for batch in batches) == sum(int(batch["labels"].sum()) for batch in data)
+    trainer = in_process.trainer_of(run, megatron_cpu, torch.device("cpu"))
+    by_id, in_context = context.rows_of(trainer, batches[:30], batches[30:50], batches[50:], 50, "hash-air")
+    assert by_id["fixed_by_id"] == 1.0 and by_id["rise_alone"] == pytest.approx(0.0, abs=1e-6)
+    assert by_id["information"] == pytest.approx(1.0, abs=0.03) and in_context["information"] < by_id["information"]
+    assert 0.0 < in_context["fixed_by_id"] < 1.0 and in_context["rise_alone"] != 0.0
+    assert in_context["rise_with_earlier"] == pytest.approx(in_context["rise_alone"], abs=1e-6)
+    assert "| hash-air | 1 | 100.0% |" in context.table(pandas.DataFrame([by_id, in_context]))

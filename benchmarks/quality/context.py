@@ -1,0 +1,233 @@
+"""How much of a layer's routing the token ids fix: `python benchmarks/quality/context.py CONFIG.toml`.
+
+Trains models of a study, and counts which experts each layer gives to each token id. Then, on other text:
+
+- *fixed by the id*: share of a token's experts that are among the K most frequent ones of its id
+- *loss without context*: how much the loss rises when a layer gives every token those K experts, with the mean
+  probabilities that they had there. It is measured for each layer alone, and for the first layers together
+- *information*: mutual information of token id and expert, as a share of the most that it can be; of the counts, with
+  the Miller-Madow correction
+
+The rise says how many first layers a hash can take. It is an upper bound: the model was trained with its own router.
+"""
+
+import argparse
+import logging
+import math
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pandas
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.measure import environment, world  # noqa: E402
+from benchmarks.quality.data import prepare  # noqa: E402
+from benchmarks.quality.in_process import batches, begin, models, trainer_of  # noqa: E402
+from benchmarks.train import Trainer  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+_OPTIMIZER = {"lr": 2e-3, "weight_decay": 0.1, "adam_beta2": 0.95}
+"""A constant rate between the study's highest and lowest."""
+
+
+def shuffled(data: list[dict[str, torch.Tensor]], seed: int) -> list[dict[str, torch.Tensor]]:
+    """Batches of the same sequences in random order: in that of the text, a batch is one passage."""
+    generator = torch.Generator().manual_seed(seed)
+    size = data[0]["tokens"].shape[0]
+    order = torch.randperm(len(data) * size, generator=generator).split(size)
+    tokens, labels = (torch.cat([batch[name] for batch in data]) for name in ("tokens", "labels"))
+    return [batch | {"tokens": tokens[ids], "labels": labels[ids]} for batch, ids in zip(data, order, strict=True)]
+
+
+class Counts:
+    """Which experts a layer gives to each token id.
+
+    Args:
+        vocabulary: V token ids.
+        experts: E.
+    """
+
+    def __init__(self, vocabulary: int, experts: int) -> None:
+        self.tokens = torch.zeros(vocabulary, experts)  # [V, E] that have the expert
+        self.probs = torch.zeros(vocabulary, experts)  # [V, E] sums of their probs
+
+    def add(self, token_ids: torch.Tensor, topk_ids: torch.Tensor, probs: torch.Tensor) -> None:
+        """Count tokens: [T] ids, [T, K] experts and their [T, K] probs."""
+        places = token_ids.unsqueeze(1) * self.tokens.shape[1] + topk_ids.long()
+        for table, values in ((self.tokens, torch.ones_like(probs)), (self.probs, probs)):
+            table.view(-1).index_add_(0, places.flatten(), values.flatten().to(table.dtype))
+
+    def most_frequent(self, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[V, K] experts of each id, int32, and the mean probs that they had with it."""
+        tokens, experts = self.tokens.topk(topk, dim=1)
+        return experts.int(), self.probs.gather(1, experts) / tokens.clamp(min=1.0)
+
+    def information(self, topk: int) -> float:
+        """Mutual information of token id and expert, as a share of the most that it can be.
+
+        K experts of an id leave log K of the entropy of the experts, even where the id fixes them.
+
+        Example: K = 1, ids 0 and 1, equally frequent, with an expert each give 1; with both experts equally 0.
+        """
+        total = self.tokens.sum()
+        joint, of_ids, of_experts = (
+            _entropy(counts, total)
+            for counts in (self.tokens.flatten(), self.tokens.sum(dim=1), self.tokens.sum(dim=0))
+        )
+        return (of_ids + of_experts - joint) / (of_experts - math.log(topk))
+
+
+def _entropy(counts: torch.Tensor, total: torch.Tensor) -> float:
+    """In nats, with the Miller-Madow correction."""
+    counts = counts[counts > 0].double()
+    shares = counts / total
+    return float(-(shares * shares.log()).sum() + (counts.numel() - 1) / (2 * total))
+
+
+@contextmanager
+def replaced(router: torch.nn.Module, choose) -> Iterator[None]:
+    """Within this context the router chooses by ``choose`` instead."""
+    router._choose = choose
+    try:
+        yield
+    finally:
+        del router._choose
+
+
+class Meter:
+    """Losses of a trained model on batches, with the routing of some layers counted or replaced."""
+
+    def __init__(self, trainer: Trainer, data: list[dict[str, torch.Tensor]]) -> None:
+        self.model, self.routers, self.data = trainer.model, trainer.routers, data
+        self.token_ids: torch.Tensor | None = None  # [T], of the current batch, in the order of the hidden states
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Mean nats per token over all batches."""
+        total = 0.0
+        for batch in self.data:
+            self.token_ids = batch["tokens"].t().flatten()
+            arguments = batch["tokens"], batch["positions"], batch["mask"]
+            total += float(self.model(*arguments, labels=batch["labels"]).mean())
+        return total / len(self.data)
+
+    def counted(self, router: torch.nn.Module, counts: Counts):
+        """A context in which the router's choices are counted."""
+        choose = router._choose
+
+        def count(*args):
+            routes = choose(*args)
+            counts.add(self.token_ids, routes.topk_ids, routes.probs)
+            return routes
+
+        return replaced(router, count)
+
+    def by_id(self, router: torch.nn.Module, experts: torch.Tensor, probs: torch.Tensor):
+        """A context in which the router gives a token the experts of its id."""
+        from air_moe_megatron.routers.base import Routes
+
+        return replaced(router, lambda *args: Routes(experts[self.token_ids], probs[self.token_ids]))
+
+
+def rows_of(trainer: Trainer, train: list, count: list, test: list, vocabulary: int, label: str) -> list[dict]:
+    """Train a model on batches, count on others, measure on the rest; a row for each layer."""
+    for batch in tqdm(train, unit="step", desc=label):
+        trainer.step(batch)
+    trainer.model.eval()
+    meter, topk = Meter(trainer, count), trainer.routers[0].topk
+    counts = {router: Counts(vocabulary, router.num_experts) for router in trainer.routers}
+    with ExitStack() as stack:
+        for router in trainer.routers:
+            stack.enter_context(meter.counted(router, counts[router]))
+        meter.loss()
+    tables = {router: counts[router].most_frequent(topk) for router in trainer.routers}
+    meter.data = test
+    shares = {router: [] for router in trainer.routers}
+    with ExitStack() as stack:
+        for router in trainer.routers:
+            stack.enter_context(_overlap(meter, router, tables[router][0], shares[router]))
+        loss = meter.loss()
+    rows = []
+    for number, router in enumerate(trainer.routers, 1):
+        with meter.by_id(router, *tables[router]):
+            alone = meter.loss()
+        with ExitStack() as stack:
+            for earlier in trainer.routers[:number]:
+                stack.enter_context(meter.by_id(earlier, *tables[earlier]))
+            together = meter.loss()
+        rows.append(
+            {
+                "model": label, "layer": number, "loss": loss, "rise_alone": alone - loss,
+                "rise_with_earlier": together - loss,
+                "fixed_by_id": sum(shares[router]) / len(shares[router]), "information": counts[router].information(topk),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _overlap(meter: Meter, router: torch.nn.Module, experts: torch.Tensor, shares: list[float]):
+    """A context in which the share of the router's experts that are among those of the token's id is kept."""
+    choose = router._choose
+
+    def compare(*args):
+        routes = choose(*args)
+        of_id = experts[meter.token_ids]
+        found = (routes.topk_ids.unsqueeze(2) == of_id.unsqueeze(1)).any(dim=2)
+        shares.append(float(found.float().mean()))
+        return routes
+
+    return replaced(router, compare)
+
+
+def table(rows: pandas.DataFrame) -> str:
+    """The rows in words, in bits per token."""
+    lines = ["| model | layer | fixed by the id | information | loss without context | with all layers before |"]
+    lines.append(f"|{'---|' * 6}")
+    for row in rows.itertuples():
+        rises = (f"{rise / math.log(2):+.3f}" for rise in (row.rise_alone, row.rise_with_earlier))
+        cells = row.model, row.layer, f"{row.fixed_by_id:.1%}", f"{row.information:.2f}", *rises
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, count, measure; write the rows and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="TOML file of the study")
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of the corpus")
+    parser.add_argument("--work", type=Path, default=ROOT / "out/quality/data", help="folder of the prepared corpora")
+    parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows")
+    parser.add_argument("--experts", type=int, default=4096, help="a size of the study")
+    parser.add_argument("--variants", nargs="+", default=["air", "topk"], help="of the study")
+    parser.add_argument("--count", type=int, default=100, help="batches that are counted, after those of the training")
+    parser.add_argument("--test", type=int, default=30, help="batches that are measured")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU, as the study's runs have")
+    args = parser.parse_args(argv)
+    begin(args.threads)
+    config = tomllib.loads(args.config.read_text())
+    folder = args.work / f"{config['corpus']}-{config['vocabulary']}"
+    prepare(config["corpus"], config["vocabulary"], args.data_dir, folder)
+    rows = []
+    for variant in args.variants:
+        run = models(config, args.experts)[variant]
+        steps = run.flags["train-iters"]
+        with world() as (device, pg_collection):
+            text = shuffled(batches(folder / "train", run.flags, device), run.seed)[: steps + args.count]
+            test = shuffled(batches(folder / "test", run.flags, device), run.seed)[: args.test]
+            trainer = trainer_of(run, pg_collection, device, {**_OPTIMIZER}, seed=run.seed)
+            made = rows_of(trainer, text[:steps], text[steps:], test, run.vocabulary, variant)
+            rows += [row | {"corpus": run.corpus, "experts": args.experts} | environment(device) for row in made]
+        pandas.DataFrame(rows).to_csv(args.out, index=False)
+    logger.info("%s", table(pandas.DataFrame(rows)))
+
+
+if __name__ == "__main__":
+    main()
