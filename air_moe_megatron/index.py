@@ -10,7 +10,10 @@ How lists of source 'tokens' are rebuilt, once there are some:
 4. When all codewords have been ranked, the best L of each pool become the lists, at once, with the experts that none of
    them would hold (:func:`list_every_expert`).
 
-Legend: H hidden, E experts, C clusters, L shortlist, Q pool, R turns.
+Lists and pools come in S parts, each of consecutive experts, and every part is made by itself. So ranks that hold some
+of the experts make the same lists as a rank that holds all of them.
+
+Legend: H hidden, E experts, C clusters, L shortlist, Q pool, R turns, S parts.
 """
 
 from dataclasses import dataclass
@@ -20,7 +23,8 @@ import torch
 
 from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.lists import inverted_lists, list_every_expert
-from air_moe_megatron.ops.ranking import Ranking, rank_candidates, rank_experts
+from air_moe_megatron.ops.ranking import Ranking
+from air_moe_megatron.parts import Part, Span, pack, parts_of, spans, unpack
 
 SOURCES = ("tokens", "experts")
 
@@ -29,8 +33,6 @@ NUM_TURNS = 8  # R
 NUM_NEIGHBORS = 2  # codewords whose pools a codeword chooses from
 POOL = 4  # Q / L
 BLOCK = 32  # codewords ranked by one product, so that its bits do not depend on the number of ranks and steps
-
-_ID_BITS = 2**31 - 1
 
 
 def next_version(version: int, interval: int) -> int:
@@ -76,22 +78,12 @@ def rebuild_products(num_experts: int, num_clusters: int, shortlist_size: int) -
     return in_turn * num_experts + (num_clusters - in_turn) * (in_turn + num_candidates)
 
 
-def pack(score: torch.Tensor, codeword: torch.Tensor) -> torch.Tensor:
-    """int64 keys that order fp32 scores, and codewords where scores are equal: NaN first, the lower codeword first."""
-    bits = score.nan_to_num(torch.inf, torch.inf, -torch.inf).view(torch.int32)
-    bits = bits ^ ((bits >> 31) & _ID_BITS)  # negative floats are ordered the other way round
-    return (bits.long() << 32) | (codeword ^ _ID_BITS)
-
-
-def unpack(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and codewords of keys; codeword 0 with the score -inf for an expert that was tried nowhere."""
-    bits = (keys >> 32).int()
-    return (bits ^ ((bits >> 31) & _ID_BITS)).view(torch.float32), (keys & _ID_BITS) ^ _ID_BITS
-
-
 _UNTRIED = int(pack(torch.tensor(-torch.inf), torch.tensor(0)))
 REBUILDING = ("pool", "staged_keys", "progress")
 """Buffers that only rebuilds read; checkpoints from before they were spread over steps lack them."""
+
+_OF_EXPERTS = ("shortlist", "pool")
+"""Buffers of expert ids, which checkpoints hold as ids among all experts of the model."""
 
 
 @dataclass
@@ -118,7 +110,9 @@ class ShortlistIndex(torch.nn.Module):
         shortlist_size: L.
         source: "tokens" or "experts".
         refresh_interval: codebook updates, one per global batch, between two rebuilds once the codebook is old.
-        num_reserved: slots of each list, of the last ones, that orphans may take (:func:`list_every_expert`).
+        num_reserved: slots of each part of a list, of the last ones, that orphans may take (:func:`list_every_expert`).
+        num_parts: S, which divides E and L.
+        first_expert: id in checkpoints of the first of the E experts, where other ranks hold those before it.
     """
 
     def __init__(
@@ -129,8 +123,11 @@ class ShortlistIndex(torch.nn.Module):
         source: str,
         refresh_interval: int,
         num_reserved: int = 0,
+        num_parts: int = 1,
+        first_expert: int = 0,
     ) -> None:
         super().__init__()
+        self.num_experts, self.num_parts, self.first_expert = num_experts, num_parts, first_expert
         self.num_reserved = num_reserved
         self.source = source
         self.refresh_interval = refresh_interval
@@ -183,7 +180,7 @@ class ShortlistIndex(torch.nn.Module):
 
         Args:
             codebook: whose updates count; one of source 'experts' is fitted to the centers first.
-            weight, bias, score_function, expert_bias: as :func:`rank_experts` takes them.
+            weight, bias, score_function, expert_bias: as ``ops.ranking.rank_experts`` takes them.
             training: whether the forward trains.
             group: ranks with the same centers, which share the work; None means this rank alone.
         """
@@ -221,15 +218,26 @@ class ShortlistIndex(torch.nn.Module):
             codebook.fit_experts(weight, is_first=not self.is_built)
             self.shortlist.copy_(inverted_lists(codebook.codewords, weight, self.shortlist.shape[1]))
             return
-        scale, pool_size = codebook.typical_projections(), self.pool.shape[1]
-        ranking = rank_experts(codebook.codewords, scale, weight, bias, pool_size, score_function, expert_bias)
-        self.pool.copy_(ranking.lists)
-        self._list(ranking.nearest, ranking.score)
+        scale = codebook.typical_projections()
+        nearest = torch.empty(weight.shape[0], dtype=torch.int64, device=weight.device)
+        score = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+        for part in parts_of(self._spans(), weight, bias, score_function, expert_bias):
+            ranking = part.rank_experts(codebook.codewords, scale)
+            self.pool[:, part.span.pool] = (ranking.lists + part.span.experts.start).int()
+            nearest[part.span.experts], score[part.span.experts] = ranking.nearest, ranking.score
+        self._list(nearest, score)
+
+    def _spans(self) -> list[Span]:
+        return spans(self.num_parts, self.num_experts, self.shortlist.shape[1], self.pool.shape[1])
 
     def _list(self, nearest: torch.Tensor, score: torch.Tensor) -> None:
         """Put the lists in force that the pools and each expert's best codeword make."""
-        ranking = Ranking(self.pool[:, : self.shortlist.shape[1]].long(), nearest, score)
-        self.shortlist.copy_(list_every_expert(ranking, self.num_reserved, self._state()[1]))
+        turn = self._state()[1]
+        for span in self._spans():
+            first, length = span.experts.start, span.lists.stop - span.lists.start
+            best = self.pool[:, span.pool][:, :length].long() - first
+            ranking = Ranking(best, nearest[span.experts], score[span.experts])
+            self.shortlist[:, span.lists] = list_every_expert(ranking, self.num_reserved, turn) + first
 
     def _rank_share(
         self,
@@ -245,13 +253,14 @@ class ShortlistIndex(torch.nn.Module):
         rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
         pool = torch.full((rows.stop - rows.start, self.pool.shape[1]), -1, device=weight.device)
         share = Share(rows, codebook.updates_on_host, num_ranks, pool, torch.full_like(self.staged_keys, _UNTRIED))
-        scale, settings = codebook.typical_projections(), (weight, bias, score_function, expert_bias)
+        scale = codebook.typical_projections()
+        parts = parts_of(self._spans(), weight, bias, score_function, expert_bias)
         blocks = range(rows.start, rows.stop, BLOCK)
         try:
             for first in blocks[len(blocks) * rank // num_ranks : len(blocks) * (rank + 1) // num_ranks]:
                 block = slice(first, min(first + BLOCK, rows.stop))
                 pool[block.start - rows.start : block.stop - rows.start] = self._rank_block(
-                    block, codebook.codewords, scale, *settings, share.keys
+                    block, codebook.codewords, scale, parts, share.keys
                 )
         except Exception as error:
             if num_ranks == 1:
@@ -260,33 +269,31 @@ class ShortlistIndex(torch.nn.Module):
         return share
 
     def _rank_block(
-        self,
-        block: slice,
-        codewords: torch.Tensor,
-        scale: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        score_function: str | None,
-        expert_bias: torch.Tensor | None,
-        keys: torch.Tensor,
+        self, block: slice, codewords: torch.Tensor, scale: torch.Tensor, parts: list[Part], keys: torch.Tensor
     ) -> torch.Tensor:
         """[n, Q] pools of the codewords of a block; what experts score there enters their keys [E]."""
-        centers, selection = (weight, bias), (self.pool.shape[1], score_function, expert_bias)
         num_rebuilds = self._state()[1]
-        if block.start // BLOCK % self.num_turns == num_rebuilds % self.num_turns:
-            ranking = rank_experts(codewords[block], scale[block], *centers, *selection)
-            torch.maximum(keys, pack(ranking.score, ranking.nearest + block.start), out=keys)
-            return ranking.lists
-        ids = torch.arange(codewords.shape[0], device=weight.device)
-        first = ids[(num_rebuilds - 1) % self.num_turns * BLOCK :: self.num_turns * BLOCK]
-        had_their_turn = (first.unsqueeze(1) + ids[:BLOCK]).flatten().clamp(max=codewords.shape[0] - 1)
-        similarity = codewords[block] @ codewords[had_their_turn].t()
-        neighbors = had_their_turn[similarity.topk(min(NUM_NEIGHBORS, had_their_turn.numel()), dim=1).indices]
-        candidates = torch.cat((self.pool[block], self.shortlist[block], self.pool[neighbors].flatten(1)), dim=1)
-        ranking = rank_candidates(codewords[block], scale[block], *centers, candidates.long(), *selection)
-        values = pack(ranking.scores, ids[block].unsqueeze(1))
-        keys.scatter_reduce_(0, ranking.candidates.flatten(), values.flatten(), "amax")
-        return ranking.lists
+        ids = torch.arange(codewords.shape[0], device=codewords.device)
+        has_its_turn = block.start // BLOCK % self.num_turns == num_rebuilds % self.num_turns
+        if not has_its_turn:
+            first = ids[(num_rebuilds - 1) % self.num_turns * BLOCK :: self.num_turns * BLOCK]
+            had_their_turn = (first.unsqueeze(1) + ids[:BLOCK]).flatten().clamp(max=codewords.shape[0] - 1)
+            similarity = codewords[block] @ codewords[had_their_turn].t()
+            neighbors = had_their_turn[similarity.topk(min(NUM_NEIGHBORS, had_their_turn.numel()), dim=1).indices]
+        pools = []
+        for part in parts:
+            part_keys, start = keys[part.span.experts], part.span.experts.start
+            if has_its_turn:
+                ranking = part.rank_experts(codewords[block], scale[block])
+                torch.maximum(part_keys, pack(ranking.score, ranking.nearest + block.start), out=part_keys)
+            else:
+                pool, lists = self.pool[:, part.span.pool], self.shortlist[:, part.span.lists]
+                candidates = torch.cat((pool[block], lists[block], pool[neighbors].flatten(1)), dim=1)
+                ranking = part.rank_candidates(codewords[block], scale[block], candidates.long() - start)
+                values = pack(ranking.scores, ids[block].unsqueeze(1))
+                part_keys.scatter_reduce_(0, ranking.candidates.flatten(), values.flatten(), "amax")
+            pools.append(ranking.lists + start)
+        return torch.cat(pools, dim=1)
 
     @property
     def failure(self) -> Exception | None:
@@ -334,6 +341,12 @@ class ShortlistIndex(torch.nn.Module):
         self.staged_keys.fill_(_UNTRIED)
         self._set_state(share.version, num_rebuilds + 1, 0)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.first_expert:
+            for name in _OF_EXPERTS:
+                destination[prefix + name] = destination[prefix + name] + self.first_expert
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         strict, missing_keys = args[1], args[2]
         loaded = state_dict.get(prefix + "shortlist")
@@ -352,6 +365,11 @@ class ShortlistIndex(torch.nn.Module):
         is_whole = any(prefix + name in state_dict for name in REBUILDING)
         num_missing = len(missing_keys)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        for name in _OF_EXPERTS:
+            if prefix + name in state_dict:
+                self._buffers[name] -= self.first_expert
+        if loaded is not None and self.source == "tokens" and int(self.built_at) >= 0:
+            self._require_parts(prefix)
         if strict and not has_lists and not is_whole:
             del missing_keys[num_missing:]  # plain top-k routing has no lists: they are built in the first forward
         elif strict and not is_whole:  # the next lists are made at once
@@ -362,6 +380,16 @@ class ShortlistIndex(torch.nn.Module):
             self.staged_keys.fill_(_UNTRIED)
             self.progress.zero_()
         self._on_host = self._share = self._provisional = None
+
+    def _require_parts(self, prefix: str) -> None:
+        """Check that loaded lists hold in each part the experts of that part."""
+        for span in self._spans():
+            ids = self.shortlist[:, span.lists]
+            if not bool(((ids >= span.experts.start) & (ids < span.experts.stop)).all()):
+                raise ValueError(
+                    f"checkpoint holds {prefix}shortlist in another number of parts than moe_air_list_parts; "
+                    "train with the parts of the checkpoint"
+                )
 
 
 def _made_of(codebook: Codebook, weight: torch.Tensor) -> tuple[int, int | None, int]:

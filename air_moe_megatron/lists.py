@@ -13,6 +13,8 @@ def reserved_slots(num_experts: int, num_clusters: int, shortlist_size: int, top
     """Slots at the end of each list that go to experts which no list would hold: enough for all of them, where the
     top-k leaves room.
 
+    A list in parts is reserved for part by part: with the experts, the slots and the top-k of one part.
+
     Example: E = 16384, C = 512, L = 128 reserves 32 of the 128 slots.
     """
     return min(-(-num_experts // num_clusters), shortlist_size - topk)

@@ -32,6 +32,10 @@ class AIRFields:
     source 'experts'. 0 chooses 9/16*sqrt(experts) for 'tokens' (sqrt(experts) with one probe), twice the mean list for
     'experts', and never fewer than two times the top-k."""
 
+    moe_air_list_parts: int = 1
+    """Number of parts S of every shortlist, for source 'tokens'. Each holds the best L/S experts of its own range of
+    E/S consecutive experts, so that ranks can make parts of the lists by themselves."""
+
     moe_air_num_probes: int = 0
     """Number of codewords P whose shortlists are searched for a token. 0 chooses 8 for source 'tokens', fewer where
     that many lists could hold every expert, and 1 for 'experts'."""

@@ -121,6 +121,11 @@ AIR_WITH_BIAS = Cause(
     lambda config: config.moe_router_type == "air" and config.moe_router_enable_expert_bias,
     lambda config: "moe_router_enable_expert_bias (True)",
 )
+AIR_OF_EXPERTS = Cause(
+    "`air` with codebooks of source `experts`",
+    lambda config: config.moe_router_type == "air" and config.moe_air_codebook_source == "experts",
+    lambda config: "moe_air_codebook_source 'experts'",
+)
 PRODUCT_KEY = Cause("`product_key`", _type_is("product_key"), _by_type)
 PRODUCT_KEY_ON_TOKENS = Cause(
     "`product_key` on tokens",
@@ -145,8 +150,8 @@ COMPACT = Cause(
 )
 
 CAUSES = (
-    OURS, NOT_TOPK, GRANULAR, COMPACT, AIR_WITH_BIAS, SEARCHES, PRODUCT_KEY, PRODUCT_KEY_ON_TOKENS, HIERARCHICAL,
-    HASH, HASH_EVERYWHERE, HASH_LAYERS, VQ, MEGATRONS_OWN,
+    OURS, NOT_TOPK, GRANULAR, COMPACT, AIR_WITH_BIAS, AIR_OF_EXPERTS, SEARCHES, PRODUCT_KEY, PRODUCT_KEY_ON_TOKENS,
+    HIERARCHICAL, HASH, HASH_EVERYWHERE, HASH_LAYERS, VQ, MEGATRONS_OWN,
 )  # fmt: skip
 """In the order of docs/limits.md."""
 
@@ -170,6 +175,10 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         AIR_WITH_BIAS, "moe_air_num_candidates", _on,
         "a biased expert may win from behind the best candidates; leave it at 0",
+    ),
+    Refusal(
+        AIR_OF_EXPERTS, "moe_air_list_parts", _above_one,
+        "each expert stands in one list, whatever its id; leave it at 1",
     ),
     Refusal(PRODUCT_KEY_ON_TOKENS, "moe_product_key_dim", _on, "the sub-keys are then of hidden_size; leave it at 0"),
     Refusal(

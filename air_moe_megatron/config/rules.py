@@ -17,7 +17,7 @@ from air_moe_megatron.config.fields import (
 from air_moe_megatron.config.hash_layers import hash_layer_numbers, moe_layer_numbers, num_layers_of_first_chunk
 from air_moe_megatron.config.problems import Problems, passed_on, raise_first
 from air_moe_megatron.config.refusals import refused
-from air_moe_megatron.config.sizes import resolve_groups, resolve_product_keys, resolve_sizes
+from air_moe_megatron.config.sizes import least_of_part, resolve_groups, resolve_product_keys, resolve_sizes
 
 _HINTS = get_type_hints(AIRFields)
 _NEED_OURS = ("moe_dispatch", "moe_router_input_norm", "moe_air_diagnostics_interval")
@@ -150,6 +150,8 @@ def _invalid_codebook(config: TransformerConfig) -> Problems[None]:
     for name in ("moe_air_num_clusters", "moe_air_shortlist_size", "moe_air_num_probes"):
         if getattr(config, name) < 0:
             yield ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic one")
+    if config.moe_air_list_parts < 1:
+        yield ValueError(f"moe_air_list_parts ({config.moe_air_list_parts}) must be at least 1")
 
 
 def _invalid_counts(config: TransformerConfig) -> Problems[None]:
@@ -194,6 +196,7 @@ def _invalid_air(config: TransformerConfig) -> Problems[None]:
                 f"which are lost for good without them; use {min(2 * topk, num_experts)} or more, or 0 for the "
                 "automatic size"
             )
+        yield from _invalid_parts(config, sizes.shortlist_size)
         return
     if sizes.num_clusters * sizes.shortlist_size < num_experts:
         yield ValueError(
@@ -209,6 +212,25 @@ def _invalid_air(config: TransformerConfig) -> Problems[None]:
             f"moe_air_num_clusters ({sizes.num_clusters}), must be at least moe_router_topk ({topk}) with "
             "moe_air_codebook_source 'experts': a token would not find its top-k; use at most "
             f"{most_clusters} clusters, at least {least_probes} probes, or 0 for the automatic number of clusters"
+        )
+
+
+def _invalid_parts(config: TransformerConfig, shortlist_size: int) -> Problems[None]:
+    parts, num_experts, topk = config.moe_air_list_parts, config.num_moe_experts, config.moe_router_topk
+    if parts == 1:
+        return
+    if num_experts % parts:
+        yield ValueError(f"moe_air_list_parts ({parts}) must divide num_moe_experts ({num_experts})")
+    elif shortlist_size % parts:
+        yield ValueError(
+            f"moe_air_list_parts ({parts}) must divide moe_air_shortlist_size ({shortlist_size}): the parts of a list "
+            "are of equal size"
+        )
+    elif shortlist_size < num_experts and shortlist_size // parts < least_of_part(topk, parts):
+        yield ValueError(
+            f"moe_air_shortlist_size ({shortlist_size}) must be at least {parts * least_of_part(topk, parts)} with "
+            f"moe_air_list_parts ({parts}) and moe_router_topk ({topk}): each part needs a slot beyond its share of "
+            "the top-k, for the experts that no list would hold"
         )
 
 

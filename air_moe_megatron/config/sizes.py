@@ -48,7 +48,9 @@ def resolve_sizes(config: TransformerConfig) -> AIRSizes:
             wanted = _automatic(math.sqrt(num_experts))
         else:
             wanted = _automatic(_SHORT * math.sqrt(num_experts))
-        shortlist_size = min(max(wanted, 2 * topk), num_experts)
+        parts = config.moe_air_list_parts
+        wanted = max(wanted, 2 * topk, parts * least_of_part(topk, parts) if parts > 1 else 0)
+        shortlist_size = min(_round_up(wanted, parts), num_experts)
     most_probes = min(_automatic_probes(config), num_clusters, -(-num_experts // shortlist_size))
     num_probes = config.moe_air_num_probes or most_probes
     searched = num_probes * shortlist_size
@@ -57,6 +59,14 @@ def resolve_sizes(config: TransformerConfig) -> AIRSizes:
         wanted = max(_automatic(math.sqrt(num_experts)), 2 * topk)
         num_candidates = min(wanted, searched) if from_tokens else searched
     return AIRSizes(num_experts, topk, num_clusters, shortlist_size, num_probes, num_candidates)
+
+
+def least_of_part(topk: int, num_parts: int) -> int:
+    """The fewest slots that a part of a list may have: one more than its share of the top-k, for orphans.
+
+    Example: K = 4 in 8 parts: 2 slots.
+    """
+    return -(-topk // num_parts) + 1
 
 
 def _automatic_probes(config: TransformerConfig) -> int:

@@ -60,14 +60,7 @@ class AIRRouter(CompactRouter):
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.sizes = resolve_sizes(config)
         self.codebook = Codebook(self.sizes.num_clusters, config.hidden_size, config.moe_air_codebook_ema)
-        self.index = ShortlistIndex(
-            self.num_experts,
-            self.sizes.num_clusters,
-            self.sizes.shortlist_size,
-            config.moe_air_codebook_source,
-            config.moe_air_refresh_interval,
-            reserved_slots(self.num_experts, self.sizes.num_clusters, self.sizes.shortlist_size, self.topk),
-        )
+        self.index = self._make_index()
         # No slot of the routes stays empty: lists of source 'tokens' are full. Inverted lists may be short, and several
         # lists may hold fewer than M distinct experts: an empty slot may then stand in for one whose score underflows.
         self.always_complete = config.moe_air_codebook_source == "tokens" and self.sizes.num_probes == 1
@@ -77,6 +70,25 @@ class AIRRouter(CompactRouter):
         self.keeps_sample = config.moe_air_diagnostics_interval > 0
         self.sample: TokenSample | None = None
         self.observer: CodewordCounter | None = None
+
+    def _make_index(self, num_shards: int = 1, shard: int = 0) -> ShortlistIndex:
+        """The lists of the router's experts, or of one of equal shards of consecutive ones."""
+        sizes, num_parts = self.sizes, self.config.moe_air_list_parts
+        experts, slots, share = (
+            sizes.num_experts // num_parts,
+            sizes.shortlist_size // num_parts,
+            -(-self.topk // num_parts),
+        )
+        return ShortlistIndex(
+            sizes.num_experts // num_shards,
+            sizes.num_clusters,
+            sizes.shortlist_size // num_shards,
+            self.config.moe_air_codebook_source,
+            self.config.moe_air_refresh_interval,
+            reserved_slots(experts, sizes.num_clusters, slots, share),
+            num_parts // num_shards,
+            shard * (sizes.num_experts // num_shards),
+        )
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         with hidden_from_checkpoints():
@@ -195,7 +207,10 @@ class AIRRouter(CompactRouter):
     @staticmethod
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
         """As the base's."""
-        return {"moe_air_codebook_source": config.moe_air_codebook_source}
+        return {
+            "moe_air_codebook_source": config.moe_air_codebook_source,
+            "moe_air_list_parts": config.moe_air_list_parts,
+        }
 
     @staticmethod
     def flops(

@@ -411,6 +411,7 @@ OTHER_ROUTER = {
         HASH | {"moe_hash_balance": "frequency"},
         r"another form: --moe-hash-balance \(frequency\) must be ids$",
     ),
+    "list-parts": (AIR, AIR | {"moe_air_list_parts": 2}, r"another form: --moe-air-list-parts \(2\) must be 1$"),
     "hash-seed": (HASH, HASH | {"moe_hash_seed": 3}, r"another form: --moe-hash-seed \(3\) must be 0$"),
     "product-key-size": (
         PRODUCT_KEYS,

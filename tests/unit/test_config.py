@@ -108,6 +108,23 @@ REFUSED = {
         dict(num_moe_experts=63, expert_model_parallel_size=2),
         ["num_moe_experts (63)", "divisible by", "expert_model_parallel_size (2)"],
     ),
+    "no-parts": (dict(moe_air_list_parts=0), ["moe_air_list_parts (0)", "at least 1"]),
+    "parts-of-experts": (
+        dict(moe_air_list_parts=3),
+        ["moe_air_list_parts (3)", "must divide num_moe_experts (64)"],
+    ),
+    "parts-of-lists": (
+        dict(moe_air_list_parts=4, moe_air_shortlist_size=18),
+        ["moe_air_list_parts (4)", "must divide moe_air_shortlist_size (18)"],
+    ),
+    "parts-without-room-for-orphans": (
+        dict(moe_air_list_parts=8, moe_air_shortlist_size=8),
+        ["moe_air_shortlist_size (8)", "at least 16", "moe_air_list_parts (8)", "moe_router_topk (4)"],
+    ),
+    "parts-of-inverted-lists": (
+        dict(moe_air_codebook_source="experts", moe_air_list_parts=2),
+        ["moe_air_list_parts (2)", "moe_air_codebook_source 'experts'", "stands in one list"],
+    ),
     "inverted-lists-too-small": (
         dict(moe_air_codebook_source="experts", moe_air_num_clusters=8, moe_air_shortlist_size=7),
         ["moe_air_num_clusters (8)", "moe_air_shortlist_size (7)", "at least num_moe_experts (64)"],
@@ -384,6 +401,8 @@ AUTOMATIC = {
     "topk-all": (64, 64, {}, 32, 64, 1, 64),
     "one-probe": (65536, 64, dict(moe_air_num_probes=1), 1024, 256, 1, 256),
     "one-probe-of-few": (4096, 16, dict(moe_air_num_probes=1), 256, 64, 1, 64),
+    "parts-round-up": (4096, 16, dict(moe_air_list_parts=16), 256, 48, 8, 64),
+    "many-parts": (4096, 16, dict(moe_air_list_parts=32), 256, 64, 8, 64),
     "full-lists": (64, 4, dict(moe_air_shortlist_size=64), 32, 64, 1, 16),
     "fewer-codewords-than-probes": (4096, 16, dict(moe_air_num_clusters=3), 3, 40, 3, 64),
     "experts-four-topk-in-the-mean-list": (16384, 32, EXPERT_LISTS, 128, 256, 1, 256),

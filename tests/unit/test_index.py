@@ -530,6 +530,61 @@ def test_after_a_turn_of_every_codeword_the_lists_keep_the_best_of_all_experts(s
     assert all(kept <= listed for kept, listed in zip(as_sets(best), as_sets(index.shortlist), strict=True))
 
 
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_lists_in_parts_are_bitwise_the_lists_of_an_index_for_each_part(selection):
+    """Over spread rebuilds with moving centers; saved, they are the columns of the whole, with its ids."""
+    num_parts, num_experts, size = 3, 120, 12
+    with_bias, function = SELECTIONS[selection]
+    bias = 0.3 * randn(num_experts, seed=3) if with_bias else None
+    expert_bias = None if function is None else 0.1 * randn(num_experts, seed=4)
+    whole = Setup("tokens", 3, num_experts, size)
+    whole.index = ShortlistIndex(num_experts, 80, size, "tokens", 3, 1, num_parts)
+    each = num_experts // num_parts
+    parts = [slice(first, first + each) for first in range(0, num_experts, each)]
+    indices = [ShortlistIndex(each, 80, size // num_parts, "tokens", 3, 1, first_expert=part.start) for part in parts]
+    for step in range(24):
+        arguments = (whole.weight, bias, function, expert_bias)
+        whole.index.refresh(whole.codebook, *arguments)
+        for index, part in zip(indices, parts, strict=True):
+            of_part = (None if values is None else values[part] for values in (whole.weight, bias, expert_bias))
+            weight, part_bias, part_expert_bias = of_part
+            index.refresh(whole.codebook, weight, part_bias, function, part_expert_bias)
+            index.commit()
+        whole.step(step)
+        states = [index.state_dict() for index in indices]
+        for name, value in whole.index.state_dict().items():
+            of_parts = [state[name] for state in states]
+            split = {"shortlist": 1, "pool": 1, "staged_keys": 0}.get(name)
+            assert torch.equal(value, of_parts[0] if split is None else torch.cat(of_parts, dim=split)), (step, name)
+    assert int(whole.index.progress[0]) > 8  # every codeword had its turn
+    held = whole.index.shortlist.view(80, num_parts, -1) // each
+    assert bool((held == torch.arange(num_parts).view(1, -1, 1)).all())
+    assert set(present(whole.index.shortlist)) == set(range(num_experts))
+
+
+def test_a_part_is_saved_with_the_ids_of_the_model_and_loaded_from_them():
+    index = ShortlistIndex(40, 80, 4, "tokens", 3, 1, first_expert=40)
+    codebook = Codebook(80, 6, 0.8)
+    index.refresh(codebook, randn(40, 6), None)
+    state = {name: value.clone() for name, value in index.state_dict().items()}
+    assert torch.equal(state["shortlist"], index.shortlist + 40) and torch.equal(state["pool"], index.pool + 40)
+    again = ShortlistIndex(40, 80, 4, "tokens", 3, 1, first_expert=40)
+    again.load_state_dict(state)
+    assert torch.equal(again.shortlist, index.shortlist) and torch.equal(again.pool, index.pool)
+
+
+@pytest.mark.parametrize("saved, loading", ((1, 3), (2, 3)))
+def test_lists_in_other_parts_are_refused(saved, loading):
+    def index_of(num_parts):
+        return ShortlistIndex(120, 80, 12, "tokens", 3, 1, num_parts)
+
+    index = index_of(saved)
+    index.refresh(Codebook(80, 6, 0.8), randn(120, 6), None)
+    index_of(saved).load_state_dict(index.state_dict())
+    with pytest.raises(ValueError, match="another number of parts than moe_air_list_parts"):
+        index_of(loading).load_state_dict(index.state_dict())
+
+
 def test_every_expert_is_tried_in_every_rebuild():
     """At least where it stands: so the orphan rule knows a codeword for it."""
     codebook, index, arguments = fixed("plain")

@@ -16,7 +16,7 @@ NAME = PACKAGE.name
 LAYERS = (
     {"ops", "config", "compat", "console", "module_state", "process_groups", "recomputation"},
     {"learner", "cpu"},
-    {"codebook", "lists"},
+    {"codebook", "lists", "parts"},
     {"index", "running_norm"},
     {"routers", "dispatcher", "experts"},
     {"bounds"},
@@ -33,7 +33,7 @@ LAYERS = (
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # These import torch (and Triton) only, never Megatron.
-TORCH_ONLY = ("ops", "module_state", "recomputation", "learner", "codebook", "lists", "index", "running_norm")
+TORCH_ONLY = ("ops", "module_state", "recomputation", "learner", "codebook", "lists", "parts", "index", "running_norm")
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
