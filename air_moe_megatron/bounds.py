@@ -184,6 +184,8 @@ class FrozenBounds:
     """
 
     def __init__(self, router: AIRRouter, num_verified: int | None = None, with_mass: bool = True) -> None:
+        if not router.holds_all_centers:
+            raise ValueError("the router holds some of the centers only; build it without moe_air_shard_experts")
         size = router.index.shortlist.shape[1] if num_verified is None else num_verified
         if size < 0:
             raise ValueError(f"num_verified ({num_verified}) must be at least 0")

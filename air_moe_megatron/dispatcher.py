@@ -31,6 +31,7 @@ from air_moe_megatron.ops.exchange import combine, make_plan, pack
 from air_moe_megatron.ops.pair_products import Pairs, make_pairs
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.recomputation import is_in_backward
+from air_moe_megatron.row_exchange import ShardedRows
 
 
 @dataclass
@@ -224,3 +225,69 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         traffic.remote_row_bytes += (sum(rows_sent) - rows_sent[self.ep_rank]) * row_bytes
         traffic.pair_bytes += sum(pairs_sent) * pair_bytes
         traffic.remote_pair_bytes += (sum(pairs_sent) - pairs_sent[self.ep_rank]) * pair_bytes
+
+
+class ShardedTokenDispatcher(CompactTokenDispatcher):
+    """The dispatcher of sharded routing: the experts take the rows that the router has gathered.
+
+    What is left to send are the probs, one number per pair, and the partial sums of all rows on their way back.
+
+    Args:
+        num_local_experts, config, pg_collection: as :class:`CompactTokenDispatcher`.
+    """
+
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, sharded: ShardedRows, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the rows; no communication.
+
+        Args:
+            hidden_states: [..., H], the T tokens that were routed.
+            sharded: what the router has gathered.
+            probs: [T, K].
+        Returns:
+            [T, H] tokens, [T, K] probs.
+        """
+        self._shape, self._plan = hidden_states.shape, sharded
+        return hidden_states.reshape(-1, hidden_states.shape[-1]), probs
+
+    def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Send the probs to the owners of their experts: one all-to-all; does not wait for the device.
+
+        Args:
+            hidden_states: [T, H].
+            probs: [T, K].
+        Returns:
+            [R, H] rows of all ranks and [N] probs of this rank's pairs.
+        """
+        sharded = self._plan
+        self._pairs = sharded.selected.pairs
+        self._count_sharded_traffic(hidden_states, probs, sharded)
+        return sharded.rows, sharded.selected.send(probs)
+
+    def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Add up the partial sums at home: [R, H] -> [T, H], in fp32 or wider. Does not wait for the device."""
+        return self._plan.exchange.sum(hidden_states)
+
+    def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Give the tokens their shape."""
+        shape = self._shape
+        self._release()
+        return hidden_states.view(shape)
+
+    def _count_sharded_traffic(self, hidden_states: torch.Tensor, probs: torch.Tensor, sharded: ShardedRows) -> None:
+        """Count what this rank hands over in a forward: its rows, codewords and marks to all ranks, and the scores and
+        ids of all rows."""
+        num_tokens, num_ranks = hidden_states.shape[0], self.ep_size
+        traffic = self.recomputed_traffic if is_in_backward() else self.traffic
+        traffic.tokens += num_tokens
+        row_bytes = num_tokens * hidden_states.shape[1] * hidden_states.element_size()
+        traffic.row_bytes += num_ranks * row_bytes
+        traffic.remote_row_bytes += (num_ranks - 1) * row_bytes
+        to_owners = num_tokens * (4 * sharded.num_probes + sharded.width)  # int32 codewords, bytes of marks
+        per_row = sharded.width * (sharded.score_bytes + 4)  # scores and int32 ids
+        sent = sharded.selected.sent
+        traffic.pair_bytes += num_ranks * to_owners + sharded.exchange.num_rows * per_row
+        traffic.pair_bytes += sum(sent) * probs.element_size()
+        traffic.remote_pair_bytes += (num_ranks - 1) * to_owners + (sharded.exchange.num_rows - num_tokens) * per_row
+        traffic.remote_pair_bytes += (sum(sent) - sent[self.ep_rank]) * probs.element_size()

@@ -76,15 +76,19 @@ def empty_share(loads: Sequence[torch.Tensor], num_routed: torch.Tensor, topks: 
 
 @torch.no_grad()
 def listed_share(routers: Sequence[AIRRouter]) -> float:
-    """Share of the experts that stand in some shortlist, as a mean over the routers; waits for the device."""
+    """Share of the experts that stand in some shortlist, as a mean over the routers; waits for the device.
+
+    Every rank must call it: sharded routers communicate.
+    """
     return float(torch.stack([listed_share_of(router) for router in routers]).mean())
 
 
 def listed_share_of(router: AIRRouter) -> torch.Tensor:
     """[] fp64: the share of :func:`listed_share` for one router."""
-    listed = torch.zeros(router.num_experts + 1, dtype=torch.bool, device=router.index.shortlist.device)
-    listed[router.index.shortlist.long().flatten()] = True  # -1, for no expert, is the last slot
-    return listed[:-1].double().mean()
+    index = router.index
+    listed = torch.zeros(index.num_experts + 1, dtype=torch.bool, device=index.shortlist.device)
+    listed[index.shortlist.long().flatten()] = True  # -1, for no expert, is the last slot
+    return router.mean_over_shards(listed[:-1].double().mean())
 
 
 def dispatch_figures(layers: Sequence[AIRMoELayer], group: torch.distributed.ProcessGroup | None) -> dict[str, float]:

@@ -112,7 +112,8 @@ class ShortlistIndex(torch.nn.Module):
         refresh_interval: codebook updates, one per global batch, between two rebuilds once the codebook is old.
         num_reserved: slots of each part of a list, of the last ones, that orphans may take (:func:`list_every_expert`).
         num_parts: S, which divides E and L.
-        first_expert: id in checkpoints of the first of the E experts, where other ranks hold those before it.
+        shard, num_shards: which of so many equal shards of consecutive experts the E are. Checkpoints hold ids among
+            all of them.
     """
 
     def __init__(
@@ -124,10 +125,12 @@ class ShortlistIndex(torch.nn.Module):
         refresh_interval: int,
         num_reserved: int = 0,
         num_parts: int = 1,
-        first_expert: int = 0,
+        shard: int = 0,
+        num_shards: int = 1,
     ) -> None:
         super().__init__()
-        self.num_experts, self.num_parts, self.first_expert = num_experts, num_parts, first_expert
+        self.num_experts, self.num_parts, self.num_shards = num_experts, num_parts, num_shards
+        self.first_expert = shard * num_experts
         self.num_reserved = num_reserved
         self.source = source
         self.refresh_interval = refresh_interval
@@ -263,7 +266,7 @@ class ShortlistIndex(torch.nn.Module):
                     block, codebook.codewords, scale, parts, share.keys
                 )
         except Exception as error:
-            if num_ranks == 1:
+            if num_ranks == self.num_shards == 1:
                 raise
             share.failure = error  # the other ranks learn of it at the end of the step
         return share

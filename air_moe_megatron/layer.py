@@ -11,18 +11,19 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.config import hash_layer_config, hash_layer_numbers, num_hash_layers
-from air_moe_megatron.dispatcher import CompactTokenDispatcher
+from air_moe_megatron.config import hash_layer_config, hash_layer_numbers, is_sharded, num_hash_layers
+from air_moe_megatron.dispatcher import CompactTokenDispatcher, ShardedTokenDispatcher
 from air_moe_megatron.process_groups import HoldsProcessGroups
-from air_moe_megatron.routers import HashRouter
+from air_moe_megatron.routers import HashRouter, ShardedAIRRouter
 
 
 class AIRMoELayer(HoldsProcessGroups, MoELayer):
     """Route, dispatch, apply the experts, combine: Megatron's steps, without anything of size [tokens, experts].
 
     With ``moe_dispatch`` "compact" the router's :class:`Routes` go to a :class:`CompactTokenDispatcher` and
-    :class:`GranularExperts`. With "stock" it is Megatron's layer. With ``moe_num_hash_layers`` the number of the layer
-    decides whether it gets a :class:`HashRouter` instead, so the router is made by :meth:`set_layer_number`.
+    :class:`GranularExperts`; with ``moe_air_shard_experts`` it is a :class:`ShardedTokenDispatcher`. With "stock" it is
+    Megatron's layer. With ``moe_num_hash_layers`` the number of the layer decides whether it gets a :class:`HashRouter`
+    instead, so the router is made by :meth:`set_layer_number`.
 
     Args: as ``MoELayer``'s, and
         hash_layers: numbers of the layers that get a hash router; None means by ``moe_layer_freq``.
@@ -54,9 +55,15 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
                 partial(HashRouter, config=hash_layer_config(config), pg_collection=pg_collection),
             )
         self.is_compact = config.moe_dispatch == "compact"
+        if isinstance(self.router, ShardedAIRRouter) != is_sharded(config):
+            raise ValueError(
+                f"moe_air_shard_experts ({is_sharded(config)}) does not fit the router {type(self.router).__name__}: "
+                "build the layer with air_moe_megatron.routers.router_class(config)"
+            )
         if self.is_compact:
             self.local_expert_indices = range(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
-            self.token_dispatcher = CompactTokenDispatcher(self.num_local_experts, config, pg_collection)
+            dispatcher = ShardedTokenDispatcher if is_sharded(config) else CompactTokenDispatcher
+            self.token_dispatcher = dispatcher(self.num_local_experts, config, pg_collection)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Set the layer's number, counted from 1; the first time, make the router that it decides.

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from air_moe_megatron.arguments import moe_layers
-from air_moe_megatron.config import is_plain_topk, num_hash_layers
+from air_moe_megatron.config import is_plain_topk, is_sharded, num_hash_layers
 from air_moe_megatron.routers import ROUTERS
 
 _GIB = 2**30
@@ -57,7 +57,9 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
     scored_layers = max(0, layers - num_hash_layers(args))  # the rank may be that of all hash layers
     expert_size = projections * (args.moe_ffn_hidden_size or args.ffn_hidden_size) * (args.moe_latent_size or hidden)
     expert_replicas = args.world_size // (expert_shards * args.pipeline_model_parallel_size)
-    router_replicas = args.data_parallel_size * args.context_parallel_size
+    router_shards, router_replicas = 1, args.data_parallel_size * args.context_parallel_size
+    if is_sharded(args):
+        router_shards, router_replicas = args.expert_model_parallel_size, expert_replicas
     tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
     if args.sequence_parallel:
         tokens //= args.tensor_model_parallel_size
@@ -65,7 +67,7 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
     return {
         "experts": layers * experts * expert_size // expert_shards * _bytes_per_parameter(args, expert_replicas),
         "routers": scored_layers
-        * experts
+        * (experts // router_shards)
         * (router_size * _bytes_per_parameter(args, router_replicas) + (args.moe_router_type == "air") * _KEY_BYTES),
         f"maps of {tokens} tokens times {experts} experts, which --moe-dispatch compact avoids": (
             tokens * experts * map_bytes if args.moe_dispatch == "stock" else 0

@@ -51,13 +51,14 @@ def measure(router: AIRRouter, num_verified: int | None = None) -> SampleFigures
         num_verified: unlisted experts whose scores a certificate may look at, those that could score highest; None
             means as many as stand in one list. With 0 the certificate reads constants only.
     Returns:
-        the figures of n tokens, on the router's device; None without a sample or where all of it is padding.
+        the figures of n tokens, on the router's device; None without a sample, where all of it is padding, or where
+        the router holds some of the centers only.
 
     Example: exact probabilities [0.5, 0.3, 0.2], a shortlist of the experts 0 and 2, and K = 2: mass recall 0.7, top-k
     recall 0.5, bounds of at most 0.7, not certified.
     """
     sample = router.sample
-    if sample is None:
+    if sample is None or not router.holds_all_centers:
         return None
     hidden, codewords = sample.hidden, sample.codewords
     if sample.padding_mask is not None:

@@ -22,7 +22,7 @@ from air_moe_megatron.config import hash_layer_numbers, is_plain_topk, num_hash_
 from air_moe_megatron.dispatcher import CompactTokenDispatcher
 from air_moe_megatron.experts import GranularExperts
 from air_moe_megatron.layer import AIRMoELayer
-from air_moe_megatron.routers import ROUTERS
+from air_moe_megatron.routers import router_class
 
 if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
@@ -101,7 +101,7 @@ def _air_layer(layer: type[MoELayer], config: TransformerConfig) -> type[MoELaye
 
 def _air_submodules(submodules: MoESubmodules, config: TransformerConfig) -> MoESubmodules:
     changes = {"experts": GranularExperts} if config.moe_granular_experts else {}
-    return _replace(submodules, router=ROUTERS[config.moe_router_type], **changes)
+    return _replace(submodules, router=router_class(config), **changes)
 
 
 def _replace[S](part: S, **changes: object) -> S:
@@ -176,7 +176,7 @@ def require_routers(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
                         "build AIRMoELayer, as air_layer_spec does"
                     )
             if isinstance(module, TopKRouter) and not is_plain_topk(module.config):
-                if not isinstance(module, ROUTERS[module.config.moe_router_type]):
+                if not isinstance(module, router_class(module.config)):
                     raise ValueError(
                         f"moe_router_type {module.config.moe_router_type!r} did not reach {name}, a "
                         f"{type(module).__name__}: its layer spec must build MoE layers with MoESubmodules, whose "

@@ -4,7 +4,7 @@ import torch
 
 from air_moe_megatron import AIRMoEConfig, AIRMoELayer
 from air_moe_megatron.experts import GranularExperts
-from air_moe_megatron.routers import ROUTERS
+from air_moe_megatron.routers import router_class
 
 HIDDEN, EXPERTS, VOCABULARY = 16, 64, 40
 STOCK = dict(moe_granular_experts=False, moe_dispatch="stock", moe_router_dtype=None)
@@ -30,7 +30,7 @@ def make_layer(groups, **fields) -> AIRMoELayer:
 
     config = make_config(**fields)
     torch.manual_seed(0)
-    router = ROUTERS[config.moe_router_type]
+    router = router_class(config)
     layer = AIRMoELayer(config, MoESubmodules(experts=GranularExperts, router=router), 1, groups)
     layer.set_layer_number(1)
     return layer
@@ -40,7 +40,7 @@ def make_router(groups, seed: int = 0, **fields):
     """The router that the fields ask for; equal weights for equal fields and seed."""
     config = make_config(**fields)
     torch.manual_seed(seed)
-    router = ROUTERS[config.moe_router_type](config, groups)
+    router = router_class(config)(config, groups)
     router.set_layer_number(1)
     return router
 

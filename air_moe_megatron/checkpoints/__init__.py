@@ -16,7 +16,7 @@ from air_moe_megatron.agreement import Ranks
 from air_moe_megatron.checkpoints.checks import unfit_contents
 from air_moe_megatron.checkpoints.reader import Damaged, Location, advice, locate, read
 from air_moe_megatron.checkpoints.saving import check_optimizer_resumes, check_room, find_write_problem
-from air_moe_megatron.config import AIRFields, Problems, problem_of, raise_first
+from air_moe_megatron.config import LAYOUT_FIELDS, AIRFields, Problems, problem_of, raise_first
 from air_moe_megatron.diagnostics.files import find_write_problem as find_diagnostics_problem
 
 __all__ = ["check_checkpoint", "fields_of_checkpoint", "saved_arguments", "unfit_checkpoint"]
@@ -91,7 +91,7 @@ def fields_of_checkpoint(args: argparse.Namespace, ranks: Ranks) -> dict[str, An
             return {}
         with _naming(location):
             saved_by = read(location).args
-        names = [field.name for field in dataclasses.fields(AIRFields)]
+        names = [field.name for field in dataclasses.fields(AIRFields) if field.name not in LAYOUT_FIELDS]
         return {name: getattr(saved_by, name) for name in names if hasattr(saved_by, name)}
 
     return ranks.agree("arguments of the checkpoint", _report(args), judge)

@@ -10,10 +10,12 @@ import dataclasses
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config.fields import (
+    LAYOUT_FIELDS,
     ROUTER_TYPES,
     AIRFields,
     balancing_losses,
     is_plain_topk,
+    is_sharded,
     megatron_has_hash_layers,
     num_hash_layers,
     router_type_of,
@@ -34,6 +36,7 @@ from air_moe_megatron.config.sizes import (
 
 __all__ = [
     "CAUSES",
+    "LAYOUT_FIELDS",
     "REFUSALS",
     "ROUTER_TYPES",
     "AIRFields",
@@ -48,6 +51,7 @@ __all__ = [
     "hash_layer_numbers",
     "invalid",
     "is_plain_topk",
+    "is_sharded",
     "megatron_has_hash_layers",
     "num_hash_layers",
     "passed_on",

@@ -36,6 +36,11 @@ class AIRFields:
     """Number of parts S of every shortlist, for source 'tokens'. Each holds the best L/S experts of its own range of
     E/S consecutive experts, so that ranks can make parts of the lists by themselves."""
 
+    moe_air_shard_experts: bool = False
+    """Shard centers, lists and their rebuild over the expert-parallel ranks with the experts, instead of replicating
+    them. moe_air_list_parts must be a multiple of the expert-parallel size (needs moe_granular_experts and moe_dispatch
+    'compact')."""
+
     moe_air_num_probes: int = 0
     """Number of codewords P whose shortlists are searched for a token. 0 chooses 8 for source 'tokens', fewer where
     that many lists could hold every expert, and 1 for 'experts'."""
@@ -115,6 +120,9 @@ class AIRFields:
 _OF_EVERY_ROUTER = ("moe_air_diagnostics_interval",)
 """Fields that are named like those of one router type, and that every router of ours heeds."""
 
+LAYOUT_FIELDS = ("moe_air_shard_experts",)
+"""Fields that say where a model's parts are kept, and not what they are: a checkpoint fits any value."""
+
 ROUTER_TYPES: tuple[str, ...] = get_args(get_type_hints(AIRFields)["moe_router_type"])
 
 
@@ -141,6 +149,11 @@ def megatron_has_hash_layers() -> bool:
 def uses_hash(values: object) -> bool:
     """Whether config or arguments ask for a hash router in any layer."""
     return values.moe_router_type == "hash" or num_hash_layers(values) > 0
+
+
+def is_sharded(values: object) -> bool:
+    """Whether config or arguments ask for AIR routers whose centers are sharded over the expert-parallel ranks."""
+    return values.moe_router_type == "air" and values.moe_air_shard_experts
 
 
 def balancing_losses(values: object) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.config.fields import balancing_losses, is_plain_topk, num_hash_layers
+from air_moe_megatron.config.fields import balancing_losses, is_plain_topk, is_sharded, num_hash_layers
 from air_moe_megatron.config.problems import Problems
 
 
@@ -126,6 +126,7 @@ AIR_OF_EXPERTS = Cause(
     lambda config: config.moe_router_type == "air" and config.moe_air_codebook_source == "experts",
     lambda config: "moe_air_codebook_source 'experts'",
 )
+SHARDED = Cause("`air` with sharded experts", is_sharded, lambda config: "moe_air_shard_experts (True)")
 PRODUCT_KEY = Cause("`product_key`", _type_is("product_key"), _by_type)
 PRODUCT_KEY_ON_TOKENS = Cause(
     "`product_key` on tokens",
@@ -150,8 +151,8 @@ COMPACT = Cause(
 )
 
 CAUSES = (
-    OURS, NOT_TOPK, GRANULAR, COMPACT, AIR_WITH_BIAS, AIR_OF_EXPERTS, SEARCHES, PRODUCT_KEY, PRODUCT_KEY_ON_TOKENS,
-    HIERARCHICAL, HASH, HASH_EVERYWHERE, HASH_LAYERS, VQ, MEGATRONS_OWN,
+    OURS, NOT_TOPK, GRANULAR, COMPACT, AIR_WITH_BIAS, AIR_OF_EXPERTS, SHARDED, SEARCHES, PRODUCT_KEY,
+    PRODUCT_KEY_ON_TOKENS, HIERARCHICAL, HASH, HASH_EVERYWHERE, HASH_LAYERS, VQ, MEGATRONS_OWN,
 )  # fmt: skip
 """In the order of docs/limits.md."""
 
@@ -179,6 +180,30 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         AIR_OF_EXPERTS, "moe_air_list_parts", _above_one,
         "each expert stands in one list, whatever its id; leave it at 1",
+    ),
+    Refusal(
+        SHARDED, "moe_dispatch", _not("compact"),
+        "the experts take the rows that the router gathers; add --moe-dispatch compact and --moe-granular-experts",
+    ),
+    Refusal(
+        SHARDED, "moe_air_codebook_source", _is("experts"),
+        "such a codebook is fitted to all centers on every rank; use 'tokens'",
+    ),
+    Refusal(
+        SHARDED, "moe_router_input_norm", _is("running"),
+        "tokens travel once, and the experts take them as they are",
+    ),
+    Refusal(
+        SHARDED, "moe_input_jitter_eps", _given,
+        "tokens travel once, and the experts take them without jitter",
+    ),
+    Refusal(
+        SHARDED, "moe_num_hash_layers", _on,
+        "a hash layer gives ids, and the dispatcher of sharded routing takes the rows that a router gathers",
+    ),
+    Refusal(
+        SHARDED, "moe_router_force_load_balancing", _on,
+        "random scores would be drawn for all candidates, and a rank returns the best of its own only",
     ),
     Refusal(PRODUCT_KEY_ON_TOKENS, "moe_product_key_dim", _on, "the sub-keys are then of hidden_size; leave it at 0"),
     Refusal(

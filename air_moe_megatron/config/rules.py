@@ -217,6 +217,12 @@ def _invalid_air(config: TransformerConfig) -> Problems[None]:
 
 def _invalid_parts(config: TransformerConfig, shortlist_size: int) -> Problems[None]:
     parts, num_experts, topk = config.moe_air_list_parts, config.num_moe_experts, config.moe_router_topk
+    ep_size = config.expert_model_parallel_size
+    if config.moe_air_shard_experts and parts % ep_size:
+        yield ValueError(
+            f"moe_air_list_parts ({parts}) must be a multiple of expert_model_parallel_size ({ep_size}) with "
+            "moe_air_shard_experts (True): each rank makes the parts of its own experts"
+        )
     if parts == 1:
         return
     if num_experts % parts:

@@ -81,7 +81,9 @@ def _sums_of(router: AIRRouter, counter: CodewordCounter) -> torch.Tensor:
 def layer_figures(
     router: CompactRouter, sums: RouterSums, load: torch.Tensor, last_lists: torch.Tensor | None
 ) -> dict[str, Any]:
-    """The figures of one layer, without those that its router does not have; does not communicate.
+    """The figures of one layer, without those that its router does not have.
+
+    Every rank of the stage must call it: a sharded router communicates over its expert-parallel group.
 
     Args:
         router: of the layer.
@@ -100,7 +102,8 @@ def layer_figures(
             figures["quantization_error"] = error
         figures |= codeword_figures(sums.codeword_load)
         if last_lists is not None:
-            figures["list_overlap"] = list_overlap(last_lists, router.index.shortlist)
+            overlap = list_overlap(last_lists, router.index.shortlist)
+            figures["list_overlap"] = float(router.mean_over_shards(load.new_tensor(overlap, dtype=torch.float64)))
         figures["experts_listed"] = float(listed_share_of(router))
     names = ("experts_used", "imbalance_factor", "rank_imbalance")
     values = load_figures_of(load, router.config.expert_model_parallel_size).tolist()

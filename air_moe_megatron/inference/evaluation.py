@@ -28,6 +28,7 @@ from air_moe_megatron.recall import recall
 from air_moe_megatron.routers import AIRRouter
 from air_moe_megatron.routers.air import TokenSample
 from air_moe_megatron.routers.base import CompactRouter
+from air_moe_megatron.row_exchange import ShardedRows
 
 _SAMPLE_SIZE, _MAX_SAMPLED = 64, 4096
 """Tokens of a microbatch, and of a data set, whose exact scores are computed; of each layer and rank."""
@@ -72,12 +73,14 @@ class RoutingMeter:
     @torch.no_grad()
     def _measure(self, router: TopKRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         chosen = output[1]  # [T, K] ids with compact dispatch, otherwise a routing map [T, E]
+        if isinstance(chosen, ShardedRows):
+            chosen = chosen.topk_ids
         if chosen.dtype == torch.bool:
             loads = chosen.sum(dim=0)
         else:
             loads = torch.bincount(chosen[chosen >= 0].long(), minlength=self.num_experts)
         self.loads = loads if self.loads is None else self.loads + loads
-        if isinstance(router, AIRRouter) and self.num_sampled < _MAX_SAMPLED:
+        if isinstance(router, AIRRouter) and router.holds_all_centers and self.num_sampled < _MAX_SAMPLED:
             self._sample(router, args[0])
 
     def _sample(self, router: AIRRouter, hidden: torch.Tensor) -> None:
@@ -98,7 +101,7 @@ class RoutingMeter:
         Returns:
             layer, router (its type), experts, topk; experts_used, a share; imbalance_factor, 1 if all experts get the
             same; rank_imbalance, the load of the most loaded expert-parallel rank over the mean; of AIR routers
-            experts_listed, mass_recall and topk_recall, shares.
+            experts_listed, mass_recall and topk_recall, shares, where a rank holds all centers.
         """
         router, group = self.router, self.router.tp_dp_cp_group
         names = ("experts-used", "imbalance-factor", "rank-imbalance")
@@ -110,7 +113,7 @@ class RoutingMeter:
             "topk": router.topk,
             **{name.replace("-", "_"): loads[name] for name in names},
         }
-        if isinstance(router, AIRRouter):
+        if isinstance(router, AIRRouter) and router.holds_all_centers:
             sums = [sum(values) for values in zip(*self.recalls, strict=True)]
             sums = torch.tensor([*sums, len(self.recalls)], dtype=torch.float64, device=self.loads.device)
             mass, topk, count = sum_over_ranks(sums, group).tolist()

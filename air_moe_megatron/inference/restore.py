@@ -28,7 +28,7 @@ from megatron.training.models import GPTModelConfig
 from air_moe_megatron.agreement import Ranks, check_agreement, meet
 from air_moe_megatron.batches import get_embedding_ranks
 from air_moe_megatron.checkpoints import check_checkpoint, saved_arguments
-from air_moe_megatron.config import AIRMoEConfig, is_plain_topk
+from air_moe_megatron.config import LAYOUT_FIELDS, AIRMoEConfig, is_plain_topk
 from air_moe_megatron.entry_refusals import check_flags
 from air_moe_megatron.inference.text import check_tokenizer_files
 from air_moe_megatron.memory import check_memory
@@ -56,9 +56,10 @@ OF_A_RUN = frozenset(
         # what makes a forward random, or has it repeat another
         *("moe_input_jitter_eps", "moe_router_force_load_balancing", "moe_router_force_biased"),
         *("moe_enable_routing_replay", "test_mode", "config_logger_dir"),
+        *LAYOUT_FIELDS,
     }
 )
-"""Fields of Megatron's config that belong to a run and not to its model; they keep Megatron's defaults."""
+"""Fields of Megatron's config and ours that belong to a run and not to its model; they keep their defaults."""
 
 MODEL_ARGUMENTS = frozenset(
     {

@@ -3,13 +3,16 @@
 from collections.abc import Iterable
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
+from air_moe_megatron.config import is_sharded
 from air_moe_megatron.routers.air import AIRRouter
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.exact import ExactRouter
 from air_moe_megatron.routers.hashing import HashRouter
 from air_moe_megatron.routers.hierarchical import HierarchicalRouter
 from air_moe_megatron.routers.product_key import ProductKeyRouter
+from air_moe_megatron.routers.sharded import ShardedAIRRouter
 from air_moe_megatron.routers.vq import VQRouter
 
 ROUTERS: dict[str, type[CompactRouter]] = {
@@ -17,6 +20,11 @@ ROUTERS: dict[str, type[CompactRouter]] = {
     for router in (ExactRouter, AIRRouter, ProductKeyRouter, HierarchicalRouter, HashRouter, VQRouter)
 }
 """The router of each ``moe_router_type``. With Megatron's own experts, "topk" is Megatron's own class instead."""
+
+
+def router_class(config: TransformerConfig) -> type[CompactRouter]:
+    """The class of the routers that a config asks for."""
+    return ShardedAIRRouter if is_sharded(config) else ROUTERS[config.moe_router_type]
 
 
 def find_routers[R: CompactRouter](

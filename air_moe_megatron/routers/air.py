@@ -8,7 +8,7 @@ Legend: S sequence length, N candidates of a token in a tensor: K, M or P*L of t
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ class AIRRouter(CompactRouter):
 
     router_type = "air"
     has_lists = True
+    holds_all_centers = True
+    """Whether ``weight`` and lists are of all experts, which figures of a sample read."""
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
@@ -71,24 +73,36 @@ class AIRRouter(CompactRouter):
         self.sample: TokenSample | None = None
         self.observer: CodewordCounter | None = None
 
-    def _make_index(self, num_shards: int = 1, shard: int = 0) -> ShortlistIndex:
-        """The lists of the router's experts, or of one of equal shards of consecutive ones."""
+    def mean_over_shards(self, share: torch.Tensor) -> torch.Tensor:
+        """Of a share [] of this rank's experts or slots, that of all experts."""
+        return share
+
+    def _make_index(self) -> ShortlistIndex:
+        return self._make_shard_of_index(1, 0)
+
+    def _make_shard_of_index(self, num_shards: int, shard: int) -> ShortlistIndex:
+        """The lists of one of equal shards of consecutive experts."""
         sizes, num_parts = self.sizes, self.config.moe_air_list_parts
-        experts, slots, share = (
-            sizes.num_experts // num_parts,
-            sizes.shortlist_size // num_parts,
-            -(-self.topk // num_parts),
-        )
+        part_sizes = sizes.num_experts // num_parts, sizes.num_clusters, sizes.shortlist_size // num_parts
         return ShortlistIndex(
             sizes.num_experts // num_shards,
             sizes.num_clusters,
             sizes.shortlist_size // num_shards,
             self.config.moe_air_codebook_source,
             self.config.moe_air_refresh_interval,
-            reserved_slots(experts, sizes.num_clusters, slots, share),
+            reserved_slots(*part_sizes, -(-self.topk // num_parts)),
             num_parts // num_shards,
-            shard * (sizes.num_experts // num_shards),
+            shard,
+            num_shards,
         )
+
+    def _list_group(self) -> torch.distributed.ProcessGroup | None:
+        """The ranks that hold the same lists, and share their rebuilds."""
+        return self.tp_dp_cp_group
+
+    def _of_own_experts(self, values: torch.Tensor | None) -> torch.Tensor | None:
+        """Of values [E], those of the experts whose centers this rank holds."""
+        return values
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         with hidden_from_checkpoints():
@@ -97,15 +111,15 @@ class AIRRouter(CompactRouter):
         if self._all_scores_matter():
             routes = self._choose_among(logits, ids.long(), padding_mask, batch_size)
         else:  # the candidates are the top-k
-            routes = Routes(ids, self._probs_of(logits))
+            routes = Routes(ids, self._probs_of(logits), columns=_columns(logits))
         probs = routes.probs if self.always_complete else routes.probs.masked_fill(routes.topk_ids < 0, 0.0)
         if self._is_counted and not self.config.moe_router_force_load_balancing:
             with hidden_from_checkpoints():
-                if self.keeps_sample:
+                if self.keeps_sample and self.holds_all_centers:
                     self.sample = _take_sample(hidden, codewords, padding_mask)
                 if self.observer is not None:
                     self.observer.observe(codewords, padding_mask, self._token_ids(hidden.shape[0], batch_size))
-        return Routes(routes.topk_ids, probs, codewords)
+        return replace(routes, probs=probs, codewords=codewords)
 
     def _token_ids(self, num_tokens: int, batch_size: int) -> torch.Tensor | None:
         """[T] ids of this forward's tokens, where the observer was told them and their order is that of the tokens."""
@@ -132,7 +146,19 @@ class AIRRouter(CompactRouter):
             num_candidates = codewords.shape[1] * shortlist.shape[1]
         else:
             num_candidates = self.sizes.num_candidates if self._all_scores_matter() else self.topk
-        logits, ids = fine_topk(
+        logits, ids = self._score(hidden, shortlist, codewords, num_candidates)
+        if is_load_test:
+            ids, order = ids.sort(dim=1)
+            logits = apply_random_logits(logits.gather(1, order)).masked_fill(ids < 0, float("-inf"))
+        if self.score_function == "sqrtsoftplus":
+            logits = logits.masked_fill(ids < 0, _NEXT_TO_NOTHING)
+        return logits, ids
+
+    def _score(
+        self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor, num_candidates: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, N] scores of the best candidates with their gradients, [T, N] int32 expert ids, -1 for no candidate."""
+        return fine_topk(
             hidden,
             self.weight,
             self.bias,
@@ -143,18 +169,11 @@ class AIRRouter(CompactRouter):
             score_function=None if self.expert_bias is None else self.score_function,
             expert_bias=self.expert_bias,
         )
-        if is_load_test:
-            ids, order = ids.sort(dim=1)
-            logits = apply_random_logits(logits.gather(1, order)).masked_fill(ids < 0, float("-inf"))
-        if self.score_function == "sqrtsoftplus":
-            logits = logits.masked_fill(ids < 0, _NEXT_TO_NOTHING)
-        return logits, ids
 
     def _probs_of(self, selected: torch.Tensor) -> torch.Tensor:
         """[T, K] probs of selected scores [T, K]; only where no other score enters them."""
-        columns = torch.arange(self.topk, device=selected.device).expand_as(selected)
         return topk_routing_with_score_function(
-            selected, self.topk, precomputed_indices=columns, dense_output=True, **self._score_settings()
+            selected, self.topk, precomputed_indices=_columns(selected), dense_output=True, **self._score_settings()
         )[0]
 
     def _all_scores_matter(self) -> bool:
@@ -177,9 +196,9 @@ class AIRRouter(CompactRouter):
             self.weight,
             self.bias,
             score_function=None if self.expert_bias is None else self.score_function,
-            expert_bias=self.expert_bias,
+            expert_bias=self._of_own_experts(self.expert_bias),
             training=self.training,
-            group=self.tp_dp_cp_group,
+            group=self._list_group(),
         )
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
@@ -278,6 +297,11 @@ def _all_scores_matter(config: TransformerConfig) -> bool:
         or (config.moe_router_score_function == "softmax" and config.moe_router_pre_softmax)
         or config.moe_router_force_load_balancing
     )
+
+
+def _columns(selected: torch.Tensor) -> torch.Tensor:
+    """[T, K]: that all K candidates are selected."""
+    return torch.arange(selected.shape[1], device=selected.device).expand_as(selected)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.recomputation import ForwardCounter, hidden_from_checkpoints
 from air_moe_megatron.routers.flops import RouterFlops
 from air_moe_megatron.routers.losses import RouterLosses
+from air_moe_megatron.row_exchange import ShardedRows
 from air_moe_megatron.running_norm import RunningNorm
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -40,6 +41,8 @@ class Routes:
     probs: torch.Tensor  # [T, K] router dtype, 0 where the id is -1; carries the gradients and the auxiliary losses
     # [T, P] int64, AIR only: probed codewords, nearest first (in a load test: taken in turn)
     codewords: torch.Tensor | None = None
+    columns: torch.Tensor | None = None  # [T, K] int64, where the experts stand among candidates, if there were some
+    sharded: ShardedRows | None = None  # what the ranks of the experts hold, with sharded routing
 
 
 class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
@@ -271,7 +274,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         probs, columns = self._select(logits, ids)
         if self._needs_aux_scores():
             probs = self._attach_aux_losses(probs, logits, ids, padding_mask, batch_size)
-        return Routes(ids.gather(1, columns).int(), probs)
+        return Routes(ids.gather(1, columns).int(), probs, columns=columns)
 
     def _select(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, K] probs and columns of the selected candidates, as Megatron selects them."""

@@ -192,6 +192,7 @@ def _details(layer: Layer, results: Sequence[Result]) -> list[dict[str, float]]:
 def _as_router(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor, sample: TokenSample) -> SimpleNamespace:
     """What :func:`air_moe_megatron.recall.measure` reads of a router."""
     return SimpleNamespace(
+        holds_all_centers=True,
         sample=sample,
         weight=layer.weight,
         bias=layer.bias,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from air_moe_megatron.ops.pair_products import eager, make_pairs, pair_dots, pair_sums
+from air_moe_megatron.ops.pair_products import eager, make_pairs, pair_dots, pair_gradients, pair_sums
 from air_moe_megatron.ops.pair_products.naive import naive_pair_dots, naive_pair_sums
 
 # Relative to the largest entry: sums in another order. bf16: the values of the sums and each result are rounded.
@@ -98,6 +98,24 @@ def test_worked_examples():
     assert pair_sums(torch.tensor([2.0, 1.0]), weight, one).tolist() == [[3.0, 2.0]]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_gradients_of_known_products_equal_naive(dtype):
+    rows, ids, hidden, weight, grad = make(33, 64, 9, dtype=dtype)
+    pairs = make_pairs(rows, ids, 33, 64)
+    wide = [leaf.double().requires_grad_() for leaf in (hidden, weight)]
+    expected = torch.autograd.grad(naive_pair_dots(*wide, rows, ids), wide, grad.double())
+    found = pair_gradients(hidden, weight, pairs, grad)
+    for wanted, got in zip(expected, found, strict=True):
+        assert got.dtype == dtype
+        assert_near(got, wanted, dtype)
+    assert pair_gradients(hidden, weight, pairs, grad, need_hidden=False, need_weight=False) == (None, None)
+    fused = torch.nn.Parameter(weight.clone())
+    fused.main_grad = torch.zeros(64, 11, dtype=grad.dtype)
+    pair_gradients(hidden, fused, pairs, grad)
+    assert fused.grad_added_to_main_grad
+    assert_near(fused.main_grad, expected[1], dtype)
+
+
 def test_main_grad_gets_what_the_gradient_would_be_and_only_in_used_rows():
     rows, ids, hidden, weight, values = make(20, 31, 4)
     ids = ids.clamp(max=20)  # rows 21 and above are not used
@@ -138,3 +156,5 @@ def test_shapes_that_do_not_fit_are_refused(backend):
         pair_dots(hidden.double(), weight, pairs)
     with pytest.raises(ValueError, match=r"\[N\] with N"):
         pair_sums(values[:-1], weight, pairs)
+    with pytest.raises(ValueError, match=r"\[N\] with N"):
+        pair_gradients(hidden, weight, pairs, values[:-1])

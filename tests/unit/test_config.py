@@ -389,6 +389,39 @@ def test_topk_is_the_default():
 
 
 EXPERT_LISTS = dict(moe_air_codebook_source="experts")
+# What sharded routing does not take: the fields, and words of the message.
+NOT_SHARDED = {
+    "fewer-parts-than-ranks": (
+        dict(moe_air_list_parts=2, expert_model_parallel_size=4),
+        ["moe_air_list_parts (2)", "multiple of expert_model_parallel_size (4)"],
+    ),
+    "stock": (dict(moe_dispatch="stock"), ["moe_dispatch ('stock')", "add --moe-dispatch compact"]),
+    "source": (
+        dict(moe_air_codebook_source="experts", moe_air_list_parts=1),
+        ["moe_air_codebook_source ('experts')", "use 'tokens'"],
+    ),
+    "input-norm": (dict(moe_router_input_norm="running"), ["moe_router_input_norm ('running')", "travel once"]),
+    "hash-layers": (
+        dict(moe_num_hash_layers=1, num_layers=2, moe_hash_vocab_size=10),
+        ["moe_num_hash_layers (1)", "a hash layer gives ids"],
+    ),
+    "jitter": (dict(moe_input_jitter_eps=0.1), ["moe_input_jitter_eps (0.1)", "without jitter"]),
+    "load-test": (
+        dict(moe_router_force_load_balancing=True),
+        ["moe_router_force_load_balancing (True)", "its own only"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fields, words", NOT_SHARDED.values(), ids=NOT_SHARDED)
+def test_what_sharded_routing_does_not_take_is_refused_with_the_reason(fields, words):
+    compact = dict(moe_granular_experts=True, moe_dispatch="compact", add_bias_linear=False, moe_air_list_parts=4)
+    make_config(**compact, moe_air_shard_experts=True, expert_model_parallel_size=4)
+    with pytest.raises(ValueError) as error:
+        make_config(**{**compact, **fields}, moe_air_shard_experts=True)
+    assert_says(error, [*words, "moe_air_shard_experts (True)"])
+
+
 # E, K, fields -> C, L, P, M
 AUTOMATIC = {
     "16384": (16384, 32, {}, 512, 72, 8, 128),

@@ -136,7 +136,8 @@ def test_no_tokens_at_all_are_no_error():
 
 def test_listed_share_counts_each_expert_once_and_no_empty_place():
     def router(lists):
-        return types.SimpleNamespace(num_experts=4, index=types.SimpleNamespace(shortlist=torch.tensor(lists)))
+        index = types.SimpleNamespace(num_experts=4, shortlist=torch.tensor(lists))
+        return types.SimpleNamespace(index=index, mean_over_shards=lambda share: share)
 
     assert listed_share([router([[0, 1], [1, -1]])]) == 0.5
     assert listed_share([router([[0, 1], [1, -1]]), router([[0, 1], [2, 3]])]) == 0.75

@@ -541,7 +541,9 @@ def test_lists_in_parts_are_bitwise_the_lists_of_an_index_for_each_part(selectio
     whole.index = ShortlistIndex(num_experts, 80, size, "tokens", 3, 1, num_parts)
     each = num_experts // num_parts
     parts = [slice(first, first + each) for first in range(0, num_experts, each)]
-    indices = [ShortlistIndex(each, 80, size // num_parts, "tokens", 3, 1, first_expert=part.start) for part in parts]
+    indices = [
+        ShortlistIndex(each, 80, size // num_parts, "tokens", 3, 1, 1, shard, num_parts) for shard in range(num_parts)
+    ]
     for step in range(24):
         arguments = (whole.weight, bias, function, expert_bias)
         whole.index.refresh(whole.codebook, *arguments)
@@ -563,14 +565,29 @@ def test_lists_in_parts_are_bitwise_the_lists_of_an_index_for_each_part(selectio
 
 
 def test_a_part_is_saved_with_the_ids_of_the_model_and_loaded_from_them():
-    index = ShortlistIndex(40, 80, 4, "tokens", 3, 1, first_expert=40)
+    index = ShortlistIndex(40, 80, 4, "tokens", 3, 1, shard=1, num_shards=2)
     codebook = Codebook(80, 6, 0.8)
     index.refresh(codebook, randn(40, 6), None)
     state = {name: value.clone() for name, value in index.state_dict().items()}
     assert torch.equal(state["shortlist"], index.shortlist + 40) and torch.equal(state["pool"], index.pool + 40)
-    again = ShortlistIndex(40, 80, 4, "tokens", 3, 1, first_expert=40)
+    again = ShortlistIndex(40, 80, 4, "tokens", 3, 1, shard=1, num_shards=2)
     again.load_state_dict(state)
     assert torch.equal(again.shortlist, index.shortlist) and torch.equal(again.pool, index.pool)
+
+
+def test_a_shard_that_fails_says_so_at_the_end_of_the_step_where_the_other_ranks_learn_of_it():
+    def after(num_steps, num_shards):
+        setup = Setup("tokens", interval=1)
+        setup.index = ShortlistIndex(90, 80, 9, "tokens", 1, 3, num_shards=num_shards)
+        for step in range(num_steps):
+            setup.forward()
+            setup.step(step)
+        setup.index.refresh(setup.codebook, setup.weight, torch.zeros(3))
+        return setup.index.failure
+
+    assert isinstance(after(4, num_shards=2), ValueError)
+    with pytest.raises(ValueError, match="bias"):
+        after(4, num_shards=1)
 
 
 @pytest.mark.parametrize("saved, loading", ((1, 3), (2, 3)))

@@ -18,6 +18,8 @@ EVERY_LOSS = dict(
     moe_z_loss_coeff=0.001,
 )
 
+SHARDED = dict(moe_air_shard_experts=True, moe_air_list_parts=2)
+
 
 def make_layer(groups, num_experts=64, **fields):
     return builders.make_layer(groups, **{**AIR, "num_moe_experts": num_experts, **fields})
@@ -57,14 +59,20 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("fields", ({}, EVERY_LOSS), ids=("no-loss", "every-loss"))
+@pytest.mark.parametrize(
+    "fields",
+    ({}, EVERY_LOSS, SHARDED, {**EVERY_LOSS, **SHARDED}),
+    ids=("no-loss", "every-loss", "sharded", "sharded-every-loss"),
+)
 def test_nothing_is_as_large_as_tokens_times_experts(megatron_cpu, fields):
     """Nor much larger than [T, C], [T, L] or the weights; and the recorder does see [T, E] in the stock path."""
     tokens, num_experts = 512, 16384
     largest, rebuilding = {}, {}
     for dispatch in ("compact", "stock"):
-        stock = dict(moe_dispatch="stock", moe_token_dispatcher_type="alltoall") if dispatch == "stock" else {}
-        layer = make_layer(megatron_cpu, num_experts, **fields, **stock)
+        stock = {}
+        if dispatch == "stock":
+            stock = dict(moe_dispatch="stock", moe_token_dispatcher_type="alltoall", moe_air_shard_experts=False)
+        layer = make_layer(megatron_cpu, num_experts, **{**fields, **stock})
         layer.train()
         hidden = torch.randn(tokens // 2, 2, HIDDEN, requires_grad=True)
         for found in (rebuilding, largest):
@@ -90,8 +98,9 @@ def test_nothing_is_as_large_as_tokens_times_experts(megatron_cpu, fields):
         dict(moe_air_num_probes=2),
         dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
         dict(moe_air_codebook_source="experts", moe_air_num_probes=2),
+        SHARDED,
     ),
-    ids=("softmax", "gated", "every-loss", "two-probes", "sigmoid-bias", "lists-of-experts"),
+    ids=("softmax", "gated", "every-loss", "two-probes", "sigmoid-bias", "lists-of-experts", "sharded"),
 )
 def test_a_step_waits_for_the_device_twice(megatron_cpu, monkeypatch, fields):
     layer = make_layer(megatron_cpu, **fields)
@@ -253,3 +262,15 @@ def test_a_layer_that_cannot_dispatch_compact_routes_is_named(megatron_cpu):
     plain = torch.nn.ModuleDict({"mlp": MoELayer(layer.config, submodules, 1, megatron_cpu)})
     with pytest.raises(ValueError, match="moe_dispatch 'compact' did not reach mlp, a MoELayer"):
         require_routers([plain])
+
+
+@pytest.mark.parametrize("is_sharded", (False, True))
+def test_a_router_that_does_not_fit_sharded_routing_is_refused(megatron_cpu, is_sharded):
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
+
+    from air_moe_megatron.routers import ShardedAIRRouter
+
+    config = builders.make_config(**AIR, **(SHARDED if is_sharded else {}))
+    router = AIRRouter if is_sharded else ShardedAIRRouter
+    with pytest.raises(ValueError, match=rf"moe_air_shard_experts \({is_sharded}\) .* {router.__name__}"):
+        AIRMoELayer(config, MoESubmodules(experts=GranularExperts, router=router), 1, megatron_cpu)

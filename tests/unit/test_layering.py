@@ -17,7 +17,7 @@ LAYERS = (
     {"ops", "config", "compat", "console", "module_state", "process_groups", "recomputation"},
     {"learner", "cpu"},
     {"codebook", "lists", "parts"},
-    {"index", "running_norm"},
+    {"index", "running_norm", "row_exchange"},
     {"routers", "dispatcher", "experts"},
     {"bounds"},
     {"layer", "recall"},

@@ -10,7 +10,8 @@ from air_moe_megatron import memory
 from air_moe_megatron.routers import ROUTERS as CLASSES
 
 ARGS = dict(
-    moe_router_type="air", moe_granular_experts=True, moe_dispatch="compact", num_experts=16, hidden_size=8,
+    moe_router_type="air", moe_air_shard_experts=False, moe_granular_experts=True, moe_dispatch="compact",
+    num_experts=16, hidden_size=8,
     moe_ffn_hidden_size=3, ffn_hidden_size=32, moe_latent_size=None, swiglu=True, quick_geglu=False, num_layers=2,
     moe_layer_freq=1, hybrid_layer_pattern=None, expert_model_parallel_size=1, expert_tensor_parallel_size=1,
     expert_gtp_weight_remat_size=1, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
@@ -43,6 +44,16 @@ SIZES = {
     "distributed-optimizer": (
         dict(use_distributed_optimizer=True, world_size=4, data_parallel_size=4, expert_model_parallel_size=2),
         (EXPERTS // 2 * (8 + 8 // 2), KEYS + ROUTERS * (8 + 8 // 4), 0),
+    ),
+    "sharded": (
+        dict(
+            moe_air_shard_experts=True,
+            use_distributed_optimizer=True,
+            world_size=4,
+            data_parallel_size=4,
+            expert_model_parallel_size=2,
+        ),
+        (EXPERTS // 2 * (8 + 8 // 2), KEYS // 2 + ROUTERS // 2 * (8 + 8 // 2), 0),
     ),
     "evaluation": (dict(skip_train=True), (EXPERTS * 4, KEYS + ROUTERS * 4, 0)),
     "sgd": (dict(optimizer="sgd"), (EXPERTS * 8, KEYS + ROUTERS * 8, 0)),

@@ -11,7 +11,7 @@ import torch
 from air_moe_megatron.ops.backend import use_kernels
 from air_moe_megatron.ops.pair_products import eager
 
-__all__ = ["Pairs", "make_pairs", "pair_dots", "pair_sums"]
+__all__ = ["Pairs", "make_pairs", "pair_dots", "pair_gradients", "pair_sums"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,43 @@ def pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch
 
         return kernels.pair_dots(hidden, weight, pairs)
     return eager.pair_dots(hidden, weight, pairs)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def pair_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    pairs: Pairs,
+    grad_dots: torch.Tensor,
+    need_hidden: bool = True,
+    need_weight: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of :func:`pair_dots`, where the dot products themselves are known already.
+
+    The weight's gradient goes into ``weight.main_grad`` where there is one (``ops/weight_gradient.py``). Does not wait
+    for the device.
+
+    Args:
+        hidden, weight, pairs: as :func:`pair_dots`.
+        grad_dots: [N], any float dtype.
+        need_hidden, need_weight: whether these are wanted.
+    Returns:
+        gradients of hidden and weight, None where not wanted.
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    Example: hidden [[1, 2]], weight [[1, 0], [0, 1]], the pair (0, 1) and the gradient 3 give hidden [[0, 3]] and
+    weight [[0, 0], [3, 6]].
+    """
+    if grad_dots.shape != pairs.ids.shape:
+        raise ValueError(f"grad_dots {tuple(grad_dots.shape)} must be [N] with N = {pairs.ids.numel()}")
+    _check_weight(weight, pairs)
+    if use_kernels("pair_products", hidden, weight):
+        from air_moe_megatron.ops.pair_products import kernels
+
+        return kernels.pair_gradients(hidden, weight, pairs, grad_dots, need_hidden, need_weight)
+    return eager.pair_gradients(hidden, weight, pairs, grad_dots, need_hidden, need_weight)
 
 
 @torch.compiler.disable

@@ -115,6 +115,23 @@ def pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> tor
     return _PairDots.apply(hidden, weight, pairs)
 
 
+def pair_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    pairs: "Pairs",
+    grad_dots: torch.Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """As :func:`air_moe_megatron.ops.pair_products.pair_gradients`; summed in the dtype of ``grad_dots``."""
+    grad_hidden = grad_weight = None
+    if need_hidden:
+        grad_hidden = _sums(grad_dots, weight.view(pairs.num_ids, -1).to(grad_dots.dtype), pairs).to(hidden.dtype)
+    if need_weight:
+        grad_weight = _weight_gradient(weight, hidden.to(grad_dots.dtype), grad_dots, pairs)
+    return grad_hidden, grad_weight
+
+
 def pair_sums(values: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.pair_products.pair_sums`."""
     return _PairSums.apply(values, weight, pairs)

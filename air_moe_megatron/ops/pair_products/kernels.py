@@ -206,15 +206,28 @@ class _PairDotsKernel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_dots: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight = ctx.saved_tensors
-        grad_hidden = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_hidden = launch_pair_sums(grad_dots, weight, ctx.pairs, hidden.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_weight = add_weight_gradient(
-                ctx.weight, lambda out: launch_pair_weight_gradient(hidden, grad_dots, ctx.pairs, out)
-            )
-        return grad_hidden, grad_weight, None
+        hidden, _ = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        return *pair_gradients(hidden, ctx.weight, ctx.pairs, grad_dots, need_hidden, need_weight), None
+
+
+def pair_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    pairs: Pairs,
+    grad_dots: torch.Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """As :func:`air_moe_megatron.ops.pair_products.pair_gradients`, summed in fp32, deterministic."""
+    grad_hidden = grad_weight = None
+    if need_hidden:
+        grad_hidden = launch_pair_sums(grad_dots, weight, pairs, hidden.dtype)
+    if need_weight:
+        grad_weight = add_weight_gradient(
+            weight, lambda out: launch_pair_weight_gradient(hidden, grad_dots, pairs, out)
+        )
+    return grad_hidden, grad_weight
 
 
 class _PairSumsKernel(torch.autograd.Function):

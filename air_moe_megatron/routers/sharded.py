@@ -1,0 +1,181 @@
+"""ShardedAIRRouter: each expert-parallel rank holds the centers and the parts of the lists of its own experts.
+
+What belongs to tokens stays with them: codebook, coarse stage, selection, probabilities, losses. What belongs to an
+expert is on its rank: center, slots in the lists, their rebuild. A forward, over the D expert-parallel ranks:
+
+1. the tokens' codewords are found at home; rows and codewords go to all ranks (all-gathers)
+2. each rank scores its parts of the lists, and keeps the best n of every row
+3. scores and ids return (all-to-alls); the home chooses the best M of D * n, and of these the top-k
+4. the owners learn which were kept and selected (an all-to-all of bytes), and the dispatcher sends the probs
+
+The candidates are those of a replicated router with as many parts of the lists, whatever D is.
+
+Legend: D ranks, R rows (the tokens of all ranks), n candidates that a rank keeps of a row; others as in
+``ops/__init__.py``.
+"""
+
+from dataclasses import replace
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from air_moe_megatron.index import ShortlistIndex
+from air_moe_megatron.ops.fine_scores import fine_topk
+from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
+from air_moe_megatron.process_groups import sum_over_ranks
+from air_moe_megatron.routers.air import AIRRouter
+from air_moe_megatron.routers.base import Routes
+from air_moe_megatron.row_exchange import RowExchange, ShardedRows
+
+_BLOCK = 256  # centers that are drawn at a time
+
+_SPLIT_ALONG = {"weight": 0, "index.shortlist": 1, "index.pool": 1, "index.staged_keys": 0}
+"""What a checkpoint holds of all ranks, and along which axis; keys and shapes are those of the replicated router."""
+
+
+class ShardedAIRRouter(AIRRouter):
+    """As :class:`AIRRouter`, with the centers and lists of this rank's experts only.
+
+    ``weight`` is [E / D, H]. It carries the marks of expert weights: its gradient holds the tokens of all D ranks, and
+    is summed over the ranks that hold the same experts.
+
+    Args:
+        config, pg_collection, is_mtp_layer: as :class:`AIRRouter`; ``ep`` and ``expt_dp`` are used too.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, is_mtp_layer: bool = False
+    ) -> None:
+        self.ep_group, self.expt_dp_group = pg_collection.ep, pg_collection.expt_dp
+        self.num_local_experts = config.num_moe_experts // self.ep_group.size()
+        self.first_expert = self.ep_group.rank() * self.num_local_experts
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.holds_all_centers = self.ep_group.size() == 1
+        self._chosen: tuple[ShardedRows, torch.Tensor, torch.Tensor] | None = None  # of the current forward
+
+    def reset_parameters(self) -> None:
+        """Make the centers of this rank: those that a replicated router would have, drawn a block at a time."""
+        weight = torch.empty(self.num_local_experts, self.config.hidden_size, dtype=self.config.params_dtype)
+        if self.config.perform_initialization:
+            own = range(self.first_expert, self.first_expert + self.num_local_experts)
+            for first in range(0, self.num_experts, _BLOCK):
+                block = torch.empty(min(_BLOCK, self.num_experts - first), weight.shape[1], dtype=torch.float32)
+                self.config.init_method(block)
+                start, stop = max(first, own.start), min(first + len(block), own.stop)
+                if start < stop:
+                    weight[start - own.start : stop - own.start] = block[start - first : stop - first]
+        self.weight, self.bias = torch.nn.Parameter(weight), None
+        # As those of the experts.
+        self.weight.allreduce = False
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def mean_over_shards(self, share: torch.Tensor) -> torch.Tensor:
+        """As the base's; communicates over the expert-parallel group."""
+        return sum_over_ranks(share.clone(), self.ep_group) / self.ep_group.size()
+
+    def _make_index(self) -> ShortlistIndex:
+        return self._make_shard_of_index(self.ep_group.size(), self.ep_group.rank())
+
+    def _list_group(self) -> torch.distributed.ProcessGroup:
+        return self.expt_dp_group
+
+    def _of_own_experts(self, values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values[self.first_expert : self.first_expert + self.num_local_experts]
+
+    def forward(
+        self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ShardedRows]:
+        """Give the dispatcher the probs [T, K], and the rows that the experts take with their pairs."""
+        routes = self.route(input, padding_mask)
+        routes.sharded.topk_ids = routes.topk_ids
+        return routes.probs, routes.sharded
+
+    def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
+        """As the base's, and tell the owners. Communicates over the expert-parallel group.
+
+        Raises:
+            ValueError: on every rank, if any has probs that are NaN or infinite.
+        """
+        routes = super()._choose(hidden, padding_mask, batch_size)
+        (sharded, slots, is_kept), self._chosen = self._chosen, None
+        is_invalid = ~routes.probs.isfinite()
+        if padding_mask is not None:
+            is_kept, is_invalid = is_kept & ~padding_mask.unsqueeze(1), is_invalid & ~padding_mask.unsqueeze(1)
+        num_invalid = sharded.choose(slots, is_kept, routes.columns, is_invalid.sum())
+        for rank, number in enumerate(num_invalid):
+            if number:
+                raise ValueError(
+                    f"layer {self.layer_number}: {number} of the routing probs of expert-parallel rank {rank} are NaN "
+                    "or infinite; the hidden states or the router's weights are not finite"
+                )
+        return replace(routes, sharded=sharded)
+
+    def _score(
+        self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor, num_candidates: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best candidates of all ranks; communicates, and waits for the numbers of tokens of the ranks."""
+        sizes = {
+            "hidden size": hidden.shape[1],
+            "bytes per hidden number": hidden.element_size(),
+            "moe_air_num_probes": codewords.shape[1],
+            "candidates": num_candidates,
+            "experts per rank": self.num_local_experts,
+        }
+        exchange = RowExchange(self.ep_group, hidden.shape[0], sizes, hidden.device)
+        rows = exchange.gather(hidden)
+        function = None if self.expert_bias is None else self.score_function
+        with torch.no_grad():
+            width = min(num_candidates, codewords.shape[1] * shortlist.shape[1])
+            scores, local_ids = fine_topk(
+                rows,
+                self.weight,
+                self.bias,
+                shortlist,
+                exchange.gather(codewords.int()).long(),
+                width,
+                self._router_dtype(hidden),
+                score_function=function,
+                expert_bias=self._of_own_experts(self.expert_bias),
+            )
+            sharded = ShardedRows(
+                exchange, rows, local_ids, self.num_local_experts, codewords.shape[1], scores.element_size()
+            )
+            scores, ids = exchange.to_homes(scores), exchange.to_homes(local_ids)  # [D, T, n]
+            first = torch.arange(exchange.num_ranks, dtype=ids.dtype, device=ids.device) * self.num_local_experts
+            ids = torch.where(ids < 0, ids, ids + first.view(-1, 1, 1))
+            scores, ids = (values.transpose(0, 1).flatten(1) for values in (scores, ids))  # [T, D * n]
+            ranks = scores
+            if function is not None:
+                ranks = SCORE_FUNCTIONS[function](scores) + self.expert_bias[ids.clamp(min=0)]
+                ranks = ranks.masked_fill(ids < 0, float("-inf"))
+            slots = ranks.topk(num_candidates, dim=1, sorted=False).indices
+            scores, ids = scores.gather(1, slots), ids.gather(1, slots)
+        self._chosen = sharded, slots, ids >= 0
+        return sharded.attach(self.weight, scores), ids
+
+    def count_step(self, group: torch.distributed.ProcessGroup | None) -> None:
+        """As the base's; the ranks that hold the same experts share the rebuild of their lists."""
+        super().count_step(self.expt_dp_group)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Shard centers and lists by global expert id, so that a checkpoint loads at any size, and replicated."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        num_offsets = len(sharded_offsets)
+        for name, axis in _SPLIT_ALONG.items():
+            if prefix + name in state:
+                replicated = state[prefix + name]
+                state[prefix + name] = ShardedTensor.from_rank_offsets(
+                    replicated.key,
+                    replicated.data,
+                    *sharded_offsets,
+                    (num_offsets + axis, self.ep_group.rank(), self.ep_group.size()),
+                    replica_id=(0, 0, self.expt_dp_group.rank()),
+                    prepend_axis_num=num_offsets,
+                )
+        return state
