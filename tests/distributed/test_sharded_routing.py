@@ -37,8 +37,8 @@ OF_ONE_RANK = ("topk-only", "losses", "expert-bias", "padding", "no-tokens-on-od
 LAYOUTS = [
     pytest.param((1, 1), id="EP1"),
     pytest.param((2, 2), marks=pytest.mark.world_size(2), id="EP2"),
-    pytest.param((4, 2), marks=[pytest.mark.world_size(4), pytest.mark.slow], id="EP2-DP2"),
-    pytest.param((4, 4), marks=[pytest.mark.world_size(4), pytest.mark.slow], id="EP4"),
+    pytest.param((4, 2), marks=[pytest.mark.world_size(4), pytest.mark.long], id="EP2-DP2"),
+    pytest.param((4, 4), marks=[pytest.mark.world_size(4), pytest.mark.long], id="EP4"),
 ]
 CLOSE = dict(rtol=1e-4, atol=2e-5)
 

@@ -55,9 +55,22 @@ LAYOUTS = {
     "one microbatch": (1, ["--micro-batch-size", "8"]),  # instead of four
     "hybrid model": (2, [*EP2, *HYBRID]),
 }
+# Sharded routing: the reference has its lists in parts too, and replicated centers.
+PARTS = ["--moe-air-list-parts", "4"]
+OF_SHARDED = ("bf16", "fp16", "loss per token", "multi-token prediction", "shared expert", "expert bias",
+              "loss over sequences", "loss over all ranks")  # fmt: skip
+SHARED |= {f"{kind}, lists in parts": [*SHARED[kind], *PARTS] for kind in ("fp32", *OF_SHARDED)}
+SHARDED_LAYOUTS = ("EP 2", "EP 4", "EP 2, DP 2", "TP 2, SP, EP 2", "PP 2, EP 2", "distributed optimizer, overlap",
+                   "recomputed MoE layers", "hybrid model")  # fmt: skip
+LAYOUTS |= {
+    f"{layout}, sharded": (LAYOUTS[layout][0], [*LAYOUTS[layout][1], "--moe-air-shard-experts"])
+    for layout in SHARDED_LAYOUTS
+}
 CASES = [
-    *(("fp32", layout) for layout in LAYOUTS if layout != "one microbatch"),
-    *((kind, "EP 2") for kind in SHARED if kind != "fp32"),
+    *(("fp32, lists in parts", f"{layout}, sharded") for layout in SHARDED_LAYOUTS),
+    *((f"{kind}, lists in parts", "EP 2, sharded") for kind in OF_SHARDED),
+    *(("fp32", layout) for layout in LAYOUTS if layout != "one microbatch" and "sharded" not in layout),
+    *((kind, "EP 2") for kind in SHARED if kind != "fp32" and "parts" not in kind),
     *((kind, "EP 2, DP 2") for kind in ("loss per token", "loss over sequences", "loss over all ranks", "expert bias")),
     ("no balancing loss", "one microbatch"),
     ("first layers by hash", "PP 2"),
@@ -68,7 +81,7 @@ PRINTED_NORM, LOSS = 1.1e-3, 1e-5
 # Rounded to 2^-9 or 2^-11, a token near the border between two experts may go to the other one, and the runs part.
 HALF, HALF_STEPS = 0.05, 10
 # In fp32 that happens too, after step 33 of this kind on four ranks.
-COMPARED = {"loss over all ranks": 30}
+COMPARED = {"loss over all ranks": 30, "loss over all ranks, lists in parts": 30}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +113,7 @@ def test_fifty_steps_equal_those_of_one_rank(train, alone, kind, layout):
     """Pipeline stages draw other first weights: they go on from the checkpoint of one rank."""
     ranks, flags = LAYOUTS[layout]
     # That loss sums the counts of a step's microbatches up to each, over all ranks: the same tokens for each of them.
-    expected, directory = alone(kind, 2 * ranks if kind == "loss over all ranks" else 2)
+    expected, directory = alone(kind, 2 * ranks if kind.startswith("loss over all ranks") else 2)
     start = SAVED if layout.startswith("PP") else 0
     run = train(*SHARED[kind], *flags, *(["--load", directory] if start else []), ranks=ranks)
     assert list(run.steps) == list(range(start + 1, STEPS + 1))
@@ -108,7 +121,7 @@ def test_fifty_steps_equal_those_of_one_rank(train, alone, kind, layout):
     steps = [step for step in range(start + 1, COMPARED.get(kind, STEPS) + 1) if not start or step != start + 2]
     losses, norms = ({step: float(run.steps[step][index]) for step in steps} for index in range(2))
     for_loss, for_norms = ({step: float(expected.steps[step][index]) for step in steps} for index in range(2))
-    if kind in ("bf16", "fp16"):
+    if kind.startswith(("bf16", "fp16")):
         for step in steps[:HALF_STEPS]:
             assert losses[step] == pytest.approx(for_loss[step], rel=HALF)
             assert norms[step] == pytest.approx(for_norms[step], rel=2 * HALF)
