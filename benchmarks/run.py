@@ -22,6 +22,7 @@ NAMES = {
     "scaling": "time of a routing step against the number of experts, with a plot",
     "layer": "the whole layer against PEER and against Megatron's: time and peak memory",
     "dispatch": "dispatch and combine over expert-parallel processes: time and bytes",
+    "sharding": "sharded routing against the replicated router over expert-parallel processes: time, bytes, memory",
     "refresh": "the rebuild of the shortlists as a share of a step",
     "diagnostics": "a measured step against another one, as a share of a step",
     "train": "a training step of a small GPT, AIR against TopKRouter",
@@ -30,7 +31,7 @@ _TIMES = ("forward_ms", "backward_ms", "optimizer_ms", "total_ms", "total_min_ms
 _FIGURES = (
     *("topk_recall", "mass_recall", "times_faster", "times_one_probe", "times_slower", "times_ours"),
     *("percent_of_step", "peak_mib", "peak_with_rebuild_mib"),
-    *("forward_remote_mib", "bound_ms", "times_bound", "gflops_per_s", "gbytes_per_s"),
+    *("state_mib", "reduced_mib", "forward_remote_mib", "bound_ms", "times_bound", "gflops_per_s", "gbytes_per_s"),
 )
 
 

@@ -27,6 +27,7 @@ NAMES = {
     "diagnostics": ("--experts 256 --hidden 16 --tokens 64 --topk 8", 4),
     "train": ("--experts 256 --hidden 16 --tokens 64 --sequence 16 --topk 4", 6),
     "dispatch": ("--experts 64 --hidden 16 --tokens 64 --topk 8 --ranks 1", 1),
+    "sharding": ("--experts 256 --hidden 16 --tokens 64 --topk 8 --ranks 1", 1),
 }
 CASES = {
     "router": [
@@ -43,6 +44,7 @@ CASES = {
     "refresh": ["AIRMoELayer", "shortlist rebuild", "shortlist rebuild, in full", "codebook update"],
     "diagnostics": ["AIRMoELayer", "AIRMoELayer, measured"],
     "train": ["GPT, AIRMoELayer", "GPT, MoELayer with TopKRouter", "shortlist rebuild, all layers"],
+    "sharding": ["replicated", "sharded"],
     "dispatch": ["CompactTokenDispatcher", "MoEAlltoAllTokenDispatcher"],
 }
 FIGURES = {
@@ -54,6 +56,7 @@ FIGURES = {
     "diagnostics": "percent_of_step",
     "train": "times_faster",
     "dispatch": "times_faster",
+    "sharding": "times_faster",
 }
 
 

@@ -1,0 +1,208 @@
+"""Sharded routing against the replicated router: a layer's training step over expert-parallel processes.
+
+A step is forward, backward, and what comes before the next step: the all-reduce of what is replicated, and Adam. On a
+CPU two processes talk through gloo and divide the cores, and seconds are processor seconds, a mean over the ranks.
+"""
+
+import json
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import roofline
+from benchmarks.checks import same
+from benchmarks.measure import accumulate_gradient, clock, give_main_grad, world
+from benchmarks.models import Sizes, add_sizes, air_work, expert_work, make_config, usage
+from benchmarks.timing import Case, time_interleaved
+
+logger = logging.getLogger(__name__)
+
+_REPLICATED, _SHARDED = "replicated", "sharded"
+_MIB = 2**20
+
+
+def add_arguments(parser) -> None:
+    add_sizes(parser, experts=16_384, hidden=256, tokens=2048, topk=16, ffn=2)
+    parser.add_argument("--ranks", type=int, default=2, help="expert-parallel processes; on GPUs at most one for each")
+
+
+def run(args) -> list[dict]:
+    """Time both layers on the same tokens, ``--tokens`` of them on each rank, with as many parts of lists as ranks.
+
+    ``state_mib`` is what a rank holds of the layer: weights, gradients and Adam's moments. ``forward_remote_mib`` is
+    what rank 0 hands to other ranks in a forward, ``reduced_mib`` the gradients that are all-reduced in a step.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        if args.ranks == 1:
+            return _rank(0, 1, args, directory)
+        start = "spawn" if torch.cuda.is_available() else "forkserver"
+        if start == "forkserver":
+            torch.multiprocessing.get_context(start).set_forkserver_preload(["air_moe_megatron.sync"])
+        torch.multiprocessing.start_processes(
+            _rank, args=(args.ranks, args, directory), nprocs=args.ranks, start_method=start
+        )
+        return json.loads(Path(directory, "rows.json").read_text())
+
+
+def _rank(rank, ranks, args, directory):
+    if ranks > 1:
+        logging.basicConfig(format="%(message)s", force=True)
+        logging.getLogger("benchmarks").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if not torch.cuda.is_available() and ranks > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    init_method = None if ranks == 1 else f"file://{directory}/store"
+    with world(rank, ranks, init_method, expert_parallel=ranks) as (device, pg_collection):
+        _check(ranks, pg_collection, device)
+        rows = _measure(args, rank, ranks, pg_collection, device)
+        if rank == 0 and ranks > 1:
+            Path(directory, "rows.json").write_text(json.dumps(rows))
+    return rows
+
+
+def _layers(sizes, ranks, pg_collection, device):
+    """Both layers with the same weights, codebooks and lists."""
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
+
+    from air_moe_megatron import AIRMoELayer
+    from air_moe_megatron.experts import GranularExperts
+    from air_moe_megatron.routers import router_class
+
+    layers = {}
+    for name in (_REPLICATED, _SHARDED):
+        parts = {"moe_air_list_parts": ranks, "moe_air_shard_experts": name == _SHARDED}
+        config = make_config(sizes, "air", compact=True, expert_model_parallel_size=ranks, **parts)
+        torch.manual_seed(0)
+        submodules = MoESubmodules(experts=GranularExperts, router=router_class(config))
+        layer = AIRMoELayer(config, submodules, 1, pg_collection)
+        layer.set_layer_number(1)
+        layers[name] = layer.to(device)
+        give_main_grad(layer)
+        _warm_up(layer.router, _tokens(sizes, pg_collection.ep.rank(), device), pg_collection.tp_dp_cp)
+    return layers
+
+
+def _warm_up(router, hidden, group):
+    """A few updates of the codebook; then it counts as an old one, whose lists stay."""
+    from air_moe_megatron.sync import update_codebooks
+
+    for _ in range(3):
+        router.route(hidden)
+        update_codebooks(router, group)
+    old = torch.full((1,), router.index.refresh_interval**2 + 1)
+    router.codebook.load_state_dict({**router.codebook.state_dict(), "num_updates": old})
+    router.index.built_at.copy_(old)
+    router.index.load_state_dict(router.index.state_dict())
+
+
+def _tokens(sizes, rank, device):
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(sizes.tokens, 1, sizes.hidden, generator=generator).to(device, sizes.dtype)
+
+
+def _reduced(layer, ranks):
+    """The gradients that this layer's ranks must add up, because its weights are on all of them."""
+    is_copied = [getattr(parameter, "allreduce", True) and ranks > 1 for parameter in layer.parameters()]
+    return [parameter.main_grad for parameter, copied in zip(layer.parameters(), is_copied, strict=True) if copied]
+
+
+def _seconds(device):
+    return clock(device) if device.type == "cuda" else time.process_time()
+
+
+def _step(layer, optimizer, hidden, ranks):
+    """Seconds of this rank per phase."""
+    device = hidden.device
+    hidden = hidden.detach().requires_grad_()
+    for parameter in layer.parameters():
+        parameter.main_grad.zero_()
+    start = _seconds(device)
+    out = layer(hidden)[0]
+    middle = _seconds(device)
+    out.backward(torch.ones_like(out))
+    accumulate_gradient(layer)
+    end = _seconds(device)
+    for gradient in _reduced(layer, ranks):
+        torch.distributed.all_reduce(gradient)
+    for parameter in layer.parameters():
+        parameter.grad = parameter.main_grad.to(parameter.dtype)
+    optimizer.step()
+    for parameter in layer.parameters():
+        parameter.grad = None
+    last = _seconds(device)
+    phases = {"forward": middle - start, "backward": end - middle, "optimizer": last - end}
+    return phases | {"total": last - start}
+
+
+def _mean(run, device, ranks):
+    """Seconds per phase, a mean over the ranks, all starting together."""
+    if ranks > 1:
+        torch.distributed.barrier()
+    seconds = run()
+    if ranks > 1:
+        values = torch.tensor(list(seconds.values()), device=device, dtype=torch.float64)
+        torch.distributed.all_reduce(values)
+        seconds = dict(zip(seconds, (values / ranks).tolist(), strict=True))
+    return seconds
+
+
+def _measure(args, rank, ranks, pg_collection, device):
+    sizes = Sizes.of(args)
+    layers, hidden = _layers(sizes, ranks, pg_collection, device), _tokens(sizes, rank, device)
+    of_rank = hidden.flatten(0, 1)
+    num_used = usage(layers[_REPLICATED].router, of_rank)[1]
+    work = roofline.together(
+        air_work(layers[_REPLICATED].router, of_rank, sizes), expert_work(sizes, max(1, num_used // ranks))
+    )
+    cases, figures = {}, {}
+    for name, layer in layers.items():
+        optimizer = torch.optim.Adam(layer.parameters(), lr=1e-5)
+        num_parameters = sum(parameter.numel() for parameter in layer.parameters())
+        reduced = sum(gradient.numel() for gradient in _reduced(layer, ranks))
+        layer.token_dispatcher.traffic = type(layer.token_dispatcher.traffic)()
+        layer(hidden)
+        traffic = layer.token_dispatcher.traffic
+        figures[name] = {
+            "state_mib": round(num_parameters * (sizes.dtype.itemsize + 12) / _MIB, 1),
+            "reduced_mib": round(4 * reduced / _MIB, 1),
+            "forward_remote_mib": round((2 * traffic.remote_row_bytes + traffic.remote_pair_bytes) / _MIB, 2),
+        }
+        run = _runner(layer, optimizer, hidden, ranks)
+        needed = roofline.together(work, roofline.adam(num_parameters))
+        cases[name] = Case(lambda run=run: _mean(run, device, ranks), needed, sizes.tokens)
+    outcome = time_interleaved(cases, args, device, extra_phases=("optimizer",))
+    rows = []
+    for name in cases:
+        times_faster = round(outcome.median(_REPLICATED) / outcome.median(name), 2)
+        columns = sizes.columns() | {"ffn": sizes.ffn, "ranks": ranks}
+        rows.append(outcome.row(name, columns, {"times_faster": times_faster} | figures[name]))
+    return rows
+
+
+def _runner(layer, optimizer, hidden, ranks):
+    return lambda: _step(layer, optimizer, hidden, ranks)
+
+
+def _check(ranks, pg_collection, device):
+    """Both layers give equal outputs and gradients."""
+    sizes = Sizes(experts=64 * ranks, hidden=12, tokens=40, topk=4, ffn=2)
+    layers, results = _layers(sizes, ranks, pg_collection, device), {}
+    for name, layer in layers.items():
+        hidden = _tokens(sizes, pg_collection.ep.rank(), device).requires_grad_()
+        out = layer(hidden)[0]
+        out.backward(hidden.detach().flip(0))
+        accumulate_gradient(layer)
+        for gradient in _reduced(layer, ranks):
+            torch.distributed.all_reduce(gradient)
+        centers = layer.router.weight.main_grad
+        if name == _REPLICATED:
+            centers = centers.chunk(ranks)[pg_collection.ep.rank()]
+        experts = (layer.experts.weight1.main_grad, layer.experts.weight2.main_grad)
+        results[name] = (out.detach(), hidden.grad, centers, *experts)
+    names = ("output", "input grad", "centers' grad", "weight1 grad", "weight2 grad")
+    for name, found, expected in zip(names, results[_SHARDED], results[_REPLICATED], strict=True):
+        same(name, found, expected)
+    logger.info("check passed: sharded and replicated routing give equal outputs and gradients")
