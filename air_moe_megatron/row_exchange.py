@@ -171,9 +171,15 @@ class ShardedRows:
         """n."""
         return self.local_ids.shape[1]
 
-    def attach(self, weight: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Give the scores [T, N] of the kept candidates the gradients of ``<w_e, h>`` at their owners."""
-        return _HomeScores.apply(self.rows, weight, scores, self.kept)
+    def attach(self, scored: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Give the scores [T, N] of the kept candidates the gradients of ``<w_e, h>`` at their owners.
+
+        Args:
+            scored: [R, H], the rows as they were scored.
+            weight: [E / D, H].
+            scores: [T, N].
+        """
+        return _HomeScores.apply(scored, weight, scores, self.kept)
 
     @torch.no_grad()
     def choose(

@@ -190,10 +190,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "such a codebook is fitted to all centers on every rank; use 'tokens'",
     ),
     Refusal(
-        SHARDED, "moe_router_input_norm", _is("running"),
-        "tokens travel once, and the experts take them as they are",
-    ),
-    Refusal(
         SHARDED, "moe_input_jitter_eps", _given,
         "tokens travel once, and the experts take them without jitter",
     ),

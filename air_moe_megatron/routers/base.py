@@ -197,8 +197,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             if self.learns():
                 with hidden_from_checkpoints():
                     self.input_norm.accumulate(hidden, padding_mask)
-            hidden = self.input_norm(hidden)
-        routes = self._choose(hidden, padding_mask, batch_size)
+        routes = self._choose(self._normalize(hidden), padding_mask, batch_size)
         if self._is_counted:
             with hidden_from_checkpoints():
                 counts = self._count(routes.topk_ids, padding_mask)
@@ -208,6 +207,10 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             if self.config.moe_expert_capacity_factor is None:  # with it, forward drops some of them first
                 self._count_for_bias(counts)
         return routes
+
+    def _normalize(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, H] tokens as they are scored."""
+        return hidden if self.input_norm is None else self.input_norm(hidden)
 
     def _without_padding(self, hidden: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
         """[T, H] tokens with padding replaced by finite numbers, which are zeros with compact dispatch.

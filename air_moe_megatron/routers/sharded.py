@@ -55,7 +55,9 @@ class ShardedAIRRouter(AIRRouter):
         self.first_expert = self.ep_group.rank() * self.num_local_experts
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.holds_all_centers = self.ep_group.size() == 1
-        self._chosen: tuple[ShardedRows, torch.Tensor, torch.Tensor] | None = None  # of the current forward
+        # Of the current forward.
+        self._tokens: torch.Tensor | None = None
+        self._chosen: tuple[ShardedRows, torch.Tensor, torch.Tensor] | None = None
 
     def reset_parameters(self) -> None:
         """Make the centers of this rank: those that a replicated router would have, drawn a block at a time."""
@@ -114,6 +116,11 @@ class ShardedAIRRouter(AIRRouter):
                 )
         return replace(routes, sharded=sharded)
 
+    def _normalize(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As the base's. Tokens travel as they are, because the experts take them so; owners normalize them again."""
+        self._tokens = hidden
+        return super()._normalize(hidden)
+
     def _score(
         self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor, num_candidates: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,12 +133,14 @@ class ShardedAIRRouter(AIRRouter):
             "experts per rank": self.num_local_experts,
         }
         exchange = RowExchange(self.ep_group, hidden.shape[0], sizes, hidden.device)
-        rows = exchange.gather(hidden)
+        tokens, self._tokens = self._tokens, None
+        rows = exchange.gather(tokens)
+        scored = super()._normalize(rows)
         function = None if self.expert_bias is None else self.score_function
         with torch.no_grad():
             width = min(num_candidates, codewords.shape[1] * shortlist.shape[1])
             scores, local_ids = fine_topk(
-                rows,
+                scored,
                 self.weight,
                 self.bias,
                 shortlist,
@@ -155,7 +164,7 @@ class ShardedAIRRouter(AIRRouter):
             slots = ranks.topk(num_candidates, dim=1, sorted=False).indices
             scores, ids = scores.gather(1, slots), ids.gather(1, slots)
         self._chosen = sharded, slots, ids >= 0
-        return sharded.attach(self.weight, scores), ids
+        return sharded.attach(scored, self.weight, scores), ids
 
     def count_step(self, group: torch.distributed.ProcessGroup | None) -> None:
         """As the base's; the ranks that hold the same experts share the rebuild of their lists."""

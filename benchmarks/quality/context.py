@@ -156,7 +156,7 @@ def rows_of(trainer: Trainer, train: list, count: list, test: list, vocabulary: 
             stack.enter_context(_overlap(meter, router, tables[router][0], shares[router]))
         loss = meter.loss()
     rows = []
-    for number, router in enumerate(trainer.routers, 1):
+    for number, (router, of_router) in enumerate(counts.items(), 1):
         with meter.by_id(router, *tables[router]):
             alone = meter.loss()
         with ExitStack() as stack:
@@ -167,7 +167,7 @@ def rows_of(trainer: Trainer, train: list, count: list, test: list, vocabulary: 
             {
                 "model": label, "layer": number, "loss": loss, "rise_alone": alone - loss,
                 "rise_with_earlier": together - loss,
-                "fixed_by_id": sum(shares[router]) / len(shares[router]), "information": counts[router].information(topk),
+                "fixed_by_id": sum(shares[router]) / len(shares[router]), "information": of_router.information(topk),
             }
         )  # fmt: skip
     return rows

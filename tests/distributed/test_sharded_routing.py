@@ -19,6 +19,7 @@ BIASED = dict(moe_router_enable_expert_bias=True)
 SCENARIOS = {
     "topk-only": {},
     "losses": ALL_LOSSES,
+    "input-norm": dict(moe_router_input_norm="running", **ALL_LOSSES),
     "softmax-of-candidates": dict(moe_router_pre_softmax=True, moe_router_topk=1),
     "expert-bias": dict(moe_router_score_function="sigmoid", **BIASED),
     "expert-bias-with-losses": dict(moe_router_score_function="sqrtsoftplus", **BIASED, **ALL_LOSSES),
@@ -32,7 +33,7 @@ SCENARIOS = {
     "recomputed-in-hooks": ALL_LOSSES,
     "kernels": {},
 }
-OF_ONE_RANK = ("topk-only", "losses", "expert-bias", "padding", "no-tokens-on-odd-ranks", "full-lists")
+OF_ONE_RANK = ("topk-only", "losses", "input-norm", "expert-bias", "padding", "no-tokens-on-odd-ranks", "full-lists")
 """Whose microbatches do not depend on one another, so that one rank can run those of all ranks one after another."""
 LAYOUTS = [
     pytest.param((1, 1), id="EP1"),

@@ -25,6 +25,7 @@ HYBRID = ["--hybrid-layer-pattern", "*E" * 4, "--spec", "tests.megatron.local_hy
 SHARED = {
     # name: flags of the run on one rank
     "fp32": [],
+    "input norm": ["--moe-router-input-norm", "running"],
     "stock dispatch": ["--moe-dispatch", "stock"],
     "bf16": ["--bf16"],
     "fp16": ["--fp16", "--initial-loss-scale", "4096"],
@@ -57,7 +58,7 @@ LAYOUTS = {
 }
 # Sharded routing: the reference has its lists in parts too, and replicated centers.
 PARTS = ["--moe-air-list-parts", "4"]
-OF_SHARDED = ("bf16", "fp16", "loss per token", "multi-token prediction", "shared expert", "expert bias",
+OF_SHARDED = ("input norm", "bf16", "fp16", "loss per token", "multi-token prediction", "shared expert", "expert bias",
               "loss over sequences", "loss over all ranks")  # fmt: skip
 SHARED |= {f"{kind}, lists in parts": [*SHARED[kind], *PARTS] for kind in ("fp32", *OF_SHARDED)}
 SHARDED_LAYOUTS = ("EP 2", "EP 4", "EP 2, DP 2", "TP 2, SP, EP 2", "PP 2, EP 2", "distributed optimizer, overlap",
@@ -74,6 +75,7 @@ CASES = [
     *((kind, "EP 2, DP 2") for kind in ("loss per token", "loss over sequences", "loss over all ranks", "expert bias")),
     ("no balancing loss", "one microbatch"),
     ("first layers by hash", "PP 2"),
+    ("input norm", "EP 2, DP 2"),
 ]
 
 # Layouts sum in another order, which may turn the last printed digit of a norm; losses differ by 1e-5 at most.

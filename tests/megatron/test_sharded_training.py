@@ -24,7 +24,7 @@ from tests.megatron.test_compact_training import (
 
 pytestmark = pytest.mark.slow
 
-PARTS = ["--moe-air-list-parts", "4"]
+PARTS = ["--moe-air-list-parts", "4", "--moe-router-input-norm", "running"]
 SHARDED = ["--moe-air-shard-experts"]
 LOADED = {
     # name: (ranks, flags)

@@ -400,7 +400,6 @@ NOT_SHARDED = {
         dict(moe_air_codebook_source="experts", moe_air_list_parts=1),
         ["moe_air_codebook_source ('experts')", "use 'tokens'"],
     ),
-    "input-norm": (dict(moe_router_input_norm="running"), ["moe_router_input_norm ('running')", "travel once"]),
     "hash-layers": (
         dict(moe_num_hash_layers=1, num_layers=2, moe_hash_vocab_size=10),
         ["moe_num_hash_layers (1)", "a hash layer gives ids"],
