@@ -24,7 +24,7 @@ AGAIN ?=
 DRY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train test test-all test-fast golden limits lint bench bench-gpu bench-layer bench-compare gpu gpu-curves study clean
+.PHONY: help install data train test test-all test-fast golden patches limits lint bench bench-gpu bench-layer bench-compare gpu gpu-curves study clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-14s%s\n", $$1, $$2}'
@@ -68,6 +68,9 @@ golden: install  ## Write tests/golden/losses.json anew, after a change that is 
 
 limits: install  ## Write docs/limits.md from the tables of refusals
 	$(BIN)/python -W ignore docs/make_limits.py
+
+patches: install  ## Write the patches of other Megatron versions anew from that of 0.19
+	$(BIN)/python patches/derive.py
 
 lint: install  ## Check style and format
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["air_moe_megatron", "air_moe_megatron.*"]),
-    package_data={"air_moe_megatron.report": ["page.html"]},
+    package_data={"air_moe_megatron": ["patches/*.patch"], "air_moe_megatron.report": ["page.html"]},
     install_requires=["packaging", "torch>=2.11"],
     extras_require={
         "train": ["jinja2", "matplotlib", "megatron-core[training]==0.19.*", "pandas", "tensorboard", "tqdm"],
