@@ -24,7 +24,7 @@ AGAIN ?=
 DRY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train test test-all test-fast golden patches limits lint bench bench-gpu bench-layer bench-compare gpu gpu-curves study clean
+.PHONY: help install data train test test-all test-fast test-versions golden patches limits lint bench bench-gpu bench-layer bench-compare gpu gpu-curves study clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F: '{printf "  make %-14s%s\n", $$1, $$2}'
@@ -62,6 +62,9 @@ test-all: install  ## Run the long tests too: layouts, faults, command lines at 
 
 test-fast: install  ## Run those that are not slow either (3 minutes)
 	$(BIN)/python -m pytest -m "not gpu and not slow and not long"
+
+test-versions: install  ## Test each supported Megatron in a folder of its own under out/versions (ten minutes, downloads)
+	$(BIN)/python -W ignore -m tests.versions
 
 golden: install  ## Write tests/golden/losses.json anew, after a change that is meant to move losses
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.golden.losses

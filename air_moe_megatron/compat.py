@@ -3,14 +3,62 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
+import types
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from packaging.version import Version
 
-SUPPORTED_MEGATRON = ("0.19", "0.20")
-"""megatron-core versions that this package accepts: from the first, below the second. The tests run on 0.19.2."""
+SUPPORTED_MEGATRON = ("0.17", "0.20")
+"""megatron-core versions whose layers, specs and step boundary we take: from the first, below the second.
+
+docs/versions.md says what was seen on each.
+"""
+
+ENTRY_MEGATRON = ("0.19", "0.20")
+"""Those on which our commands run. They build the model by ``GPTModelConfig``, which 0.19 brought for GPT models."""
+
+
+WRAPPED = {
+    "megatron.training.training.train_step": (
+        (
+            *("forward_step_func", "data_iterator", "model", "optimizer", "opt_param_scheduler", "config"),
+            *("forward_backward_func", "iteration"),
+        ),
+        "sync.py",
+    ),
+}
+"""Megatron's functions that we wrap: name -> parameters that they must take, and our file that does it."""
+
+OWN_SIGNATURES = ()
+"""Methods of ours that only we call: their parameters differ from those of Megatron's method of that name."""
+
+VERSIONED = {
+    "precomputed_indices": ("0.19", "1"),  # probs_of_selected does without
+    "moe_logging": ("0.18", "1"),  # get_moe_metrics_tracker has a stand-in
+    "moe_utils.save_to_aux_losses_tracker": ("0.17", "0.18"),  # used by that
+    "moe_utils.get_moe_layer_wise_logging_tracker": ("0.17", "0.18"),
+    "megatron.training.models.gpt": ("0.19", "1"),  # of specs.air_layer_spec, which only our commands call
+    "hybrid_layer_specs.hybrid_stack_spec": ("0.18", "1"),  # of specs.air_hybrid_stack_spec, likewise
+}
+"""Parts of the words of a misfit -> from which version up to which it counts; on others our code does without."""
+
+
+@functools.cache
+def megatron_version() -> Version:
+    """The installed Megatron's, without what follows its three numbers.
+
+    Raises:
+        ImportError: where there is none.
+    """
+    try:
+        from megatron.core.package_info import __version__ as version
+    except ImportError as error:
+        raise ImportError("air_moe_megatron needs megatron-core 0.19; install air_moe_megatron[train]") from error
+    return Version(Version(version).base_version)
 
 
 def require_supported_megatron() -> None:
@@ -19,13 +67,28 @@ def require_supported_megatron() -> None:
     Raises:
         ImportError: naming the installed and the supported versions.
     """
-    first, end = (Version(version) for version in SUPPORTED_MEGATRON)
-    try:
-        from megatron.core.package_info import __version__ as version
-    except ImportError as error:
-        raise ImportError("air_moe_megatron needs megatron-core 0.19; install air_moe_megatron[train]") from error
-    if not first <= Version(Version(version).base_version) < end:
-        raise ImportError(f"megatron-core {version} is not supported: air_moe_megatron needs >= {first}, < {end}")
+    _require(SUPPORTED_MEGATRON, "air_moe_megatron needs")
+
+
+def require_entry_megatron() -> None:
+    """As :func:`require_supported_megatron`, for commands that build the model themselves.
+
+    Raises:
+        ImportError: naming the installed and the supported versions, and what to do on 0.17 and 0.18.
+    """
+    require_supported_megatron()
+    _require(
+        ENTRY_MEGATRON,
+        "this command builds models by megatron.training's GPTModelConfig, which only these have:",
+        "; for a checkout of 0.17 or 0.18 run `python -m air_moe_megatron.patch apply` and its own pretrain_gpt.py",
+    )
+
+
+def _require(versions: tuple[str, str], why: str, remedy: str = "") -> None:
+    version = megatron_version()
+    first, end = (Version(bound) for bound in versions)
+    if not first <= version < end:
+        raise ImportError(f"megatron-core {version} is not supported: {why} >= {first}, < {end}{remedy}")
 
 
 def megatron_has_our_fields() -> bool:
@@ -72,3 +135,73 @@ def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         except (ValueError, TypeError, KeyError):
             action.help = action.help.replace("%", "%%")
     return parser
+
+
+def probs_of_selected(scores: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """Megatron's probabilities of experts that are selected already.
+
+    Args:
+        scores: [T, K] logits of the selected experts.
+        settings: those of ``topk_routing_with_score_function`` about scores.
+    Returns:
+        [T, K] probs, in the order of ``scores``.
+    """
+    from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+
+    topk = scores.shape[1]
+    if megatron_version() < Version("0.19"):  # it takes no selection: let it select all, and undo its order
+        probs, columns = topk_routing_with_score_function(scores, topk, dense_output=True, **settings)
+        return probs.gather(1, columns.argsort(dim=1))
+    columns = torch.arange(topk, device=scores.device).expand_as(scores)
+    return topk_routing_with_score_function(scores, topk, precomputed_indices=columns, dense_output=True, **settings)[0]
+
+
+class _LossesOf017:
+    """Megatron 0.17's record of auxiliary losses, with the two names of later versions' tracker that we use."""
+
+    @staticmethod
+    def record(
+        name: str,
+        value: torch.Tensor,
+        layer_number: int,
+        num_layers: int,
+        reduce_group: torch.distributed.ProcessGroup | None = None,
+        needs_dp_avg: bool = True,
+    ) -> None:
+        """Add a layer's value to those of this step."""
+        from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
+
+        save_to_aux_losses_tracker(
+            name, value, layer_number, num_layers, reduce_group=reduce_group, reduce_group_has_dp=not needs_dp_avg
+        )
+
+    @property
+    def metrics(self) -> dict[str, types.SimpleNamespace]:
+        """Name -> its ``values``, one per layer."""
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        return {
+            name: types.SimpleNamespace(values=entry["values"])
+            for name, entry in get_moe_layer_wise_logging_tracker().items()
+        }
+
+
+def get_moe_metrics_tracker() -> Any:
+    """Megatron's tracker of auxiliary losses: its own from 0.18 on, before that one with ``record`` and ``metrics``."""
+    if megatron_version() < Version("0.18"):
+        return _LossesOf017()
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker as tracker
+
+    return tracker()
+
+
+def destroy_moe_metrics_tracker() -> None:
+    """Forget all auxiliary losses that were recorded."""
+    if megatron_version() < Version("0.18"):
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()
+        return
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker as destroy
+
+    destroy()

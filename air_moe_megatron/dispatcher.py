@@ -69,6 +69,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
+        self.ep_rank = pg_collection.ep.rank()  # the base class says it from 0.18 on
         self.num_experts = num_local_experts * self.ep_size
         self.layer_number: int | None = None
         self.traffic, self.recomputed_traffic = Traffic(), Traffic()

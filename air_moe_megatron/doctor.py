@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from air_moe_megatron import console
 
@@ -125,10 +125,10 @@ def _version(name: str) -> str:
 
 
 def _megatron() -> str:
-    from air_moe_megatron.compat import require_supported_megatron
+    from air_moe_megatron.compat import require_entry_megatron
 
     try:
-        require_supported_megatron()
+        require_entry_megatron()
     except ImportError as error:
         return f"{_version('megatron')}: {error}"
     return importlib.metadata.version("megatron-core")
@@ -200,11 +200,11 @@ def examine(flags: Sequence[str]) -> tuple[argparse.Namespace | None, Findings]:
     import torch
 
     from air_moe_megatron import cpu
-    from air_moe_megatron.compat import require_supported_megatron
+    from air_moe_megatron.compat import require_entry_megatron
 
     found = Findings()
     try:
-        require_supported_megatron()
+        require_entry_megatron()
     except ImportError as error:
         found.add(error)
         found.unchecked += ["flags", "data", "model", "memory", "checkpoint"]
@@ -350,10 +350,28 @@ def report(flags: Sequence[str], world_size: int) -> tuple[str, bool]:
     return "\n".join(lines) + "\n", not found.problems
 
 
+def _check_megatron(path: Path) -> NoReturn:
+    from air_moe_megatron.fit import report as report_on
+    from air_moe_megatron.patch import UnknownTreeError
+
+    try:
+        text, fits = report_on(path.absolute())
+    except UnknownTreeError as error:
+        text, fits = f"refused: {error}\n", False
+    sys.stdout.write(text)
+    sys.exit(0 if fits else 2)
+
+
 def own_parser() -> argparse.ArgumentParser:
     """Parser of the doctor's own flags; what it does not know is the command line to check."""
     parser = argparse.ArgumentParser(prog="python -m air_moe_megatron.doctor", description=__doc__, allow_abbrev=False)
     parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="ranks in all")
+    parser.add_argument(
+        "--megatron",
+        type=Path,
+        metavar="PATH",
+        help="check every name and signature of Megatron that we use against this checkout or wheel, and no more",
+    )
     parser.add_argument("--nproc-per-node", type=int, help="ranks on this host, which share its memory; default: all")
     return parser
 
@@ -362,10 +380,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the report.
 
     Raises:
-        SystemExit: with 2 where the command line would not start, otherwise 0.
+        SystemExit: with 2 where the command line would not start, or the Megatron of `--megatron` does not fit;
+            otherwise 0.
     """
     parser = own_parser()
     own, flags = parser.parse_known_args(argv)
+    if own.megatron is not None:
+        if flags:
+            parser.error(f"--megatron ({own.megatron}) checks no command line: leave out {flags[0]}")
+        _check_megatron(own.megatron)
     for name in ("world_size", "nproc_per_node"):
         if getattr(own, name) is not None and getattr(own, name) < 1:
             parser.error(f"--{name.replace('_', '-')} ({getattr(own, name)}) must be at least 1")

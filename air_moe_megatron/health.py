@@ -263,7 +263,8 @@ def vq_loss(routers: Sequence[VQRouter]) -> float:
     over ``tp_dp_cp``) and waits for the device.
     """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    from air_moe_megatron.compat import get_moe_metrics_tracker
 
     entry = get_moe_metrics_tracker().metrics.get("vq_loss")
     total = torch.zeros((), dtype=torch.float64, device=routers[0].weight.device)

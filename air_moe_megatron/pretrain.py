@@ -64,7 +64,7 @@ def choose_device() -> None:
     It binds some of torch.cuda at import. The flags that a CPU run needs are added to the command line.
 
     Raises:
-        SystemExit: where there is neither a GPU nor `--cpu`, or both.
+        SystemExit: where there is neither a GPU nor `--cpu`, or both, or a Megatron that the commands do not run on.
     """
     from air_moe_megatron import console
 
@@ -87,6 +87,12 @@ def choose_device() -> None:
         sys.argv = cpu.with_required_flags(sys.argv)
     elif not torch.cuda.is_available() and not {"-h", "--help"} & set(sys.argv):
         console.refuse(console.NO_GPU)
+    from air_moe_megatron.compat import require_entry_megatron
+
+    try:
+        require_entry_megatron()
+    except ImportError as error:
+        console.refuse(str(error))
 
 
 if __name__ == "__main__":

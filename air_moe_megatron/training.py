@@ -27,7 +27,7 @@ from air_moe_megatron.agreement import Ranks, check_agreement, meet
 from air_moe_megatron.arguments import add_air_arguments, moe_layers, transformer_config_from_args
 from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.checkpoints import check_checkpoint, fields_of_checkpoint
-from air_moe_megatron.compat import process_groups_released, repair_help, require_supported_megatron
+from air_moe_megatron.compat import process_groups_released, repair_help, require_entry_megatron
 from air_moe_megatron.config import is_plain_topk, uses_hash
 from air_moe_megatron.entry_refusals import check_flags
 from air_moe_megatron.memory import check_memory
@@ -179,7 +179,7 @@ def train(program_start: float | None = None, screen: TextIO | None = None) -> N
         ImportError: for a Megatron that this package is not tested with.
     """
     main_start = time.time()
-    require_supported_megatron()
+    require_entry_megatron()
     print_rank_0(f"> PyTorch version ................ {get_torch_version()}")
     print_rank_0(f"> Megatron-Core version .......... {megatron_core_version}")
     print_rank_0(f"> Transformer Engine version ..... {get_te_version()}")

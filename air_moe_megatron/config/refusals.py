@@ -44,12 +44,14 @@ class Refusal:
 def refused(config: TransformerConfig) -> Problems[None]:
     """The rows of the table that apply to a config, each as a ValueError.
 
-    It names the field, its value, the cause and the reason.
+    It names the field, its value, the cause and the reason. A field that this Megatron does not have cannot be set.
 
     Args:
         config: with all our fields.
     """
     for row in REFUSALS:
+        if not hasattr(config, row.field):
+            continue
         value = getattr(config, row.field)
         if row.cause.applies(config) and row.values.hold(config, value):
             yield ValueError(f"{row.field} ({value!r}) is not supported with {row.cause.name(config)}: {row.reason}")
@@ -76,7 +78,7 @@ def _has(kind: str) -> Values:
 def _captures_router(config: TransformerConfig, implementation: str) -> bool:
     if implementation in ("none", "full_iteration"):
         return implementation == "full_iteration"
-    modules = config.cuda_graph_modules
+    modules = getattr(config, "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope")
     names = {getattr(module, "name", module) for module in ([modules] if isinstance(modules, str) else modules)}
     # Megatron: an empty list captures the whole layer.
     return not names or bool(names & {"full", "moe", "moe_router", "moe_preprocess"})

@@ -236,8 +236,12 @@ def _without_warnings(original: types.ModuleType) -> types.SimpleNamespace:
 
 
 def _without_cuda_check(original: tuple) -> tuple:
-    """Defaults of `initialize_megatron`, whose first parameter is `allow_no_cuda=False`."""
-    return (True, *original[1:])
+    """Defaults of `initialize_megatron`, with that of `allow_no_cuda`, whose place differs between versions, True."""
+    from megatron.training.initialize import initialize_megatron
+
+    parameters = initialize_megatron.__code__.co_varnames[: initialize_megatron.__code__.co_argcount]
+    names = parameters[-len(original) :]
+    return tuple(name == "allow_no_cuda" or value for name, value in zip(names, original, strict=True))
 
 
 def _compile_helpers(original: Callable) -> Callable:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import apply_random_logits, topk_routing_with_score_function
+from megatron.core.transformer.moe.moe_utils import apply_random_logits
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.codebook import Codebook
+from air_moe_megatron.compat import probs_of_selected
 from air_moe_megatron.config import balancing_losses, resolve_sizes
 from air_moe_megatron.index import NUM_FULL_REBUILDS, ShortlistIndex, num_rebuilds, rebuild_products
 from air_moe_megatron.learner import Learner
@@ -172,9 +173,7 @@ class AIRRouter(CompactRouter):
 
     def _probs_of(self, selected: torch.Tensor) -> torch.Tensor:
         """[T, K] probs of selected scores [T, K]; only where no other score enters them."""
-        return topk_routing_with_score_function(
-            selected, self.topk, precomputed_indices=_columns(selected), dense_output=True, **self._score_settings()
-        )[0]
+        return probs_of_selected(selected, **self._score_settings())
 
     def _all_scores_matter(self) -> bool:
         """Whether scores beside the selected ones reach the loss, and so need gradients.

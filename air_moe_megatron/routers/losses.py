@@ -20,11 +20,11 @@ Legend: U groups of tokens, one or as many as sequences; others as in ``ops/__in
 """
 
 import torch
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from air_moe_megatron.compat import get_moe_metrics_tracker
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.recomputation import hidden_from_checkpoints
 

@@ -54,6 +54,8 @@ class ProductKeyRouter(CompactRouter):
 
     router_type = "product_key"
     checkpoint_key = "keys1"
+    keys1: torch.nn.Parameter
+    keys2: torch.nn.Parameter
     vectors_per_expert = 0
 
     def __init__(

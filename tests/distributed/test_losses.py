@@ -96,7 +96,8 @@ def train_step(router, batches, num_tokens):
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
     from megatron.core.transformer.module import MegatronModule
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+
+    from air_moe_megatron.compat import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
     class Model(MegatronModule):
         model_type = ModelType.encoder_or_decoder

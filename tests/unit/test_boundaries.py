@@ -188,7 +188,7 @@ def test_an_update_with_a_large_finite_token_is_applied(megatron_cpu, router_typ
 @pytest.mark.parametrize("length", (1e18, 1e19, 1e30), ids=str)
 def test_the_vq_loss_of_a_large_finite_token(megatron_cpu, length):
     """Right while fp32 holds it, infinite in the log beyond; its gradients are right and finite either way."""
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+    from air_moe_megatron.compat import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
     destroy_moe_metrics_tracker()
     router = make_router(megatron_cpu, moe_router_type="vq", moe_vq_loss_coeff=0.7, moe_vq_commitment=0.3)

@@ -160,7 +160,7 @@ def test_commands_name_what_exists(path, tmp_path, parser):
         if command[0] == "make":
             assert {word for word in command[1:] if "=" not in word} <= targets
         for word in command[1:]:
-            if re.search(r"\.(py|sh|toml|patch)$", word) and word not in NOT_OURS:
+            if re.search(r"\.(py|sh|toml)$|/.*\.patch$", word) and word not in NOT_OURS:
                 assert (ROOT / word.removeprefix(f"../{ROOT.name}/").removeprefix("../air_moe_megatron/")).exists(), (
                     word
                 )

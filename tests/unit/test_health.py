@@ -53,9 +53,9 @@ def mixed_routers(groups):
 
 def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatch):
     from megatron.core import num_microbatches_calculator
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
     from air_moe_megatron import health
+    from air_moe_megatron.compat import destroy_moe_metrics_tracker, get_moe_metrics_tracker
     from tests.builders import HIDDEN
 
     destroy_moe_metrics_tracker()

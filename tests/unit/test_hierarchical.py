@@ -76,7 +76,7 @@ def test_gradients_reach_both_gates(megatron_cpu):
 
 
 def test_z_loss_is_of_the_logits_of_both_gates(megatron_cpu):
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+    from air_moe_megatron.compat import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
     destroy_moe_metrics_tracker()
     fields = dict(moe_router_type="hierarchical", moe_hierarchical_topk_groups=8, moe_z_loss_coeff=0.3)

@@ -14,9 +14,9 @@ NAME = PACKAGE.name
 
 # A module may import from lower layers and from its own, if it is not listed there as unable to.
 LAYERS = (
-    {"ops", "config", "compat", "console", "patch", "module_state", "process_groups", "recomputation"},
+    {"ops", "config", "compat", "console", "patch", "source_tree", "module_state", "process_groups", "recomputation"},
     {"learner", "cpu"},
-    {"codebook", "lists", "parts"},
+    {"codebook", "lists", "parts", "fit"},
     {"index", "running_norm", "row_exchange"},
     {"routers", "dispatcher", "experts"},
     {"bounds"},

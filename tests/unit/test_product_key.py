@@ -204,7 +204,7 @@ def test_automatic_sizes(given, expected):
 
 def test_balancing_loss_sees_every_head_as_a_routing(megatron_cpu):
     """Against Megatron's formula on dense per-head scores, where every product is a candidate."""
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+    from air_moe_megatron.compat import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
     destroy_moe_metrics_tracker()
     router = make_router(

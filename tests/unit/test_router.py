@@ -285,8 +285,9 @@ def test_no_gradient_reaches_the_codebook_and_only_listed_experts_learn(megatron
 @pytest.mark.parametrize("padding", (False, True), ids=("all-tokens", "padding-mask"))
 def test_losses_are_megatrons_with_unscored_experts_at_zero(megatron_cpu, padding, num_probes, source):
     """The dense losses of TopKRouter on logits of minus infinity outside the shortlist."""
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
     from megatron.core.transformer.moe.router import TopKRouter
+
+    from air_moe_megatron.compat import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
     settings = dict(
         moe_air_codebook_source=source,

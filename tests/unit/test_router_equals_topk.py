@@ -121,7 +121,8 @@ def make_inputs(shape=(6, 2), num_microbatches=1, dtype=torch.float32, padding=F
 def run(router, hidden, masks, seed=2):
     """Forward and backward of the microbatches from one random state."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+
+    from air_moe_megatron.compat import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
     destroy_moe_metrics_tracker()
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -133,13 +133,13 @@ def forward(router, hidden, mask):
 
 
 def logged(name):
-    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from air_moe_megatron.compat import get_moe_metrics_tracker
 
     return get_moe_metrics_tracker().metrics[name].values
 
 
 def forget_logs():
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from air_moe_megatron.compat import destroy_moe_metrics_tracker
 
     destroy_moe_metrics_tracker()
 

@@ -57,7 +57,7 @@ def test_the_codes_learn_by_the_codebook_loss_only_and_tokens_are_committed_to_t
 
 
 def test_the_loss_is_logged_without_its_coefficient(megatron_cpu):
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+    from air_moe_megatron.compat import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
     destroy_moe_metrics_tracker()
     router = make_router(megatron_cpu, moe_router_type="vq", moe_vq_loss_coeff=0.7, moe_vq_commitment=0.3)
