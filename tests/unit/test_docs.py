@@ -173,6 +173,7 @@ def test_commands_name_what_exists(path, tmp_path, parser):
 def test_commands_that_use_a_checkpoint_parse(tmp_path, megatron_cpu):
     from megatron.training.arguments import add_megatron_arguments
 
+    from air_moe_megatron import plan
     from air_moe_megatron.inference import evaluation, generation
     from air_moe_megatron.training import extra_args_provider
     from air_moe_megatron.tune import command as tuning
@@ -185,6 +186,9 @@ def test_commands_that_use_a_checkpoint_parse(tmp_path, megatron_cpu):
     for command in commands:
         name = next(word for word in command if word.startswith("air_moe_megatron."))
         if name in CHECKED:
+            continue
+        if name == "air_moe_megatron.plan":
+            assert plan.make_parser().parse_args(command[command.index(name) + 1 :]).experts
             continue
         parser = extra_args_provider(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
         modules[name.removeprefix("air_moe_megatron.")].add_flags(parser)

@@ -29,7 +29,7 @@ LAYERS = (
     {"token_counts"},
     {"training"},
     {"pretrain", "inference", "doctor"},
-    {"evaluate", "generate", "report", "tune"},
+    {"evaluate", "generate", "plan", "report", "tune"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # These import torch (and Triton) only, never Megatron.

@@ -1,0 +1,330 @@
+"""Predict a run before it is launched: `python -m air_moe_megatron.plan --experts 1048576 --hidden 4096 ...`.
+
+It prints memory per rank, router FLOPs, and bytes and time of each collective, for a replicated router and for one
+whose centers and lists are sharded over the expert-parallel ranks (docs/compact-path.md). It needs no device and makes
+no process group. Experts are taken as equally loaded. Attention, embeddings and what is not of MoE layers come on top.
+
+Legend: T tokens of a rank and microbatch, D expert-parallel ranks, W ranks, R rows that a rank's tokens become on
+their way (a token travels once to each rank that holds any of its experts); others as in ``ops/__init__.py``.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from air_moe_megatron.config import AIRFields, resolve_sizes, set_fields
+from air_moe_megatron.memory import parameter_bytes
+from air_moe_megatron.routers import AIRRouter
+
+_GIB = 2**30
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_PAIR_ID = 4  # bytes of an expert id on its way
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What one rank sends, per MoE layer and step."""
+
+    name: str
+    num_bytes: float
+    """Bytes that leave the rank."""
+    group: int
+    """Ranks that take part."""
+    stride: int = 1
+    """Distance between them: experts of one rank lie as many ranks apart as there are expert-parallel ones."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prediction for one layout."""
+
+    is_sharded: bool
+    memory: dict[str, float]  # purpose -> bytes of a rank, all layers
+    router_flops: float  # of a token and layer, forward, backward and rebuilds
+    rebuild_flops: float  # of a rank, layer and rebuild
+    collectives: list[Collective]
+
+    @property
+    def total(self) -> float:
+        """Bytes of a rank."""
+        return sum(self.memory.values())
+
+
+def rows_per_token(num_experts: int, topk: int, ranks: int) -> float:
+    """Ranks that hold any of a token's experts, where each choice of experts is as likely.
+
+    Example: 4 experts on 2 ranks and K = 2: one rank in 2 of 6 choices, two in 4, so 5/3.
+    """
+    others = num_experts - num_experts // ranks
+    missed = math.prod((others - i) / (num_experts - i) for i in range(min(topk, num_experts)))
+    return ranks * (1.0 - max(missed, 0.0))
+
+
+def config_of(args: argparse.Namespace) -> TransformerConfig:
+    """The transformer config of the planned layers, with our fields."""
+    config = TransformerConfig(
+        num_layers=args.layers,
+        hidden_size=args.hidden,
+        num_attention_heads=1,
+        num_moe_experts=args.experts,
+        moe_router_topk=args.topk,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=0.01,
+        add_bias_linear=False,
+    )
+    fields = AIRFields(
+        moe_router_type="air",
+        moe_granular_experts=True,
+        moe_dispatch="compact",
+        moe_air_num_clusters=args.clusters,
+        moe_air_shortlist_size=args.shortlist,
+        moe_air_num_probes=args.probes,
+        moe_air_num_candidates=args.candidates,
+        moe_air_refresh_interval=args.refresh_interval,
+    )
+    set_fields(config, fields)
+    return config
+
+
+def _arguments(args: argparse.Namespace, expert_parallel: int, tensor_bytes: torch.dtype) -> argparse.Namespace:
+    """What ``memory.py`` reads of Megatron's arguments, of a layout without tensor and pipeline parallelism."""
+    world = args.nodes * args.gpus_per_node
+    return argparse.Namespace(
+        moe_router_type="air", moe_granular_experts=True, moe_dispatch="compact", num_experts=args.experts,
+        hidden_size=args.hidden, moe_ffn_hidden_size=args.ffn, ffn_hidden_size=args.ffn, moe_latent_size=None,
+        swiglu=args.swiglu, quick_geglu=False, num_layers=args.layers, moe_layer_freq=1, hybrid_layer_pattern=None,
+        expert_model_parallel_size=expert_parallel, expert_tensor_parallel_size=1, expert_gtp_weight_remat_size=1,
+        tensor_model_parallel_size=1, pipeline_model_parallel_size=1, context_parallel_size=1,
+        data_parallel_size=world, world_size=world, sequence_parallel=False, micro_batch_size=1,
+        seq_length=args.tokens, params_dtype=tensor_bytes, accumulate_allreduce_grads_in_fp32=not args.bf16_gradients,
+        optimizer="adam", use_precision_aware_optimizer=False,
+        use_distributed_optimizer=args.distributed_optimizer, skip_train=False,
+        moe_num_hash_layers=0, moe_air_shard_experts=False,
+    )  # fmt: skip
+
+
+def learned_bytes(args: argparse.Namespace, config: TransformerConfig, shards: int) -> dict[str, int]:
+    """Bytes of codebook and lists of one layer on a rank: purpose -> bytes.
+
+    Codewords, moving averages and statistics are [C, H] fp32 each, and the same on all ranks. Lists [C, L] and pools
+    [C, 4L] are int32. A key per expert is int64, as are two counters of its tokens, which every rank keeps for all.
+    """
+    sizes = resolve_sizes(config)
+    lists = sizes.num_clusters * sizes.shortlist_size
+    return {
+        "codebook": 4 * sizes.num_clusters * (args.hidden + 2 * (args.hidden + 3)),
+        "lists": (4 * 5 * lists + 8 * args.experts) // shards + 2 * 8 * args.experts,
+    }
+
+
+def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
+    """Predict one layout."""
+    config, dtype = config_of(args), _DTYPES[args.dtype]
+    sizes, ranks, world = resolve_sizes(config), args.ep, args.nodes * args.gpus_per_node
+    theirs = _arguments(args, ranks, dtype)
+    shards = ranks if is_sharded else 1
+    number = dtype.itemsize
+    router = args.layers * args.experts * args.hidden // shards
+    projections = 3 if args.swiglu else 2
+    experts = args.layers * args.experts // ranks * projections * args.ffn * args.hidden
+    of_router = parameter_bytes(theirs, world // ranks if is_sharded else world)
+    of_experts = parameter_bytes(theirs, world // ranks)
+    memory = {
+        f"{what} of {who}": float(count * per[what])
+        for who, count, per in (("experts", experts, of_experts), ("routers", router, of_router))
+        for what in ("weights", "gradients", "optimizer state")
+    }
+    learned = learned_bytes(args, config, shards)
+    memory["codebooks"], memory["lists"] = (float(args.layers * learned[name]) for name in ("codebook", "lists"))
+    distinct = rows_per_token(args.experts, args.topk, ranks)
+    sent = ranks if is_sharded else distinct
+    rows, pairs = args.tokens * sent, args.tokens * args.topk
+    # Kept for the backward, of each layer: rows as received, scores and ids of the candidates, activations of pairs.
+    kept = (
+        rows * args.hidden * number + args.tokens * sizes.num_candidates * 8 + pairs * args.ffn * number * projections
+    )
+    memory["activations of the routed path"] = float(kept * (1 if args.recompute else args.layers))
+    memory["dispatch buffers"] = float(2 * rows * args.hidden * number + 2 * pairs * (_PAIR_ID + 4))
+    steps, away = args.microbatches, (ranks - 1) / ranks
+    gradient = of_router["gradients"]
+    row_bytes = steps * rows * away * args.hidden * number
+    collectives = [
+        Collective("rows to the experts and back, forward and backward", 4 * row_bytes, ranks),
+        Collective("pairs of expert and prob, and the gradients of the probs", steps * pairs * away * 12, ranks),
+        Collective(
+            "gradients of the experts",
+            _ring(world // ranks) * experts / args.layers * gradient,
+            world // ranks,
+            stride=ranks,
+        ),
+        Collective("statistics of the codebook", _ring(world) * 4 * sizes.num_clusters * (args.hidden + 3), world),
+    ]
+    share = router / args.layers * gradient
+    group = world // ranks if is_sharded else world
+    collectives.append(Collective("gradients of the centers", _ring(group) * share, group, stride=shards))
+    if is_sharded:
+        kept_per_rank = min(sizes.num_candidates, sizes.num_probes * max(1, sizes.shortlist_size // ranks))
+        scores = steps * args.tokens * (ranks - 1) * (kept_per_rank * (4 + _PAIR_ID + 1 + 4) + 4 * sizes.num_probes)
+        collectives.append(Collective("scores of the candidates, codewords, marks and gradients", scores, ranks))
+    tokens = world * args.tokens * args.microbatches
+    flops = AIRRouter.flops(config, tokens_per_batch=tokens)
+    rebuild = flops.refresh * tokens * args.refresh_interval
+    return Plan(is_sharded, memory, flops.total, rebuild / shards, [one for one in collectives if one.group > 1])
+
+
+def _ring(ranks: int) -> float:
+    """How often a rank sends the whole of what a ring reduces."""
+    return 2 * (ranks - 1) / ranks
+
+
+def seconds(args: argparse.Namespace, collective: Collective) -> float:
+    """Time of a collective at the speeds given, where groups fill nodes and each rank has a link to other nodes."""
+    on_node = min(collective.group, max(1, args.gpus_per_node // collective.stride))
+    across = (collective.group - on_node) / (collective.group - 1)
+    return max(
+        collective.num_bytes * across / (args.network_gbytes * 1e9),
+        collective.num_bytes * (1 - across) / (args.node_gbytes * 1e9),
+    )
+
+
+def remedies(args: argparse.Namespace) -> list[str]:
+    """Changes of the layout that fit into the memory, fewest first; each line is one."""
+    world, found = args.nodes * args.gpus_per_node, []
+    expert_parallel = args.ep
+    while expert_parallel <= world:
+        for distributed in sorted({args.distributed_optimizer, True}):
+            for is_sharded in (False, True):
+                changed = argparse.Namespace(
+                    **{**vars(args), "ep": expert_parallel, "distributed_optimizer": distributed}
+                )
+                if args.experts % expert_parallel or world % expert_parallel:
+                    continue
+                total = predict(changed, is_sharded).total
+                if total <= args.memory_gib * _GIB:
+                    words = [f"--ep {expert_parallel}"] if expert_parallel != args.ep else []
+                    words += ["--distributed-optimizer"] if distributed != args.distributed_optimizer else []
+                    words += ["sharded" if is_sharded else "replicated"]
+                    found.append(f"{', '.join(words)}: {total / _GIB:.1f} GiB")
+        expert_parallel *= 2
+    return sorted(found, key=lambda line: line.count(","))[:4]
+
+
+def report(args: argparse.Namespace) -> tuple[str, bool]:
+    """The prediction in words, and whether one of the layouts fits into the memory."""
+    plans = [predict(args, is_sharded) for is_sharded in (False, True)]
+    sizes, world = resolve_sizes(config_of(args)), args.nodes * args.gpus_per_node
+    lines = [
+        f"{args.layers} layers of {args.experts} experts, K = {args.topk}, H = {args.hidden}, on {world} ranks, "
+        f"EP {args.ep}",
+        f"AIR: {sizes.num_clusters} codewords, lists of {sizes.shortlist_size}, {sizes.num_probes} probes, "
+        f"{sizes.num_candidates} candidates",
+        "",
+        f"{'GiB per rank':52}{'replicated':>12}{'sharded':>12}",
+    ]
+    rows = [(name, *(plan.memory[name] / _GIB for plan in plans)) for name in plans[0].memory]
+    lines += [f"  {name:50}{one:12.3f}{other:12.3f}" for name, one, other in rows]
+    lines.append(f"  {'all':50}{plans[0].total / _GIB:12.3f}{plans[1].total / _GIB:12.3f}")
+    lines += ["", f"{'kFLOPs':52}{'replicated':>12}{'sharded':>12}"]
+    lines.append(
+        f"  {'router, per token and layer':50}" + "".join(f"{plan.router_flops / 1e3:12.1f}" for plan in plans)
+    )
+    lines.append(
+        f"  {'a rebuild of the lists, per rank and layer':50}"
+        + "".join(f"{p.rebuild_flops / 1e3:12.3g}" for p in plans)
+    )
+    for plan in plans:
+        lines += ["", f"{'sharded' if plan.is_sharded else 'replicated'}: sent by a rank, per layer and step"]
+        for one in plan.collectives:
+            lines.append(
+                f"  {one.name:62}{one.num_bytes / 1e6:12.1f} MB{seconds(args, one) * 1e3:10.2f} ms{one.group:6} ranks"
+            )
+        every = sum(seconds(args, one) for one in plan.collectives)
+        lines.append(f"  {'all, one after another':62}{'':15}{every * 1e3:10.2f} ms")
+    lines.append("")
+    fits = [plan.total <= args.memory_gib * _GIB for plan in plans]
+    for plan, is_small in zip(plans, fits, strict=True):
+        name = "sharded" if plan.is_sharded else "replicated"
+        lines.append(f"{name}: {'fits' if is_small else 'does not fit'} into {args.memory_gib:g} GiB")
+    if not all(fits):
+        found = remedies(args)
+        lines.append("what would fit:" if found else "nothing of --ep, --distributed-optimizer and sharding fits: use")
+        lines += [f"  {line}" for line in found] or ["  fewer or smaller experts, or more nodes"]
+    return "\n".join(lines) + "\n", any(fits)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m air_moe_megatron.plan", description=__doc__.partition("\n")[0], allow_abbrev=False
+    )
+    for flag, default, text in (
+        ("--experts", None, "experts of a layer"),
+        ("--hidden", None, "hidden size"),
+        ("--topk", None, "experts of a token"),
+        ("--ep", None, "expert-parallel ranks"),
+        ("--nodes", 1, "nodes"),
+        ("--gpus-per-node", 8, "ranks of a node"),
+        ("--layers", 1, "MoE layers of a rank"),
+        ("--ffn", 1, "hidden size of an expert"),
+        ("--tokens", 8192, "tokens of a rank and microbatch"),
+        ("--microbatches", 1, "microbatches of a step"),
+        ("--clusters", 0, "codewords; 0 is automatic"),
+        ("--shortlist", 0, "experts of a list; 0 is automatic"),
+        ("--probes", 0, "lists searched; 0 is automatic"),
+        ("--candidates", 0, "candidates with gradients; 0 is automatic"),
+        ("--refresh-interval", 20, "steps between rebuilds"),
+    ):
+        parser.add_argument(
+            flag, type=int, default=default, required=default is None, help=f"{text}; default {default}"
+        )
+    parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of weights and activations; default bf16")
+    parser.add_argument("--swiglu", action="store_true", help="experts with a gate")
+    parser.add_argument("--bf16-gradients", action="store_true", help="gradients in the weights' dtype, not fp32")
+    parser.add_argument("--distributed-optimizer", action="store_true", help="shard optimizer state over replicas")
+    parser.add_argument("--recompute", action="store_true", help="keep the activations of one layer at a time")
+    parser.add_argument("--memory-gib", type=float, default=80.0, help="memory of a rank; default 80")
+    parser.add_argument("--node-gbytes", type=float, default=300.0, help="GB/s of a rank inside a node; default 300")
+    parser.add_argument("--network-gbytes", type=float, default=40.0, help="GB/s of a rank to other nodes; default 40")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the prediction.
+
+    Raises:
+        SystemExit: with 2 for values that cannot be, 1 where nothing fits, otherwise 0.
+    """
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    world = args.nodes * args.gpus_per_node
+    for name in (
+        "experts",
+        "hidden",
+        "topk",
+        "ep",
+        "nodes",
+        "gpus_per_node",
+        "layers",
+        "ffn",
+        "tokens",
+        "microbatches",
+    ):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} ({getattr(args, name)}) must be at least 1")
+    if args.topk > args.experts:
+        parser.error(f"--topk ({args.topk}) must not exceed --experts ({args.experts})")
+    for name, whole in (("--experts", args.experts), ("--nodes times --gpus-per-node", world)):
+        if whole % args.ep:
+            parser.error(f"{name} ({whole}) must be divisible by --ep ({args.ep})")
+    text, fits = report(args)
+    sys.stdout.write(text)
+    sys.exit(0 if fits else 1)
+
+
+if __name__ == "__main__":
+    main()

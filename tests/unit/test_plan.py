@@ -1,0 +1,135 @@
+"""The plan's formulas against counters of small layers, and its words."""
+
+import random
+
+import pytest
+import torch
+
+from air_moe_megatron import plan
+from tests.builders import make_layer
+
+GIB = 2**30
+SMALL = ["--experts", "256", "--hidden", "16", "--topk", "4", "--ep", "1", "--gpus-per-node", "1", "--dtype", "fp32"]
+LARGE = ["--experts", "1048576", "--hidden", "4096", "--topk", "128", "--ep", "64", "--nodes", "32"]
+
+
+def parsed(*flags):
+    return plan.make_parser().parse_args(list(map(str, flags)))
+
+
+def bytes_of(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.fixture(scope="module")
+def layer(megatron_cpu):
+    return make_layer(megatron_cpu, moe_router_type="air", num_moe_experts=256)
+
+
+@pytest.fixture(scope="module")
+def predicted():
+    return plan.predict(parsed(*SMALL), is_sharded=False).memory
+
+
+def test_weights_gradients_and_optimizer_state_are_those_of_a_layer(layer, predicted):
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    ddp = DistributedDataParallel(layer.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), layer)
+    gradients = bytes_of(buffer.grad_data for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers))
+    optimizer = torch.optim.Adam(layer.parameters())
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    state = bytes_of(value for one in optimizer.state.values() for value in one.values() if value.dim())
+    for what, measured in (
+        ("weights", bytes_of(layer.parameters())),
+        ("gradients", gradients),
+        ("optimizer state", state),
+    ):
+        expected = predicted[f"{what} of experts"] + predicted[f"{what} of routers"]
+        assert expected == pytest.approx(measured, rel=0.05), what
+
+
+def test_codebook_and_lists_are_those_of_a_router(layer, predicted):
+    router = layer.router
+    codebook = bytes_of([*router.codebook.buffers(), router.codebook.statistics])
+    lists = bytes_of([*router.index.buffers(), router.expert_load, router.logged_before])
+    assert predicted["codebooks"] == pytest.approx(codebook, rel=0.05)
+    assert predicted["lists"] == pytest.approx(lists, rel=0.05)
+
+
+@pytest.mark.parametrize(("experts", "topk", "ranks"), [(4, 2, 2), (16, 2, 2), (64, 8, 4), (64, 64, 4), (4096, 16, 16)])
+def test_rows_of_a_token_are_those_of_random_choices(experts, topk, ranks):
+    generator = random.Random(0)
+    per_rank = experts // ranks
+    drawn = [len({e // per_rank for e in generator.sample(range(experts), topk)}) for _ in range(4000)]
+    assert plan.rows_per_token(experts, topk, ranks) == pytest.approx(sum(drawn) / len(drawn), rel=0.03)
+    assert plan.rows_per_token(4, 2, 2) == pytest.approx(5 / 3)
+
+
+def test_sharding_divides_what_belongs_to_an_expert_and_moves_rows_to_every_rank():
+    replicated, sharded = (plan.predict(parsed(*LARGE), is_sharded) for is_sharded in (False, True))
+    for name in ("weights of routers", "gradients of routers", "optimizer state of routers"):
+        assert sharded.memory[name] == replicated.memory[name] / 64
+    assert sharded.memory["codebooks"] == replicated.memory["codebooks"]
+    assert replicated.memory["weights of routers"] == 8 * GIB
+    assert sharded.rebuild_flops == replicated.rebuild_flops / 64
+    rows = [
+        next(one for one in each.collectives if one.name.startswith("rows")).num_bytes for each in (replicated, sharded)
+    ]
+    assert rows[1] == 4 * 8192 * 63 * 4096 * 2 and rows[1] / rows[0] == pytest.approx(
+        64 / plan.rows_per_token(2**20, 128, 64)
+    )
+    centers = {
+        each.is_sharded: one for each in (replicated, sharded) for one in each.collectives if "centers" in one.name
+    }
+    assert (centers[False].group, centers[True].group) == (256, 4)
+
+
+def test_time_is_that_of_the_slower_link():
+    args = parsed(*LARGE, "--node-gbytes", 100, "--network-gbytes", 10)
+    inside = plan.Collective("", 1e9, 8)
+    outside = plan.Collective("", 1e9, 64)
+    strided = plan.Collective("", 1e9, 4, stride=64)
+    assert plan.seconds(args, inside) == pytest.approx(0.01)
+    assert plan.seconds(args, outside) == pytest.approx(0.1 * 56 / 63)
+    assert plan.seconds(args, strided) == pytest.approx(0.1)
+
+
+def test_router_flops_are_the_routers_own():
+    from air_moe_megatron.routers import AIRRouter
+
+    args = parsed(*LARGE)
+    tokens = 256 * 8192
+    assert (
+        plan.predict(args, False).router_flops == AIRRouter.flops(plan.config_of(args), tokens_per_batch=tokens).total
+    )
+
+
+def test_what_does_not_fit_is_said_with_what_would(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        plan.main(LARGE)
+    said = capsys.readouterr().out
+    assert "replicated: does not fit into 80 GiB" in said and "sharded: fits into 80 GiB" in said
+    assert "--distributed-optimizer, replicated: " in said
+    with pytest.raises(SystemExit, match="1"):
+        plan.main([*LARGE, "--memory-gib", "1"])
+    assert "nothing of --ep, --distributed-optimizer and sharding fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--topk", "300"], r"--topk \(300\) must not exceed --experts \(256\)"),
+        (["--ep", "3"], r"--experts \(256\) must be divisible by --ep \(3\)"),
+        (["--ep", "2"], r"--nodes times --gpus-per-node \(1\) must be divisible by --ep \(2\)"),
+        (["--tokens", "0"], r"--tokens \(0\) must be at least 1"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_by_name(flags, words, capsys):
+    import re
+
+    with pytest.raises(SystemExit, match="2"):
+        plan.main([*SMALL, *flags])
+    assert re.search(words, capsys.readouterr().err)
