@@ -83,7 +83,9 @@ PRINTED_NORM, LOSS = 1.1e-3, 1e-5
 # Rounded to 2^-9 or 2^-11, a token near the border between two experts may go to the other one, and the runs part.
 HALF, HALF_STEPS = 0.05, 10
 # In fp32 that happens too, after step 33 of this kind on four ranks.
-COMPARED = {"loss over all ranks": 30, "loss over all ranks, lists in parts": 30}
+COMPARED = {"loss over all ranks": 30}
+# Sharded routing adds up the gradients of tokens over the owners: the sums part by 2e-4 after step 20.
+COMPARED_SHARDED = 20
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,8 @@ def test_fifty_steps_equal_those_of_one_rank(train, alone, kind, layout):
     run = train(*SHARED[kind], *flags, *(["--load", directory] if start else []), ranks=ranks)
     assert list(run.steps) == list(range(start + 1, STEPS + 1))
     # The second loss that a run prints is a mean of two.
-    steps = [step for step in range(start + 1, COMPARED.get(kind, STEPS) + 1) if not start or step != start + 2]
+    last = COMPARED_SHARDED if "sharded" in layout else COMPARED.get(kind, STEPS)
+    steps = [step for step in range(start + 1, last + 1) if not start or step != start + 2]
     losses, norms = ({step: float(run.steps[step][index]) for step in steps} for index in range(2))
     for_loss, for_norms = ({step: float(expected.steps[step][index]) for step in steps} for index in range(2))
     if kind.startswith(("bf16", "fp16")):

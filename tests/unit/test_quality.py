@@ -350,7 +350,7 @@ def test_numbers_of_experts_are_joined_where_nothing_else_differs(tmp_path):
     assert "experts.png" in {file.name for file in report.plots(rows, tmp_path)}
 
 
-@pytest.mark.parametrize("name", ["small", "full"])
+@pytest.mark.parametrize("name", ["small", "full", "bytes"])
 def test_committed_results_are_those_of_the_studies(name):
     runs = {run.key: run for run in study.load_runs(tomllib.loads((FOLDER / f"{name}.toml").read_text()))}
     rows = study.read_results(RESULTS / f"quality/{name}.jsonl")
@@ -367,8 +367,11 @@ def test_tables_in_the_documents_are_those_of_the_results():
     assert (RESULTS / "quality/tables.md").read_text() == full
     shown = re.findall(r"^\| router \| seeds \|.*(?:\n\|.*)+", (RESULTS / "quality.md").read_text(), re.MULTILINE)
     assert len(shown) >= 6
+    of_bytes = report.tables(study.read_results(RESULTS / "quality/bytes.jsonl"))
+    text = (RESULTS / "quality/bytes.md").read_text()
+    shown += re.findall(r"^\| router \| seeds \|.*(?:\n\|.*)+", text, re.MULTILINE)
     for table in shown:
-        assert table in full + small, f"report.py makes another table of the results:\n{table}"
+        assert table in full + small + of_bytes, f"report.py makes another table of the results:\n{table}"
 
 
 def test_every_rule_of_the_drift_study_does_what_it_says(tmp_path, megatron_cpu):
