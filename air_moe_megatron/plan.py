@@ -1,8 +1,9 @@
 """Predict a run before it is launched: `python -m air_moe_megatron.plan --experts 1048576 --hidden 4096 ...`.
 
 It prints memory per rank, router FLOPs, and bytes and time of each collective, for a replicated router and for one
-whose centers and lists are sharded over the expert-parallel ranks (docs/compact-path.md). It needs no device and makes
-no process group. Experts are taken as equally loaded. Attention, embeddings and what is not of MoE layers come on top.
+whose centers and lists are sharded over the expert-parallel ranks (docs/sharded-routing.md). It needs no device and
+makes no process group. Experts are taken as equally loaded. Attention, embeddings and what is not of MoE layers come
+on top.
 
 Legend: T tokens of a rank and microbatch, D expert-parallel ranks, W ranks, R rows that a rank's tokens become on
 their way (a token travels once to each rank that holds any of its experts); others as in ``ops/__init__.py``.
@@ -155,7 +156,12 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     row_bytes = steps * rows * away * args.hidden * number
     collectives = [
         Collective("rows to the experts and back, forward and backward", 4 * row_bytes, ranks),
-        Collective("pairs of expert and prob, and the gradients of the probs", steps * pairs * away * 12, ranks),
+        # Owners know the ids of their candidates.
+        Collective(
+            "pairs of expert and prob, and the gradients of the probs",
+            steps * pairs * away * (8 if is_sharded else 8 + _PAIR_ID),
+            ranks,
+        ),
         Collective(
             "gradients of the experts",
             _ring(world // ranks) * experts / args.layers * gradient,
@@ -168,8 +174,9 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     group = world // ranks if is_sharded else world
     collectives.append(Collective("gradients of the centers", _ring(group) * share, group, stride=shards))
     if is_sharded:
-        kept_per_rank = min(sizes.num_candidates, sizes.num_probes * max(1, sizes.shortlist_size // ranks))
-        scores = steps * args.tokens * (ranks - 1) * (kept_per_rank * (4 + _PAIR_ID + 1 + 4) + 4 * sizes.num_probes)
+        width = min(sizes.num_candidates, sizes.num_probes * max(1, sizes.shortlist_size // ranks))
+        per_token = (ranks - 1) * (width * (4 + _PAIR_ID + 1) + 4 * sizes.num_probes) + away * 4 * sizes.num_candidates
+        scores = steps * args.tokens * per_token
         collectives.append(Collective("scores of the candidates, codewords, marks and gradients", scores, ranks))
     tokens = world * args.tokens * args.microbatches
     flops = AIRRouter.flops(config, tokens_per_batch=tokens)
