@@ -197,7 +197,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             if self.learns():
                 with hidden_from_checkpoints():
                     self.input_norm.accumulate(hidden, padding_mask)
-        routes = self._choose(self._normalize(hidden), padding_mask, batch_size)
+        routes = self._choose(self._as_scored(hidden), padding_mask, batch_size)
         if self._is_counted:
             with hidden_from_checkpoints():
                 counts = self._count(routes.topk_ids, padding_mask)
@@ -208,7 +208,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
                 self._count_for_bias(counts)
         return routes
 
-    def _normalize(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _as_scored(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] tokens as they are scored."""
         return hidden if self.input_norm is None else self.input_norm(hidden)
 

@@ -116,10 +116,10 @@ class ShardedAIRRouter(AIRRouter):
                 )
         return replace(routes, sharded=sharded)
 
-    def _normalize(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _as_scored(self, hidden: torch.Tensor) -> torch.Tensor:
         """As the base's. Tokens travel as they are, because the experts take them so; owners normalize them again."""
         self._tokens = hidden
-        return super()._normalize(hidden)
+        return super()._as_scored(hidden)
 
     def _score(
         self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor, num_candidates: int
@@ -135,7 +135,7 @@ class ShardedAIRRouter(AIRRouter):
         exchange = RowExchange(self.ep_group, hidden.shape[0], sizes, hidden.device)
         tokens, self._tokens = self._tokens, None
         rows = exchange.gather(tokens)
-        scored = super()._normalize(rows)
+        scored = super()._as_scored(rows)
         function = None if self.expert_bias is None else self.score_function
         with torch.no_grad():
             width = min(num_candidates, codewords.shape[1] * shortlist.shape[1])
