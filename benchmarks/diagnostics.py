@@ -97,10 +97,13 @@ def _measured_step(diagnostics, layer, hidden, grad) -> None:
 @contextlib.contextmanager
 def _one_microbatch():
     """Within this context Megatron's count of microbatches, from which trained tokens are counted, is one."""
-    from megatron.core import num_microbatches_calculator
+    from megatron.core import num_microbatches_calculator as module
 
-    num_microbatches_calculator.init_num_microbatches_calculator(0, None, 1, 1, 1)
+    name = "_GLOBAL_NUM_MICROBATCHES_CALCULATOR"  # a process that has parsed flags has one already
+    before = getattr(module, name)
+    setattr(module, name, None)
+    module.init_num_microbatches_calculator(0, None, 1, 1, 1)
     try:
         yield
     finally:
-        num_microbatches_calculator.destroy_num_microbatches_calculator()
+        setattr(module, name, before)
