@@ -3,6 +3,7 @@
 #
 #   bash examples/million_experts.sh                         # on the data of `make data`
 #   NUM_EXPERTS=65536 bash examples/million_experts.sh --cpu
+#   RANKS=4 MICRO_BATCH=4 bash examples/million_experts.sh --cpu --moe-air-shard-experts --moe-air-list-parts 4
 #
 # An expert is one gated row of 64, 192 parameters, and 64 more in the router: 0.27 billion in all, times 16 bytes for
 # the fp32 weight, its gradient and Adam's two moments. Any Megatron flag may follow; other sizes are environment
