@@ -22,7 +22,7 @@ def agreed_counts(args: argparse.Namespace, ranks: Ranks) -> list[float] | None:
     Raises:
         ValueError: on every rank, as :func:`count_token_ids`.
     """
-    if not uses_hash(args) or args.moe_hash_balance != "frequency":
+    if not _balances_by_frequency(args):
         return None
     return ranks.agree("token counts", None, lambda _: counts_of(args))
 
@@ -33,10 +33,14 @@ def counts_of(args: argparse.Namespace) -> list[float] | None:
     Raises:
         ValueError: as :func:`count_token_ids`.
     """
-    is_needed = uses_hash(args) and args.moe_hash_balance == "frequency"
-    if not is_needed or (locate(args) is not None and not args.moe_use_upcycling):
+    has_tables = locate(args) is not None and not args.moe_use_upcycling
+    if has_tables or not _balances_by_frequency(args):
         return None
     return count_token_ids(args).tolist()
+
+
+def _balances_by_frequency(args: argparse.Namespace) -> bool:
+    return uses_hash(args) and args.moe_hash_balance == "frequency"
 
 
 def count_token_ids(args: argparse.Namespace) -> torch.Tensor:
