@@ -226,7 +226,7 @@ def report(args: argparse.Namespace) -> tuple[str, bool]:
     plans = [predict(args, is_sharded) for is_sharded in (False, True)]
     sizes, world = resolve_sizes(config_of(args)), args.nodes * args.gpus_per_node
     lines = [
-        f"{args.layers} layers of {args.experts} experts, K = {args.topk}, H = {args.hidden}, on {world} ranks, "
+        f"{args.layers} {'layer' if args.layers == 1 else 'layers'} of {args.experts} experts, K = {args.topk}, H = {args.hidden}, on {world} ranks, "
         f"EP {args.ep}",
         f"AIR: {sizes.num_clusters} codewords, lists of {sizes.shortlist_size}, {sizes.num_probes} probes, "
         f"{sizes.num_candidates} candidates",
@@ -287,7 +287,11 @@ def make_parser() -> argparse.ArgumentParser:
         ("--refresh-interval", 20, "steps between rebuilds"),
     ):
         parser.add_argument(
-            flag, type=int, default=default, required=default is None, help=f"{text}; default {default}"
+            flag,
+            type=int,
+            default=default,
+            required=default is None,
+            help=text if default is None else f"{text}; default {default}",
         )
     parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of weights and activations; default bf16")
     parser.add_argument("--swiglu", action="store_true", help="experts with a gate")
