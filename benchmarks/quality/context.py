@@ -29,13 +29,10 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import environment, world  # noqa: E402
 from benchmarks.quality.data import prepare  # noqa: E402
-from benchmarks.quality.in_process import batches, begin, models, trainer_of  # noqa: E402
+from benchmarks.quality.in_process import CONSTANT_RATE, batches, begin, models, trainer_of  # noqa: E402
 from benchmarks.train import Trainer  # noqa: E402
 
 logger = logging.getLogger(__name__)
-
-_OPTIMIZER = {"lr": 2e-3, "weight_decay": 0.1, "adam_beta2": 0.95}
-"""A constant rate between the study's highest and lowest."""
 
 
 def shuffled(data: list[dict[str, torch.Tensor]], seed: int) -> list[dict[str, torch.Tensor]]:
@@ -222,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with world() as (device, pg_collection):
             text = shuffled(batches(folder / "train", run.flags, device), run.seed)[: steps + args.count]
             test = shuffled(batches(folder / "test", run.flags, device), run.seed)[: args.test]
-            trainer = trainer_of(run, pg_collection, device, {**_OPTIMIZER}, seed=run.seed)
+            trainer = trainer_of(run, pg_collection, device, CONSTANT_RATE, seed=run.seed)
             made = rows_of(trainer, text[:steps], text[steps:], test, run.vocabulary, variant)
             rows += [row | {"corpus": run.corpus, "experts": args.experts} | environment(device) for row in made]
         pandas.DataFrame(rows).to_csv(args.out, index=False)

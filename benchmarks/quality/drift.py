@@ -35,7 +35,7 @@ from air_moe_megatron.codebook import window_decay  # noqa: E402
 from air_moe_megatron.recall import recall  # noqa: E402
 from benchmarks.measure import environment, world  # noqa: E402
 from benchmarks.quality.data import prepare  # noqa: E402
-from benchmarks.quality.in_process import batches, begin, models, trainer_of  # noqa: E402
+from benchmarks.quality.in_process import CONSTANT_RATE, batches, begin, models, trainer_of  # noqa: E402
 from benchmarks.train import Trainer  # noqa: E402
 
 logger = logging.getLogger("benchmarks.quality.drift")
@@ -43,8 +43,6 @@ logger = logging.getLogger("benchmarks.quality.drift")
 RULES = ("as it is", "frozen", "reset", "drift")
 _RECALL_EVERY = 10  # steps
 _RESET_AGE = 8  # updates
-_OPTIMIZER = {"lr": 2e-3, "weight_decay": 0.1, "adam_beta2": 0.95}
-"""A constant rate between the study's highest and lowest: a schedule would mix its own effect with the change's."""
 
 
 @dataclass
@@ -145,7 +143,7 @@ def train(trainer: Trainer, data: list, rules: list[Rule], label: dict, on_step:
 
 def rows_of_seed(run, first: list, second: list, seed: int, pg_collection, device: torch.device) -> list[dict]:
     """Train on the first corpus, then from its end on the second, once with every rule."""
-    trainer = trainer_of(run, pg_collection, device, {**_OPTIMIZER}, seed=seed)
+    trainer = trainer_of(run, pg_collection, device, CONSTANT_RATE, seed=seed)
     with tqdm(total=len(first) + len(RULES) * len(second), unit="step", desc=f"seed {seed}") as on_step:
         before = [Rule("as it is", router, 0) for router in trainer.routers]
         rows = train(trainer, first, before, {"seed": seed, "rule": "before"}, on_step)

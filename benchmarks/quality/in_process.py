@@ -12,6 +12,9 @@ from benchmarks.quality.flops import config_of
 from benchmarks.quality.study import CPU_ENVIRONMENT, Run, load_runs
 from benchmarks.train import Trainer
 
+CONSTANT_RATE = {"lr": 2e-3, "weight_decay": 0.1, "adam_beta2": 0.95}
+"""Fields of an optimizer whose rate is between the study's highest and lowest: a schedule would mix its own effect in."""
+
 
 def begin(threads: int) -> None:
     """Set up the process of a command that trains a study's models: memory, threads, and what it logs.
