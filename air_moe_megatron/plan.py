@@ -226,8 +226,8 @@ def report(args: argparse.Namespace) -> tuple[str, bool]:
     plans = [predict(args, is_sharded) for is_sharded in (False, True)]
     sizes, world = resolve_sizes(config_of(args)), args.nodes * args.gpus_per_node
     lines = [
-        f"{args.layers} {'layer' if args.layers == 1 else 'layers'} of {args.experts} experts, K = {args.topk}, H = {args.hidden}, on {world} ranks, "
-        f"EP {args.ep}",
+        f"{args.layers} {'layer' if args.layers == 1 else 'layers'} of {args.experts} experts, K = {args.topk}, "
+        f"H = {args.hidden}, on {world} ranks, EP {args.ep}",
         f"AIR: {sizes.num_clusters} codewords, lists of {sizes.shortlist_size}, {sizes.num_probes} probes, "
         f"{sizes.num_candidates} candidates",
         "",
