@@ -13,7 +13,7 @@ from benchmarks.quality.study import CPU_ENVIRONMENT, Run, load_runs
 from benchmarks.train import Trainer
 
 CONSTANT_RATE = {"lr": 2e-3, "weight_decay": 0.1, "adam_beta2": 0.95}
-"""Fields of an optimizer, with a rate between the study's highest and lowest. A schedule would mix its own effect in."""
+"""Fields of an optimizer. The rate is between the study's highest and lowest: a schedule would mix its effect in."""
 
 
 def begin(threads: int) -> None:
