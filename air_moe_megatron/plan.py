@@ -19,8 +19,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import AIRFields, resolve_sizes, set_fields
-from air_moe_megatron.memory import parameter_bytes
 from air_moe_megatron.routers import AIRRouter
+from air_moe_megatron.training.memory import parameter_bytes
 
 _GIB = 2**30
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -93,7 +93,7 @@ def config_of(args: argparse.Namespace) -> TransformerConfig:
 
 
 def _arguments(args: argparse.Namespace, expert_parallel: int, tensor_bytes: torch.dtype) -> argparse.Namespace:
-    """What ``memory.py`` reads of Megatron's arguments, of a layout without tensor and pipeline parallelism."""
+    """What ``training/memory.py`` reads of Megatron's arguments, without tensor and pipeline parallelism."""
     world = args.nodes * args.gpus_per_node
     return argparse.Namespace(
         moe_router_type="air", moe_granular_experts=True, moe_dispatch="compact", num_experts=args.experts,

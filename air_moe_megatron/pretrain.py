@@ -21,7 +21,7 @@ def main() -> None:
     Raises:
         SystemExit: where there is neither a GPU nor `--cpu`, or a check refuses the start.
     """
-    from air_moe_megatron import console
+    from air_moe_megatron.training import console
 
     program_start = time.time()
     screen = None
@@ -30,7 +30,7 @@ def main() -> None:
         with console.refusals():
             screen = console.write_log_file(log_file)
     choose_device()
-    from air_moe_megatron.training import train
+    from air_moe_megatron.training.training import train
 
     train(program_start, screen)
 
@@ -43,7 +43,7 @@ def run_quietly() -> TextIO:
     Raises:
         SystemExit: as :func:`choose_device`.
     """
-    from air_moe_megatron import console
+    from air_moe_megatron.training import console
 
     screen, log_file = sys.stdout, console.log_file_of(sys.argv[1:])
     if not {"-h", "--help"} & set(sys.argv):
@@ -66,7 +66,7 @@ def choose_device() -> None:
     Raises:
         SystemExit: where there is neither a GPU nor `--cpu`, or both, or a Megatron that the commands do not run on.
     """
-    from air_moe_megatron import console
+    from air_moe_megatron.training import console
 
     if os.environ.get("RANK", "0") != "0":
         warnings.filterwarnings("ignore", category=UserWarning)

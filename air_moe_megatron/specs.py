@@ -19,9 +19,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.compat import require_supported_megatron
 from air_moe_megatron.config import hash_layer_numbers, is_plain_topk, num_hash_layers, refuse_unused, validate
-from air_moe_megatron.dispatcher import CompactTokenDispatcher
-from air_moe_megatron.experts import GranularExperts
 from air_moe_megatron.layer import AIRMoELayer
+from air_moe_megatron.layer.dispatcher import CompactTokenDispatcher
+from air_moe_megatron.layer.experts import GranularExperts
 from air_moe_megatron.routers import router_class
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.diagnostics import Diagnostics
-from air_moe_megatron.health import expert_loads, is_due, log_health
-from air_moe_megatron.learner import Learner
+from air_moe_megatron.diagnostics.health import expert_loads, is_due, log_health
+from air_moe_megatron.learned.learner import Learner
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers import find_routers
 from air_moe_megatron.routers.base import CompactRouter

@@ -113,7 +113,7 @@ def _routes(sizes, rank, device):
 def _dispatcher(name, sizes, ranks, pg_collection):
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    from air_moe_megatron.dispatcher import CompactTokenDispatcher
+    from air_moe_megatron.layer.dispatcher import CompactTokenDispatcher
 
     is_ours = name == _OURS
     config = make_config(sizes, "air" if is_ours else "topk", compact=is_ours, expert_model_parallel_size=ranks)
@@ -183,7 +183,7 @@ def _bytes(name, dispatcher, sizes, rank, ranks):
 
 def _check(rank, ranks, pg_collection, device):
     """Both dispatchers around the same experts: equal outputs and gradients."""
-    from air_moe_megatron.experts import GranularExperts
+    from air_moe_megatron.layer.experts import GranularExperts
 
     sizes = Sizes(experts=16 * ranks, hidden=12, tokens=20, topk=4, ffn=2)
     routes = _routes(sizes, rank, device)

@@ -132,7 +132,7 @@ def make_layer(kind: str, sizes: Sizes, pg_collection, device):
     from megatron.core.transformer.moe.router import TopKRouter
 
     from air_moe_megatron import AIRMoELayer
-    from air_moe_megatron.experts import GranularExperts
+    from air_moe_megatron.layer.experts import GranularExperts
     from air_moe_megatron.routers import ROUTERS
 
     if kind == "MoELayer":
@@ -272,7 +272,7 @@ def expert_work(sizes: Sizes, num_used: int) -> dict[str, roofline.Work]:
 
 def rebuild_work(router, sizes: Sizes, in_full: bool = False) -> dict[str, roofline.Work]:
     """What a rebuild of the router's lists cannot do without, of all experts at all codewords or of those it tries."""
-    from air_moe_megatron.index import rebuild_products
+    from air_moe_megatron.learned.index import rebuild_products
 
     lists = (router.sizes.num_clusters, router.sizes.shortlist_size)
     num_products = None if in_full else rebuild_products(sizes.experts, *lists)

@@ -39,8 +39,8 @@ def run(args) -> list[dict]:
 
 
 def _recall(router, sizes: Sizes, num_updates: int, device) -> tuple[float, float]:
+    from air_moe_megatron.diagnostics.recall import recall
     from air_moe_megatron.ops.coarse import assign_with_statistics
-    from air_moe_megatron.recall import recall
 
     generator = torch.Generator().manual_seed(1)
     deviations = torch.arange(1, sizes.hidden + 1) ** (-_DECAY / 2)

@@ -68,7 +68,7 @@ def _layers(sizes, ranks, pg_collection, device):
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
     from air_moe_megatron import AIRMoELayer
-    from air_moe_megatron.experts import GranularExperts
+    from air_moe_megatron.layer.experts import GranularExperts
     from air_moe_megatron.routers import router_class
 
     layers = {}

@@ -199,7 +199,7 @@ def _layer_spec(config):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
-    from air_moe_megatron.experts import GranularExperts
+    from air_moe_megatron.layer.experts import GranularExperts
     from air_moe_megatron.specs import with_air_layers
 
     spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)

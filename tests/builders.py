@@ -3,7 +3,7 @@
 import torch
 
 from air_moe_megatron import AIRMoEConfig, AIRMoELayer
-from air_moe_megatron.experts import GranularExperts
+from air_moe_megatron.layer.experts import GranularExperts
 from air_moe_megatron.routers import router_class
 
 HIDDEN, EXPERTS, VOCABULARY = 16, 64, 40

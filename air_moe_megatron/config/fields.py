@@ -1,4 +1,4 @@
-"""Every field of the plugin and what it does. The command-line flags are made from this class (``arguments.py``)."""
+"""Every field of the plugin and what it does; ``training/arguments.py`` makes the flags from this class."""
 
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints

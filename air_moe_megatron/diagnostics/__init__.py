@@ -21,9 +21,9 @@ import torch
 
 from air_moe_megatron.diagnostics.figures import RouterSums, describe, layer_figures, layer_of, reduce_stage
 from air_moe_megatron.diagnostics.files import LINES, RunFiles, folder_of, run_line
+from air_moe_megatron.diagnostics.health import expert_loads, write_scalars
 from air_moe_megatron.diagnostics.snapshot import CodewordRecall, codebook_snapshot, gather_pairs
 from air_moe_megatron.diagnostics.watch import StepWatch
-from air_moe_megatron.health import expert_loads, write_scalars
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.observation import CodewordCounter

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from air_moe_megatron.health import listed_share_of, load_figures_of
+from air_moe_megatron.diagnostics.health import listed_share_of, load_figures_of
+from air_moe_megatron.diagnostics.recall import measure
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
-from air_moe_megatron.recall import measure
 from air_moe_megatron.routers import AIRRouter, ExactRouter
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.observation import CodewordCounter

@@ -14,9 +14,9 @@ import numpy
 import torch
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
-from air_moe_megatron.arguments import padded_vocab_size
 from air_moe_megatron.inference.text import ByteTokenizer, Tokenizer, num_bytes
-from air_moe_megatron.preflight import check_token_ids, read_indexed_dataset
+from air_moe_megatron.training.arguments import padded_vocab_size
+from air_moe_megatron.training.preflight import check_token_ids, read_indexed_dataset
 
 _BLOCK = 2**20  # tokens that are looked at together
 _SCANNED_BLOCKS = 64

@@ -16,19 +16,19 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
 from tqdm import tqdm
 
-from air_moe_megatron import console
-from air_moe_megatron.batches import forward_step
 from air_moe_megatron.compat import process_groups_released
-from air_moe_megatron.health import listed_share, load_figures
+from air_moe_megatron.diagnostics.health import listed_share, load_figures
+from air_moe_megatron.diagnostics.recall import recall
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import TokenStream, Windows, microbatches, num_microbatches, read, require_paths
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
 from air_moe_megatron.process_groups import sum_over_ranks
-from air_moe_megatron.recall import recall
 from air_moe_megatron.routers import AIRRouter
 from air_moe_megatron.routers.air import TokenSample
 from air_moe_megatron.routers.base import CompactRouter
-from air_moe_megatron.row_exchange import ShardedRows
+from air_moe_megatron.routers.row_exchange import ShardedRows
+from air_moe_megatron.training import console
+from air_moe_megatron.training.batches import forward_step
 
 _SAMPLE_SIZE, _MAX_SAMPLED = 64, 4096
 """Tokens of a microbatch, and of a data set, whose exact scores are computed; of each layer and rank."""

@@ -17,15 +17,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import apply_random_logits
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.compat import probs_of_selected
 from air_moe_megatron.config import balancing_losses, resolve_sizes
-from air_moe_megatron.index import NUM_FULL_REBUILDS, ShortlistIndex, num_rebuilds, rebuild_products
-from air_moe_megatron.learner import Learner
-from air_moe_megatron.lists import balanced_lists, reserved_slots
+from air_moe_megatron.learned.codebook import Codebook
+from air_moe_megatron.learned.index import NUM_FULL_REBUILDS, ShortlistIndex, num_rebuilds, rebuild_products
+from air_moe_megatron.learned.learner import Learner
+from air_moe_megatron.learned.lists import balanced_lists, reserved_slots
+from air_moe_megatron.learned.recomputation import hidden_from_checkpoints
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_topk
-from air_moe_megatron.recomputation import hidden_from_checkpoints
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import RouterFlops
 from air_moe_megatron.routers.observation import CodewordCounter
@@ -236,9 +236,9 @@ class AIRRouter(CompactRouter):
     ) -> RouterFlops:
         """As the base's: 2H(C + PL) forward, 4HK backward, or 4HM where every candidate's score gets gradients.
 
-        The ranks share a rebuild of lists, ``2CH(C + nL + E/R)`` of n lists and R turns (``index.py``). The first two
-        of a training are in full and by every rank, ``2CEH``. With source 'experts' every rank makes them all for its
-        own tokens: ``2CEH`` for the lists, and as much for the k-means step that assigns the experts anew.
+        The ranks share a rebuild of lists, ``2CH(C + nL + E/R)`` of n lists and R turns (``learned/index.py``). The
+        first two of a training are in full and by every rank, ``2CEH``. With source 'experts' every rank makes them all
+        for its own tokens: ``2CEH`` for the lists, and as much for the k-means step that assigns the experts anew.
         """
         hidden, sizes = config.hidden_size, resolve_sizes(config)
         refresh = 0.0

@@ -21,14 +21,14 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import validate
-from air_moe_megatron.learner import Learner
-from air_moe_megatron.module_state import PreservedState
+from air_moe_megatron.learned.learner import Learner
+from air_moe_megatron.learned.module_state import PreservedState
+from air_moe_megatron.learned.recomputation import ForwardCounter, hidden_from_checkpoints
+from air_moe_megatron.learned.running_norm import RunningNorm
 from air_moe_megatron.process_groups import HoldsProcessGroups
-from air_moe_megatron.recomputation import ForwardCounter, hidden_from_checkpoints
 from air_moe_megatron.routers.flops import RouterFlops
 from air_moe_megatron.routers.losses import RouterLosses
-from air_moe_megatron.row_exchange import ShardedRows
-from air_moe_megatron.running_norm import RunningNorm
+from air_moe_megatron.routers.row_exchange import ShardedRows
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -52,7 +52,8 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     ``vectors_per_expert`` to 0: the [E, H] weight of ``TopKRouter`` is then never touched.
 
     A training forward with gradients counts its tokens once, also where activations are recomputed
-    (``recomputation.py``). Evaluation changes no state. A router whose parameters are all frozen learns nothing.
+    (``learned/recomputation.py``). Evaluation changes no state. A router whose parameters are all frozen learns
+    nothing.
     """
 
     router_type: ClassVar[str]

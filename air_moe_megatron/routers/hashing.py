@@ -26,7 +26,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import recomputes_routers
-from air_moe_megatron.recomputation import is_in_backward
+from air_moe_megatron.learned.recomputation import is_in_backward
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import RouterFlops
 from air_moe_megatron.routers.token_ids import embedding_of, ids_in_order, tell_token_ids

@@ -25,8 +25,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.compat import get_moe_metrics_tracker
+from air_moe_megatron.learned.recomputation import hidden_from_checkpoints
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
-from air_moe_megatron.recomputation import hidden_from_checkpoints
 
 # Megatron's balancing losses, and their names in its logs.
 _BALANCING_LOSSES = {

@@ -36,12 +36,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.config import resolve_product_keys
-from air_moe_megatron.learner import Learner
+from air_moe_megatron.learned.learner import Learner
+from air_moe_megatron.learned.recomputation import hidden_from_checkpoints
+from air_moe_megatron.learned.running_norm import EPSILON, RunningNorm, batch_sums, moments
 from air_moe_megatron.process_groups import sum_over_ranks
-from air_moe_megatron.recomputation import hidden_from_checkpoints
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import RouterFlops
-from air_moe_megatron.running_norm import EPSILON, RunningNorm, batch_sums, moments
 
 
 class ProductKeyRouter(CompactRouter):

@@ -23,13 +23,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.index import ShortlistIndex
+from air_moe_megatron.learned.index import ShortlistIndex
 from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers.air import AIRRouter
 from air_moe_megatron.routers.base import Routes
-from air_moe_megatron.row_exchange import RowExchange, ShardedRows
+from air_moe_megatron.routers.row_exchange import RowExchange, ShardedRows
 
 _BLOCK = 256  # centers that are drawn at a time
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from air_moe_megatron.codebook import Codebook
-from air_moe_megatron.lists import inverted_lists
+from air_moe_megatron.learned.codebook import Codebook
+from air_moe_megatron.learned.lists import inverted_lists
 from air_moe_megatron.tune.recall import DECAY, Layer, exact, measure
 
 _STEPS = 15  # of k-means over halves of the centers

@@ -7,9 +7,9 @@ import numpy
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
-from air_moe_megatron.batches import forward_step
 from air_moe_megatron.inference.data import TokenStream, Windows
 from air_moe_megatron.routers import AIRRouter, HashRouter
+from air_moe_megatron.training.batches import forward_step
 from air_moe_megatron.tune.recall import Layer
 
 

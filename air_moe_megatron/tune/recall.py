@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from air_moe_megatron.codebook import Codebook
 from air_moe_megatron.config import AIRFields
-from air_moe_megatron.lists import list_every_expert, reserved_slots
+from air_moe_megatron.learned.codebook import Codebook
+from air_moe_megatron.learned.lists import list_every_expert, reserved_slots
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.ops.ranking import Ranking, rank_experts

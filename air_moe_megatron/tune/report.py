@@ -11,8 +11,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import resolve_sizes
+from air_moe_megatron.diagnostics.recall import measure as measure_sample
 from air_moe_megatron.ops.coarse import assign
-from air_moe_megatron.recall import measure as measure_sample
 from air_moe_megatron.routers.air import TokenSample
 from air_moe_megatron.tune import output
 from air_moe_megatron.tune.recall import Layer, fit_codebook, make_lists, mass_of_candidates, time_exact, time_search
@@ -190,7 +190,7 @@ def _details(layer: Layer, results: Sequence[Result]) -> list[dict[str, float]]:
 
 
 def _as_router(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor, sample: TokenSample) -> SimpleNamespace:
-    """What :func:`air_moe_megatron.recall.measure` reads of a router."""
+    """What :func:`air_moe_megatron.diagnostics.recall.measure` reads of a router."""
     return SimpleNamespace(
         holds_all_centers=True,
         sample=sample,

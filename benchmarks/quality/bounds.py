@@ -81,8 +81,8 @@ def train_inside(rows: Path, words: list[str]) -> None:
 
 def measure_step(router: "air.AIRRouter", iteration: int) -> dict[str, float]:  # noqa: F821
     """One row: means over the sampled tokens."""
-    from air_moe_megatron.bounds import FrozenBounds
-    from air_moe_megatron.recall import measure
+    from air_moe_megatron.diagnostics.bounds import FrozenBounds
+    from air_moe_megatron.diagnostics.recall import measure
 
     figures, size = measure(router), router.sizes.shortlist_size
     row = {"experts": router.num_experts, "layer": router.layer_number, "iteration": iteration, "tokens": NUM_TOKENS}

@@ -31,8 +31,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from air_moe_megatron.codebook import window_decay  # noqa: E402
-from air_moe_megatron.recall import recall  # noqa: E402
+from air_moe_megatron.diagnostics.recall import recall  # noqa: E402
+from air_moe_megatron.learned.codebook import window_decay  # noqa: E402
 from benchmarks.measure import environment, world  # noqa: E402
 from benchmarks.quality.data import prepare  # noqa: E402
 from benchmarks.quality.in_process import CONSTANT_RATE, batches, begin, models, trainer_of  # noqa: E402

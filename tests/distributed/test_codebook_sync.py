@@ -16,11 +16,11 @@ CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 def make_layers(num_layers, source="tokens"):
     """AIR routers without Megatron's constructor, which needs its process groups: only what the update reads."""
-    from air_moe_megatron.codebook import Codebook
-    from air_moe_megatron.index import ShortlistIndex
-    from air_moe_megatron.recomputation import ForwardCounter
+    from air_moe_megatron.learned.codebook import Codebook
+    from air_moe_megatron.learned.index import ShortlistIndex
+    from air_moe_megatron.learned.recomputation import ForwardCounter
+    from air_moe_megatron.learned.running_norm import RunningNorm
     from air_moe_megatron.routers.air import AIRRouter
-    from air_moe_megatron.running_norm import RunningNorm
 
     layers = torch.nn.ModuleList()
     for number in range(num_layers):

@@ -166,8 +166,8 @@ def stock_steps(dispatcher, experts, ids, num_experts):
 
 
 def scenario(name, rank, world_size, groups):
-    from air_moe_megatron.dispatcher import CompactTokenDispatcher
-    from air_moe_megatron.experts import GranularExperts
+    from air_moe_megatron.layer.dispatcher import CompactTokenDispatcher
+    from air_moe_megatron.layer.experts import GranularExperts
 
     config = config_for(name, world_size)
     local = config.num_moe_experts // world_size
@@ -217,8 +217,8 @@ def scenario(name, rank, world_size, groups):
 
 def refusals(rank, groups, world_size):
     """What each rank says when the last one has something wrong."""
-    from air_moe_megatron.dispatcher import CompactTokenDispatcher
-    from air_moe_megatron.experts import GranularExperts
+    from air_moe_megatron.layer.dispatcher import CompactTokenDispatcher
+    from air_moe_megatron.layer.experts import GranularExperts
 
     config = config_for("unequal-tokens", world_size)
     local = config.num_moe_experts // world_size

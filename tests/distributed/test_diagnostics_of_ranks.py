@@ -33,9 +33,9 @@ def make_routers(groups):
 def measure(routers, group, hidden, ids, num_ranks):
     """Figures and snapshots of routers that see these tokens in a step; the snapshots on the last rank alone."""
     from air_moe_megatron.diagnostics.figures import layer_figures, reduce_stage
+    from air_moe_megatron.diagnostics.health import expert_loads
     from air_moe_megatron.diagnostics.snapshot import CodewordRecall, codebook_snapshot, gather_pairs
     from air_moe_megatron.diagnostics.watch import StepWatch
-    from air_moe_megatron.health import expert_loads
     from air_moe_megatron.routers import AIRRouter
 
     for router in routers:

@@ -15,8 +15,8 @@ def randn(*shape, seed):
 
 def train(group, function, interval, num_steps=STEPS, fails_at=None):
     """Train codebook and centers, the same on all ranks; returns codebook, index and each step's buffers."""
-    from air_moe_megatron.codebook import Codebook
-    from air_moe_megatron.index import ShortlistIndex
+    from air_moe_megatron.learned.codebook import Codebook
+    from air_moe_megatron.learned.index import ShortlistIndex
     from air_moe_megatron.ops.coarse import assign_with_statistics
 
     codebook = Codebook(CLUSTERS, HIDDEN, 0.8)

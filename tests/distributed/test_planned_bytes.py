@@ -17,7 +17,7 @@ def dispatch(rank: int, num_ranks: int, directory: str) -> None:
     from air_moe_megatron import cpu
 
     cpu.enable()
-    from air_moe_megatron.dispatcher import CompactTokenDispatcher
+    from air_moe_megatron.layer.dispatcher import CompactTokenDispatcher
 
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=num_ranks

@@ -202,8 +202,8 @@ def test_multi_token_prediction_gets_the_compact_layer(megatron_cpu):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.training.models import GPTModelConfig, gpt
 
-    from air_moe_megatron.experts import GranularExperts
     from air_moe_megatron.layer import AIRMoELayer
+    from air_moe_megatron.layer.experts import GranularExperts
     from air_moe_megatron.routers.air import AIRRouter
     from air_moe_megatron.specs import mtp_specs_with_air_layers
 
@@ -235,7 +235,7 @@ def test_compact_dispatch_is_refused_in_a_layer_class_of_someone_else():
 
 def test_expert_weights_carry_the_marks_that_megatron_asks_for(megatron_cpu):
     """Without ``allreduce`` false the layouts above differ; the other mark alone changes no number in 0.19."""
-    from air_moe_megatron.experts import GranularExperts
+    from air_moe_megatron.layer.experts import GranularExperts
 
     experts = GranularExperts(EXPERTS, make_config(use_cpu_initialization=True), pg_collection=megatron_cpu)
     for weight in (experts.weight1, experts.weight2):

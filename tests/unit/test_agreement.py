@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from air_moe_megatron.agreement import Ranks, check_agreement
+from air_moe_megatron.training.agreement import Ranks, check_agreement
 from tests.processes import HANG_SECONDS
 
 

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from air_moe_megatron import batches
+from air_moe_megatron.training import batches
 
 
 @pytest.mark.parametrize("tp_rank", (0, 1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from air_moe_megatron.running_norm import RunningNorm
+from air_moe_megatron.learned.running_norm import RunningNorm
 from air_moe_megatron.sync import update_codebooks
 from tests.builders import HIDDEN, make_config, make_layer, make_router, naive_layer, tell_ids
 from tests.unit import test_hierarchical, test_product_key

@@ -186,7 +186,7 @@ def test_the_theorem_of_expert_codebooks_holds_in_fp64(routers, name, kind, seed
 @scenes
 @settings(max_examples=1500)
 def test_measured_bounds_never_exceed_the_recall(routers, name, kind, seed, scale):
-    from air_moe_megatron.recall import measure
+    from air_moe_megatron.diagnostics.recall import measure
 
     router = routers[name]
     arrange(router, kind, seed, scale)
@@ -205,7 +205,7 @@ def test_measured_bounds_never_exceed_the_recall(routers, name, kind, seed, scal
 @scenes
 @settings(max_examples=600)
 def test_kept_constants_are_never_wrong(routers, name, kind, seed, scale):
-    from air_moe_megatron.bounds import FrozenBounds
+    from air_moe_megatron.diagnostics.bounds import FrozenBounds
 
     router = routers[name]
     arrange(router, kind, seed, scale)
@@ -219,7 +219,7 @@ def test_kept_constants_are_never_wrong(routers, name, kind, seed, scale):
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 @pytest.mark.parametrize("scale", (0.3, 1.0))
 def test_measured_bounds_are_the_theorems(routers, name, scale):
-    from air_moe_megatron.recall import measure
+    from air_moe_megatron.diagnostics.recall import measure
 
     router = routers[name]
     arrange(router, "best-lists", 5, scale)
@@ -232,8 +232,8 @@ def test_measured_bounds_are_the_theorems(routers, name, scale):
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_both_are_tight_without_a_residual(routers, name):
     """At codewords the bounds are the recall, and whoever leads by more than the rounding is certified."""
-    from air_moe_megatron.bounds import FrozenBounds
-    from air_moe_megatron.recall import measure
+    from air_moe_megatron.diagnostics.bounds import FrozenBounds
+    from air_moe_megatron.diagnostics.recall import measure
 
     router = routers[name]
     arrange(router, "at-codewords", 7, 1.0)
@@ -250,7 +250,7 @@ def test_both_are_tight_without_a_residual(routers, name):
 
 
 def test_the_kept_mass_bound_is_tight_at_the_anchor(routers):
-    from air_moe_megatron.bounds import FrozenBounds
+    from air_moe_megatron.diagnostics.bounds import FrozenBounds
 
     router = routers["one-probe"]
     arrange(router, "at-codewords", 7, 1.0)
@@ -264,8 +264,8 @@ def test_the_kept_mass_bound_is_tight_at_the_anchor(routers):
 
 @pytest.mark.parametrize("name", ["one-probe", "bias", "sigmoid"])
 def test_lists_of_all_experts_are_certain(megatron_cpu, name):
-    from air_moe_megatron.bounds import FrozenBounds
-    from air_moe_megatron.recall import measure
+    from air_moe_megatron.diagnostics.bounds import FrozenBounds
+    from air_moe_megatron.diagnostics.recall import measure
 
     fields = {**ROUTERS[name], "moe_router_type": "air", "moe_air_num_clusters": 4, "moe_air_num_probes": 1}
     router = make_router(megatron_cpu, **fields, moe_air_shortlist_size=EXPERTS)
@@ -280,7 +280,7 @@ def test_lists_of_all_experts_are_certain(megatron_cpu, name):
 
 
 def test_more_verified_experts_certify_more(routers):
-    from air_moe_megatron.recall import measure
+    from air_moe_megatron.diagnostics.recall import measure
 
     router = routers["three-probes"]
     arrange(router, "near-codewords", 3, 1.0)
@@ -292,7 +292,7 @@ def test_more_verified_experts_certify_more(routers):
 
 
 def test_chunks_and_blocks_change_nothing(routers, monkeypatch):
-    from air_moe_megatron import bounds, recall
+    from air_moe_megatron.diagnostics import bounds, recall
 
     router = routers["sigmoid"]
     arrange(router, "best-lists", 11, 1.0)
@@ -327,7 +327,7 @@ def test_the_study_measures_and_plots(routers, tmp_path):
 
 
 def test_constants_of_changed_routers_are_refused(routers):
-    from air_moe_megatron.bounds import FrozenBounds
+    from air_moe_megatron.diagnostics.bounds import FrozenBounds
 
     router = routers["sigmoid"]
     arrange(router, "best-lists", 1, 1.0)
@@ -347,7 +347,7 @@ def test_constants_of_changed_routers_are_refused(routers):
 
 
 def test_the_inequality_behind_the_moments():
-    from air_moe_megatron.bounds import bennett, log_growth
+    from air_moe_megatron.diagnostics.bounds import bennett, log_growth
 
     limit = torch.cat((torch.zeros(1), torch.logspace(-12, 2, 200))).double().unsqueeze(1)
     value = (limit * torch.linspace(-1, 1, 101).double()).double()
@@ -357,7 +357,7 @@ def test_the_inequality_behind_the_moments():
 
 
 def test_the_rounding_of_a_product():
-    from air_moe_megatron.bounds import relative_rounding
+    from air_moe_megatron.diagnostics.bounds import relative_rounding
 
     generator = torch.Generator().manual_seed(0)
     rows, columns = torch.randn(300, 128, generator=generator), torch.randn(128, 300, generator=generator)

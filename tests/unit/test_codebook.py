@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from air_moe_megatron import codebook as codebook_module
-from air_moe_megatron.codebook import (
+from air_moe_megatron.learned import codebook as codebook_module
+from air_moe_megatron.learned.codebook import (
     Codebook,
     CodebookHealth,
     lloyd_step,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from air_moe_megatron import console
+from air_moe_megatron.training import console
 
-ROOT = Path(console.__file__).parent.parent
+ROOT = Path(console.__file__).parents[2]
 LOGGING_SCRIPT = """
 import ctypes, logging, sys, warnings
-from air_moe_megatron import console
+from air_moe_megatron.training import console
 screen = console.write_log_file(sys.argv[1])
 logging.basicConfig(level=logging.ERROR)  # as a library that sets up logging later
 print("printed")
@@ -65,7 +65,7 @@ def test_another_rank_appends_and_shows_warnings_only(tmp_path):
 
 REFUSING_SCRIPT = """
 import sys
-from air_moe_megatron import console
+from air_moe_megatron.training import console
 console._PATIENCE = 0.5
 with console.refusals():
     raise {}
@@ -110,3 +110,19 @@ def test_another_rank_waits_for_the_first_before_it_speaks():
 )
 def test_the_log_file_is_found_among_flags_that_are_not_known_yet(arguments, expected):
     assert console.log_file_of(arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("started", "named"),
+    [
+        ("/x/air_moe_megatron/doctor/__main__.py", "doctor"),
+        ("/x/air_moe_megatron/generate.py", "generate"),
+        ("air_moe_megatron.tune.__main__", "tune"),
+        ("/x/train.py", "pretrain"),
+        ("-c", "pretrain"),
+        ("", "pretrain"),
+    ],
+)
+def test_an_error_names_the_command_that_was_started(monkeypatch, started, named):
+    monkeypatch.setattr(sys, "argv", [started])
+    assert console._program() == f"air_moe_megatron.{named}"

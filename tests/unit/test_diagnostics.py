@@ -211,7 +211,7 @@ def test_every_router_type_writes_the_figures_that_it_has(megatron_cpu, monkeypa
 
 
 def test_figures_of_air_against_the_sample_and_the_routes(megatron_cpu, monkeypatch, tmp_path):
-    from air_moe_megatron import recall
+    from air_moe_megatron.diagnostics import recall
 
     layer = make_layer(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
     router, seen, samples = layer.router, [], []

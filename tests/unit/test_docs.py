@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from air_moe_megatron.config import AIRFields
-from air_moe_megatron.doctor import own_parser
+from air_moe_megatron.doctor.command import own_parser
 from tests.builders import make_router
 from tests.processes import run
 
@@ -113,7 +113,7 @@ def parser(megatron_cpu) -> argparse.ArgumentParser:
     """Megatron's parser with our flags, as our entry makes it."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from air_moe_megatron.training import extra_args_provider
+    from air_moe_megatron.training.training import extra_args_provider
 
     return extra_args_provider(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
 
@@ -175,7 +175,7 @@ def test_commands_that_use_a_checkpoint_parse(tmp_path, megatron_cpu):
 
     from air_moe_megatron import plan
     from air_moe_megatron.inference import evaluation, generation
-    from air_moe_megatron.training import extra_args_provider
+    from air_moe_megatron.training.training import extra_args_provider
     from air_moe_megatron.tune import command as tuning
 
     modules = {"generate": generation, "evaluate": evaluation, "tune": tuning}
@@ -300,7 +300,7 @@ def test_the_results_of_the_readme_stand_where_it_says():
 
 
 def test_the_figures_of_the_health_line_are_those_documented(megatron_cpu):
-    from air_moe_megatron.health import ITEMS, health_line
+    from air_moe_megatron.diagnostics.health import ITEMS, health_line
 
     def labels(line):
         parts = [part.strip() for part in line.strip().rstrip("|").split(" | ")[1:]]

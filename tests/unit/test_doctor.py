@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from air_moe_megatron import cpu, doctor
+from air_moe_megatron import cpu
 from air_moe_megatron.config import ROUTER_TYPES, AIRFields, invalid, validate
+from air_moe_megatron.doctor import command as doctor
 from tests.builders import make_config
 from tests.processes import run
 
@@ -57,12 +58,12 @@ def first_error(monkeypatch, flags):
     """The words with which a start refuses a command line."""
     from megatron.training.arguments import parse_args, validate_args
 
-    from air_moe_megatron.agreement import Ranks
-    from air_moe_megatron.checkpoints import check_checkpoint
-    from air_moe_megatron.entry_refusals import check_flags
-    from air_moe_megatron.preflight import check_data
-    from air_moe_megatron.token_counts import agreed_counts
-    from air_moe_megatron.training import extra_args_provider, model_config_from_args
+    from air_moe_megatron.training.agreement import Ranks
+    from air_moe_megatron.training.checkpoints import check_checkpoint
+    from air_moe_megatron.training.entry_refusals import check_flags
+    from air_moe_megatron.training.preflight import check_data
+    from air_moe_megatron.training.token_counts import agreed_counts
+    from air_moe_megatron.training.training import extra_args_provider, model_config_from_args
 
     monkeypatch.setattr(sys, "argv", cpu.with_required_flags(["pretrain", *flags]))
     args = parse_args(extra_args_provider)

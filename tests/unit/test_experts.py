@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import gelu, silu
 
 from air_moe_megatron import AIRMoEConfig
-from air_moe_megatron.experts import GranularExperts
+from air_moe_megatron.layer.experts import GranularExperts
 from air_moe_megatron.ops.pair_products import make_pairs
 
 HIDDEN, EXPERTS = 6, 5

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from air_moe_megatron import compat, doctor, fit
+from air_moe_megatron import compat
+from air_moe_megatron.doctor import command as doctor
+from air_moe_megatron.doctor import fit
 from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +61,7 @@ FOUND = {
     "inherited": ("routers/base.py", "TopKRouter has no apply_input_jitter"),
     "override": ("routers/base.py", "TopKRouter.forward takes input_ids too, which CompactRouter does not"),
     "init": ("routers/base.py", "TopKRouter.__init__ takes layer, which CompactRouter does not"),
-    "attribute": ("dispatcher.py", "MoETokenDispatcher has no ep_group"),
+    "attribute": ("layer/dispatcher.py", "MoETokenDispatcher has no ep_group"),
     "field": ("routers/base.py", "TransformerConfig has no moe_router_topk_scaling_factor"),
     "wrapped": ("sync.py", "train_step, which we wrap, takes no forward_backward_func"),
     "adapted": ("cpu/adaptations.py", "_warmup_jit_function does not exist"),
@@ -110,8 +112,8 @@ def test_what_our_code_does_without_on_a_version_counts_only_elsewhere(different
 
 def test_layers_are_told_from_commands():
     files = fit.model_files()
-    assert {"specs.py", "routers/air.py", "dispatcher.py", "health.py"} <= files
-    assert not {"training.py", "batches.py", "doctor.py", "inference/restore.py"} & files
+    assert {"specs.py", "routers/air.py", "layer/dispatcher.py", "diagnostics/health.py"} <= files
+    assert not {"training/training.py", "training/batches.py", "doctor/command.py", "inference/restore.py"} & files
 
 
 def test_the_tables_beside_the_check_are_used():

@@ -18,7 +18,7 @@ from air_moe_megatron.config import (
     refuse_unused,
     validate,
 )
-from air_moe_megatron.experts import GranularExperts
+from air_moe_megatron.layer.experts import GranularExperts
 from air_moe_megatron.routers import ROUTERS, HashRouter, find_routers
 from air_moe_megatron.routers.hashing import hand_over_token_ids
 from air_moe_megatron.specs import air_hybrid_stack_spec, require_routers, with_air_layers
@@ -278,7 +278,7 @@ class MegatronsOwn(TransformerConfig):
 def test_a_flag_of_megatron_itself_is_left_to_it(monkeypatch):
     import argparse
 
-    from air_moe_megatron.arguments import add_air_arguments
+    from air_moe_megatron.training.arguments import add_air_arguments
 
     own = MegatronsOwn.__dataclass_fields__["moe_num_hash_layers"]
     monkeypatch.setitem(TransformerConfig.__dataclass_fields__, "moe_num_hash_layers", own)

@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 
-from air_moe_megatron.dispatcher import Traffic
-from air_moe_megatron.health import dispatch_figures, empty_share, listed_share, load_figures
+from air_moe_megatron.diagnostics.health import dispatch_figures, empty_share, listed_share, load_figures
+from air_moe_megatron.layer.dispatcher import Traffic
 
 
 def test_load_figures_worked_example():
@@ -54,8 +54,8 @@ def mixed_routers(groups):
 def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatch):
     from megatron.core import num_microbatches_calculator
 
-    from air_moe_megatron import health
     from air_moe_megatron.compat import destroy_moe_metrics_tracker, get_moe_metrics_tracker
+    from air_moe_megatron.diagnostics import health
     from tests.builders import HIDDEN
 
     destroy_moe_metrics_tracker()
@@ -89,7 +89,7 @@ def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatc
 
 
 def test_the_line_of_a_dispatch_that_is_recomputed(megatron_cpu):
-    from air_moe_megatron.health import health_line
+    from air_moe_megatron.diagnostics.health import health_line
 
     figures = {
         "quantization-error": 0.15144, "live-codewords": 15.5, "experts-listed": 1.0, "experts-used": 0.638,
@@ -193,7 +193,7 @@ def naive_recall(router):
     ids=("one-probe", "two-probes", "lists-of-experts", "expert-bias"),
 )
 def test_recall_against_all_probabilities(megatron_cpu, monkeypatch, fields, num_tokens):
-    from air_moe_megatron import recall
+    from air_moe_megatron.diagnostics import recall
     from tests.builders import HIDDEN, make_router
 
     monkeypatch.setattr(recall, "CHUNK", 10)  # 64 experts in seven chunks
@@ -210,7 +210,7 @@ def test_recall_against_all_probabilities(megatron_cpu, monkeypatch, fields, num
 
 
 def test_recall_of_full_lists_is_one_and_padding_is_left_out(megatron_cpu):
-    from air_moe_megatron.recall import recall
+    from air_moe_megatron.diagnostics.recall import recall
     from tests.builders import HIDDEN, make_router
 
     full = make_router(megatron_cpu, moe_router_type="air", moe_air_num_clusters=4, moe_air_shortlist_size=64)
@@ -228,7 +228,7 @@ def test_recall_of_full_lists_is_one_and_padding_is_left_out(megatron_cpu):
 
 def test_recall_of_large_finite_tokens(megatron_cpu):
     """Of scores of 1e30 one expert holds all mass: it is listed or not, whatever the products round to."""
-    from air_moe_megatron.recall import recall
+    from air_moe_megatron.diagnostics.recall import recall
     from tests.builders import HIDDEN, make_router
 
     router = make_router(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)

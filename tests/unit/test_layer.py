@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from air_moe_megatron import AIRMoELayer, AIRRouter, update_codebooks
-from air_moe_megatron.experts import GranularExperts
+from air_moe_megatron.layer.experts import GranularExperts
 from air_moe_megatron.specs import require_routers
 from tests import builders
 

@@ -12,34 +12,54 @@ from tests.processes import run
 PACKAGE = Path(air_moe_megatron.__file__).parent
 NAME = PACKAGE.name
 
-# A module may import from lower layers and from its own, if it is not listed there as unable to.
+# A module may import from lower layers and from its own folder, if it is not listed there as unable to.
 LAYERS = (
-    {"ops", "config", "compat", "console", "patch", "source_tree", "module_state", "process_groups", "recomputation"},
-    {"learner", "cpu"},
-    {"codebook", "lists", "parts", "fit"},
-    {"index", "running_norm", "row_exchange"},
-    {"routers", "dispatcher", "experts"},
-    {"bounds"},
-    {"layer", "recall"},
-    {"specs", "health", "arguments"},
-    {"diagnostics"},
-    {"sync", "batches", "preflight", "agreement", "memory"},
-    {"entry_refusals"},
-    {"checkpoints"},
-    {"token_counts"},
-    {"training"},
-    {"pretrain", "inference", "doctor"},
-    {"evaluate", "generate", "plan", "report", "tune"},
+    {"ops", "config", "compat", "patch", "process_groups", "training", "training.console", "training.agreement"},
+    {"learned", "cpu"},
+    {"doctor", "doctor.source_tree", "routers"},
+    {"doctor.fit", "layer"},
+    {"specs", "training.arguments", "diagnostics"},
+    {"sync", "training.batches", "training.preflight", "training.memory"},
+    {"training.entry_refusals", "training.checkpoints"},
+    {"training.token_counts"},
+    {"training.training"},
+    {"pretrain", "inference", "doctor.command"},
+    {"evaluate", "generate", "plan", "report", "tune", "doctor.__main__"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+# The same within a folder, where the order of its files says more than the folder's place above.
+WITHIN = {
+    "learned": (
+        {"module_state", "recomputation"},
+        {"learner"},
+        {"codebook", "lists", "parts"},
+        {"index", "running_norm"},
+        {"__init__"},
+    ),
+    "layer": ({"dispatcher", "experts"}, {"__init__"}),
+    "diagnostics": (
+        {"bounds", "files"},
+        {"recall", "health"},
+        {"figures", "watch"},
+        {"snapshot"},
+        {"__init__"},
+    ),
+}
 # These import torch (and Triton) only, never Megatron.
-TORCH_ONLY = ("ops", "module_state", "recomputation", "learner", "codebook", "lists", "parts", "index", "running_norm")
+TORCH_ONLY = ("ops", "learned")
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def role_of(path):
-    """The module, or the folder of modules, directly under the package."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def role_of(name):
+    """What has a place in the layers: ``a.b`` where the files of folder ``a`` have different ones, otherwise ``a``."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if any(level.startswith(f"{parts[0]}.") for level in LEVEL) else parts[0]
+
+
+def module_name(path):
+    """The name within the package, without the ``__init__`` of a folder."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported_names(path, lazy_too=True):
@@ -58,8 +78,13 @@ def imported_names(path, lazy_too=True):
     return names
 
 
+def own_names(names):
+    """The names within the package, of modules or of what is in them."""
+    return {name.removeprefix(f"{NAME}.") for name in names if name.startswith(f"{NAME}.")}
+
+
 def own_roles(names):
-    return {name.split(".")[1] for name in names if name.startswith(NAME + ".")}
+    return {role_of(name) for name in own_names(names)}
 
 
 def idents(paths):
@@ -67,17 +92,32 @@ def idents(paths):
 
 
 def test_every_module_has_a_layer():
-    assert {role_of(path) for path in SOURCES} <= set(LEVEL)
+    assert {role_of(module_name(path)) for path in SOURCES} <= set(LEVEL)
+    for folder, levels in WITHIN.items():
+        assert {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"} <= set().union(*levels)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=idents(SOURCES))
 def test_imports_point_down(path):
-    role = role_of(path)
+    role = role_of(module_name(path))
     for imported in own_roles(imported_names(path, lazy_too=False)) - {role}:
         assert LEVEL[imported] < LEVEL[role], f"{role} imports {imported}"
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if role_of(path) in TORCH_ONLY], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if path.parent.name in WITHIN], ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_imports_within_a_folder_point_down(path):
+    folder = path.parent.name
+    level = {name: number for number, names in enumerate(WITHIN[folder]) for name in names}
+    siblings = {tuple(name.split(".")[:2]) for name in own_names(imported_names(path, lazy_too=False))}
+    for imported in {name for parent, name in siblings if parent == folder and name in level}:
+        assert level[imported] < level[path.stem], f"{folder}/{path.stem} imports {imported}"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if role_of(module_name(path)) in TORCH_ONLY], ids=lambda path: path.stem
+)
 def test_ops_codebook_and_index_import_torch_only(path):
     allowed = {"torch", "triton", NAME} | set(sys.stdlib_module_names)
     assert {name.split(".")[0] for name in imported_names(path)} <= allowed
@@ -148,7 +188,8 @@ def test_importing_the_package_loads_nothing_and_changes_nothing():
 
 def test_ops_codebook_and_index_load_without_megatron():
     run_python(
-        f"import sys\nsys.modules['megatron'] = None\nimport {NAME}.codebook, {NAME}.index, {NAME}.ops.fine_scores\n"
+        f"import sys\nsys.modules['megatron'] = None\n"
+        f"import {NAME}.learned.codebook, {NAME}.learned.index, {NAME}.ops.fine_scores\n"
     )
 
 

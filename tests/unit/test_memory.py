@@ -6,8 +6,8 @@ import types
 import pytest
 import torch
 
-from air_moe_megatron import memory
 from air_moe_megatron.routers import ROUTERS as CLASSES
+from air_moe_megatron.training import memory
 
 ARGS = dict(
     moe_router_type="air", moe_air_shard_experts=False, moe_granular_experts=True, moe_dispatch="compact",
@@ -86,7 +86,7 @@ def test_parameters_are_at_most_those_of_a_layer(megatron_cpu, router_type):
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
     from air_moe_megatron import AIRMoEConfig, AIRMoELayer
-    from air_moe_megatron.experts import GranularExperts
+    from air_moe_megatron.layer.experts import GranularExperts
 
     counts = []
     for num_experts in (16, 64):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
 
-from air_moe_megatron import token_counts
-from air_moe_megatron.token_counts import count_token_ids, counts_of
+from air_moe_megatron.training import token_counts
+from air_moe_megatron.training.token_counts import count_token_ids, counts_of
 
 IDS = 10
 NONE = dict.fromkeys(

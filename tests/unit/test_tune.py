@@ -8,10 +8,10 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import invalid
-from air_moe_megatron.index import ShortlistIndex
-from air_moe_megatron.lists import reserved_slots
+from air_moe_megatron.diagnostics.recall import measure as measure_sample
+from air_moe_megatron.learned.index import ShortlistIndex
+from air_moe_megatron.learned.lists import reserved_slots
 from air_moe_megatron.ops.coarse import assign
-from air_moe_megatron.recall import measure as measure_sample
 from air_moe_megatron.routers.air import TokenSample
 from air_moe_megatron.tune import search as searching
 from air_moe_megatron.tune.baselines import measure_groups, measure_product_keys

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from air_moe_megatron import console
+from air_moe_megatron.training import console
 
 if TYPE_CHECKING:
     from air_moe_megatron.config import Problems
@@ -231,14 +231,14 @@ def _examine(found: Findings) -> argparse.Namespace | None:
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.arguments import unfit_fields
-    from air_moe_megatron.checkpoints import unfit_checkpoint
     from air_moe_megatron.config import problem_of, unused
-    from air_moe_megatron.entry_refusals import refused_flags
-    from air_moe_megatron.memory import check_memory
-    from air_moe_megatron.preflight import unfit_data
-    from air_moe_megatron.token_counts import counts_of
-    from air_moe_megatron.training import extra_args_provider, model_config_from_args
+    from air_moe_megatron.training.arguments import unfit_fields
+    from air_moe_megatron.training.checkpoints import unfit_checkpoint
+    from air_moe_megatron.training.entry_refusals import refused_flags
+    from air_moe_megatron.training.memory import check_memory
+    from air_moe_megatron.training.preflight import unfit_data
+    from air_moe_megatron.training.token_counts import counts_of
+    from air_moe_megatron.training.training import extra_args_provider, model_config_from_args
 
     try:
         args = parse_args(extra_args_provider)
@@ -283,9 +283,9 @@ def _complete(args: argparse.Namespace, found: Findings) -> tuple[argparse.Names
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.checkpointing import load_args_from_checkpoint
 
-    from air_moe_megatron.agreement import Ranks
-    from air_moe_megatron.checkpoints import fields_of_checkpoint
-    from air_moe_megatron.training import ARGS_DEFAULTS, provider_with
+    from air_moe_megatron.training.agreement import Ranks
+    from air_moe_megatron.training.checkpoints import fields_of_checkpoint
+    from air_moe_megatron.training.training import ARGS_DEFAULTS, provider_with
 
     if args.use_checkpoint_args:
         try:
@@ -351,7 +351,7 @@ def report(flags: Sequence[str], world_size: int) -> tuple[str, bool]:
 
 
 def _check_megatron(path: Path) -> NoReturn:
-    from air_moe_megatron.fit import report as report_on
+    from air_moe_megatron.doctor.fit import report as report_on
     from air_moe_megatron.patch import UnknownTreeError
 
     try:
@@ -400,7 +400,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     text, would_start = report(flags, own.world_size)
     sys.stdout.write(text)
     sys.exit(0 if would_start else 2)
-
-
-if __name__ == "__main__":
-    main()

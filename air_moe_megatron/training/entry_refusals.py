@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.spec_utils import import_module
 
-from air_moe_megatron.arguments import is_packed, moe_layers, value_of
 from air_moe_megatron.config import (
     Problems,
     balancing_losses,
@@ -19,6 +18,7 @@ from air_moe_megatron.config import (
     raise_first,
     uses_hash,
 )
+from air_moe_megatron.training.arguments import is_packed, moe_layers, value_of
 
 
 @dataclass(frozen=True)

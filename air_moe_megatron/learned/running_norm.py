@@ -10,7 +10,7 @@ the same, and the one all-reduce of ``sync.py`` carries the sums.
 
 import torch
 
-from air_moe_megatron.learner import Learner
+from air_moe_megatron.learned.learner import Learner
 
 _DECAY = 0.9  # weight of the past per global batch
 EPSILON = 1e-5

@@ -10,10 +10,10 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.transformer import TransformerConfig
 
-from air_moe_megatron.arguments import moe_layers
-from air_moe_megatron.checkpoints.checks import loads_optimizer
-from air_moe_megatron.checkpoints.reader import Checkpoint
 from air_moe_megatron.config import num_hash_layers
+from air_moe_megatron.training.arguments import moe_layers
+from air_moe_megatron.training.checkpoints.checks import loads_optimizer
+from air_moe_megatron.training.checkpoints.reader import Checkpoint
 
 _GIB = 2**30
 

@@ -22,15 +22,8 @@ from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.config import PretrainConfigContainer
 from megatron.training.models import GPTModelConfig, HybridModelConfig
 
-from air_moe_megatron import console, preflight
-from air_moe_megatron.agreement import Ranks, check_agreement, meet
-from air_moe_megatron.arguments import add_air_arguments, moe_layers, transformer_config_from_args
-from air_moe_megatron.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
-from air_moe_megatron.checkpoints import check_checkpoint, fields_of_checkpoint
 from air_moe_megatron.compat import process_groups_released, repair_help, require_entry_megatron
 from air_moe_megatron.config import is_plain_topk, uses_hash
-from air_moe_megatron.entry_refusals import check_flags
-from air_moe_megatron.memory import check_memory
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.hashing import balance_hash_tables, hand_over_token_ids
 from air_moe_megatron.specs import (
@@ -40,7 +33,14 @@ from air_moe_megatron.specs import (
     require_routers,
 )
 from air_moe_megatron.sync import codebook_updates
-from air_moe_megatron.token_counts import agreed_counts
+from air_moe_megatron.training import console, preflight
+from air_moe_megatron.training.agreement import Ranks, check_agreement, meet
+from air_moe_megatron.training.arguments import add_air_arguments, moe_layers, transformer_config_from_args
+from air_moe_megatron.training.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
+from air_moe_megatron.training.checkpoints import check_checkpoint, fields_of_checkpoint
+from air_moe_megatron.training.entry_refusals import check_flags
+from air_moe_megatron.training.memory import check_memory
+from air_moe_megatron.training.token_counts import agreed_counts
 
 ARGS_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
 """What this entry gives to Megatron's validation of arguments, as `pretrain_gpt.py` does."""

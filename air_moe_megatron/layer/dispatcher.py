@@ -27,11 +27,11 @@ from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from air_moe_megatron.learned.recomputation import is_in_backward
 from air_moe_megatron.ops.exchange import combine, make_plan, pack
 from air_moe_megatron.ops.pair_products import Pairs, make_pairs
 from air_moe_megatron.process_groups import HoldsProcessGroups
-from air_moe_megatron.recomputation import is_in_backward
-from air_moe_megatron.row_exchange import ShardedRows
+from air_moe_megatron.routers.row_exchange import ShardedRows
 
 
 @dataclass

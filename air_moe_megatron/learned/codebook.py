@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from air_moe_megatron.learner import Learner
+from air_moe_megatron.learned.learner import Learner
 from air_moe_megatron.ops.coarse import NUM_SCALARS, assign, token_statistics
 from air_moe_megatron.ops.unit_vectors import unit_rows
 

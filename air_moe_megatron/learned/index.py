@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from air_moe_megatron.codebook import Codebook
-from air_moe_megatron.lists import inverted_lists, list_every_expert
+from air_moe_megatron.learned.codebook import Codebook
+from air_moe_megatron.learned.lists import inverted_lists, list_every_expert
+from air_moe_megatron.learned.parts import Part, Span, pack, parts_of, spans, unpack
 from air_moe_megatron.ops.ranking import Ranking
-from air_moe_megatron.parts import Part, Span, pack, parts_of, spans, unpack
 
 SOURCES = ("tokens", "experts")
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from air_moe_megatron.module_state import PreservedState
+from air_moe_megatron.learned.module_state import PreservedState
 
 
 class Learner(PreservedState):

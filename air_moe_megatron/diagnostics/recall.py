@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from air_moe_megatron.bounds import (
+from air_moe_megatron.diagnostics.bounds import (
     BOUND_SLACK,
     CHUNK,
     RANK_ERROR,

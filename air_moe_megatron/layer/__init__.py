@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import hash_layer_config, hash_layer_numbers, is_sharded, num_hash_layers
-from air_moe_megatron.dispatcher import CompactTokenDispatcher, ShardedTokenDispatcher
+from air_moe_megatron.layer.dispatcher import CompactTokenDispatcher, ShardedTokenDispatcher
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.routers import HashRouter, ShardedAIRRouter
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from air_moe_megatron.codebook import Codebook
+from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk
 from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
 from air_moe_megatron.routers.air import AIRRouter

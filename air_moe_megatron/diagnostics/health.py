@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from air_moe_megatron.dispatcher import Traffic
 from air_moe_megatron.layer import AIRMoELayer
+from air_moe_megatron.layer.dispatcher import Traffic
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter, HashRouter, VQRouter
 from air_moe_megatron.routers.base import CompactRouter

@@ -18,10 +18,10 @@ from packaging.version import Version
 
 from air_moe_megatron.compat import OWN_SIGNATURES, VERSIONED, WRAPPED
 from air_moe_megatron.cpu.adaptations import ADAPTATIONS
+from air_moe_megatron.doctor.source_tree import Signature, Tree, members_of, signature_of
 from air_moe_megatron.patch import find_root, version_of
-from air_moe_megatron.source_tree import Signature, Tree, members_of, signature_of
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 _CONFIG = "megatron.core.transformer.transformer_config.TransformerConfig"
 _OF_TORCH = frozenset(dir(torch.nn.Module())) | set(dir(torch.autograd.Function))
 _MODEL = ("specs.py", "sync.py")  # what patches/ call, and all that these import

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 PROGRAM = "air_moe_megatron.pretrain"
@@ -23,6 +24,8 @@ CPU_ON_A_GPU = (
     "CUDA_VISIBLE_DEVICES="
 )
 NO_GPU = "no CUDA GPU is visible; give --cpu to run on CPU with gloo"
+
+_PACKAGE = Path(__file__).parents[1]
 
 _PATIENCE = 10.0
 """Seconds that rank 0 gets to say why the start is refused, before another rank does. A launcher such as torchrun ends
@@ -49,9 +52,9 @@ def refuse(message: str) -> NoReturn:
 
 def _program() -> str:
     """The command that was started, named as after ``python -m``."""
-    name = os.path.basename(sys.argv[0]).removesuffix(".py").rpartition(".")[2]
-    is_ours = os.path.isfile(os.path.join(os.path.dirname(__file__), f"{name}.py"))
-    return f"{__package__}.{name}" if is_ours else PROGRAM
+    name = sys.argv[0].removesuffix(".py").removesuffix("__main__").rstrip("./").replace("/", ".").rpartition(".")[2]
+    is_ours = (_PACKAGE / f"{name}.py").is_file() or (_PACKAGE / name / "__main__.py").is_file()
+    return f"{_PACKAGE.name}.{name}" if is_ours else PROGRAM
 
 
 @contextlib.contextmanager
@@ -133,7 +136,7 @@ def losses_on(screen: TextIO) -> Iterator[None]:
 
 
 def _belongs_on_screen(record: logging.LogRecord) -> bool:
-    if record.name.partition(".")[0] == __package__:
+    if record.name.partition(".")[0] == _PACKAGE.name:
         return record.levelno >= logging.WARNING or os.environ.get("RANK", "0") == "0"
     return record.levelno >= logging.WARNING and record.name != "py.warnings"
 

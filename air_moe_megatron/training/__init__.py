@@ -1,0 +1,1 @@
+"""A run, from its command line to Megatron's loop; ``training.py`` calls the rest in order."""
