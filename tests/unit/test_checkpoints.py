@@ -489,6 +489,33 @@ def test_a_checkpoint_without_optimizer_state(save, check):
     assert check(load=folder, no_load_optim=True) == []
 
 
+OTHER_SCHEDULE = {
+    "longer": ({"train_iters": 50}, r"--train-iters \(50\) must be 2"),
+    "batch": ({"global_batch_size": 64}, r"--global-batch-size \(64\) must be 2"),
+    "rate": ({"lr": 0.5, "lr_decay_style": "cosine"}, r"--lr \(0.5\) must be .*, --lr-decay-style \(cosine\) must be"),
+    "warm-up": ({"lr_warmup_iters": 1}, r"--lr-warmup-iters \(1\) must be 0"),
+    "decay": ({"end_weight_decay": 0.5}, r"--end-weight-decay \(0.5\) must be "),
+}
+
+
+@pytest.mark.parametrize("changes, message", OTHER_SCHEDULE.values(), ids=OTHER_SCHEDULE)
+def test_another_schedule_is_refused_unless_it_is_chosen(save, check, is_legacy, changes, message):
+    schedule = {"train_iters": 2, "global_batch_size": 2, "lr_warmup_iters": 0}
+    folder, changes = save(is_legacy=is_legacy, **schedule), schedule | changes
+    assert check(load=folder, **schedule) == []
+    with pytest.raises(ValueError, match=f"goes on with the schedule that it was trained with: {message}.*; or add"):
+        check(load=folder, **changes)
+    for choice in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "finetune", "no_load_optim"):
+        assert check(load=folder, **changes, **{choice: True}) == []
+
+
+def test_a_schedule_that_is_the_same_in_other_words_passes(save, check):
+    folder = save(train_iters=8, lr_decay_iters=8, lr_warmup_fraction=0.25)  # as Megatron fills them in
+    assert check(load=folder, train_iters=8, lr_warmup_iters=2) == []
+    with pytest.raises(ValueError, match=r"--train-iters \(9\) must be 8"):
+        check(load=folder, train_iters=9, lr_warmup_iters=2)
+
+
 def test_the_legacy_format_is_bound_to_its_layout(save, check):
     folder = save(is_legacy=True, expert_model_parallel_size=2, world_size=2)
     with pytest.raises(ValueError, match=r"legacy format 'torch', .*: --expert-model-parallel-size \(1\) must be 2"):

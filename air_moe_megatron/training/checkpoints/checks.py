@@ -32,6 +32,13 @@ _DERIVED_SIZES = ("moe_layer_freq", "ffn_hidden_size", "kv_channels", "num_query
 _LEGACY_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 """The layout that the legacy format is bound to."""
 
+_OF_SCHEDULE = (
+    *("train_iters", "train_samples", "global_batch_size", "lr", "min_lr", "lr_decay_style", "lr_decay_iters"),
+    *("lr_decay_samples", "lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples"),
+    *("start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+)
+"""Arguments that the schedule of learning rate and weight decay follows from."""
+
 
 def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: TransformerConfig) -> Problems[list[str]]:
     """What keeps a run from loading a checkpoint: a ValueError each, with our flag, its value and what is needed.
@@ -56,6 +63,7 @@ def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
     yield from problem_of(_check_input_norm, checkpoint, getattr(config, "moe_router_input_norm", "none"))
     yield from problem_of(_check_expert_bias, checkpoint, config)
     yield from problem_of(_check_optimizer, checkpoint, args)
+    yield from problem_of(_check_schedule, checkpoint, args)
     if of_other_size or of_other_type:
         return []
     has_codebooks = checkpoint.has("router.codebook.codewords")
@@ -288,6 +296,46 @@ def _check_optimizer(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         raise ValueError(
             f"{location} holds the optimizer state of {'fp32' if found is None else found} weights: {demand}, {remedy}"
         )
+
+
+def _check_schedule(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Megatron goes on with the schedule of learning rate and weight decay that was saved, or with none."""
+    saved_by = checkpoint.args
+    chooses = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    if saved_by is None or chooses or not loads_optimizer(args, checkpoint):
+        return
+    own, found = _schedule(args), _schedule(saved_by)
+    if not own or not found or own == found:
+        return
+    names = [name for name in _OF_SCHEDULE if getattr(args, name, None) != getattr(saved_by, name, None)]
+    given = [name for name in names if getattr(args, name, None) is not None]
+    demands = [_demand(name, getattr(args, name), getattr(saved_by, name, None)) for name in given or names]
+    raise ValueError(
+        f"{checkpoint.location} goes on with the schedule that it was trained with: {', '.join(demands)}; or add "
+        "--override-opt-param-scheduler for the new schedule, or --use-checkpoint-opt-param-scheduler for the old one"
+    )
+
+
+def _schedule(args: argparse.Namespace) -> dict[str, Any]:
+    """What Megatron compares of the schedules, as ``get_optimizer_param_scheduler`` makes it; steps are samples.
+
+    Empty where it cannot be told.
+    """
+    unit = "iters" if getattr(args, "train_samples", None) is None else "samples"
+    length, batch = getattr(args, f"train_{unit}", None), getattr(args, "global_batch_size", None)
+    if length is None or batch is None:
+        return {}
+    step = batch if unit == "iters" else 1
+    decay = getattr(args, f"lr_decay_{unit}", None)
+    decay = step * (length if decay is None else decay)
+    fraction = getattr(args, "lr_warmup_fraction", None)
+    warmup = step * getattr(args, f"lr_warmup_{unit}", 0) if fraction is None else fraction * decay
+    plain = ("lr", "min_lr", "lr_decay_style", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style")
+    return {name: getattr(args, name, None) for name in plain} | {
+        "length": step * length,
+        "decay": decay,
+        "warmup": warmup,
+    }
 
 
 def _low_precision(args: argparse.Namespace) -> str | None:
