@@ -19,12 +19,10 @@ Not changed:
   mode remain so after `disable()`.
 """
 
-import contextlib
 import importlib
 import importlib.metadata
 import logging
 import os
-import socket
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
@@ -208,10 +206,9 @@ def with_required_flags(argv: Sequence[str]) -> list[str]:
 def set_rendezvous_defaults() -> None:
     """Let a lone process, one that no launcher started, form a world of one rank.
 
-    Megatron reads its rendezvous from the environment; torchrun writes it there. Where MASTER_ADDR is absent, that and
-    a free MASTER_PORT are set.
+    Megatron reads its rendezvous from the environment; torchrun writes it there. Where MASTER_ADDR is absent, that is
+    set, and MASTER_PORT to 0: the store listens on a port that the system chooses. One chosen here could be another
+    process's by the time that the store listens.
     """
     if "MASTER_ADDR" not in os.environ:
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(("localhost", 0))
-            os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(probe.getsockname()[1]))
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")

@@ -306,3 +306,18 @@ def test_a_script_that_ends_leaves_no_process_group(end, code, groups_left, tmp_
     result = run_python("-m", "air_moe_megatron.cpu", str(script))
     assert result.returncode == code, result.stderr
     assert result.stdout.splitlines()[-1] == f"groups left: {groups_left}"
+
+
+def test_a_lone_process_lets_the_system_choose_its_port(monkeypatch):
+    """A port that is chosen before the store listens may be another process's by then."""
+    monkeypatch.setenv("MASTER_ADDR", "")
+    monkeypatch.delenv("MASTER_ADDR")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    cpu.set_rendezvous_defaults()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("localhost", "0")
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", rank=0, world_size=1))
+    assert (rank, world_size) == (0, 1) and store.port > 0
+    monkeypatch.setenv("MASTER_ADDR", "elsewhere")
+    monkeypatch.setenv("MASTER_PORT", "2")
+    cpu.set_rendezvous_defaults()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("elsewhere", "2")
