@@ -94,14 +94,8 @@ MODEL=(
   --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std "$INIT_STD"
 )
 MOE=(
-  --num-experts "$NUM_EXPERTS" --moe-ffn-hidden-size "$EXPERT_SIZE" --moe-router-topk "$TOPK"
-  --moe-router-dtype fp32 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01
+  --air-moe --num-experts "$NUM_EXPERTS" --moe-ffn-hidden-size "$EXPERT_SIZE" --moe-router-topk "$TOPK"
   --expert-model-parallel-size "${EP:-$RANKS}"
-)
-# Tokens normed and probs scaled up, so that tiny experts learn: docs/results/quality.md.
-AIR=(
-  --moe-router-type air --moe-router-input-norm running --moe-router-topk-scaling-factor "$(((TOPK + 1) / 2))"
-  --moe-granular-experts --moe-dispatch compact
 )
 TRAINING=(
   --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH" --train-iters "$TRAIN_ITERS"
@@ -121,5 +115,5 @@ else
   DATASET=(--data-path "$DATA" --split "$SPLIT")
 fi
 FLAGS=(
-  "${DEVICE[@]}" "${MODEL[@]}" "${MOE[@]}" "${AIR[@]}" "${TRAINING[@]}" "${DATASET[@]}" "${TOKENIZER_FLAGS[@]}"
+  "${DEVICE[@]}" "${MODEL[@]}" "${MOE[@]}" "${TRAINING[@]}" "${DATASET[@]}" "${TOKENIZER_FLAGS[@]}"
 )

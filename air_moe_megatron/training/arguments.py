@@ -6,6 +6,7 @@ from typing import Any
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
+from megatron.training.utils import print_rank_0
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from air_moe_megatron.compat import megatron_has_our_fields
@@ -22,6 +23,17 @@ from air_moe_megatron.config import (
     unused,
     uses_hash,
 )
+
+RECOMMENDED = {
+    "moe_router_type": "air",
+    "moe_granular_experts": True,
+    "moe_dispatch": "compact",
+    "moe_router_input_norm": "running",
+    "moe_router_dtype": "fp32",
+    "moe_aux_loss_coeff": 0.01,
+}
+"""What ``--air-moe`` gives where the command line gives nothing else; :func:`transformer_config_from_args` adds the
+scale of the probabilities, which follows from the top-k. Megatron's own default is the loss ``aux_loss``."""
 
 
 def add_air_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -43,11 +55,15 @@ def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
 
     Args:
         args: Megatron's parsed and validated arguments. For hash routers a ``moe_hash_vocab_size`` of 0 becomes the
-            size of the embedding.
+            size of the embedding. With ``--air-moe`` a ``moe_router_topk_scaling_factor`` that is not given becomes
+            half of the top-k.
     Raises:
         ValueError: naming the field, value and rule that the arguments break.
     """
     refuse_unused(args)
+    if getattr(args, "air_moe", False) and args.moe_router_topk_scaling_factor is None:
+        args.moe_router_topk_scaling_factor = max(1.0, args.moe_router_topk / 2)
+        print_rank_0(f"> --air-moe: --moe-router-topk-scaling-factor {args.moe_router_topk_scaling_factor}")
     if is_plain_topk(args):
         return core_transformer_config_from_args(args)
     if uses_hash(args):

@@ -35,7 +35,12 @@ from air_moe_megatron.specs import (
 from air_moe_megatron.sync import codebook_updates
 from air_moe_megatron.training import console, preflight
 from air_moe_megatron.training.agreement import Ranks, check_agreement, meet
-from air_moe_megatron.training.arguments import add_air_arguments, moe_layers, transformer_config_from_args
+from air_moe_megatron.training.arguments import (
+    RECOMMENDED,
+    add_air_arguments,
+    moe_layers,
+    transformer_config_from_args,
+)
 from air_moe_megatron.training.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.training.checkpoints import check_checkpoint, fields_of_checkpoint
 from air_moe_megatron.training.entry_refusals import check_flags
@@ -51,12 +56,20 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group = parser.add_argument_group(title="air_moe_megatron")
     group.add_argument("--cpu", action="store_true", help="Train on CPU with the gloo backend; no GPU is needed.")
     group.add_argument(
+        "--air-moe",
+        action="store_true",
+        help="AIR routing of granular experts on the compact path, with the recommended settings where none are given.",
+    )
+    group.add_argument(
         "--log-file",
         help="Append all output to this file; the screen gets losses, routing health, warnings and errors. "
         "Default: all output goes to the screen.",
     )
     parser.error = _refuse_command_line
-    return repair_help(add_air_arguments(parser))
+    parser = repair_help(add_air_arguments(parser))
+    if "--air-moe" in sys.argv:  # a flag that is given, at its default or not, comes before a parser's defaults
+        parser.set_defaults(**RECOMMENDED)
+    return parser
 
 
 def _refuse_command_line(message: str) -> NoReturn:

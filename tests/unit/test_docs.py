@@ -34,7 +34,7 @@ STUB = r"""#!/bin/sh
 printf '%s\037' "${0##*/}" "$@" >> "LOG"
 printf '\036' >> "LOG"
 """
-OF_THE_ENTRY = {"--cpu": "off", "--log-file": "None"}  # flags that are no fields of the config
+OF_THE_ENTRY = {"--air-moe": "off", "--cpu": "off", "--log-file": "None"}  # flags that are no fields of the config
 CHECKED = {"air_moe_megatron.pretrain", "air_moe_megatron.doctor"}  # these take the flags of a training
 NOT_OURS = {"pretrain_gpt.py"}  # scripts of a Megatron-LM checkout
 
@@ -152,6 +152,7 @@ def flags_of(command: list[str]) -> list[str]:
 @documents(of_language("bash"))
 def test_commands_name_what_exists(path, tmp_path, parser):
     from air_moe_megatron.config import refuse_unused
+    from air_moe_megatron.training.arguments import RECOMMENDED
 
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     commands = commands_of(path, tmp_path)
@@ -167,7 +168,10 @@ def test_commands_name_what_exists(path, tmp_path, parser):
         flags = flags_of(command)
         assert flags or not any(word.startswith("--moe-") for word in command), command
         if flags:
+            defaults = {name: parser.get_default(name) for name in RECOMMENDED}
+            parser.set_defaults(**RECOMMENDED if "--air-moe" in flags else {})
             refuse_unused(parser.parse_args(flags))
+            parser.set_defaults(**defaults)
 
 
 def test_commands_that_use_a_checkpoint_parse(tmp_path, megatron_cpu):
@@ -200,7 +204,7 @@ def test_commands_that_use_a_checkpoint_parse(tmp_path, megatron_cpu):
 def test_the_readme_trains_air_on_cpu_and_gpu_with_the_same_flags(tmp_path):
     on_cpu, on_gpu = (set(flags) for flags in map(flags_of, commands_of(README, tmp_path)) if flags)
     assert on_cpu - on_gpu == {"--cpu"} and "--cpu" not in on_gpu
-    assert {"--moe-router-type", "air", "--moe-granular-experts"} <= on_cpu
+    assert "--air-moe" in on_cpu and not {flag for flag in on_cpu if flag.startswith("--moe-air")}
 
 
 @pytest.mark.slow

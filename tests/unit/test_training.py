@@ -138,3 +138,62 @@ def test_a_command_line_that_cannot_be_parsed_is_refused_without_the_usage(monke
         parse_args(extra_args_provider)
     assert words in str(error.value)
     assert "usage" not in capsys.readouterr().err
+
+
+SHAPE = (
+    "--disable-bias-linear --num-layers 2 --hidden-size 16 --num-attention-heads 2 --num-experts 256 "
+    "--moe-ffn-hidden-size 1 --micro-batch-size 1 --seq-length 8 --max-position-embeddings 8"
+).split()
+ONE_BY_ONE = (
+    "--moe-router-type air --moe-granular-experts --moe-dispatch compact --moe-router-input-norm running "
+    "--moe-router-dtype fp32 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01"
+).split()
+
+
+@pytest.fixture
+def config_of(monkeypatch, megatron_cpu):
+    """A function: flags -> the values of the config that they make, through parsing and validation."""
+    from megatron.training.arguments import parse_args, validate_args
+
+    from air_moe_megatron import cpu
+    from air_moe_megatron.training.arguments import transformer_config_from_args
+    from air_moe_megatron.training.training import extra_args_provider
+
+    def config_of(*flags):
+        monkeypatch.setattr(sys, "argv", cpu.with_required_flags(["pretrain", "--cpu", *SHAPE, *flags]))
+        args = parse_args(extra_args_provider)
+        validate_args(args, {})
+        values = vars(transformer_config_from_args(args))
+        return {name: value for name, value in values.items() if not name.endswith("init_method")}  # functions
+
+    return config_of
+
+
+@pytest.mark.parametrize("topk, scale", [(2, 1.0), (7, 3.5), (16, 8.0)])
+def test_one_flag_gives_all_recommended_settings(config_of, topk, scale):
+    of_one = config_of("--air-moe", "--moe-router-topk", str(topk))
+    assert of_one["moe_router_topk_scaling_factor"] == scale
+    assert of_one == config_of(
+        *ONE_BY_ONE, "--moe-router-topk-scaling-factor", str(scale), "--moe-router-topk", str(topk)
+    )
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--moe-router-type topk",
+        "--moe-dispatch=stock",
+        "--moe-router-input-norm none",
+        "--moe-aux-loss-coeff 0.0",
+        "--moe-router-topk-scaling-factor 1.0",
+        "--moe-router-load-balancing-type none",
+    ],
+)
+def test_a_flag_that_is_given_wins_over_the_recommended_one(config_of, given, place):
+    """Also at its own default, which no comparison of values could tell from one that is not given."""
+    words = given.replace("=", " ").split()
+    changed = config_of(*([*given.split(), "--air-moe"] if place == "before" else ["--air-moe", *given.split()]))
+    name, value = words[0].removeprefix("--").replace("-", "_"), words[1]
+    assert str(changed[name]) == value
+    assert changed == config_of("--air-moe") | {name: changed[name]}
