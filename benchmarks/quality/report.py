@@ -13,7 +13,7 @@ import pandas
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-_REFERENCE = "topk"
+REFERENCE = "topk"
 _DASHES = ("-", "--", ":", "-.", (0, (8, 2)))  # with five markers: the variants of one type of router
 _USED, _IMBALANCE, _RECALL, _TOPK_RECALL = "experts-used", "imbalance-factor", "mass-recall", "top-k-recall"
 
@@ -95,12 +95,12 @@ def table(variants: dict[str, list[dict]], step_ms: dict[tuple, float] | None = 
     rows = [row for of_variant in variants.values() for row in of_variant]
     digits = ".2f" if "word_perplexity" in rows[0] else ".4f"
     columns = (
-        "router", "seeds", quality_name(rows), f"against {_REFERENCE}", "router MFLOPs per token", "total",
+        "router", "seeds", quality_name(rows), f"against {REFERENCE}", "router MFLOPs per token", "total",
         *(["ms per step"] if is_timed else []), "experts used", "imbalance factor", "mass recall", "top-k recall",
     )  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for name, of_variant in sorted(variants.items(), key=lambda item: statistics.mean(map(quality, item[1]))):
-        differences = changes(of_variant, variants.get(_REFERENCE, [])) if name != _REFERENCE else []
+        differences = changes(of_variant, variants.get(REFERENCE, [])) if name != REFERENCE else []
         flops = of_variant[0]["flops_per_token"]
         cells = (
             name,
@@ -165,7 +165,7 @@ def plots(rows: list[dict], out: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found, styles = groups(rows), _styles(rows)
+    found, styles = groups(rows), styles_of(rows)
     files = []
     for what, label in (("router", "router"), ("total", "all")):
         kinds = ((what, label), (f"{what}_with_dispatch", f"{label} with dispatch"))
@@ -179,7 +179,7 @@ def plots(rows: list[dict], out: Path) -> list[Path]:
     return files
 
 
-def _styles(rows):
+def styles_of(rows):
     """How each variant is drawn: a color per type of router, black for exact top-k; variants by marker and dash."""
     types = {row["variant"]: row["flags"]["moe-router-type"] for row in rows}
     names = sorted(types, key=lambda name: (types[name] != "topk", types[name], len(name), name))
@@ -204,16 +204,16 @@ def _draw_against_flops(styles, kinds, axis, variants, column):
     kind, label = kinds[column]
     for name, of_variant in variants.items():
         values = [quality(row) for row in of_variant]
-        _points(axis, styles[name], [of_variant[0]["flops_per_token"][kind] / 1e6], [values], joined=False)
+        points(axis, styles[name], [of_variant[0]["flops_per_token"][kind] / 1e6], [values], joined=False)
     if axis.dataLim.x0 > 0:
         axis.set_xscale("log")
     else:  # a router that costs nothing: a narrow linear part beside the logarithmic one
         costs = [cost for rows in variants.values() if (cost := rows[0]["flops_per_token"][kind] / 1e6) > 0]
         axis.set_xscale("symlog", linthresh=min(costs, default=1.0) / 1.5, linscale=0.15)
         axis.set_xlim(-min(costs, default=1.0) / 6, 1.5 * max(costs, default=1.0))
-    _number_ticks(axis.xaxis)
+    number_ticks(axis.xaxis)
     axis.set_xlabel(f"training MFLOPs per token, {label}")
-    axis.set_ylabel(_quality_name_of(variants))
+    axis.set_ylabel(quality_name_of(variants))
 
 
 def _draw_over_experts(styles, axis, by_experts, column):
@@ -221,11 +221,11 @@ def _draw_over_experts(styles, axis, by_experts, column):
         of_name = {experts: variants[name] for experts, variants in by_experts.items() if name in variants}
         if column == 0:
             values = {
-                experts: changes(rows, by_experts[experts].get(_REFERENCE, [])) for experts, rows in of_name.items()
+                experts: changes(rows, by_experts[experts].get(REFERENCE, [])) for experts, rows in of_name.items()
             }
             values = {experts: figures for experts, figures in values.items() if figures}
             beside = 1.02 ** (index - len(styles) / 2)  # so that bars do not cover each other
-            _points(axis, style, [experts * beside for experts in values], list(values.values()), joined=True)
+            points(axis, style, [experts * beside for experts in values], list(values.values()), joined=True)
             continue
         flops = [rows[0]["flops_per_token"]["router"] / 1e6 for rows in of_name.values()]
         if all(flops):
@@ -235,14 +235,14 @@ def _draw_over_experts(styles, axis, by_experts, column):
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(by_experts), [f"{experts:,}" for experts in by_experts])
     axis.set_xlabel("experts E")
-    name = _quality_name_of(next(iter(by_experts.values())))
-    axis.set_ylabel("router, training MFLOPs per token" if column else f"{name} against {_REFERENCE}, %")
+    name = quality_name_of(next(iter(by_experts.values())))
+    axis.set_ylabel("router, training MFLOPs per token" if column else f"{name} against {REFERENCE}, %")
     if column == 1:
         axis.set_yscale("log")
-        _number_ticks(axis.yaxis)
+        number_ticks(axis.yaxis)
 
 
-def _points(axis, style, places, values, joined):
+def points(axis, style, places, values, joined):
     """Mean and standard deviation of the values at each place; hollow where there is but one value."""
     means = [statistics.mean(figures) for figures in values]
     errors = [statistics.stdev(figures) if len(figures) > 1 else math.nan for figures in values]  # NaN draws no bar
@@ -255,7 +255,7 @@ def _points(axis, style, places, values, joined):
 
 def _draw_training(styles, axis, variants, column):
     what = (None, _USED, _IMBALANCE, _RECALL)[column]
-    losses = {row["seed"]: dict(row["train_losses"]) for row in variants.get(_REFERENCE, [])}
+    losses = {row["seed"]: dict(row["train_losses"]) for row in variants.get(REFERENCE, [])}
     for name, of_variant in variants.items():
         if what is not None:
             series = [dict(row["health"].get(what, [])) for row in of_variant]
@@ -276,18 +276,18 @@ def _draw_training(styles, axis, variants, column):
             continue
         axis.plot(steps, means, color=styles[name]["color"], linestyle=styles[name]["linestyle"])
     axis.set_xlabel("step")
-    labels = (f"training loss - {_REFERENCE}'s, nats", "share of experts used", "imbalance factor", "mass recall")
+    labels = (f"training loss - {REFERENCE}'s, nats", "share of experts used", "imbalance factor", "mass recall")
     axis.set_ylabel(labels[column])
     if column == 2:
         axis.set_yscale("log")
-        _number_ticks(axis.yaxis)
+        number_ticks(axis.yaxis)
 
 
-def _quality_name_of(variants):
+def quality_name_of(variants):
     return quality_name(next(iter(variants.values())))
 
 
-def _number_ticks(axis):
+def number_ticks(axis):
     """Plain numbers at 1, 2, 5 of each decade of a logarithmic axis, and zero: few decades leave no room for powers."""
     from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from benchmarks.quality import curves, data, report, study
+from benchmarks.quality import curves, data, overview, report, study
 from benchmarks.quality.flops import flops_per_token
 
 FOLDER = Path(study.__file__).parent
@@ -332,11 +332,11 @@ def test_the_plots_are_drawn(tmp_path):
 
 
 def test_the_reference_is_black_and_variants_of_a_router_share_their_colour():
-    styles = report._styles([result(name, 1, 1.0) for name in ("vq", "air-8-probes", "topk", "air", "topk-raw")])
+    styles = report.styles_of([result(name, 1, 1.0) for name in ("vq", "air-8-probes", "topk", "air", "topk-raw")])
     assert list(styles) == ["topk", "topk-raw", "air", "air-8-probes", "vq"]
     colors = [style["color"] for style in styles.values()]
     assert colors[0] == colors[1] == "black" and colors[2] == colors[3] != colors[4]
-    variants = report._styles([result(name, 1, 1.0) for name in ("air", "air-b", "air-c", "air-d", "air-e")]).values()
+    variants = report.styles_of([result(name, 1, 1.0) for name in ("air", "air-b", "air-c", "air-d", "air-e")]).values()
     assert len({style["marker"] for style in variants}) == len({style["linestyle"] for style in variants}) == 5
 
 
@@ -348,6 +348,24 @@ def test_numbers_of_experts_are_joined_where_nothing_else_differs(tmp_path):
         ("wikitext-2", 1000, "fp32", None, 4, 1): {64: {"topk", "air"}, 256: {"topk"}}
     }
     assert "experts.png" in {file.name for file in report.plots(rows, tmp_path)}
+
+
+def test_the_overview_compares_one_router_with_the_others_where_there_are_three_seeds(tmp_path):
+    dear = {"flops_per_token": {"router": 3e7, "router_with_dispatch": 3e7, "total": 4e7, "total_with_dispatch": 4e7}}
+    rows = [result("topk", seed, 100.0) | {"topk": 16} | dear for seed in (1, 2, 3)]
+    rows += [result("air", seed, 100.0 + seed) | {"topk": 16} for seed in (1, 2, 3)]
+    rows += [result("hash", 2, 204.0) | {"topk": 16}, result("vq", 1, 1.0) | {"topk": 16}]
+    elsewhere = [row | {"corpus": "books", "word_perplexity": 300 - row["word_perplexity"]} for row in rows[:-1]]
+    two_seeds = [row | {"experts": 16} for row in rows if row["seed"] < 3]
+    lines = overview.comparison(rows + elsewhere + two_seeds).splitlines()
+    assert lines == [
+        "| air against | books, E = 64 | wikitext-2, E = 64 |",
+        "|---|---|---|",
+        "| topk | 1.0 +- 0.5% better, at 0.12 | 2.0 +- 1.0% worse, at 0.12 |",
+        "| hash | 106.2% worse, at 1.00 (1 seed) | 50.0% better, at 1.00 (1 seed) |",
+    ]
+    assert overview.plot(rows + elsewhere, tmp_path / "overview.png").stat().st_size > 10_000
+    assert not overview.regimes([row | {"topk": 8} for row in rows], "air")
 
 
 @pytest.mark.parametrize("name", ["small", "full", "bytes"])
@@ -365,13 +383,14 @@ def test_tables_in_the_documents_are_those_of_the_results():
     full = report.tables(study.read_results(RESULTS / "quality/full.jsonl"), step_ms)
     small = report.tables(study.read_results(RESULTS / "quality/small.jsonl"))
     assert (RESULTS / "quality/tables.md").read_text() == full
-    shown = re.findall(r"^\| router \| seeds \|.*(?:\n\|.*)+", (RESULTS / "quality.md").read_text(), re.MULTILINE)
-    assert len(shown) >= 6
     of_bytes = report.tables(study.read_results(RESULTS / "quality/bytes.jsonl"))
-    text = (RESULTS / "quality/bytes.md").read_text()
-    shown += re.findall(r"^\| router \| seeds \|.*(?:\n\|.*)+", text, re.MULTILINE)
+    text = "\n\n".join((RESULTS / f"quality{page}.md").read_text() for page in ("", "/words", "/bytes"))
+    shown = re.findall(r"^\| router \| seeds \|.*(?:\n\|.*)+", text, re.MULTILINE)
+    assert len(shown) >= 8
     for table in shown:
         assert table in full + small + of_bytes, f"report.py makes another table of the results:\n{table}"
+    rows = [row for name in ("full", "bytes") for row in study.read_results(RESULTS / f"quality/{name}.jsonl")]
+    assert overview.comparison(rows) in text, "overview.py makes another table of the results"
 
 
 def test_every_rule_of_the_drift_study_does_what_it_says(tmp_path, megatron_cpu):

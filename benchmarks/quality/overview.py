@@ -1,0 +1,117 @@
+"""A router against the others in every regime: `python benchmarks/quality/overview.py RESULTS.jsonl ... --out FILE`."""
+
+import argparse
+import math
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.quality.report import (  # noqa: E402
+    REFERENCE,
+    changes,
+    groups,
+    number_ticks,
+    points,
+    quality_name_of,
+    spread,
+    styles_of,
+)
+from benchmarks.quality.study import read_results  # noqa: E402
+
+
+def regimes(rows: list[dict], subject: str) -> dict[tuple, dict[str, list[dict]]]:
+    """The groups in which ``subject`` and the reference have three seeds or more and K = 16, and of these the variants
+    that two groups have.
+    """
+    found = {
+        place: variants
+        for place, variants in groups(rows).items()
+        if place[4] == 16 and all(len(variants.get(name, ())) >= 3 for name in (subject, REFERENCE))
+    }
+    counts = Counter(name for variants in found.values() for name in variants)
+    return {
+        place: {name: of_variant for name, of_variant in variants.items() if counts[name] > 1}
+        for place, variants in found.items()
+    }
+
+
+def comparison(rows: list[dict], subject: str = "air") -> str:
+    """A table of one variant against the others, a column for each of its :func:`regimes`.
+
+    A cell says by how much the subject is better or worse, and its share of the other's FLOPs: "1.2 +- 1.1% worse, at
+    0.17". Differences are of runs of one seed; their number stands behind where it is not three.
+    """
+    found = regimes(rows, subject)
+    names = list(dict.fromkeys(name for variants in found.values() for name in variants if name != subject))
+    lines = [f"| {subject} against | {' | '.join(map(_short_title, found))} |", f"|{'---|' * (len(found) + 1)}"]
+    for name in sorted(names, key=lambda name: (name != REFERENCE, name)):
+        cells = [_compared(variants, subject, name) for variants in found.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _compared(variants, subject, name):
+    differences = changes(variants[subject], variants.get(name, []))
+    if not differences:
+        return ""
+    mean = statistics.mean(differences)
+    size = spread([math.copysign(1, mean) * value for value in differences], ".1f")
+    shares = (variants[one][0]["flops_per_token"]["total"] for one in (subject, name))
+    seeds = "" if len(differences) == 3 else f" ({len(differences)} seed{'s' * (len(differences) > 1)})"
+    return f"{size}% {'worse' if mean > 0 else 'better'}, at {next(shares) / next(shares):.2f}{seeds}"
+
+
+def _short_title(place):
+    corpus, _, _, experts, *_ = place
+    return f"{corpus}, E = {experts:,}"
+
+
+def plot(rows: list[dict], file: Path, subject: str = "air") -> Path:
+    """Draw all :func:`regimes`: quality against exact top-k's over all training FLOPs, with error bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
+    found, styles = regimes(rows, subject), styles_of(rows)
+    figure, axes = pyplot.subplots(1, len(found), figsize=(3.4 * len(found), 4), squeeze=False, layout="constrained")
+    for (place, variants), axis in zip(found.items(), axes[0], strict=True):
+        for name, of_variant in variants.items():
+            flops = of_variant[0]["flops_per_token"]["total"] / 1e6
+            points(axis, styles[name], [flops], [changes(of_variant, variants[REFERENCE])], joined=False)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        number_ticks(axis.xaxis)
+        axis.set_title(_short_title(place), fontsize=10, loc="left")
+        axis.set_xlabel("training MFLOPs per token, all")
+        axis.set_ylabel(f"{quality_name_of(variants)} against {REFERENCE}, %")
+        axis.grid(alpha=0.3)
+    drawn = {name for variants in found.values() for name in variants}
+    names = [name for name in styles if name in drawn]
+    handles = [Line2D([], [], label=name, **styles[name] | {"linestyle": "none"}) for name in names]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+    return file
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table, and draw the plot, of one or more files of results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, nargs="+", help="files of JSON lines")
+    parser.add_argument("--out", type=Path, required=True, help="file of the plot")
+    args = parser.parse_args(argv)
+    rows = [row for path in args.results for row in read_results(path)]
+    if not regimes(rows, "air"):
+        sys.exit(f"{', '.join(map(str, args.results))}: no regime with three seeds of air and {REFERENCE} at K = 16")
+    sys.stdout.write(f"{comparison(rows)}\n\n{plot(rows, args.out)}\n")
+
+
+if __name__ == "__main__":
+    main()
