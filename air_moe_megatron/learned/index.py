@@ -139,10 +139,12 @@ class ShortlistIndex(torch.nn.Module):
         self.register_buffer("built_at", torch.full((1,), -1, dtype=torch.int64))
         # Saved, because lists and codewords of one source mean nothing to the other.
         self.register_buffer("source_code", torch.tensor([SOURCES.index(source)]))
-        # What rebuilds read; lists of source 'experts' are made at once.
+        # What rebuilds read; lists of source 'experts' are made at once. Megatron cannot save a tensor without numbers.
         is_spread, pool_size = source == "tokens", min(POOL * shortlist_size, num_experts)
-        self.register_buffer("pool", torch.zeros(is_spread * num_clusters, pool_size, dtype=torch.int32))
-        self.register_buffer("staged_keys", torch.full((is_spread * num_experts,), _UNTRIED, dtype=torch.int64))
+        pool = torch.zeros(is_spread * num_clusters, pool_size, dtype=torch.int32)
+        self.register_buffer("pool", pool, persistent=is_spread)
+        staged_keys = torch.full((is_spread * num_experts,), _UNTRIED, dtype=torch.int64)
+        self.register_buffer("staged_keys", staged_keys, persistent=is_spread)
         self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))  # rebuilds so far, codewords ranked
         self._on_host = [-1, 0, 0]  # built_at and progress
         self._share: Share | None = None
@@ -366,6 +368,8 @@ class ShortlistIndex(torch.nn.Module):
             )
         has_lists = any(prefix + name in state_dict for name in ("shortlist", "built_at", "source_code"))
         is_whole = any(prefix + name in state_dict for name in REBUILDING)
+        for name in self._non_persistent_buffers_set:  # older checkpoints hold them, without numbers
+            state_dict.pop(prefix + name, None)
         num_missing = len(missing_keys)
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name in _OF_EXPERTS:
