@@ -87,10 +87,10 @@ def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
 
 
 def loads_optimizer(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
-    """Whether Megatron will load the optimizer's state from a checkpoint."""
+    """Whether Megatron will load the optimizer's state from a checkpoint; it then fails without one."""
     starts_anew = args.finetune or checkpoint.location.flag == "--pretrained-checkpoint"
-    is_saved = checkpoint.location.name != "release" and not getattr(checkpoint.args, "no_save_optim", False)
-    return is_saved and not (starts_anew or args.no_load_optim or args.skip_train)
+    is_whole = checkpoint.location.name != "release"
+    return is_whole and not (starts_anew or args.no_load_optim or args.skip_train)
 
 
 def _flag(name: str) -> str:
