@@ -8,6 +8,9 @@ Communication, on all ranks alike, by the number of the step alone:
 - after a measured step, over ``tp_dp_cp`` of each pipeline stage: an all-reduce of the expert loads (E int64 for each
   router; shared with the health line where both are due), an all-reduce of fp64 sums (``3 * C + 7`` for each AIR
   router, one for another), and where token ids are at hand a gather of them (512 KiB for each AIR router);
+- after a measured step, for each sharded AIR router, over its D expert-parallel ranks: all-gathers of at most
+  ``64 * D`` rows of tokens with P codewords and a number each, all-to-alls of ``4 * K + 7`` fp64 numbers for each of
+  these rows, and all-reduces of ``H + 3`` fp32 numbers (``recall.measure``);
 - after a measured step and before the first step, with several pipeline stages: an all-gather of Python objects over
   the pipeline of the last rank, which writes.
 """

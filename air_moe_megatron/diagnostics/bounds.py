@@ -15,6 +15,7 @@ import torch
 from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk
 from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
+from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers.air import AIRRouter
 
 _UNIT_ROUNDOFF = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}  # by torch's float32 matmul precision
@@ -107,15 +108,29 @@ class Spread(NamedTuple):
         return self.rounding * (hidden.double().norm(dim=1, keepdim=True) * self.longest + self.largest_bias)
 
 
-def spread(weight: torch.Tensor, bias: torch.Tensor | None) -> Spread:
-    """Measure centers [E, H] and their biases [E], a chunk at a time."""
+def spread(
+    weight: torch.Tensor, bias: torch.Tensor | None, group: torch.distributed.ProcessGroup | None = None
+) -> Spread:
+    """Measure centers and their biases, a chunk at a time.
+
+    Communicates over ``group``: an all-reduce of H fp32 numbers and one (maximum) of three.
+
+    Args:
+        weight: [E, H]; with a group [E / D, H], of this rank's experts.
+        bias: of the same, or None.
+        group: the D ranks that hold the other centers; None means that ``weight`` has all of them.
+    """
     rounding = 2.0 * relative_rounding(weight.shape[1])
-    center = weight.mean(dim=0, dtype=torch.float32)
+    center = sum_over_ranks(weight.mean(dim=0, dtype=torch.float32), group) / group_size(group)
     longest = radius = center.new_zeros(())
     for chunk in weight.split(CHUNK):
         longest = torch.maximum(longest, chunk.float().norm(dim=1).amax())
         radius = torch.maximum(radius, (chunk.float() - center).norm(dim=1).amax())
     largest_bias = center.new_zeros(()) if bias is None else bias.abs().amax().float()
+    if group_size(group) > 1:
+        largest = torch.stack((longest, radius, largest_bias))
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+        longest, radius, largest_bias = largest.unbind()
     return Spread(center, longest * (1.0 + rounding), radius * (1.0 + rounding), rounding, largest_bias)
 
 
@@ -124,32 +139,38 @@ def selection_ranks(scores: torch.Tensor, score_function: str | None, expert_bia
     return scores if score_function is None else SCORE_FUNCTIONS[score_function](scores) + expert_bias
 
 
-def lowest_selected(
-    router: AIRRouter, hidden: torch.Tensor, codewords: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The top-k that a router finds in the lists of tokens, and the lowest rank in it.
+def own_expert_bias(router: AIRRouter) -> torch.Tensor | None:
+    """The expert bias of the experts whose centers this rank holds."""
+    bias, first = router.expert_bias, router.first_expert
+    return None if bias is None else bias[first : first + router.weight.shape[0]]
+
+
+def selected(router: AIRRouter, hidden: torch.Tensor, codewords: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The top-k that a router finds in this rank's lists of tokens, and what it is selected by.
 
     Args:
         hidden: [T, H] as scored.
         codewords: [T, P] int64, probed.
     Returns:
-        [T, 1] fp64, -inf where fewer than K experts are listed; [T, K] int32 expert ids, -1 for none.
+        [T, w] fp64 selection ranks, -inf where fewer experts are listed; [T, w] int32 expert ids that count from this
+        rank's first expert, -1 for none. w is K, or the slots of the token's lists where this rank has fewer.
     """
+    expert_bias = own_expert_bias(router)
+    lists = router.index.shortlist
     function = None if router.expert_bias is None else router.score_function
     scores, found = fine_topk(
         hidden,
         router.weight,
         router.bias,
-        router.index.shortlist,
+        lists,
         codewords,
-        router.topk,
+        min(router.topk, codewords.shape[1] * lists.shape[1]),
         torch.float32,
         function,
-        router.expert_bias,
+        expert_bias,
     )
-    bias = None if function is None else router.expert_bias[found.clamp(min=0)]
-    ranks = selection_ranks(scores.double(), function, bias)
-    return ranks.masked_fill(found < 0, _OUT).amin(dim=1, keepdim=True), found
+    bias = None if function is None else expert_bias[found.clamp(min=0)]
+    return selection_ranks(scores.double(), function, bias).masked_fill(found < 0, _OUT), found
 
 
 class _Constants(NamedTuple):
@@ -184,7 +205,7 @@ class FrozenBounds:
     """
 
     def __init__(self, router: AIRRouter, num_verified: int | None = None, with_mass: bool = True) -> None:
-        if not router.holds_all_centers:
+        if router.center_group is not None:
             raise ValueError("the router holds some of the centers only; build it without moe_air_shard_experts")
         size = router.index.shortlist.shape[1] if num_verified is None else num_verified
         if size < 0:
@@ -319,7 +340,7 @@ class FrozenBounds:
         """
         self._require_unchanged()
         router, nearest = self.router, codewords[:, 0]
-        lowest, _ = lowest_selected(router, hidden, codewords)
+        lowest = selected(router, hidden, codewords)[0].amin(dim=1, keepdim=True)
         ids = self.constants.verified[nearest]
         scores = self._verified_scores(hidden, nearest)
         lifted = self._lift(hidden.float(), router.bias, 1.0)

@@ -1,6 +1,7 @@
 """What the shortlists find, measured on a sample of tokens, and what is guaranteed of it.
 
-Legend: n tokens of the sample, padding left out; others as in ``ops/__init__.py``.
+Legend: n tokens of the sample, padding left out; D ranks that share the centers, R tokens of the samples of all of
+them; others as in ``ops/__init__.py``.
 """
 
 from typing import NamedTuple
@@ -11,14 +12,17 @@ from air_moe_megatron.diagnostics.bounds import (
     BOUND_SLACK,
     CHUNK,
     RANK_ERROR,
+    Spread,
     log_growth,
-    lowest_selected,
     orthogonal_lengths,
+    own_expert_bias,
+    selected,
     selection_ranks,
     split,
     spread,
 )
 from air_moe_megatron.routers.air import AIRRouter
+from air_moe_megatron.routers.row_exchange import RowExchange
 
 _OUT = float("-inf")
 
@@ -40,7 +44,13 @@ def measure(router: AIRRouter, num_verified: int | None = None) -> SampleFigures
 
     Everything is of the centers and lists as they are now. Bounds use constants of the nearest codeword that are made
     here, of the sampled tokens' codewords alone. Reads all expert centers a chunk at a time, so that nothing larger
-    than [n, chunk] is made: ``4 * n * E * H`` FLOPs. Does not communicate. Source: derived in docs/theory.md.
+    than [n, chunk] is made: ``4 * n * E * H`` FLOPs. Source: derived in docs/theory.md.
+
+    A sharded router communicates over the D ranks of its ``center_group``, and each of them must call this, also one
+    whose sample is empty. The n tokens of all ranks go to all of them; each scores its own centers, and sums, maxima
+    and the best K return. Handed over by a rank, with b bytes of a hidden number: all-gathers of
+    ``D * n * (H * b + 4 * P + 8)`` bytes and of a number, all-to-alls of ``D * n * (32 * K + 56)`` bytes, and
+    all-reduces of ``H + 3`` fp32 numbers. The host waits for the device once more.
 
     Every figure takes rounding into account: no bound exceeds the mass recall beside it, and no token is certified by
     rounding. Where scores are equal at the K-th place, each choice among them is an exact top-k, and ``topk_recall``
@@ -51,44 +61,103 @@ def measure(router: AIRRouter, num_verified: int | None = None) -> SampleFigures
         num_verified: unlisted experts whose scores a certificate may look at, those that could score highest; None
             means as many as stand in one list. With 0 the certificate reads constants only.
     Returns:
-        the figures of n tokens, on the router's device; None without a sample, where all of it is padding, or where
-        the router holds some of the centers only.
+        the figures of this rank's n tokens, on the router's device; None without a sample, or where all of it is
+        padding.
 
     Example: exact probabilities [0.5, 0.3, 0.2], a shortlist of the experts 0 and 2, and K = 2: mass recall 0.7, top-k
     recall 0.5, bounds of at most 0.7, not certified.
     """
     sample = router.sample
-    if sample is None or not router.holds_all_centers:
+    if sample is None:  # alike on all ranks: they run a sharded router together
         return None
     hidden, codewords = sample.hidden, sample.codewords
     if sample.padding_mask is not None:
         hidden, codewords = hidden[~sample.padding_mask], codewords[~sample.padding_mask]
+    if router.center_group is None and hidden.shape[0] == 0:
+        return None
+    exchange = RowExchange(router.center_group, hidden.shape[0], {}, hidden.device)
+    rows, probed = exchange.gather(hidden), exchange.gather(codewords.int()).long()
+
+    ranks, found = selected(router, rows, probed)
+    ranks, found = _to_homes(exchange, ranks, _global_ids(router, found))  # [D, n, w]
+    best = ranks.transpose(0, 1).flatten(1).topk(router.topk, dim=1)
+    found = found.transpose(0, 1).flatten(1).gather(1, best.indices)
+    lowest = exchange.gather(best.values.amin(dim=1, keepdim=True))
+
+    num_listed = exchange.num_ranks * router.index.shortlist.shape[1]
+    centers = spread(router.weight, router.bias, router.center_group)
+    masses, counts, ranks, ids = _to_homes(exchange, *_scan(router, centers, rows, probed, lowest))  # [D, n, ...]
     if hidden.shape[0] == 0:
         return None
+    listed, unlisted, listed_at_anchor, unlisted_at_anchor, bounded = masses.logsumexp(dim=0).unbind(dim=1)
+    num_above, num_higher = counts.sum(dim=0).unbind(dim=1)
+    best_ids = ids.transpose(0, 1).flatten(1)
+    best_ids = best_ids.gather(1, ranks.transpose(0, 1).flatten(1).topk(router.topk, dim=1).indices)
+    distance = split(hidden.float(), _directions(router, codewords)).distance
+    largest_gain = (2.0 * distance * centers.radius + 4.0 * centers.score_error(hidden.float())).squeeze(1)
+    return SampleFigures(
+        codewords=codewords,
+        mass_recall=torch.sigmoid(listed - unlisted).float(),
+        topk_recall=(found.unsqueeze(2) == best_ids.unsqueeze(1)).any(dim=2).float().mean(dim=1),
+        paper_bound=torch.sigmoid(listed_at_anchor - unlisted_at_anchor - largest_gain - BOUND_SLACK).float(),
+        mass_bound=torch.sigmoid(listed - bounded - BOUND_SLACK).float(),
+        certified=(num_higher == 0) & (num_above <= (num_listed if num_verified is None else num_verified)),
+    )
+
+
+def _directions(router: AIRRouter, codewords: torch.Tensor) -> torch.Tensor:
+    """[n, H] unit vectors of the nearest codewords."""
+    return torch.nn.functional.normalize(router.codebook.codewords[codewords[:, 0]].float(), dim=1)
+
+
+def _global_ids(router: AIRRouter, ids: torch.Tensor) -> torch.Tensor:
+    """Ids that count from this rank's first expert, as those of the model; -1 stays."""
+    return torch.where(ids < 0, ids, ids + router.first_expert).double()  # exact, and of the dtype of the rest
+
+
+def _to_homes(exchange: RowExchange, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[R, w] fp64 values of all owners at each row's home, [D, n, w]; one all-to-all."""
+    sizes = [value.shape[1] for value in values]
+    return exchange.to_homes(torch.cat(values, dim=1)).split(sizes, dim=2)
+
+
+def _scan(
+    router: AIRRouter, centers: Spread, hidden: torch.Tensor, codewords: torch.Tensor, lowest: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """What tokens [R, H] score at this rank's centers, a chunk at a time.
+
+    Args:
+        centers: where all centers lie.
+        codewords: [R, P] int64, probed.
+        lowest: [R, 1] fp64, the lowest rank of each token's selected experts.
+    Returns:
+        all fp64: [R, 5] logarithms of masses: of the listed and of the unlisted experts, of both at the anchor, and a
+        bound on the unlisted ones; [R, 2] numbers of unlisted experts that the constants do not exclude, and that their
+        scores do not exclude; [R, K] ranks and ids of the best experts, -inf and -1 where there are fewer.
+    """
     lists = router.index.shortlist.long()
-    num_verified = lists.shape[1] if num_verified is None else num_verified
     function = None if router.expert_bias is None else router.score_function
-    lowest, found = lowest_selected(router, hidden, codewords)
-
+    own_bias = own_expert_bias(router)
     hidden = hidden.float()
-    direction = torch.nn.functional.normalize(router.codebook.codewords[codewords[:, 0]].float(), dim=1)
+    direction = _directions(router, codewords)
     along, residual, distance = split(hidden, direction)
-    center, longest, radius, rounding, _ = centers = spread(router.weight, router.bias)
+    center, longest, _, rounding, _ = centers
     error = centers.score_error(hidden)
-    shift = residual @ center.double().unsqueeze(1)  # [n, 1]
-    center_along = direction @ center.unsqueeze(1)  # [n, 1]
+    shift = residual @ center.double().unsqueeze(1)  # [R, 1]
+    center_along = direction @ center.unsqueeze(1)  # [R, 1]
 
-    ids = lists[codewords].flatten(1)  # [n, P*L], with repetitions
+    ids = lists[codewords].flatten(1)  # [R, P*L], with repetitions
     masses = hidden.new_full((5, hidden.shape[0]), _OUT, dtype=torch.float64)  # logarithms
-    best = hidden.new_empty(hidden.shape[0], 0)
-    best_ids = ids.new_empty(hidden.shape[0], 0)
-    num_above = ids.new_zeros(hidden.shape[0])  # unlisted experts that the constants do not exclude
-    num_higher = torch.zeros_like(num_above)  # unlisted experts that their scores do not exclude
+    best = hidden.new_full((hidden.shape[0], router.topk), _OUT)
+    best_ids = ids.new_full(best.shape, -1)
+    num_above = ids.new_zeros(hidden.shape[0])
+    num_higher = torch.zeros_like(num_above)
     rank_error = 0.0 if function is None else RANK_ERROR * (1.0 + router.expert_bias.abs().amax())
-    for first in range(0, router.num_experts, CHUNK):
-        chunk = slice(first, min(first + CHUNK, router.num_experts))
+    num_experts = router.weight.shape[0]
+    for first in range(0, num_experts, CHUNK):
+        chunk = slice(first, min(first + CHUNK, num_experts))
         weight = router.weight[chunk].float()
-        logits, projections = hidden @ weight.t(), direction @ weight.t()  # [n, chunk]
+        logits, projections = hidden @ weight.t(), direction @ weight.t()  # [R, chunk]
         bias = 0.0 if router.bias is None else router.bias[chunk].float()
         logits = logits + bias
         # Of the same logits: of large ones, the rounding of two products may differ by more than any mass.
@@ -110,30 +179,21 @@ def measure(router: AIRRouter, num_verified: int | None = None) -> SampleFigures
         )
         masses = torch.logaddexp(masses, torch.stack([part.logsumexp(dim=1) for part in parts]))
 
-        expert_bias = None if function is None else router.expert_bias[chunk]
+        expert_bias = None if function is None else own_bias[chunk]
         for upper, excess in ((at_anchor + shift + limit, num_above), (logits.double(), num_higher)):
             upper = selection_ranks(upper + 2.0 * error, function, expert_bias) + rank_error
             excess += ((upper > lowest) & ~is_listed).sum(dim=1)
         chunk_ids = torch.arange(chunk.start, chunk.stop, device=ids.device).expand_as(logits)
         logits = selection_ranks(logits, function, expert_bias)
         ranks = torch.cat((best, logits), dim=1)
-        best, columns = ranks.topk(min(router.topk, ranks.shape[1]), dim=1)
+        best, columns = ranks.topk(router.topk, dim=1)
         best_ids = torch.cat((best_ids, chunk_ids), dim=1).gather(1, columns)
-
-    listed, unlisted, listed_at_anchor, unlisted_at_anchor, bounded = masses
-    largest_gain = (2.0 * distance * radius + 4.0 * error).squeeze(1)
-    return SampleFigures(
-        codewords=codewords,
-        mass_recall=torch.sigmoid(listed - unlisted).float(),
-        topk_recall=(found.unsqueeze(2) == best_ids.unsqueeze(1)).any(dim=2).float().mean(dim=1),
-        paper_bound=torch.sigmoid(listed_at_anchor - unlisted_at_anchor - largest_gain - BOUND_SLACK).float(),
-        mass_bound=torch.sigmoid(listed - bounded - BOUND_SLACK).float(),
-        certified=(num_higher == 0) & (num_above <= num_verified),
-    )
+    counts = torch.stack((num_above, num_higher), dim=1).double()
+    return masses.t(), counts, best.double(), _global_ids(router, best_ids)
 
 
 def recall(router: AIRRouter) -> tuple[float, float] | None:
-    """Means of mass and top-k recall of :func:`measure`; waits for the device."""
+    """Means of mass and top-k recall of :func:`measure`; communicates as that, and waits for the device."""
     figures = measure(router)
     if figures is None:
         return None

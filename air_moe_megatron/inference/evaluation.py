@@ -80,7 +80,8 @@ class RoutingMeter:
         else:
             loads = torch.bincount(chosen[chosen >= 0].long(), minlength=self.num_experts)
         self.loads = loads if self.loads is None else self.loads + loads
-        if isinstance(router, AIRRouter) and router.holds_all_centers and self.num_sampled < _MAX_SAMPLED:
+        # By the number of forwards alone: the ranks of a sharded router sample together.
+        if isinstance(router, AIRRouter) and self.num_sampled < _MAX_SAMPLED:
             self._sample(router, args[0])
 
     def _sample(self, router: AIRRouter, hidden: torch.Tensor) -> None:
@@ -93,7 +94,7 @@ class RoutingMeter:
         router.sample = TokenSample(hidden, codewords, None)
         self.recalls.append(recall(router))
         router.sample = kept
-        self.num_sampled += hidden.shape[0]
+        self.num_sampled += _SAMPLE_SIZE
 
     def figures(self) -> dict[str, Any]:
         """Figures over all ranks of the pipeline stage; communicates within it, and waits for the device.
@@ -101,7 +102,7 @@ class RoutingMeter:
         Returns:
             layer, router (its type), experts, topk; experts_used, a share; imbalance_factor, 1 if all experts get the
             same; rank_imbalance, the load of the most loaded expert-parallel rank over the mean; of AIR routers
-            experts_listed, mass_recall and topk_recall, shares, where a rank holds all centers.
+            experts_listed, mass_recall and topk_recall, shares.
         """
         router, group = self.router, self.router.tp_dp_cp_group
         names = ("experts-used", "imbalance-factor", "rank-imbalance")
@@ -113,7 +114,7 @@ class RoutingMeter:
             "topk": router.topk,
             **{name.replace("-", "_"): loads[name] for name in names},
         }
-        if isinstance(router, AIRRouter) and router.holds_all_centers:
+        if isinstance(router, AIRRouter):
             sums = [sum(values) for values in zip(*self.recalls, strict=True)]
             sums = torch.tensor([*sums, len(self.recalls)], dtype=torch.float64, device=self.loads.device)
             mass, topk, count = sum_over_ranks(sums, group).tolist()

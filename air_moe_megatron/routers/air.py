@@ -54,8 +54,10 @@ class AIRRouter(CompactRouter):
 
     router_type = "air"
     has_lists = True
-    holds_all_centers = True
-    """Whether ``weight`` and lists are of all experts, which figures of a sample read."""
+    center_group: torch.distributed.ProcessGroup | None = None
+    """The ranks that each hold the centers and lists of other experts; None where this rank holds all of them."""
+    first_expert = 0
+    """The expert of the first row of ``weight``."""
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
@@ -116,7 +118,7 @@ class AIRRouter(CompactRouter):
         probs = routes.probs if self.always_complete else routes.probs.masked_fill(routes.topk_ids < 0, 0.0)
         if self._is_counted and not self.config.moe_router_force_load_balancing:
             with hidden_from_checkpoints():
-                if self.keeps_sample and self.holds_all_centers:
+                if self.keeps_sample:
                     self.sample = _take_sample(hidden, codewords, padding_mask)
                 if self.observer is not None:
                     self.observer.observe(codewords, padding_mask, self._token_ids(hidden.shape[0], batch_size))

@@ -54,7 +54,7 @@ class ShardedAIRRouter(AIRRouter):
         self.num_local_experts = config.num_moe_experts // self.ep_group.size()
         self.first_expert = self.ep_group.rank() * self.num_local_experts
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.holds_all_centers = self.ep_group.size() == 1
+        self.center_group = self.ep_group if self.ep_group.size() > 1 else None
         # Of the current forward.
         self._tokens: torch.Tensor | None = None
         self._chosen: tuple[ShardedRows, torch.Tensor, torch.Tensor] | None = None

@@ -192,7 +192,8 @@ def _details(layer: Layer, results: Sequence[Result]) -> list[dict[str, float]]:
 def _as_router(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor, sample: TokenSample) -> SimpleNamespace:
     """What :func:`air_moe_megatron.diagnostics.recall.measure` reads of a router."""
     return SimpleNamespace(
-        holds_all_centers=True,
+        center_group=None,
+        first_expert=0,
         sample=sample,
         weight=layer.weight,
         bias=layer.bias,

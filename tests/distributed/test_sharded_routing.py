@@ -35,6 +35,7 @@ SCENARIOS = {
 }
 OF_ONE_RANK = ("topk-only", "losses", "input-norm", "expert-bias", "padding", "no-tokens-on-odd-ranks", "full-lists")
 """Whose microbatches do not depend on one another, so that one rank can run those of all ranks one after another."""
+SAMPLED = ("topk-only", "input-norm", "expert-bias", "padding", "no-tokens-on-odd-ranks")
 LAYOUTS = [
     pytest.param((1, 1), id="EP1"),
     pytest.param((2, 2), marks=pytest.mark.world_size(2), id="EP2"),
@@ -184,33 +185,60 @@ def refusals(groups):
     return messages
 
 
+def bytes_of(run, group):
+    """What a function returns, and the bytes that this rank hands to each of its collectives."""
+    sent = []
+    names = ("all_to_all_single", "all_gather_into_tensor", "all_reduce")
+    originals = {name: getattr(torch.distributed, name) for name in names}
+
+    def watched(name):
+        def call(*args, **kwargs):
+            values = args[0] if name == "all_reduce" else args[1]
+            times = group.size() if name == "all_gather_into_tensor" else 1  # one copy for each rank
+            sent.append(times * values.numel() * values.element_size())
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(torch.distributed, name, watched(name))
+    try:
+        result = run()
+    finally:
+        for name, original in originals.items():
+            setattr(torch.distributed, name, original)
+    return result, sent
+
+
 def traffic(layer, rank, group):
     """Bytes that this rank hands to the collectives of one forward and backward, and what the dispatcher counts."""
-    sent = []
-    originals = {call: getattr(torch.distributed, call) for call in ("all_to_all_single", "all_gather_into_tensor")}
-
-    def watched(call):
-        def run(output, values, *args, **kwargs):
-            times = group.size() if call == "all_gather_into_tensor" else 1  # one copy for each rank
-            sent.append(times * values.numel() * values.element_size())
-            return originals[call](output, values, *args, **kwargs)
-
-        return run
-
     layer.token_dispatcher.traffic = type(layer.token_dispatcher.traffic)()
-    for call in originals:
-        setattr(torch.distributed, call, watched(call))
-    try:
-        hidden = torch.randn(TOKENS, 1, 16, generator=torch.Generator().manual_seed(rank)).requires_grad_()
-        out = layer(hidden)[0]
-        num_forward = len(sent)
-        out.backward(torch.ones_like(out))
-    finally:
-        for call, original in originals.items():
-            setattr(torch.distributed, call, original)
+    hidden = torch.randn(TOKENS, 1, 16, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+    out, in_forward = bytes_of(lambda: layer(hidden)[0], group)
+    _, in_backward = bytes_of(lambda: out.backward(torch.ones_like(out)), group)
     received = layer.router.route(hidden.detach()).sharded.selected.received
     counted = vars(layer.token_dispatcher.traffic)
-    return {"forward": sent[:num_forward], "backward": sent[num_forward:], "counted": counted, "pairs": sum(received)}
+    return {"forward": in_forward, "backward": in_backward, "counted": counted, "pairs": sum(received)}
+
+
+def sampled(groups, rank):
+    """Recall, bounds and certificates of samples, of the sharded and the replicated router on the same ranks."""
+    from air_moe_megatron.diagnostics.recall import measure
+
+    found = {}
+    for name in SAMPLED:
+        hidden, mask, _ = batch_of(name, rank, 0)
+        for form, fields in (("sharded", SHARDED), ("replicated", {})):
+            layer = layer_of(groups, name, **fields, **EP(groups))
+            with torch.no_grad():
+                layer.router.weight *= 0.3  # so that some tokens are certified
+            layer(hidden.clone(), padding_mask=mask)
+            figures = measure(layer.router)
+            found[name, form] = None if figures is None else figures._asdict()
+    router = layer_of(groups, "topk-only", **SHARDED, **EP(groups)).router
+    router(torch.randn(TOKENS, 1, 16, generator=torch.Generator().manual_seed(rank)))
+    _, found["bytes"] = bytes_of(lambda: measure(router), groups.ep)
+    return found
 
 
 def worker(ep_size, rank, world_size, directory):
@@ -246,6 +274,7 @@ def worker(ep_size, rank, world_size, directory):
             results[name]["one rank"] = train(layer_of(alone, name), name, range(world_size), None, False)
     results["bitwise"] = bitwise(groups, alone, rank)
     results["refusals"] = refusals(groups)
+    results["sampled"] = sampled(groups, rank)
     layer = layer_of(groups, "losses", **SHARDED, **EP(groups))
     results["traffic"] = traffic(layer, rank, groups.ep)
     index = layer.router.index
@@ -346,6 +375,29 @@ def test_bytes_of_every_collective_are_those_of_the_formula(ranks):
         assert counted["pair_bytes"] == codewords + 2 * numbers + marks + probs
         remote = (codewords + 2 * numbers + marks) // num_ranks * away
         assert remote <= counted["remote_pair_bytes"] <= remote + probs
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_recall_bounds_and_certificates_are_those_of_the_replicated_router(ranks, name):
+    for rank, results in enumerate(ranks):
+        found, expected = (results["sampled"][name, form] for form in ("sharded", "replicated"))
+        if name.startswith("no-tokens") and rank % 2:
+            assert found is expected is None
+            continue
+        mass = expected["mass_recall"]
+        assert len(mass) > 0 and 0 < mass.min() < mass.max() < 1
+        for key, wanted in expected.items():
+            torch.testing.assert_close(found[key], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_bytes_of_a_sample_are_those_of_the_formula(ranks):
+    """Of T tokens on each of D ranks, H = 16, K = 4, P = 2, in fp32."""
+    num_ranks = ranks[0]["ep_size"]
+    num_rows = num_ranks * TOKENS
+    found = [num_rows * size for size in (16 * 4, 2 * 4, 2 * 4 * 8, 8)]
+    for sent in (results["sampled"]["bytes"] for results in ranks):
+        expected = [num_ranks * 8, *found, 16 * 4, 3 * 4, num_rows * (5 + 2 + 2 * 4) * 8]
+        assert sent == (expected if num_ranks > 1 else [])
 
 
 def test_a_rank_holds_its_share_of_what_belongs_to_experts(ranks):
