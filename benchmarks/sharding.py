@@ -1,9 +1,11 @@
 """Sharded routing against the replicated router: a layer's training step over expert-parallel processes.
 
 A step is forward, backward, and what comes before the next step: the all-reduce of what is replicated, and Adam. On a
-CPU two processes talk through gloo and divide the cores, and seconds are processor seconds, a mean over the ranks.
+CPU two processes talk through gloo and divide the cores, and seconds are processor seconds, a mean over the ranks. The
+rebuild of the lists is timed beside the step: as a run spreads it over steps and ranks, and in full.
 """
 
+import copy
 import json
 import logging
 import os
@@ -137,6 +139,32 @@ def _step(layer, optimizer, hidden, ranks):
     return phases | {"total": last - start}
 
 
+class _Rebuild:
+    """Rebuilds a router's lists on copies of codebook and lists, and returns this rank's seconds; all ranks call it."""
+
+    def __init__(self, router):
+        self.router, self.codebook, self.index = router, copy.deepcopy(router.codebook), copy.deepcopy(router.index)
+        self.index.refresh_interval = 2**62  # every update makes a rebuild due, as in a codebook's youth
+        self.run()
+
+    def run(self, in_full=False):
+        router, index, group = self.router, self.index, self.router._list_group()
+        self.codebook.count_update()
+        if in_full:
+            index.load_state_dict({**index.state_dict(), "built_at": torch.full_like(index.built_at, -1)})
+        start = _seconds(router.weight.device)
+        index.refresh(self.codebook, router.weight, router.bias, group=group)
+        index.commit(group)
+        seconds = _seconds(router.weight.device) - start
+        if int(index.built_at) != self.codebook.updates_on_host:
+            raise AssertionError("the lists were not rebuilt")
+        return seconds
+
+    def __call__(self):
+        """Seconds of both kinds."""
+        return {"rebuild": self.run(), "rebuild_in_full": self.run(in_full=True)}
+
+
 def _mean(run, device, ranks):
     """Seconds per phase, a mean over the ranks, all starting together."""
     if ranks > 1:
@@ -170,10 +198,10 @@ def _measure(args, rank, ranks, pg_collection, device):
             "reduced_mib": round(4 * reduced / _MIB, 1),
             "forward_remote_mib": round((2 * traffic.remote_row_bytes + traffic.remote_pair_bytes) / _MIB, 2),
         }
-        run = _runner(layer, optimizer, hidden, ranks)
+        run = _runner(layer, optimizer, hidden, ranks, _Rebuild(layer.router))
         needed = roofline.together(work, roofline.adam(num_parameters))
         cases[name] = Case(lambda run=run: _mean(run, device, ranks), needed, sizes.tokens)
-    outcome = time_interleaved(cases, args, device, extra_phases=("optimizer",))
+    outcome = time_interleaved(cases, args, device, extra_phases=("optimizer", "rebuild", "rebuild_in_full"))
     rows = []
     for name in cases:
         times_faster = round(outcome.median(_REPLICATED) / outcome.median(name), 2)
@@ -182,8 +210,8 @@ def _measure(args, rank, ranks, pg_collection, device):
     return rows
 
 
-def _runner(layer, optimizer, hidden, ranks):
-    return lambda: _step(layer, optimizer, hidden, ranks)
+def _runner(layer, optimizer, hidden, ranks, rebuild):
+    return lambda: _step(layer, optimizer, hidden, ranks) | rebuild()
 
 
 def _check(ranks, pg_collection, device):
