@@ -8,6 +8,7 @@ and not to its model stays behind: parallelism, recomputation, data, and what ma
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Collection
@@ -18,14 +19,14 @@ import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.config.training_config import TokenizerConfig
 from megatron.training.initialize import initialize_megatron
 from megatron.training.models import GPTModelConfig
 
-from air_moe_megatron.config import LAYOUT_FIELDS, AIRMoEConfig, is_plain_topk
+from air_moe_megatron.config import LAYOUT_FIELDS, AIRMoEConfig, is_plain_topk, resolve_sizes, router_type_of
 from air_moe_megatron.inference.text import check_tokenizer_files
 from air_moe_megatron.specs import mtp_specs_with_air_layers
 from air_moe_megatron.training.agreement import Ranks, check_agreement, meet
@@ -104,7 +105,9 @@ def model_arguments(saved: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(
-    add_flags: Callable[[argparse.ArgumentParser], object], left: Collection[str] = ()
+    add_flags: Callable[[argparse.ArgumentParser], object],
+    left: Collection[str] = (),
+    judge_saving: Callable[[argparse.Namespace, argparse.Namespace], object] | None = None,
 ) -> tuple[argparse.Namespace, Ranks]:
     """Parse the command line, with the arguments of the checkpoint as defaults.
 
@@ -113,6 +116,9 @@ def parse(
     Args:
         add_flags: adds the flags of the command to Megatron's parser.
         left: arguments of the checkpoint that the command leaves, and says so.
+        judge_saving: for a command that saves a model: called with the arguments of the checkpoint and those that were
+            given, ``moe_router_type`` None where it was not; raises where the model cannot be saved so. None refuses
+            ``--save``.
     Returns:
         Megatron's parsed and validated arguments, and the ranks of this start.
     Raises:
@@ -125,18 +131,24 @@ def parse(
         parser.set_defaults(**(defaults or {}))
         return parser
 
-    given = parse_args(provider)
+    given = parse_args(partial(provider, defaults={"moe_router_type": None}))
     if given.load is None:
         raise ValueError("--load must name the folder of a checkpoint")
-    if given.save is not None:
+    if given.save is not None and judge_saving is None:
         raise ValueError(f"--save ({given.save}) must be left out: nothing is trained")
     ranks = meet(given)
     saved = saved_arguments(given, ranks)
+    if judge_saving is not None:
+        judge_saving(saved, given)
     values = model_arguments(saved)
+    if given.moe_router_type is not None:
+        values = without_fields_of_others(values, given.moe_router_type)
     _check_padding(values, given.tensor_model_parallel_size)
     check_tokenizer_files(values, given)
     kept = {name: value for name, value in values.items() if name not in left}
     defaults = {"micro_batch_size": saved.micro_batch_size} | kept | _NEVER_TRAINS
+    if given.save is not None:
+        defaults["save_interval"] = 1  # Megatron asks for one
     args = parse_and_validate_args(extra_args_provider=partial(provider, defaults=defaults))
     check_agreement(args, ranks)
     check_flags(args)
@@ -145,7 +157,22 @@ def parse(
     return args, ranks
 
 
-def build_and_load(args: argparse.Namespace, ranks: Ranks) -> list[torch.nn.Module]:
+def without_fields_of_others(values: dict[str, Any], router_type: str) -> dict[str, Any]:
+    """Drop the fields that a router of another type heeds, and a run's own; with ``router_type`` they have no effect.
+
+    Example: of moe_air_num_clusters 8 and moe_router_topk 2, 'topk' keeps the second.
+    """
+    kept = {None, router_type} | ({"hash"} if values.get("moe_num_hash_layers") else set())
+    return {
+        name: value
+        for name, value in values.items()
+        if router_type_of(name) in kept and (name != "moe_air_diagnostics_interval" or router_type == "air")
+    }
+
+
+def build_and_load(
+    args: argparse.Namespace, ranks: Ranks, lists_of: argparse.Namespace | None = None
+) -> list[torch.nn.Module]:
     """Make the process groups, build the model, and load the checkpoint into it.
 
     Communicates. The caller ends the process groups, as ``compat.process_groups_released`` does.
@@ -153,6 +180,8 @@ def build_and_load(args: argparse.Namespace, ranks: Ranks) -> list[torch.nn.Modu
     Args:
         args: as :func:`parse` returns them; their ``iteration`` becomes that of the checkpoint.
         ranks: likewise.
+        lists_of: for a caller that makes what AIR routers lack: the checkpoint's arguments. A missing codebook then
+            stays random, and lists of another length or number of parts are left. None refuses both.
     Returns:
         Megatron's list of model chunks, in evaluation mode.
     Raises:
@@ -160,8 +189,18 @@ def build_and_load(args: argparse.Namespace, ranks: Ranks) -> list[torch.nn.Modu
     """
     config = model_config_from_args(args)
     ranks.check("memory", lambda: check_memory(args))
-    lacking = check_checkpoint(args, config.transformer, ranks)
-    if any(name.startswith("codebook.") for name in lacking):
+    transformer, other_lists = config.transformer, False
+    is_air = args.moe_router_type == getattr(lists_of, "moe_router_type", "topk") == "air"
+    if is_air and args.moe_air_codebook_source == "tokens":
+        transformer = copy.copy(transformer)
+        transformer.moe_air_list_parts = getattr(lists_of, "moe_air_list_parts", 1)
+        transformer.moe_air_shortlist_size = lists_of.moe_air_shortlist_size
+        transformer.moe_air_shard_experts = False
+        other_lists = list_form(transformer) != list_form(config.transformer)
+    lacking = check_checkpoint(args, transformer, ranks)
+    if other_lists:
+        lacking = ["index."]
+    if lists_of is None and any(name.startswith("codebook.") for name in lacking):
         raise ValueError(
             f"--load '{args.load}' was trained with top-k routing, so --moe-router-type (air) must be left out: the "
             "codebooks would be random"
@@ -180,6 +219,11 @@ def build_and_load(args: argparse.Namespace, ranks: Ranks) -> list[torch.nn.Modu
     for chunk in model:
         chunk.eval()
     return model
+
+
+def list_form(config: TransformerConfig) -> tuple[int, int]:
+    """Length and number of parts of the lists that a config of AIR asks for."""
+    return resolve_sizes(config).shortlist_size, config.moe_air_list_parts
 
 
 def _check_padding(values: dict[str, Any], tensor_parallel_size: int) -> None:

@@ -192,15 +192,7 @@ class AIRRouter(CompactRouter):
     @torch.no_grad()
     def _coarse(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The lists to search, [C, L] int32, and which of them each token searches, [T, P]."""
-        self.index.refresh(
-            self.codebook,
-            self.weight,
-            self.bias,
-            score_function=None if self.expert_bias is None else self.score_function,
-            expert_bias=self._of_own_experts(self.expert_bias),
-            training=self.training,
-            group=self._list_group(),
-        )
+        self.refresh_lists(self.training)
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
         num_probes = self.sizes.num_probes
@@ -223,6 +215,19 @@ class AIRRouter(CompactRouter):
             probes = torch.arange(codewords.shape[1], device=hidden.device) * num_clusters // codewords.shape[1]
             codewords = (tokens + probes) % num_clusters  # spread, so that a token's lists overlap little
         return shortlist, codewords
+
+    @torch.no_grad()
+    def refresh_lists(self, training: bool) -> None:
+        """Make the first lists, or rank this rank's share of the next ones, as ``ShortlistIndex.refresh``."""
+        self.index.refresh(
+            self.codebook,
+            self.weight,
+            self.bias,
+            score_function=None if self.expert_bias is None else self.score_function,
+            expert_bias=self._of_own_experts(self.expert_bias),
+            training=training,
+            group=self._list_group(),
+        )
 
     @staticmethod
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:

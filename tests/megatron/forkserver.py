@@ -63,6 +63,7 @@ def main() -> None:
     from air_moe_megatron import cpu
 
     cpu.enable()
+    import air_moe_megatron.inference.conversion
     import air_moe_megatron.inference.evaluation
     import air_moe_megatron.inference.generation
     import air_moe_megatron.training.training

@@ -36,6 +36,7 @@ printf '\036' >> "LOG"
 """
 OF_THE_ENTRY = {"--air-moe": "off", "--cpu": "off", "--log-file": "None"}  # flags that are no fields of the config
 CHECKED = {"air_moe_megatron.pretrain", "air_moe_megatron.doctor"}  # these take the flags of a training
+OF_A_CHECKPOINT = "air_moe_megatron.convert"  # takes some, beside those that its checkpoint was trained with
 NOT_OURS = {"pretrain_gpt.py"}  # scripts of a Megatron-LM checkout
 
 
@@ -166,7 +167,7 @@ def test_commands_name_what_exists(path, tmp_path, parser):
                     word
                 )
         flags = flags_of(command)
-        assert flags or not any(word.startswith("--moe-") for word in command), command
+        assert flags or OF_A_CHECKPOINT in command or not any(word.startswith("--moe-") for word in command), command
         if flags:
             defaults = {name: parser.get_default(name) for name in RECOMMENDED}
             parser.set_defaults(**RECOMMENDED if "--air-moe" in flags else {})
@@ -178,11 +179,11 @@ def test_commands_that_use_a_checkpoint_parse(tmp_path, megatron_cpu):
     from megatron.training.arguments import add_megatron_arguments
 
     from air_moe_megatron import plan
-    from air_moe_megatron.inference import evaluation, generation
+    from air_moe_megatron.inference import conversion, evaluation, generation
     from air_moe_megatron.training.training import extra_args_provider
     from air_moe_megatron.tune import command as tuning
 
-    modules = {"generate": generation, "evaluate": evaluation, "tune": tuning}
+    modules = {"convert": conversion, "generate": generation, "evaluate": evaluation, "tune": tuning}
     found = set()
     commands = [
         one for name in ("inference", "tools") for one in commands_of(ROOT / f"docs/{name}.md", tmp_path / name)

@@ -24,7 +24,7 @@ LAYERS = (
     {"training.token_counts"},
     {"training.training"},
     {"pretrain", "inference", "doctor.command"},
-    {"evaluate", "generate", "plan", "report", "tune", "doctor.__main__"},
+    {"convert", "evaluate", "generate", "plan", "report", "tune", "doctor.__main__"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # The same within a folder, where the order of its files says more than the folder's place above.

@@ -171,6 +171,11 @@ def advice(folder: str, damaged: str | None = None) -> str:
     return "no other iteration in this folder is whole" if damaged else "no iteration in this folder is whole"
 
 
+def holds_checkpoint(folder: str) -> str | None:
+    """The name of a checkpoint, or of a part of one, in a folder that need not exist; None where there is none."""
+    return next(iter(sorted(_iterations(folder))), None) or _part_of_checkpoint(folder)
+
+
 def _latest(flag: str, folder: str) -> str | None:
     """The iteration that the tracker file of a folder names; None without such a file."""
     tracker = maybe_msc.Path(folder) / TRACKER
