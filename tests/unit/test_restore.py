@@ -39,7 +39,13 @@ MODELS = {
 # Arguments of the training run that must not come over.
 OF_THE_RUN = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --seed 3"
 LEFT = {"recompute_granularity", "recompute_method", "recompute_num_layers", "inference_sampling_seed"}
-READ_OF_A_RUN = {"decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "seed", "num_layers"}
+READ_OF_A_RUN = {
+    "air_moe",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "seed",
+    "num_layers",
+}
 
 
 class Recorder(argparse.Namespace):
