@@ -23,6 +23,8 @@ UNIT = (
     *("boundaries", "health", "diagnostics", "bounds"),
 )
 """Unit tests of what a model, its specs and its step boundary are made of."""
+TESTS = {"unit": UNIT, "distributed": ("sharded_routing", "codebook_sync")}
+"""Folder -> tests, of which the distributed ones run on two processes and more."""
 
 _FIELDS = "a field that this version's config does not have, or refuses by itself"
 _PER_TOKEN = {
@@ -78,8 +80,8 @@ def install(version: str, folder: Path) -> Path:
 
 
 def unit(folder: Path, wheel: Path, minor: str) -> tuple[bool, str]:
-    """Run the unit tests on the wheel."""
-    files = [f"tests/unit/test_{name}.py" for name in UNIT]
+    """Run the unit and distributed tests on the wheel."""
+    files = [f"tests/{kind}/test_{name}.py" for kind, names in TESTS.items() for name in names]
     left_out = " or ".join(f"({names})" for names in LEFT_OUT[minor])
     command = [
         sys.executable,
@@ -169,7 +171,13 @@ def main() -> None:
         all_good &= all(good for good, _ in outcomes)
         rows.append([found, *(words if good else f"FAILED: {words}" for good, words in outcomes)])
         sys.stderr.write(" | ".join(rows[-1]) + "\n")
-    columns = ("megatron-core", "unit tests", "patch", "its own script, patched: loss", "our entry: loss")
+    columns = (
+        "megatron-core",
+        "unit and distributed tests",
+        "patch",
+        "its own script, patched: loss",
+        "our entry: loss",
+    )
     table = [columns, ["---"] * len(columns), *rows]
     sys.stdout.write("".join(f"| {' | '.join(row)} |\n" for row in table))
     sys.exit(not all_good)
