@@ -6,8 +6,9 @@
 #
 # DATA and OUT must be on storage that all machines share. Experts are spread over the GPUs of a node, so that tokens do
 # not leave it for their experts, and each node has a copy of them; EP=16 spreads them over two nodes. Megatron's log
-# lines come from the last rank, on the last node. If the machines have several networks, name one: NCCL_SOCKET_IFNAME,
-# or GLOO_SOCKET_IFNAME with --cpu. The rest is as in examples/single_node.sh. Not yet run on GPUs.
+# lines come from the last rank, on the last node. If the machines have several networks, or names that lead nowhere, give
+# the interface in NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME: docs/launching.md. The rest is as in
+# examples/single_node.sh. Run on two emulated hosts with --cpu, not yet on GPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${NNODES:?number of machines}" "${NODE_RANK:?number of this machine, from 0}"
