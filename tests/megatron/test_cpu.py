@@ -71,6 +71,15 @@ def test_import_has_no_side_effect():
     assert result.returncode == 0, result.stderr
 
 
+def test_torch_compile_can_tell_the_adapted_functions_apart(cpu_mode):
+    """It holds a handler for each of these; newer versions of torch refuse to be given one function twice."""
+    names = ("cuda.current_device", "cuda.current_stream", "cuda.is_available", "cuda.set_device", "cuda.synchronize")
+    names += ("cuda.get_device_properties", "accelerator.current_accelerator", "accelerator.synchronize")
+    functions = [cpu._resolve(f"torch.{name}") for name in names]
+    functions = [getattr(owner, key) for owner, key in functions]
+    assert len(set(functions)) == len(names)
+
+
 def test_table_is_exact_and_reversible(no_cuda):
     snapshot()  # imports what is not there yet
     before = snapshot()
