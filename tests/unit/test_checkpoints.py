@@ -11,6 +11,8 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from air_moe_megatron.training.agreement import Ranks
 from tests.megatron.conftest import MODEL
@@ -141,6 +143,24 @@ def test_the_run_that_saved_it_passes(save, check, is_legacy, fields):
     if fields.get("moe_router_type") == "hash":
         fields = fields | {"moe_hash_vocab_size": 64, "moe_router_dtype": None, "moe_aux_loss_coeff": 0.0}
     assert check(load=save(is_legacy=is_legacy, **fields), **fields) == []
+
+
+def test_metadata_with_the_plans_of_all_ranks_are_read(save, check):
+    """As newer versions of torch save them."""
+    folder = save()
+    path = folder / "iter_0000002" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    storage = MetadataIndex("args")
+    tensor = TensorWriteData(
+        ChunkStorageMetadata(torch.Size([0]), torch.Size([1])), TensorProperties(), torch.Size([1])
+    )
+    items = [
+        WriteItem(storage, WriteItemType.TENSOR, tensor_data=tensor),
+        WriteItem(storage, WriteItemType.BYTE_IO, bytes_io_data=BytesIOWriteData(nbytes=1)),
+    ]
+    metadata.all_local_plans = [SavePlan(items)]
+    path.write_bytes(pickle.dumps(metadata))
+    assert check(load=folder) == []
 
 
 def test_topk_and_air_load_into_each_other(save, check, is_legacy, capsys):

@@ -47,6 +47,11 @@ _METADATA_CLASSES = {
             "_MEM_FORMAT_ENCODING",
         )
     ),
+    # The ranks' plans, which Megatron adds to the metadata; torch 2.11 drops them, 2.14 saves them.
+    *(
+        ("torch.distributed.checkpoint.planner", name)
+        for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+    ),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
