@@ -28,7 +28,7 @@ DOCUMENTS = [
 FENCE = re.compile(r" *(```+)(.*)")
 FLAG_ROW = re.compile(r"^\| `(--[a-z0-9-]+)` \| ([^|]+) \|", re.MULTILINE)
 # The commands that documents may name. What is not here is not found, so no document can start anything else.
-COMMANDS = ("bash", "cp", "git", "make", "pip", "python", "torchrun")
+COMMANDS = ("bash", "cp", "docker", "git", "make", "pip", "python", "torchrun")
 # Writes each command and its words to a file instead of running it.
 STUB = r"""#!/bin/sh
 printf '%s\037' "${0##*/}" "$@" >> "LOG"
