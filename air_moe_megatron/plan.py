@@ -38,6 +38,8 @@ class Collective:
     """Ranks that take part."""
     stride: int = 1
     """Distance between them: experts of one rank lie as many ranks apart as there are expert-parallel ones."""
+    outward: float = 0.0
+    """Those of the bytes that a forward sends to the experts, which the health line counts."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,13 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     gradient = of_router["gradients"]
     row_bytes = steps * rows * away * args.hidden * number
     collectives = [
-        Collective("rows to the experts and back, forward and backward", 4 * row_bytes, ranks),
+        Collective("rows to the experts and back, forward and backward", 4 * row_bytes, ranks, outward=row_bytes),
         # Owners know the ids of their candidates.
         Collective(
             "pairs of expert and prob, and the gradients of the probs",
             steps * pairs * away * (8 if is_sharded else 8 + _PAIR_ID),
             ranks,
+            outward=steps * pairs * away * (4 if is_sharded else 4 + _PAIR_ID),
         ),
         Collective(
             "gradients of the experts",
@@ -175,9 +178,10 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     collectives.append(Collective("gradients of the centers", _ring(group) * share, group, stride=shards))
     if is_sharded:
         width = min(sizes.num_candidates, sizes.num_probes * max(1, sizes.shortlist_size // ranks))
-        per_token = (ranks - 1) * (width * (4 + _PAIR_ID + 1) + 4 * sizes.num_probes) + away * 4 * sizes.num_candidates
-        scores = steps * args.tokens * per_token
-        collectives.append(Collective("scores of the candidates, codewords, marks and gradients", scores, ranks))
+        outward = steps * args.tokens * (ranks - 1) * (width * (4 + _PAIR_ID + 1) + 4 * sizes.num_probes)
+        gradients = steps * args.tokens * away * 4 * sizes.num_candidates
+        name = "scores of the candidates, codewords, marks and gradients"
+        collectives.append(Collective(name, outward + gradients, ranks, outward=outward))
     tokens = world * args.tokens * args.microbatches
     flops = AIRRouter.flops(config, tokens_per_batch=tokens)
     rebuild = flops.refresh * tokens * args.refresh_interval

@@ -10,11 +10,19 @@ Tokens per second are the tokens of a global batch over the median time per step
 the time of an interval is the mean of its steps. The other figures are means over the same intervals. Bytes are per
 token and layer, one way. *Dispatched* counts the rows of hidden states, those that stay on their rank included. *To
 other ranks* counts what leaves a rank, expert ids and probabilities included.
+
+The columns *planned* are predictions of `air_moe_megatron.plan`, which takes experts as equally loaded. *MB/step* is
+all that a rank sends in a step, in all layers and directions: rows, gradients of the centers, statistics. *Cost* is
+the time of a step over that of the smallest size. Its prediction is that the arithmetic of a rank stays the same, and
+that the collectives of the plan come on top of it, at the speed of `--node-gbytes`. Predictions are nan with tensor,
+pipeline or context parallelism, with routers other than `air` and with hash layers, which the plan does not know.
 """
 
 import argparse
+import math
 import sys
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import matplotlib
@@ -27,7 +35,7 @@ from matplotlib import pyplot  # noqa: E402
 # Of the printed table, in the order of Row; B is bytes.
 HEADINGS = (
     *("EP", "ranks", "steps", "ms/step", "tokens/s", "tokens/s/rank", "B/token", "to others B/token"),
-    *("top rank/mean", "imbalance"),
+    *("planned B/token", "planned MB/step", "cost", "planned cost", "top rank/mean", "imbalance"),
 )
 BYTES_OF_DTYPE = {"torch.float32": 4, "torch.bfloat16": 2, "torch.float16": 2}
 TIME = "iteration-time"
@@ -64,16 +72,77 @@ class Row:
     tokens_per_s_per_rank: float
     dispatched_bytes_per_token: float
     remote_bytes_per_token: float
+    planned_remote_bytes_per_token: float
+    planned_mb_per_step: float  # sent by a rank
+    cost: float  # time of a step over that of the smallest size
+    planned_cost: float
     most_loaded_rank: float  # over the mean of the ranks
     imbalance_factor: float  # of the experts; 1 is even
 
 
-def read_run(folder: Path, warmup: int) -> tuple[Setting, Row]:
+@dataclass(frozen=True)
+class Planned:
+    """What the plan says of one run."""
+
+    remote_bytes_per_token: float = math.nan
+    mb_per_step: float = math.nan
+    ms_per_step: float = math.nan  # of the collectives
+
+
+def predict(argument: Callable[[str], str], node_gbytes: float) -> Planned:
+    """Predict what a rank sends, by ``air_moe_megatron.plan``.
+
+    Args:
+        argument: gives the value of one of Megatron's arguments, as text.
+        node_gbytes: GB/s that a rank sends to the others.
+    """
+    from air_moe_megatron import plan  # takes seconds to import, and a run that lacks something is named before
+
+    is_known = argument("moe_router_type") == "air" and argument("moe_num_hash_layers") == "0"
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        is_known = is_known and argument(name) == "1"
+    if not is_known:
+        return Planned()
+    ranks, layers = int(argument("world_size")), int(argument("num_layers"))
+    microbatch, sequence = int(argument("micro_batch_size")), int(argument("seq_length"))
+    microbatches = int(argument("global_batch_size")) // (microbatch * ranks)
+    values = {
+        "--experts": argument("num_experts"),
+        "--hidden": argument("hidden_size"),
+        "--topk": argument("moe_router_topk"),
+        "--ep": argument("expert_model_parallel_size"),
+        "--gpus-per-node": ranks,
+        "--layers": layers,
+        "--ffn": argument("moe_ffn_hidden_size"),
+        "--tokens": microbatch * sequence,
+        "--microbatches": microbatches,
+        "--dtype": "fp32" if argument("params_dtype") == "torch.float32" else "bf16",  # fp16 has as many bytes
+        "--node-gbytes": node_gbytes,
+    }
+    sizes = {"clusters": "num_clusters", "shortlist": "shortlist_size", "probes": "num_probes"}
+    for flag, name in {**sizes, "candidates": "num_candidates", "refresh-interval": "refresh_interval"}.items():
+        values[f"--{flag}"] = argument(f"moe_air_{name}")
+    words = [str(word) for pair in values.items() for word in pair]
+    words += ["--swiglu"] if argument("swiglu") == "True" else []
+    words += [] if argument("accumulate_allreduce_grads_in_fp32") == "True" else ["--bf16-gradients"]
+    args = plan.make_parser().parse_args(words)
+    collectives = plan.predict(args, argument("moe_air_shard_experts") == "True").collectives
+    return Planned(
+        remote_bytes_per_token=sum(one.outward for one in collectives) / (microbatches * microbatch * sequence),
+        mb_per_step=layers * sum(one.num_bytes for one in collectives) / 1e6,
+        ms_per_step=layers * sum(plan.seconds(args, one) for one in collectives) * 1e3,
+    )
+
+
+def read_run(folder: Path, warmup: int, node_gbytes: float) -> tuple[Setting, Row, Planned]:
     """Read one run.
 
     Args:
         folder: its TensorBoard folder.
         warmup: steps at the start that do not count.
+        node_gbytes: GB/s that a rank sends to the others, for the prediction.
+    Returns:
+        what it has in common with the others, its row with the costs left open, and its prediction.
     Raises:
         ValueError: naming the folder and what it lacks.
     """
@@ -121,6 +190,7 @@ def read_run(folder: Path, warmup: int) -> tuple[Setting, Row]:
         dtype=dtype,
         tokens_per_rank=tokens // ranks,
     )
+    planned = predict(argument, node_gbytes)
     row = Row(
         ep_size=int(argument("expert_model_parallel_size")),
         ranks=ranks,
@@ -130,26 +200,39 @@ def read_run(folder: Path, warmup: int) -> tuple[Setting, Row]:
         tokens_per_s_per_rank=round(tokens / seconds / ranks, 1),
         dispatched_bytes_per_token=round(means["dispatch-bytes-per-token"], 1),
         remote_bytes_per_token=round(means["remote-bytes-per-token"], 1),
+        planned_remote_bytes_per_token=round(planned.remote_bytes_per_token, 1),
+        planned_mb_per_step=round(planned.mb_per_step, 3),
+        cost=math.nan,
+        planned_cost=math.nan,
         most_loaded_rank=round(means["rank-imbalance"], 3),
         imbalance_factor=round(means["imbalance-factor"], 2),
     )
-    return setting, row
+    return setting, row, planned
 
 
-def read_runs(folders: list[Path], warmup: int) -> tuple[Setting, list[Row]]:
+def read_runs(folders: list[Path], warmup: int, node_gbytes: float) -> tuple[Setting, list[Row]]:
     """Read all runs, sorted by expert-parallel size.
 
     Raises:
         ValueError: as :func:`read_run`, or if the runs differ in more than the number of ranks.
     """
-    runs = [(folder, *read_run(folder, warmup)) for folder in folders]
-    first, setting, _ = runs[0]
-    for folder, other, _ in runs[1:]:
+    runs = [(folder, *read_run(folder, warmup, node_gbytes)) for folder in folders]
+    first, setting, *_ = runs[0]
+    for folder, other, *_ in runs[1:]:
         for field in fields(Setting):
             own, wanted = getattr(other, field.name), getattr(setting, field.name)
             if own != wanted:
                 raise ValueError(f"{folder}: {field.name} ({own}) must be that of {first} ({wanted})")
-    return setting, sorted((row for _, _, row in runs), key=lambda row: row.ep_size)
+    pairs = sorted(((row, planned) for _, _, row, planned in runs), key=lambda pair: pair[0].ep_size)
+    least, least_planned = pairs[0]
+    return setting, [
+        replace(
+            row,
+            cost=round(row.ms_per_step / least.ms_per_step, 3),
+            planned_cost=round(1 + (planned.ms_per_step - least_planned.ms_per_step) / least.ms_per_step, 3),
+        )
+        for row, planned in pairs
+    ]
 
 
 def plot(setting: Setting, rows: list[Row], path: Path) -> None:
@@ -170,6 +253,7 @@ def plot(setting: Setting, rows: list[Row], path: Path) -> None:
     total.set(title="Throughput", ylabel="tokens per second")
     per_rank.plot(sizes, [own] * len(rows), label=f"that of EP {sizes[0]}", **ideal)
     per_rank.plot(sizes, [row.tokens_per_s_per_rank for row in rows], "o-", label="per rank")
+    per_rank.plot(sizes, [own / row.planned_cost for row in rows], "x:", label="planned")
     per_rank.set(title="Throughput per rank", ylabel="tokens per second and rank")
 
     bound = [setting.row_bytes * min(setting.topk, size) for size in sizes]
@@ -177,6 +261,7 @@ def plot(setting: Setting, rows: list[Row], path: Path) -> None:
     traffic.plot(sizes, [row.dispatched_bytes_per_token for row in rows], "o-", label="dispatched rows")
     remote = [row.remote_bytes_per_token for row in rows]
     traffic.plot(sizes, remote, "s-", label="to other ranks, with ids and probabilities")
+    traffic.plot(sizes, [row.planned_remote_bytes_per_token for row in rows], "x:", label="planned: to other ranks")
     traffic.set(
         title=f"Dispatch; one copy per expert would be {setting.row_bytes * setting.topk:,} bytes",
         ylabel="bytes per token and layer, one way",
@@ -208,10 +293,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="one TensorBoard folder per expert-parallel size")
     parser.add_argument("--warmup", type=int, default=0, help="steps at the start of each run that do not count")
+    parser.add_argument("--node-gbytes", type=float, default=300.0, help="GB/s that a rank sends; default 300")
     parser.add_argument("--out", type=Path, required=True, help="folder for ep_scaling.csv and ep_scaling.png")
     args = parser.parse_args()
     try:
-        setting, rows = read_runs(args.runs, args.warmup)
+        setting, rows = read_runs(args.runs, args.warmup, args.node_gbytes)
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
     args.out.mkdir(parents=True, exist_ok=True)

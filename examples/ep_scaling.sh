@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # How training scales with expert parallelism: one short run per expert-parallel size, each on as many ranks, with the
-# same tokens per rank. Writes OUT/ep_scaling.csv and OUT/ep_scaling.png.
+# same tokens per rank. Writes OUT/ep_scaling.csv and OUT/ep_scaling.png, with the prediction of air_moe_megatron.plan
+# beside what was measured; NODE_GBYTES is the speed at which it takes a rank to send.
 #
 #   bash examples/ep_scaling.sh                              # EP 1, 2, 4, 8 on the GPUs of this machine
 #   EP_SIZES="1 2 4" bash examples/ep_scaling.sh --cpu       # tiny, on CPU
@@ -36,4 +37,4 @@ for size in $EP_SIZES; do
   ) >"$log" 2>&1 || { tail -n 30 "$log" >&2; echo "EP $size failed; its log is $log" >&2; exit 1; }
   echo "EP $size: done in $SECONDS s"
 done
-"$PYTHON" examples/ep_scaling.py --warmup "$WARMUP" --out "$OUT" "${RUNS[@]}"
+"$PYTHON" examples/ep_scaling.py --warmup "$WARMUP" --node-gbytes "${NODE_GBYTES:-300}" --out "$OUT" "${RUNS[@]}"

@@ -43,3 +43,5 @@ def test_dispatched_bytes_are_those_of_four_ranks(tmp_path):
     assert sum(one["remote_row_bytes"] for one in traffic) == pytest.approx(rows.num_bytes, rel=0.05)  # 4 ranks, 4 ways
     out = sum(one["remote_pair_bytes"] for one in traffic) / 4
     assert out * 12 / 8 == pytest.approx(pairs.num_bytes, rel=0.05)  # an id and a prob go out, a gradient comes back
+    sent = sum(one["remote_row_bytes"] + one["remote_pair_bytes"] for one in traffic) / 4
+    assert sent == pytest.approx(rows.outward + pairs.outward, rel=0.05)

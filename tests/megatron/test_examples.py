@@ -21,7 +21,7 @@ from tests.processes import HANG_SECONDS, run
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 HEALTH = re.compile(r"routing health at iteration .*dispatched bytes per token: (\d+) \((\d+) to other ranks\)")
 HIDDEN, TOPK, FP32_BYTES = 64, 8, 4  # of the tiny model in granular_gpt.sh
-SEQUENCE, MICRO_BATCH = 64, 2
+SEQUENCE, MICRO_BATCH, NUM_LAYERS, EXPERTS, CLUSTERS = 64, 2, 2, 256, 64
 PAIR_BYTES = 8  # id and prob of an expert
 STEPS, WARMUP = 4, 2
 TWO_NODES = {"NNODES": 2, "GPUS_PER_NODE": 1, "EP": 2, "TRAIN_ITERS": 3}
@@ -79,7 +79,7 @@ def cpu_flags(tmp_path_factory):
 def scaling(data_prefix, cpu_flags, tmp_path_factory):
     """An expert-parallel scaling run: its output and its folder."""
     out = tmp_path_factory.mktemp("scaling")
-    env = {"EP_SIZES": "1 2 4", "TRAIN_ITERS": STEPS, "LOG_INTERVAL": 1, "WARMUP": WARMUP}
+    env = {"EP_SIZES": "1 2 4", "TRAIN_ITERS": STEPS, "LOG_INTERVAL": 1, "WARMUP": WARMUP, "NODE_GBYTES": 1e-3}
     return finish(start("ep_scaling.sh", *cpu_flags, env={**env, "DATA": data_prefix, "OUT": out})), out
 
 
@@ -158,6 +158,16 @@ def test_scaling_run_writes_a_row_per_size(scaling):
         assert row["remote_bytes_per_token"] <= most
     remote = [row["remote_bytes_per_token"] for row in rows]
     assert remote[0] == 0 < remote[1] < remote[2]
+    assert [row["planned_remote_bytes_per_token"] for row in rows] == pytest.approx(remote, rel=0.05)
+    # Both directions, there and back; ids go out only. All ranks sum up gradients of the centers and statistics.
+    for row in rows:
+        away = (row["ranks"] - 1) / row["ranks"]
+        pairs = TOPK * PAIR_BYTES * away
+        tokens = SEQUENCE * MICRO_BATCH * (4 * (row["remote_bytes_per_token"] - pairs) + 1.5 * pairs)
+        shared = 2 * away * FP32_BYTES * (EXPERTS * HIDDEN + CLUSTERS * (HIDDEN + 3))
+        assert row["planned_mb_per_step"] == pytest.approx(NUM_LAYERS * (tokens + shared) / 1e6, rel=0.05)
+    assert rows[0]["cost"] == rows[0]["planned_cost"] == 1 < rows[1]["planned_cost"] < rows[2]["planned_cost"]
+    assert all(row["cost"] == pytest.approx(row["ms_per_step"] / rows[0]["ms_per_step"], abs=1e-3) for row in rows)
 
 
 @pytest.mark.slow
