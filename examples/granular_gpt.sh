@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # The model and training flags that the launchers share. A launcher sources this file from the repository's root with
 # its own arguments, `. examples/granular_gpt.sh "$@"`, and gets the array FLAGS, and RANKS, the processes of this node.
 #

