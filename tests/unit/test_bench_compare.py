@@ -24,12 +24,18 @@ def test_a_case_of_one_tree_alone_has_no_ratio():
     assert table.ratio["a"] == 0.5 and pandas.isna(table.ratio["b"])
 
 
+def worktrees() -> set[str]:
+    """The folders of all worktrees; their commits may change meanwhile."""
+    listed = run(["git", "worktree", "list", "--porcelain"], cwd=compare.ROOT, check=True).stdout
+    return {line for line in listed.splitlines() if line.startswith("worktree ")}
+
+
 @pytest.mark.slow
 def test_two_trees_are_timed_in_turn_and_the_other_one_is_removed(capsys):
-    before = run(["git", "worktree", "list"], cwd=compare.ROOT, check=True).stdout
+    before = worktrees()
     sizes = "--experts 256 --hidden 16 --tokens 64 --topk 8 --repetitions 1 --warmup 0".split()
     table = compare.main(["HEAD", "--bench", "growth", "--rounds", "1", *sizes])
     assert list(table["case"]) == ["AIRRouter.route, E = 256"]
     assert table["base ms"][0] > 0 and table.ratio[0] == table["this ms"][0] / table["base ms"][0]
     assert "ratio: time of this tree over that of HEAD" in capsys.readouterr().out
-    assert run(["git", "worktree", "list"], cwd=compare.ROOT, check=True).stdout == before
+    assert worktrees() == before
