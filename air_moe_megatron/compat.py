@@ -114,10 +114,10 @@ def release_process_groups() -> None:
 
 @contextlib.contextmanager
 def process_groups_released() -> Iterator[None]:
-    """A context that ends with `release_process_groups`, also where Megatron ends a run early.
+    """A context that ends with ``release_process_groups``, also where Megatron ends a run early.
 
-    `--exit-interval`, `--exit-duration-in-mins` and the exit signals end Megatron's loop by SystemExit, on all ranks.
-    Other exceptions pass at once: a group may then wait for a rank that has failed.
+    ``--exit-interval``, ``--exit-duration-in-mins`` and the exit signals end Megatron's loop by SystemExit, on all
+    ranks. Other exceptions pass at once: a group may then wait for a rank that has failed.
     """
     try:
         yield

@@ -1,13 +1,13 @@
-"""Save a checkpoint with another router: `python -m air_moe_megatron.convert --load CHECKPOINT --save OTHER [--cpu]`.
+"""Save a checkpoint with another router: ``python -m air_moe_megatron.convert --load CHECKPOINT --save OTHER [--cpu]``.
 
-Between `topk` and `air`, and between other forms of AIR's lists. See docs/inference.md.
+Between ``topk`` and ``air``, and between other forms of AIR's lists. See docs/inference.md.
 """
 
 from air_moe_megatron.pretrain import run_quietly
 
 
 def main() -> None:
-    """Choose the device, then hand over to `inference.conversion.run`.
+    """Choose the device, then hand over to ``inference.conversion.run``.
 
     Raises:
         SystemExit: where a check refuses the start; one line says why.

@@ -1,4 +1,4 @@
-"""Measure a model on data: `python -m air_moe_megatron.evaluate --load CHECKPOINT --data-path PATH [PATH ...] [--cpu]`.
+"""Measure a model on data: ``python -m air_moe_megatron.evaluate --load CHECKPOINT --data-path PATH... [--cpu]``.
 
 The model's flags come from the checkpoint. See docs/inference.md.
 """
@@ -7,7 +7,7 @@ from air_moe_megatron.pretrain import run_quietly
 
 
 def main() -> None:
-    """Choose the device, then hand over to `inference.evaluation.run`.
+    """Choose the device, then hand over to ``inference.evaluation.run``.
 
     Raises:
         SystemExit: where a check refuses the start; one line says why.

@@ -1,4 +1,4 @@
-"""Continue texts: `python -m air_moe_megatron.generate --load CHECKPOINT --prompt TEXT [TEXT ...] [--cpu]`.
+"""Continue texts: ``python -m air_moe_megatron.generate --load CHECKPOINT --prompt TEXT [TEXT ...] [--cpu]``.
 
 The model's flags come from the checkpoint. See docs/inference.md.
 """
@@ -7,7 +7,7 @@ from air_moe_megatron.pretrain import run_quietly
 
 
 def main() -> None:
-    """Choose the device, then hand over to `inference.generation.run`.
+    """Choose the device, then hand over to ``inference.generation.run``.
 
     Raises:
         SystemExit: where a check refuses the start; one line says why.

@@ -1,12 +1,12 @@
-"""Put our flags into a checkout or an installed wheel: `python -m air_moe_megatron.patch apply|check|revert PATH`.
+"""Put our flags into a checkout or an installed wheel: ``python -m air_moe_megatron.patch apply|check|revert PATH``.
 
-PATH is a checkout, or the folder that holds the package `megatron`. The files of ``patches/`` are read here and not by
-`git apply` or `patch`. `git apply` passes over files that lie in a repository which does not track them, such as a
-virtual environment inside a checkout. `patch` is absent from slim containers, and places a hunk where its context only
-resembles. Here every hunk must match exactly once, in every file, before any file is written. Lines that you changed
-elsewhere in these files are kept.
+PATH is a checkout, or the folder that holds the package ``megatron``. The files of ``patches/`` are read here and not
+by ``git apply`` or ``patch``. ``git apply`` passes over files that lie in a repository which does not track them, such
+as a virtual environment inside a checkout. ``patch`` is absent from slim containers, and places a hunk where its
+context only resembles. Here every hunk must match exactly once, in every file, before any file is written. Lines that
+you changed elsewhere in these files are kept.
 
-The exit code is 0 if all is done or in place, 1 if `check` finds the patch not applied, 2 if the tree is refused.
+The exit code is 0 if all is done or in place, 1 if ``check`` finds the patch not applied, 2 if the tree is refused.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def parse_patch(text: str) -> dict[str, list[Hunk]]:
 
 
 def find_root(path: Path) -> Path:
-    """The folder that holds the package `megatron`: the path itself, or its parent where it is the package.
+    """The folder that holds the package ``megatron``: the path itself, or its parent where it is the package.
 
     Raises:
         UnknownTreeError: naming the file that is missing.
@@ -112,7 +112,7 @@ def find_root(path: Path) -> Path:
 
 
 def version_of(root: Path) -> str:
-    """The version that a tree's `package_info.py` states; nothing of the tree is imported."""
+    """The version that a tree's ``package_info.py`` states; nothing of the tree is imported."""
     file = root / "megatron/core/package_info.py"
     values = {
         node.targets[0].id: node.value.value
@@ -267,7 +267,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     Raises:
         SystemExit: always, with the exit code.
     """
-    parser = argparse.ArgumentParser(prog="python -m air_moe_megatron.patch", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m air_moe_megatron.patch", description=__doc__.partition("\n")[0].replace("``", "`")
+    )
     parser.add_argument("action", choices=("apply", "check", "revert"))
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkout, or the folder that holds `megatron`")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Predict a run before it is launched: `python -m air_moe_megatron.plan --experts 1048576 --hidden 4096 ...`.
+"""Predict a run before it is launched: ``python -m air_moe_megatron.plan --experts 1048576 --hidden 4096 ...``.
 
 It prints memory per rank, router FLOPs, and bytes and time of each collective, for a replicated router and for one
 whose centers and lists are sharded over the expert-parallel ranks (docs/sharded-routing.md). It needs no device and
@@ -271,7 +271,9 @@ def report(args: argparse.Namespace) -> tuple[str, bool]:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m air_moe_megatron.plan", description=__doc__.partition("\n")[0], allow_abbrev=False
+        prog="python -m air_moe_megatron.plan",
+        description=__doc__.partition("\n")[0].replace("``", "`"),
+        allow_abbrev=False,
     )
     for flag, default, text in (
         ("--experts", None, "experts of a layer"),

@@ -1,8 +1,8 @@
-"""Pretrain a GPT model with Megatron-Core: `torchrun ... -m air_moe_megatron.pretrain <Megatron flags> [ours]`.
+"""Pretrain a GPT model with Megatron-Core: ``torchrun ... -m air_moe_megatron.pretrain <Megatron flags> [ours]``.
 
-It is what Megatron-LM's `pretrain_gpt.py` (and, with `--hybrid-layer-pattern`, `pretrain_hybrid.py`) is to a checkout
-of Megatron-LM. Every Megatron flag keeps its meaning; the few that need code from outside the `megatron-core` wheel are
-refused by name. With `--moe-router-type topk`, the default, it is Megatron.
+It is what Megatron-LM's ``pretrain_gpt.py`` (and, with ``--hybrid-layer-pattern``, ``pretrain_hybrid.py``) is to a
+checkout of Megatron-LM. Every Megatron flag keeps its meaning; the few that need code from outside the
+``megatron-core`` wheel are refused by name. With ``--moe-router-type topk``, the default, it is Megatron.
 
 Importing this module loads nothing else: worker processes, such as those that write checkpoints, import it again.
 """
@@ -16,10 +16,10 @@ from typing import TextIO
 
 
 def main() -> None:
-    """Choose the device, then hand over to `training.train`.
+    """Choose the device, then hand over to ``training.train``.
 
     Raises:
-        SystemExit: where there is neither a GPU nor `--cpu`, or a check refuses the start.
+        SystemExit: where there is neither a GPU nor ``--cpu``, or a check refuses the start.
     """
     from air_moe_megatron.training import console
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def run_quietly() -> TextIO:
-    """Begin a command that prints results only: what Megatron prints goes to `--log-file`, or nowhere.
+    """Begin a command that prints results only: what Megatron prints goes to ``--log-file``, or nowhere.
 
     Returns:
         The screen, which standard output was until now.
@@ -59,12 +59,12 @@ def run_quietly() -> TextIO:
 
 
 def choose_device() -> None:
-    """Turn CPU mode on where the command line has `--cpu`; call it before Megatron is imported.
+    """Turn CPU mode on where the command line has ``--cpu``; call it before Megatron is imported.
 
     It binds some of torch.cuda at import. The flags that a CPU run needs are added to the command line.
 
     Raises:
-        SystemExit: where there is neither a GPU nor `--cpu`, or both, or a Megatron that the commands do not run on.
+        SystemExit: where there is neither a GPU nor ``--cpu``, or both, or a Megatron that the commands do not run on.
     """
     from air_moe_megatron.training import console
 

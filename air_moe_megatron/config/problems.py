@@ -1,4 +1,4 @@
-"""Checks as generators of errors: a start raises the first of them, `air_moe_megatron.doctor` lists them all."""
+"""Checks as generators of errors: a start raises the first of them, ``air_moe_megatron.doctor`` lists them all."""
 
 from collections.abc import Callable, Generator
 

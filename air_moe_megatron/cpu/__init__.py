@@ -1,22 +1,22 @@
-"""Runs the real Megatron-Core and `megatron.training.pretrain` on CPU with gloo, only when asked.
+"""Runs the real Megatron-Core and ``megatron.training.pretrain`` on CPU with gloo, only when asked.
 
-Megatron addresses the device through `torch.cuda`. While CPU mode is on, `enable()` has put stand-ins there: every
+Megatron addresses the device through ``torch.cuda``. While CPU mode is on, ``enable()`` has put stand-ins there: every
 CUDA device name or index means the CPU, streams and events are empty, and CUDA's random generator is torch's default
-CPU generator. `ADAPTATIONS` names every attribute that changes; nothing else does, and `disable()` restores each one.
+CPU generator. ``ADAPTATIONS`` names every attribute that changes; nothing else does. ``disable()`` restores each one.
 
     python -m air_moe_megatron.cpu pretrain_gpt.py ARGS...
     torchrun --nproc-per-node 2 -m air_moe_megatron.cpu pretrain_gpt.py ARGS...
 
 Not changed:
-- `torch.cuda.is_available()` and `Tensor.is_cuda` stay False, `tensor.device` stays `cpu`: code that asks is told.
-- No flag is added to the command line. `REQUIRED_FLAGS` names those that a CPU run needs, `with_required_flags` adds
-  them for a caller that wants that.
+- ``torch.cuda.is_available()`` and ``Tensor.is_cuda`` stay False, ``tensor.device`` stays ``cpu``: who asks is told.
+- No flag is added to the command line. ``REQUIRED_FLAGS`` names those that a CPU run needs, ``with_required_flags``
+  adds them for a caller that wants that.
 - No kernel is emulated: Transformer Engine, Apex, fused kernels, CUDA graphs, grouped GEMM, Megatron-FSDP and
   everything that needs them (context parallelism, for one) stay unavailable.
 - What Megatron cannot do without Transformer Engine or Apex it cannot do here either: resume with the distributed
   optimizer, recompute layer norms alone. Experts on a single rank need --disable-bias-linear, as on a GPU.
-- Functions that Megatron compiles with `torch.compile` run uncompiled; those whose module was first imported in CPU
-  mode remain so after `disable()`.
+- Functions that Megatron compiles with ``torch.compile`` run uncompiled; those whose module was first imported in CPU
+  mode remain so after ``disable()``.
 """
 
 import importlib
@@ -92,10 +92,10 @@ def _missing(name: str) -> MissingNameError:
 
 
 class CPUMode:
-    """The handle of `enable()`. As a context manager it ends CPU mode, if this call began it.
+    """The handle of ``enable()``. As a context manager it ends CPU mode, if this call began it.
 
     Attributes:
-        names: the dotted names that are replaced, in the order of `ADAPTATIONS`.
+        names: the dotted names that are replaced, in the order of ``ADAPTATIONS``.
     """
 
     def __init__(self) -> None:
@@ -155,11 +155,11 @@ def enable(force: bool = False) -> CPUMode:
     Args:
         force: turn it on even where CUDA is available.
     Returns:
-        A handle that may be used in a `with` statement, at whose end CPU mode is off again. The handle of a call that
+        A handle that may be used in a ``with`` statement, at whose end CPU mode is off again. The handle of a call that
         found CPU mode on leaves it on.
     Raises:
-        RuntimeError: CUDA is available and `force` is False.
-        MissingNameError: a name in `ADAPTATIONS` does not exist; nothing is changed then.
+        RuntimeError: CUDA is available and ``force`` is False.
+        MissingNameError: a name in ``ADAPTATIONS`` does not exist; nothing is changed then.
     """
     global _active
     if _active is not None:
@@ -177,7 +177,7 @@ def enable(force: bool = False) -> CPUMode:
 
 
 def disable() -> None:
-    """Turn CPU mode off: every name in `ADAPTATIONS` is again what it was. Harmless where CPU mode is off."""
+    """Turn CPU mode off: every name in ``ADAPTATIONS`` is again what it was. Harmless where CPU mode is off."""
     global _active
     if _active is not None:
         _active._restore()
@@ -185,9 +185,9 @@ def disable() -> None:
 
 
 def with_required_flags(argv: Sequence[str]) -> list[str]:
-    """Return `argv` with those of `REQUIRED_FLAGS` appended that it does not hold already.
+    """Return ``argv`` with those of ``REQUIRED_FLAGS`` appended that it does not hold already.
 
-    A flag that the user gave, as `--flag value` or `--flag=value`, is kept whatever its value.
+    A flag that the user gave, as ``--flag value`` or ``--flag=value``, is kept whatever its value.
 
     Args:
         argv: Megatron's arguments, without the program's name.

@@ -1,4 +1,4 @@
-"""`python -m air_moe_megatron.cpu SCRIPT ARGS...`: a Megatron script in CPU mode."""
+"""``python -m air_moe_megatron.cpu SCRIPT ARGS...``: a Megatron script in CPU mode."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from air_moe_megatron.cpu import REQUIRED_FLAGS, enable, set_rendezvous_defaults
 
 
 def main() -> None:
-    """Run a Megatron script in CPU mode, as `python SCRIPT ARGS...` would run it. No flag is added."""
+    """Run a Megatron script in CPU mode, as ``python SCRIPT ARGS...`` would run it. No flag is added."""
     parser = argparse.ArgumentParser(
         prog="python -m air_moe_megatron.cpu",
         description="Run a Megatron script on CPU with gloo.",

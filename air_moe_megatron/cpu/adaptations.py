@@ -16,7 +16,7 @@ import torch
 
 
 def _names_cuda(device: Any) -> bool:
-    """Whether `device` (None, index, name or torch.device) means a CUDA device."""
+    """Whether ``device`` (None, index, name or torch.device) means a CUDA device."""
     if isinstance(device, str):
         return device.startswith("cuda")
     if isinstance(device, torch.device):
@@ -28,7 +28,7 @@ def _names_cuda(device: Any) -> bool:
 
 
 def _always(value: Any) -> Callable[[Any], Any]:
-    """Builder of a function that returns `value` whatever it is called with."""
+    """Builder of a function that returns ``value`` whatever it is called with."""
     return lambda original: lambda *args, **kwargs: value
 
 
@@ -64,7 +64,7 @@ def _tensor_to(original: Callable) -> Callable:
 
 
 def _tensor_type(original: Callable) -> Callable:
-    """Megatron's optimizers sort parameters by `param.type() == "torch.cuda.FloatTensor"` and the like."""
+    """Megatron's optimizers sort parameters by ``param.type() == "torch.cuda.FloatTensor"`` and the like."""
 
     @functools.wraps(original)
     def type_(
@@ -114,9 +114,9 @@ def _loader_iter(original: Callable) -> Callable:
 
 @functools.cache  # torch.distributed and its submodule must keep sharing one function: P2POp compares identities
 def _isend(original: Callable) -> Callable:
-    """Send an alias: gloo reads the memory after isend has returned, and pipeline schedules empty `.data` meanwhile.
+    """Send an alias: gloo reads the memory after isend has returned, and pipeline schedules empty ``.data`` meanwhile.
 
-    The alias shares the storage but not the `.data` slot. The returned work holds it until it is done.
+    The alias shares the storage but not the ``.data`` slot. The returned work holds it until it is done.
     """
 
     @functools.wraps(original)
@@ -216,7 +216,7 @@ def _manual_seed(seed: int) -> None:
 
 
 def _generator(original: type[torch.Generator]) -> type:
-    """`torch.Generator` for which CUDA means CPU; what it makes are generators of torch itself."""
+    """``torch.Generator`` for which CUDA means CPU; what it makes are generators of torch itself."""
 
     class OfGenerators(type):
         def __instancecheck__(cls, instance: Any) -> bool:
@@ -230,13 +230,13 @@ def _generator(original: type[torch.Generator]) -> type:
 
 
 def _without_warnings(original: types.ModuleType) -> types.SimpleNamespace:
-    """`logging` for a module with one warning, which is true by design: the CPU's generator moves in a CUDA fork."""
+    """``logging`` for a module with one warning, which is true by design: the CPU's generator moves in a CUDA fork."""
     silent = logging.Logger(f"{__name__}.silent", level=logging.CRITICAL + 1)
     return types.SimpleNamespace(**{**vars(original), "getLogger": lambda name=None: silent})
 
 
 def _without_cuda_check(original: tuple) -> tuple:
-    """Defaults of `initialize_megatron`, with that of `allow_no_cuda`, whose place differs between versions, True."""
+    """Defaults of ``initialize_megatron``, with that of ``allow_no_cuda`` True; its place differs between versions."""
     from megatron.training.initialize import initialize_megatron
 
     parameters = initialize_megatron.__code__.co_varnames[: initialize_megatron.__code__.co_argcount]
@@ -257,7 +257,7 @@ def _compile_helpers(original: Callable) -> Callable:
 def _torch_norm(original: Callable) -> Callable:
     """torch's norms with sequence parallelism: each rank normalizes its own tokens, gradients are summed over ranks.
 
-    Megatron sums the gradients of every parameter marked `sequence_parallel`. Its own fused norm sets the mark; its
+    Megatron sums the gradients of every parameter marked ``sequence_parallel``. Its own fused norm sets the mark; its
     wrapper of torch's norm refuses instead. The computation needs no change.
     """
 

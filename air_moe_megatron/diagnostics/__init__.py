@@ -38,7 +38,7 @@ _ATTRIBUTE = "_air_diagnostics"
 class Diagnostics:
     """What a training run measures of its routers, step by step.
 
-    Every rank must call :meth:`begin_step` and :meth:`finish_step`, also one whose pipeline stage has no router. The
+    Every rank must call :meth:`begin_step`` and :meth:``finish_step`, also one whose pipeline stage has no router. The
     last rank writes: it is in the last pipeline stage, prints Megatron's lines, and has Megatron's writers.
 
     Args:

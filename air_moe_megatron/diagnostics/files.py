@@ -40,7 +40,7 @@ _ARGUMENTS = (
 
 
 def folder_of(args: argparse.Namespace) -> str | None:
-    """The folder of the files: that of `--save`, else that of `--tensorboard-dir`; None without either."""
+    """The folder of the files: that of ``--save``, else that of ``--tensorboard-dir``; None without either."""
     folders = (args.save, args.tensorboard_dir)
     return next((folder for folder in folders if folder is not None and not is_object_storage_path(folder)), None)
 
@@ -53,7 +53,7 @@ def is_written(args: argparse.Namespace) -> bool:
 def find_write_problem(args: argparse.Namespace) -> str | None:
     """Say what keeps this rank from writing the lines of a run, or None. Leaves nothing behind.
 
-    The folder of `--save` is checked with the checkpoints.
+    The folder of ``--save`` is checked with the checkpoints.
     """
     folder = folder_of(args)
     if not is_written(args) or folder is None or args.rank != args.world_size - 1:

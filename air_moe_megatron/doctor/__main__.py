@@ -1,4 +1,4 @@
-"""`python -m air_moe_megatron.doctor`; see ``command.py``."""
+"""``python -m air_moe_megatron.doctor``; see ``command.py``."""
 
 from air_moe_megatron.doctor.command import main
 

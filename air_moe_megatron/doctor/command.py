@@ -1,8 +1,8 @@
-"""Say what a run would find here: `python -m air_moe_megatron.doctor [flags of air_moe_megatron.pretrain]`.
+"""Say what a run would find here: ``python -m air_moe_megatron.doctor [flags of air_moe_megatron.pretrain]``.
 
 It prints versions, devices, and which path each operation takes and why. For a command line it lists all that would
 stop the start, in the words of the start. No process group is made, nothing is written, and no other rank is needed:
-`--world-size` says how many there would be. The exit code is 0 if the command would start, otherwise 2.
+``--world-size`` says how many there would be. The exit code is 0 if the command would start, otherwise 2.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def versions() -> dict[str, str]:
 
 
 def apex() -> str:
-    """NVIDIA Apex in words, told from the unrelated package `apex` of PyPI by what is in it; neither is imported."""
+    """NVIDIA Apex in words, told from the unrelated package ``apex`` of PyPI by what is in it; neither is imported."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return "missing"
@@ -190,7 +190,7 @@ def _limited_sizes(args: argparse.Namespace | None) -> dict[str, dict[str, int]]
 
 
 def examine(flags: Sequence[str]) -> tuple[argparse.Namespace | None, Findings]:
-    """Check a command line of `air_moe_megatron.pretrain` as its start would, to the end.
+    """Check a command line of ``air_moe_megatron.pretrain`` as its start would, to the end.
 
     Without a GPU it turns on CPU mode, in which Megatron can read the flags. What Megatron prints is dropped.
 
@@ -364,7 +364,8 @@ def _check_megatron(path: Path) -> NoReturn:
 
 def own_parser() -> argparse.ArgumentParser:
     """Parser of the doctor's own flags; what it does not know is the command line to check."""
-    parser = argparse.ArgumentParser(prog="python -m air_moe_megatron.doctor", description=__doc__, allow_abbrev=False)
+    words = __doc__.replace("``", "`")
+    parser = argparse.ArgumentParser(prog="python -m air_moe_megatron.doctor", description=words, allow_abbrev=False)
     parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="ranks in all")
     parser.add_argument(
         "--megatron",
@@ -380,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the report.
 
     Raises:
-        SystemExit: with 2 where the command line would not start, or the Megatron of `--megatron` does not fit;
+        SystemExit: with 2 where the command line would not start, or the Megatron of ``--megatron`` does not fit;
             otherwise 0.
     """
     parser = own_parser()

@@ -1,4 +1,4 @@
-"""Whether our code fits a Megatron, read off both sources: `python -m air_moe_megatron.doctor --megatron PATH`.
+"""Whether our code fits a Megatron, read off both sources: ``python -m air_moe_megatron.doctor --megatron PATH``.
 
 Nothing of that tree is imported. What we use is read off our own sources: names imported from Megatron, attributes of
 imported modules and classes, calls of imported functions and classes, inherited attributes, overridden methods, and

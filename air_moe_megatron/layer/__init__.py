@@ -20,7 +20,7 @@ from air_moe_megatron.routers import HashRouter, ShardedAIRRouter
 class AIRMoELayer(HoldsProcessGroups, MoELayer):
     """Route, dispatch, apply the experts, combine: Megatron's steps, without anything of size [tokens, experts].
 
-    With ``moe_dispatch`` "compact" the router's :class:`Routes` go to a :class:`CompactTokenDispatcher` and
+    With ``moe_dispatch`` "compact" the router's :class:`Routes`` go to a :class:``CompactTokenDispatcher` and
     :class:`GranularExperts`; with ``moe_air_shard_experts`` it is a :class:`ShardedTokenDispatcher`. With "stock" it is
     Megatron's layer. With ``moe_num_hash_layers`` the number of the layer decides whether it gets a :class:`HashRouter`
     instead, so the router is made by :meth:`set_layer_number`.

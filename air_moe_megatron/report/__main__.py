@@ -1,4 +1,4 @@
-"""The command: `python -m air_moe_megatron.report RUN_DIR... [--out FILE]`."""
+"""The command: ``python -m air_moe_megatron.report RUN_DIR... [--out FILE]``."""
 
 import argparse
 import os

@@ -123,7 +123,7 @@ def is_packed(args: argparse.Namespace) -> bool:
 
 
 def moe_layers(args: argparse.Namespace) -> list[bool]:
-    """Whether each layer has experts, by `--moe-layer-freq` or the hybrid pattern."""
+    """Whether each layer has experts, by ``--moe-layer-freq`` or the hybrid pattern."""
     if getattr(args, "num_experts", None) is None:
         return [False] * args.num_layers
     if args.hybrid_layer_pattern is not None:

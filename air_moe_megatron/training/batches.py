@@ -1,4 +1,4 @@
-"""Data sets, microbatches, the forward step and its loss, as in `pretrain_gpt.py` of Megatron-LM."""
+"""Data sets, microbatches, the forward step and its loss, as in ``pretrain_gpt.py`` of Megatron-LM."""
 
 import argparse
 import dataclasses
@@ -125,7 +125,7 @@ def packed_sequence_params(batch: dict[str, Any], total_tokens_known: bool) -> P
     Waits for the device: lengths become Python integers.
 
     Args:
-        batch: as `get_batch` returns it.
+        batch: as ``get_batch`` returns it.
         total_tokens_known: also give the number of tokens, which the state-space layers of hybrid models read.
     Returns:
         The parameters, or None where the batch is not packed.
@@ -162,7 +162,7 @@ def loss_func(
     Megatron's rerun state machine checks the sum for NaN, infinity and spikes, before any reduction over ranks.
 
     Args:
-        loss_mask: 1 where a token counts, 0 elsewhere; as many elements as `output_tensor`.
+        loss_mask: 1 where a token counts, 0 elsewhere; as many elements as ``output_tensor``.
         output_tensor: the model's loss per token, in nats.
     Returns:
         (summed loss, number of tokens that count as int32, {"lm loss": [summed loss, number of tokens]}).
@@ -195,10 +195,10 @@ def forward_step(
     """Run the model forward on the next microbatch.
 
     Args:
-        data_iterator: see `get_batch`.
+        data_iterator: see ``get_batch``.
         model: one pipeline stage of the model, wrapped or not.
         return_schedule_plan: give the plan of the forward pass in place of its result, for
-            `--overlap-moe-expert-parallel-comm`.
+            ``--overlap-moe-expert-parallel-comm``.
     Returns:
         (the stage's output or the plan, the function that makes the loss of the output).
     """
@@ -223,7 +223,7 @@ def forward_step(
 
 
 def dataset_config_from_args(args: argparse.Namespace) -> GPTDatasetConfig:
-    """Build the data set configuration, with `--fim-data` that of fill-in-the-middle data."""
+    """Build the data set configuration, with ``--fim-data`` that of fill-in-the-middle data."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences_per_dataset = None
     if args.per_dataset_sequences_path is not None:

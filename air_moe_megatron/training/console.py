@@ -1,4 +1,4 @@
-"""Output of a run: one line for a refused start, and with `--log-file` little on the screen.
+"""Output of a run: one line for a refused start, and with ``--log-file`` little on the screen.
 
 Imports nothing heavy, because it works before torch and Megatron are imported.
 """
@@ -32,7 +32,7 @@ _PATIENCE = 10.0
 the others as soon as one has ended."""
 
 _PRINTERS = ("megatron.training", "megatron.training.training")
-"""Modules whose `print_rank_last` prints losses (Megatron's loop) and health (ours)."""
+"""Modules whose ``print_rank_last`` prints losses (Megatron's loop) and health (ours)."""
 
 
 def refuse(message: str) -> NoReturn:
@@ -73,7 +73,7 @@ def refusals() -> Iterator[None]:
 
 
 def log_file_of(arguments: Sequence[str]) -> str | None:
-    """The value of `--log-file`, needed before Megatron is imported: it prints while it is imported."""
+    """The value of ``--log-file``, needed before Megatron is imported: it prints while it is imported."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--log-file", nargs="?")
     return parser.parse_known_args(arguments)[0].log_file
@@ -83,8 +83,8 @@ def write_log_file(path: str) -> TextIO:
     """Append the output of this process to a file, and leave warnings, errors and our own lines on the screen.
 
     Standard output, also of C libraries, goes to the file alone. Standard error stays on the screen; the file gets a
-    copy of what Python writes there, such as tracebacks. The file gets all records of the `logging` module, the screen
-    gets warnings and, from rank 0, ours. Python's warnings go to the file. Several ranks may append to one file.
+    copy of what Python writes there, such as tracebacks. The file gets all records of the ``logging`` module, the
+    screen gets warnings and, from rank 0, ours. Python's warnings go to the file. Several ranks may append to one file.
 
     Args:
         path: the file; its folder is made where missing.
@@ -113,7 +113,7 @@ def write_log_file(path: str) -> TextIO:
 def losses_on(screen: TextIO) -> Iterator[None]:
     """Within this context, losses and health go to the screen too. The last rank prints them.
 
-    Adapts one function of Megatron, `print_rank_last`, under the two names by which it is called; restored on leaving.
+    Adapts one function of Megatron, ``print_rank_last``, under the two names by which it is called, until the end.
 
     Args:
         screen: as :func:`write_log_file` returns it.

@@ -1,4 +1,4 @@
-"""Flags that `air_moe_megatron.pretrain` refuses, in two tables; docs/limits.md is generated from the first.
+"""Flags that ``air_moe_megatron.pretrain`` refuses, in two tables; docs/limits.md is generated from the first.
 
 Refusals that a config alone can decide stand in ``config/refusals.py``.
 """

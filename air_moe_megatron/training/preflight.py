@@ -124,7 +124,7 @@ def _unfit_dataset(args: argparse.Namespace, blend: _Blend, prefix: str, num_blo
 
 
 def _blends(args: argparse.Namespace, flags: list[str]) -> list[_Blend]:
-    """The data sets that `flags`, or the files that they name, list."""
+    """The data sets that ``flags``, or the files that they name, list."""
     for flag in ("--data-args-path", "--per-split-data-args-path"):
         path = value_of(args, flag)
         if path is not None and not is_object_storage_path(path):
@@ -154,7 +154,7 @@ def split_shares(split: str | None) -> dict[str, tuple[float, float]]:
     """Where Megatron lets each split with a share begin and end, as fractions of the sequences.
 
     Raises:
-        ValueError: for a `--split` that is no list of up to three numbers.
+        ValueError: for a ``--split`` that is no list of up to three numbers.
     """
     numbers = [float(number) for number in re.findall(r"[.0-9]+", split or "")]
     if not 1 <= len(numbers) <= len(_SPLITS) or sum(numbers) == 0:

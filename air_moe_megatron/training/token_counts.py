@@ -1,4 +1,4 @@
-"""How frequent the token ids are: what `--moe-hash-balance frequency` balances the tables of hash routers by."""
+"""How frequent the token ids are: what ``--moe-hash-balance frequency`` balances the tables of hash routers by."""
 
 import argparse
 
@@ -44,7 +44,7 @@ def _balances_by_frequency(args: argparse.Namespace) -> bool:
 
 
 def count_token_ids(args: argparse.Namespace) -> torch.Tensor:
-    """Count the token ids: those of `--moe-hash-counts`, or in the training data.
+    """Count the token ids: those of ``--moe-hash-counts``, or in the training data.
 
     Of several data sets each has the part that Megatron blends it with: its weight, or its size. Reads at most 2^24
     tokens of each. Does not communicate.

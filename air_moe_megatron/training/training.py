@@ -1,4 +1,4 @@
-"""A training run: Megatron's `pretrain` with our flags, model configuration, checks and step boundary."""
+"""A training run: Megatron's ``pretrain`` with our flags, model configuration, checks and step boundary."""
 
 import argparse
 import contextlib
@@ -48,7 +48,7 @@ from air_moe_megatron.training.memory import check_memory
 from air_moe_megatron.training.token_counts import agreed_counts
 
 ARGS_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
-"""What this entry gives to Megatron's validation of arguments, as `pretrain_gpt.py` does."""
+"""What this entry gives to Megatron's validation of arguments, as ``pretrain_gpt.py`` does."""
 
 
 def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -78,7 +78,7 @@ def _refuse_command_line(message: str) -> NoReturn:
 
 
 def parse() -> tuple[argparse.Namespace, Ranks]:
-    """Parse the command line. With `--use-checkpoint-args` our fields come from the checkpoint too.
+    """Parse the command line. With ``--use-checkpoint-args`` our fields come from the checkpoint too.
 
     A flag of ours on the command line keeps its value. The checks of the checkpoint refuse it if it does not fit.
 
@@ -111,7 +111,7 @@ def provider_with(fields: dict[str, Any]) -> Callable[[argparse.ArgumentParser],
 
 
 def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridModelConfig:
-    """Build the configuration of the model: hybrid where `--hybrid-layer-pattern` is given, GPT otherwise.
+    """Build the configuration of the model: hybrid where ``--hybrid-layer-pattern`` is given, GPT otherwise.
 
     Raises:
         ValueError: naming the field, value and rule that the arguments break.
@@ -160,8 +160,8 @@ def run(
 
     Args:
         config: everything Megatron configures, the model included.
-        pretrain_func: `megatron.training.pretrain`, wrapped where in-process restart is on.
-        store: the `torch.distributed` store of in-process restart, or None.
+        pretrain_func: ``megatron.training.pretrain``, wrapped where in-process restart is on.
+        store: the ``torch.distributed`` store of in-process restart, or None.
         adapted: whether a layer is ours; otherwise Megatron runs without any of our adaptations of it.
         screen: where losses go too when standard output is a file, or None.
     """

@@ -1,4 +1,4 @@
-"""Choose AIR's sizes for a checkpoint: `python -m air_moe_megatron.tune --load CHECKPOINT --data-path PATH [--cpu]`.
+"""Choose AIR's sizes for a checkpoint: ``python -m air_moe_megatron.tune --load CHECKPOINT --data-path PATH [--cpu]``.
 
 The model's flags come from the checkpoint. See docs/tools.md.
 """
@@ -7,7 +7,7 @@ from air_moe_megatron.pretrain import run_quietly
 
 
 def main() -> None:
-    """Choose the device, then hand over to `tune.command.run`.
+    """Choose the device, then hand over to ``tune.command.run``.
 
     Raises:
         SystemExit: where a check refuses the start; one line says why.

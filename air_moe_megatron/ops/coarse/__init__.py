@@ -94,7 +94,7 @@ def assign_with_statistics(
         hidden, codewords, num_probes, allowed: as :func:`assign`.
         keep: [T] bool or None; tokens that count in the statistics (padding does not). All are assigned.
     Returns:
-        [T, P] int64 as :func:`assign`; [C, H + 3] fp32 as :func:`token_statistics`.
+        [T, P] int64 as :func:`assign``; [C, H + 3] fp32 as :func:``token_statistics`.
     Raises:
         ValueError: if shapes or dtypes do not fit.
 

@@ -1,4 +1,4 @@
-"""The coarse stage with torch operations: similarities of a block of tokens at a time, sums by `embedding_bag`."""
+"""The coarse stage with torch operations: similarities of a block of tokens at a time, sums by ``embedding_bag``."""
 
 import torch
 from torch.nn.functional import embedding_bag

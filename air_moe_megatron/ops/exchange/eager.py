@@ -1,4 +1,4 @@
-"""The exchange with torch operations: pairs sorted by rank, rows found by `nonzero_static`."""
+"""The exchange with torch operations: pairs sorted by rank, rows found by ``nonzero_static``."""
 
 from dataclasses import dataclass
 

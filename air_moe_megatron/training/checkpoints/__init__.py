@@ -74,7 +74,7 @@ def _unfit(args: argparse.Namespace, config: TransformerConfig, reports: list[di
 
 
 def fields_of_checkpoint(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    """Read our fields from the arguments that the checkpoint was saved with, for `--use-checkpoint-args`.
+    """Read our fields from the arguments that the checkpoint was saved with, for ``--use-checkpoint-args``.
 
     Args:
         args: Megatron's parsed arguments, not yet validated.

@@ -23,10 +23,10 @@ TRACKER = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _NON_PERSISTENT = "non_persistent"
-"""Folder within that of `--load`; Megatron keeps only the latest checkpoint in it."""
+"""Folder within that of ``--load``; Megatron keeps only the latest checkpoint in it."""
 
 _UNCHECKED_FORMATS = ("torch_dcp", "fsdp_dtensor")
-"""Formats of FSDP, which only plain top-k models train with (`entry_refusals.py`)."""
+"""Formats of FSDP, which only plain top-k models train with (``entry_refusals.py``)."""
 
 _METADATA = ".metadata"
 _COMMON_FILE = "common.pt"
@@ -102,8 +102,8 @@ def locate(args: argparse.Namespace) -> Location | None:
     """Find the checkpoint that Megatron will load.
 
     Returns:
-        its location; None for a run that starts from scratch (without `--load`, or with one that names the new or empty
-        folder of `--save`), and for formats that are not checked.
+        its location; None for a run that starts from scratch (without ``--load``, or with one that names the new or
+        empty folder of ``--save``), and for formats that are not checked.
     Raises:
         ValueError: if there is no checkpoint where a flag says, or the file that names the latest iteration is garbled.
     """
@@ -224,7 +224,7 @@ def _part_of_checkpoint(folder: str) -> str | None:
 
 
 def _starts_here(args: argparse.Namespace) -> bool:
-    """Whether `--load` names the folder of `--save`, where nothing is saved yet."""
+    """Whether ``--load`` names the folder of ``--save``, where nothing is saved yet."""
     if args.save is None or args.skip_train or args.exit_on_missing_checkpoint:
         return False
     return args.load == args.save or Path(args.load).resolve() == Path(args.save).resolve()
