@@ -2,13 +2,18 @@
 
 import argparse
 import enum
+import hashlib
+import importlib.metadata
 import json
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.package_info import __version__ as megatron_core_version
 
 _PER_RANK = ("rank", "local_rank", "load", "save", "pretrained_checkpoint", "ict_load", "bert_load", "tokenizer_model")
 """Arguments that may differ between ranks: their numbers, and paths whose names do not end like paths."""
@@ -88,16 +93,31 @@ def meet(args: argparse.Namespace) -> Ranks:
 
 
 def check_agreement(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Refuse a start in which ranks were given different flags: it would hang, or train different models.
+    """Refuse a start in which ranks have different flags or software: it would hang, or train different models.
 
     Called before Megatron makes process groups, whose sizes come from flags too. Every argument is compared, given or
-    default, except paths and names of files, which may differ from node to node.
+    default, except paths and names of files, which may differ from node to node; and all of :func:`software`.
 
     Raises:
-        ValueError: on every rank, naming the arguments that differ, with their values and ranks.
+        ValueError: on every rank, naming what differs, with the values and ranks.
     """
     own = {name: repr(value) for name, value in vars(args).items() if _must_agree(name, value)}
-    ranks.agree("arguments", own, _compare)
+    ranks.agree("arguments", own | software(), _compare)
+
+
+def software() -> dict[str, str]:
+    """Versions that all ranks must share, and a hash of our sources: checkouts of one version may differ."""
+    found = {"version of Python": platform.python_version(), "version of megatron.core": megatron_core_version}
+    for name in ("torch", "triton", "transformer_engine"):
+        try:
+            found[f"version of {name}"] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[f"version of {name}"] = "none"
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return found | {"hash of our sources": digest.hexdigest()[:12]}
 
 
 def _raise_first(found: list[str | None]) -> None:
@@ -115,7 +135,7 @@ def _must_agree(name: str, value: Any) -> bool:
 
 
 def _compare(arguments: list[dict[str, str]]) -> None:
-    """Raise if the arguments of a rank differ from those of rank 0."""
+    """Raise if the arguments or the software of a rank differ from those of rank 0."""
     first = arguments[0]
     differences: dict[str, dict[str, list[int]]] = {}  # name -> value -> ranks that were given it
     for rank, given in enumerate(arguments):
@@ -129,7 +149,7 @@ def _compare(arguments: list[dict[str, str]]) -> None:
             + ", ".join(f"{value} on rank {_abbreviate(ranks)}" for value, ranks in differences[name].items())
             for name in sorted(differences)
         )
-        raise ValueError("all ranks must be started with the same flags: " + "; ".join(described))
+        raise ValueError("all ranks must be started with the same flags and versions: " + "; ".join(described))
 
 
 def _abbreviate(ranks: list[int], limit: int = 8) -> str:

@@ -394,7 +394,7 @@ def test_ranks_with_different_flags_are_refused(pretrain, flag, value, differenc
     run = pretrain(*AIR, *EP2, "--train-iters", "1", succeeds=False, flags_of_rank={1: [flag, value]})
     assert run.returncode != 0
     assert run.steps == {}
-    assert run.output.count("error: all ranks must be started with the same flags: ") == 1
+    assert run.output.count("error: all ranks must be started with the same flags and versions: ") == 1
     assert re.search(rf"\b(?<!_){difference}", run.output)
 
 

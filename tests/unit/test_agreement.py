@@ -1,11 +1,13 @@
 """What rank 0 makes of all reports reaches every rank; ranks with other flags are named."""
 
 import argparse
+import importlib.metadata
 import threading
 
 import pytest
 import torch
 
+from air_moe_megatron.training import agreement
 from air_moe_megatron.training.agreement import Ranks, check_agreement
 from tests.processes import HANG_SECONDS
 
@@ -79,7 +81,28 @@ def test_other_flags_are_named_with_their_values_and_ranks():
     changes = {1: {"lr": 0.2}, 2: {"lr": 0.3, "extra": "x"}, **{rank: {"num_experts": 9} for rank in range(3, 13)}}
     outcomes = on_ranks(13, lambda ranks: check_agreement(given(ranks.rank, **changes.get(ranks.rank, {})), ranks))
     assert {str(outcome) for outcome in outcomes} == {
-        "all ranks must be started with the same flags: extra is unset on rank 0, 'x' on rank 2; "
+        "all ranks must be started with the same flags and versions: extra is unset on rank 0, 'x' on rank 2; "
         "lr is 0.1 on rank 0, 0.2 on rank 1, 0.3 on rank 2; "
         "num_experts is 8 on rank 0, 9 on rank 3, 4, 5, 6, 7, 8, 9, 10 and 2 more"
     }
+
+
+def test_other_versions_are_named(monkeypatch):
+    """Ranks are threads here, so which of the two has which version is a matter of luck."""
+    versions = iter(["2.11.0", "2.12.0"])
+    monkeypatch.setattr(agreement, "software", lambda: {"version of torch": next(versions)})
+    outcomes = on_ranks(2, lambda ranks: check_agreement(given(ranks.rank), ranks))
+    first, second = sorted(["2.11.0", "2.12.0"], key=lambda version: f"{version} on rank 1" in str(outcomes[0]))
+    expected = f"the same flags and versions: version of torch is {first} on rank 0, {second} on rank 1"
+    assert [str(outcome).endswith(expected) for outcome in outcomes] == [True, True]
+
+
+def test_a_change_in_our_sources_changes_their_hash(monkeypatch, tmp_path):
+    package = tmp_path / "package"
+    (package / "training").mkdir(parents=True)
+    (package / "layer.py").write_text("a = 1\n")
+    monkeypatch.setattr(agreement, "__file__", str(package / "training/agreement.py"))
+    before = agreement.software()
+    assert before == agreement.software() and before["version of torch"] == importlib.metadata.version("torch")
+    (package / "layer.py").write_text("a = 2\n")
+    assert {name for name, value in agreement.software().items() if value != before[name]} == {"hash of our sources"}
