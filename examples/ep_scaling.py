@@ -171,7 +171,7 @@ def read_run(folder: Path, warmup: int, node_gbytes: float) -> tuple[Setting, Ro
     if not set(HEALTH) <= set(figures) or figures[list(HEALTH)].dropna().empty:
         raise ValueError(
             f"{folder}: no scalars of routing health with dispatched bytes lie after the warm-up of {warmup} steps; "
-            "was it --moe-router-type air --moe-granular-experts --moe-dispatch compact?"
+            "was it --air-moe?"
         )
     dtype = argument("params_dtype")
     if dtype not in BYTES_OF_DTYPE:
