@@ -96,6 +96,7 @@ def test_a_converted_model_trains_on(again, pretrain):
     assert list(pretrain(*flags, "--no-load-optim", ranks=1).steps) == [STEPS + 1]
 
 
+@pytest.mark.long
 def test_replicated_to_sharded_and_back_keeps_all_of_the_model(convert, trained):
     sharded, output = convert(trained, "--moe-air-shard-experts", *EP2, ranks=2)
     assert "codebook, index, input_norm, weight kept" in output

@@ -238,7 +238,7 @@ def test_multi_node_with_a_process_each(two_nodes):
     assert (folder / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_multi_node_on_two_hosts_trains_as_on_one(two_nodes, namespaces, data_prefix, cpu_flags, tmp_path):
     """Each host has its own network namespace: its loopback leads nowhere else, and one link joins the two."""
     env = {**TWO_NODES, "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": 29500, "GLOO_SOCKET_IFNAME": "eth0"}

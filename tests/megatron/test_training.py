@@ -265,6 +265,7 @@ def test_a_checkpoint_brings_our_fields(pretrain, air_checkpoint, tmp_path):
     assert refused(other, "index.shortlist is [4, 8], so --moe-air-shortlist-size (4) must be 8")
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_ends_every_rank_and_the_one_before_loads(pretrain, tmp_path):
     flags = [*AIR, *EP2, "--load", tmp_path, *save_flags(tmp_path, 1), "--moe-air-diagnostics-interval", "2"]
     assert list(pretrain(*flags, "--train-iters", "2").steps) == [1, 2]  # a new folder that is also that of --save
@@ -363,6 +364,7 @@ def test_with_a_log_file_the_screen_gets_losses_and_health(pretrain, tmp_path, r
     assert ("routing health at iteration        3" in log.read_text()) == bool(router)
 
 
+@pytest.mark.long
 def test_every_set_is_validated_in_full_where_megatron_can(pretrain, data_prefix):
     data = ["--train-data-path", data_prefix, "--valid-data-path", data_prefix, "--train-iters", "1"]
     run = pretrain(*AIR, *data, "--full-validation", "--multiple-validation-sets", data=False)

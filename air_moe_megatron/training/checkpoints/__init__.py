@@ -15,7 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from air_moe_megatron.config import LAYOUT_FIELDS, AIRFields, Problems, problem_of, raise_first
 from air_moe_megatron.diagnostics.files import find_write_problem as find_diagnostics_problem
 from air_moe_megatron.training.agreement import Ranks
-from air_moe_megatron.training.checkpoints.checks import unfit_contents
+from air_moe_megatron.training.checkpoints.checks import check_schedule, unfit_contents
 from air_moe_megatron.training.checkpoints.reader import Damaged, Location, advice, locate, read
 from air_moe_megatron.training.checkpoints.saving import check_optimizer_resumes, check_room, find_write_problem
 
@@ -66,6 +66,7 @@ def _unfit(args: argparse.Namespace, config: TransformerConfig, reports: list[di
             with _naming(location):
                 checkpoint = read(location)
                 lacking = yield from unfit_contents(checkpoint, args, config)
+                yield from problem_of(check_schedule, checkpoint, args)
         except ValueError as error:
             yield error
     yield from problem_of(check_optimizer_resumes, args, checkpoint)

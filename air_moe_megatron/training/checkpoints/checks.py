@@ -63,7 +63,6 @@ def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
     yield from problem_of(_check_input_norm, checkpoint, getattr(config, "moe_router_input_norm", "none"))
     yield from problem_of(_check_expert_bias, checkpoint, config)
     yield from problem_of(_check_optimizer, checkpoint, args)
-    yield from problem_of(_check_schedule, checkpoint, args)
     if of_other_size or of_other_type:
         return []
     has_codebooks = checkpoint.has("router.codebook.codewords")
@@ -298,8 +297,12 @@ def _check_optimizer(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         )
 
 
-def _check_schedule(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Megatron goes on with the schedule of learning rate and weight decay that was saved, or with none."""
+def check_schedule(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Megatron goes on with the schedule of learning rate and weight decay that was saved, or with none.
+
+    Raises:
+        ValueError: naming the flags that differ, and those that choose between the schedules.
+    """
     saved_by = checkpoint.args
     chooses = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
     if saved_by is None or chooses or not loads_optimizer(args, checkpoint):
