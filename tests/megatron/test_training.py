@@ -301,6 +301,7 @@ def test_a_rank_that_does_not_see_the_checkpoint_ends_all(pretrain, topk_checkpo
     assert run.returncode == 2 and "Traceback" not in run.output
 
 
+@pytest.mark.long
 def test_legacy_checkpoints_are_refused_like_others(pretrain, tmp_path):
     pretrain("--train-iters", "1", "--ckpt-format", "torch", *save_flags(tmp_path, 1), ranks=1)
     granular = ["--moe-granular-experts", "--skip-train", "--train-iters", "1", "--load", tmp_path]

@@ -30,7 +30,7 @@ def worktrees() -> set[str]:
     return {line for line in listed.splitlines() if line.startswith("worktree ")}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_trees_are_timed_in_turn_and_the_other_one_is_removed(capsys):
     before = worktrees()
     sizes = "--experts 256 --hidden 16 --tokens 64 --topk 8 --repetitions 1 --warmup 0".split()
