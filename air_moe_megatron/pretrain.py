@@ -16,7 +16,7 @@ from typing import TextIO
 
 
 def main() -> None:
-    """Choose the device, then hand over to ``training.train``.
+    """Choose the device, then hand over to ``training.training.train``.
 
     Raises:
         SystemExit: where there is neither a GPU nor ``--cpu``, or a check refuses the start.

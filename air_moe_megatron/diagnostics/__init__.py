@@ -10,7 +10,7 @@ Communication, on all ranks alike, by the number of the step alone:
   router, one for another), and where token ids are at hand a gather of them (512 KiB for each AIR router);
 - after a measured step, for each sharded AIR router, over its D expert-parallel ranks: all-gathers of at most
   ``64 * D`` rows of tokens with P codewords and a number each, all-to-alls of ``4 * K + 7`` fp64 numbers for each of
-  these rows, and all-reduces of ``H + 3`` fp32 numbers (``recall.measure``);
+  these rows, and all-reduces of ``H + 3`` fp32 numbers (``diagnostics.recall.measure``);
 - after a measured step and before the first step, with several pipeline stages: an all-gather of Python objects over
   the pipeline of the last rank, which writes.
 """

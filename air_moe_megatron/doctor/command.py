@@ -227,7 +227,7 @@ def examine(flags: Sequence[str]) -> tuple[argparse.Namespace | None, Findings]:
 
 
 def _examine(found: Findings) -> argparse.Namespace | None:
-    """The checks in the order of ``training.train``."""
+    """The checks in the order of ``training.training.train``."""
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import parse_args
 
