@@ -71,6 +71,7 @@ def rows_per_token(num_experts: int, topk: int, ranks: int) -> float:
 def config_of(args: argparse.Namespace) -> TransformerConfig:
     """The transformer config of the planned layers, with our fields."""
     config = TransformerConfig(
+        moe_router_dtype="fp32",  # no formula depends on it; without it Megatron warns
         num_layers=args.layers,
         hidden_size=args.hidden,
         num_attention_heads=1,
