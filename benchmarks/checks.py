@@ -30,7 +30,8 @@ def same(name: str, found: torch.Tensor, expected: torch.Tensor, rtol=1e-4, atol
 def check_router(pg_collection, device) -> None:
     """With full lists AIRRouter must equal TopKRouter."""
     sizes = Sizes(experts=96, hidden=32, tokens=200, topk=8, clusters=6, shortlist=96, candidates=96)
-    topk, air = (make_router(kind, sizes, pg_collection, device) for kind in ("topk", "air"))
+    fields = {"moe_router_input_norm": "none"}  # TopKRouter has no norm
+    topk, air = (make_router(kind, sizes, pg_collection, device, **fields) for kind in ("topk", "air"))
     with torch.no_grad():
         air.weight.copy_(topk.weight)
     hidden, grad = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden), (sizes.tokens, sizes.experts))
@@ -70,24 +71,31 @@ def check_at_size(air, hidden: torch.Tensor, num_checked: int = 64) -> None:
     ids = routes.topk_ids[::every].long()
     candidates = air.index.shortlist[routes.codewords[::every]].flatten(1).long()  # [checked, P * L]
     with torch.no_grad():
-        scores = _scores(exact, air.weight, candidates)
+        scores = _scores(_normalized(air, exact), air.weight, candidates)
         ordered, slots = candidates.sort(dim=1)
         is_repeated = torch.nn.functional.pad(ordered.diff(dim=1) == 0, (1, 0))  # an expert of several lists
         best = scores.gather(1, slots).masked_fill(is_repeated, float("-inf")).topk(air.topk, dim=1).values
-        chosen = _scores(exact, air.weight, ids)
+        chosen = _scores(_normalized(air, exact), air.weight, ids)
     tolerance = (1e-5 if tokens.dtype == torch.float32 else _RMS_RATIO) * scores.square().mean().sqrt()
     are_distinct = (ids.sort(dim=1).values.diff(dim=1) > 0).all()
     are_listed = all(torch.isin(row, allowed).all() for row, allowed in zip(ids, candidates, strict=True))
     if not are_distinct or not are_listed or (chosen.sort(dim=1, descending=True).values < best - tolerance).any():
         raise AssertionError("the experts of some tokens are not the best of their shortlists")
     weight = air.weight[ids].float().detach().requires_grad_()  # [checked, K, H]
-    probs = torch.einsum("th,tkh->tk", exact, weight).softmax(dim=1)
+    scale = air.config.moe_router_topk_scaling_factor
+    probs = scale * torch.einsum("th,tkh->tk", _normalized(air, exact), weight).softmax(dim=1)
     probs.backward(grad[::every].float())
     expected = torch.zeros_like(weight_grad).index_add_(0, ids.flatten(), weight.grad.flatten(0, 1))
     same("probs", routes.probs[::every], probs)
     same("input grad", tokens.grad[::every], exact.grad)
     same("weight grad", weight_grad.to(tokens.dtype), expected)
     logger.info("check passed: %d tokens at the timed sizes equal a direct computation", ids.shape[0])
+
+
+def _normalized(router, tokens):
+    """[T, H] tokens as the router scores them."""
+    norm = getattr(router, "input_norm", None)  # Megatron's router has none
+    return tokens if norm is None else (tokens - norm.mean) / (norm.variance + 1e-5).sqrt().float()
 
 
 def _scores(tokens, weight, ids):
@@ -134,7 +142,8 @@ def check_layer(kind: str, pg_collection, device) -> None:
     if kind == "HierarchicalMoELayer":  # the baseline's own gates
         probs = router.route(flat).probs
     else:
-        probs = torch.einsum("th,tkh->tk", flat, router.weight[ids]).softmax(dim=1)
+        scores = torch.einsum("th,tkh->tk", _normalized(router, flat), router.weight[ids])
+        probs = router.config.moe_router_topk_scaling_factor * scores.softmax(dim=1)
     hidden_rows = torch.einsum("th,tkfh->tkf", flat, experts.weight1[ids])
     values = torch.nn.functional.gelu(hidden_rows) * probs.unsqueeze(2)
     expected = torch.einsum("tkf,tkfh->th", values, experts.weight2[ids]).view_as(exact)

@@ -4,6 +4,7 @@ Legend: T tokens, H hidden, E experts, C clusters, L shortlist, K top-k, F rows 
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
@@ -64,7 +65,8 @@ def add_sizes(parser, **defaults: int) -> None:
 def make_config(sizes: Sizes, router: str, compact: bool = False, **more):
     """Megatron's config with our fields, for a router alone, a layer or a model; the one place that makes it.
 
-    All routers balance by the auxiliary loss, as we recommend.
+    All routers have what ``--air-moe`` gives: the auxiliary loss, fp32 scores and probabilities that sum to half of the
+    top-k. AIR and hierarchical routing have its norm of the tokens too, which Megatron's own router lacks.
 
     Args:
         router: "air", "hierarchical", or "topk" for Megatron's own.
@@ -72,6 +74,7 @@ def make_config(sizes: Sizes, router: str, compact: bool = False, **more):
         more: fields that a benchmark sets beside these.
     """
     from air_moe_megatron import AIRMoEConfig
+    from air_moe_megatron.training.arguments import RECOMMENDED, recommended_scale
 
     sizes_of_router = {
         "air": {
@@ -83,14 +86,15 @@ def make_config(sizes: Sizes, router: str, compact: bool = False, **more):
         "hierarchical": {"moe_hierarchical_topk_groups": _GROUPS},
     }
     given = {
+        **RECOMMENDED,
         "num_layers": 1,
         "hidden_size": sizes.hidden,
         "num_attention_heads": 4,
         "num_moe_experts": sizes.experts,
         "moe_ffn_hidden_size": sizes.ffn,
         "moe_router_topk": sizes.topk,
+        "moe_router_topk_scaling_factor": recommended_scale(sizes.topk),
         "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": 0.01,
         "moe_router_dtype": "fp32" if sizes.routing_dtype == torch.float32 else None,
         "moe_token_dispatcher_type": "allgather" if compact else "alltoall",
         "add_bias_linear": False,
@@ -101,11 +105,13 @@ def make_config(sizes: Sizes, router: str, compact: bool = False, **more):
         "moe_granular_experts": compact,
         **sizes_of_router.get(router, {}),
     }
+    if router == "topk":
+        given["moe_router_input_norm"] = "none"
     return AIRMoEConfig(**{**given, **more})
 
 
-def make_router(kind: str, sizes: Sizes, pg_collection, device):
-    """A router on the device, with main_grad buffers: "air", "topk" or "product_key"."""
+def make_router(kind: str, sizes: Sizes, pg_collection, device, **fields):
+    """A router on the device, with main_grad buffers: "air", "topk" or "product_key"; ``fields`` of the config."""
     if kind == "product_key":
         torch.manual_seed(0)
         return _ready(ProductKeyRouter(*_product_keys(sizes)).to(sizes.dtype), device)
@@ -113,7 +119,7 @@ def make_router(kind: str, sizes: Sizes, pg_collection, device):
 
     from air_moe_megatron import AIRRouter
 
-    router = (AIRRouter if kind == "air" else TopKRouter)(make_config(sizes, kind), pg_collection)
+    router = (AIRRouter if kind == "air" else TopKRouter)(make_config(sizes, kind, **fields), pg_collection)
     router.set_layer_number(1)
     return _ready(router, device)
 
@@ -173,12 +179,24 @@ def inputs(sizes: Sizes, device, *shapes: tuple[int, ...]) -> list[torch.Tensor]
     ]
 
 
-def warm_up_codebook(router, hidden: torch.Tensor, num_updates: int = 3):
-    """Warm up the codebook of an AIR router with a few updates on the tokens, and build its lists.
+def warm_up_codebook(router, hidden: torch.Tensor):
+    """Warm up the norm and codebook of an AIR router with a few updates on the tokens, and build its lists.
 
-    The codebook does not depend on the experts. So a router with as few experts as possible learns it, and the lists of
-    the large router are built only once. The count of updates is set beyond the early phase of frequent rebuilds: the
-    lists stay for most of a refresh interval.
+    Returns:
+        the small router of :func:`learn_codebook`.
+    """
+    learner = learn_codebook(router, [hidden] * 3)
+    with torch.no_grad():
+        router.route(hidden)
+    return learner
+
+
+def learn_codebook(router, batches: Sequence[torch.Tensor]):
+    """Train the norm and codebook of an AIR router with one update for each of the batches of tokens.
+
+    They do not depend on the experts. So a router with as few experts as possible learns them, and the lists of the
+    large router are built only once, by its next forward. The count of updates is set beyond the early phase of
+    frequent rebuilds: the lists then stay for most of a refresh interval.
 
     Returns:
         the small router.
@@ -191,15 +209,15 @@ def warm_up_codebook(router, hidden: torch.Tensor, num_updates: int = 3):
     config.num_moe_experts = max(sizes.num_clusters, 2 * sizes.topk)
     config.moe_air_num_clusters, config.moe_air_shortlist_size = sizes.num_clusters, 2 * sizes.topk
     config.moe_air_num_candidates = 0
-    learner = type(router)(config, ProcessGroupCollection.use_mpu_process_groups()).to(hidden.device)
+    learner = type(router)(config, ProcessGroupCollection.use_mpu_process_groups()).to(batches[0].device)
     learner.set_layer_number(1)
-    for _ in range(num_updates):
-        learner.route(hidden)
+    for batch in batches:
+        learner.route(batch)
         update_codebooks(learner)
+    if router.input_norm is not None:
+        router.input_norm.load_state_dict(learner.input_norm.state_dict())
     learned = learner.codebook.state_dict()
     router.codebook.load_state_dict({**learned, "num_updates": torch.full((1,), router.index.refresh_interval**2 + 1)})
-    with torch.no_grad():
-        router.route(hidden)
     return learner
 
 

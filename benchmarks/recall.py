@@ -7,11 +7,12 @@ import torch
 
 from benchmarks import checks
 from benchmarks.measure import environment, world
-from benchmarks.models import Sizes, add_sizes, air_columns, make_router
+from benchmarks.models import Sizes, add_sizes, air_columns, learn_codebook, make_router
 
 logger = logging.getLogger(__name__)
 
 _DECAY = 1.5  # the i-th eigenvalue of the tokens' covariance is i^-1.5
+_SAMPLES = 16  # batches, of each of which a router keeps a sample of 64 tokens
 
 
 def add_arguments(parser) -> None:
@@ -20,35 +21,63 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> list[dict]:
-    """Learn a codebook from random tokens, build the lists of random centers, and compare with all scores.
+    """Learn norm and codebook from random tokens, build the lists of random centers, and compare with all scores.
 
-    A row for the sizes asked for, and one for one probe. Mass recall is the softmax mass that the lists hold.
+    The spectrum is that of the tokens as they are scored, so it lies along axes to which all features contribute alike:
+    the norm changes nothing there. A row for the sizes asked for, one for one probe, and one for tokens along random
+    axes, whose spectrum the norm flattens. Mass recall is the softmax mass that the lists hold.
     """
+    if args.hidden & (args.hidden - 1):
+        raise ValueError(f"--hidden ({args.hidden}) must be a power of two")
     with world() as (device, pg_collection):
         checks.check_router(pg_collection, device)
         sizes = Sizes.of(args)
-        cases = {"AIRRouter": sizes, "AIRRouter, one probe": replace(sizes, probes=1, shortlist=0)}
+        one_probe = replace(sizes, probes=1, shortlist=0)
+        generator = torch.Generator().manual_seed(1)
+        even, random = _even_axes(args.hidden), _random_axes(args.hidden, generator)
+        cases = {
+            "AIRRouter": (sizes, even),
+            "AIRRouter, one probe": (one_probe, even),
+            "AIRRouter, random axes": (sizes, random),
+        }
         rows = []
-        for name, case in cases.items():
+        for name, (case, axes) in cases.items():
             router = make_router("air", case, pg_collection, device)
-            mass, topk = _recall(router, case, args.updates, device)
+            mass, topk = _recall(router, case, axes, args.updates, device)
             logger.info("%s: %.3f of the exact top-k, %.3f of the mass", name, topk, mass)
             figures = {"topk_recall": round(topk, 4), "mass_recall": round(mass, 4), "updates": args.updates}
             rows.append({"case": name, **case.columns(), **air_columns(router), **figures, **environment(device)})
         return rows
 
 
-def _recall(router, sizes: Sizes, num_updates: int, device) -> tuple[float, float]:
-    from air_moe_megatron.diagnostics.recall import recall
-    from air_moe_megatron.ops.coarse import assign_with_statistics
+def _even_axes(size: int) -> torch.Tensor:
+    """[H, H] orthogonal, all of its numbers 1 or -1 over sqrt(H): a Hadamard matrix."""
+    axes = torch.ones(1, 1)
+    while axes.shape[0] < size:
+        axes = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), axes)
+    return axes / size**0.5
 
-    generator = torch.Generator().manual_seed(1)
+
+def _random_axes(size: int, generator: torch.Generator) -> torch.Tensor:
+    """[H, H] orthogonal."""
+    return torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
+
+
+def _recall(router, sizes: Sizes, axes: torch.Tensor, num_updates: int, device) -> tuple[float, float]:
+    from air_moe_megatron.diagnostics.recall import recall
+
+    generator = torch.Generator().manual_seed(2)
     deviations = torch.arange(1, sizes.hidden + 1) ** (-_DECAY / 2)
-    for _ in range(num_updates):
-        tokens = (torch.randn(sizes.tokens, sizes.hidden, generator=generator) * deviations).to(device, sizes.dtype)
-        _, statistics = assign_with_statistics(tokens, router.codebook.codewords, 1)
-        router.codebook.apply_update(statistics, True)
-    tokens = (torch.randn(sizes.tokens, sizes.hidden, generator=generator) * deviations).to(device, sizes.dtype)
-    router.route(tokens)  # a training forward, which keeps a sample of its tokens
+
+    def batch():
+        tokens = torch.randn(sizes.tokens, sizes.hidden, generator=generator) * deviations
+        return (tokens @ axes).to(device, sizes.dtype)
+
+    learn_codebook(router, [batch() for _ in range(num_updates)])
+    found = []
+    for _ in range(_SAMPLES):
+        router.route(batch())  # a training forward, which keeps a sample of its tokens
+        found.append(recall(router))
     checks.check_lists(router)
-    return recall(router)
+    mass, topk = (sum(figures) / _SAMPLES for figures in zip(*found, strict=True))
+    return mass, topk

@@ -95,15 +95,17 @@ def run(args) -> list[dict]:
 
 
 def codebook_update_run(learner):
-    """A function that updates a codebook with the statistics that it has now, and returns its seconds."""
+    """A function that updates norm and codebook with the statistics that they have now, and returns its seconds."""
     from air_moe_megatron.sync import update_codebooks
 
-    statistics = learner.codebook.statistics.clone()
+    kept = [(of_one.statistics, of_one.statistics.clone()) for of_one in learner.learners()]
+    device = learner.weight.device
 
     def run():
-        learner.codebook.statistics.copy_(statistics)  # an update uses them up
-        start = clock(statistics.device)
+        for statistics, values in kept:
+            statistics.copy_(values)  # an update uses them up
+        start = clock(device)
         update_codebooks(learner)
-        return {"total": clock(statistics.device) - start}
+        return {"total": clock(device) - start}
 
     return run

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         sub.add_argument("--slow-repetitions", type=int, default=3, help="counted runs of each slow baseline, at most")
         sub.add_argument("--warmup", type=int, default=1, help="uncounted runs before each counted one")
         sub.add_argument("--dtype", choices=("fp32", "bf16"), help="of tokens and weights; bf16 on a GPU, else fp32")
-        sub.add_argument("--router-dtype", choices=("model", "fp32"), default="model", help="of scores and probs")
+        sub.add_argument("--router-dtype", choices=("model", "fp32"), default="fp32", help="of scores and probs")
         sub.add_argument("--out", type=Path, help="CSV file to write the rows to")
     args = parser.parse_args(argv)
 

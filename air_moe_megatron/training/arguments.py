@@ -32,8 +32,13 @@ RECOMMENDED = {
     "moe_router_dtype": "fp32",
     "moe_aux_loss_coeff": 0.01,
 }
-"""What ``--air-moe`` gives where the command line gives nothing else; :func:`transformer_config_from_args` adds the
-scale of the probabilities, which follows from the top-k. Megatron's own default is the loss ``aux_loss``."""
+"""What ``--air-moe`` gives where the command line gives nothing else; :func:`transformer_config_from_args` adds
+:func:`recommended_scale`. Megatron's own default is the loss ``aux_loss``."""
+
+
+def recommended_scale(topk: int) -> float:
+    """The ``moe_router_topk_scaling_factor`` of ``--air-moe``: half of the top-k, and at least 1."""
+    return max(1.0, topk / 2)
 
 
 def add_air_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -62,7 +67,7 @@ def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
     """
     refuse_unused(args)
     if getattr(args, "air_moe", False) and args.moe_router_topk_scaling_factor is None:
-        args.moe_router_topk_scaling_factor = max(1.0, args.moe_router_topk / 2)
+        args.moe_router_topk_scaling_factor = recommended_scale(args.moe_router_topk)
         print_rank_0(f"> --air-moe: --moe-router-topk-scaling-factor {args.moe_router_topk_scaling_factor}")
     if is_plain_topk(args):
         return core_transformer_config_from_args(args)

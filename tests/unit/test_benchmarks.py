@@ -175,11 +175,17 @@ def test_every_benchmark_checks_before_it_measures(main, name, tmp_path, caplog,
 
 def test_recall_of_power_law_tokens(main, tmp_path, capsys):
     flags = "--experts 256 --hidden 16 --tokens 300 --topk 8 --updates 5".split()
-    default, one_probe = main(["recall", *flags, "--out", str(tmp_path / "rows.csv")])
-    assert (default["probes"], one_probe["probes"]) == (8, 1)
+    default, one_probe, flattened = main(["recall", *flags, "--out", str(tmp_path / "rows.csv")])
+    assert (default["probes"], one_probe["probes"], flattened["probes"]) == (8, 1, 8)
     assert 0 < one_probe["topk_recall"] < default["topk_recall"] <= 1
     assert 0 < one_probe["mass_recall"] < default["mass_recall"] <= 1
+    assert 0 < flattened["topk_recall"] < default["topk_recall"]
     assert "topk_recall" in capsys.readouterr().out and (tmp_path / "rows.csv").exists()
+
+
+def test_recall_refuses_a_hidden_size_without_even_axes(main):
+    with pytest.raises(ValueError, match=r"--hidden \(24\) must be a power of two"):
+        main(["recall", "--experts", "256", "--hidden", "24"])
 
 
 def test_dispatch_over_two_processes(main):

@@ -178,6 +178,16 @@ def test_one_flag_gives_all_recommended_settings(config_of, topk, scale):
     )
 
 
+def test_the_benchmarks_time_what_the_flag_gives(config_of):
+    from benchmarks.models import Sizes, make_config
+
+    timed = vars(make_config(Sizes(experts=256, hidden=16, tokens=8, topk=16), "air", compact=True))
+    of_flag = config_of("--air-moe", "--moe-router-topk", "16")
+    about_routing = {name for name in timed if name.startswith("moe_")}
+    assert len(about_routing) > 40
+    assert {name: timed[name] for name in about_routing} == {name: of_flag[name] for name in about_routing}
+
+
 @pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize(
     "given",
