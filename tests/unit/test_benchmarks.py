@@ -3,12 +3,13 @@
 import csv
 import dataclasses
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 
 from air_moe_megatron.config import AIRSizes
-from benchmarks import roofline, targets
+from benchmarks import roofline, tables, targets
 from benchmarks.roofline import Ceilings, Work
 
 LOGGERS = ("benchmarks", "air_moe_megatron")
@@ -231,3 +232,26 @@ def test_targets_are_judged_from_rows_of_the_sizes_asked_for(tmp_path):
     assert targets.judge(layer, "CPU", tmp_path) == ("1.2 x", "NO")
     write(1024, 8.5)
     assert targets.judge(layer, "CPU", tmp_path) == ("", "")
+
+
+def test_the_tables_of_the_results_are_those_of_their_rows():
+    folder = Path(tables.__file__).parent.parent / "docs/results"
+    text = (folder / "README.md").read_text()
+    assert text.count("<!-- ") == len(tables._MARK.findall(text)) > 10
+    assert tables.filled(text, folder) == text
+
+
+def test_a_table_is_made_of_the_rows_of_several_files(tmp_path):
+    for number, file in enumerate(("train.csv", "train_large.csv")):
+        cells = {"case": "GPT", "total_ms": 1234.56, "total_min_ms": 1000, "total_max_ms": 2000 + number}
+        cells |= {"forward_ms": "", "backward_ms": 0.4, "times_faster": 2, "bound_ms": 3, "times_bound": 4.567}
+        (tmp_path / file).write_text(",".join(cells) + "\n" + ",".join(map(str, cells.values())) + "\n")
+    mark = "<!-- rows of train.csv train_large.csv -->\n\n"
+    found = tables.filled(f"Before\n{mark}| old |\n|---|\n\n| other |\n", tmp_path)
+    lines = found.removeprefix(f"Before\n{mark}").split("\n")
+    assert lines[0].startswith("| | forward ms | backward ms | total ms (min - max) |") and lines[1] == "|---" * 7 + "|"
+    assert lines[2] == "| `GPT` | | 0 | 1,235 (1,000 - 2,000) | 2.00 | 3.0 | 4.57 |"
+    assert lines[3] == "| `GPT` | | 0 | 1,235 (1,000 - 2,001) | 2.00 | 3.0 | 4.57 |"
+    assert lines[4:] == ["", "| other |", ""]
+    with pytest.raises(ValueError, match="layer.csv has no rows"):
+        tables.filled("<!-- rows of layer.csv -->\n\n| old |\n", tmp_path)
