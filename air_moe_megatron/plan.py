@@ -89,6 +89,7 @@ def config_of(args: argparse.Namespace) -> TransformerConfig:
         moe_air_shortlist_size=args.shortlist,
         moe_air_num_probes=args.probes,
         moe_air_num_candidates=args.candidates,
+        moe_air_num_explored=args.explored,
         moe_air_refresh_interval=args.refresh_interval,
     )
     set_fields(config, fields)
@@ -150,7 +151,9 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     rows, pairs = args.tokens * sent, args.tokens * args.topk
     # Kept for the backward, of each layer: rows as received, scores and ids of the candidates, activations of pairs.
     kept = (
-        rows * args.hidden * number + args.tokens * sizes.num_candidates * 8 + pairs * args.ffn * number * projections
+        rows * args.hidden * number
+        + args.tokens * (sizes.num_candidates + sizes.num_explored) * 8
+        + pairs * args.ffn * number * projections
     )
     memory["activations of the routed path"] = float(kept * (1 if args.recompute else args.layers))
     memory["dispatch buffers"] = float(2 * rows * args.hidden * number + 2 * pairs * (_PAIR_ID + 4))
@@ -179,8 +182,10 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     collectives.append(Collective("gradients of the centers", _ring(group) * share, group, stride=shards))
     if is_sharded:
         width = min(sizes.num_candidates, sizes.num_probes * max(1, sizes.shortlist_size // ranks))
+        explored = -(-sizes.num_explored // ranks)  # of each owner
+        width += explored
         outward = steps * args.tokens * (ranks - 1) * (width * (4 + _PAIR_ID + 1) + 4 * sizes.num_probes)
-        gradients = steps * args.tokens * away * 4 * sizes.num_candidates
+        gradients = steps * args.tokens * away * 4 * (sizes.num_candidates + explored * ranks)
         name = "scores of the candidates, codewords, marks and gradients"
         collectives.append(Collective(name, outward + gradients, ranks, outward=outward))
     tokens = world * args.tokens * args.microbatches
@@ -234,7 +239,7 @@ def report(args: argparse.Namespace) -> tuple[str, bool]:
         f"{args.layers} {'layer' if args.layers == 1 else 'layers'} of {args.experts} experts, K = {args.topk}, "
         f"H = {args.hidden}, on {world} ranks, EP {args.ep}",
         f"AIR: {sizes.num_clusters} codewords, lists of {sizes.shortlist_size}, {sizes.num_probes} probes, "
-        f"{sizes.num_candidates} candidates",
+        f"{sizes.num_candidates} candidates" + (f", {sizes.num_explored} explored" if sizes.num_explored else ""),
         "",
         f"{'GiB per rank':52}{'replicated':>12}{'sharded':>12}",
     ]
@@ -291,6 +296,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("--shortlist", 0, "experts of a list; 0 is automatic"),
         ("--probes", 0, "lists searched; 0 is automatic"),
         ("--candidates", 0, "candidates with gradients; 0 is automatic"),
+        ("--explored", 0, "explored candidates of the balancing loss"),
         ("--refresh-interval", 20, "steps between rebuilds"),
     ):
         parser.add_argument(

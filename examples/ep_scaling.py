@@ -120,7 +120,8 @@ def predict(argument: Callable[[str], str], node_gbytes: float) -> Planned:
         "--node-gbytes": node_gbytes,
     }
     sizes = {"clusters": "num_clusters", "shortlist": "shortlist_size", "probes": "num_probes"}
-    for flag, name in {**sizes, "candidates": "num_candidates", "refresh-interval": "refresh_interval"}.items():
+    sizes |= {"candidates": "num_candidates", "explored": "num_explored", "refresh-interval": "refresh_interval"}
+    for flag, name in sizes.items():
         values[f"--{flag}"] = argument(f"moe_air_{name}")
     words = [str(word) for pair in values.items() for word in pair]
     words += ["--swiglu"] if argument("swiglu") == "True" else []

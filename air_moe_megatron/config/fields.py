@@ -50,6 +50,11 @@ class AIRFields:
     computed over where they take more than the top-k; only these get gradients. 0 chooses sqrt(experts), never fewer
     than two times the top-k, for source 'tokens', and all of them for 'experts'."""
 
+    moe_air_num_explored: int = 0
+    """Number of candidates R of a token beside the best M, drawn from its shortlists whatever their scores, for the
+    balancing losses alone: they stand for all other candidates, so that these losses reach every listed expert. At most
+    as many as the other candidates are."""
+
     moe_air_codebook_source: Literal["tokens", "experts"] = "tokens"
     """What the codebook is learned from: the directions of the 'tokens' (a shortlist holds the experts that score
     highest at the codeword), or of the 'experts' (an inverted file: each expert stands in one list)."""

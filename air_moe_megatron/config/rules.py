@@ -176,6 +176,9 @@ def _invalid_air(config: TransformerConfig) -> Problems[None]:
             f"moe_air_num_clusters ({config.moe_air_num_clusters}) must not exceed num_moe_experts ({num_experts}): "
             "searching such a codebook costs more than scoring every expert"
         )
+    if config.moe_air_num_explored < 0:
+        yield ValueError(f"moe_air_num_explored ({config.moe_air_num_explored}) must be at least 0")
+        return
     sizes = resolve_sizes(config)
     if sizes.num_probes > sizes.num_clusters:
         yield ValueError(

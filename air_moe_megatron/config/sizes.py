@@ -26,6 +26,7 @@ class AIRSizes:
     shortlist_size: int
     num_probes: int
     num_candidates: int
+    num_explored: int = 0
 
 
 def resolve_sizes(config: TransformerConfig) -> AIRSizes:
@@ -58,7 +59,11 @@ def resolve_sizes(config: TransformerConfig) -> AIRSizes:
     if num_candidates == 0:
         wanted = max(_automatic(math.sqrt(num_experts)), 2 * topk)
         num_candidates = min(wanted, searched) if from_tokens else searched
-    return AIRSizes(num_experts, topk, num_clusters, shortlist_size, num_probes, num_candidates)
+    num_parts = config.moe_air_list_parts
+    num_explored = num_parts * -(-config.moe_air_num_explored // num_parts)  # as many of each part
+    if num_explored > searched - num_candidates:
+        num_explored = (searched - num_candidates) // num_parts * num_parts
+    return AIRSizes(num_experts, topk, num_clusters, shortlist_size, num_probes, num_candidates, num_explored)
 
 
 def least_of_part(topk: int, num_parts: int) -> int:

@@ -111,6 +111,40 @@ def inverted_lists(codewords: torch.Tensor, weight: torch.Tensor, capacity: int)
     return lists.masked_fill(lists == num_experts, -1).int()
 
 
+@torch.no_grad()
+def draw_slots(codewords: torch.Tensor, shortlist_size: int, number: int, turn: int) -> torch.Tensor:
+    """Draw slots of the lists that each token searches: one of each ``number``-th of them, others for every turn.
+
+    The draw follows from the token's codewords, not from its place in the batch: however a batch is spread over ranks,
+    its tokens draw the same.
+
+    Args:
+        codewords: [T, P] int64, of each token.
+        shortlist_size: L.
+        number: R, at most P * L.
+        turn: a count that goes up, of updates.
+    Returns:
+        [T, R] int64, of the P * L slots of each token.
+    """
+    total = codewords.shape[1] * shortlist_size
+    mixed = (codewords + 1) * 0x9E3779B1 % 2**32
+    mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77 % 2**32
+    offset = (mixed ^ (mixed >> 13)).sum(dim=1, keepdim=True) + turn * 0x27D4EB2F
+    first = torch.arange(number, device=codewords.device) * total // number
+    return (first + offset) % total
+
+
+@torch.no_grad()
+def without_repeats(drawn: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """[T, R] ids ``drawn``, with -1 for those that stand in the same row of ``others`` [T, M], or earlier in theirs."""
+    kept = drawn.clone()
+    for column in range(drawn.shape[1]):
+        ids = drawn[:, column : column + 1]
+        is_repeat = (others == ids).any(dim=1) | (drawn[:, :column] == ids).any(dim=1)
+        kept[:, column].masked_fill_(is_repeat, -1)
+    return kept
+
+
 def balanced_lists(num_clusters: int, shortlist_size: int, num_experts: int, device: torch.device) -> torch.Tensor:
     """Lists of consecutive experts, spread evenly over the ids whatever the weights; for load tests.
 

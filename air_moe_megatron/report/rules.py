@@ -76,12 +76,12 @@ RULES = (
         above=0.25,
         words="{:.0%} of the experts unused",
         remedies={
-            "air": f"raise --moe-air-num-candidates, or {_BALANCE}",
+            "air": f"raise --moe-air-num-explored, or {_BALANCE}",
             "hash": "lower --num-experts: more experts than --moe-router-topk times the token ids stay unused",
             "": _BALANCE,
         },
-        reason="in the study 90% and more were in use where the balance loss saw enough candidates, and 77% where it "
-        "saw only the best 64 of 512",
+        reason="an expert learns only where the balance loss sees it: of 16,384 experts 87% are in use with eight "
+        "explored candidates, and 62% without",
     ),
     Rule(
         name="experts unlisted",

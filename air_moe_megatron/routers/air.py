@@ -22,12 +22,14 @@ from air_moe_megatron.config import balancing_losses, resolve_sizes
 from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.index import NUM_FULL_REBUILDS, ShortlistIndex, num_rebuilds, rebuild_products
 from air_moe_megatron.learned.learner import Learner
-from air_moe_megatron.learned.lists import balanced_lists, reserved_slots
+from air_moe_megatron.learned.lists import balanced_lists, draw_slots, reserved_slots, without_repeats
 from air_moe_megatron.learned.recomputation import hidden_from_checkpoints
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_topk
+from air_moe_megatron.ops.selected_scores import selected_scores
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import RouterFlops
+from air_moe_megatron.routers.losses import Explored
 from air_moe_megatron.routers.observation import CodewordCounter
 from air_moe_megatron.routers.token_ids import ids_in_order
 
@@ -112,7 +114,7 @@ class AIRRouter(CompactRouter):
             shortlist, codewords = self._coarse(hidden, padding_mask)  # [C, L], [T, P]
         logits, ids = self._candidates(hidden, shortlist, codewords)
         if self._all_scores_matter():
-            routes = self._choose_among(logits, ids.long(), padding_mask, batch_size)
+            routes = self._choose_among(logits, ids.long(), padding_mask, batch_size, self._explored())
         else:  # the candidates are the top-k
             routes = Routes(ids, self._probs_of(logits), columns=_columns(logits))
         probs = routes.probs if self.always_complete else routes.probs.masked_fill(routes.topk_ids < 0, 0.0)
@@ -137,8 +139,8 @@ class AIRRouter(CompactRouter):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Score the probed lists, and keep the best experts that probabilities and losses may see.
 
-        Where only the selected scores reach the loss, these are the top-k; otherwise the best M. A load test draws
-        among all of them.
+        Where only the selected scores reach the loss, these are the top-k; otherwise the best M, and at the end R
+        explored ones for balancing losses. A load test draws among all of them.
 
         Returns:
             [T, N] logits with their gradients, random ones in a load test; [T, N] int32 expert ids, -1 for no
@@ -149,7 +151,8 @@ class AIRRouter(CompactRouter):
             num_candidates = codewords.shape[1] * shortlist.shape[1]
         else:
             num_candidates = self.sizes.num_candidates if self._all_scores_matter() else self.topk
-        logits, ids = self._score(hidden, shortlist, codewords, num_candidates)
+        explored = self._explored()
+        logits, ids = self._score(hidden, shortlist, codewords, num_candidates, explored.number if explored else 0)
         if is_load_test:
             ids, order = ids.sort(dim=1)
             logits = apply_random_logits(logits.gather(1, order)).masked_fill(ids < 0, float("-inf"))
@@ -157,11 +160,30 @@ class AIRRouter(CompactRouter):
             logits = logits.masked_fill(ids < 0, _NEXT_TO_NOTHING)
         return logits, ids
 
+    def _explored(self) -> Explored | None:
+        """The explored candidates that end each token's, or None.
+
+        Not whether a loss sees them now, as in :meth:`_all_scores_matter`.
+        """
+        is_seen = self.training and self.is_aux_loss_enabled() and not self.config.moe_router_force_load_balancing
+        if not is_seen or not self.sizes.num_explored:
+            return None
+        searched = self.sizes.num_probes * self.sizes.shortlist_size
+        return Explored(self.sizes.num_explored, searched / self.sizes.num_explored)
+
     def _score(
-        self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor, num_candidates: int
+        self,
+        hidden: torch.Tensor,
+        shortlist: torch.Tensor,
+        codewords: torch.Tensor,
+        num_candidates: int,
+        num_explored: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, N] scores of the best candidates with their gradients, [T, N] int32 expert ids, -1 for no candidate."""
-        return fine_topk(
+        """[T, N] scores of the best candidates with their gradients, [T, N] int32 expert ids, -1 for no candidate.
+
+        The last ``num_explored`` are drawn from the lists.
+        """
+        best, best_ids = fine_topk(
             hidden,
             self.weight,
             self.bias,
@@ -172,6 +194,30 @@ class AIRRouter(CompactRouter):
             score_function=None if self.expert_bias is None else self.score_function,
             expert_bias=self.expert_bias,
         )
+        if not num_explored:
+            return best, best_ids
+        with torch.no_grad():
+            drawn = without_repeats(self._draw(shortlist, codewords, num_explored), best_ids)
+            scores = self._scores_of(hidden, drawn, best.dtype)
+        scores = selected_scores(hidden, self.weight, self.bias, drawn, scores)
+        return torch.cat((best, scores), dim=1), torch.cat((best_ids, drawn), dim=1)
+
+    def _draw(self, shortlist: torch.Tensor, codewords: torch.Tensor, number: int) -> torch.Tensor:
+        """[T, number] int32 experts drawn from the lists, as many of each part of a list."""
+        num_parts = self.config.moe_air_list_parts * shortlist.shape[1] // self.sizes.shortlist_size  # on this rank
+        size = shortlist.shape[1] // num_parts
+        slots = draw_slots(codewords, size, number // num_parts, self.codebook.updates_on_host)
+        lists = codewords.gather(1, slots // size)
+        first = torch.arange(num_parts, device=slots.device) * size
+        return shortlist[lists.unsqueeze(2), (slots % size).unsqueeze(2) + first].flatten(1)
+
+    def _scores_of(self, hidden: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[T, n] scores of the experts ``ids`` [T, n], -inf for the id -1; a column of experts at a time."""
+        columns = []
+        for expert in ids.clamp(min=0).unbind(dim=1):
+            column = (hidden.to(dtype) * self.weight[expert].to(dtype)).sum(dim=1)
+            columns.append(column if self.bias is None else column + self.bias[expert].to(dtype))
+        return torch.stack(columns, dim=1).masked_fill(ids < 0, float("-inf"))
 
     def _probs_of(self, selected: torch.Tensor) -> torch.Tensor:
         """[T, K] probs of selected scores [T, K]; only where no other score enters them."""
@@ -243,6 +289,8 @@ class AIRRouter(CompactRouter):
     ) -> RouterFlops:
         """As the base's: 2H(C + PL) forward, 4HK backward, or 4HM where every candidate's score gets gradients.
 
+        With balancing losses R explored candidates are scored too, and get gradients: 2HR and 4HR.
+
         The ranks share a rebuild of lists, ``2CH(C + nL + E/R)`` of n lists and R turns (``learned/index.py``). The
         first two of a training are in full and by every rank, ``2CEH``. With source 'experts' every rank makes them all
         for its own tokens: ``2CEH`` for the lists, and as much for the k-means step that assigns the experts anew.
@@ -263,7 +311,8 @@ class AIRRouter(CompactRouter):
             refresh = 2 * hidden * products_per_step / tokens_per_batch
         searched = sizes.num_clusters + sizes.num_probes * sizes.shortlist_size
         with_gradient = sizes.num_candidates if _all_scores_matter(config) else config.moe_router_topk
-        return RouterFlops(2 * hidden * searched, 4 * hidden * with_gradient, refresh)
+        explored = sizes.num_explored if balancing_losses(config) else 0
+        return RouterFlops(2 * hidden * (searched + explored), 4 * hidden * (with_gradient + explored), refresh)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None

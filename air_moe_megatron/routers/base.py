@@ -27,7 +27,7 @@ from air_moe_megatron.learned.recomputation import ForwardCounter, hidden_from_c
 from air_moe_megatron.learned.running_norm import RunningNorm
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.routers.flops import RouterFlops
-from air_moe_megatron.routers.losses import RouterLosses
+from air_moe_megatron.routers.losses import Explored, RouterLosses
 from air_moe_megatron.routers.row_exchange import ShardedRows
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -271,13 +271,23 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         raise NotImplementedError
 
     def _choose_among(
-        self, logits: torch.Tensor, ids: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int
+        self,
+        logits: torch.Tensor,
+        ids: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        batch_size: int,
+        explored: Explored | None = None,
     ) -> Routes:
-        """The best K of each token's candidates, by logits [T, M] with expert ids [T, M], as Megatron chooses."""
-        logits = self.apply_z_loss(logits, padding_mask=padding_mask)
-        probs, columns = self._select(logits, ids)
+        """The best K of each token's candidates, by logits [T, N] with expert ids [T, N], as Megatron chooses.
+
+        The explored ones, at the end, are for the balancing losses alone.
+        """
+        num_best = logits.shape[1] - (0 if explored is None else explored.number)
+        best = self.apply_z_loss(logits[:, :num_best], padding_mask=padding_mask)
+        probs, columns = self._select(best, ids[:, :num_best])
         if self._needs_aux_scores():
-            probs = self._attach_aux_losses(probs, logits, ids, padding_mask, batch_size)
+            logits = best if explored is None else torch.cat((best, logits[:, num_best:]), dim=1)
+            probs = self._attach_aux_losses(probs, logits, ids, padding_mask, batch_size, explored)
         return Routes(ids.gather(1, columns).int(), probs, columns=columns)
 
     def _select(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,8 @@ weighs the same.
 Legend: U groups of tokens, one or as many as sequences; others as in ``ops/__init__.py``. Token t is of group t % U.
 """
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
@@ -26,6 +28,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.compat import get_moe_metrics_tracker
 from air_moe_megatron.learned.recomputation import hidden_from_checkpoints
+from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 
 # Megatron's balancing losses, and their names in its logs.
@@ -34,6 +37,14 @@ _BALANCING_LOSSES = {
     "seq_aux_loss": "seq_load_balancing_loss",
     "global_aux_loss": "global_load_balancing_loss",
 }
+
+
+@dataclass(frozen=True)
+class Explored:
+    """The last candidates of each token, which are drawn and not the best: the balancing losses alone see them."""
+
+    number: int  # R
+    stands_for: float  # slots of the token's lists, for each of them
 
 
 class RouterLosses(TopKRouter):
@@ -64,9 +75,23 @@ class RouterLosses(TopKRouter):
     def _needs_aux_scores(self) -> bool:
         return self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled()
 
-    def _aux_scores(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, M] bool, whether a candidate is selected, and [T, M] scores, which sum to one for a token."""
-        return compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
+    def _aux_scores(self, logits: torch.Tensor, explored: Explored | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, N] bool, whether a candidate is selected, and [T, N] scores, which sum to one for a token.
+
+        N is M, or M + R where the last candidates are explored. These are never selected, and each counts for as many
+        as it stands for: sums over them estimate those over all candidates beyond the best M.
+        """
+        if explored is None:
+            return compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
+        num_best = logits.shape[1] - explored.number
+        selected, _ = compute_routing_scores_for_aux_loss(logits[:, :num_best], self.topk, self.score_function)
+        selected = torch.nn.functional.pad(selected, (0, explored.number))
+        numbers = torch.ones(logits.shape[1], dtype=torch.float32, device=logits.device)
+        numbers[num_best:] = explored.stands_for
+        if self.score_function == "softmax":
+            return selected, torch.softmax(logits + numbers.log(), dim=-1, dtype=torch.float32)
+        scores = SCORE_FUNCTIONS[self.score_function](logits.float()) * numbers
+        return selected, scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
 
     def _attach_aux_losses(
         self,
@@ -75,19 +100,21 @@ class RouterLosses(TopKRouter):
         ids: torch.Tensor | None,
         padded: torch.Tensor | None,
         batch_size: int,
+        explored: Explored | None = None,
     ) -> torch.Tensor:
-        """Attach the balancing losses, in O(T*M + E).
+        """Attach the balancing losses, in O(T*N + E).
 
         Args:
             probs: [T, K]; the losses are attached to them.
-            logits: [T, M] of the candidates.
-            ids: [T, M] int64 experts of the candidates, -1 for none; None if the candidates are all experts in order.
+            logits: [T, N] of the candidates.
+            ids: [T, N] int64 experts of the candidates, -1 for none; None if the candidates are all experts in order.
             padded: [T] bool, True for tokens that do not count; None if all do.
             batch_size: number of sequences.
+            explored: which of the candidates are; None if none.
         Returns:
             [T, K], the probs with the losses attached.
         """
-        selected, scores = self._aux_scores(_without(logits, padded))
+        selected, scores = self._aux_scores(_without(logits, padded), explored)
         selected, scores = _without(selected, padded), _without(scores, padded)
         if ids is not None:
             absent = ids < 0

@@ -42,6 +42,7 @@ from air_moe_megatron.learned.running_norm import EPSILON, RunningNorm, batch_su
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import RouterFlops
+from air_moe_megatron.routers.losses import Explored
 
 
 class ProductKeyRouter(CompactRouter):
@@ -181,7 +182,7 @@ class ProductKeyRouter(CompactRouter):
         columns = columns.view(-1, heads, topk) + first
         return probs.view(-1, self.topk), columns.view(-1, self.topk)
 
-    def _aux_scores(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _aux_scores(self, logits: torch.Tensor, explored: Explored | None) -> tuple[torch.Tensor, torch.Tensor]:
         """As the base's. Each head routes for itself; the scores are averaged over heads."""
         selected, scores = compute_routing_scores_for_aux_loss(
             self._per_head(logits), self.sizes.topk_per_head, self.score_function

@@ -5,7 +5,8 @@ expert is on its rank: center, slots in the lists, their rebuild. A forward, ove
 
 1. the tokens' codewords are found at home; rows and codewords go to all ranks (all-gathers)
 2. each rank scores its parts of the lists, and keeps the best n of every row
-3. scores and ids return (all-to-alls); the home chooses the best M of D * n, and of these the top-k
+3. scores and ids return (all-to-alls); the home chooses the best M of D * n, and of these the top-k; explored
+   candidates, drawn by the owners from their parts of the lists, travel with them
 4. the owners learn which were kept and selected (an all-to-all of bytes), and the dispatcher sends the probs
 
 The candidates are those of a replicated router with as many parts of the lists, whatever D is.
@@ -24,6 +25,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.learned.index import ShortlistIndex
+from air_moe_megatron.learned.lists import without_repeats
 from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
 from air_moe_megatron.process_groups import sum_over_ranks
@@ -122,7 +124,12 @@ class ShardedAIRRouter(AIRRouter):
         return super()._as_scored(hidden)
 
     def _score(
-        self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor, num_candidates: int
+        self,
+        hidden: torch.Tensor,
+        shortlist: torch.Tensor,
+        codewords: torch.Tensor,
+        num_candidates: int,
+        num_explored: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The best candidates of all ranks; communicates, and waits for the numbers of tokens of the ranks."""
         sizes = {
@@ -130,6 +137,7 @@ class ShardedAIRRouter(AIRRouter):
             "bytes per hidden number": hidden.element_size(),
             "moe_air_num_probes": codewords.shape[1],
             "candidates": num_candidates,
+            "explored candidates": num_explored,
             "experts per rank": self.num_local_experts,
         }
         exchange = RowExchange(self.ep_group, hidden.shape[0], sizes, hidden.device)
@@ -138,33 +146,52 @@ class ShardedAIRRouter(AIRRouter):
         scored = super()._as_scored(rows)
         function = None if self.expert_bias is None else self.score_function
         with torch.no_grad():
+            codewords = exchange.gather(codewords.int()).long()  # [R, P]
             width = min(num_candidates, codewords.shape[1] * shortlist.shape[1])
             scores, local_ids = fine_topk(
                 scored,
                 self.weight,
                 self.bias,
                 shortlist,
-                exchange.gather(codewords.int()).long(),
+                codewords,
                 width,
                 self._router_dtype(hidden),
                 score_function=function,
                 expert_bias=self._of_own_experts(self.expert_bias),
             )
+            if num_explored:
+                drawn = self._draw(shortlist, codewords, num_explored // exchange.num_ranks)
+                scores = torch.cat((scores, self._scores_of(scored, drawn, scores.dtype)), dim=1)
+                local_ids = torch.cat((local_ids, drawn), dim=1)
             sharded = ShardedRows(
                 exchange, rows, local_ids, self.num_local_experts, codewords.shape[1], scores.element_size()
             )
             scores, ids = exchange.to_homes(scores), exchange.to_homes(local_ids)  # [D, T, n]
             first = torch.arange(exchange.num_ranks, dtype=ids.dtype, device=ids.device) * self.num_local_experts
             ids = torch.where(ids < 0, ids, ids + first.view(-1, 1, 1))
-            scores, ids = (values.transpose(0, 1).flatten(1) for values in (scores, ids))  # [T, D * n]
-            ranks = scores
-            if function is not None:
-                ranks = SCORE_FUNCTIONS[function](scores) + self.expert_bias[ids.clamp(min=0)]
-                ranks = ranks.masked_fill(ids < 0, float("-inf"))
-            slots = ranks.topk(num_candidates, dim=1, sorted=False).indices
-            scores, ids = scores.gather(1, slots), ids.gather(1, slots)
+            scores, ids = (values.transpose(0, 1) for values in (scores, ids))  # [T, D, n]
+            slots = self._best_slots(scores[:, :, :width], ids[:, :, :width], num_candidates, sharded.width)
+            scores, ids = scores.flatten(1), ids.flatten(1)  # [T, D * n]
+            best_ids = ids.gather(1, slots)
+            if num_explored:
+                of_rank = torch.arange(width, sharded.width, device=slots.device)
+                of_ranks = (torch.arange(exchange.num_ranks, device=slots.device) * sharded.width).unsqueeze(1)
+                drawn = (of_ranks + of_rank).flatten()
+                slots = torch.cat((slots, drawn.expand(slots.shape[0], -1)), dim=1)
+                ids = torch.cat((best_ids, without_repeats(ids[:, drawn], best_ids)), dim=1)
+            else:
+                ids = best_ids
+            scores = scores.gather(1, slots).masked_fill(ids < 0, float("-inf"))
         self._chosen = sharded, slots, ids >= 0
         return sharded.attach(scored, self.weight, scores), ids
+
+    def _best_slots(self, scores: torch.Tensor, ids: torch.Tensor, number: int, stride: int) -> torch.Tensor:
+        """[T, number] slots of the best of the owners' candidates [T, D, n], where each owner has ``stride`` slots."""
+        if self.expert_bias is not None:
+            scores = SCORE_FUNCTIONS[self.score_function](scores) + self.expert_bias[ids.clamp(min=0)]
+            scores = scores.masked_fill(ids < 0, float("-inf"))
+        best, width = scores.flatten(1).topk(number, dim=1, sorted=False).indices, scores.shape[2]
+        return best // width * stride + best % width
 
     def count_step(self, group: torch.distributed.ProcessGroup | None) -> None:
         """As the base's; the ranks that hold the same experts share the rebuild of their lists."""

@@ -27,6 +27,7 @@ SCENARIOS = {
     "expert-bias-with-losses": dict(moe_router_score_function="sqrtsoftplus", **BIASED, **ALL_LOSSES),
     "sequence-losses": dict(moe_router_load_balancing_type="seq_aux_loss", moe_aux_loss_coeff=0.3),
     "global-losses": dict(moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=0.3),
+    "explored": dict(moe_air_num_candidates=4, moe_air_num_explored=8, **ALL_LOSSES),
     "padding": ALL_LOSSES,
     "no-tokens-on-odd-ranks": {},
     "full-lists": dict(moe_air_shortlist_size=64, moe_air_num_probes=1, moe_air_num_clusters=8),
@@ -37,7 +38,10 @@ SCENARIOS = {
 }
 if Version(megatron_core_version) < Version("0.18"):  # it has no score function sqrtsoftplus
     del SCENARIOS["expert-bias-with-losses"]
-OF_ONE_RANK = ("topk-only", "losses", "input-norm", "expert-bias", "padding", "no-tokens-on-odd-ranks", "full-lists")
+OF_ONE_RANK = (
+    *("topk-only", "losses", "input-norm", "expert-bias", "explored", "padding", "no-tokens-on-odd-ranks"),
+    "full-lists",
+)
 """Whose microbatches do not depend on one another, so that one rank can run those of all ranks one after another."""
 SAMPLED = ("topk-only", "input-norm", "expert-bias", "padding", "no-tokens-on-odd-ranks")
 LAYOUTS = [
@@ -365,7 +369,7 @@ def test_bytes_of_every_collective_are_those_of_the_formula(ranks):
     rows = num_ranks * TOKENS * 16 * 4
     width = min(16, 2 * 16 // num_ranks)  # candidates that an owner returns
     codewords, numbers, marks = num_ranks * TOKENS * 2 * 4, num_ranks * TOKENS * width * 4, num_ranks * TOKENS * width
-    probs, kept, sizes, invalid = TOKENS * 4 * 4, TOKENS * 16 * 4, num_ranks * 6 * 8, num_ranks * 8
+    probs, kept, sizes, invalid = TOKENS * 4 * 4, TOKENS * 16 * 4, num_ranks * 7 * 8, num_ranks * 8
     for found in (results["traffic"] for results in ranks):
         pairs = 4 * found["pairs"]  # of the probs' gradients, on their way home
         if num_ranks > 1:

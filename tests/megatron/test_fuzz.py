@@ -39,6 +39,7 @@ FLAGS = {
     "moe-air-shortlist-size": [None, None, 8, 16, 1, 100],
     "moe-air-num-probes": [None, None, 1, 2, 4, 64],
     "moe-air-num-candidates": [None, None, 4, 8, 1],
+    "moe-air-num-explored": [None, 4, 8, -1],
     "moe-air-shortlist-source": [None, None, "tokens", "experts"],
     "moe-air-refresh-interval": [None, 1, 3, -1],
     "moe-air-diagnostics-interval": [None, 1, 0, -5],

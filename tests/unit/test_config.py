@@ -53,6 +53,7 @@ REFUSED = {
         dict(moe_air_num_candidates=1),
         ["moe_air_num_candidates (1)", "between moe_router_topk (4)"],
     ),
+    "explored-negative": (dict(moe_air_num_explored=-1), ["moe_air_num_explored (-1)", "at least 0"]),
     "candidates-more-than-searched": (
         dict(moe_air_num_candidates=33, moe_air_num_probes=2, moe_air_shortlist_size=16),
         ["moe_air_num_candidates (33)", "moe_air_num_probes (2) times moe_air_shortlist_size (16)"],

@@ -135,14 +135,16 @@ def test_values_that_cannot_be_are_refused_by_name(flags, words, capsys):
     assert re.search(words, capsys.readouterr().err)
 
 
-def test_what_a_sharded_layout_sends_is_what_its_document_says():
+@pytest.mark.parametrize("explored", (0, 100))
+def test_what_a_sharded_layout_sends_is_what_its_document_says(explored):
     """The formulas of docs/sharded-routing.md, without the share of the bytes that stays on the rank."""
-    args = parsed(*LARGE)
+    args = parsed(*LARGE, "--explored", str(explored))
     sent = {one.name.split()[0]: one.num_bytes for one in plan.predict(args, is_sharded=True).collectives}
     ranks, tokens, topk, probes, candidates = args.ep, args.tokens, args.topk, 8, 1024
-    kept = min(8 * 576 // ranks, candidates)
+    kept = min(8 * 576 // ranks, candidates) + -(-explored // ranks)
     assert sent["scores"] == pytest.approx(
-        (ranks - 1) * tokens * (4 * probes + 9 * kept) + (ranks - 1) / ranks * 4 * tokens * candidates
+        (ranks - 1) * tokens * (4 * probes + 9 * kept)
+        + (ranks - 1) / ranks * 4 * tokens * (candidates + -(-explored // ranks) * ranks)
     )
     assert sent["pairs"] == pytest.approx((ranks - 1) / ranks * 8 * tokens * topk)
     assert sent["rows"] == pytest.approx(4 * (ranks - 1) * tokens * args.hidden * 2)

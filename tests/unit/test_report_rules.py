@@ -79,8 +79,7 @@ def test_one_sick_layer_is_named_alone(tmp_path):
         record["layers"][1]["experts_used"] = 0.69
     (finding,) = found(tmp_path, records).values()
     assert finding.text == (
-        "layer 2: 31% of the experts unused, since step 20: "
-        "raise --moe-air-num-candidates, or raise --moe-aux-loss-coeff"
+        "layer 2: 31% of the experts unused, since step 20: raise --moe-air-num-explored, or raise --moe-aux-loss-coeff"
     )
 
 
