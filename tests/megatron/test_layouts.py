@@ -38,6 +38,7 @@ SHARED = {
     "loss over sequences": ["--moe-router-load-balancing-type", "seq_aux_loss"],
     "first layers by hash": ["--moe-num-hash-layers", "2"],
     "loss over all ranks": ["--moe-router-load-balancing-type", "global_aux_loss"],
+    "explored candidates": ["--moe-air-num-candidates", "4", "--moe-air-num-explored", "4"],
 }
 LAYOUTS = {
     # name: (ranks, flags beside those of one rank)
@@ -59,7 +60,7 @@ LAYOUTS = {
 # Sharded routing: the reference has its lists in parts too, and replicated centers.
 PARTS = ["--moe-air-list-parts", "4"]
 OF_SHARDED = ("input norm", "bf16", "fp16", "loss per token", "multi-token prediction", "shared expert", "expert bias",
-              "loss over sequences", "loss over all ranks")  # fmt: skip
+              "loss over sequences", "loss over all ranks", "explored candidates")  # fmt: skip
 SHARED |= {f"{kind}, lists in parts": [*SHARED[kind], *PARTS] for kind in ("fp32", *OF_SHARDED)}
 SHARDED_LAYOUTS = ("EP 2", "EP 4", "EP 2, DP 2", "TP 2, SP, EP 2", "PP 2, EP 2", "distributed optimizer, overlap",
                    "recomputed MoE layers", "hybrid model")  # fmt: skip
@@ -76,14 +77,15 @@ CASES = [
     ("no balancing loss", "one microbatch"),
     ("first layers by hash", "PP 2"),
     ("input norm", "EP 2, DP 2"),
+    *(("explored candidates", layout) for layout in ("EP 2, DP 2", "TP 2, SP, EP 2", "recomputed MoE layers")),
 ]
 
 # Layouts sum in another order, which may turn the last printed digit of a norm; losses differ by 1e-5 at most.
 PRINTED_NORM, LOSS = 1.1e-3, 1e-5
 # Rounded to 2^-9 or 2^-11, a token near the border between two experts may go to the other one, and the runs part.
 HALF, HALF_STEPS = 0.05, 10
-# In fp32 that happens too, after step 33 of this kind on four ranks.
-COMPARED = {"loss over all ranks": 30}
+# In fp32 that happens too, after step 33 of these kinds: a token that has another codeword draws other candidates.
+COMPARED = {"loss over all ranks": 30, "explored candidates": 30}
 # Sharded routing adds up the gradients of tokens over the owners: the sums part by 2e-4 after step 20.
 COMPARED_SHARDED = 20
 
