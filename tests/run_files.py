@@ -27,7 +27,7 @@ OF_ALL = {
     "rank_imbalance": (1.1, 1.01),
     "routing_seconds": (0.02, 0.02),
 }
-SIZES = {"num_clusters": 512, "shortlist_size": 72, "num_probes": 8, "num_candidates": 128}
+SIZES = {"num_clusters": 512, "shortlist_size": 72, "num_probes": 8, "num_candidates": 128, "num_explored": 0}
 
 
 def header(router="air", num_layers=2, iteration=0, num_experts=16384, hidden=128, **arguments):

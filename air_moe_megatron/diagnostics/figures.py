@@ -127,7 +127,7 @@ def describe(router: CompactRouter, tokens_per_batch: int) -> dict[str, Any]:
         "topk": router.topk,
     }
     if isinstance(router, AIRRouter):
-        names = ("num_clusters", "shortlist_size", "num_probes", "num_candidates")
+        names = ("num_clusters", "shortlist_size", "num_probes", "num_candidates", "num_explored")
         described |= {name: getattr(router.sizes, name) for name in names}
     described["router_flops_per_token"] = router.flops(router.config, tokens_per_batch).total
     described["exact_router_flops_per_token"] = ExactRouter.flops(router.config).total
