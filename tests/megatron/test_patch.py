@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def on(checkout: Path) -> dict[str, str]:
 
 
 def evaluations(run):
-    return [line.split("|", 1)[1] for line in run.output.splitlines() if "validation loss at iteration" in line]
+    """Loss and perplexity of each; a warning may follow on the same line."""
+    return re.findall(r"validation loss at iteration.*?lm loss value: (\S+) \| lm loss PPL: (\S+)", run.output)
 
 
 def test_topk_is_megatron_bit_for_bit(pretrain, tmp_path):
