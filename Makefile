@@ -112,7 +112,7 @@ bench-compare: install  ## Time BENCH (router) on BASE=<commit> and on this tree
 	@test -n "$(BASE)" || { echo "make bench-compare: name a commit, as in make bench-compare BASE=HEAD~1" >&2; exit 1; }
 	$(BIN)/python -W ignore benchmarks/compare.py $(BASE) --bench $(BENCH) $(FLAGS)
 
-study: install data  ## Compare the routers' quality on small models (7 to 15 minutes on two cores); table and plots in $(OUT_STUDY)
+study: install data  ## Compare the routers' quality on small models (10 minutes on two cores); table and plots in $(OUT_STUDY)
 	$(BIN)/python -W ignore benchmarks/quality/study.py benchmarks/quality/small.toml --data-dir $(DATA) --out $(OUT_STUDY)
 	$(BIN)/python -W ignore benchmarks/quality/report.py $(OUT_STUDY)/small.jsonl --out $(OUT_STUDY)
 
