@@ -73,6 +73,11 @@ def invalid(config: TransformerConfig) -> Problems[None]:
         value = getattr(config, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             yield ValueError(f"{field.name} ({value}) must be a finite number")
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_topk_scaling_factor"):  # Megatron's
+        value = getattr(config, name)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if number is not None and not math.isfinite(number):
+                yield ValueError(f"{name} ({value}) must be a finite number")
     yield from _no_choice(config, "moe_router_input_norm")
     yield from _no_choice(config, "moe_dispatch")
     if config.moe_air_diagnostics_interval < 0:

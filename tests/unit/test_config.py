@@ -722,3 +722,10 @@ def test_attach_gives_the_fields_to_another_config_class():
 def test_attach_validates():
     with pytest.raises(ValueError, match=r"moe_air_num_clusters \(65\)"):
         attach(mla_config(), AIRFields(moe_router_type="air", moe_air_num_clusters=65))
+
+
+@pytest.mark.parametrize("name", ["moe_z_loss_coeff", "moe_aux_loss_coeff", "moe_router_topk_scaling_factor"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
+def test_coefficients_of_megatron_that_are_not_finite_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name} \({value}\) must be a finite number"):
+        make_config(moe_router_type="air", **{name: value})
