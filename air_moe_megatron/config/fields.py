@@ -51,9 +51,9 @@ class AIRFields:
     than two times the top-k, for source 'tokens', and all of them for 'experts'."""
 
     moe_air_num_explored: int = 0
-    """Number of candidates R of a token beside the best M, drawn from its shortlists whatever their scores, for the
-    balancing losses alone: they stand for all other candidates, so that these losses reach every listed expert. At most
-    as many as the other candidates are."""
+    """Number of candidates R of a token beside the best M, drawn from its shortlists whatever their scores. Only the
+    balancing losses see them, in place of all candidates behind the best M: so these losses reach every listed expert.
+    At most as many as the slots of those. Without a balancing loss none are drawn."""
 
     moe_air_codebook_source: Literal["tokens", "experts"] = "tokens"
     """What the codebook is learned from: the directions of the 'tokens' (a shortlist holds the experts that score

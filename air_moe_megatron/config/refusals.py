@@ -180,6 +180,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "a biased expert may win from behind the best candidates; leave it at 0",
     ),
     Refusal(
+        AIR_WITH_BIAS, "moe_air_num_explored", _on,
+        "all candidates get gradients, so none are left to be explored; leave it at 0",
+    ),
+    Refusal(
+        AIR_OF_EXPERTS, "moe_air_num_explored", _on,
+        "each expert stands in the list of its own codeword, so none needs to be explored; leave it at 0",
+    ),
+    Refusal(
         AIR_OF_EXPERTS, "moe_air_list_parts", _above_one,
         "each expert stands in one list, whatever its id; leave it at 1",
     ),

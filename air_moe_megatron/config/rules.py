@@ -69,15 +69,12 @@ def invalid(config: TransformerConfig) -> Problems[None]:
     Rules that presume one that is broken are left out.
     """
     has_no_type = yield from passed_on(_no_choice(config, "moe_router_type"))
-    for field in fields(AIRFields):
-        value = getattr(config, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            yield ValueError(f"{field.name} ({value}) must be a finite number")
-    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_topk_scaling_factor"):  # Megatron's
+    of_megatron = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_topk_scaling_factor")
+    for name in (*(field.name for field in fields(AIRFields)), *of_megatron):
         value = getattr(config, name)
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            if number is not None and not math.isfinite(number):
-                yield ValueError(f"{name} ({value}) must be a finite number")
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            yield ValueError(f"{name} ({value}) must be a finite number")
     yield from _no_choice(config, "moe_router_input_norm")
     yield from _no_choice(config, "moe_dispatch")
     if config.moe_air_diagnostics_interval < 0:

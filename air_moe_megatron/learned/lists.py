@@ -113,10 +113,11 @@ def inverted_lists(codewords: torch.Tensor, weight: torch.Tensor, capacity: int)
 
 @torch.no_grad()
 def draw_slots(codewords: torch.Tensor, shortlist_size: int, number: int, turn: int) -> torch.Tensor:
-    """Draw slots of the lists that each token searches: one of each ``number``-th of them, others for every turn.
+    """Draw slots of the lists that each token searches, at equal distances from a start that every turn moves.
 
-    The draw follows from the token's codewords, not from its place in the batch: however a batch is spread over ranks,
-    its tokens draw the same.
+    The start follows from the token's codewords, not from its place in the batch: however a batch is spread over ranks,
+    its tokens draw the same. In P * L turns each draw visits every slot once, as its step is a prime above P * L. The
+    hash and its constants are xxHash's (github.com/Cyan4973/xxHash), shortened.
 
     Args:
         codewords: [T, P] int64, of each token.
