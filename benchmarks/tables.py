@@ -15,7 +15,8 @@ from benchmarks import targets  # noqa: E402
 
 Row = dict[str, str]
 _MARK = re.compile(
-    r"<!-- (?:targets|rows of (?P<files>[\w. ]+\.csv)(?:: (?P<layout>\w+))?) -->\n\n" r"(?P<table>(?:\|.*\n)+)"
+    r"<!-- (?:targets|rows of (?P<files>[\w. ]+\.csv)(?:: (?P<layout>\w+))?) -->\n\n"  # the mark and an empty line
+    r"(?P<table>(?:\|.*\n)+)"
 )
 
 
