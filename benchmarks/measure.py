@@ -144,8 +144,9 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def commit() -> str:
-    """This tree's commit, with "-dirty" where a tracked file differs from it; "unknown" where git cannot tell.
+    """This tree's commit, with "-dirty" where a tracked file differs from it.
 
+    Where git cannot tell, as in a copy of the files alone, it is what AIR_MOE_COMMIT says, or else "unknown".
     Results are left out: a benchmark that writes among them does not make the next one's rows dirty.
     """
 
@@ -155,7 +156,7 @@ def commit() -> str:
 
     name = git("rev-parse", "--short", "HEAD")
     is_dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs/results")
-    return f"{name}-dirty" if is_dirty else name or "unknown"
+    return f"{name}-dirty" if is_dirty else name or os.environ.get("AIR_MOE_COMMIT", "unknown")
 
 
 def large_pages() -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from air_moe_megatron.config import AIRSizes
-from benchmarks import roofline, tables, targets
+from benchmarks import measure, roofline, tables, targets
 from benchmarks.roofline import Ceilings, Work
 
 LOGGERS = ("benchmarks", "air_moe_megatron")
@@ -255,3 +255,12 @@ def test_a_table_is_made_of_the_rows_of_several_files(tmp_path):
     assert lines[4:] == ["", "| other |", ""]
     with pytest.raises(ValueError, match="layer.csv has no rows"):
         tables.filled("<!-- rows of layer.csv -->\n\n| old |\n", tmp_path)
+
+
+def test_the_commit_of_a_copy_without_git_is_the_one_it_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("AIR_MOE_COMMIT", "of the copy")
+    assert measure.commit() != "of the copy", "in a clone git's answer counts"
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))
+    assert measure.commit() == "of the copy"
+    monkeypatch.delenv("AIR_MOE_COMMIT")
+    assert measure.commit() == "unknown"
