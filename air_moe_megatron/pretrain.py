@@ -87,12 +87,13 @@ def choose_device() -> None:
         sys.argv = cpu.with_required_flags(sys.argv)
     elif not torch.cuda.is_available() and not {"-h", "--help"} & set(sys.argv):
         console.refuse(console.NO_GPU)
-    from air_moe_megatron.compat import require_entry_megatron
+    from air_moe_megatron.compat import require_entry_megatron, use_compiled_helpers
 
     try:
         require_entry_megatron()
     except ImportError as error:
         console.refuse(str(error))
+    use_compiled_helpers()
 
 
 if __name__ == "__main__":

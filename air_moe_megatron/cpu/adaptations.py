@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import os
 import time
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from air_moe_megatron.compat import unless_compiled
 
 
 def _names_cuda(device: Any) -> bool:
@@ -244,16 +245,6 @@ def _without_cuda_check(original: tuple) -> tuple:
     return tuple(name == "allow_no_cuda" or value for name, value in zip(names, original, strict=True))
 
 
-def _compile_helpers(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def compile_helpers() -> None:
-        # The wheel ships the compiled module and no Makefile; a checkout has it the other way round.
-        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-            original()
-
-    return compile_helpers
-
-
 def _torch_norm(original: Callable) -> Callable:
     """torch's norms with sequence parallelism: each rank normalizes its own tokens, gradients are summed over ranks.
 
@@ -306,7 +297,7 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         _always(None),
         "nothing is compiled, and its draws would make the CPU-initialized weights depend on the layout",
     ),
-    Adaptation("megatron.core.datasets.utils.compile_helpers", _compile_helpers, "the wheel has no Makefile"),
+    Adaptation("megatron.core.datasets.utils.compile_helpers", unless_compiled, "the wheel has no Makefile"),
     Adaptation(
         "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__", _torch_norm, "allows sequence parallelism"
     ),
