@@ -211,8 +211,12 @@ def _check_at_size(name, step, routes, sizes, ranks):
         copies = sum((owners == owner).any(dim=1) for owner in range(ranks)).view(-1, 1, 1)
     else:
         copies = torch.full((sizes.tokens, 1, 1), sizes.topk, device=owners.device)
-    same("output", out, (routes.hidden.float() * copies).to(out.dtype), atol=1e-3)
-    same("input grad", hidden_grad, (routes.grad.float() * copies).to(hidden_grad.dtype), atol=1e-3)
+    narrow_ratio = None
+    if out.dtype != torch.float32 and name != _OURS:  # Megatron adds the K copies of a token one by one in its dtype
+        narrow_ratio = max(0.02, sizes.topk * torch.finfo(out.dtype).eps / 8)
+    expected = [(tokens.float() * copies).to(out.dtype) for tokens in (routes.hidden, routes.grad)]
+    same("output", out, expected[0], atol=1e-3, narrow_ratio=narrow_ratio)
+    same("input grad", hidden_grad, expected[1], atol=1e-3, narrow_ratio=narrow_ratio)
     expected = torch.ones_like(probs_grad) if name == _OURS else routes.routing_map.to(probs_grad.dtype)
     same("probs grad", probs_grad, expected)
     total = torch.stack((received_probs.double().sum(), routes.probs.double().sum()))
