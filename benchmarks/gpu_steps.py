@@ -18,6 +18,7 @@ import threading
 import xml.etree.ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,11 +165,15 @@ def variables_of(dry: bool) -> dict[str, str]:
 
 
 def run_tests(setup: Setup, seconds: int) -> Result:
-    """The tests marked gpu; in a dry run a few that are not."""
+    """The tests marked gpu, by several processes where pytest-xdist is installed; in a dry run a few that are not.
+
+    Compiling the kernels takes most of their time.
+    """
     report = setup.scratch / "tests.xml"
     report.unlink(missing_ok=True)
     chosen = ("tests/ops/test_tiles.py", "-m", "not gpu") if setup.dry else ("-m", "gpu")
-    words = ("-m", "pytest", "--durations", "10", "--junitxml", report, *chosen)
+    parallel = ("-n", "auto", "--maxprocesses", "10", "--dist", "loadgroup") if find_spec("xdist") else ()
+    words = ("-m", "pytest", "--durations", "10", "--junitxml", report, *parallel, *chosen)
     return read_tests(report, _python(setup, words, seconds, "tests"))
 
 

@@ -21,6 +21,13 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(items):
+    """Tensors of more than 2^31 elements take half of a GPU: such tests run one after another under pytest-xdist too."""
+    for item in items:
+        if "beyond_2_31" in item.name:
+            item.add_marker(pytest.mark.xdist_group("beyond_2_31"))
+
+
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernel_device(request) -> str:
     """Device of a kernel's tensors: "cpu" where it is interpreted, "cuda" in a run with `-m gpu`."""

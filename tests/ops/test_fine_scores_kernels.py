@@ -5,7 +5,6 @@ import torch
 
 from air_moe_megatron.ops.fine_scores import fine_topk, kernels, topk_kernels
 from air_moe_megatron.ops.fine_scores.naive import naive_fine_scores, naive_fine_topk
-from air_moe_megatron.ops.selected_scores.kernels import selected_scores
 from tests.ops.conftest import relative_error
 
 # Root mean square of the difference over that of naive.py in fp64 on the same inputs. Sums are made in fp32; what is
@@ -188,10 +187,10 @@ def naive_topk(leaves, shortlist, assignments, topk, function=None, expert_bias=
     return scores, ids.long()
 
 
-def topk_with_gradients(leaves, shortlist, assignments, topk, *bias):
-    """As the front door joins the two kernels."""
-    scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, topk, torch.float32, *bias)
-    return selected_scores(*leaves, ids, scores), ids
+@pytest.fixture(params=(False, True), ids=("by-lists", "by-candidates"))
+def deterministic(request) -> bool:
+    """Which gradients of the top-k are made; each case has enough candidates for those by lists."""
+    return request.param
 
 
 @pytest.mark.parametrize(
@@ -251,11 +250,11 @@ def test_the_largest_topk_of_a_list_of_two_full_tiles(kernel_device):
 
 @pytest.mark.parametrize("num_probes", (1, 3))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_topk_gradients_equal_naive(dtype, num_probes, kernel_device):
+def test_topk_gradients_equal_naive(dtype, num_probes, deterministic, kernel_device):
     leaves, shortlist, assignments = make((11, 17, 40, 3, 18, num_probes), dtype, kernel_device)
     shortlist = ascending(shortlist)
     wide = widened(leaves)
-    scores, ids = topk_with_gradients(leaves, shortlist, assignments, 5)
+    scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, 5, torch.float32, deterministic=deterministic)
     expected_scores, expected_ids = naive_topk(wide, shortlist, assignments, 5)
     assert torch.equal(ids.long(), expected_ids)
     results = []
@@ -265,34 +264,54 @@ def test_topk_gradients_equal_naive(dtype, num_probes, kernel_device):
     assert_gradients_near(*results, leaves, max(5e-6, TOLERANCES[dtype]))
 
 
+@pytest.mark.parametrize("num_probes", (1, 3))
+@pytest.mark.parametrize("topk", (5, 60))  # 60 is more than three lists have
+def test_topk_gradients_block_by_block_equal_those_of_all_tokens(num_probes, topk, monkeypatch, kernel_device):
+    leaves, shortlist, assignments = make((11, 17, 40, 3, 18, num_probes), torch.float32, kernel_device)
+    shortlist = ascending(shortlist)
+    results = []
+    for size in (2**26, 4 * 18 * num_probes):  # four tokens at a time
+        monkeypatch.setattr(topk_kernels, "SCORES_OF_BLOCK", size)
+        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, topk, torch.float32)
+        # A gradient that arrives where there is no candidate counts nothing.
+        results.append((ids, *torch.autograd.grad(scores, leaves, random_like(scores))))
+    assert torch.equal(results[0][0], results[1][0])
+    for found, expected in zip(results[0][1:], results[1][1:], strict=True):
+        assert found.isfinite().all() and relative_error(found, expected) <= 2e-6
+
+
 def test_topk_gradients_have_equal_bits_in_every_run(kernel_device):
     leaves, shortlist, assignments = make((11, 17, 40, 3, 18, 1), torch.float32, kernel_device)
     runs = []
     for _ in range(2):
-        scores, ids = topk_with_gradients(leaves, shortlist, assignments, 5)
+        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, 5, torch.float32, deterministic=True)
         runs.append(torch.autograd.grad(scores[ids >= 0].square().sum(), leaves))
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
-def test_only_the_gradients_asked_for_are_made(kernel_device):
+def test_only_the_gradients_asked_for_are_made(deterministic, kernel_device):
     leaves, shortlist, assignments = make((4, 16, 24, 2, 7, 1), torch.float32, kernel_device)
     for wanted in range(3):
         inputs = [leaf.detach().requires_grad_(place == wanted) for place, leaf in enumerate(leaves)]
-        scores, ids = topk_with_gradients(inputs, shortlist, assignments, 2)
+        scores, ids = topk_kernels.fine_topk(
+            *inputs, shortlist, assignments, 2, torch.float32, deterministic=deterministic
+        )
         scores[ids >= 0].sum().backward()
         all_scores = kernels.fine_scores(*inputs, shortlist, assignments, torch.float32)
         all_scores[all_scores.isfinite()].sum().backward()
         assert [tensor.grad is not None for tensor in inputs] == [place == wanted for place in range(3)]
 
 
-def test_the_weight_gradient_of_the_topk_goes_into_main_grad(kernel_device):
+def test_the_weight_gradient_of_the_topk_goes_into_main_grad(deterministic, kernel_device):
     (hidden, weight, _), shortlist, assignments = make((5, 16, 60, 2, 5, 1), torch.float32, kernel_device)
     grads = []
     for fused in (False, True):
         centers = torch.nn.Parameter(weight.detach().clone())
         if fused:
             centers.main_grad = torch.full_like(centers, 3.0)
-        scores, ids = topk_with_gradients((hidden, centers, None), shortlist, assignments, 2)
+        scores, ids = topk_kernels.fine_topk(
+            hidden, centers, None, shortlist, assignments, 2, torch.float32, deterministic=deterministic
+        )
         scores[ids >= 0].sum().backward()
         grads.append(centers.main_grad if fused else centers.grad)
     assert centers.grad_added_to_main_grad

@@ -12,7 +12,6 @@ from air_moe_megatron.ops.pair_products.kernels import (
     pair_dots,
     pair_sums,
 )
-from air_moe_megatron.ops.selected_scores.kernels import selected_scores
 from tests.ops.conftest import relative_error
 
 BF16 = 2.0**-7  # a rounding of 8 bits
@@ -62,7 +61,6 @@ def fine_scores_of_many_rows(num_rows, hidden_size, device):
     merged = fine_topk(
         hidden, weight, None, shortlist, torch.cat((assignments, 1 - assignments), dim=1), 4, torch.float32
     )
-    best = selected_scores(hidden, weight, None, ids, best)
     wide_hidden, wide_weight = hidden.detach()[-16:].double(), weight.detach()[-16:].double()
     expected = wide_hidden @ wide_weight.t()
     assert relative_error(scores[-16:, 0], expected) <= 1e-5
