@@ -22,7 +22,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Tensors of more than 2^31 elements take half of a GPU: such tests run one after another under pytest-xdist too."""
+    """Tests of tensors beyond 2^31 elements run one after another under pytest-xdist too: each takes half of a GPU."""
     for item in items:
         if "beyond_2_31" in item.name:
             item.add_marker(pytest.mark.xdist_group("beyond_2_31"))

@@ -63,7 +63,8 @@ def fine_topk(
 
     With an expert bias they are chosen by ``function(score_e) + expert_bias_e``, as Megatron's top-k chooses; what is
     returned are the scores. Of one list, no other scores are written down; of several, those of a block of tokens are.
-    Differentiable in hidden, weight and bias, for K rows per token (``ops/selected_scores``). With torch operations it
+    Differentiable in hidden, weight and bias: for K rows per token (``ops/selected_scores``), or, by kernels and unless
+    torch's deterministic algorithms are on, by whole lists where K is many of their entries. With torch operations it
     waits for the device, for the sizes of the groups.
 
     Args:
@@ -84,12 +85,12 @@ def fine_topk(
     validate_expert_bias(score_function, expert_bias, weight.shape[0])
     if topk < 1:
         raise ValueError(f"topk ({topk}) must be at least 1")
-    if use_kernels("fine_scores", hidden, weight, dtype=dtype, topk=topk, probes=assignments.shape[1]):
-        from air_moe_megatron.ops.fine_scores import topk_kernels as backend
-    else:
-        backend = eager
     inputs = (hidden, weight, bias, shortlist, assignments, topk, dtype, score_function, expert_bias)
-    scores, ids = backend.fine_topk(*inputs)
+    if use_kernels("fine_scores", hidden, weight, dtype=dtype, topk=topk, probes=assignments.shape[1]):
+        from air_moe_megatron.ops.fine_scores import topk_kernels
+
+        return topk_kernels.fine_topk(*inputs, deterministic=torch.are_deterministic_algorithms_enabled())
+    scores, ids = eager.fine_topk(*inputs)
     return selected_scores(hidden, weight, bias, ids, scores), ids
 
 

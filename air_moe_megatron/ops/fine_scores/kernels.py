@@ -9,6 +9,7 @@ The fused top-k (``topk_kernels.py``) has the tiles of scores and the gradients 
 Legend: R = T*P rows, B blocks of rows; others as in ``ops/__init__.py``.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -359,38 +360,63 @@ def launch_fine_scores_grad_weight(
         launch_pair_weight_gradient(tiles, torch.ones_like(slots, dtype=torch.float32), pairs, grad_weight_out)
 
 
+@dataclass(frozen=True)
+class Block:
+    """The gradients of all scores of some consecutive tokens."""
+
+    tokens: slice
+    rows: Rows  # of these tokens
+    grad_scores: torch.Tensor  # [tokens * P, L], contiguous
+
+
 def dense_gradients(
-    ctx: FunctionCtx,
-    grad_scores: torch.Tensor,
+    blocks: Iterable[Block],
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
+    parameter: torch.Tensor,
     num_probes: int,
+    dot_dtype: tl.dtype,
+    deterministic: bool,
+    needed: Sequence[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of hidden, weight and bias from those of all scores, [R, L]."""
-    rows, deterministic = ctx.rows, ctx.deterministic
-    need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-    grad_hidden = grad_weight = grad_bias = None
-    if need_hidden:
-        dtype = hidden.dtype if num_probes == 1 else torch.float32
-        grad_hidden = torch.empty(rows.num_rows, hidden.shape[1], dtype=dtype, device=hidden.device)
-        launch_fine_scores_grad_hidden(grad_scores, weight, shortlist, rows, ctx.dot_dtype, grad_hidden)
-        if num_probes > 1:
-            grad_hidden = grad_hidden.view(-1, num_probes, hidden.shape[1]).sum(dim=1).to(hidden.dtype)
+    """Gradients of hidden, weight and bias from those of all scores; each None where it is not needed.
+
+    Args:
+        blocks: all tokens, block by block.
+        hidden, weight, bias, shortlist: contiguous.
+        parameter: the weight as the caller was given it, for its ``main_grad``.
+        num_probes: P.
+        needed: three bools.
+    """
+    need_hidden, need_weight, need_bias = needed
+    grad_hidden = torch.empty_like(hidden) if need_hidden else None
+    grad_bias = torch.zeros_like(bias) if need_bias else None
+
+    def run(grad_weight_out: torch.Tensor | None) -> None:
+        for block in blocks:
+            rows, grad_scores = block.rows, block.grad_scores
+            of_rows = (shortlist, rows, num_probes)
+            if need_hidden:
+                out = grad_hidden[block.tokens]
+                sums = out if num_probes == 1 else out.new_empty(rows.num_rows, out.shape[1], dtype=torch.float32)
+                launch_fine_scores_grad_hidden(grad_scores, weight, shortlist, rows, dot_dtype, sums)
+                if num_probes > 1:
+                    out.copy_(sums.view(-1, num_probes, out.shape[1]).sum(dim=1))
+            if need_weight:
+                tokens = hidden[block.tokens]
+                launch_fine_scores_grad_weight(grad_scores, tokens, *of_rows, dot_dtype, deterministic, grad_weight_out)
+            if need_bias:  # a column of the weight that meets a one in every token
+                ones = hidden.new_ones(hidden[block.tokens].shape[0], 1, dtype=torch.float32)
+                out = grad_bias.unsqueeze(1)
+                launch_fine_scores_grad_weight(grad_scores, ones, *of_rows, tl.float32, deterministic, out)
+
+    grad_weight = None
     if need_weight:
-        grad_weight = add_weight_gradient(
-            ctx.weight,
-            lambda out: launch_fine_scores_grad_weight(
-                grad_scores, hidden, shortlist, rows, num_probes, ctx.dot_dtype, deterministic, out
-            ),
-        )
-    if need_bias:  # a column of the weight that meets a one in every token
-        ones = torch.ones(hidden.shape[0], 1, dtype=torch.float32, device=hidden.device)
-        grad_bias = torch.zeros_like(bias)
-        launch_fine_scores_grad_weight(
-            grad_scores, ones, shortlist, rows, num_probes, tl.float32, deterministic, grad_bias.unsqueeze(1)
-        )
+        grad_weight = add_weight_gradient(parameter, run)
+    else:
+        run(None)
     return grad_hidden, grad_weight, grad_bias
 
 
@@ -418,7 +444,10 @@ class _FineScoresKernel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_scores: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *dense_gradients(ctx, grad_scores.contiguous(), *ctx.saved_tensors, grad_scores.shape[1]), *[None] * 4
+        (num_tokens, num_probes), grad_scores = grad_scores.shape[:2], grad_scores.contiguous().flatten(0, 1)
+        blocks = [Block(slice(0, num_tokens), ctx.rows, grad_scores)]
+        settings = (ctx.weight, num_probes, ctx.dot_dtype, ctx.deterministic, ctx.needs_input_grad[:3])
+        return *dense_gradients(blocks, *ctx.saved_tensors, *settings), *[None] * 4
 
 
 def fine_scores(

@@ -12,14 +12,20 @@ the token is a binary search.
 Legend: B blocks of tokens; others as in ``ops/__init__.py``.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.ops.fine_scores.eager import SCORES_OF_BLOCK
 from air_moe_megatron.ops.fine_scores.kernels import (
     LIMITS,
+    Block,
     Rows,
+    dense_gradients,
     experts_of_list,
     launch_fine_scores,
     rows_of_block,
@@ -30,6 +36,7 @@ from air_moe_megatron.ops.segments import (
     block_of,
     contiguous,
 )
+from air_moe_megatron.ops.selected_scores.kernels import selected_scores
 from air_moe_megatron.ops.tiles import (
     LOWEST_KEY,
     apply_score_function,
@@ -41,7 +48,16 @@ from air_moe_megatron.ops.tiles import (
 )
 
 _FUSED_TOPK = 512  # of the fused kernel, which keeps 16 tokens on the chip at once
+_SCORES_PER_CANDIDATE = 16  # whose gradients by tiles cost as much as that of a candidate by itself
 _TILE_COLUMNS = 512  # of a list whose scores are on the chip at once; half as many beside those of earlier tiles
+
+
+class _Best(NamedTuple):
+    """What was found: the best of each token's lists, [T, K] each."""
+
+    scores: torch.Tensor  # fp32
+    ids: torch.Tensor  # int32, -1 for no candidate
+    columns: torch.Tensor  # int32, place in the token's lists, p * L + slot; 0 for no candidate
 
 
 @triton.jit
@@ -56,6 +72,7 @@ def _fine_topk_fwd_kernel(
     starts,  # [B]
     topk_scores,  # [T, K] fp32, written
     topk_ids,  # [T, K] int32, written
+    topk_columns,  # [T, K] int32, written
     C,
     K,
     H: tl.constexpr,
@@ -94,6 +111,7 @@ def _fine_topk_fwd_kernel(
     kept = inside[:, None] & (choices < K)[None, :]
     tl.store(topk_scores + out, tl.where(present, value_of_key(best), float("-inf")), mask=kept)
     tl.store(topk_ids + out, ids, mask=kept)
+    tl.store(topk_columns + out, tl.where(present, slots, 0), mask=kept)
 
 
 def launch_fine_topk(
@@ -102,32 +120,29 @@ def launch_fine_topk(
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
     rows: Rows,
-    topk: int,
     dot_dtype: tl.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top-k scores [T, K] fp32 and ids [T, K] int32.
+    best: _Best,
+) -> None:
+    """Write the best of one list.
 
     16 rows by a list of up to 512 are one tile, a warp for each 32 columns: 32 KiB of fp32 scores and 64 KiB of keys,
     of which a thread holds 16. A longer list takes several tiles of half of that, merged into the best K so far, which
     need as much room again; more than K = 256 of these spill registers, by some hundred bytes for each thread.
     """
-    num_tokens, shortlist_size = hidden.shape[0], shortlist.shape[1]
-    scores = torch.empty(num_tokens, topk, dtype=torch.float32, device=hidden.device)
-    ids = torch.empty(num_tokens, topk, dtype=torch.int32, device=hidden.device)
+    (num_tokens, topk), shortlist_size = best.ids.shape, shortlist.shape[1]
     if num_tokens == 0:
-        return scores, ids
+        return
     block_topk = block_of(topk, _FUSED_TOPK)
     longest = _TILE_COLUMNS if shortlist_size <= _TILE_COLUMNS else _TILE_COLUMNS // 2
     block_list = max(block_topk, block_of(shortlist_size, longest))
     segments, starts = rows.blocks(16)
     _fine_topk_fwd_kernel[(segments.numel(),)](
-        hidden, weight, bias, shortlist, rows.order, rows.row_first, segments, starts, scores, ids,
+        hidden, weight, bias, shortlist, rows.order, rows.row_first, segments, starts, *best,
         rows.num_clusters, topk, hidden.shape[1], shortlist_size,
         HAS_BIAS=bias is not None, DOT_DTYPE=dot_dtype, NUM_TILES=triton.cdiv(shortlist_size, block_list),
         BLOCK_N=16, BLOCK_L=block_list, BLOCK_K=block_topk, BLOCK_H=step_of(hidden.shape[1], dot_dtype),
         num_warps=min(16, max(4, block_list // 32)), num_stages=3,
     )  # fmt: skip
-    return scores, ids
 
 
 @triton.jit
@@ -150,6 +165,7 @@ def _merge_lists_fwd_kernel(
     expert_bias,  # [E] or None
     topk_scores,  # [T, K] fp32, written
     topk_ids,  # [T, K] int32, written
+    topk_columns,  # [T, K] int32, written
     K,
     P: tl.constexpr,
     L: tl.constexpr,
@@ -189,6 +205,7 @@ def _merge_lists_fwd_kernel(
     choices = tl.arange(0, BLOCK_K)
     tl.store(topk_scores + token * K + choices, values, mask=choices < K)
     tl.store(topk_ids + token * K + choices, ids, mask=choices < K)
+    tl.store(topk_columns + token * K + choices, tl.where(present, columns, 0), mask=choices < K)
 
 
 def launch_merge_lists(
@@ -197,14 +214,13 @@ def launch_merge_lists(
     assignments: torch.Tensor,
     score_function: str | None,
     expert_bias: torch.Tensor | None,
-    topk_scores: torch.Tensor,
-    topk_ids: torch.Tensor,
+    best: _Best,
 ) -> None:
-    """Write the best K distinct experts of scores [T, P * L] into topk_scores and topk_ids [T, K].
+    """Write the best K distinct experts of scores [T, P * L].
 
     A tile is as wide as K, or 512: a thread then holds few of its keys.
     """
-    num_tokens, topk = topk_ids.shape
+    num_tokens, topk = best.ids.shape
     if num_tokens == 0:
         return
     shortlist_size, num_probes = shortlist.shape[1], assignments.shape[1]
@@ -212,13 +228,82 @@ def launch_merge_lists(
     block_topk = block_of(topk, LIMITS["topk"])
     block = max(block_topk, block_of(num_candidates, 512))
     _merge_lists_fwd_kernel[(num_tokens,)](
-        scores, shortlist, assignments, expert_bias, topk_scores, topk_ids, topk, num_probes, shortlist_size,
+        scores, shortlist, assignments, expert_bias, *best, topk, num_probes, shortlist_size,
         FUNCTION=score_function, STEPS=shortlist_size.bit_length(), NUM_TILES=triton.cdiv(num_candidates, block),
         BLOCK=block, BLOCK_K=block_topk, num_warps=min(16, max(4, block // 128)),
     )  # fmt: skip
 
 
-@torch.no_grad()
+def _blocks(num_tokens: int, num_candidates: int) -> list[slice]:
+    """Tokens whose scores of all candidates are written at a time."""
+    size = max(1, SCORES_OF_BLOCK // num_candidates)
+    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+
+
+def find_best(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shortlist: torch.Tensor,
+    assignments: torch.Tensor,
+    topk: int,
+    dot_dtype: tl.dtype,
+    score_function: str | None,
+    expert_bias: torch.Tensor | None,
+) -> _Best:
+    """The best K of each token's lists, as :func:`fine_topk` chooses them; all tensors contiguous."""
+    (num_tokens, num_probes), (num_clusters, shortlist_size) = assignments.shape, shortlist.shape
+    dtypes = (torch.float32, torch.int32, torch.int32)
+    best = _Best(*(torch.empty(num_tokens, topk, dtype=dtype, device=hidden.device) for dtype in dtypes))
+    if num_probes == 1 and expert_bias is None and topk <= _FUSED_TOPK:
+        rows = sort_rows(assignments, num_clusters)
+        launch_fine_topk(hidden, weight, bias, shortlist, rows, dot_dtype, best)
+        return best
+    for block in _blocks(num_tokens, num_probes * shortlist_size):
+        found = hidden.new_empty(*assignments[block].shape, shortlist_size, dtype=torch.float32)
+        rows = sort_rows(assignments[block], num_clusters)
+        launch_fine_scores(hidden[block], weight, bias, shortlist, rows, num_probes, dot_dtype, found)
+        of_block = _Best(*(tensor[block] for tensor in best))
+        launch_merge_lists(found, shortlist, assignments[block], score_function, expert_bias, of_block)
+    return best
+
+
+class _FineTopkKernel(torch.autograd.Function):
+    """The best scores, with the gradients of all scores: zero but for the best."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        shortlist: torch.Tensor,
+        assignments: torch.Tensor,
+        dot_dtype: tl.dtype,
+        best: _Best,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        ctx.weight, ctx.dot_dtype = weight, dot_dtype  # the parameter itself, for its main_grad
+        ctx.save_for_backward(*contiguous(hidden, weight, bias), shortlist, assignments, best.ids, best.columns)
+        return best.scores.to(dtype, copy=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_scores: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *inputs, shortlist, assignments, ids, columns = ctx.saved_tensors
+        num_probes, (num_clusters, shortlist_size) = assignments.shape[1], shortlist.shape
+
+        def all_gradients() -> Iterator[Block]:
+            for block in _blocks(ids.shape[0], num_probes * shortlist_size):
+                grad = grad_scores.new_zeros(ids[block].shape[0], num_probes * shortlist_size)
+                # Where there is no candidate, zero is added to the first column: any other column takes one addend.
+                grad.scatter_add_(1, columns[block].long(), grad_scores[block].masked_fill(ids[block] < 0, 0.0))
+                yield Block(block, sort_rows(assignments[block], num_clusters), grad.view(-1, shortlist_size))
+
+        settings = (shortlist, ctx.weight, num_probes, ctx.dot_dtype, False, ctx.needs_input_grad[:3])
+        return *dense_gradients(all_gradients(), *inputs, *settings), *[None] * 5
+
+
 def fine_topk(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -229,28 +314,23 @@ def fine_topk(
     dtype: torch.dtype,
     score_function: str | None = None,
     expert_bias: torch.Tensor | None = None,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`, without gradients.
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`. Does not wait for the device.
 
-    Highest first; where scores are equal, the lower slot of the lists first. Deterministic, and does not wait for the
-    device. A list of up to 512 is one tile on the chip, a longer one several of 256 (:func:`launch_fine_topk`).
+    Highest first; where scores are equal, the lower slot of the lists first: the same in every run. A list of up to 512
+    is one tile on the chip, a longer one several of 256 (:func:`launch_fine_topk`).
+
+    The gradients of many candidates are made by tiles of whole lists, those of few by sums over the candidates
+    (``ops/selected_scores``). ``deterministic``: by such sums in any case; tiles add to the weight's gradient by atomic
+    additions.
     """
-    dot_dtype = dot_dtype_of(hidden, weight, dtype)
-    hidden, weight, bias, shortlist, assignments, expert_bias = contiguous(
-        hidden, weight, bias, shortlist.int(), assignments, expert_bias
-    )
-    (num_tokens, num_probes), (num_clusters, shortlist_size) = assignments.shape, shortlist.shape
-    if num_probes == 1 and expert_bias is None and topk <= _FUSED_TOPK:
-        rows = sort_rows(assignments, num_clusters)
-        scores, ids = launch_fine_topk(hidden, weight, bias, shortlist, rows, topk, dot_dtype)
-        return scores.to(dtype), ids
-    scores = torch.empty(num_tokens, topk, dtype=torch.float32, device=hidden.device)
-    ids = torch.empty(num_tokens, topk, dtype=torch.int32, device=hidden.device)
-    size = max(1, SCORES_OF_BLOCK // (num_probes * shortlist_size))
-    for start in range(0, num_tokens, size):
-        block = slice(start, start + size)
-        found = hidden.new_empty(*assignments[block].shape, shortlist_size, dtype=torch.float32)
-        rows = sort_rows(assignments[block], num_clusters)
-        launch_fine_scores(hidden[block], weight, bias, shortlist, rows, num_probes, dot_dtype, found)
-        launch_merge_lists(found, shortlist, assignments[block], score_function, expert_bias, scores[block], ids[block])
-    return scores.to(dtype), ids
+    parameter, dot_dtype = weight, dot_dtype_of(hidden, weight, dtype)
+    shortlist, assignments, expert_bias = contiguous(shortlist.int(), assignments, expert_bias)
+    with torch.no_grad():
+        inputs = (*contiguous(hidden, weight, bias), shortlist, assignments, topk, dot_dtype)
+        best = find_best(*inputs, score_function, expert_bias)
+    if deterministic or topk * _SCORES_PER_CANDIDATE < assignments.shape[1] * shortlist.shape[1]:
+        return selected_scores(hidden, parameter, bias, best.ids, best.scores.to(dtype)), best.ids
+    lists = (shortlist, assignments, dot_dtype, best, dtype)
+    return _FineTopkKernel.apply(hidden, parameter, bias, *lists), best.ids
