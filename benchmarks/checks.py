@@ -46,9 +46,9 @@ def check_router(pg_collection, device) -> None:
         probs, routing_map = router(tokens)
         probs.backward(grad)
         results.append((routing_map.float(), probs, tokens.grad, *take_gradients(router)))
-    names = ("routing map", "probs", "input grad", "weight grad")
-    for name, expected, found in zip(names, *results, strict=True):
-        same(name, found, expected, atol=1e-6)
+    tolerances = {"routing map": 0.0, "probs": 1e-6, "input grad": 1e-6, "weight grad": 1e-5}  # of a sum over tokens
+    for (name, atol), expected, found in zip(tolerances.items(), *results, strict=True):
+        same(name, found, expected, atol=atol)
     logger.info("check passed: with full lists AIRRouter equals TopKRouter")
 
 
