@@ -133,10 +133,12 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         self._row_splits = rows_sent, rows_received
         num_pairs, topk = sum(pairs_sent), probs.shape[1]
         if self.ep_size == 1:  # the tokens stay where they are, those without experts too
+            local_ids, probs = plan.topk_ids.reshape(-1), probs.reshape(-1)
             order = torch.arange(probs.numel(), device=probs.device)
             if num_pairs < order.numel():
                 order = torch.nonzero_static(plan.pair_ranks == 0, size=num_pairs).flatten()
-            rows, local_ids, probs = order // topk, plan.topk_ids.reshape(-1)[order], probs.reshape(-1)[order]
+                local_ids, probs = local_ids[order], probs[order]
+            rows = order // topk
         else:
             hidden_states, codes, probs = pack(hidden_states, probs, plan, sum(rows_sent), num_pairs)
             codes = all_to_all(self.ep_group, codes, pairs_received, pairs_sent)
