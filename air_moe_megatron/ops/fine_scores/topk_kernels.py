@@ -218,7 +218,7 @@ def launch_merge_lists(
 ) -> None:
     """Write the best K distinct experts of scores [T, P * L].
 
-    A tile is as wide as K, or 512: a thread then holds few of its keys.
+    A tile is as wide as K, or 256: a thread then holds few of its keys.
     """
     num_tokens, topk = best.ids.shape
     if num_tokens == 0:
@@ -226,7 +226,7 @@ def launch_merge_lists(
     shortlist_size, num_probes = shortlist.shape[1], assignments.shape[1]
     num_candidates = num_probes * shortlist_size
     block_topk = block_of(topk, LIMITS["topk"])
-    block = max(block_topk, block_of(num_candidates, 512))
+    block = max(block_topk, block_of(num_candidates, 256))
     _merge_lists_fwd_kernel[(num_tokens,)](
         scores, shortlist, assignments, expert_bias, *best, topk, num_probes, shortlist_size,
         FUNCTION=score_function, STEPS=shortlist_size.bit_length(), NUM_TILES=triton.cdiv(num_candidates, block),

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.ops.pair_products import Pairs
-from air_moe_megatron.ops.pair_products.kernels import launch_pair_sums, pairs_from
+from air_moe_megatron.ops.pair_products.kernels import launch_pair_sums, launch_pair_weight_gradient, pairs_from
 from air_moe_megatron.ops.segments import (
     block_of,
     block_rows_of,
@@ -270,6 +270,11 @@ def _expert_weight_bwd_kernel(
     tl.store(out, tl.load(out, mask=kept, other=0.0).to(tl.float32) + sums, mask=kept)
 
 
+def _warps_of(block_rows: int, ffn_hidden_size: int) -> int:
+    """Warps of a product of pairs by F: one for each 256 elements, up to four."""
+    return min(4, block_rows * block_of(ffn_hidden_size, MAX_FFN_HIDDEN_SIZE) // 256)
+
+
 def launch_granular_values(
     hidden: torch.Tensor,
     weight1: torch.Tensor,
@@ -295,7 +300,7 @@ def launch_granular_values(
         pairs.num_ids, hidden_size,
         F=ffn_hidden_size, GATED=num_inputs == 2 * ffn_hidden_size, ACTIVATION=activation, DOT_DTYPE=dot_dtype,
         BLOCK_N=block_rows, BLOCK_F=block_of(ffn_hidden_size, MAX_FFN_HIDDEN_SIZE),
-        BLOCK_H=step_of(hidden_size, dot_dtype), num_warps=4, num_stages=4,
+        BLOCK_H=step_of(hidden_size, dot_dtype), num_warps=_warps_of(block_rows, ffn_hidden_size), num_stages=4,
     )  # fmt: skip
     return inputs, values
 
@@ -348,7 +353,7 @@ def launch_granular_gradients(
         values, grad_inputs, grad_probs, pairs.num_ids, hidden_size,
         F=ffn_hidden_size, GATED=inputs.shape[1] == 2 * ffn_hidden_size, ACTIVATION=activation, DOT_DTYPE=dot_dtype,
         BLOCK_N=block_rows, BLOCK_F=block_of(ffn_hidden_size, MAX_FFN_HIDDEN_SIZE),
-        BLOCK_H=step_of(hidden_size, dot_dtype), num_warps=4, num_stages=4,
+        BLOCK_H=step_of(hidden_size, dot_dtype), num_warps=_warps_of(block_rows, ffn_hidden_size), num_stages=4,
     )  # fmt: skip
     return values, grad_inputs, grad_probs
 
@@ -359,9 +364,13 @@ def launch_granular_weight_gradient(
     """Add ``values[n, q] * source[row]`` of each expert's pairs to its rows of ``grad_weight_out`` [E * Q, H].
 
     Any float dtype; the sum of a row is made in fp32 and rounded once. Experts without pairs are not touched. Tiles of
-    Q by as many columns as make 8192 elements, 64 to 512: 64 registers of each thread.
+    Q by as many columns as make 8192 elements, 64 to 512: 64 registers of each thread. One row per expert needs no
+    matrix product, which would pad it to 16.
     """
     num_pairs, num_parts, hidden_size = *values.shape, source.shape[1]
+    if num_parts == 1:
+        launch_pair_weight_gradient(source, values.view(-1), pairs, grad_weight_out)
+        return
     block_parts = block_of(num_parts, 2 * MAX_FFN_HIDDEN_SIZE)
     dot_dtype = dot_dtype_of(source, source, torch.float32)
     # The operands of fp32 products are in registers, too.

@@ -142,13 +142,13 @@ def _pair_weight_bwd_kernel(
 def launch_pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     """[N] fp32 dot products of hidden [R, H] and weight [V, H]; zero where the id is -1.
 
-    Blocks hold about as many pairs as a weight row has on average, 4 to 32, and as much of a row as a tile then takes.
+    Blocks hold about as many pairs as a weight row has on average, 4 to 8, and as much of a row as a tile then takes.
     """
     num_pairs, hidden_size = pairs.ids.numel(), hidden.shape[1]
     dots = torch.zeros(num_pairs, dtype=torch.float32, device=hidden.device)
     if num_pairs == 0:
         return dots
-    block_rows = min(32, max(4, next_power_of_2(num_pairs // min(num_pairs, pairs.num_ids))))
+    block_rows = min(8, max(4, next_power_of_2(num_pairs // min(num_pairs, pairs.num_ids))))
     segments, starts = segment_blocks(pairs.id_first, num_pairs, block_rows)
     _pair_dots_fwd_kernel[(segments.numel(),)](
         hidden.contiguous(), weight.contiguous(), pairs.rows, pairs.by_id, pairs.id_first, segments, starts, dots,
@@ -183,16 +183,16 @@ def launch_pair_weight_gradient(
     """Add ``values[n] * source[row]`` of each weight row's pairs to its row of ``grad_weight_out`` [V, H].
 
     Any float dtype; the sum of a row is made in fp32 and rounded once. Rows without pairs are not touched. One program
-    walks all pairs of a weight row, in tiles of 16 pairs and up to 256 columns: a long segment is slow, not wrong.
+    walks all pairs of a weight row, in tiles of 8 pairs and up to 1024 columns: a long segment is slow, not wrong.
     """
     num_pairs, hidden_size = pairs.ids.numel(), source.shape[1]
     segments, _ = segment_blocks(pairs.id_first, num_pairs, max(1, num_pairs))
-    block_columns = min(_TILE // 16, next_power_of_2(hidden_size))
+    block_columns = min(1024, next_power_of_2(hidden_size))
     num_column_blocks = triton.cdiv(hidden_size, block_columns)
     _pair_weight_bwd_kernel[(segments.numel() * num_column_blocks,)](
         source.contiguous(), values.contiguous(), pairs.rows, pairs.by_id, pairs.id_first, segments, grad_weight_out,
         pairs.num_ids, hidden_size, num_column_blocks,
-        BLOCK_N=16, BLOCK_H=block_columns,
+        BLOCK_N=8, BLOCK_H=block_columns,
     )  # fmt: skip
 
 
