@@ -87,6 +87,7 @@ _NEVER_TRAINS = {
     "exit_on_missing_checkpoint": True,
     "rerun_mode": "disabled",
     "eval_iters": 0,
+    "gradient_accumulation_fusion": False,  # Megatron asks for Apex where it is on
 }
 
 

@@ -115,3 +115,16 @@ def test_another_padding_of_the_vocabulary_is_refused():
     ):
         restore._check_padding({"padded_vocab_size": 257}, 2)
     restore._check_padding({"padded_vocab_size": 256}, 2)
+
+
+def test_a_command_needs_no_apex(parse, monkeypatch):
+    """On a GPU Megatron's default is a fused gradient, without Apex an error; the flag of training stays behind."""
+    saved = parse(MODELS["air"])
+    monkeypatch.setattr(restore, "meet", lambda given: argparse.Namespace(rank=0))
+    monkeypatch.setattr(restore, "saved_arguments", lambda given, ranks: saved)
+    monkeypatch.setattr(restore, "check_agreement", lambda args, ranks: None)
+    monkeypatch.setattr(restore, "check_flags", lambda args: None)
+    flags = [flag for flag in cpu.with_required_flags(["test", "--cpu", "--load", "checkpoint"]) if "accum" not in flag]
+    monkeypatch.setattr(sys, "argv", flags)
+    args, _ = restore.parse(lambda parser: None)
+    assert args.gradient_accumulation_fusion is False and args.hidden_size == 32
