@@ -25,11 +25,12 @@ NAMES = {
     "sharding": "sharded routing against the replicated router over expert-parallel processes: time, bytes, memory",
     "refresh": "the rebuild of the shortlists as a share of a step",
     "diagnostics": "a measured step against another one, as a share of a step",
+    "kernels": "where the time of a routing step and of layers goes: their kernels, by torch's profiler",
     "train": "a training step of a small GPT, AIR against TopKRouter",
 }
 _TIMES = ("forward_ms", "backward_ms", "optimizer_ms", "total_ms", "total_min_ms", "total_max_ms")
 _FIGURES = (
-    *("topk_recall", "mass_recall", "times_faster", "times_one_probe", "times_slower", "times_ours"),
+    *("launches", "topk_recall", "mass_recall", "times_faster", "times_one_probe", "times_slower", "times_ours"),
     *("percent_of_step", "peak_mib", "peak_with_rebuild_mib"),
     *("state_mib", "reduced_mib", "forward_remote_mib", "bound_ms", "times_bound", "gflops_per_s", "gbytes_per_s"),
 )

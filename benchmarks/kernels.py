@@ -1,0 +1,78 @@
+"""Where the time of a step goes: the kernels of a GPU, or torch's operations on a CPU, by torch's profiler."""
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.layer import layer_inputs, layer_step
+from benchmarks.measure import Timing, environment, world
+from benchmarks.models import Sizes, add_sizes, inputs, make_layer, make_router, step, warm_up_codebook
+
+_ROUTE = "AIRRouter.route"
+_CASES = (_ROUTE, "AIRMoELayer", "HierarchicalMoELayer", "PEERLayer")
+
+
+def add_arguments(parser) -> None:
+    add_sizes(parser, experts=65_536, hidden=512, tokens=4096, topk=64, ffn=1)
+    parser.add_argument("--shown", type=int, default=12, help="kernels of each case, the slowest first")
+
+
+def run(args) -> list[dict]:
+    """Time a step of a router and of layers, forward and backward, and profile as many.
+
+    The first row of a case is the step itself, by the clock; the second the sum of its kernels. A gap between them is
+    time in which the device waited for the host.
+    """
+    sizes, rows = Sizes.of(args), []
+    with world() as (device, pg_collection):
+        for case in _CASES:
+            rows += _rows(case, _step_of(case, sizes, pg_collection, device), args, device)
+    return [row | sizes.columns() | {"ffn": sizes.ffn} | environment(device) for row in rows]
+
+
+def _step_of(case: str, sizes: Sizes, pg_collection, device: torch.device) -> Callable[[], dict[str, float]]:
+    if case == _ROUTE:
+        router = make_router("air", sizes, pg_collection, device)
+        hidden, grad = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden), (sizes.tokens, sizes.topk))
+        warm_up_codebook(router, hidden)
+        return lambda: step(lambda x: router.route(x).probs, router, hidden, grad)
+    layer = make_layer(case, sizes, pg_collection, device)
+    hidden, grad = layer_inputs(sizes, device)
+    if case == "AIRMoELayer":
+        warm_up_codebook(layer.router, hidden)
+    return lambda: layer_step(layer, hidden, grad)
+
+
+def _rows(case: str, run: Callable[[], dict[str, float]], args, device: torch.device) -> list[dict]:
+    for _ in range(args.warmup):
+        run()
+    timing = Timing([run()["total"] for _ in range(args.repetitions)])
+    is_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
+    with profile(activities=activities) as found:
+        for _ in range(args.repetitions):
+            run()
+    events = [event for event in found.key_averages() if (event.device_type == DeviceType.CUDA) == is_gpu]
+    milliseconds = {
+        event.key: (event.self_device_time_total if is_gpu else event.self_cpu_time_total) / 1e3 / args.repetitions
+        for event in events
+    }
+    launches = {event.key: event.count / args.repetitions for event in events}
+    slowest = sorted(milliseconds, key=milliseconds.get, reverse=True)[: args.shown]
+    return [
+        {"case": case, **timing.columns("total"), "launches": "", "repetitions": args.repetitions},
+        _row(f"{case}: all kernels", sum(milliseconds.values()), sum(launches.values()), args),
+        *(_row(f"{case}: {name[:60]}", milliseconds[name], launches[name], args) for name in slowest),
+    ]
+
+
+def _row(case: str, milliseconds: float, launches: float, args) -> dict:
+    figures = {
+        "total_ms": round(milliseconds, 3),
+        "total_min_ms": "",
+        "total_max_ms": "",
+        "launches": round(launches, 1),
+    }
+    return {"case": case, **figures, "repetitions": args.repetitions}
