@@ -3,6 +3,7 @@ the device on which a kernel is tested."""
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -31,11 +32,16 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 def kernel_device(request) -> str:
     """Device of a kernel's tensors: "cpu" where it is interpreted, "cuda" in a run with `-m gpu`."""
-    if request.param == "interpreted":
-        return "cpu"
+    return "cpu" if request.param == "interpreted" else request.getfixturevalue("cuda")
+
+
+@pytest.fixture
+def cuda() -> Iterator[str]:
+    """Device of a test that needs a GPU. Its memory is given back: several processes may share the GPU."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
-    return "cuda"
+    yield "cuda"
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module")

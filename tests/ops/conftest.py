@@ -28,14 +28,6 @@ def backend(request, monkeypatch) -> str:
     return request.param
 
 
-@pytest.fixture
-def cuda() -> str:
-    """Device of a test that is not interpreted, since its tensors are large."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
-    return "cuda"
-
-
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Root mean square of the difference over that of what is expected."""
     if expected.numel() == 0:
