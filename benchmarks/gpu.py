@@ -148,7 +148,7 @@ def _say(line: str) -> None:
 
 
 def summary(out: Path, facts: dict) -> str:
-    """The records in a folder as a page with one table."""
+    """The records in a folder as a page with one table; a "note" that was written into a record follows its result."""
     lines = ["# Results on a GPU", "", f"Written by `make gpu`, see [performance]({_EXPLAINED}).", ""]
     if facts:
         lines += [", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()), ""]
@@ -160,7 +160,8 @@ def summary(out: Path, facts: dict) -> str:
         cells = ("not run", "", "", "")
         if record is not None:
             commit = record["origin"]["commit"]
-            cells = (record["detail"], f"{record['seconds']:.0f}", "yes" if record["passed"] else "NO", commit)
+            result = ". ".join(filter(None, (record["detail"], record.get("note"))))
+            cells = (result, f"{record['seconds']:.0f}", "yes" if record["passed"] else "NO", commit)
         lines.append(f"| {step.what} | {' | '.join(cells)} |")
     for target in targets.TARGETS:
         if "GPU" in target.asked:
