@@ -287,7 +287,8 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         probs, columns = self._select(best, ids[:, :num_best])
         if self._needs_aux_scores():
             logits = best if explored is None else torch.cat((best, logits[:, num_best:]), dim=1)
-            probs = self._attach_aux_losses(probs, logits, ids, padding_mask, batch_size, explored)
+            by_score = columns if self.expert_bias is None else None
+            probs = self._attach_aux_losses(probs, logits, ids, padding_mask, batch_size, by_score, explored)
         return Routes(ids.gather(1, columns).int(), probs, columns=columns)
 
     def _select(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -75,22 +75,29 @@ class RouterLosses(TopKRouter):
     def _needs_aux_scores(self) -> bool:
         return self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled()
 
-    def _aux_scores(self, logits: torch.Tensor, explored: Explored | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _aux_scores(
+        self, logits: torch.Tensor, columns: torch.Tensor | None, explored: Explored | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, N] bool, whether a candidate is selected, and [T, N] scores, which sum to one for a token.
+
+        They are those of Megatron's ``compute_routing_scores_for_aux_loss``. That selects once more, by scores alone;
+        ``columns`` [T, K] of candidates that were selected so spare it that. None: by an expert bias.
 
         N is M, or M + R where the last candidates are explored. These are never selected, and each counts for as many
         as it stands for: sums over them estimate those over all candidates beyond the best M.
         """
-        if explored is None:
+        if columns is None:
             return compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
-        num_best = logits.shape[1] - explored.number
-        selected, _ = compute_routing_scores_for_aux_loss(logits[:, :num_best], self.topk, self.score_function)
-        selected = torch.nn.functional.pad(selected, (0, explored.number))
-        numbers = torch.ones(logits.shape[1], dtype=torch.float32, device=logits.device)
-        numbers[num_best:] = explored.stands_for
+        selected = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device).scatter_(1, columns, True)
+        numbers = None
+        if explored is not None:
+            numbers = torch.ones(logits.shape[1], dtype=torch.float32, device=logits.device)
+            numbers[-explored.number :] = explored.stands_for
         if self.score_function == "softmax":
-            return selected, torch.softmax(logits + numbers.log(), dim=-1, dtype=torch.float32)
-        scores = SCORE_FUNCTIONS[self.score_function](logits.float()) * numbers
+            logits = logits if numbers is None else logits + numbers.log()
+            return selected, torch.softmax(logits, dim=-1, dtype=torch.float32)
+        scores = SCORE_FUNCTIONS[self.score_function](logits.float())
+        scores = scores if numbers is None else scores * numbers
         return selected, scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
 
     def _attach_aux_losses(
@@ -100,6 +107,7 @@ class RouterLosses(TopKRouter):
         ids: torch.Tensor | None,
         padded: torch.Tensor | None,
         batch_size: int,
+        columns: torch.Tensor | None = None,
         explored: Explored | None = None,
     ) -> torch.Tensor:
         """Attach the balancing losses, in O(T*N + E).
@@ -110,11 +118,12 @@ class RouterLosses(TopKRouter):
             ids: [T, N] int64 experts of the candidates, -1 for none; None if the candidates are all experts in order.
             padded: [T] bool, True for tokens that do not count; None if all do.
             batch_size: number of sequences.
+            columns: [T, K] of the candidates that were selected by scores alone; None to select anew.
             explored: which of the candidates are; None if none.
         Returns:
             [T, K], the probs with the losses attached.
         """
-        selected, scores = self._aux_scores(_without(logits, padded), explored)
+        selected, scores = self._aux_scores(_without(logits, padded), columns, explored)
         selected, scores = _without(selected, padded), _without(scores, padded)
         if ids is not None:
             absent = ids < 0

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import (
-    compute_routing_scores_for_aux_loss,
     topk_routing_with_score_function,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -178,16 +177,21 @@ class ProductKeyRouter(CompactRouter):
         heads, topk = self.sizes.num_heads, self.sizes.topk_per_head
         logits = self._per_head(logits)
         probs, columns = topk_routing_with_score_function(logits, topk, dense_output=True, **self._score_settings())
-        first = torch.arange(heads, device=columns.device).unsqueeze(1) * logits.shape[1]
-        columns = columns.view(-1, heads, topk) + first
+        columns = columns.view(-1, heads, topk) + self._first_columns(logits)
         return probs.view(-1, self.topk), columns.view(-1, self.topk)
 
-    def _aux_scores(self, logits: torch.Tensor, explored: Explored | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _aux_scores(
+        self, logits: torch.Tensor, columns: torch.Tensor | None, explored: Explored | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As the base's. Each head routes for itself; the scores are averaged over heads."""
-        selected, scores = compute_routing_scores_for_aux_loss(
-            self._per_head(logits), self.sizes.topk_per_head, self.score_function
-        )
+        per_head = self._per_head(logits)
+        columns = columns.unflatten(1, (self.sizes.num_heads, -1)) - self._first_columns(per_head)
+        selected, scores = super()._aux_scores(per_head, columns.flatten(0, 1), explored)
         return selected.view_as(logits), scores.view_as(logits) / self.sizes.num_heads
+
+    def _first_columns(self, per_head: torch.Tensor) -> torch.Tensor:
+        """[J, 1] first column of each head in logits [T, M], of which ``per_head`` is [T * J, M/J]."""
+        return torch.arange(self.sizes.num_heads, device=per_head.device).unsqueeze(1) * per_head.shape[1]
 
     def _per_head(self, logits: torch.Tensor) -> torch.Tensor:
         """[T, M] logits as [T * J, M/J]."""

@@ -261,7 +261,7 @@ def test_a_nan_in_a_padding_token_reaches_no_loss(megatron_cpu, monkeypatch, rou
     )  # fmt: skip
     mask = mask_of((6, 2))
     _, _, calls = run(monkeypatch, router, [mask], AUX)
-    _, logits, ids, *_ = calls[0]
+    _, logits, ids, _, _, *columns = calls[0]
     found = []
     for value in (0.0, float("nan"), float("inf")):
         forget_logs()
@@ -269,7 +269,8 @@ def test_a_nan_in_a_padding_token_reaches_no_loss(megatron_cpu, monkeypatch, rou
         leaf = torch.where(mask.view(-1, 1), value, logits.detach()).requires_grad_()
         # A router's own z-loss may be that of other logits than these.
         attached = RouterLosses.apply_z_loss(router, leaf, padding_mask=mask.flatten())
-        probs = router._attach_aux_losses(torch.zeros(16, 4, requires_grad=True), attached, ids, mask.flatten(), 2)
+        probs = torch.zeros(16, 4, requires_grad=True)
+        probs = router._attach_aux_losses(probs, attached, ids, mask.flatten(), 2, *columns)
         probs.sum().backward(retain_graph=True)
         attached.backward(torch.zeros_like(attached))
         found.append([leaf.grad, *(logged(name)[0].clone() for name in (*KINDS.values(), "z_loss"))])
