@@ -135,7 +135,7 @@ class RouterLosses(TopKRouter):
                 num_groups = batch_size if kind == "seq_aux_loss" else 1
                 group = self.tp_dp_cp_group if kind == "global_aux_loss" else self.tp_cp_group
                 slots = None if ids is None else _slots(ids, num_groups, self.num_experts)
-                counts, num_tokens = self._count_selections(selected, slots, padded, num_groups, group)
+                counts, num_tokens = self._count_selections(selected, slots, columns, padded, num_groups, group)
                 if kind == "global_aux_loss":
                     if self._is_counted:
                         self.global_tokens_per_expert += counts[0]
@@ -152,6 +152,7 @@ class RouterLosses(TopKRouter):
         self,
         selected: torch.Tensor,
         slots: torch.Tensor | None,
+        columns: torch.Tensor | None,
         padded: torch.Tensor | None,
         num_groups: int,
         group: torch.distributed.ProcessGroup | None,
@@ -161,6 +162,8 @@ class RouterLosses(TopKRouter):
         if slots is None:
             counts = selected.view(*shape, self.num_experts).sum(dim=0)
         else:
+            if columns is not None:  # nothing else is selected
+                selected, slots = selected.gather(1, columns), slots.gather(1, columns)
             counts = torch.zeros(num_groups * self.num_experts, dtype=torch.int64, device=selected.device)
             counts.index_add_(0, slots.reshape(-1), selected.reshape(-1).long())
         if padded is None:
