@@ -38,7 +38,7 @@ BENCHMARKS = {  # file of the rows -> benchmark and flags on a large GPU, the sa
     "router_medium": (f"router {_MEDIUM}", f"router --experts 576 {_TINY}", 60),
     "recall": (f"recall {_SIZES}", f"recall --experts 256 {_TINY} --updates 5", 60),
     "recall_medium": (f"recall {_MEDIUM}", f"recall --experts 576 {_TINY} --updates 5", 30),
-    "layer": (f"layer {_SIZES} --stock-experts 65536", f"layer --experts 1024 {_TINY_LAYER}", 120),
+    "layer": (f"layer {_SIZES} --stock-experts 65536", f"layer --experts 1024 {_TINY_LAYER}", 210),
     "train": ("train --hidden 1024 --tokens 8192 --sequence 1024", f"train --experts 256 {_TINY} --sequence 16", 90),
     "kernels": (f"kernels {_SIZES}", f"kernels --experts 256 {_TINY}", 60),
     "growth": (f"growth {_SIZES}", f"growth --experts 256 1024 {_TINY}", 75),
@@ -336,7 +336,7 @@ def compare_curves(losses: dict[str, float], made_for: dict[str, str], reference
 
 
 STEPS = {
-    "tests": Step("tests marked `gpu`", 390, run_tests),
+    "tests": Step("tests marked `gpu`", 300, run_tests),
     **{name: Step(f"benchmark `{name}`", seconds, run_benchmark(name)) for name, (_, _, seconds) in BENCHMARKS.items()},
     "curve": Step("losses of the demo in bf16 against fp32 on a CPU", 180, run_curve),
     "determinism": Step("loss and gradients of repeated steps, `--deterministic-mode`", 90, run_determinism),

@@ -53,6 +53,8 @@ def run(args) -> list[dict]:
     peaks = {}
     for sizes, kinds in groups:
         for kind in () if args.no_memory else kinds:
+            if (sizes, kind) in peaks:
+                continue
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 peaks[sizes, kind] = pool.apply(_measure_peak, (kind, sizes))
             logger.info("%s: %.0f MiB beside weights and gradients", kind, peaks[sizes, kind][0] / _MIB)
