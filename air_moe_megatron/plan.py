@@ -149,10 +149,11 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     distinct = rows_per_token(args.experts, args.topk, ranks)
     sent = ranks if is_sharded else distinct
     rows, pairs = args.tokens * sent, args.tokens * args.topk
-    # Kept for the backward, of each layer: rows as received, scores and ids of the candidates, activations of pairs.
+    # Kept for the backward, of each layer: rows as received, activations of pairs, of candidates scores, ids and, by
+    # kernels, places in the lists.
     kept = (
         rows * args.hidden * number
-        + args.tokens * (sizes.num_candidates + sizes.num_explored) * 8
+        + args.tokens * (sizes.num_candidates + sizes.num_explored) * 12
         + pairs * args.ffn * number * projections
     )
     memory["activations of the routed path"] = float(kept * (1 if args.recompute else args.layers))

@@ -280,6 +280,17 @@ def test_topk_gradients_block_by_block_equal_those_of_all_tokens(num_probes, top
         assert found.isfinite().all() and relative_error(found, expected) <= 2e-6
 
 
+def test_gradients_of_rows_in_parts_equal_those_at_once(monkeypatch, kernel_device):
+    leaves, shortlist, assignments = make((5, 300, 24, 3, 7, 2), torch.float32, kernel_device)
+    results = []
+    for elements in (2**27, 128 * 10):  # three parts of 128, 128 and 44 columns
+        monkeypatch.setattr(kernels, "_ROW_ELEMENTS", elements)
+        scores = kernels.fine_scores(*leaves, shortlist, assignments, torch.float32)
+        grad = random_like(scores).masked_fill(scores.isinf(), 0.0)
+        results.append(torch.autograd.grad(scores, leaves[0], grad)[0])
+    assert torch.equal(*results)
+
+
 def test_topk_gradients_have_equal_bits_in_every_run(kernel_device):
     leaves, shortlist, assignments = make((11, 17, 40, 3, 18, 1), torch.float32, kernel_device)
     runs = []

@@ -39,6 +39,7 @@ from air_moe_megatron.ops.weight_gradient import (
 LIMITS = {"topk": 2048, "probes": 8}
 """The largest sizes that the kernels take."""
 
+_ROW_ELEMENTS = 2**27  # of the fp32 gradients of rows that wait for the sum over the probes: 512 MiB
 _TILE_ELEMENTS = 2**26  # of the fp32 gradients of centers that wait for a sum in order: 256 MiB
 
 
@@ -133,10 +134,12 @@ def _fine_scores_bwd_hidden_kernel(
     row_first,  # [C + 1]
     segments,  # [B]
     starts,  # [B]
-    grad_rows,  # [R, H], written
+    grad_rows,  # [R, WIDTH], written: columns of H from first_column on
     C,
     num_column_blocks,
+    first_column,
     H: tl.constexpr,
+    WIDTH: tl.constexpr,
     L: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -150,7 +153,7 @@ def _fine_scores_bwd_hidden_kernel(
         return
     rows, _, inside = rows_of_block(block, codeword, order, row_first, starts, 1, BLOCK_N)
     columns = (program % num_column_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-    in_row = columns < H
+    in_row = columns < WIDTH
     sums = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     for start in range(0, L, BLOCK_L):
         slots = start + tl.arange(0, BLOCK_L)
@@ -159,12 +162,12 @@ def _fine_scores_bwd_hidden_kernel(
         where = rows[:, None] * L + slots[None, :]
         grad = tl.load(grad_scores + where, mask=inside[:, None] & present[None, :], other=0.0)
         w = tl.load(
-            weight + experts[:, None] * H + columns[None, :],
+            weight + experts[:, None] * H + first_column + columns[None, :],
             mask=present[:, None] & in_row[None, :],
             other=0.0,
         )
         sums = dot_wide(grad, w, sums, DOT_DTYPE)
-    out = grad_rows + rows[:, None] * H + columns[None, :]
+    out = grad_rows + rows[:, None] * WIDTH + columns[None, :]
     tl.store(out, sums, mask=inside[:, None] & in_row[None, :])
 
 
@@ -293,19 +296,48 @@ def launch_fine_scores_grad_hidden(
     rows: Rows,
     dot_dtype: tl.dtype,
     grad_rows: torch.Tensor,
+    first_column: int = 0,
 ) -> None:
-    """Write ``grad_scores [R, L] @ centers`` into grad_rows [R, H]: tiles as forward, 128 columns of H each."""
+    """Write ``grad_scores [R, L] @ centers`` into grad_rows [R, width], columns of H from ``first_column`` on.
+
+    Tiles as forward, of 128 columns each.
+    """
+    width = grad_rows.shape[1]
     if grad_rows.numel() == 0:
         return
-    block_rows, block_columns = rows.block_size, block_of(grad_rows.shape[1], 128)
-    num_column_blocks = triton.cdiv(grad_rows.shape[1], block_columns)
+    block_rows, block_columns = rows.block_size, block_of(width, 128)
+    num_column_blocks = triton.cdiv(width, block_columns)
     segments, starts = rows.blocks(block_rows)
     _fine_scores_bwd_hidden_kernel[(segments.numel() * num_column_blocks,)](
         grad_scores, weight, shortlist, rows.order, rows.row_first, segments, starts, grad_rows,
-        rows.num_clusters, num_column_blocks, grad_rows.shape[1], shortlist.shape[1],
+        rows.num_clusters, num_column_blocks, first_column, weight.shape[1], width, shortlist.shape[1],
         DOT_DTYPE=dot_dtype, BLOCK_N=block_rows, BLOCK_L=step_of(shortlist.shape[1], dot_dtype),
         BLOCK_H=block_columns, num_warps=4, num_stages=3,
     )  # fmt: skip
+
+
+def _sum_over_probes(
+    grad_scores: torch.Tensor,
+    weight: torch.Tensor,
+    shortlist: torch.Tensor,
+    rows: Rows,
+    num_probes: int,
+    dot_dtype: tl.dtype,
+    grad_hidden: torch.Tensor,
+) -> None:
+    """Write the gradients of tokens, sums over their rows, into grad_hidden [tokens, H].
+
+    The rows' own are fp32, up to 512 MiB at a time: as many columns as that takes, at least the 128 of a tile.
+    """
+    if num_probes == 1:
+        launch_fine_scores_grad_hidden(grad_scores, weight, shortlist, rows, dot_dtype, grad_hidden)
+        return
+    step = max(1, _ROW_ELEMENTS // (128 * max(1, rows.num_rows))) * 128
+    for first in range(0, grad_hidden.shape[1], step):
+        out = grad_hidden[:, first : first + step]
+        grad_rows = torch.empty(rows.num_rows, out.shape[1], dtype=torch.float32, device=out.device)
+        launch_fine_scores_grad_hidden(grad_scores, weight, shortlist, rows, dot_dtype, grad_rows, first)
+        out.copy_(grad_rows.view(-1, num_probes, out.shape[1]).sum(dim=1))
 
 
 def launch_fine_scores_grad_weight(
@@ -400,10 +432,7 @@ def dense_gradients(
             of_rows = (shortlist, rows, num_probes)
             if need_hidden:
                 out = grad_hidden[block.tokens]
-                sums = out if num_probes == 1 else out.new_empty(rows.num_rows, out.shape[1], dtype=torch.float32)
-                launch_fine_scores_grad_hidden(grad_scores, weight, shortlist, rows, dot_dtype, sums)
-                if num_probes > 1:
-                    out.copy_(sums.view(-1, num_probes, out.shape[1]).sum(dim=1))
+                _sum_over_probes(grad_scores, weight, *of_rows, dot_dtype, out)
             if need_weight:
                 tokens = hidden[block.tokens]
                 launch_fine_scores_grad_weight(grad_scores, tokens, *of_rows, dot_dtype, deterministic, grad_weight_out)
