@@ -5,9 +5,8 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import importlib.util
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -128,24 +127,14 @@ def process_groups_released() -> Iterator[None]:
     release_process_groups()
 
 
-def unless_compiled(compile_helpers: Callable[[], None]) -> Callable[[], None]:
-    """Megatron's ``compile_helpers``, which then does nothing where the module that it compiles is there.
-
-    It runs ``make`` at every start. The wheel ships the compiled module and no Makefile, so this would end every run;
-    a checkout has it the other way round.
-    """
-
-    @functools.wraps(compile_helpers)
-    def compile_missing_helpers() -> None:
-        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-            compile_helpers()
-
-    return compile_missing_helpers
-
-
 def use_compiled_helpers() -> None:
-    """Put :func:`unless_compiled` in the place of Megatron's function; what it was is its ``__wrapped__``."""
+    """Have Megatron compile the helpers of its data sets only where they are missing, as CPU mode does.
+
+    Its own function is ``__wrapped__`` of the one that takes its place.
+    """
     from megatron.core.datasets import utils
+
+    from air_moe_megatron.cpu.adaptations import unless_compiled
 
     if not hasattr(utils.compile_helpers, "__wrapped__"):
         utils.compile_helpers = unless_compiled(utils.compile_helpers)

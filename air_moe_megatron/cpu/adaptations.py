@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import os
 import time
@@ -12,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from air_moe_megatron.compat import unless_compiled
 
 
 def _names_cuda(device: Any) -> bool:
@@ -243,6 +242,21 @@ def _without_cuda_check(original: tuple) -> tuple:
     parameters = initialize_megatron.__code__.co_varnames[: initialize_megatron.__code__.co_argcount]
     names = parameters[-len(original) :]
     return tuple(name == "allow_no_cuda" or value for name, value in zip(names, original, strict=True))
+
+
+def unless_compiled(compile_helpers: Callable[[], None]) -> Callable[[], None]:
+    """Megatron's ``compile_helpers``, which then does nothing where the module that it compiles is there.
+
+    It runs ``make`` at every start. The wheel ships the compiled module and no Makefile, so this would end every run;
+    a checkout has it the other way round.
+    """
+
+    @functools.wraps(compile_helpers)
+    def compile_missing_helpers() -> None:
+        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+            compile_helpers()
+
+    return compile_missing_helpers
 
 
 def _torch_norm(original: Callable) -> Callable:
