@@ -80,8 +80,9 @@ class RouterLosses(TopKRouter):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, N] bool, whether a candidate is selected, and [T, N] scores, which sum to one for a token.
 
-        They are those of Megatron's ``compute_routing_scores_for_aux_loss``. That selects once more, by scores alone;
-        ``columns`` [T, K] of candidates that were selected so spare it that. None: by an expert bias.
+        They are those of Megatron's ``compute_routing_scores_for_aux_loss``, which selects once more, by scores alone.
+        ``columns`` [T, K] are the candidates where they were selected so already. They are None where an expert bias
+        took part, or all experts are candidates; then Megatron's function selects.
 
         N is M, or M + R where the last candidates are explored. These are never selected, and each counts for as many
         as it stands for: sums over them estimate those over all candidates beyond the best M.

@@ -118,7 +118,7 @@ def test_another_padding_of_the_vocabulary_is_refused():
 
 
 def test_a_command_needs_no_apex(parse, monkeypatch):
-    """On a GPU Megatron's default is a fused gradient, without Apex an error; the flag of training stays behind."""
+    """Megatron's default is a fused gradient, which needs Apex; the flag that turned it off belongs to the training."""
     saved = parse(MODELS["air"])
     monkeypatch.setattr(restore, "meet", lambda given: argparse.Namespace(rank=0))
     monkeypatch.setattr(restore, "saved_arguments", lambda given, ranks: saved)
