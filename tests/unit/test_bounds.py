@@ -184,7 +184,7 @@ def test_the_theorem_of_expert_codebooks_holds_in_fp64(routers, name, kind, seed
 
 
 @scenes
-@settings(max_examples=1500)
+@settings(max_examples=500)
 def test_measured_bounds_never_exceed_the_recall(routers, name, kind, seed, scale):
     from air_moe_megatron.diagnostics.recall import measure
 
@@ -203,7 +203,7 @@ def test_measured_bounds_never_exceed_the_recall(routers, name, kind, seed, scal
 
 
 @scenes
-@settings(max_examples=600)
+@settings(max_examples=300)
 def test_kept_constants_are_never_wrong(routers, name, kind, seed, scale):
     from air_moe_megatron.diagnostics.bounds import FrozenBounds
 
