@@ -179,7 +179,13 @@ def start_of(run: Run, folder: Path, checkpoint_interval: int) -> int:
 
 
 def command(
-    run: Run, data: Path, folder: Path, eval_iters: int, on_gpu: bool, checkpoint_interval: int = 0
+    run: Run,
+    data: Path,
+    folder: Path,
+    eval_iters: int,
+    on_gpu: bool,
+    checkpoint_interval: int = 0,
+    keeps_checkpoints: bool = False,
 ) -> list[str]:
     """The command line of a run, or of what is left of it.
 
@@ -189,12 +195,13 @@ def command(
         eval_iters: those of the whole test split, for a study that names no "eval-iters".
         on_gpu: whether it runs on a GPU, in bf16.
         checkpoint_interval: steps between two checkpoints; 0, and a run of no more steps, make none.
+        keeps_checkpoints: whether all of them stay, instead of the last.
     """
     start, num_steps = start_of(run, folder, checkpoint_interval), run.flags["train-iters"]
     saving = {}
     if 0 < checkpoint_interval < num_steps:
         # Megatron keeps the last checkpoint, and those at multiples of the interval to retain.
-        retained = checkpoint_interval * math.ceil(num_steps / checkpoint_interval)
+        retained = checkpoint_interval * (1 if keeps_checkpoints else math.ceil(num_steps / checkpoint_interval))
         saving = {"save": folder / "checkpoint", "save-interval": checkpoint_interval, "save-retain-interval": retained}
     flags = {
         **(_GPU_FLAGS if on_gpu else _CPU_FLAGS),
@@ -230,14 +237,22 @@ class Study:
         results: file of JSON lines, which may hold results already.
         threads: of a run on a CPU.
         checkpoint_interval: steps between two checkpoints of a longer run.
+        keeps_checkpoints: whether all of them stay, after the run's end too.
     """
 
     def __init__(
-        self, runs: list[Run], data_dir: Path, out: Path, results: Path, threads: int, checkpoint_interval: int = 0
+        self,
+        runs: list[Run],
+        data_dir: Path,
+        out: Path,
+        results: Path,
+        threads: int,
+        checkpoint_interval: int = 0,
+        keeps_checkpoints: bool = False,
     ) -> None:
         import torch
 
-        self.checkpoint_interval = checkpoint_interval
+        self.checkpoint_interval, self.keeps_checkpoints = checkpoint_interval, keeps_checkpoints
         self.runs, self.data_dir, self.out, self.results, self.threads = runs, data_dir, out, results, threads
         self.on_gpu = torch.cuda.is_available()
         self.precision = "bf16" if self.on_gpu else "fp32"
@@ -291,7 +306,8 @@ class Study:
         iteration = start_of(run, folder, self.checkpoint_interval)
         curves.begin(folder / "tensorboard", iteration)
         data = self.out / "data" / run.prepared
-        line = command(run, data, folder, eval_iters, self.on_gpu, self.checkpoint_interval)
+        saving = self.checkpoint_interval, self.keeps_checkpoints
+        line = command(run, data, folder, eval_iters, self.on_gpu, *saving)
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         if not self.on_gpu:
             environment |= {"OMP_NUM_THREADS": str(self.threads), **CPU_ENVIRONMENT}
@@ -305,7 +321,8 @@ class Study:
         row = self._result(run, meta, folder, time.perf_counter() - start)
         with self._lock, self.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        if not self.keeps_checkpoints:
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         return row
 
     def _result(self, run, meta, folder, seconds):
@@ -385,6 +402,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=None, help="runs at a time (a CPU's cores over a run's threads)")
     parser.add_argument("--threads", type=int, default=1, help="of a run on a CPU")
     parser.add_argument("--checkpoint-interval", type=int, default=600, help="steps; 0 makes no checkpoints")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="keep them all, for copying.py")
     parser.add_argument("--only", default="*", help="pattern of the names of runs, such as 'air*E=16384*'")
     parser.add_argument("--list", action="store_true", help="list the runs, done or not, and make none")
     args = parser.parse_args(argv)
@@ -394,7 +412,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not runs:
         parser.error(f"--only ({args.only!r}) must match the name of a run of {args.config}, as --list shows it")
     results = args.results or args.out / f"{args.config.stem}.jsonl"
-    study = Study(runs, args.data_dir, args.out, results, args.threads, args.checkpoint_interval)
+    saving = args.checkpoint_interval, args.keep_checkpoints
+    study = Study(runs, args.data_dir, args.out, results, args.threads, *saving)
     if args.list:
         done = study.done()
         for run in runs:

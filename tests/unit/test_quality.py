@@ -231,6 +231,8 @@ def test_a_long_run_saves_and_goes_on_from_its_checkpoint(tmp_path):
     words = study.command(run, tmp_path, tmp_path, 1, False, checkpoint_interval=4)
     assert words[words.index("--load") + 1] == words[words.index("--save") + 1] == str(tmp_path / "checkpoint")
     assert words[words.index("--tensorboard-dir") + 1] == str(tmp_path / "tensorboard/8")
+    words = study.command(run, tmp_path, tmp_path, 1, False, checkpoint_interval=4, keeps_checkpoints=True)
+    assert words[words.index("--save-retain-interval") + 1] == words[words.index("--save-interval") + 1] == "4"
 
 
 def test_a_missing_corpus_is_named(tmp_path):
@@ -479,3 +481,55 @@ def test_a_layer_that_routes_by_the_id_loses_nothing_without_context(megatron_cp
     assert 0.0 < in_context["fixed_by_id"] < 1.0 and in_context["rise_alone"] != 0.0
     assert in_context["rise_with_earlier"] == pytest.approx(in_context["rise_alone"], abs=1e-6)
     assert "| hash-air | 1 | 100.0% |" in context.table(pandas.DataFrame([by_id, in_context]))
+
+
+class Copier(torch.nn.Module):
+    """Knows a token, at 1 bit, where the token before has occurred in the sequence, and else takes 8 bits."""
+
+    def forward(self, tokens, positions, mask, labels):
+        seen = (tokens.unsqueeze(2) == tokens.unsqueeze(1)).tril(-1).any(dim=2)
+        return math.log(2) * torch.where(seen, 1.0, 8.0)
+
+
+def test_a_model_that_copies_pays_for_a_passage_once():
+    from benchmarks.quality import copying
+
+    tokens = torch.randperm(4 * 12, generator=torch.Generator().manual_seed(1)).view(4, 12)
+    batch = {"tokens": tokens, "labels": tokens + 1, "positions": None, "mask": None}
+    assert (copying.twice(batch)["tokens"][:, 6:] == tokens[:, :6]).all()
+    assert (copying.twice(batch)["labels"] == copying.twice(batch)["tokens"].roll(-1, dims=1)).all()
+    assert copying.measure(Copier(), [batch]) == pytest.approx({"loss": 8.0, "first": 8.0, "again": 1.0, "copied": 7.0})
+
+
+def test_the_checkpoints_of_a_study_are_measured(tmp_path, megatron_cpu):
+    """The weights that are measured are those of the checkpoint, not those that the model begins with."""
+    from megatron.core import dist_checkpointing
+
+    from benchmarks.quality import copying, in_process
+
+    flags = {
+        "num-layers": 1, "hidden-size": 8, "num-attention-heads": 2, "seq-length": 8, "global-batch-size": 2,
+        "train-iters": 4, "position-embedding-type": "rope", "disable-bias-linear": True,
+        "moe-granular-experts": True, "moe-dispatch": "compact", "moe-router-dtype": "fp32",
+        "attention-dropout": 0, "hidden-dropout": 0,
+        "moe-router-type": "air", "num-experts": 64, "moe-router-topk": 4, "moe-ffn-hidden-size": 1,
+    }  # fmt: skip
+    run, device = study.Run("air", 64, 4, 1, 1, "stdlib", 50, flags), torch.device("cpu")
+    text = torch.arange(2 * 9).remainder(50).view(2, 9)
+    positions, mask = torch.arange(8).expand(2, 8), torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
+    data = [{"tokens": text[:, :-1], "labels": text[:, 1:], "positions": positions, "mask": mask}]
+    trainer = in_process.trainer_of(run, megatron_cpu, device, seed=1)
+    for step in range(1, 3):
+        trainer.step(data[0])
+        folder = tmp_path / f"checkpoint/iter_{step:07d}"
+        folder.mkdir(parents=True)
+        dist_checkpointing.save({"model": trainer.model.module.sharded_state_dict()}, str(folder))
+    checkpoints = copying.kept_checkpoints(tmp_path)
+    assert list(checkpoints) == [1, 2]
+    rows = pandas.DataFrame(copying.rows_of(run, checkpoints, data, megatron_cpu, device))
+    expected = copying.measure(trainer.model.module.eval(), data)
+    assert dict(rows.iloc[1][list(expected)]) == pytest.approx(expected)
+    assert rows.loss[0] != rows.loss[1]
+    shown = copying.table(rows).splitlines()
+    assert shown[0] == "| copied, bits, at step | seed | 1 | 2 |"
+    assert shown[2] == f"| air | 1 | {rows.copied[0]:.3f} | {rows.copied[1]:.3f} |"

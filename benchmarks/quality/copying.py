@@ -1,0 +1,132 @@
+"""How much a model copies from its context: `python benchmarks/quality/copying.py CONFIG.toml`.
+
+Reads the checkpoints of a study's runs that were made with `study.py --keep-checkpoints`. A model sees passages of the
+test split twice in a row, each of half a sequence:
+
+- *first*: its loss on the first time
+- *again*: its loss on the second time
+- *copied*: the difference. A model that only knows what usually follows the last few tokens has none
+
+Models learn to copy within few steps, and the step differs between runs (Olsson et al. 2022, arXiv 2209.11895,
+"In-context learning and induction heads"). A run that has learned it is ahead of one that has not, whatever its router.
+"""
+
+import argparse
+import fnmatch
+import logging
+import math
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.measure import environment, world  # noqa: E402
+from benchmarks.quality.data import prepare  # noqa: E402
+from benchmarks.quality.in_process import batches, begin, trainer_of  # noqa: E402
+from benchmarks.quality.study import Run, load_runs  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+
+def kept_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run by their iteration, in order."""
+    return {int(path.name.removeprefix("iter_")): path for path in sorted(folder.glob("checkpoint/iter_*"))}
+
+
+def twice(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with the first half of each sequence in place of its second half, labels accordingly."""
+    half = batch["tokens"][:, : batch["tokens"].shape[1] // 2]
+    text = torch.cat((half, half, half[:, :1]), dim=1)
+    return batch | {"tokens": text[:, :-1], "labels": text[:, 1:]}
+
+
+@torch.no_grad()
+def measure(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Losses of a model in bits per token: on the batches, and on passages that it sees for the first time and again.
+
+    The first token of a passage is not counted, nor is that of its repetition: nothing says that one begins.
+    """
+    lines = {"loss": [], "first": [], "again": []}
+    for batch in data:
+        plain, repeated = (
+            model(part["tokens"], part["positions"], part["mask"], labels=part["labels"]).float() / math.log(2)
+            for part in (batch, twice(batch))
+        )
+        half = repeated.shape[1] // 2  # the label at half - 1 is the first token again
+        lines["loss"].append(plain.mean())
+        lines["first"].append(repeated[:, : half - 1].mean())
+        lines["again"].append(repeated[:, half : 2 * half - 1].mean())
+    losses = {name: float(torch.stack(values).mean()) for name, values in lines.items()}
+    return losses | {"copied": losses["first"] - losses["again"]}
+
+
+def rows_of(
+    run: Run, checkpoints: dict[int, Path], data: list, pg_collection, device: torch.device
+) -> list[dict[str, object]]:
+    """A row for each checkpoint of a run."""
+    from megatron.core import dist_checkpointing
+
+    model = trainer_of(run, pg_collection, device).model.module.eval()
+    rows = []
+    for step, path in tqdm(checkpoints.items(), unit="checkpoint", desc=run.name):
+        model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])
+        of_run = {"key": run.key, "variant": run.variant, "experts": run.experts, "topk": run.topk, "seed": run.seed}
+        rows.append(of_run | {"step": step} | measure(model, data) | environment(device))
+    return rows
+
+
+def table(rows: pandas.DataFrame) -> str:
+    """Bits per token that are copied, a line for each run and a column for each step."""
+    steps = sorted(rows.step.unique())
+    lines = [f"| copied, bits, at step | seed | {' | '.join(f'{step:,}' for step in steps)} |"]
+    lines.append(f"|{'---|' * (len(steps) + 2)}")
+    for (variant, seed), of_run in rows.groupby(["variant", "seed"], sort=True):
+        copied = of_run.set_index("step").copied
+        cells = (f"{copied[step]:.3f}" if step in copied else "" for step in steps)
+        lines.append(f"| {variant} | {seed} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the checkpoints that have no row yet, and print the table of all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="TOML file of the study")
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of the corpus")
+    parser.add_argument("--study", type=Path, default=ROOT / "out/quality", help="folder of the study's --out")
+    parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows")
+    parser.add_argument("--only", default="*", help="pattern of the names of runs, as study.py takes it")
+    parser.add_argument("--batches", type=int, default=24, help="of the test split, evenly over it")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU, as the study's runs have")
+    args = parser.parse_args(argv)
+    begin(args.threads)
+    runs = [run for run in load_runs(tomllib.loads(args.config.read_text())) if fnmatch.fnmatch(run.name, args.only)]
+    rows = pandas.read_csv(args.out) if args.out.is_file() else pandas.DataFrame(columns=["key", "step"])
+    for run in runs:
+        done = set(rows[rows.key == run.key].step)
+        checkpoints = kept_checkpoints(args.study / "runs" / run.key)
+        checkpoints = {step: path for step, path in checkpoints.items() if step not in done}
+        if not checkpoints:
+            continue
+        folder = args.study / "data" / run.prepared
+        prepare(run.corpus, run.vocabulary, args.data_dir, folder)
+        with world() as (device, pg_collection):
+            text = batches(folder / "test", run.flags, device)
+            text = text[:: max(1, len(text) // args.batches)][: args.batches]
+            rows = pandas.concat((rows, pandas.DataFrame(rows_of(run, checkpoints, text, pg_collection, device))))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        rows.to_csv(args.out, index=False)
+    if rows.empty:
+        parser.error(f"--only ({args.only!r}): no checkpoint of such a run in {args.study}/runs; make the runs with "
+                     "`study.py --keep-checkpoints`")  # fmt: skip
+    logger.info("%s", table(rows))
+
+
+if __name__ == "__main__":
+    main()
