@@ -7,6 +7,12 @@ test split twice in a row, each of half a sequence:
 - *again*: its loss on the second time
 - *copied*: the difference. A model that only knows what usually follows the last few tokens has none
 
+It also sees the test split as it is:
+
+- *loss*: of all tokens
+- *where seen*: of the tokens after three that occurred in the sequence before, in this order: a model can copy there
+- *elsewhere*: of the others, on which models are compared whether they have learned to copy or not
+
 Models learn to copy within few steps, and the step differs between runs (Olsson et al. 2022, arXiv 2209.11895,
 "In-context learning and induction heads"). A run that has learned it is ahead of one that has not, whatever its router.
 """
@@ -47,24 +53,37 @@ def twice(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return batch | {"tokens": text[:, :-1], "labels": text[:, 1:]}
 
 
+def seen_before(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """[B, S] bool: whether the last ``length`` tokens up to each position have occurred before in its sequence.
+
+    Example: of 5 1 2 1 2 only the last position has, with ``length`` 2.
+    """
+    ends = tokens.unfold(1, length, 1)  # [B, S - length + 1, length]
+    equal = (ends.unsqueeze(2) == ends.unsqueeze(1)).all(dim=3)
+    return torch.nn.functional.pad(equal.tril(-1).any(dim=2), (length - 1, 0))
+
+
 @torch.no_grad()
 def measure(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Losses of a model in bits per token: on the batches, and on passages that it sees for the first time and again.
+    """Losses of a model in bits per token, see above, and the share of tokens whose last three were seen before.
 
     The first token of a passage is not counted, nor is that of its repetition: nothing says that one begins.
     """
-    lines = {"loss": [], "first": [], "again": []}
+    parts = {name: [] for name in ("loss", "where_seen", "elsewhere", "first", "again", "share_seen")}
     for batch in data:
         plain, repeated = (
             model(part["tokens"], part["positions"], part["mask"], labels=part["labels"]).float() / math.log(2)
             for part in (batch, twice(batch))
         )
         half = repeated.shape[1] // 2  # the label at half - 1 is the first token again
-        lines["loss"].append(plain.mean())
-        lines["first"].append(repeated[:, : half - 1].mean())
-        lines["again"].append(repeated[:, half : 2 * half - 1].mean())
-    losses = {name: float(torch.stack(values).mean()) for name, values in lines.items()}
-    return losses | {"copied": losses["first"] - losses["again"]}
+        seen = seen_before(batch["tokens"], 3)
+        for name, values in (
+            ("loss", plain), ("where_seen", plain[seen]), ("elsewhere", plain[~seen]), ("share_seen", seen.float()),
+            ("first", repeated[:, : half - 1]), ("again", repeated[:, half : 2 * half - 1]),
+        ):  # fmt: skip
+            parts[name].append(values.flatten())
+    figures = {name: float(torch.cat(values).mean()) for name, values in parts.items()}
+    return figures | {"copied": figures["first"] - figures["again"]}
 
 
 def rows_of(
@@ -83,15 +102,18 @@ def rows_of(
 
 
 def table(rows: pandas.DataFrame) -> str:
-    """Bits per token that are copied, a line for each run and a column for each step."""
+    """What is copied, and the loss elsewhere, in bits per token: a line for each run and a column for each step."""
     steps = sorted(rows.step.unique())
-    lines = [f"| copied, bits, at step | seed | {' | '.join(f'{step:,}' for step in steps)} |"]
-    lines.append(f"|{'---|' * (len(steps) + 2)}")
-    for (variant, seed), of_run in rows.groupby(["variant", "seed"], sort=True):
-        copied = of_run.set_index("step").copied
-        cells = (f"{copied[step]:.3f}" if step in copied else "" for step in steps)
-        lines.append(f"| {variant} | {seed} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    tables = []
+    for figure in ("copied", "elsewhere"):
+        lines = [f"| {figure}, at step | seed | {' | '.join(f'{step:,}' for step in steps)} |"]
+        lines.append(f"|{'---|' * (len(steps) + 2)}")
+        for (variant, seed), of_run in rows.groupby(["variant", "seed"], sort=True):
+            values = of_run.set_index("step")[figure]
+            cells = (f"{values[step]:.3f}" if step in values else "" for step in steps)
+            lines.append(f"| {variant} | {seed} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,9 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     begin(args.threads)
     runs = [run for run in load_runs(tomllib.loads(args.config.read_text())) if fnmatch.fnmatch(run.name, args.only)]
-    rows = pandas.read_csv(args.out) if args.out.is_file() else pandas.DataFrame(columns=["key", "step"])
+    rows = pandas.read_csv(args.out).to_dict("records") if args.out.is_file() else []
     for run in runs:
-        done = set(rows[rows.key == run.key].step)
+        done = {row["step"] for row in rows if row["key"] == run.key}
         checkpoints = kept_checkpoints(args.study / "runs" / run.key)
         checkpoints = {step: path for step, path in checkpoints.items() if step not in done}
         if not checkpoints:
@@ -119,13 +141,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         with world() as (device, pg_collection):
             text = batches(folder / "test", run.flags, device)
             text = text[:: max(1, len(text) // args.batches)][: args.batches]
-            rows = pandas.concat((rows, pandas.DataFrame(rows_of(run, checkpoints, text, pg_collection, device))))
+            rows += rows_of(run, checkpoints, text, pg_collection, device)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        rows.to_csv(args.out, index=False)
-    if rows.empty:
+        pandas.DataFrame(rows).to_csv(args.out, index=False)
+    if not rows:
         parser.error(f"--only ({args.only!r}): no checkpoint of such a run in {args.study}/runs; make the runs with "
                      "`study.py --keep-checkpoints`")  # fmt: skip
-    logger.info("%s", table(rows))
+    logger.info("%s", table(pandas.DataFrame(rows)))
 
 
 if __name__ == "__main__":

@@ -498,7 +498,16 @@ def test_a_model_that_copies_pays_for_a_passage_once():
     batch = {"tokens": tokens, "labels": tokens + 1, "positions": None, "mask": None}
     assert (copying.twice(batch)["tokens"][:, 6:] == tokens[:, :6]).all()
     assert (copying.twice(batch)["labels"] == copying.twice(batch)["tokens"].roll(-1, dims=1)).all()
-    assert copying.measure(Copier(), [batch]) == pytest.approx({"loss": 8.0, "first": 8.0, "again": 1.0, "copied": 7.0})
+    batch["tokens"][:, 6:9] = batch["tokens"][:, :3]
+    figures = copying.measure(Copier(), [batch])
+    assert figures == pytest.approx(
+        {
+            "loss": 8.0 - 7.0 * 3 / 12, "where_seen": 1.0, "elsewhere": 8.0 - 7.0 * 2 / 11, "share_seen": 1 / 12,
+            "first": 8.0, "again": 1.0, "copied": 7.0,
+        }
+    )  # fmt: skip
+    assert copying.seen_before(torch.tensor([[5, 1, 2, 1, 2]]), 2).tolist() == [[False] * 4 + [True]]
+    assert copying.seen_before(torch.tensor([[2, 1, 2]]), 1).tolist() == [[False, False, True]]
 
 
 def test_the_checkpoints_of_a_study_are_measured(tmp_path, megatron_cpu):
@@ -515,7 +524,7 @@ def test_the_checkpoints_of_a_study_are_measured(tmp_path, megatron_cpu):
         "moe-router-type": "air", "num-experts": 64, "moe-router-topk": 4, "moe-ffn-hidden-size": 1,
     }  # fmt: skip
     run, device = study.Run("air", 64, 4, 1, 1, "stdlib", 50, flags), torch.device("cpu")
-    text = torch.arange(2 * 9).remainder(50).view(2, 9)
+    text = torch.arange(2 * 9).remainder(4).view(2, 9)
     positions, mask = torch.arange(8).expand(2, 8), torch.ones(1, 1, 8, 8, dtype=torch.bool).triu(1)
     data = [{"tokens": text[:, :-1], "labels": text[:, 1:], "positions": positions, "mask": mask}]
     trainer = in_process.trainer_of(run, megatron_cpu, device, seed=1)
@@ -531,5 +540,6 @@ def test_the_checkpoints_of_a_study_are_measured(tmp_path, megatron_cpu):
     assert dict(rows.iloc[1][list(expected)]) == pytest.approx(expected)
     assert rows.loss[0] != rows.loss[1]
     shown = copying.table(rows).splitlines()
-    assert shown[0] == "| copied, bits, at step | seed | 1 | 2 |"
+    assert shown[0] == "| copied, at step | seed | 1 | 2 |"
     assert shown[2] == f"| air | 1 | {rows.copied[0]:.3f} | {rows.copied[1]:.3f} |"
+    assert shown[-1] == f"| air | 1 | {rows.elsewhere[0]:.3f} | {rows.elsewhere[1]:.3f} |"
