@@ -12,6 +12,7 @@ It also sees the test split as it is:
 - *loss*: of all tokens
 - *where seen*: of the tokens after three that occurred in the sequence before, in this order: a model can copy there
 - *elsewhere*: of the others, on which models are compared whether they have learned to copy or not
+- *best's share*: which part of a token's weight its best expert has, by layer; 1/K where all have the same
 
 Models learn to copy within few steps, and the step differs between runs (Olsson et al. 2022, arXiv 2209.11895,
 "In-context learning and induction heads"). A run that has learned it is ahead of one that has not, whatever its router.
@@ -23,7 +24,8 @@ import logging
 import math
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pandas
@@ -34,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measure import environment, world  # noqa: E402
+from benchmarks.quality.context import replaced  # noqa: E402
 from benchmarks.quality.data import prepare  # noqa: E402
 from benchmarks.quality.in_process import batches, begin, trainer_of  # noqa: E402
 from benchmarks.quality.study import Run, load_runs  # noqa: E402
@@ -86,27 +89,55 @@ def measure(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> dict
     return figures | {"copied": figures["first"] - figures["again"]}
 
 
+@contextmanager
+def shares_kept(router: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Within this context the list that it gives gets the shares [T] of each token's best expert."""
+    choose, shares = router._choose, []
+
+    def keep(*args):
+        routes = choose(*args)
+        shares.append(routes.probs.amax(dim=1) / routes.probs.sum(dim=1))
+        return routes
+
+    with replaced(router, keep):
+        yield shares
+
+
+def measure_routing(model: torch.nn.Module, routers: list, data: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Figures of :func:`measure`, and the best expert's share in each layer, as "best_1" and so on."""
+    with ExitStack() as stack:
+        shares = [stack.enter_context(shares_kept(router)) for router in routers]
+        figures = measure(model, data)
+    return figures | {f"best_{layer}": float(torch.cat(of).mean()) for layer, of in enumerate(shares, 1)}
+
+
 def rows_of(
     run: Run, checkpoints: dict[int, Path], data: list, pg_collection, device: torch.device
 ) -> list[dict[str, object]]:
     """A row for each checkpoint of a run."""
     from megatron.core import dist_checkpointing
 
-    model = trainer_of(run, pg_collection, device).model.module.eval()
+    trainer = trainer_of(run, pg_collection, device)
+    model = trainer.model.module.eval()
     rows = []
     for step, path in tqdm(checkpoints.items(), unit="checkpoint", desc=run.name):
         model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(path))["model"])
         of_run = {"key": run.key, "variant": run.variant, "experts": run.experts, "topk": run.topk, "seed": run.seed}
-        rows.append(of_run | {"step": step} | measure(model, data) | environment(device))
+        figures = measure_routing(model, trainer.routers, data)
+        rows.append(of_run | {"step": step} | figures | environment(device))
     return rows
 
 
 def table(rows: pandas.DataFrame) -> str:
-    """What is copied, and the loss elsewhere, in bits per token: a line for each run and a column for each step."""
+    """What is copied, and the loss elsewhere, in bits per token, and the best expert's share in the last layer.
+
+    A line for each run and a column for each step.
+    """
     steps = sorted(rows.step.unique())
+    last = max(name for name in rows if name.startswith("best_"))
     tables = []
-    for figure in ("copied", "elsewhere"):
-        lines = [f"| {figure}, at step | seed | {' | '.join(f'{step:,}' for step in steps)} |"]
+    for figure, name in (("copied", "copied"), ("elsewhere", "elsewhere"), (last, "best's share, last layer")):
+        lines = [f"| {name}, at step | seed | {' | '.join(f'{step:,}' for step in steps)} |"]
         lines.append(f"|{'---|' * (len(steps) + 2)}")
         for (variant, seed), of_run in rows.groupby(["variant", "seed"], sort=True):
             values = of_run.set_index("step")[figure]

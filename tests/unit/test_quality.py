@@ -536,10 +536,12 @@ def test_the_checkpoints_of_a_study_are_measured(tmp_path, megatron_cpu):
     checkpoints = copying.kept_checkpoints(tmp_path)
     assert list(checkpoints) == [1, 2]
     rows = pandas.DataFrame(copying.rows_of(run, checkpoints, data, megatron_cpu, device))
-    expected = copying.measure(trainer.model.module.eval(), data)
+    expected = copying.measure_routing(trainer.model.module.eval(), trainer.routers, data)
+    assert 0.25 < expected["best_1"] < 1.0  # of 4 experts
     assert dict(rows.iloc[1][list(expected)]) == pytest.approx(expected)
     assert rows.loss[0] != rows.loss[1]
     shown = copying.table(rows).splitlines()
     assert shown[0] == "| copied, at step | seed | 1 | 2 |"
     assert shown[2] == f"| air | 1 | {rows.copied[0]:.3f} | {rows.copied[1]:.3f} |"
-    assert shown[-1] == f"| air | 1 | {rows.elsewhere[0]:.3f} | {rows.elsewhere[1]:.3f} |"
+    assert shown[6] == f"| air | 1 | {rows.elsewhere[0]:.3f} | {rows.elsewhere[1]:.3f} |"
+    assert shown[-1] == f"| air | 1 | {rows.best_1[0]:.3f} | {rows.best_1[1]:.3f} |"
