@@ -147,13 +147,40 @@ def table(rows: pandas.DataFrame) -> str:
     return "\n\n".join(tables)
 
 
+def plot(rows: pandas.DataFrame, file: Path) -> None:
+    """What is copied, and the losses where a model can copy and elsewhere, over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
+    titles = {"copied": "copied", "where_seen": "loss where seen", "elsewhere": "loss elsewhere"}
+    variants = list(dict.fromkeys(rows.variant))
+    for (variant, seed), of_run in rows.sort_values("step").groupby(["variant", "seed"], sort=False):
+        look = {
+            "color": f"C{variants.index(variant)}",
+            "marker": "osv^Dxp*"[seed % 8],
+            "label": f"{variant}, seed {seed}",
+        }
+        for axis, column in zip(axes, titles, strict=True):
+            axis.plot(of_run.step, of_run[column], **look)
+    for axis, title in zip(axes, titles.values(), strict=True):
+        axis.set_xlabel("step")
+        axis.set_ylabel(f"{title}, bits per token")
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the checkpoints that have no row yet, and print the table of all."""
+    """Measure the checkpoints that have no row yet; then the tables and the plot of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="TOML file of the study")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of the corpus")
     parser.add_argument("--study", type=Path, default=ROOT / "out/quality", help="folder of the study's --out")
-    parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows")
+    parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows; the plot is beside it")
     parser.add_argument("--only", default="*", help="pattern of the names of runs, as study.py takes it")
     parser.add_argument("--batches", type=int, default=24, help="of the test split, evenly over it")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU, as the study's runs have")
@@ -179,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--only ({args.only!r}): no checkpoint of such a run in {args.study}/runs; make the runs with "
                      "`study.py --keep-checkpoints`")  # fmt: skip
     logger.info("%s", table(pandas.DataFrame(rows)))
+    plot(pandas.DataFrame(rows), args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from benchmarks.quality import curves, data, overview, report, study
+from benchmarks.quality import copying, curves, data, overview, report, study
 from benchmarks.quality.flops import flops_per_token
 
 FOLDER = Path(study.__file__).parent
@@ -393,6 +393,8 @@ def test_tables_in_the_documents_are_those_of_the_results():
         assert table in full + small + of_bytes, f"report.py makes another table of the results:\n{table}"
     rows = [row for name in ("full", "bytes") for row in study.read_results(RESULTS / f"quality/{name}.jsonl")]
     assert overview.comparison(rows) in text, "overview.py makes another table of the results"
+    for table in copying.table(pandas.read_csv(RESULTS / "quality/copying.csv")).split("\n\n"):
+        assert table in text, f"copying.py makes another table of the results:\n{table}"
 
 
 def test_every_rule_of_the_drift_study_does_what_it_says(tmp_path, megatron_cpu):
@@ -492,8 +494,6 @@ class Copier(torch.nn.Module):
 
 
 def test_a_model_that_copies_pays_for_a_passage_once():
-    from benchmarks.quality import copying
-
     tokens = torch.randperm(4 * 12, generator=torch.Generator().manual_seed(1)).view(4, 12)
     batch = {"tokens": tokens, "labels": tokens + 1, "positions": None, "mask": None}
     assert (copying.twice(batch)["tokens"][:, 6:] == tokens[:, :6]).all()
@@ -514,7 +514,7 @@ def test_the_checkpoints_of_a_study_are_measured(tmp_path, megatron_cpu):
     """The weights that are measured are those of the checkpoint, not those that the model begins with."""
     from megatron.core import dist_checkpointing
 
-    from benchmarks.quality import copying, in_process
+    from benchmarks.quality import in_process
 
     flags = {
         "num-layers": 1, "hidden-size": 8, "num-attention-heads": 2, "seq-length": 8, "global-batch-size": 2,
@@ -545,3 +545,5 @@ def test_the_checkpoints_of_a_study_are_measured(tmp_path, megatron_cpu):
     assert shown[2] == f"| air | 1 | {rows.copied[0]:.3f} | {rows.copied[1]:.3f} |"
     assert shown[6] == f"| air | 1 | {rows.elsewhere[0]:.3f} | {rows.elsewhere[1]:.3f} |"
     assert shown[-1] == f"| air | 1 | {rows.best_1[0]:.3f} | {rows.best_1[1]:.3f} |"
+    copying.plot(rows, tmp_path / "copying.png")
+    assert (tmp_path / "copying.png").stat().st_size > 10_000
