@@ -24,7 +24,8 @@ def begin(threads: int) -> None:
     if not torch.cuda.is_available() and not CPU_ENVIRONMENT.items() <= os.environ.items():
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **CPU_ENVIRONMENT})
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("benchmarks").setLevel(logging.INFO)
+    for name in ("benchmarks", "__main__"):  # the command's own module has the latter name
+        logging.getLogger(name).setLevel(logging.INFO)
     torch.set_num_threads(threads)
 
 
