@@ -14,8 +14,8 @@ It also sees the test split as it is:
 - *elsewhere*: of the others, on which models are compared whether they have learned to copy or not
 - *best's share*: which part of a token's weight its best expert has, by layer; 1/K where all have the same
 
-Models learn to copy within few steps, and the step differs between runs (Olsson et al. 2022, arXiv 2209.11895,
-"In-context learning and induction heads"). A run that has learned it is ahead of one that has not, whatever its router.
+Models learn to copy within few steps (Olsson et al. 2022, arXiv 2209.11895, "In-context learning and induction heads").
+So the comparison of two runs depends on whether one has learned it and the other has not.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def table(rows: pandas.DataFrame) -> str:
     A line for each run and a column for each step.
     """
     steps = sorted(rows.step.unique())
-    last = max(name for name in rows if name.startswith("best_"))
+    last = f"best_{max(int(name.removeprefix('best_')) for name in rows if name.startswith('best_'))}"
     tables = []
     for figure, name in (("copied", "copied"), ("elsewhere", "elsewhere"), (last, "best's share, last layer")):
         lines = [f"| {name}, at step | seed | {' | '.join(f'{step:,}' for step in steps)} |"]
