@@ -30,7 +30,7 @@ _LOSS = re.compile(r"iteration +(\d+)/ .*?lm loss: ([0-9.E+-]+|nan|inf) ")
 
 _SIZES = "--hidden 1024 --tokens 16384 --topk 64"
 _MEDIUM = "--experts 16384 --hidden 1024 --tokens 16384 --topk 32"
-_RUNS = "--warmup 3 --repetitions 20 --slow-repetitions 10"
+_RUNS = "--warmup 3 --repetitions 20 --slow-repetitions 5"
 _TINY = "--hidden 16 --tokens 64 --topk 8"
 _TINY_LAYER = f"--stock-experts 256 {_TINY} --no-memory"
 BENCHMARKS = {  # file of the rows -> benchmark and flags on a large GPU, the same in a dry run, seconds

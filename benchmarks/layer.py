@@ -3,6 +3,8 @@
 import logging
 import multiprocessing
 
+import torch
+
 from benchmarks import checks, roofline
 from benchmarks.measure import peak_memory, world
 from benchmarks.models import (
@@ -30,18 +32,16 @@ def add_arguments(parser) -> None:
     add_sizes(parser, experts=65_536, hidden=512, tokens=4096, topk=64, ffn=1)
     parser.add_argument("--stock-experts", type=int, default=16_384, help="E for Megatron's layer; 0 leaves it out")
     parser.add_argument("--no-baseline", action="store_true", help="time and measure AIR-MoE alone")
-    parser.add_argument(
-        "--no-memory", action="store_true", help="do not measure the peak memory, which takes a process"
-    )
+    parser.add_argument("--no-memory", action="store_true", help="do not measure the peak memory")
 
 
 def run(args) -> list[dict]:
-    """Check the layers, time each group of equal sizes in turn, and measure the peak memory of each in a fresh process.
+    """Check the layers, time each group of equal sizes in turn, and measure the peak memory of each.
 
     PEER and hierarchical routing have the number of experts asked for; Megatron's layer a smaller one, at which its
     dense maps are bearable, with our layer beside it at the same. A step is forward and backward. All weights have a
     ``main_grad`` as in Megatron. Peak memory is what a step needs beside weights and these buffers; in a column of its
-    own, what one needs that also rebuilds the shortlists.
+    own, what one needs that also rebuilds the shortlists. On a CPU a process of its own measures each peak.
     """
     groups = [
         (Sizes.of(args), ["AIRMoELayer"] if args.no_baseline else ["AIRMoELayer", "HierarchicalMoELayer", "PEERLayer"])
@@ -55,8 +55,12 @@ def run(args) -> list[dict]:
         for kind in () if args.no_memory else kinds:
             if (sizes, kind) in peaks:
                 continue
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                peaks[sizes, kind] = pool.apply(_measure_peak, (kind, sizes))
+            if torch.cuda.is_available():
+                peaks[sizes, kind] = _measure_peak(kind, sizes)
+                torch.cuda.empty_cache()
+            else:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    peaks[sizes, kind] = pool.apply(_measure_peak, (kind, sizes))
             logger.info("%s: %.0f MiB beside weights and gradients", kind, peaks[sizes, kind][0] / _MIB)
     with world() as (device, pg_collection):
         for kind in dict.fromkeys(kind for _, kinds in groups for kind in kinds):
