@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import AIRFields, resolve_sizes, set_fields
 from air_moe_megatron.routers import AIRRouter
+from air_moe_megatron.routers.flops import Rebuilds
 from air_moe_megatron.training.memory import parameter_bytes
 
 _GIB = 2**30
@@ -190,7 +191,7 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
         name = "scores of the candidates, codewords, marks and gradients"
         collectives.append(Collective(name, outward + gradients, ranks, outward=outward))
     tokens = world * args.tokens * args.microbatches
-    flops = AIRRouter.flops(config, tokens_per_batch=tokens)
+    flops = AIRRouter.flops(config, Rebuilds(tokens, on_gpu=True))
     rebuild = flops.refresh * tokens * args.refresh_interval
     return Plan(is_sharded, memory, flops.total, rebuild / shards, [one for one in collectives if one.group > 1])
 

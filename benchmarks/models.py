@@ -293,7 +293,7 @@ def rebuild_work(router, sizes: Sizes, in_full: bool = False) -> dict[str, roofl
     from air_moe_megatron.learned.index import rebuild_products
 
     lists = (router.sizes.num_clusters, router.sizes.shortlist_size)
-    num_products = None if in_full else rebuild_products(sizes.experts, *lists)
+    num_products = None if in_full else rebuild_products(sizes.experts, *lists, router.weight.is_cuda)
     return roofline.rebuild(sizes.experts, sizes.hidden, *lists, sizes.dtype.itemsize, num_products)
 
 

@@ -15,6 +15,7 @@ from air_moe_megatron.diagnostics.recall import measure
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter, ExactRouter
 from air_moe_megatron.routers.base import CompactRouter
+from air_moe_megatron.routers.flops import Rebuilds
 from air_moe_megatron.routers.observation import CodewordCounter
 
 SAMPLE_FIGURES = ("mass_recall", "paper_bound", "mass_bound", "certified", "topk_recall")
@@ -129,7 +130,9 @@ def describe(router: CompactRouter, tokens_per_batch: int) -> dict[str, Any]:
     if isinstance(router, AIRRouter):
         names = ("num_clusters", "shortlist_size", "num_probes", "num_candidates", "num_explored")
         described |= {name: getattr(router.sizes, name) for name in names}
-    described["router_flops_per_token"] = router.flops(router.config, tokens_per_batch).total
+    is_on_gpu = any(parameter.is_cuda for parameter in router.parameters())
+    rebuilds = Rebuilds(tokens_per_batch, on_gpu=is_on_gpu)
+    described["router_flops_per_token"] = router.flops(router.config, rebuilds).total
     described["exact_router_flops_per_token"] = ExactRouter.flops(router.config).total
     return described
 

@@ -6,6 +6,7 @@ How lists of source 'tokens' are rebuilt, once there are some:
    (:meth:`ShortlistIndex.refresh`). Each rank takes a part of the blocks.
 2. A codeword keeps a *pool* of its best Q experts. It chooses from its pool, its list, and the pools of the nearest
    codewords that had their *turn* in the rebuild before. Whose turn it is chooses from all experts: one block in R.
+   On a GPU every codeword chooses from all experts in every rebuild (:func:`schedule`).
 3. At the end of the step, the ranks exchange what they ranked (:meth:`ShortlistIndex.commit`). The lists stay in force.
 4. When all codewords have been ranked, the best L of each pool become the lists, at once, with the experts that none of
    them would hold (:func:`list_every_expert`).
@@ -33,6 +34,8 @@ NUM_TURNS = 8  # R
 NUM_NEIGHBORS = 2  # codewords whose pools a codeword chooses from
 POOL = 4  # Q / L
 BLOCK = 32  # codewords ranked by one product, so that its bits do not depend on the number of ranks and steps
+_GPU_BLOCK = 128  # the least of them on a GPU, the tile of the kernel
+_GPU_SCORES = 2**24  # of a block on a GPU, which then waits little for the launches of its kernels
 
 
 def next_version(version: int, interval: int) -> int:
@@ -66,12 +69,28 @@ def num_turns(num_clusters: int) -> int:
     return min(NUM_TURNS, -(-num_clusters // BLOCK))
 
 
-def rebuild_products(num_experts: int, num_clusters: int, shortlist_size: int) -> float:
+def schedule(num_experts: int, num_clusters: int, on_gpu: bool) -> tuple[int, int]:
+    """Codewords of a block, and R.
+
+    A GPU has the products of all experts sooner than the candidates of a codeword: on an H100 a rebuild with E = 65,536
+    and C = 1024 took 53 ms by turns, in blocks of 32, and 4.4 ms of all experts in one block
+    (docs/performance.md#on-an-h100).
+
+    Example: E = 65,536, C = 1024: blocks of 32 and R = 8 on a CPU, of 256 and R = 1 on a GPU.
+    """
+    if not on_gpu:
+        return BLOCK, num_turns(num_clusters)
+    return max(_GPU_BLOCK, _GPU_SCORES // num_experts // _GPU_BLOCK * _GPU_BLOCK), 1
+
+
+def rebuild_products(num_experts: int, num_clusters: int, shortlist_size: int, on_gpu: bool = False) -> float:
     """Products of a codeword with a codeword or an expert center that a rebuild takes on average, of all ranks.
 
     Example: E = 65,536, C = 1024, L = 128: 128 codewords with all experts and 896 with 128 codewords and 1664 experts,
-    15% of the products of all codewords with all experts.
+    15% of the products of all codewords with all experts, which a GPU takes.
     """
+    if on_gpu:
+        return num_clusters * num_experts
     in_turn = num_clusters / num_turns(num_clusters)
     pool_size = min(POOL * shortlist_size, num_experts)
     num_candidates = min(shortlist_size + (1 + NUM_NEIGHBORS) * pool_size, num_experts)
@@ -134,7 +153,6 @@ class ShortlistIndex(torch.nn.Module):
         self.num_reserved = num_reserved
         self.source = source
         self.refresh_interval = refresh_interval
-        self.num_turns = num_turns(num_clusters)
         self.register_buffer("shortlist", torch.zeros(num_clusters, shortlist_size, dtype=torch.int32))
         self.register_buffer("built_at", torch.full((1,), -1, dtype=torch.int64))
         # Saved, because lists and codewords of one source mean nothing to the other.
@@ -154,6 +172,11 @@ class ShortlistIndex(torch.nn.Module):
     def is_built(self) -> bool:
         """Whether training has made the lists; waits for the device only right after a checkpoint was loaded."""
         return self._state()[0] >= 0
+
+    @property
+    def schedule(self) -> tuple[int, int]:
+        """Codewords of a block, and R: as :func:`schedule`, for the device of the lists."""
+        return schedule(self.num_experts * self.num_shards, self.shortlist.shape[0], self.shortlist.is_cuda)
 
     def _state(self) -> list[int]:
         """Update of the lists in force, rebuilds so far, and codewords that the rebuild under way has ranked."""
@@ -204,8 +227,8 @@ class ShortlistIndex(torch.nn.Module):
             self._make_lists(codebook, *centers)
             self._set_state(updates, num_rebuilds + 1, 0)
         elif self._share is None and not is_at_once:
-            num_clusters = self.shortlist.shape[0]
-            share = num_clusters * (updates - built_at) // (due - built_at) // BLOCK * BLOCK
+            num_clusters, (block, _) = self.shortlist.shape[0], self.schedule
+            share = num_clusters * (updates - built_at) // (due - built_at) // block * block
             rows = slice(num_ranked, num_clusters if updates >= due else share)
             if rows.start < rows.stop:
                 self._share = self._rank_share(rows, codebook, *centers, group)
@@ -260,10 +283,11 @@ class ShortlistIndex(torch.nn.Module):
         share = Share(rows, codebook.updates_on_host, num_ranks, pool, torch.full_like(self.staged_keys, _UNTRIED))
         scale = codebook.typical_projections()
         parts = parts_of(self._spans(), weight, bias, score_function, expert_bias)
-        blocks = range(rows.start, rows.stop, BLOCK)
+        size, _ = self.schedule
+        blocks = range(rows.start, rows.stop, size)
         try:
             for first in blocks[len(blocks) * rank // num_ranks : len(blocks) * (rank + 1) // num_ranks]:
-                block = slice(first, min(first + BLOCK, rows.stop))
+                block = slice(first, min(first + size, rows.stop))
                 pool[block.start - rows.start : block.stop - rows.start] = self._rank_block(
                     block, codebook.codewords, scale, parts, share.keys
                 )
@@ -277,12 +301,12 @@ class ShortlistIndex(torch.nn.Module):
         self, block: slice, codewords: torch.Tensor, scale: torch.Tensor, parts: list[Part], keys: torch.Tensor
     ) -> torch.Tensor:
         """[n, Q] pools of the codewords of a block; what experts score there enters their keys [E]."""
-        num_rebuilds = self._state()[1]
+        num_rebuilds, (size, turns) = self._state()[1], self.schedule
         ids = torch.arange(codewords.shape[0], device=codewords.device)
-        has_its_turn = block.start // BLOCK % self.num_turns == num_rebuilds % self.num_turns
+        has_its_turn = block.start // size % turns == num_rebuilds % turns
         if not has_its_turn:
-            first = ids[(num_rebuilds - 1) % self.num_turns * BLOCK :: self.num_turns * BLOCK]
-            had_their_turn = (first.unsqueeze(1) + ids[:BLOCK]).flatten().clamp(max=codewords.shape[0] - 1)
+            first = ids[(num_rebuilds - 1) % turns * size :: turns * size]
+            had_their_turn = (first.unsqueeze(1) + ids[:size]).flatten().clamp(max=codewords.shape[0] - 1)
             similarity = codewords[block] @ codewords[had_their_turn].t()
             neighbors = had_their_turn[similarity.topk(min(NUM_NEIGHBORS, had_their_turn.numel()), dim=1).indices]
         pools = []

@@ -28,7 +28,7 @@ from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.ops.selected_scores import selected_scores
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.flops import RouterFlops
+from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.losses import Explored
 from air_moe_megatron.routers.observation import CodewordCounter
 from air_moe_megatron.routers.token_ids import ids_in_order
@@ -284,31 +284,31 @@ class AIRRouter(CompactRouter):
         }
 
     @staticmethod
-    def flops(
-        config: TransformerConfig, tokens_per_batch: int | None = None, num_steps: int | None = None
-    ) -> RouterFlops:
+    def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
         """As the base's: 2H(C + PL) forward, 4HK backward, or 4HM where every candidate's score gets gradients.
 
         With balancing losses R explored candidates are scored too, and get gradients: 2HR and 4HR.
 
-        The ranks share a rebuild of lists, ``2CH(C + nL + E/R)`` of n lists and R turns (``learned/index.py``). The
-        first two of a training are in full and by every rank, ``2CEH``. With source 'experts' every rank makes them all
-        for its own tokens: ``2CEH`` for the lists, and as much for the k-means step that assigns the experts anew.
+        The ranks share a rebuild of lists, ``2CH(C + nL + E/R)`` of n lists and R turns on a CPU, ``2CEH`` on a GPU
+        (``learned/index.py``). The first two of a training are in full and by every rank, ``2CEH``. With source
+        'experts' every rank makes them all for its own tokens: ``2CEH`` for the lists, and as much for the k-means step
+        that assigns the experts anew.
         """
         hidden, sizes = config.hidden_size, resolve_sizes(config)
         refresh = 0.0
-        if tokens_per_batch is not None:
+        if rebuilds is not None:
             interval, in_full = config.moe_air_refresh_interval, sizes.num_clusters * config.num_moe_experts
             if config.moe_air_codebook_source == "experts":
                 in_full = rebuild = 2 * in_full
             else:
-                rebuild = rebuild_products(config.num_moe_experts, sizes.num_clusters, sizes.shortlist_size)
+                lists = sizes.num_clusters, sizes.shortlist_size
+                rebuild = rebuild_products(config.num_moe_experts, *lists, rebuilds.on_gpu)
             products_per_step = rebuild / interval
-            if num_steps is not None:
-                num_full = min(num_steps, NUM_FULL_REBUILDS)
-                num_others = num_rebuilds(num_steps, interval) - num_full
-                products_per_step = (num_full * in_full + num_others * rebuild) / num_steps
-            refresh = 2 * hidden * products_per_step / tokens_per_batch
+            if rebuilds.num_steps is not None:
+                num_full = min(rebuilds.num_steps, NUM_FULL_REBUILDS)
+                num_others = num_rebuilds(rebuilds.num_steps, interval) - num_full
+                products_per_step = (num_full * in_full + num_others * rebuild) / rebuilds.num_steps
+            refresh = 2 * hidden * products_per_step / rebuilds.tokens_per_batch
         searched = sizes.num_clusters + sizes.num_probes * sizes.shortlist_size
         with_gradient = sizes.num_candidates if _all_scores_matter(config) else config.moe_router_topk
         explored = sizes.num_explored if balancing_losses(config) else 0

@@ -26,7 +26,7 @@ from air_moe_megatron.learned.module_state import PreservedState
 from air_moe_megatron.learned.recomputation import ForwardCounter, hidden_from_checkpoints
 from air_moe_megatron.learned.running_norm import RunningNorm
 from air_moe_megatron.process_groups import HoldsProcessGroups
-from air_moe_megatron.routers.flops import RouterFlops
+from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.losses import Explored, RouterLosses
 from air_moe_megatron.routers.row_exchange import ShardedRows
 
@@ -94,16 +94,12 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         return {}
 
     @staticmethod
-    def flops(
-        config: TransformerConfig, tokens_per_batch: int | None = None, num_steps: int | None = None
-    ) -> RouterFlops:
+    def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
         """Operations per token of this router.
 
         Args:
             config: a valid config with our fields.
-            tokens_per_batch: tokens of a global batch, over which AIR's rebuilds are spread; None leaves them out.
-            num_steps: of a training that starts with a new codebook, whose lists are rebuilt more often; None counts
-                the rebuilds of an old one.
+            rebuilds: of AIR's shortlists; None leaves them out.
 
         Example: H = 8, E = 100, K = 2 and topk: forward 1600, backward 3200.
         """

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.flops import RouterFlops
+from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 
 
 class ExactRouter(CompactRouter):
@@ -24,9 +24,7 @@ class ExactRouter(CompactRouter):
     router_type = "topk"
 
     @staticmethod
-    def flops(
-        config: TransformerConfig, tokens_per_batch: int | None = None, num_steps: int | None = None
-    ) -> RouterFlops:
+    def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
         """As the base's: 2HE forward, 4HE backward."""
         products = config.hidden_size * config.num_moe_experts
         return RouterFlops(2 * products, 4 * products)

@@ -9,6 +9,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Rebuilds:
+    """What the cost of AIR's rebuilds of the shortlists depends on beside the config.
+
+    Attributes:
+        tokens_per_batch: tokens of a global batch, over which rebuilds are spread.
+        num_steps: of a training that starts with a new codebook, whose lists are rebuilt more often; None counts those
+            of an old one.
+        on_gpu: whether a GPU makes them, of all experts each time.
+    """
+
+    tokens_per_batch: int
+    num_steps: int | None = None
+    on_gpu: bool = False
+
+
+@dataclass(frozen=True)
 class RouterFlops:
     """Operations per token of one router."""
 

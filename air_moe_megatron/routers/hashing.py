@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from air_moe_megatron.config import recomputes_routers
 from air_moe_megatron.learned.recomputation import is_in_backward
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.flops import RouterFlops
+from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.token_ids import embedding_of, ids_in_order, tell_token_ids
 
 
@@ -61,9 +61,7 @@ class HashRouter(CompactRouter):
         return {name: getattr(config, name) for name in names}
 
     @staticmethod
-    def flops(
-        config: TransformerConfig, tokens_per_batch: int | None = None, num_steps: int | None = None
-    ) -> RouterFlops:
+    def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
         """As the base's: none."""
         return RouterFlops(0, 0)
 

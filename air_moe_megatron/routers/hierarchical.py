@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from air_moe_megatron.config import resolve_groups
 from air_moe_megatron.ops.fine_scores import fine_scores
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.flops import RouterFlops
+from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 
 
 class HierarchicalRouter(CompactRouter):
@@ -49,9 +49,7 @@ class HierarchicalRouter(CompactRouter):
         return {"moe_hierarchical_num_groups": resolve_groups(config).num_groups}
 
     @staticmethod
-    def flops(
-        config: TransformerConfig, tokens_per_batch: int | None = None, num_steps: int | None = None
-    ) -> RouterFlops:
+    def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
         """As the base's: 2H(G + gE/G) forward, twice that backward."""
         sizes = resolve_groups(config)
         forward = 2 * config.hidden_size * (sizes.num_groups + sizes.topk_groups * sizes.group_size)

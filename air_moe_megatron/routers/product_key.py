@@ -40,7 +40,7 @@ from air_moe_megatron.learned.recomputation import hidden_from_checkpoints
 from air_moe_megatron.learned.running_norm import EPSILON, RunningNorm, batch_sums, moments
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.flops import RouterFlops
+from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.losses import Explored
 
 
@@ -93,9 +93,7 @@ class ProductKeyRouter(CompactRouter):
         }
 
     @staticmethod
-    def flops(
-        config: TransformerConfig, tokens_per_batch: int | None = None, num_steps: int | None = None
-    ) -> RouterFlops:
+    def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
         """As the base's: 4HJd + 2Jd(n1 + n2) forward, without the first on tokens; twice that backward."""
         sizes = resolve_product_keys(config)
         width = sizes.num_heads * sizes.key_dim

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.flops import RouterFlops
+from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 
 
 class VQRouter(CompactRouter):
@@ -44,9 +44,7 @@ class VQRouter(CompactRouter):
         self.add_parameter("branch_weight", 2, config.hidden_size)
 
     @staticmethod
-    def flops(
-        config: TransformerConfig, tokens_per_batch: int | None = None, num_steps: int | None = None
-    ) -> RouterFlops:
+    def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
         """As the base's: 4HE + 4H forward, 4HE + 8H backward."""
         products = 4 * config.hidden_size * config.num_moe_experts
         return RouterFlops(products + 4 * config.hidden_size, products + 8 * config.hidden_size)

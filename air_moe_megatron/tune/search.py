@@ -22,6 +22,7 @@ from air_moe_megatron.config import (
 )
 from air_moe_megatron.ops.coarse import assign
 from air_moe_megatron.routers import ROUTERS, AIRRouter
+from air_moe_megatron.routers.flops import Rebuilds
 from air_moe_megatron.tune.baselines import measure_groups, measure_product_keys
 from air_moe_megatron.tune.recall import Layer, fit_codebook, make_lists, measure
 
@@ -94,8 +95,13 @@ def air_config(config: TransformerConfig, setting: Setting | None = None) -> Tra
 
 
 def flops_of(config: TransformerConfig, tokens_per_batch: int | None = None) -> float:
-    """FLOPs of a router per token: forward, backward and, for so many tokens a batch, rebuilds."""
-    return ROUTERS[config.moe_router_type].flops(config, tokens_per_batch).total
+    """FLOPs of a router per token: forward, backward and, for so many tokens a batch, rebuilds as this machine makes
+    them.
+    """
+    rebuilds = None
+    if tokens_per_batch is not None:
+        rebuilds = Rebuilds(tokens_per_batch, on_gpu=torch.cuda.is_available())
+    return ROUTERS[config.moe_router_type].flops(config, rebuilds).total
 
 
 def automatic(config: TransformerConfig) -> Setting:

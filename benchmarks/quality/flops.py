@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from air_moe_megatron.config import hash_layer_numbers
 from air_moe_megatron.routers import ROUTERS
-from air_moe_megatron.routers.flops import RouterFlops
+from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from benchmarks import roofline
 
 DISPATCH_CONSTANT = 14
@@ -15,12 +15,13 @@ DISPATCH_CONSTANT = 14
 its dispatch, forward and backward, in place of the 6 of the scores alone."""
 
 
-def flops_per_token(flags: dict, vocabulary: int) -> dict[str, float]:
+def flops_per_token(flags: dict, vocabulary: int, on_gpu: bool = False) -> dict[str, float]:
     """Operations per token, forward and backward, of all layers.
 
     Args:
         flags: of a run, without dashes in front.
         vocabulary: token ids of the output layer.
+        on_gpu: whether the run is on a GPU, which rebuilds lists in another way.
     Returns:
         "router" (scores and rebuilds; first layers by hash have none), "rebuilds" (of the lists, as often as this run
         makes them; in "router" too),
@@ -29,7 +30,7 @@ def flops_per_token(flags: dict, vocabulary: int) -> dict[str, float]:
     """
     config = config_of(flags)
     tokens = flags["global-batch-size"] * flags["seq-length"]
-    router = ROUTERS[config.moe_router_type].flops(config, tokens, flags["train-iters"])
+    router = ROUTERS[config.moe_router_type].flops(config, Rebuilds(tokens, flags["train-iters"], on_gpu))
     layers = config.num_layers
     scored = layers - len(hash_layer_numbers(config))  # a hash of token ids costs nothing
     sizes = (config.hidden_size, layers, flags["seq-length"], vocabulary)

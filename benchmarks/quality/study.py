@@ -346,7 +346,7 @@ class Study:
             "train_losses": curves.thin(scalars["lm loss"], _LOSS_POINTS),
             "valid_losses": valid_losses,
             "health": {name.removeprefix("air/"): values for name, values in scalars.items() if name.count("/") == 1},
-            "flops_per_token": flops_per_token(run.flags, run.vocabulary),
+            "flops_per_token": flops_per_token(run.flags, run.vocabulary, self.on_gpu),
             "tokens": run.flags["train-iters"] * run.flags["global-batch-size"] * run.flags["seq-length"],
             "seconds": round(seconds, 1),
             "precision": self.precision,

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from air_moe_megatron.learned import index as index_module
 from air_moe_megatron.learned.codebook import Codebook
-from air_moe_megatron.learned.index import REBUILDING, ShortlistIndex, next_version, num_rebuilds, pack, unpack
+from air_moe_megatron.learned.index import (
+    REBUILDING,
+    ShortlistIndex,
+    next_version,
+    num_rebuilds,
+    pack,
+    schedule,
+    unpack,
+)
 from air_moe_megatron.learned.lists import balanced_lists, inverted_lists, list_every_expert, reserved_slots
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.ranking import Ranking, rank_experts
@@ -244,6 +252,21 @@ def test_versions_follow_a_young_codebook_closely_and_then_in_intervals():
 def test_lists_are_at_most_twice_the_share_of_an_interval_old(interval):
     for before, after in zip(versions(interval, 200), versions(interval, 200)[1:], strict=False):
         assert 1 <= after - before <= max(1, min(interval, 2 * before / interval))
+
+
+@given(num_experts=st.integers(1, 2**21), num_clusters=st.integers(1, 2**13), on_gpu=st.booleans())
+def test_blocks_and_turns(num_experts, num_clusters, on_gpu):
+    """A GPU ranks all experts each time, in blocks that fill its tiles and hold few scores."""
+    size, turns = schedule(num_experts, num_clusters, on_gpu)
+    assert schedule(65_536, 1024, False) == (32, 8)
+    assert schedule(65_536, 1024, True) == (256, 1)
+    if on_gpu:
+        assert turns == 1
+        assert size % 128 == 0
+        assert size == 128 or size * num_experts <= 2**24
+    else:
+        assert size == 32
+        assert turns == min(8, -(-num_clusters // 32))
 
 
 class Setup:
@@ -517,9 +540,11 @@ def scrambled(selection):
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_a_rebuild_in_which_every_codeword_has_its_turn_is_a_full_one(selection):
+@pytest.mark.parametrize("block", (32, 128))
+def test_a_rebuild_in_which_every_codeword_has_its_turn_is_a_full_one(selection, block, monkeypatch):
+    """As on a GPU."""
     codebook, index, arguments, expected = scrambled(selection)
-    index.num_turns = 1
+    monkeypatch.setattr(index_module, "schedule", lambda *_: (block, 1))
     rebuild(codebook, index, arguments)
     assert torch.equal(index.shortlist, expected)
 
@@ -536,8 +561,8 @@ def test_a_rebuild_that_chooses_from_all_experts_is_a_full_one(selection):
 def test_after_a_turn_of_every_codeword_the_lists_keep_the_best_of_all_experts(selection):
     """Whatever stood there; experts that no list keeps are where they were tried last."""
     codebook, index, arguments, _ = scrambled(selection)
-    assert index.num_turns == 4
-    for _ in range(index.num_turns):
+    assert index.schedule[1] == 4
+    for _ in range(index.schedule[1]):
         rebuild(codebook, index, arguments)
     best = full_ranking(codebook, index, arguments).lists[:, :28]
     assert all(kept <= listed for kept, listed in zip(as_sets(best), as_sets(index.shortlist), strict=True))

@@ -99,12 +99,12 @@ def test_time_is_that_of_the_slower_link():
 
 def test_router_flops_are_the_routers_own():
     from air_moe_megatron.routers import AIRRouter
+    from air_moe_megatron.routers.flops import Rebuilds
 
     args = parsed(*LARGE)
     tokens = 256 * 8192
-    assert (
-        plan.predict(args, False).router_flops == AIRRouter.flops(plan.config_of(args), tokens_per_batch=tokens).total
-    )
+    expected = AIRRouter.flops(plan.config_of(args), Rebuilds(tokens, on_gpu=True)).total
+    assert plan.predict(args, False).router_flops == expected
 
 
 def test_what_does_not_fit_is_said_with_what_would(capsys):

@@ -8,6 +8,7 @@ from air_moe_megatron.config import resolve_sizes
 from air_moe_megatron.learned.index import num_rebuilds, rebuild_products
 from air_moe_megatron.ops.fine_scores import eager
 from air_moe_megatron.routers import ROUTERS
+from air_moe_megatron.routers.flops import Rebuilds
 from benchmarks.quality.flops import expert_flops, with_dispatch
 from tests.builders import VOCABULARY, make_config, tell_ids
 
@@ -38,8 +39,8 @@ SETTINGS = {
 }
 
 
-def router_flops(config, **settings):
-    return ROUTERS[config.moe_router_type].flops(config, **settings)
+def router_flops(config, *rebuilds, **on_gpu):
+    return ROUTERS[config.moe_router_type].flops(config, Rebuilds(*rebuilds, **on_gpu) if rebuilds else None)
 
 
 def bag_flops(weight, indices, *_, **__):
@@ -74,18 +75,20 @@ def test_formulas_equal_what_torch_counts(megatron_cpu, fields, monkeypatch):
 
 def test_refresh_is_spread_over_the_tokens_between_two():
     config = make_config(moe_router_type="air", moe_air_num_clusters=16, moe_air_refresh_interval=5)
-    plain, spread = router_flops(config), router_flops(config, tokens_per_batch=100)
+    plain, spread = router_flops(config), router_flops(config, 100)
     assert plain.refresh == 0.0
     products = rebuild_products(num_experts=64, num_clusters=16, shortlist_size=resolve_sizes(config).shortlist_size)
     assert spread.refresh == pytest.approx(2 * 16 * products / 500)
     assert spread.total == plain.total + spread.refresh
-    young = router_flops(config, tokens_per_batch=100, num_steps=10).refresh
+    young = router_flops(config, 100, 10).refresh
     assert num_rebuilds(10, 5) == 8
     assert young == pytest.approx(2 * 16 / 100 * (2 * 64 * 16 + 6 * products) / 10)
     assert young > spread.refresh
+    assert router_flops(config, 100, on_gpu=True).refresh == 2 * 16 * 64 * 16 / 500
+    assert router_flops(config, 100, 10, on_gpu=True).refresh == 2 * 16 / 100 * 8 * 64 * 16 / 10
     config.moe_air_codebook_source = "experts"
-    assert router_flops(config, tokens_per_batch=100).refresh == 2 * 2 * 16 * 64 * 16 / 500
-    young = router_flops(config, tokens_per_batch=100, num_steps=10).refresh
+    assert router_flops(config, 100).refresh == 2 * 2 * 16 * 64 * 16 / 500
+    young = router_flops(config, 100, 10).refresh
     assert young == pytest.approx(2 * 2 * 16 * 64 * 16 / 100 * 8 / 10)
 
 
@@ -103,7 +106,7 @@ def test_products_of_a_rebuild_equal_what_torch_counts(megatron_cpu, fields):
     router = ROUTERS["air"](config, megatron_cpu)
     sizes, counts = router.sizes, []
     weight = router.weight.bfloat16()  # the products with fp32 centers are sparse, which torch does not count
-    for _ in range(2 + router.index.num_turns):
+    for _ in range(2 + router.index.schedule[1]):
         with FlopCounterMode(display=False) as counter:
             router.index.refresh(router.codebook, weight, None)
         router.index.commit()
@@ -111,7 +114,7 @@ def test_products_of_a_rebuild_equal_what_torch_counts(megatron_cpu, fields):
         counts.append(counter.get_total_flops())
     in_full = 2 * HIDDEN * sizes.num_clusters * EXPERTS
     assert counts[:2] == [in_full, in_full]
-    mean = sum(counts[2:]) / router.index.num_turns
+    mean = sum(counts[2:]) / router.index.schedule[1]
     assert mean == 2 * HIDDEN * rebuild_products(EXPERTS, sizes.num_clusters, sizes.shortlist_size)
     assert (mean == in_full) == (sizes.num_clusters == 12)
 
