@@ -1,12 +1,9 @@
 """The whole layer: router, dispatch (one rank) and experts of AIR-MoE against a PEER layer and against Megatron's."""
 
 import logging
-import multiprocessing
-
-import torch
 
 from benchmarks import checks, roofline
-from benchmarks.measure import peak_memory, world
+from benchmarks.measure import measure_memory, peak_memory, world
 from benchmarks.models import (
     Sizes,
     add_sizes,
@@ -51,18 +48,12 @@ def run(args) -> list[dict]:
     if args.stock_experts and not args.no_baseline:
         groups.append((Sizes.of(args, experts=args.stock_experts), ["AIRMoELayer", "MoELayer"]))
     peaks = {}
-    for sizes, kinds in groups:
-        for kind in () if args.no_memory else kinds:
-            if (sizes, kind) in peaks:
-                continue
-            if torch.cuda.is_available():
-                peaks[sizes, kind] = _measure_peak(kind, sizes)
-                torch.cuda.empty_cache()
-            else:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    peaks[sizes, kind] = pool.apply(_measure_peak, (kind, sizes))
-            logger.info("%s: %.0f MiB beside weights and gradients", kind, peaks[sizes, kind][0] / _MIB)
     with world() as (device, pg_collection):
+        for sizes, kinds in groups:
+            for kind in () if args.no_memory else kinds:
+                if (sizes, kind) not in peaks:
+                    peaks[sizes, kind] = measure_memory(_measure_peak, (kind, sizes), device, pg_collection)
+                    logger.info("%s: %.0f MiB beside weights and gradients", kind, peaks[sizes, kind][0] / _MIB)
         for kind in dict.fromkeys(kind for _, kinds in groups for kind in kinds):
             if kind == "PEERLayer":
                 checks.check_product_keys(pg_collection, device)
@@ -130,19 +121,19 @@ def layer_step(layer, hidden, grad) -> dict[str, float]:
     return step(forward, layer, hidden, grad)
 
 
-def _measure_peak(kind, sizes):
-    with world() as (device, pg_collection):
-        layer = make_layer(kind, sizes, pg_collection, device)
-        for parameter in layer.parameters():
-            parameter.main_grad.fill_(0.0)  # so that its memory is in use already
-        hidden, grad = layer_inputs(sizes, device)
-        if kind == "AIRMoELayer":
-            warm_up_codebook(layer.router, hidden)
-        peak = peak_memory(lambda: layer_step(layer, hidden, grad), device)
-        if kind != "AIRMoELayer":
-            return peak, None
-        from air_moe_megatron.sync import update_codebooks
+def _measure_peak(kind, sizes, device, pg_collection):
+    """Bytes that a step needs beside weights and gradients, without and with a rebuild of lists, if there are any."""
+    layer = make_layer(kind, sizes, pg_collection, device)
+    for parameter in layer.parameters():
+        parameter.main_grad.fill_(0.0)  # so that its memory is in use already
+    hidden, grad = layer_inputs(sizes, device)
+    if kind == "AIRMoELayer":
+        warm_up_codebook(layer.router, hidden)
+    peak = peak_memory(lambda: layer_step(layer, hidden, grad), device)
+    if kind != "AIRMoELayer":
+        return peak, None
+    from air_moe_megatron.sync import update_codebooks
 
-        layer.router.index.refresh_interval = 2**62  # as in a codebook's youth: every update makes a rebuild due
-        update_codebooks(layer)
-        return peak, peak_memory(lambda: layer_step(layer, hidden, grad), device)
+    layer.router.index.refresh_interval = 2**62  # as in a codebook's youth: every update makes a rebuild due
+    update_codebooks(layer)
+    return peak, peak_memory(lambda: layer_step(layer, hidden, grad), device)

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import importlib.metadata
+import multiprocessing
 import os
 import platform
 import statistics
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,6 +103,24 @@ def take_gradients(module: torch.nn.Module) -> list[torch.Tensor]:
         parameter.main_grad.zero_()
         parameter.grad_added_to_main_grad = False
     return gradients
+
+
+def measure_memory(measure: Callable, args: tuple, device: torch.device, pg_collection) -> Any:
+    """What ``measure(*args, device, pg_collection)`` returns, a function of a module that calls :func:`peak_memory`.
+
+    On a GPU it is called here; on a CPU in a world of a process of its own.
+    """
+    if device.type == "cuda":
+        peaks = measure(*args, device, pg_collection)
+        torch.cuda.empty_cache()
+        return peaks
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure_in_world, (measure, args))
+
+
+def _measure_in_world(measure, args):
+    with world() as place:
+        return measure(*args, *place)
 
 
 def peak_memory(work: Callable[[], None], device: torch.device) -> int:

@@ -2,13 +2,12 @@
 
 import gc
 import logging
-import multiprocessing
 from pathlib import Path
 
 import torch
 
 from benchmarks import checks
-from benchmarks.measure import peak_memory, world
+from benchmarks.measure import measure_memory, peak_memory, world
 from benchmarks.models import (
     Sizes,
     add_sizes,
@@ -76,8 +75,7 @@ def _rows(args, num_experts, pg_collection, device):
         cases["TopKRouter.forward"] = Case(
             lambda: step(lambda x: topk(x)[0], topk, hidden, dense_grad), topk_work(sizes), args.tokens, True
         )
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        peaks = pool.apply(_measure_peaks, (sizes,))
+    peaks = measure_memory(_measure_peaks, (sizes,), device, pg_collection)
     outcome = time_interleaved(cases, args, device)
     ours = outcome.median("AIRRouter.route")
     columns = sizes.columns() | air_columns(air)
@@ -90,24 +88,23 @@ def _rows(args, num_experts, pg_collection, device):
     return rows
 
 
-def _measure_peaks(sizes: Sizes) -> tuple[int, int]:
+def _measure_peaks(sizes: Sizes, device, pg_collection) -> tuple[int, int]:
     """Bytes that a step of ``AIRRouter.route`` needs beside weights and gradients, without and with a rebuild."""
     from air_moe_megatron.sync import update_codebooks
 
-    with world() as (device, pg_collection):
-        router = make_router("air", sizes, pg_collection, device)
-        for parameter in router.parameters():
-            parameter.main_grad.fill_(0.0)  # so that its memory is in use already
-        hidden, grad = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden), (sizes.tokens, sizes.topk))
-        warm_up_codebook(router, hidden)
+    router = make_router("air", sizes, pg_collection, device)
+    for parameter in router.parameters():
+        parameter.main_grad.fill_(0.0)  # so that its memory is in use already
+    hidden, grad = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden), (sizes.tokens, sizes.topk))
+    warm_up_codebook(router, hidden)
 
-        def route():
-            step(lambda x: router.route(x).probs, router, hidden, grad)
+    def route():
+        step(lambda x: router.route(x).probs, router, hidden, grad)
 
-        peak = peak_memory(route, device)
-        router.index.refresh_interval = 2**62  # as in a codebook's youth: every update makes a rebuild due
-        update_codebooks(router)
-        return peak, peak_memory(route, device)
+    peak = peak_memory(route, device)
+    router.index.refresh_interval = 2**62  # as in a codebook's youth: every update makes a rebuild due
+    update_codebooks(router)
+    return peak, peak_memory(route, device)
 
 
 def plot(rows: list[dict], path: Path) -> None:

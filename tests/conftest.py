@@ -23,10 +23,15 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of tensors beyond 2^31 elements run one after another under pytest-xdist too: each takes half of a GPU."""
+    """Tests that take much of a GPU's memory run one after another under pytest-xdist too.
+
+    Those of tensors beyond 2^31 elements take half of it each, the others at large shapes up to 10 GiB.
+    """
     for item in items:
         if "beyond_2_31" in item.name:
             item.add_marker(pytest.mark.xdist_group("beyond_2_31"))
+        elif item.name.startswith("test_large"):
+            item.add_marker(pytest.mark.xdist_group(f"large shapes of {item.path.name}"))
 
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
