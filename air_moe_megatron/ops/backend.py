@@ -2,7 +2,7 @@
 
 The environment variable AIR_MOE_BACKEND forces "torch" or "triton"; unset, or "auto", kernels take what is on a GPU and
 within their limits. A module of kernels names its limits in ``LIMITS``. They are what the kernels can do, not where
-they are fastest: no shape has been timed on a GPU yet (docs/performance.md).
+they are fastest.
 """
 
 import functools
