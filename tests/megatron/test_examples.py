@@ -24,6 +24,7 @@ HIDDEN, TOPK, FP32_BYTES = 64, 8, 4  # of the tiny model in granular_gpt.sh
 SEQUENCE, MICRO_BATCH, NUM_LAYERS, EXPERTS, CLUSTERS = 64, 2, 2, 256, 64
 PAIR_BYTES = 8  # id and prob of an expert
 STEPS, WARMUP = 4, 2
+EP_SIZES = (1, 4)  # of the scaling run
 TWO_NODES = {"NNODES": 2, "GPUS_PER_NODE": 1, "EP": 2, "TRAIN_ITERS": 3}
 
 # Stands in for Python on a machine with eight GPUs: answers the launcher's questions and prints what it would start.
@@ -79,7 +80,13 @@ def cpu_flags(tmp_path_factory):
 def scaling(data_prefix, cpu_flags, tmp_path_factory):
     """An expert-parallel scaling run: its output and its folder."""
     out = tmp_path_factory.mktemp("scaling")
-    env = {"EP_SIZES": "1 2 4", "TRAIN_ITERS": STEPS, "LOG_INTERVAL": 1, "WARMUP": WARMUP, "NODE_GBYTES": 1e-3}
+    env = {
+        "EP_SIZES": " ".join(map(str, EP_SIZES)),
+        "TRAIN_ITERS": STEPS,
+        "LOG_INTERVAL": 1,
+        "WARMUP": WARMUP,
+        "NODE_GBYTES": 1e-3,
+    }
     return finish(start("ep_scaling.sh", *cpu_flags, env={**env, "DATA": data_prefix, "OUT": out})), out
 
 
@@ -142,10 +149,10 @@ def value_of(flag, words):
 @pytest.mark.slow
 def test_scaling_run_writes_a_row_per_size(scaling):
     output, out = scaling
-    assert all(f"EP {size} of 1 2 4" in output and str(out / f"ep{size}.log") in output for size in (1, 2, 4))
+    assert all(f"EP {size} of 1 4" in output and str(out / f"ep{size}.log") in output for size in EP_SIZES)
     with (out / "ep_scaling.csv").open() as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    assert [(row["ep_size"], row["ranks"], row["steps"]) for row in rows] == [(n, n, STEPS - WARMUP) for n in (1, 2, 4)]
+    assert [(row["ep_size"], row["ranks"], row["steps"]) for row in rows] == [(n, n, STEPS - WARMUP) for n in EP_SIZES]
     row_bytes = HIDDEN * FP32_BYTES
     for row in rows:
         assert row["tokens_per_s"] > 0
@@ -157,7 +164,7 @@ def test_scaling_run_writes_a_row_per_size(scaling):
         most = row_bytes * min(TOPK, row["ep_size"] - 1) + TOPK * PAIR_BYTES
         assert row["remote_bytes_per_token"] <= most
     remote = [row["remote_bytes_per_token"] for row in rows]
-    assert remote[0] == 0 < remote[1] < remote[2]
+    assert remote[0] == 0 < remote[1]
     assert [row["planned_remote_bytes_per_token"] for row in rows] == pytest.approx(remote, rel=0.05)
     # Both directions, there and back; ids go out only. All ranks sum up gradients of the centers and statistics.
     for row in rows:
@@ -166,7 +173,7 @@ def test_scaling_run_writes_a_row_per_size(scaling):
         tokens = SEQUENCE * MICRO_BATCH * (4 * (row["remote_bytes_per_token"] - pairs) + 1.5 * pairs)
         shared = 2 * away * FP32_BYTES * (EXPERTS * HIDDEN + CLUSTERS * (HIDDEN + 3))
         assert row["planned_mb_per_step"] == pytest.approx(NUM_LAYERS * (tokens + shared) / 1e6, rel=0.05)
-    assert rows[0]["cost"] == rows[0]["planned_cost"] == 1 < rows[1]["planned_cost"] < rows[2]["planned_cost"]
+    assert rows[0]["cost"] == rows[0]["planned_cost"] == 1 < rows[1]["planned_cost"]
     assert all(row["cost"] == pytest.approx(row["ms_per_step"] / rows[0]["ms_per_step"], abs=1e-3) for row in rows)
 
 
@@ -216,7 +223,7 @@ def test_single_node(data_prefix, cpu_flags, tmp_path):
     assert HEALTH.search((tmp_path / "train.log").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_corpus_of_few_documents_trains_on_all_of_them(cpu_flags, tmp_path):
     prefix = tmp_path / "few"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)

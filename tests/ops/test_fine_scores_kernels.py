@@ -239,6 +239,7 @@ def test_the_best_of_one_tile_and_of_several(tile, monkeypatch, kernel_device):
     assert torch.equal(scores.double(), expected[0])
 
 
+@pytest.mark.long  # interpreted
 def test_the_largest_topk_of_a_list_of_two_full_tiles(kernel_device):
     leaves, shortlist, assignments = make((2, 16, 1024, 1, 1024, 1), torch.float32, kernel_device, integers=True)
     with torch.no_grad():

@@ -220,7 +220,7 @@ def test_values_that_are_no_numbers_leave_gaps(tmp_path):
     assert layer["maps"][0][0].svg.count("<title>codeword") == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_long_run_of_a_deep_model_stays_below_the_limit(tmp_path):
     layers = [json.dumps(diagnostics(100 * n, 1000, num_layers=48)["layers"]) for n in range(1, 11)]
     records = [header(num_layers=48)]
