@@ -15,9 +15,10 @@ class AIRFields:
     looked up by the token's codeword; 'product_key' (PEER), 'hierarchical' (groups of experts), 'hash' (fixed, by token
     id) and 'vq' (VQMoE) are baselines from the literature."""
 
-    moe_router_input_norm: Literal["none", "running"] = "none"
-    """Normalize the tokens per feature before they are scored, by the 'running' mean and variance of earlier global
-    batches; for 'topk', 'air', 'hierarchical' and 'vq'."""
+    moe_router_input_norm: Literal["none", "running", "whitening"] = "none"
+    """Normalize the tokens before they are scored, by statistics of earlier global batches: per feature by the
+    'running' mean and variance, or 'whitening' with the covariance too, which decorrelates the features; for 'topk',
+    'air', 'hierarchical' and 'vq'."""
 
     moe_num_hash_layers: int = 0
     """Number of MoE layers, the first of the model, whose experts are fixed by the token id, as those of

@@ -170,11 +170,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "they take dense maps; use 'stock', or add --moe-granular-experts",
     ),
     Refusal(
-        MEGATRONS_OWN, "moe_router_input_norm", _is("running"),
+        MEGATRONS_OWN, "moe_router_input_norm", _not("none"),
         "that is Megatron's own router; add --moe-granular-experts",
     ),
-    Refusal(PRODUCT_KEY, "moe_router_input_norm", _is("running"), "it has moe_product_key_query_norm"),
-    Refusal(HASH, "moe_router_input_norm", _is("running"), "it does not look at the tokens"),
+    Refusal(PRODUCT_KEY, "moe_router_input_norm", _not("none"), "it has moe_product_key_query_norm"),
+    Refusal(HASH, "moe_router_input_norm", _not("none"), "it does not look at the tokens"),
     Refusal(
         AIR_WITH_BIAS, "moe_air_num_candidates", _on,
         "a biased expert may win from behind the best candidates; leave it at 0",

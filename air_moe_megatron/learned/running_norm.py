@@ -12,7 +12,7 @@ import torch
 
 from air_moe_megatron.learned.learner import Learner
 
-_DECAY = 0.9  # weight of the past per global batch
+DECAY = 0.9  # weight of the past per global batch
 EPSILON = 1e-5
 # Squares of larger numbers are summed apart and scaled: fp32 then holds the squares of all finite numbers.
 _LARGE, _SCALE = 2.0**40, 2.0**-80
@@ -92,6 +92,6 @@ class RunningNorm(Learner):
         """Move towards the mean and variance of a global batch: the n-th update by 1/n, and by at least a tenth."""
         shift, variance, _ = moments(statistics)
         self.num_updates += 1
-        rate = (1.0 / self.num_updates.double()).clamp_min(1.0 - _DECAY)
+        rate = (1.0 / self.num_updates.double()).clamp_min(1.0 - DECAY)
         self.mean += rate * shift
         self.variance += rate * (variance - self.variance)

@@ -25,11 +25,13 @@ from air_moe_megatron.learned.learner import Learner
 from air_moe_megatron.learned.module_state import PreservedState
 from air_moe_megatron.learned.recomputation import ForwardCounter, hidden_from_checkpoints
 from air_moe_megatron.learned.running_norm import RunningNorm
+from air_moe_megatron.learned.whitening_norm import WhiteningNorm
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.losses import Explored, RouterLosses
 from air_moe_megatron.routers.row_exchange import ShardedRows
 
+INPUT_NORMS = {"none": None, "running": RunningNorm, "whitening": WhiteningNorm}
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -75,7 +77,8 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     ) -> None:
         validate(config)
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
-        self.input_norm = RunningNorm(config.hidden_size) if config.moe_router_input_norm == "running" else None
+        norm = INPUT_NORMS[config.moe_router_input_norm]
+        self.input_norm = None if norm is None else norm(config.hidden_size)
         # Megatron makes its counts of a global batch as buffers.
         for name in ("local_tokens_per_expert", "global_tokens_per_expert", "ga_steps"):
             if getattr(self, name) is not None:

@@ -34,6 +34,7 @@ WITHIN = {
         {"learner"},
         {"codebook", "lists", "parts"},
         {"index", "running_norm"},
+        {"whitening_norm"},
         {"__init__"},
     ),
     "layer": ({"dispatcher", "experts"}, {"__init__"}),

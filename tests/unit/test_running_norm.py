@@ -143,8 +143,10 @@ def test_a_checkpoint_with_another_norm_is_refused(found, wanted):
         checks._check_input_norm(Checkpoint(location, False, dict.fromkeys(keys, (HIDDEN,)), (), None), norm)
 
     keys = ["decoder.layers.mlp.router.weight"]
-    if found == "running":
+    if found != "none":
         keys.append("decoder.layers.mlp.router.input_norm.mean")
+    if found == "whitening":
+        keys.append("decoder.layers.mlp.router.input_norm.covariance")
     with pytest.raises(ValueError, match=f"was trained with --moe-router-input-norm {found}"):
         check(keys, wanted)
     check(keys, found)
@@ -156,10 +158,11 @@ def test_a_checkpoint_with_another_norm_is_refused(found, wanted):
     [
         ({"moe_router_type": "hash", "moe_hash_vocab_size": 9}, "does not look at the tokens"),
         ({"moe_router_type": "product_key"}, "moe_product_key_query_norm"),
-        ({"moe_router_input_norm": "batch"}, r"'batch'\) must be 'none' or 'running'"),
+        ({"moe_router_type": "product_key", "moe_router_input_norm": "whitening"}, "moe_product_key_query_norm"),
+        ({"moe_router_input_norm": "batch"}, r"'batch'\) must be 'none', 'running' or 'whitening'"),
         ({"moe_router_type": "topk", "moe_granular_experts": False, "moe_dispatch": "stock"}, "Megatron's own router"),
     ],
-    ids=["hash", "product-keys", "unknown", "plain-topk"],
+    ids=["hash", "product-keys", "whitened-product-keys", "unknown", "plain-topk"],
 )
 def test_what_cannot_be_normalized_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):

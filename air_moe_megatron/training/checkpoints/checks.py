@@ -247,6 +247,8 @@ def _check_input_norm(checkpoint: Checkpoint, norm: str) -> None:
     """Centers are of no use for tokens that are normalized otherwise than those that they were trained on."""
     has_routers = any(".router." in key for key in checkpoint.shapes)
     found = "running" if checkpoint.has("router.input_norm.mean") else "none"
+    if checkpoint.has("router.input_norm.covariance"):
+        found = "whitening"
     if has_routers and found != norm:
         raise ValueError(
             f"{checkpoint.location} was trained with --moe-router-input-norm {found}, so --moe-router-input-norm "
