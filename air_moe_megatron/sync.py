@@ -1,8 +1,9 @@
 """The step boundary: when the codebooks learn and the lists change, and the collectives that it takes.
 
 Communication per optimizer step and pipeline stage: one all-reduce of fp32 numbers over ``tp_dp_cp``, the ranks of the
-stage that hold different tokens. A codebook adds ``C * (H + 3)`` numbers, a running norm ``3 * features + 1``, and an
-AIR router two. In steps that rank codewords for new lists, one more per AIR router: ``ShortlistIndex.commit``.
+stage that hold different tokens. A codebook adds ``C * (H + 3)`` numbers, a running norm ``3 * features + 1``, a
+whitening norm ``(H + 1)^2``, and an AIR router two. In steps that rank codewords for new lists, one more per AIR
+router: ``ShortlistIndex.commit``.
 
 A step that Megatron repeats must not count twice, so every attempt starts with ``discard_statistics``. Forwards
 accumulate. ``update_codebooks`` runs once after the optimizer has stepped, so a skipped step leaves no trace.

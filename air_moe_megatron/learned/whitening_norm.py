@@ -1,11 +1,12 @@
 """WhiteningNorm: tokens centered, scaled and decorrelated by statistics of earlier batches.
 
-A few directions carry most of the variance of hidden states. An expert's score is then mostly the token's place along
-these, whatever else its center says, and the experts are chosen by what many tokens share. Batch-normalized scores
-(product keys, He 2024, arXiv 2407.04153) do not have this: each score has the same variance. With whitened tokens the
-scores of all centers of one length have the same variance too, and no score of every expert is needed. Derived in
-docs/whitening.md.
+A few directions carry most of the variance of hidden states, and scores are mostly a token's place along these. Scores
+that are batch-normalized, as those of product keys (He 2024, arXiv 2407.04153), are not: each has the same variance.
+The scores of whitened tokens have it too, for centers of one length, and it takes no score of every expert. What it
+gives is in docs/routers.md#whitened-tokens.
 """
+
+from typing import Any
 
 import torch
 
@@ -13,6 +14,12 @@ from air_moe_megatron.learned.learner import Learner
 from air_moe_megatron.learned.running_norm import DECAY, EPSILON
 
 SHRINKAGE = 0.5  # of the correlations towards none
+_INTERVAL = 20  # updates between two factorizations at most
+
+
+def is_factorized(num_updates: int) -> bool:
+    """Whether an update makes the whitening anew: each of the first 20, then fewer, one in 20 from 200 on."""
+    return num_updates % min(max(1, num_updates // 10), _INTERVAL) == 0
 
 
 @torch.no_grad()
@@ -35,8 +42,8 @@ def whitening_of(covariance: torch.Tensor) -> torch.Tensor:
 class WhiteningNorm(Learner):
     """``A (h - mean)`` with running statistics; before the first update it changes nothing.
 
-    A is :func:`whitening_of` the running covariance. ``statistics`` [H + 1, H + 1] are sums over tokens of the outer
-    product of ``(h - mean, 1)`` with itself.
+    A is :func:`whitening_of` the running covariance, or of what it was some updates ago (:func:`is_factorized`).
+    ``statistics`` [H + 1, H + 1] are sums over tokens of the outer product of ``(h - mean, 1)`` with itself.
     """
 
     title = "whitening norm"
@@ -46,6 +53,7 @@ class WhiteningNorm(Learner):
         self.register_buffer("mean", torch.zeros(num_features, dtype=torch.float32))
         self.register_buffer("covariance", torch.eye(num_features, dtype=torch.float32))
         self.register_buffer("whitening", torch.eye(num_features, dtype=torch.float32))
+        self._updates_on_host: int | None = 0
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] whitened tokens, in their dtype."""
@@ -61,7 +69,7 @@ class WhiteningNorm(Learner):
         rows = torch.nn.functional.pad(hidden.float() - self.mean, (0, 1), value=1.0)
         if padding_mask is not None:
             rows = rows.masked_fill(padding_mask.unsqueeze(1), 0.0)
-        self.statistics.addmm_(rows.t(), rows)
+        self.statistics += rows.t() @ rows
 
     def num_tokens(self, statistics: torch.Tensor) -> torch.Tensor:
         """[] tokens that statistics [H + 1, H + 1] hold."""
@@ -73,8 +81,16 @@ class WhiteningNorm(Learner):
         means = statistics.double() / statistics[-1, -1].double()
         shift = means[-1, :-1]
         covariance = means[:-1, :-1] - shift.outer(shift)
+        if self._updates_on_host is None:
+            self._updates_on_host = int(self.num_updates)
+        self._updates_on_host += 1
         self.num_updates += 1
-        rate = (1.0 / self.num_updates.double()).clamp_min(1.0 - DECAY)
+        rate = max(1.0 / self._updates_on_host, 1.0 - DECAY)
         self.mean += rate * shift
         self.covariance += rate * (covariance - self.covariance)
-        self.whitening.copy_(whitening_of(self.covariance))
+        if is_factorized(self._updates_on_host):
+            self.whitening.copy_(whitening_of(self.covariance))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._updates_on_host = None

@@ -28,7 +28,7 @@ from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.ops.selected_scores import selected_scores
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
+from air_moe_megatron.routers.flops import Rebuilds, RouterFlops, of_norm
 from air_moe_megatron.routers.losses import Explored
 from air_moe_megatron.routers.observation import CodewordCounter
 from air_moe_megatron.routers.token_ids import ids_in_order
@@ -312,7 +312,9 @@ class AIRRouter(CompactRouter):
         searched = sizes.num_clusters + sizes.num_probes * sizes.shortlist_size
         with_gradient = sizes.num_candidates if _all_scores_matter(config) else config.moe_router_topk
         explored = sizes.num_explored if balancing_losses(config) else 0
-        return RouterFlops(2 * hidden * (searched + explored), 4 * hidden * (with_gradient + explored), refresh)
+        return RouterFlops(
+            2 * hidden * (searched + explored), 4 * hidden * (with_gradient + explored), refresh, of_norm(config)
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
+from air_moe_megatron.routers.flops import Rebuilds, RouterFlops, of_norm
 
 
 class ExactRouter(CompactRouter):
@@ -27,7 +27,7 @@ class ExactRouter(CompactRouter):
     def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
         """As the base's: 2HE forward, 4HE backward."""
         products = config.hidden_size * config.num_moe_experts
-        return RouterFlops(2 * products, 4 * products)
+        return RouterFlops(2 * products, 4 * products, norm=of_norm(config))
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         logits = self._linear(hidden, self.weight, self.bias)  # [T, E]

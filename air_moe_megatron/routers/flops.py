@@ -7,6 +7,8 @@ operations. What is linear in the scores is not counted: softmax, top-k, sorting
 
 from dataclasses import dataclass
 
+from megatron.core.transformer.transformer_config import TransformerConfig
+
 
 @dataclass(frozen=True)
 class Rebuilds:
@@ -31,8 +33,14 @@ class RouterFlops:
     forward: float
     backward: float
     refresh: float = 0.0  # AIR's rebuilding of the shortlists, spread over all tokens
+    norm: float = 0.0  # whitening the tokens, forward and backward, and their covariance
 
     @property
     def total(self) -> float:
-        """Forward, backward and refresh."""
-        return self.forward + self.backward + self.refresh
+        """Forward, backward, refresh and norm."""
+        return self.forward + self.backward + self.refresh + self.norm
+
+
+def of_norm(config: TransformerConfig) -> float:
+    """``6H^2`` operations per token of a whitening norm: forward, backward and covariance; 0 of any other."""
+    return 6.0 * config.hidden_size**2 if config.moe_router_input_norm == "whitening" else 0.0

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from air_moe_megatron.config import resolve_groups
 from air_moe_megatron.ops.fine_scores import fine_scores
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
+from air_moe_megatron.routers.flops import Rebuilds, RouterFlops, of_norm
 
 
 class HierarchicalRouter(CompactRouter):
@@ -53,7 +53,7 @@ class HierarchicalRouter(CompactRouter):
         """As the base's: 2H(G + gE/G) forward, twice that backward."""
         sizes = resolve_groups(config)
         forward = 2 * config.hidden_size * (sizes.num_groups + sizes.topk_groups * sizes.group_size)
-        return RouterFlops(forward, 2 * forward)
+        return RouterFlops(forward, 2 * forward, norm=of_norm(config))
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         sizes, dtype = self.sizes, self._router_dtype(hidden)

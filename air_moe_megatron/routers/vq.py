@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
+from air_moe_megatron.routers.flops import Rebuilds, RouterFlops, of_norm
 
 
 class VQRouter(CompactRouter):
@@ -47,7 +47,7 @@ class VQRouter(CompactRouter):
     def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
         """As the base's: 4HE + 4H forward, 4HE + 8H backward."""
         products = 4 * config.hidden_size * config.num_moe_experts
-        return RouterFlops(products + 4 * config.hidden_size, products + 8 * config.hidden_size)
+        return RouterFlops(products + 4 * config.hidden_size, products + 8 * config.hidden_size, norm=of_norm(config))
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         dtype, topk = self._router_dtype(hidden), self.topk_per_branch

@@ -23,8 +23,8 @@ def flops_per_token(flags: dict, vocabulary: int, on_gpu: bool = False) -> dict[
         vocabulary: token ids of the output layer.
         on_gpu: whether the run is on a GPU, which rebuilds lists in another way.
     Returns:
-        "router" (scores and rebuilds; first layers by hash have none), "rebuilds" (of the lists, as often as this run
-        makes them; in "router" too),
+        "router" (scores, norm and rebuilds; first layers by hash have none), "rebuilds" (of the lists, as often as this
+        run makes them; in "router" too),
         "router_with_dispatch" (with the constant of Krajewski et al.), "experts",
         "other" (attention and output layer), "total" (without dispatch) and "total_with_dispatch".
     """
@@ -46,9 +46,10 @@ def flops_per_token(flags: dict, vocabulary: int, on_gpu: bool = False) -> dict[
 
 
 def with_dispatch(router: RouterFlops) -> float:
-    """Refresh, and 14 operations for each 2 of the forward (Krajewski et al.), which stand for both directions and the
-    dispatch. It charges the dispatch by what is scored, so nothing to the hash, whatever the dispatch costs."""
-    return DISPATCH_CONSTANT / 2 * router.forward + router.refresh
+    """Refresh and norm, and 14 operations for each 2 of the forward (Krajewski et al.), which stand for both
+    directions and the dispatch. It charges the dispatch by what is scored, so nothing to the hash, whatever the
+    dispatch costs."""
+    return DISPATCH_CONSTANT / 2 * router.forward + router.refresh + router.norm
 
 
 def expert_flops(config) -> int:

@@ -20,6 +20,7 @@ def make_layers(num_layers, source="tokens"):
     from air_moe_megatron.learned.index import ShortlistIndex
     from air_moe_megatron.learned.recomputation import ForwardCounter
     from air_moe_megatron.learned.running_norm import RunningNorm
+    from air_moe_megatron.learned.whitening_norm import WhiteningNorm
     from air_moe_megatron.routers.air import AIRRouter
 
     layers = torch.nn.ModuleList()
@@ -32,7 +33,8 @@ def make_layers(num_layers, source="tokens"):
             layer.add_accumulator(name, torch.zeros(size, dtype=torch.int64))
         layer.codebook = Codebook(CLUSTERS, HIDDEN, 0.8)
         layer.index = ShortlistIndex(48, CLUSTERS, 4, source, 1)
-        layer.input_norm = RunningNorm(HIDDEN) if source == "tokens" else None
+        norm = (RunningNorm, WhiteningNorm)[number % 2]
+        layer.input_norm = norm(HIDDEN) if source == "tokens" else None
         layers.append(layer)
     return layers
 

@@ -26,6 +26,7 @@ SHARED = {
     # name: flags of the run on one rank
     "fp32": [],
     "input norm": ["--moe-router-input-norm", "running"],
+    "whitening": ["--moe-router-input-norm", "whitening"],
     "stock dispatch": ["--moe-dispatch", "stock"],
     "bf16": ["--bf16"],
     "fp16": ["--fp16", "--initial-loss-scale", "4096"],
@@ -59,8 +60,8 @@ LAYOUTS = {
 }
 # Sharded routing: the reference has its lists in parts too, and replicated centers.
 PARTS = ["--moe-air-list-parts", "4"]
-OF_SHARDED = ("input norm", "bf16", "fp16", "loss per token", "multi-token prediction", "shared expert", "expert bias",
-              "loss over sequences", "loss over all ranks", "explored candidates")  # fmt: skip
+OF_SHARDED = ("input norm", "whitening", "bf16", "fp16", "loss per token", "multi-token prediction", "shared expert",
+              "expert bias", "loss over sequences", "loss over all ranks", "explored candidates")  # fmt: skip
 SHARED |= {f"{kind}, lists in parts": [*SHARED[kind], *PARTS] for kind in ("fp32", *OF_SHARDED)}
 SHARDED_LAYOUTS = ("EP 2", "EP 4", "EP 2, DP 2", "TP 2, SP, EP 2", "PP 2, EP 2", "distributed optimizer, overlap",
                    "recomputed MoE layers", "hybrid model")  # fmt: skip
@@ -76,7 +77,7 @@ CASES = [
     *((kind, "EP 2, DP 2") for kind in ("loss per token", "loss over sequences", "loss over all ranks", "expert bias")),
     ("no balancing loss", "one microbatch"),
     ("first layers by hash", "PP 2"),
-    ("input norm", "EP 2, DP 2"),
+    *((kind, "EP 2, DP 2") for kind in ("input norm", "whitening")),
     *(("explored candidates", layout) for layout in ("EP 2, DP 2", "TP 2, SP, EP 2", "recomputed MoE layers")),
 ]
 

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from air_moe_megatron.config import resolve_sizes
 from air_moe_megatron.learned.index import num_rebuilds, rebuild_products
+from air_moe_megatron.learned.whitening_norm import WhiteningNorm
 from air_moe_megatron.ops.fine_scores import eager
 from air_moe_megatron.routers import ROUTERS
 from air_moe_megatron.routers.flops import Rebuilds
@@ -117,6 +118,20 @@ def test_products_of_a_rebuild_equal_what_torch_counts(megatron_cpu, fields):
     mean = sum(counts[2:]) / router.index.schedule[1]
     assert mean == 2 * HIDDEN * rebuild_products(EXPERTS, sizes.num_clusters, sizes.shortlist_size)
     assert (mean == in_full) == (sizes.num_clusters == 12)
+
+
+def test_a_whitening_norm_costs_what_torch_counts():
+    hidden = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    norm = WhiteningNorm(HIDDEN)
+    with FlopCounterMode(display=False) as counter:
+        norm.accumulate(hidden.detach(), None)
+        norm(hidden).sum().backward()
+    config = make_config(moe_router_type="air", moe_router_input_norm="whitening", hidden_size=HIDDEN)
+    covariance = 2 * (HIDDEN + 1) ** 2  # with a row of ones
+    assert counter.get_total_flops() == TOKENS * (4 * HIDDEN**2 + covariance)
+    flops = router_flops(config)
+    assert flops.norm == 6 * HIDDEN**2
+    assert flops.total - flops.norm == router_flops(make_config(moe_router_type="air", hidden_size=HIDDEN)).total
 
 
 def test_dispatch_constant_of_krajewski():

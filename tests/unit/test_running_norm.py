@@ -1,9 +1,10 @@
-"""RunningNorm: what it makes of tokens, how its statistics are learned, and what routers make of it."""
+"""The input norms: what they make of tokens, how their statistics are learned, and what routers make of them."""
 
 import pytest
 import torch
 
 from air_moe_megatron.learned.running_norm import RunningNorm
+from air_moe_megatron.learned.whitening_norm import WhiteningNorm, is_factorized, whitening_of
 from air_moe_megatron.routers import ROUTERS
 from air_moe_megatron.sync import discard_statistics, update_codebooks
 from air_moe_megatron.training.checkpoints import checks
@@ -11,6 +12,8 @@ from air_moe_megatron.training.checkpoints.reader import Checkpoint, Location
 from tests.builders import make_config, make_router
 
 HIDDEN = 16
+NORMS = {"running": RunningNorm, "whitening": WhiteningNorm}
+every_norm = pytest.mark.parametrize("name", NORMS)
 
 
 def batches(count, size=40):
@@ -36,8 +39,50 @@ def test_it_changes_nothing_before_the_first_update_and_the_first_batch_counts_a
     torch.testing.assert_close(found.std(dim=0, unbiased=False), torch.ones(HIDDEN), rtol=1e-3, atol=1e-3)
 
 
-def test_the_first_ten_batches_count_alike_and_later_ones_a_tenth():
-    norm, given = RunningNorm(HIDDEN), batches(12)
+def test_whitened_tokens_have_their_correlations_halved_by_eigenvalues():
+    """Of correlations R with eigenvalues r, those of the whitened tokens have the eigenvalues r / (r/2 + 1/2)."""
+    norm, (tokens,) = WhiteningNorm(HIDDEN), batches(1, size=400)
+    mixing = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(1))
+    tokens = tokens @ mixing * torch.logspace(-2, 2, HIDDEN)
+    torch.testing.assert_close(norm(tokens), tokens)  # nothing was learned yet
+    learn(norm, tokens[:150], tokens[150:])
+    found = norm(tokens)
+    torch.testing.assert_close(found.mean(dim=0), torch.zeros(HIDDEN), rtol=0, atol=1e-3)
+    before = torch.linalg.eigvalsh(torch.corrcoef(tokens.double().t()))
+    after = torch.linalg.eigvalsh(torch.cov(found.double().t(), correction=0))
+    torch.testing.assert_close(after, 2 * before / (before + 1), rtol=1e-2, atol=1e-2)
+
+
+def test_whitening_of_a_singular_covariance_is_finite():
+    whitening = whitening_of(torch.ones(4, 4))
+    assert whitening.isfinite().all()
+    assert whitening_of(torch.zeros(4, 4)).isfinite().all()
+    expected = torch.tensor([[0.5, 0.0], [0.0, 1.0 / 3.0]])
+    torch.testing.assert_close(whitening_of(torch.tensor([[4.0, 0.0], [0.0, 9.0]])), expected, rtol=1e-5, atol=0)
+
+
+def test_the_whitening_is_made_anew_more_rarely_the_older_the_statistics():
+    made = [number for number in range(1, 261) if is_factorized(number)]
+    assert made[:20] == list(range(1, 21)) and made[20:25] == [22, 24, 26, 28, 30]
+    assert made[-4:] == [200, 220, 240, 260]
+
+
+def test_resumed_statistics_go_on_as_they_would_have():
+    given = batches(60)
+    norm, other = WhiteningNorm(HIDDEN), WhiteningNorm(HIDDEN)
+    for tokens in given[:33]:
+        learn(norm, tokens)
+    other.load_state_dict(norm.state_dict())
+    for tokens in given[33:]:
+        learn(norm, tokens)
+        learn(other, tokens)
+    for one, two in zip(norm.buffers(), other.buffers(), strict=True):
+        assert torch.equal(one, two)
+
+
+@every_norm
+def test_the_first_ten_batches_count_alike_and_later_ones_a_tenth(name):
+    norm, given = NORMS[name](HIDDEN), batches(12)
     for tokens in given[:10]:
         learn(norm, tokens)
     expected = torch.stack([tokens.mean(dim=0) for tokens in given[:10]]).mean(dim=0)
@@ -46,8 +91,9 @@ def test_the_first_ten_batches_count_alike_and_later_ones_a_tenth():
     torch.testing.assert_close(norm.mean, 0.9 * expected + 0.1 * given[10].mean(dim=0), rtol=1e-5, atol=1e-4)
 
 
-def test_padding_and_batches_without_tokens_do_not_count():
-    norm, (tokens,) = RunningNorm(HIDDEN), batches(1)
+@every_norm
+def test_padding_and_batches_without_tokens_do_not_count(name):
+    norm, (tokens,) = NORMS[name](HIDDEN), batches(1)
     keep = torch.arange(40) < 30
     padded = tokens.clone()
     padded[30:] = float("nan")
@@ -63,10 +109,14 @@ def test_statistics_keep_their_dtypes_and_results_keep_the_dtype_of_the_tokens()
     assert norm.mean.dtype == norm.statistics.dtype == torch.float32
     assert norm.variance.dtype == torch.float64  # a square of a finite fp32 number may be beyond fp32
     assert norm(torch.ones(2, HIDDEN, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    norm = WhiteningNorm(HIDDEN).bfloat16()
+    assert norm.mean.dtype == norm.statistics.dtype == norm.covariance.dtype == norm.whitening.dtype == torch.float32
+    assert norm(torch.ones(2, HIDDEN, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+@every_norm
 @pytest.mark.parametrize("router_type", ("topk", "air", "hierarchical", "vq"))
-def test_a_router_sees_normalized_tokens_and_learns_only_in_training(megatron_cpu, router_type):
+def test_a_router_sees_normalized_tokens_and_learns_only_in_training(megatron_cpu, router_type, name):
     def make(norm):
         config = make_config(moe_router_type=router_type, moe_router_input_norm=norm)
         torch.manual_seed(0)
@@ -75,8 +125,8 @@ def test_a_router_sees_normalized_tokens_and_learns_only_in_training(megatron_cp
         return router
 
     (tokens,) = batches(1)
-    router, plain = make("running"), make("none")
-    assert type(router.learners()[0]) is RunningNorm
+    router, plain = make(name), make("none")
+    assert type(router.learners()[0]) is NORMS[name]
     router.route(tokens)
     discard_statistics(router)  # a step that is attempted again
     router.route(tokens)
@@ -97,8 +147,9 @@ def test_a_router_sees_normalized_tokens_and_learns_only_in_training(megatron_cp
     assert torch.autograd.grad(routes.probs.square().sum(), hidden)[0].abs().max() > 0
 
 
-def test_a_token_that_is_not_finite_leaves_the_statistics_as_they_were(megatron_cpu, caplog):
-    config = make_config(moe_router_type="topk", moe_router_input_norm="running")
+@every_norm
+def test_a_token_that_is_not_finite_leaves_the_statistics_as_they_were(megatron_cpu, caplog, name):
+    config = make_config(moe_router_type="topk", moe_router_input_norm=name)
     router = ROUTERS["topk"](config, megatron_cpu)
     (tokens,) = batches(1)
     router.route(tokens)
@@ -107,11 +158,12 @@ def test_a_token_that_is_not_finite_leaves_the_statistics_as_they_were(megatron_
     tokens[3, 3] = float("inf")
     router.route(tokens)
     assert update_codebooks(router) == 1
-    assert torch.equal(router.input_norm.mean, before) and "running norm stays" in caplog.text
+    assert torch.equal(router.input_norm.mean, before) and f"{name} norm stays" in caplog.text
 
 
-def test_the_statistics_are_saved_and_restored(megatron_cpu):
-    config = make_config(moe_router_type="topk", moe_router_input_norm="running")
+@every_norm
+def test_the_statistics_are_saved_and_restored(megatron_cpu, name):
+    config = make_config(moe_router_type="topk", moe_router_input_norm=name)
     router, other = (ROUTERS["topk"](config, megatron_cpu) for _ in range(2))
     router.route(batches(1)[0])
     update_codebooks(router)
@@ -136,7 +188,9 @@ def test_a_variance_that_was_saved_in_fp32_loads(megatron_cpu, tmp_path):
     assert torch.equal(routers[1].input_norm.variance, routers[0].input_norm.variance)
 
 
-@pytest.mark.parametrize("found, wanted", (("none", "running"), ("running", "none")))
+@pytest.mark.parametrize(
+    "found, wanted", (("none", "running"), ("running", "none"), ("running", "whitening"), ("whitening", "running"))
+)
 def test_a_checkpoint_with_another_norm_is_refused(found, wanted):
     def check(keys, norm):
         location = Location("--load", "folder", "iter_0000001")
