@@ -100,7 +100,16 @@ def check_at_size(air, hidden: torch.Tensor, num_checked: int = 64) -> None:
 def _normalized(router, tokens):
     """[T, H] tokens as the router scores them."""
     norm = getattr(router, "input_norm", None)  # Megatron's router has none
-    return tokens if norm is None else (tokens - norm.mean) / (norm.variance + 1e-5).sqrt().float()
+    if norm is None:
+        return tokens
+    if not hasattr(norm, "covariance"):
+        return (tokens - norm.mean) / (norm.variance + 1e-5).sqrt().float()
+    deviations = (norm.covariance.diagonal().double() + 1e-5).sqrt()
+    correlations = norm.covariance.double() / deviations / deviations.unsqueeze(1)
+    correlations.diagonal().fill_(1.0)
+    half = correlations / 2 + torch.eye(len(deviations), device=deviations.device, dtype=torch.float64) / 2
+    whitening = torch.linalg.inv(torch.linalg.cholesky(half)) / deviations
+    return (tokens - norm.mean) @ whitening.t().float()
 
 
 def _scores(tokens, weight, ids):

@@ -155,6 +155,12 @@ def air_route(tokens, hidden, topk, sizes, num_live, num_used, element, prob_byt
     }
 
 
+def whitening(num_tokens: int, hidden_size: int) -> dict[str, Work]:
+    """Whitening the tokens and adding up their covariance: products with ``[H, H]`` alone, as they are read already."""
+    product = 2.0 * num_tokens * hidden_size**2
+    return {"forward": Work(2 * product), "backward": Work(product)}
+
+
 def dense_maps(tokens, num_experts, prob_bytes=4):
     """Megatron's probs and routing map [T, E]: written once forward; the gradient of the probs read once backward."""
     numbers = tokens * num_experts

@@ -23,6 +23,7 @@ from benchmarks.models import (
 from benchmarks.timing import Case, time_interleaved
 
 ONE_PROBE = "AIRRouter.route, one probe"
+_WHITENED = "AIRRouter.route, whitened tokens"
 
 
 def add_arguments(parser) -> None:
@@ -32,7 +33,8 @@ def add_arguments(parser) -> None:
 def run(args) -> list[dict]:
     """Check that AIR with full lists equals top-k, then time the routers with the sizes asked for.
 
-    ``TopKRouter.forward``; ``AIRRouter.route``, whose result is compact, as it is by default and with one probe;
+    ``TopKRouter.forward``; ``AIRRouter.route``, whose result is compact, as it is by default, with one probe, and with
+    whitened tokens;
     ``AIRRouter.forward``, which makes Megatron's dense maps of it for the stock dispatchers; the product-key router,
     which alone has no balancing loss. Two more rows are what AIR pays beside its steps: the codebook's update, once per
     global batch, and the rebuild of the shortlists, once per refresh interval.
@@ -43,14 +45,16 @@ def run(args) -> list[dict]:
         sizes = Sizes.of(args)
         topk, air, keys = (make_router(kind, sizes, pg_collection, device) for kind in ("topk", "air", "product_key"))
         one_probe = make_router("air", replace(sizes, probes=1, shortlist=0), pg_collection, device)
+        whitened = make_router("air", sizes, pg_collection, device, moe_router_input_norm="whitening")
         with torch.no_grad():
-            for router in (air, one_probe):
+            for router in (air, one_probe, whitened):
                 router.weight.copy_(topk.weight)
         hidden, grad = inputs(sizes, device, (args.tokens, 1, args.hidden), (args.tokens, args.topk))
         dense_grad = torch.randn(args.tokens, args.experts, device=device).to(sizes.routing_dtype)
         learner = warm_up_codebook(air, hidden)
         warm_up_codebook(one_probe, hidden)
-        for router in (air, one_probe):
+        warm_up_codebook(whitened, hidden)
+        for router in (air, one_probe, whitened):
             checks.check_lists(router)
             checks.check_at_size(router, hidden)
         learner.route(hidden)
@@ -65,6 +69,11 @@ def run(args) -> list[dict]:
             ONE_PROBE: Case(
                 lambda: step(lambda x: one_probe.route(x).probs, one_probe, hidden, grad),
                 air_work(one_probe, hidden, sizes),
+                args.tokens,
+            ),
+            _WHITENED: Case(
+                lambda: step(lambda x: whitened.route(x).probs, whitened, hidden, grad),
+                roofline.together(air_work(whitened, hidden, sizes), roofline.whitening(args.tokens, args.hidden)),
                 args.tokens,
             ),
             "AIRRouter.forward": Case(

@@ -32,8 +32,8 @@ NAMES = {
 }
 CASES = {
     "router": [
-        *("TopKRouter.forward", "AIRRouter.route", "AIRRouter.route, one probe", "AIRRouter.forward"),
-        "ProductKeyRouter",
+        *("TopKRouter.forward", "AIRRouter.route", "AIRRouter.route, one probe", "AIRRouter.route, whitened tokens"),
+        *("AIRRouter.forward", "ProductKeyRouter"),
         *("codebook update", "shortlist rebuild"),
     ],
     "growth": ["AIRRouter.route, E = 256", "AIRRouter.route, E = 1024"],
@@ -100,6 +100,10 @@ def test_work_of_routers():
     keys = roofline.product_key_route(2, 10, 1, num_heads=1, num_keys=4, key_size=3, element=4)
     weights = (60 + 24) * 4
     assert keys == {"forward": Work(2 * 2 * 84, 2 * 40 + weights + 2 * 8), "backward": Work(4 * 2 * 84, 2 * weights)}
+
+
+def test_work_of_whitening():
+    assert roofline.whitening(2, 10) == {"forward": Work(800), "backward": Work(400)}
 
 
 def test_work_of_experts_counts_the_cheaper_order():
