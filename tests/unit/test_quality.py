@@ -147,7 +147,7 @@ def test_losses_and_health_are_read_from_tensorboard(tmp_path, monkeypatch):
 
     from benchmarks.quality import flops
 
-    monkeypatch.setattr(flops, "flops_per_token", lambda flags, vocabulary: {})
+    monkeypatch.setattr(flops, "flops_per_token", lambda *_: {})
     run = study.load_runs(CONFIG)[0]
     run.flags.update({"global-batch-size": 2, "seq-length": 4})
     with SummaryWriter(tmp_path / "tensorboard/0") as writer:
