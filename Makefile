@@ -19,7 +19,7 @@ BENCH ?= router
 FLAGS ?=
 RUN = $(BIN)/python -W ignore benchmarks/run.py
 PARTS ?=
-MINUTES ?= 25
+MINUTES ?= 30
 AGAIN ?=
 DRY ?=
 
@@ -98,7 +98,7 @@ bench-gpu: install  ## The same on a large GPU, with its sizes, into $(OUT_BENCH
 	$(BIN)/python -W ignore benchmarks/gpu.py bench --again --out $(OUT_BENCH)/gpu
 	@$(BIN)/python benchmarks/targets.py $(OUT_BENCH)
 
-gpu: install  ## All that needs a GPU, in 25 minutes, into docs/results/gpu; PARTS="tests bench", MINUTES=12, AGAIN=1, DRY=1
+gpu: install  ## All that needs a GPU, in 30 minutes, into docs/results/gpu; PARTS="tests bench", MINUTES=12, AGAIN=1, DRY=1
 	$(BIN)/python -W ignore benchmarks/gpu.py $(PARTS) --minutes $(MINUTES) --data $(DATA) $(if $(AGAIN),--again) $(if $(DRY),--dry)
 
 gpu-curves: install  ## Train the demo on the CPU four times, for the comparison in `make gpu` (12 minutes)

@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("steps", nargs="*", help=f"of {', '.join(STEPS)}; bench: all benchmarks (default: all)")
     parser.add_argument("--dry", action="store_true", help="all steps on the CPU, at tiny sizes")
     parser.add_argument("--again", action="store_true", help="repeat steps whose results are there")
-    parser.add_argument("--minutes", type=float, default=25, help="for all steps together (default: 25)")
+    parser.add_argument("--minutes", type=float, default=30, help="for all steps together (default: 30)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: docs/results/gpu, dry: out/gpu-dry)")
     parser.add_argument("--data", type=Path, default=ROOT / "data/stdlib", help="folder of the demo's data")
     parser.add_argument("--curves", action="store_true", help="make the CPU's losses of the demo instead (12 minutes)")
