@@ -80,7 +80,7 @@ def test_the_stock_path_trains_the_same(baseline, train):
 
 
 # Those with more than parameters to restore: running statistics, a table.
-@pytest.mark.parametrize("baseline", ("product_key", "hash"), indirect=True)
+@pytest.mark.parametrize("baseline", ("product_key", pytest.param("hash", marks=pytest.mark.long)), indirect=True)
 def test_resumed_in_another_layout_it_goes_on(baseline, train, tmp_path):
     router_type, flags, run, directory = baseline
     _, only_here, (ranks, layout) = BASELINES[router_type]

@@ -214,7 +214,7 @@ def test_scaling_table_says_what_a_run_lacks(scaling, tmp_path, lost, warmup, me
     assert not (tmp_path / "ep_scaling.csv").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_single_node(data_prefix, cpu_flags, tmp_path):
     env = {"RANKS": 1, "TRAIN_ITERS": 3, "DATA": data_prefix, "OUT": tmp_path}
     dispatched, remote = map(int, HEALTH.findall(finish(start("single_node.sh", *cpu_flags, env=env)))[-1])
@@ -269,7 +269,7 @@ def test_multi_node_on_two_hosts_trains_as_on_one(two_nodes, namespaces, data_pr
     assert all(int((tmp_path / f"node{rank}.bytes").read_text()) > least > 0 for rank in (0, 1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_million_experts_with_fewer(cpu_flags, tmp_path):
     env = {"NUM_EXPERTS": 4096, "TRAIN_ITERS": 3, "MICRO_BATCH": 2, "GLOBAL_BATCH": 2, "DATA": "mock", "OUT": tmp_path}
     output = finish(start("million_experts.sh", *cpu_flags, env=env))

@@ -75,6 +75,7 @@ def test_patched_checkout_honors_the_flag(pretrain, patched, tmp_path):
         assert [one.step for one in scalars.Scalars("air/routing-share")] == [3, 4]
 
 
+@pytest.mark.long
 def test_our_entry_trains_the_same_on_a_patched_checkout(pretrain, patched):
     flags = [*TRAIN, *AIR, "--moe-num-hash-layers", "1"]
     ours, on_patched = pretrain(*flags), pretrain(*flags, env=on(patched))

@@ -43,7 +43,7 @@ def outputs_and_gradients(layer, apply):
 
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))
-@pytest.mark.parametrize("into", ("grad", "main_grad"))
+@pytest.mark.parametrize("into", (pytest.param("grad", marks=pytest.mark.long), "main_grad"))
 @pytest.mark.parametrize("fields", ROUTERS.values(), ids=ROUTERS)
 def test_a_layer_of_mostly_empty_experts_over_poisoned_memory(
     megatron_cpu, request, monkeypatch, fields, into, backend
