@@ -1,9 +1,8 @@
 """WhiteningNorm: tokens centered, scaled and decorrelated by statistics of earlier batches.
 
-A few directions carry most of the variance of hidden states, and scores are mostly a token's place along these. Scores
-that are batch-normalized, as those of product keys (He 2024, arXiv 2407.04153), are not: each has the same variance.
-The scores of whitened tokens have it too, for centers of one length, and it takes no score of every expert. What it
-gives is in docs/routers.md#whitened-tokens.
+Directions of much variance weigh most in a score. Batch-normalized scores, as those of product keys (He 2024, arXiv
+2407.04153), have one variance each. So have the scores of whitened tokens, for centers of one length, and no score of
+every expert is needed. docs/routers.md#whitened-tokens says what was measured.
 """
 
 from typing import Any
@@ -27,23 +26,26 @@ def whitening_of(covariance: torch.Tensor) -> torch.Tensor:
     """``L^-1 D^-1/2`` [H, H] fp32 of a covariance [H, H]: D its diagonal, ``L L^T`` its correlations, shrunk.
 
     Correlations are shrunk halfway to the identity. So directions of much variance are scaled down, and those of hardly
-    any are scaled up by no more than the square root of 2. In fp64.
+    any are scaled up by no more than the square root of 2. In fp64. Where the sums of fp32 have lost the covariance
+    beside a far larger mean, so that no factor exists, it is ``D^-1/2`` alone, as in the running norm.
 
     Example: the covariance [[4, 0], [0, 9]] gives [[1/2, 0], [0, 1/3]].
     """
     covariance = covariance.double()
-    scale = (covariance.diagonal() + EPSILON).rsqrt()
+    scale = (covariance.diagonal().clamp_min(0.0) + EPSILON).rsqrt()
     shrunk = covariance * scale * scale.unsqueeze(1) * (1.0 - SHRINKAGE)
     shrunk.diagonal().fill_(1.0)
-    factor = torch.linalg.cholesky(shrunk)
-    return torch.linalg.solve_triangular(factor, scale.diag(), upper=False).float()
+    factor, failed_at = torch.linalg.cholesky_ex(shrunk)  # does not wait for the device
+    whitening = torch.linalg.solve_triangular(factor, scale.diag(), upper=False)
+    return torch.where(failed_at == 0, whitening, scale.diag()).float()
 
 
 class WhiteningNorm(Learner):
     """``A (h - mean)`` with running statistics; before the first update it changes nothing.
 
     A is :func:`whitening_of` the running covariance, or of what it was some updates ago (:func:`is_factorized`).
-    ``statistics`` [H + 1, H + 1] are sums over tokens of the outer product of ``(h - mean, 1)`` with itself.
+    ``statistics`` [H + 1, H + 1] are sums over tokens of the outer product of ``(h - mean, 1)`` with itself. A batch
+    whose squares are beyond fp32 is dropped, as one with infinite tokens.
     """
 
     title = "whitening norm"

@@ -61,6 +61,21 @@ def test_whitening_of_a_singular_covariance_is_finite():
     torch.testing.assert_close(whitening_of(torch.tensor([[4.0, 0.0], [0.0, 9.0]])), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("mean", (1e3, 1e5, 1e9))
+def test_a_covariance_that_is_lost_beside_the_mean_leaves_finite_tokens(mean):
+    """After the first update, whose sums are taken around zero; later ones are taken around the mean."""
+    norm = WhiteningNorm(HIDDEN)
+    given = [0.01 * tokens + mean for tokens in batches(3)]
+    for tokens in given:
+        learn(norm, tokens)
+        assert norm.whitening.isfinite().all() and norm(tokens).isfinite().all()
+
+
+def test_a_matrix_without_a_factor_is_scaled_only():
+    found = whitening_of(torch.tensor([[1.0, 9.0], [9.0, 4.0]]))  # a correlation of 4.5
+    torch.testing.assert_close(found, torch.tensor([[1.0, 0.0], [0.0, 0.5]]), rtol=1e-4, atol=0)
+
+
 def test_the_whitening_is_made_anew_more_rarely_the_older_the_statistics():
     made = [number for number in range(1, 261) if is_factorized(number)]
     assert made[:20] == list(range(1, 21)) and made[20:25] == [22, 24, 26, 28, 30]
