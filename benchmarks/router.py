@@ -34,10 +34,9 @@ def run(args) -> list[dict]:
     """Check that AIR with full lists equals top-k, then time the routers with the sizes asked for.
 
     ``TopKRouter.forward``; ``AIRRouter.route``, whose result is compact, as it is by default, with one probe, and with
-    whitened tokens;
-    ``AIRRouter.forward``, which makes Megatron's dense maps of it for the stock dispatchers; the product-key router,
-    which alone has no balancing loss. Two more rows are what AIR pays beside its steps: the codebook's update, once per
-    global batch, and the rebuild of the shortlists, once per refresh interval.
+    whitened tokens; ``AIRRouter.forward``, which makes Megatron's dense maps of it for the stock dispatchers; the
+    product-key router, which alone has no balancing loss. Two more rows are what AIR pays beside its steps: the
+    codebook's update, once per global batch, and the rebuild of the shortlists, once per refresh interval.
     """
     with world() as (device, pg_collection):
         checks.check_router(pg_collection, device)

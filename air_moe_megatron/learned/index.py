@@ -87,7 +87,7 @@ def rebuild_products(num_experts: int, num_clusters: int, shortlist_size: int, o
     """Products of a codeword with a codeword or an expert center that a rebuild takes on average, of all ranks.
 
     Example: E = 65,536, C = 1024, L = 128: 128 codewords with all experts and 896 with 128 codewords and 1664 experts,
-    15% of the products of all codewords with all experts, which a GPU takes.
+    15% of the products of all codewords with all experts. A GPU takes all of these.
     """
     if on_gpu:
         return num_clusters * num_experts

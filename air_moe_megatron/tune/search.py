@@ -95,9 +95,7 @@ def air_config(config: TransformerConfig, setting: Setting | None = None) -> Tra
 
 
 def flops_of(config: TransformerConfig, tokens_per_batch: int | None = None) -> float:
-    """FLOPs of a router per token: forward, backward and, for so many tokens a batch, rebuilds as this machine makes
-    them.
-    """
+    """FLOPs of a router per token; with tokens of a batch, of rebuilds too, as this machine makes them."""
     rebuilds = None
     if tokens_per_batch is not None:
         rebuilds = Rebuilds(tokens_per_batch, on_gpu=torch.cuda.is_available())
