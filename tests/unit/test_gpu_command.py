@@ -140,8 +140,8 @@ def test_tests_are_counted_from_pytests_own_report(tmp_path):
     assert counted("-k", "right or skipped").passed
     assert not counted("-k", "skipped").passed  # nothing was tested
     # Of a process that was stopped in a test the file has a case without a name.
-    report.write_text('<testsuites><testsuite><testcase classname="test_three" name="test_right" /><testcase time="0.1" />'
-                      "</testsuite></testsuites>")  # fmt: skip
+    cases = '<testcase classname="test_three" name="test_right" /><testcase time="0.1" />'
+    report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
     assert gpu_steps.read_tests(report, "").detail == "1 passed, 0 failed, 0 skipped"
     report.unlink()
     assert not gpu_steps.read_tests(report, "stopped after 1 s").passed
