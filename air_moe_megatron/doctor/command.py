@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from air_moe_megatron.config import Problems
 
 OPERATIONS = {
+    "norm": "norm of the tokens",
     "coarse": "tokens to codewords",
     "fine_scores": "scores of the shortlists",
     "ranking": "rebuild of the shortlists",

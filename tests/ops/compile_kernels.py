@@ -23,6 +23,7 @@ from air_moe_megatron.ops.exchange.kernels import combine, make_plan, pack
 from air_moe_megatron.ops.fine_scores import kernels as fine_scores_kernels
 from air_moe_megatron.ops.fine_scores import topk_kernels
 from air_moe_megatron.ops.granular_experts import kernels as granular_experts_kernels
+from air_moe_megatron.ops.norm.kernels import batch_sums, normalize
 from air_moe_megatron.ops.pair_products import kernels as pair_kernels
 from air_moe_megatron.ops.pair_products import make_pairs
 from air_moe_megatron.ops.ranking.kernels import rank_experts
@@ -157,7 +158,15 @@ def granular_experts(deterministic):
     backward((granular_experts_kernels.granular_experts(*leaves, pairs, "silu", deterministic),), leaves)
 
 
+def norm():
+    hidden, vector = leaf(T, H), torch.zeros(H)
+    batch_sums(hidden, vector, torch.zeros(T, dtype=torch.bool))
+    batch_sums(hidden, vector, None)
+    backward((normalize(hidden, vector, vector),), (hidden,))
+
+
 CASES = {
+    "norm": norm,
     "coarse": lambda: coarse(8192, deterministic=False),
     "coarse-deterministic": lambda: coarse(T, deterministic=True),
     "ranking": ranking,

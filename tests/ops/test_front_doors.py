@@ -7,6 +7,7 @@ from air_moe_megatron.ops.coarse import assign, assign_with_statistics, token_st
 from air_moe_megatron.ops.exchange import make_plan
 from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk
 from air_moe_megatron.ops.granular_experts import granular_experts
+from air_moe_megatron.ops.norm import batch_sums, normalize
 from air_moe_megatron.ops.pair_products import make_pairs, pair_dots, pair_sums
 from air_moe_megatron.ops.ranking import rank_experts
 from air_moe_megatron.ops.selected_scores import selected_scores
@@ -18,6 +19,8 @@ LISTS = torch.arange(4).view(2, 2), PLACE.view(3, 1)
 
 # One call in fp64 for each; exchange copies any dtype, and plans for more ranks than its kernels take.
 CALLS = {
+    "norm-normalize": lambda: normalize(torch.ones(3, 4, **WIDE), torch.ones(4), torch.ones(4)),
+    "norm-sums": lambda: batch_sums(torch.ones(3, 4, **WIDE), torch.ones(4), None),
     "coarse-assign": lambda: assign(torch.ones(3, 4, **WIDE), torch.eye(4), 1),
     "coarse-statistics": lambda: token_statistics(torch.ones(3, 4, **WIDE), torch.eye(4), PLACE),
     "coarse-both": lambda: assign_with_statistics(torch.ones(3, 4, **WIDE), torch.eye(4), 1)[1],

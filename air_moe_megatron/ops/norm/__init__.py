@@ -1,0 +1,64 @@
+"""Tokens shifted and scaled feature by feature, and the sums from which mean and variance are learned."""
+
+import torch
+
+from air_moe_megatron.ops.backend import use_kernels
+from air_moe_megatron.ops.norm import eager
+from air_moe_megatron.ops.norm.eager import SCALE
+
+__all__ = ["SCALE", "batch_sums", "normalize"]
+
+
+@torch.compiler.disable
+def normalize(hidden: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``(h - mean) * scale``, made in fp32 or wider; differentiable in hidden alone.
+
+    Args:
+        hidden: [T, H], any float dtype.
+        mean, scale: [H] fp32 or wider.
+    Returns:
+        [T, H], hidden's dtype.
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    Example: hidden [[1, 8]], mean [0, 2] and scale [3, 0.5] give [[3, 3]].
+    """
+    _check(hidden, mean=mean, scale=scale)
+    if use_kernels("norm", hidden, mean, scale):
+        from air_moe_megatron.ops.norm import kernels
+
+        return kernels.normalize(hidden, mean, scale)
+    return eager.normalize(hidden, mean, scale)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def batch_sums(hidden: torch.Tensor, mean: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    """Sum what mean and variance of a batch need.
+
+    Args:
+        hidden: [T, H], any float dtype.
+        mean: [H], the point around which the sums are taken, so that the variance loses no digits.
+        padding_mask: [T] bool, True for padding, or None if there is none.
+    Returns:
+        [3H + 1] fp32 or wider: sums of ``h - mean``; of its squares up to 2^80; of larger ones, times ``SCALE^2``,
+        2^-160; and the number of tokens.
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    Example: hidden [[1], [4]] around the mean [1] gives [3, 9, 0, 2].
+    """
+    _check(hidden, mean=mean)
+    if padding_mask is not None and padding_mask.shape != hidden.shape[:1]:
+        raise ValueError(f"padding_mask {tuple(padding_mask.shape)} must be [T] with T = {hidden.shape[0]}")
+    if use_kernels("norm", hidden, mean):
+        from air_moe_megatron.ops.norm import kernels
+
+        return kernels.batch_sums(hidden, mean, padding_mask)
+    return eager.batch_sums(hidden, mean, padding_mask)
+
+
+def _check(hidden: torch.Tensor, **vectors: torch.Tensor) -> None:
+    for name, vector in vectors.items():
+        if hidden.dim() != 2 or vector.shape != hidden.shape[1:]:
+            raise ValueError(f"hidden {tuple(hidden.shape)} and {name} {tuple(vector.shape)} must be [T, H] and [H]")

@@ -1,0 +1,25 @@
+"""Ground truth of the norm, in fp64: one feature after another."""
+
+import torch
+
+from air_moe_megatron.ops.norm.eager import LARGE, SCALE
+
+
+def naive_normalize(hidden: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The tokens that :func:`air_moe_megatron.ops.norm.normalize` gives, by plain autograd."""
+    columns = [(hidden[:, i].double() - mean[i].double()) * scale[i].double() for i in range(hidden.shape[1])]
+    return torch.stack(columns, dim=1)
+
+
+def naive_batch_sums(hidden: torch.Tensor, mean: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    """The sums that :func:`air_moe_megatron.ops.norm.batch_sums` gives."""
+    kept = hidden if padding_mask is None else hidden[~padding_mask]
+    sums, squares, large_squares = [], [], []
+    for feature in range(hidden.shape[1]):
+        centered = kept[:, feature].double() - mean[feature].double()
+        is_large = centered.abs() > LARGE
+        sums.append(centered.sum())
+        squares.append(centered[~is_large].square().sum())
+        large_squares.append((centered[is_large] * SCALE).square().sum())
+    count = torch.tensor(kept.shape[0], dtype=torch.float64, device=hidden.device)
+    return torch.stack([*sums, *squares, *large_squares, count])
