@@ -13,7 +13,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from itertools import batched
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.diagnostics import Diagnostics
 from air_moe_megatron.diagnostics.health import expert_loads, is_due, log_health
-from air_moe_megatron.learned.learner import Learner
+from air_moe_megatron.learned.learner import Learner, apply_updates, batches_of
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers import find_routers
 from air_moe_megatron.routers.base import CompactRouter
@@ -45,8 +44,8 @@ def update_codebooks(
 
     Every rank of the group must call it with the same routers. Sums are reduced before they are divided, so many ranks
     equal one rank on all their tokens. All ranks get bitwise the same codebooks. A learner without a token on any rank
-    stays as it is. Waits for the device: once for all routers, and for each codebook while it looks for starved
-    codewords.
+    stays as it is. Waits for the device: once for all routers, once for each batch of codebooks
+    (``learned/learner.py``), and while a codebook revives starved codewords.
 
     Args:
         modules: a module or a list of modules (all model chunks of the pipeline stage).
@@ -65,15 +64,21 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
     listing = [router for router in routers if router.has_lists]
     dropped = []
     if learning or listing:
-        parts, states, num_ran, num_failed = _sum_over_ranks(learning, listing, group)
+        batches = batches_of([learner for _, learner in learning])
+        sums, states, num_ran, num_failed = _sum_over_ranks(batches, listing, group)
         if sum(num_failed):
             _raise_failures(listing, group)
         _require_every_rank(listing, num_ran, group)
-        for (router, learner), part, (is_finite, has_tokens) in zip(learning, parts, states, strict=True):
-            learner.apply_update(part, is_finite, has_tokens)
+        for batch, of_batch, states_of_batch in zip(batches, sums, states, strict=True):
+            apply_updates(batch, of_batch, states_of_batch)
+        is_finite = {
+            learner: is_finite
+            for batch, states_of_batch in zip(batches, states, strict=True)
+            for learner, (is_finite, _) in zip(batch, states_of_batch, strict=True)
+        }
+        dropped = [(router, learner) for router, learner in learning if not is_finite[learner]]
+        for _, learner in learning:
             learner.discard()
-            if not is_finite:
-                dropped.append((router, learner))
     for router in routers:
         router.end_step()
     for router, learner in dropped:
@@ -87,31 +92,30 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
 
 
 def _sum_over_ranks(
-    learning: list[tuple[CompactRouter, Learner]],
-    listing: list[CompactRouter],
-    group: torch.distributed.ProcessGroup | None,
-) -> tuple[list[torch.Tensor], list[tuple[bool, bool]], list[int], list[int]]:
+    batches: list[list[Learner]], listing: list[CompactRouter], group: torch.distributed.ProcessGroup | None
+) -> tuple[list[torch.Tensor], list[list[tuple[bool, bool]]], list[int], list[int]]:
     """Reduce all statistics at once; waits for the device once.
 
     Returns:
-        the summed statistics of each learner; for each, whether they are finite and whether they hold a token; for each
-        router of ``listing``, the number of ranks that ran it, and of those that failed to rank its codewords.
+        the summed statistics of each batch of N learners, [N, ...]; for each learner, whether they are finite and
+        whether they hold a token; for each router of ``listing``, the number of ranks that ran it, and of those that
+        failed to rank its codewords.
     """
-    device = (learning[0][0] if learning else listing[0]).expert_load.device
+    device = batches[0][0].statistics.device if batches else listing[0].expert_load.device
     ran = [router.has_learned for router in listing] + [router.index.failure is not None for router in listing]
     ran = torch.tensor(ran, dtype=torch.float32, device=device)
-    flat = torch.cat([*(learner.statistics.flatten() for _, learner in learning), ran])
-    sizes = [*(learner.statistics.numel() for _, learner in learning), ran.numel()]
-    *parts, ran = sum_over_ranks(flat, group).split(sizes)
-    parts = [part.view_as(learner.statistics) for (_, learner), part in zip(learning, parts, strict=True)]
+    flat = torch.cat([*(learner.statistics.flatten() for batch in batches for learner in batch), ran])
+    sizes = [len(batch) * batch[0].statistics.numel() for batch in batches]
+    *sums, ran = sum_over_ranks(flat, group).split([*sizes, ran.numel()])
+    sums = [part.view(len(batch), *batch[0].statistics.shape) for batch, part in zip(batches, sums, strict=True)]
     states = [
-        torch.stack((part.isfinite().all(), learner.num_tokens(part) > 0))
-        for (_, learner), part in zip(learning, parts, strict=True)
+        torch.stack((part.isfinite().flatten(1).all(dim=1), batch[0].num_tokens(part) > 0), dim=1).flatten()
+        for batch, part in zip(batches, sums, strict=True)
     ]
-    figures = torch.cat([*states, ran]).int().tolist()
-    states = [(bool(is_finite), bool(has_tokens)) for is_finite, has_tokens in batched(figures[: 2 * len(learning)], 2)]
-    counts = figures[2 * len(learning) :]
-    return parts, states, counts[: len(listing)], counts[len(listing) :]
+    figures = iter(torch.cat([*states, ran]).int().tolist())
+    states = [[(bool(next(figures)), bool(next(figures))) for _ in batch] for batch in batches]
+    counts = list(figures)
+    return sums, states, counts[: len(listing)], counts[len(listing) :]
 
 
 def _raise_failures(listing: list[CompactRouter], group: torch.distributed.ProcessGroup | None) -> None:

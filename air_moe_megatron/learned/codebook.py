@@ -8,12 +8,13 @@ Legend: T tokens, H hidden, C clusters, P probes, E experts. Derivation: docs/co
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from air_moe_megatron.learned.learner import Learner
+from air_moe_megatron.learned.learner import Learner, stacked, store
 from air_moe_megatron.ops.coarse import NUM_SCALARS, assign, token_statistics
 from air_moe_megatron.ops.unit_vectors import unit_rows
 
@@ -38,28 +39,39 @@ def window_decay(decay: float, num_updates: int) -> float:
 def update_from_tokens(
     codewords: torch.Tensor, ema: torch.Tensor, statistics: torch.Tensor, decay: float, num_updates: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of adaptive spherical k-means: decayed sums, then divide and normalize, then revive.
+    """One step of adaptive spherical k-means for N codebooks: decayed sums, divide and normalize, then revive.
 
     The running sums start at zero and only their ratios and directions are used, so they need no bias correction and
-    the first statistics replace the random start entirely.
+    the first statistics replace the random start entirely. Waits for the device: once to see which codebooks have
+    starved codewords, and in the splits of each of these.
 
     Args:
-        codewords: [C, H] fp32.
-        ema: [C, H + 3] fp32, running sums.
-        statistics: [C, H + 3] fp32, finite, summed over all ranks.
+        codewords: [N, C, H] fp32.
+        ema: [N, C, H + 3] fp32, running sums.
+        statistics: [N, C, H + 3] fp32, finite, summed over all ranks.
         decay: weight of the past.
         num_updates: updates so far, seeds the splits.
     Returns:
         new codewords, new ema.
     """
+    hidden_size = codewords.shape[2]
     ema = decay * ema + (1.0 - decay) * statistics
-    return split_loaded(_directions(ema, codewords), ema, statistics, num_updates)
+    codewords = _directions(ema, codewords)
+    has_starved = _is_starved(ema[:, :, hidden_size]).any(dim=1)
+    for number in has_starved.nonzero().flatten().tolist():
+        codewords[number], ema[number] = split_loaded(codewords[number], ema[number], statistics[number], num_updates)
+    return codewords, ema
 
 
 def _directions(sums: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
-    """[C, H]: the unit vectors of the summed tokens in [C, H + 3], or the given rows where nothing was summed."""
-    vectors = sums[:, : otherwise.shape[1]]
-    return torch.where(vectors.any(dim=1, keepdim=True), unit_rows(vectors), otherwise)
+    """[..., H]: the unit vectors of the summed tokens in [..., H + 3], or the given rows where nothing was summed."""
+    vectors = sums[..., : otherwise.shape[-1]]
+    return torch.where(vectors.any(dim=-1, keepdim=True), unit_rows(vectors), otherwise)
+
+
+def _is_starved(counts: torch.Tensor) -> torch.Tensor:
+    """[..., C] bool, of running counts [..., C]."""
+    return counts < _STARVED * counts.mean(dim=-1, keepdim=True)
 
 
 def split_loaded(
@@ -73,7 +85,7 @@ def split_loaded(
     least the mean, so that neither half starves at once. Deterministic: a function of the arguments alone. Source:
     derived in docs/codebook.md, after the cluster splitting of faiss.
 
-    Args, returns: as :func:`update_from_tokens`.
+    Args, returns: as :func:`update_from_tokens`, of one codebook.
     """
     hidden_size = codewords.shape[1]
     generator = torch.Generator().manual_seed(_SEED + num_updates)
@@ -81,7 +93,7 @@ def split_loaded(
     centers = _directions(statistics, codewords)
     while True:  # each round at most doubles the live codewords, and none is left starved
         counts = ema[:, hidden_size]
-        starved = torch.nonzero(counts < _STARVED * counts.mean()).flatten()
+        starved = torch.nonzero(_is_starved(counts)).flatten()
         by_load = torch.argsort(counts, descending=True, stable=True)
         num_splits = min(starved.numel(), int((counts >= counts.mean()).sum()))
         if num_splits == 0:
@@ -112,7 +124,8 @@ def lloyd_step(codewords: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Ten
         [C, H] fp32 new codewords, unit rows; [C, H + 3] statistics of the experts at the old ones.
     """
     statistics = token_statistics(weight, codewords, assign(weight, codewords, 1).squeeze(1))
-    return update_from_tokens(codewords, torch.zeros_like(statistics), statistics, 0.0, 0)[0], statistics
+    codewords, _ = update_from_tokens(codewords[None], torch.zeros_like(statistics)[None], statistics[None], 0.0, 0)
+    return codewords[0], statistics
 
 
 @dataclass(frozen=True)
@@ -148,14 +161,6 @@ class Codebook(Learner):
         self.register_buffer("num_dropped", torch.zeros(1, dtype=torch.int64))
         # Of the last update, for logs only: mean cosine and live codewords.
         self.register_buffer("last_health", torch.full((2,), torch.nan, dtype=torch.float32), persistent=False)
-        self._updates_on_host = 0
-
-    @property
-    def updates_on_host(self) -> int:
-        """Number of updates so far; waits for the device only right after a checkpoint was loaded."""
-        if self._updates_on_host is None:
-            self._updates_on_host = int(self.num_updates)
-        return self._updates_on_host
 
     def typical_projections(self) -> torch.Tensor:
         """[C] fp32: mean length times mean cosine of the tokens of each codeword; 1 where none was seen."""
@@ -167,32 +172,36 @@ class Codebook(Learner):
         """Add the statistics [C, H + 3] of one microbatch, as :func:`token_statistics` makes them."""
         self.statistics += statistics
 
-    def num_tokens(self, statistics: torch.Tensor) -> torch.Tensor:
-        """[] tokens that statistics [C, H + 3] hold."""
-        return statistics[:, self.codewords.shape[1]].sum()
+    @staticmethod
+    def num_tokens(statistics: torch.Tensor) -> torch.Tensor:
+        """[...] tokens that statistics [..., C, H + 3] hold."""
+        return statistics[..., -NUM_SCALARS].sum(dim=-1)
 
-    def apply_update(self, statistics: torch.Tensor, is_finite: bool, has_tokens: bool = True) -> None:
-        """As the base's; a global batch that was dropped counts as an update too, one without tokens does not."""
-        super().apply_update(statistics, is_finite, has_tokens)
-        if has_tokens or not is_finite:
-            self.count_update()
+    def batch_key(self) -> tuple:
+        """As the base's, and the decay."""
+        return *super().batch_key(), self.decay
 
+    @staticmethod
     @torch.no_grad()
-    def _learn(self, statistics: torch.Tensor) -> None:
-        num_updates = self.updates_on_host
-        decay = window_decay(self.decay, num_updates)
-        codewords, ema = update_from_tokens(self.codewords, self.ema, statistics, decay, num_updates)
-        self.codewords.copy_(codewords)
-        self.ema.copy_(ema)
-        self.note_health(statistics)
+    def learn(codebooks: Sequence["Codebook"], statistics: torch.Tensor) -> None:
+        """As the base's: one step of k-means."""
+        num_updates = codebooks[0].updates_on_host
+        decay = window_decay(codebooks[0].decay, num_updates)
+        arguments = statistics, decay, num_updates
+        codewords, ema = update_from_tokens(*stacked(codebooks, "codewords", "ema"), *arguments)
+        store(codebooks, codewords=codewords, ema=ema, last_health=health_of(statistics))
+        for codebook in codebooks:
+            codebook.count_update()
 
     def drop_note(self) -> str:
         """How many updates were dropped so far."""
         return f" ({int(self.num_dropped)} so far)"
 
     @torch.no_grad()
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Count the lost global batch, also as an update."""
         self.num_dropped += 1
+        self.count_update()
 
     @torch.no_grad()
     def fit_experts(self, weight: torch.Tensor, is_first: bool) -> None:
@@ -209,19 +218,7 @@ class Codebook(Learner):
         for _ in range(_FIRST_LLOYD_STEPS if is_first else 1):
             codewords, statistics = lloyd_step(self.codewords, weight)
             self.codewords.copy_(codewords)
-            self.note_health(statistics)
-
-    def note_health(self, statistics: torch.Tensor) -> None:
-        """Keep what :meth:`health` tells of statistics [C, H + 3]."""
-        hidden_size = self.codewords.shape[1]
-        counts = statistics[:, hidden_size]
-        self.last_health[0] = statistics[:, hidden_size + 1].sum() / counts.sum().clamp_min(1.0)
-        self.last_health[1] = (counts > 0).sum()
-
-    def count_update(self) -> None:
-        """Note that a global batch has passed."""
-        self._updates_on_host = self.updates_on_host + 1
-        self.num_updates += 1
+            self.last_health.copy_(health_of(statistics))
 
     def health(self) -> CodebookHealth:
         """Read the last update's figures; waits for the device."""
@@ -246,4 +243,10 @@ class Codebook(Learner):
             # A checkpoint of plain top-k routing: keep the random start, which the first fit replaces.
             del missing_keys[num_missing:]
             logger.info("%s: no codebook in the checkpoint; it is learned anew", prefix.rstrip("."))
-        self._updates_on_host = None
+
+
+def health_of(statistics: torch.Tensor) -> torch.Tensor:
+    """[..., 2]: mean cosine between vectors and codewords, and live codewords, of statistics [..., C, H + 3]."""
+    counts, cosines, _ = statistics[..., -NUM_SCALARS:].unbind(dim=-1)
+    mean_cosine = cosines.sum(dim=-1) / counts.sum(dim=-1).clamp_min(1.0)
+    return torch.stack((mean_cosine, (counts > 0).sum(dim=-1)), dim=-1)

@@ -8,51 +8,26 @@ per global batch, from sums over all ranks. So no token sees the others of its b
 the same, and the one all-reduce of ``sync.py`` carries the sums.
 """
 
+from collections.abc import Sequence
+
 import torch
 
-from air_moe_megatron.learned.learner import Learner
+from air_moe_megatron.learned.learner import Learner, stacked, store
+from air_moe_megatron.ops.norm import SCALE, batch_sums, normalize
 
 DECAY = 0.9  # weight of the past per global batch
 EPSILON = 1e-5
-# Squares of larger numbers are summed apart and scaled: fp32 then holds the squares of all finite numbers.
-_LARGE, _SCALE = 2.0**40, 2.0**-80
-
-
-@torch.no_grad()
-def batch_sums(hidden: torch.Tensor, mean: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-    """Sum what mean and variance of a batch need; :func:`moments` reads it, after sums over ranks too.
-
-    Args:
-        hidden: [T, H], any float dtype.
-        mean: [H], the point around which the sums are taken, so that the variance loses no digits.
-        padding_mask: [T] bool, True for padding, or None if there is none.
-    Returns:
-        [3H + 1] fp32 or wider: sums of ``h - mean``; of its squares up to 2^80; of larger ones, times 2^-160; and the
-        number of tokens.
-
-    Example: hidden [[1], [4]] around the mean [1] gives [3, 9, 0, 2].
-    """
-    centered = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) - mean
-    if padding_mask is None:
-        count = centered.new_full((1,), centered.shape[0])
-    else:
-        centered = centered.masked_fill(padding_mask.unsqueeze(1), 0.0)
-        count = (~padding_mask).sum().to(centered.dtype).view(1)
-    is_large = centered.abs() > _LARGE
-    small = torch.where(is_large, 0.0, centered).square().sum(dim=0)
-    large = torch.where(is_large, centered * _SCALE, 0.0).square().sum(dim=0)
-    return torch.cat((centered.sum(dim=0), small, large, count))
 
 
 def moments(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read the sums [3H + 1] of :func:`batch_sums`: shift of the mean [H], variance [H] and count [], all fp64.
+    """Read the sums [..., 3H + 1] of :func:`batch_sums`: shift of the mean, variance [..., H], count [...], in fp64.
 
     Example: [3, 9, 0, 2] gives the shift 1.5, the variance 4.5 - 2.25 = 2.25 and the count 2.
     """
     sums = sums.double()
-    count = sums[-1]
-    shift, small, large = (sums[:-1] / count.clamp_min(1.0)).chunk(3)
-    return shift, (small + large / _SCALE**2 - shift.square()).clamp_min(0.0), count
+    count = sums[..., -1]
+    shift, small, large = (sums[..., :-1] / count.clamp_min(1.0).unsqueeze(-1)).chunk(3, dim=-1)
+    return shift, (small + large / SCALE**2 - shift.square()).clamp_min(0.0), count
 
 
 class RunningNorm(Learner):
@@ -72,8 +47,7 @@ class RunningNorm(Learner):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] normalized tokens, in their dtype."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        scale = (self.variance + EPSILON).rsqrt().to(wide)
-        return ((hidden.to(wide) - self.mean) * scale).to(hidden.dtype)
+        return normalize(hidden, self.mean, (self.variance + EPSILON).rsqrt().to(wide))
 
     @torch.no_grad()
     def accumulate(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
@@ -83,15 +57,20 @@ class RunningNorm(Learner):
         """
         self.statistics += batch_sums(hidden, self.mean, padding_mask)
 
-    def num_tokens(self, statistics: torch.Tensor) -> torch.Tensor:
-        """[] tokens that statistics [3H + 1] hold."""
-        return statistics[-1]
+    @staticmethod
+    def num_tokens(statistics: torch.Tensor) -> torch.Tensor:
+        """[...] tokens that statistics [..., 3H + 1] hold."""
+        return statistics[..., -1]
 
+    @staticmethod
     @torch.no_grad()
-    def _learn(self, statistics: torch.Tensor) -> None:
+    def learn(norms: Sequence["RunningNorm"], statistics: torch.Tensor) -> None:
         """Move towards the mean and variance of a global batch: the n-th update by 1/n, and by at least a tenth."""
         shift, variance, _ = moments(statistics)
-        self.num_updates += 1
-        rate = (1.0 / self.num_updates.double()).clamp_min(1.0 - DECAY)
-        self.mean += rate * shift
-        self.variance += rate * (variance - self.variance)
+        mean, running = stacked(norms, "mean", "variance")
+        rate = max(1.0 / (norms[0].updates_on_host + 1), 1.0 - DECAY)
+        mean += rate * shift
+        running += rate * (variance - running)
+        store(norms, mean=mean, variance=running)
+        for norm in norms:
+            norm.count_update()

@@ -5,11 +5,11 @@ Directions of much variance weigh most in a score. Batch-normalized scores, as t
 every expert is needed. docs/routers.md#whitened-tokens says what was measured.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from air_moe_megatron.learned.learner import Learner
+from air_moe_megatron.learned.learner import Learner, stacked, store
 from air_moe_megatron.learned.running_norm import DECAY, EPSILON
 
 SHRINKAGE = 0.5  # of the correlations towards none
@@ -23,7 +23,7 @@ def is_factorized(num_updates: int) -> bool:
 
 @torch.no_grad()
 def whitening_of(covariance: torch.Tensor) -> torch.Tensor:
-    """``L^-1 D^-1/2`` [H, H] fp32 of a covariance [H, H]: D its diagonal, ``L L^T`` its correlations, shrunk.
+    """``L^-1 D^-1/2`` [..., H, H] fp32 of covariances [..., H, H]: D the diagonal, ``L L^T`` the correlations, shrunk.
 
     Correlations are shrunk halfway to the identity. So directions of much variance are scaled down, and those of hardly
     any are scaled up by no more than the square root of 2. In fp64. Where the sums of fp32 have lost the covariance
@@ -32,12 +32,12 @@ def whitening_of(covariance: torch.Tensor) -> torch.Tensor:
     Example: the covariance [[4, 0], [0, 9]] gives [[1/2, 0], [0, 1/3]].
     """
     covariance = covariance.double()
-    scale = (covariance.diagonal().clamp_min(0.0) + EPSILON).rsqrt()
-    shrunk = covariance * scale * scale.unsqueeze(1) * (1.0 - SHRINKAGE)
-    shrunk.diagonal().fill_(1.0)
+    scale = (covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0.0) + EPSILON).rsqrt()
+    shrunk = covariance * scale.unsqueeze(-2) * scale.unsqueeze(-1) * (1.0 - SHRINKAGE)
+    shrunk.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     factor, failed_at = torch.linalg.cholesky_ex(shrunk)  # does not wait for the device
-    whitening = torch.linalg.solve_triangular(factor, scale.diag(), upper=False)
-    return torch.where(failed_at == 0, whitening, scale.diag()).float()
+    whitening = torch.linalg.solve_triangular(factor, scale.diag_embed(), upper=False)
+    return torch.where(failed_at[..., None, None] == 0, whitening, scale.diag_embed()).float()
 
 
 class WhiteningNorm(Learner):
@@ -55,7 +55,6 @@ class WhiteningNorm(Learner):
         self.register_buffer("mean", torch.zeros(num_features, dtype=torch.float32))
         self.register_buffer("covariance", torch.eye(num_features, dtype=torch.float32))
         self.register_buffer("whitening", torch.eye(num_features, dtype=torch.float32))
-        self._updates_on_host: int | None = 0
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] whitened tokens, in their dtype."""
@@ -73,26 +72,25 @@ class WhiteningNorm(Learner):
             rows = rows.masked_fill(padding_mask.unsqueeze(1), 0.0)
         self.statistics += rows.t() @ rows
 
-    def num_tokens(self, statistics: torch.Tensor) -> torch.Tensor:
-        """[] tokens that statistics [H + 1, H + 1] hold."""
-        return statistics[-1, -1]
+    @staticmethod
+    def num_tokens(statistics: torch.Tensor) -> torch.Tensor:
+        """[...] tokens that statistics [..., H + 1, H + 1] hold."""
+        return statistics[..., -1, -1]
 
+    @staticmethod
     @torch.no_grad()
-    def _learn(self, statistics: torch.Tensor) -> None:
+    def learn(norms: Sequence["WhiteningNorm"], statistics: torch.Tensor) -> None:
         """Move towards the mean and covariance of a global batch: the n-th update by 1/n, and by at least a tenth."""
-        means = statistics.double() / statistics[-1, -1].double()
-        shift = means[-1, :-1]
-        covariance = means[:-1, :-1] - shift.outer(shift)
-        if self._updates_on_host is None:
-            self._updates_on_host = int(self.num_updates)
-        self._updates_on_host += 1
-        self.num_updates += 1
-        rate = max(1.0 / self._updates_on_host, 1.0 - DECAY)
-        self.mean += rate * shift
-        self.covariance += rate * (covariance - self.covariance)
-        if is_factorized(self._updates_on_host):
-            self.whitening.copy_(whitening_of(self.covariance))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._updates_on_host = None
+        means = statistics.double() / statistics[:, -1:, -1:].double()
+        shift = means[:, -1, :-1]
+        batch_covariance = means[:, :-1, :-1] - shift.unsqueeze(2) * shift.unsqueeze(1)
+        mean, covariance = stacked(norms, "mean", "covariance")
+        updates = norms[0].updates_on_host + 1
+        rate = max(1.0 / updates, 1.0 - DECAY)
+        mean += rate * shift
+        covariance += rate * (batch_covariance - covariance)
+        store(norms, mean=mean, covariance=covariance)
+        if is_factorized(updates):
+            store(norms, whitening=whitening_of(covariance))
+        for norm in norms:
+            norm.count_update()

@@ -19,14 +19,14 @@ def scale_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Multiply rows by powers of two such that the squares of their entries can be summed in fp32.
 
     Args:
-        rows: [R, H], any float dtype.
+        rows: [..., H], any float dtype.
     Returns:
-        [R, H] fp32 rows times their scale; [R, 1] fp32 scales: 1, 2^100 or 2^-100.
+        [..., H] fp32 rows times their scale; [..., 1] fp32 scales: 1, 2^100 or 2^-100.
 
     Example: [[1e-30, 0]] gives [[1.27, 0]] and [[2^100]].
     """
     rows = rows.float()
-    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True)
+    largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=-1, keepdim=True)
     scale = torch.where(largest < SMALL, GROW, torch.where(largest > LARGE, SHRINK, 1.0)).to(rows.dtype)
     return rows * scale, scale
 
@@ -35,12 +35,12 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
     """Divide rows by their lengths.
 
     Args:
-        rows: [R, H], any float dtype.
+        rows: [..., H], any float dtype.
     Returns:
-        [R, H] fp32: zero for a row of zeros, NaN somewhere in a row that is not finite.
+        [..., H] fp32: zero for a row of zeros, NaN somewhere in a row that is not finite.
 
     Example: [[3e-30, 4e-30], [0, 0]] gives [[0.6, 0.8], [0, 0]].
     """
     rows, _ = scale_rows(rows)
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return torch.where(norms == 0.0, 0.0, rows / norms)

@@ -37,7 +37,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from air_moe_megatron.config import resolve_product_keys
 from air_moe_megatron.learned.learner import Learner
 from air_moe_megatron.learned.recomputation import hidden_from_checkpoints
-from air_moe_megatron.learned.running_norm import EPSILON, RunningNorm, batch_sums, moments
+from air_moe_megatron.learned.running_norm import EPSILON, RunningNorm, moments
+from air_moe_megatron.ops.norm import batch_sums
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops

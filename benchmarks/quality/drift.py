@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from air_moe_megatron.diagnostics.recall import recall  # noqa: E402
-from air_moe_megatron.learned.codebook import window_decay  # noqa: E402
+from air_moe_megatron.learned.codebook import Codebook, health_of, window_decay  # noqa: E402
 from benchmarks.measure import environment, world  # noqa: E402
 from benchmarks.quality.data import prepare  # noqa: E402
 from benchmarks.quality.in_process import CONSTANT_RATE, batches, begin, models, trainer_of  # noqa: E402
@@ -43,6 +43,13 @@ logger = logging.getLogger("benchmarks.quality.drift")
 RULES = ("as it is", "frozen", "reset", "drift")
 _RECALL_EVERY = 10  # steps
 _RESET_AGE = 8  # updates
+
+
+def _look_on(codebooks: Sequence[Codebook], sums: torch.Tensor) -> None:
+    """What frozen codebooks do in place of ``Codebook.learn``."""
+    for codebook, own in zip(codebooks, sums, strict=True):
+        codebook.last_health.copy_(health_of(own))
+        codebook.count_update()
 
 
 @dataclass
@@ -68,7 +75,7 @@ class Rule:
         if self.name == "reset":
             self.age = _RESET_AGE
         if self.name == "frozen":
-            self.router.codebook._learn = self.router.codebook.note_health
+            self.router.codebook.learn = _look_on
         self._steer()
 
     def after_step(self) -> None:

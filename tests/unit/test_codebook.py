@@ -175,7 +175,10 @@ def test_decayed_sums_equal_a_naive_reference():
         hidden = codewords.repeat_interleave(10, dim=0) + 0.3 * randn(40, 6, seed=step)
         assignments = torch.arange(num_clusters).repeat_interleave(10)
         statistics = token_statistics(hidden, codewords, assignments)
-        codewords, ema = update_from_tokens(codewords, ema, statistics, decay, step)
+        codewords, ema = (
+            of_one[0]
+            for of_one in update_from_tokens(codewords[None], ema[None], statistics[None], decay, step)
+        )
         for cluster in range(num_clusters):
             members = [[x / math.hypot(*row) for x in row] for row in hidden[assignments == cluster].tolist()]
             new = [sum(column) for column in zip(*members, strict=True)]
@@ -273,7 +276,7 @@ def test_a_split_cuts_the_tokens_of_the_loaded_codeword_in_two():
     codewords = torch.nn.functional.normalize(torch.stack((hidden.mean(0), -hidden.mean(0))), dim=1)
     statistics = token_statistics(hidden, codewords, assign(hidden, codewords, 1).squeeze(1))
     assert statistics[:, 16].tolist() == [400, 0]
-    codewords, _ = update_from_tokens(codewords, torch.zeros(2, 19), statistics, 0.9, 0)
+    codewords = update_from_tokens(codewords[None], torch.zeros(1, 2, 19), statistics[None], 0.9, 0)[0][0]
     counts = torch.bincount(assign(hidden, codewords, 1).squeeze(1), minlength=2)
     assert counts.min() > 100
 
