@@ -1,11 +1,16 @@
 """What AIR-MoE pays beside its steps: the rebuild of the shortlists and the codebook's update, as shares of a step."""
 
+import copy
+
 from benchmarks import checks, roofline
 from benchmarks.layer import layer_inputs, layer_step, layer_work
 from benchmarks.measure import world
 from benchmarks.models import Sizes, add_sizes, make_layer, rebuild_run, rebuild_work, warm_up_codebook
 from benchmarks.router import codebook_update_run
 from benchmarks.timing import Case, time_interleaved
+
+NUM_LAYERS = 24  # of a model, whose codebooks learn together
+_OF_MODEL = f"codebook updates of {NUM_LAYERS} layers"
 
 
 def add_arguments(parser) -> None:
@@ -15,6 +20,8 @@ def add_arguments(parser) -> None:
 
 def run(args) -> list[dict]:
     """Time the rebuild whole, and compare its share per step with a step of the whole layer that rebuilds nothing.
+
+    Updates of several codebooks are compared with as many layers' steps.
 
     The share is of a step without any rebuild, the larger of the two ways to say it. In training the work is spread
     over the steps of the interval and over ranks. A young codebook rebuilds more often, for ten times ``--interval``
@@ -32,14 +39,17 @@ def run(args) -> list[dict]:
         rebuild = rebuild_run(layer.router)
         rebuild()
         checks.check_lists(layer.router, rebuild.index)
+        update = roofline.codebook_update(layer.router.sizes.num_clusters, args.hidden)
         cases = {
             "AIRMoELayer": Case(lambda: layer_step(layer, hidden, grad), layer_work(layer, hidden, sizes), args.tokens),
             "shortlist rebuild": Case(rebuild, rebuild_work(layer.router, sizes)),
             "shortlist rebuild, in full": Case(
                 rebuild_run(layer.router, in_full=True), rebuild_work(layer.router, sizes, in_full=True)
             ),
-            "codebook update": Case(
-                codebook_update_run(learner), roofline.codebook_update(layer.router.sizes.num_clusters, args.hidden)
+            "codebook update": Case(codebook_update_run(learner), update),
+            _OF_MODEL: Case(
+                codebook_update_run(*(copy.deepcopy(learner) for _ in range(NUM_LAYERS))),
+                {phase: sum([work] * NUM_LAYERS, roofline.Work()) for phase, work in update.items()},
             ),
         }
         outcome = time_interleaved(cases, args, device)
@@ -47,11 +57,12 @@ def run(args) -> list[dict]:
         step_seconds = outcome.median("AIRMoELayer")
         rows = []
         intervals = {"AIRMoELayer": "", "shortlist rebuild": args.interval, "shortlist rebuild, in full": ""}
-        for name, interval in (intervals | {"codebook update": 1}).items():
+        for name, interval in (intervals | {"codebook update": 1, _OF_MODEL: 1}).items():
             figures = dict.fromkeys(("every_steps", "per_step_ms", "percent_of_step"), "")
             if interval:
                 per_step = outcome.median(name) / interval
-                share = round(100 * per_step / step_seconds, 2)
+                num_layers = NUM_LAYERS if name == _OF_MODEL else 1
+                share = round(100 * per_step / (num_layers * step_seconds), 2)
                 figures = {"every_steps": interval, "per_step_ms": round(1e3 * per_step, 3), "percent_of_step": share}
             rows.append(outcome.row(name, sizes.columns() | {"ffn": args.ffn} | sizes_of_air, figures))
         return rows

@@ -102,18 +102,19 @@ def run(args) -> list[dict]:
         return rows
 
 
-def codebook_update_run(learner):
-    """A function that updates norm and codebook with the statistics that they have now, and returns its seconds."""
+def codebook_update_run(*routers):
+    """A function that updates norms and codebooks with the statistics that they have now, and returns its seconds."""
     from air_moe_megatron.sync import update_codebooks
 
-    kept = [(of_one.statistics, of_one.statistics.clone()) for of_one in learner.learners()]
-    device = learner.weight.device
+    learners = [learner for router in routers for learner in router.learners()]
+    kept = [(learner.statistics, learner.statistics.clone()) for learner in learners]
+    device = routers[0].weight.device
 
     def run():
         for statistics, values in kept:
             statistics.copy_(values)  # an update uses them up
         start = clock(device)
-        update_codebooks(learner)
+        update_codebooks(routers)
         return {"total": clock(device) - start}
 
     return run

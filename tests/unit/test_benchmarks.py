@@ -42,7 +42,10 @@ CASES = {
         *("AIRRouter.route", "ProductKeyRouter"),  # the dense maps are too large
     ],
     "layer": ["AIRMoELayer", "HierarchicalMoELayer", "PEERLayer", "AIRMoELayer", "MoELayer"],
-    "refresh": ["AIRMoELayer", "shortlist rebuild", "shortlist rebuild, in full", "codebook update"],
+    "refresh": [
+        *("AIRMoELayer", "shortlist rebuild", "shortlist rebuild, in full"),
+        *("codebook update", "codebook updates of 24 layers"),
+    ],
     "diagnostics": ["AIRMoELayer", "AIRMoELayer, measured"],
     "train": ["GPT, AIRMoELayer", "GPT, MoELayer with TopKRouter", "shortlist rebuild, all layers"],
     "sharding": ["replicated", "sharded"],
