@@ -1,4 +1,4 @@
-"""Parts that kernels share: products of tiles, and keys that order.
+"""Parts that kernels share: products of tiles, keys that order, and blocks of segments.
 
 A ``for`` loop in a kernel has bounds that are known when it is compiled: sizes of a layer are ``tl.constexpr``, and a
 loop over what only the device can count is a ``while``. Triton pipelines no loop without a matrix product anyway, and
@@ -17,6 +17,7 @@ from air_moe_megatron.ops.segments import block_of
 LOWEST_KEY = tl.constexpr(-(2**63))  # ranks below every candidate
 HIGHEST_KEY = tl.constexpr(2**63 - 1)
 
+_MOST = tl.constexpr(2**62)  # blocks
 _ID_MASK = 2**31 - 1
 _ID_BITS = tl.constexpr(_ID_MASK)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -165,3 +166,56 @@ def split_codewords(codewords: torch.Tensor, dtype: torch.dtype) -> tuple[torch.
         summand.copy_(rest)
         rest = rest - summand
     return summands, scale
+
+
+@triton.jit
+def _segment_blocks_kernel(
+    first,  # [Z + 1] first item of each segment
+    ends,  # [Z] blocks of the segments up to each
+    segments,  # [B], written
+    starts,  # [B], written
+    B,
+    Z,
+    block_size,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The segment of each block, by binary search, and its first item."""
+    blocks = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    segment = tl.zeros_like(blocks)  # segments whose blocks all come before
+    for step in range(STEPS):
+        half = 1 << (STEPS - 1 - step)
+        where = segment + half - 1
+        end = tl.load(ends + where, mask=where < Z, other=_MOST)
+        segment = tl.where(end <= blocks, segment + half, segment)
+    near = tl.minimum(segment, Z - 1)
+    before = tl.load(ends + near - 1, mask=near > 0, other=0)
+    tl.store(segments + blocks, segment, mask=blocks < B)
+    tl.store(starts + blocks, tl.load(first + near) + (blocks - before) * block_size, mask=blocks < B)
+
+
+def segment_blocks(first: torch.Tensor, num_items: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut segments of consecutive items into blocks, without waiting for the device.
+
+    There are as many blocks as ``num_items`` items in Z segments can need at most: with n segments in use, each but for
+    its last block full, that is ``(num_items + (block_size - 1) * n) / block_size``.
+
+    Args:
+        first: [Z + 1] int64, first item of each segment; the last is where the last segment ends. Z is at least 1.
+        num_items: items at most; with ``block_size`` at least as many, each segment in use is one block.
+        block_size: items of a block.
+    Returns:
+        [B] int64 segment of each block, Z where there is no block; [B] int64 first item of each block.
+
+    Example: first [0, 3, 3, 4], 4 items, blocks of 2: segments [0, 0, 2], starts [0, 2, 3].
+    """
+    num_segments = first.numel() - 1
+    num_blocks = (num_items + (block_size - 1) * min(num_segments, num_items)) // block_size
+    ends = ((first.diff() + (block_size - 1)) // block_size).cumsum(0)
+    segments, starts = torch.empty(2, num_blocks, dtype=torch.int64, device=first.device)
+    if num_blocks:
+        _segment_blocks_kernel[(triton.cdiv(num_blocks, 128),)](
+            first, ends, segments, starts, num_blocks, num_segments, block_size,
+            STEPS=num_segments.bit_length(), BLOCK=128,
+        )  # fmt: skip
+    return segments, starts

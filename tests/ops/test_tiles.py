@@ -7,8 +7,16 @@ import torch
 import triton
 import triton.language as tl
 
-from air_moe_megatron.ops.segments import block_of, block_rows_of, segment_blocks, sort_into_segments
-from air_moe_megatron.ops.tiles import dot_wide, id_of_key, ids_of_keys, order_key, split_codewords, value_of_key
+from air_moe_megatron.ops.segments import block_of, block_rows_of, sort_into_segments
+from air_moe_megatron.ops.tiles import (
+    dot_wide,
+    id_of_key,
+    ids_of_keys,
+    order_key,
+    segment_blocks,
+    split_codewords,
+    value_of_key,
+)
 from tests.ops.conftest import relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -64,24 +72,24 @@ def test_products_of_fp32_and_16_bit_numbers_keep_16_bits(dtype, dot_dtype, tole
     assert relative_error(out, a.double() @ b.double()) <= tolerance
 
 
-def test_blocks_of_segments():
-    segments, starts = segment_blocks(torch.tensor([0, 3, 3, 4]), 4, 2)
+def test_blocks_of_segments(kernel_device):
+    segments, starts = segment_blocks(torch.tensor([0, 3, 3, 4], device=kernel_device), 4, 2)
     assert (segments.tolist(), starts.tolist()) == ([0, 0, 2], [0, 2, 3])
-    first = torch.tensor([2, 2, 9, 10, 10])  # the items before the first segment are in none
+    first = torch.tensor([2, 2, 9, 10, 10], device=kernel_device)  # the items before the first segment are in none
     segments, starts = segment_blocks(first, 10, 4)
     assert (segments.tolist()[:3], starts.tolist()[:3]) == ([1, 1, 2], [2, 6, 9])
     assert set(segments.tolist()[3:]) == {4}
     assert segment_blocks(first, 10, 10)[0].tolist() == [1, 2, 4, 4]
-    assert segment_blocks(torch.tensor([0, 0]), 0, 4)[0].tolist() == []
+    assert segment_blocks(torch.tensor([0, 0], device=kernel_device), 0, 4)[0].tolist() == []
 
 
 @pytest.mark.parametrize("block_size", (1, 3, 16))
-def test_blocks_cover_every_item_once(block_size):
+def test_blocks_cover_every_item_once(block_size, kernel_device):
     generator = torch.Generator().manual_seed(block_size)
     for _ in range(20):
         counts = torch.randint(0, 9, (6,), generator=generator) * (torch.rand(6, generator=generator) < 0.6)
         first = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
-        segments, starts = segment_blocks(first, int(first[-1]), block_size)
+        segments, starts = segment_blocks(first.to(kernel_device), int(first[-1]), block_size)
         items = []
         for segment, start in zip(segments.tolist(), starts.tolist(), strict=True):
             if segment < 6:

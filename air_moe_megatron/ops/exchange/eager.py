@@ -37,7 +37,7 @@ def make_plan(
     is_wanted = is_wanted.scatter_(1, ranks, True)[:, :num_ranks]
     pair_ranks = ranks.reshape(-1)
     num_pairs = torch.zeros(num_ranks + 1, dtype=torch.int64, device=ids.device)
-    num_pairs.index_add_(0, pair_ranks, torch.ones_like(pair_ranks))
+    num_pairs.scatter_add_(0, pair_ranks, torch.ones_like(pair_ranks))
     invalid_ids = (~is_pair & (ids != -1)).sum().expand(num_ranks)
     invalid_probs = (~probs.isfinite()).sum().expand(num_ranks)
     mismatches = torch.full_like(invalid_ids, mismatch)

@@ -23,13 +23,13 @@ from air_moe_megatron.ops.segments import (
     block_of,
     block_rows_of,
     contiguous,
-    segment_blocks,
     sort_into_segments,
 )
 from air_moe_megatron.ops.tiles import (
     dot,
     dot_dtype_of,
     dot_wide,
+    segment_blocks,
     step_of,
 )
 from air_moe_megatron.ops.weight_gradient import (

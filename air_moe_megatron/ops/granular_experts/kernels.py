@@ -33,12 +33,12 @@ from air_moe_megatron.ops.segments import (
     block_of,
     block_rows_of,
     contiguous,
-    segment_blocks,
 )
 from air_moe_megatron.ops.tiles import (
     dot,
     dot_dtype_of,
     dot_wide,
+    segment_blocks,
     step_of,
 )
 from air_moe_megatron.ops.weight_gradient import (

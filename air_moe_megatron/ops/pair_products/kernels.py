@@ -22,8 +22,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from air_moe_megatron.ops.pair_products import Pairs
 from air_moe_megatron.ops.segments import (
     next_power_of_2,
-    segment_blocks,
 )
+from air_moe_megatron.ops.tiles import segment_blocks
 from air_moe_megatron.ops.weight_gradient import (
     add_weight_gradient,
 )
