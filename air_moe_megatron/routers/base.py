@@ -333,7 +333,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         if padding_mask is not None:
             counted &= ~padding_mask.unsqueeze(1)
         ids = topk_ids.clamp(min=0).reshape(-1)
-        return torch.zeros_like(self.expert_load).index_add_(0, ids, counted.reshape(-1).long())
+        return torch.zeros_like(self.expert_load).scatter_add_(0, ids.long(), counted.reshape(-1).long())
 
     def _linear(
         self,

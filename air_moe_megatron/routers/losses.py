@@ -166,7 +166,7 @@ class RouterLosses(TopKRouter):
             if columns is not None:  # nothing else is selected
                 selected, slots = selected.gather(1, columns), slots.gather(1, columns)
             counts = torch.zeros(num_groups * self.num_experts, dtype=torch.int64, device=selected.device)
-            counts.index_add_(0, slots.reshape(-1), selected.reshape(-1).long())
+            counts.scatter_add_(0, slots.reshape(-1).long(), selected.reshape(-1).long())
         if padded is None:
             num_tokens = torch.full((num_groups,), shape[0], device=selected.device)
         else:

@@ -37,7 +37,7 @@ class CodewordCounter:
         """
         nearest = codewords[:, 0]
         counted = torch.ones_like(nearest) if padding_mask is None else (~padding_mask).long()
-        self.load.index_add_(0, nearest, counted)
+        self.load.scatter_add_(0, nearest, counted)
         if token_ids is None:
             return
         kept = slice(self._num_pairs, min(self._num_pairs + nearest.numel(), self.pairs.numel()))
