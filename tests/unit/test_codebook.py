@@ -176,8 +176,7 @@ def test_decayed_sums_equal_a_naive_reference():
         assignments = torch.arange(num_clusters).repeat_interleave(10)
         statistics = token_statistics(hidden, codewords, assignments)
         codewords, ema = (
-            of_one[0]
-            for of_one in update_from_tokens(codewords[None], ema[None], statistics[None], decay, step)
+            of_one[0] for of_one in update_from_tokens(codewords[None], ema[None], statistics[None], decay, step)
         )
         for cluster in range(num_clusters):
             members = [[x / math.hypot(*row) for x in row] for row in hidden[assignments == cluster].tolist()]
