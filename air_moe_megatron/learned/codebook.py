@@ -42,8 +42,7 @@ def update_from_tokens(
     """One step of adaptive spherical k-means for N codebooks: decayed sums, divide and normalize, then revive.
 
     The running sums start at zero and only their ratios and directions are used, so they need no bias correction and
-    the first statistics replace the random start entirely. Waits for the device: once to see which codebooks have
-    starved codewords, and in the splits of each of these.
+    the first statistics replace the random start entirely. Waits for the device as :func:`split_loaded`.
 
     Args:
         codewords: [N, C, H] fp32.
@@ -54,24 +53,14 @@ def update_from_tokens(
     Returns:
         new codewords, new ema.
     """
-    hidden_size = codewords.shape[2]
     ema = decay * ema + (1.0 - decay) * statistics
-    codewords = _directions(ema, codewords)
-    has_starved = _is_starved(ema[:, :, hidden_size]).any(dim=1)
-    for number in has_starved.nonzero().flatten().tolist():
-        codewords[number], ema[number] = split_loaded(codewords[number], ema[number], statistics[number], num_updates)
-    return codewords, ema
+    return split_loaded(_directions(ema, codewords), ema, statistics, num_updates)
 
 
 def _directions(sums: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
     """[..., H]: the unit vectors of the summed tokens in [..., H + 3], or the given rows where nothing was summed."""
     vectors = sums[..., : otherwise.shape[-1]]
     return torch.where(vectors.any(dim=-1, keepdim=True), unit_rows(vectors), otherwise)
-
-
-def _is_starved(counts: torch.Tensor) -> torch.Tensor:
-    """[..., C] bool, of running counts [..., C]."""
-    return counts < _STARVED * counts.mean(dim=-1, keepdim=True)
 
 
 def split_loaded(
@@ -85,33 +74,54 @@ def split_loaded(
     least the mean, so that neither half starves at once. Deterministic: a function of the arguments alone. Source:
     derived in docs/codebook.md, after the cluster splitting of faiss.
 
-    Args, returns: as :func:`update_from_tokens`, of one codebook.
+    Waits for the device, once in each round, of which at most the last splits nothing: ordinarily there are one or two.
+
+    Args, returns: as :func:`update_from_tokens`.
     """
-    hidden_size = codewords.shape[1]
-    generator = torch.Generator().manual_seed(_SEED + num_updates)
-    # The codeword itself is an average over a moving past: around it, all of today's tokens may lie on one side.
-    centers = _directions(statistics, codewords)
+    (num_codebooks, num_clusters, hidden_size), device = codewords.shape, codewords.device
+    generators = None
     while True:  # each round at most doubles the live codewords, and none is left starved
-        counts = ema[:, hidden_size]
-        starved = torch.nonzero(_is_starved(counts)).flatten()
-        by_load = torch.argsort(counts, descending=True, stable=True)
-        num_splits = min(starved.numel(), int((counts >= counts.mean()).sum()))
-        if num_splits == 0:
+        counts = ema[:, :, hidden_size]
+        mean = counts.mean(dim=1, keepdim=True)
+        is_starved = counts < _STARVED * mean
+        num_splits = torch.minimum(is_starved.sum(dim=1), (counts >= mean).sum(dim=1))
+        splits_of = num_splits.tolist()
+        if sum(splits_of) == 0:
             return codewords, ema
-        starved, loaded = starved[:num_splits], by_load[:num_splits]
-        direction = torch.randn(num_splits, hidden_size, generator=generator, dtype=torch.float32).to(codewords.device)
+        if generators is None:
+            generators = [torch.Generator().manual_seed(_SEED + num_updates) for _ in range(num_codebooks)]
+            # The codeword itself is an average over a moving past: around it, all of today's tokens may lie on one side.
+            centers = _directions(statistics, codewords).flatten(0, 1)  # of all codebooks, as the places below
+            codewords, ema = (value.clone(memory_format=torch.contiguous_format) for value in (codewords, ema))
+            flat_codewords, flat_ema = codewords.flatten(0, 1), ema.flatten(0, 1)  # views
+            first_place = torch.arange(num_codebooks, device=device).unsqueeze(1) * num_clusters
+        is_split = is_starved & (is_starved.cumsum(dim=1) <= num_splits.unsqueeze(1))
+        starved = _places(is_split, sum(splits_of))
+        by_load = first_place + torch.argsort(counts, dim=1, descending=True, stable=True)
+        is_halved = torch.arange(num_clusters, device=device) < num_splits.unsqueeze(1)
+        loaded = by_load.flatten()[_places(is_halved, sum(splits_of))]
+        direction = torch.cat(
+            [
+                torch.randn(number, hidden_size, generator=generator, dtype=torch.float32)
+                for number, generator in zip(splits_of, generators, strict=True)
+            ]
+        ).to(device)
         center = centers[loaded]
         direction = direction - (direction * center).sum(dim=1, keepdim=True) * center
         direction = torch.nn.functional.normalize(direction, dim=1)
-        cosine = (ema[loaded, :hidden_size].norm(dim=1) / counts[loaded]).clamp(0.1, 1.0 - 1e-4)
+        cosine = (flat_ema[loaded, :hidden_size].norm(dim=1) / flat_ema[loaded, hidden_size]).clamp(0.1, 1.0 - 1e-4)
         offset = (1.0 / cosine.square() - 1.0).sqrt().unsqueeze(1) / hidden_size**0.5
-        codewords, ema = codewords.clone(), ema.clone()
-        ema[loaded] *= 0.5
-        ema[starved] = ema[loaded]
+        flat_ema[loaded] *= 0.5
+        flat_ema[starved] = flat_ema[loaded]
         for rows, sign in ((loaded, 1.0), (starved, -1.0)):
-            codewords[rows] = torch.nn.functional.normalize(center + sign * offset * direction, dim=1)
-            ema[rows, :hidden_size] = codewords[rows] * ema[rows, :hidden_size].norm(dim=1, keepdim=True)
-            centers[rows] = codewords[rows]
+            halves = torch.nn.functional.normalize(center + sign * offset * direction, dim=1)
+            flat_codewords[rows] = centers[rows] = halves
+            flat_ema[rows, :hidden_size] = halves * flat_ema[rows, :hidden_size].norm(dim=1, keepdim=True)
+
+
+def _places(chosen: torch.Tensor, number: int) -> torch.Tensor:
+    """[number] places, in the flattened [N, C], where ``chosen`` is true; there are so many."""
+    return torch.nonzero_static(chosen.flatten(), size=number).flatten()
 
 
 def lloyd_step(codewords: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,6 +35,12 @@ def clustered(num_tokens, num_clusters, hidden_size, noise=0.1, seed=0):
     return directions * (0.5 + 2.0 * torch.rand(num_tokens, 1, generator=generator))
 
 
+def split_one(codewords, ema, statistics, num_updates):
+    """``split_loaded`` of one codebook."""
+    alone = (value.unsqueeze(0) for value in (codewords, ema, statistics))
+    return tuple(value.squeeze(0) for value in split_loaded(*alone, num_updates))
+
+
 def learn(codebook, *batches, keep=None):
     """One global batch: the microbatches accumulated, then the update of one rank."""
     for hidden in batches:
@@ -254,7 +260,7 @@ def starving(num_clusters=8, hidden_size=16):
 
 def test_starved_codewords_take_half_of_the_most_loaded_in_order():
     codewords, ema, statistics = starving()
-    new_codewords, new_ema = split_loaded(codewords, ema, statistics, 3)
+    new_codewords, new_ema = split_one(codewords, ema, statistics, 3)
     for starved, loaded in ((2, 1), (5, 6)):
         assert new_ema[starved, 16] == new_ema[loaded, 16] == ema[loaded, 16] / 2
         torch.testing.assert_close(new_ema[starved, 17:], ema[loaded, 17:] / 2)
@@ -282,18 +288,18 @@ def test_a_split_cuts_the_tokens_of_the_loaded_codeword_in_two():
 
 def test_splits_are_the_same_on_two_copies_and_ignore_the_random_state():
     arguments = starving()
-    first = split_loaded(*arguments, 3)
+    first = split_one(*arguments, 3)
     torch.manual_seed(12345)
-    second = split_loaded(*(value.clone() for value in arguments), 3)
+    second = split_one(*(value.clone() for value in arguments), 3)
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
-    another_update = split_loaded(*arguments, 4)
+    another_update = split_one(*arguments, 4)
     assert not torch.equal(first[0], another_update[0])
 
 
 def test_splits_do_not_write_into_their_arguments():
     arguments = starving()
     originals = [value.clone() for value in arguments]
-    split_loaded(*arguments, 3)
+    split_one(*arguments, 3)
     assert all(torch.equal(*pair) for pair in zip(arguments, originals, strict=True))
 
 
@@ -302,7 +308,7 @@ def test_halves_start_at_the_latest_mean_of_the_cluster():
     codewords, ema, statistics = starving()
     latest = torch.nn.functional.normalize(randn(16, seed=9), dim=0)
     statistics[1, :16] = 200 * latest
-    new_codewords, _ = split_loaded(codewords, ema, statistics, 3)
+    new_codewords, _ = split_one(codewords, ema, statistics, 3)
     halves = new_codewords[[1, 2]]
     torch.testing.assert_close(torch.nn.functional.normalize(halves.sum(dim=0), dim=0), latest, **CLOSE)
 
@@ -314,7 +320,7 @@ def test_splits_move_the_load_and_starve_nobody_new(counts, num_updates):
     codewords = torch.nn.functional.normalize(randn(len(counts), 4), dim=1)
     scalars = torch.stack((counts, 0.5 * counts, counts), dim=1)
     ema = torch.cat((codewords * counts.unsqueeze(1), scalars), dim=1)
-    new_codewords, new_ema = split_loaded(codewords, ema, ema, num_updates)
+    new_codewords, new_ema = split_one(codewords, ema, ema, num_updates)
     limit = 0.1 * counts.mean()
     # The tokens that a starved codeword had are forgotten; all others are kept.
     assert counts[counts >= limit].sum() - 0.5 <= new_ema[:, 4].sum() <= counts.sum() + 0.5
