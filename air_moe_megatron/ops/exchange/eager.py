@@ -33,11 +33,14 @@ def make_plan(
     ids = topk_ids.long()
     is_pair = (ids >= 0) & (ids < num_ranks * num_local_experts)
     ranks = torch.where(is_pair, ids // num_local_experts, num_ranks)  # [T, K]
-    is_wanted = torch.zeros(ids.shape[0], num_ranks + 1, dtype=torch.bool, device=ids.device)
-    is_wanted = is_wanted.scatter_(1, ranks, True)[:, :num_ranks]
     pair_ranks = ranks.reshape(-1)
-    num_pairs = torch.zeros(num_ranks + 1, dtype=torch.int64, device=ids.device)
-    num_pairs.scatter_add_(0, pair_ranks, torch.ones_like(pair_ranks))
+    if num_ranks == 1:  # the additions to a single count would wait for one another
+        is_wanted, num_pairs = is_pair.any(dim=1, keepdim=True), is_pair.sum().view(1)
+    else:
+        is_wanted = torch.zeros(ids.shape[0], num_ranks + 1, dtype=torch.bool, device=ids.device)
+        is_wanted = is_wanted.scatter_(1, ranks, True)[:, :num_ranks]
+        num_pairs = torch.zeros(num_ranks + 1, dtype=torch.int64, device=ids.device)
+        num_pairs.scatter_add_(0, pair_ranks, torch.ones_like(pair_ranks))
     invalid_ids = (~is_pair & (ids != -1)).sum().expand(num_ranks)
     invalid_probs = (~probs.isfinite()).sum().expand(num_ranks)
     mismatches = torch.full_like(invalid_ids, mismatch)
