@@ -185,7 +185,7 @@ def _merge_lists_fwd_kernel(
         codeword = tl.load(codewords + probes, mask=inside, other=0)
         experts = tl.load(shortlist + codeword * L + columns % L, mask=inside, other=-1)
         is_candidate = experts >= 0
-        for probe in tl.static_range(P - 1):
+        for probe in range(min(P - 1, (tile * BLOCK + BLOCK - 1) // L)):  # lists before the tile's last one
             earlier = shortlist + tl.load(codewords + probe) * L
             is_candidate &= (probes <= probe) | (_is_listed(earlier, experts, L, STEPS) == 0)
         ranks = tl.load(scores + token * P * L + columns, mask=inside, other=0.0)
@@ -230,7 +230,7 @@ def launch_merge_lists(
     _merge_lists_fwd_kernel[(num_tokens,)](
         scores, shortlist, assignments, expert_bias, *best, topk, num_probes, shortlist_size,
         FUNCTION=score_function, STEPS=shortlist_size.bit_length(), NUM_TILES=triton.cdiv(num_candidates, block),
-        BLOCK=block, BLOCK_K=block_topk, num_warps=min(16, max(4, block // 128)),
+        BLOCK=block, BLOCK_K=block_topk, num_warps=min(16, max(2, block // 128)),
     )  # fmt: skip
 
 
