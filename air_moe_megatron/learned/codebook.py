@@ -90,7 +90,7 @@ def split_loaded(
             return codewords, ema
         if generators is None:
             generators = [torch.Generator().manual_seed(_SEED + num_updates) for _ in range(num_codebooks)]
-            # The codeword itself is an average over a moving past: around it, all of today's tokens may lie on one side.
+            # A codeword is an average over a moving past: around it, all of today's tokens may lie on one side.
             centers = _directions(statistics, codewords).flatten(0, 1)  # of all codebooks, as the places below
             codewords, ema = (value.clone(memory_format=torch.contiguous_format) for value in (codewords, ema))
             flat_codewords, flat_ema = codewords.flatten(0, 1), ema.flatten(0, 1)  # views
