@@ -1,8 +1,9 @@
 """Parts that kernels share: products of tiles, keys that order, and blocks of segments.
 
-A ``for`` loop in a kernel has bounds that are known when it is compiled: sizes of a layer are ``tl.constexpr``, and a
-loop over what only the device can count is a ``while``. Triton pipelines no loop without a matrix product anyway, and
-its interpreter does not take a tensor as the bound of a ``range`` (NumPy 2.5).
+A ``for`` loop in a kernel has bounds that are known when it is compiled, or follow from the number of an outer loop:
+sizes of a layer are ``tl.constexpr``, and a loop over what only the device can count is a ``while``. Triton pipelines
+no loop without a matrix product anyway, and its interpreter does not take a tensor as the bound of a ``range``
+(NumPy 2.5).
 
 The interpreter has no 16-bit products either, since NumPy has no bf16: :func:`dot` widens the tiles there. Products of
 16-bit numbers are exact in fp32, so that both ways agree but for the order of a sum.

@@ -218,7 +218,7 @@ def launch_merge_lists(
 ) -> None:
     """Write the best K distinct experts of scores [T, P * L].
 
-    A tile is as wide as K, or 256: a thread then holds few of its keys.
+    A tile is as wide as K, or 256 at least, which one warp holds.
     """
     num_tokens, topk = best.ids.shape
     if num_tokens == 0:
@@ -230,7 +230,7 @@ def launch_merge_lists(
     _merge_lists_fwd_kernel[(num_tokens,)](
         scores, shortlist, assignments, expert_bias, *best, topk, num_probes, shortlist_size,
         FUNCTION=score_function, STEPS=shortlist_size.bit_length(), NUM_TILES=triton.cdiv(num_candidates, block),
-        BLOCK=block, BLOCK_K=block_topk, num_warps=min(16, max(2, block // 128)),
+        BLOCK=block, BLOCK_K=block_topk, num_warps=1 if block <= 256 else min(16, block // 128),
     )  # fmt: skip
 
 
