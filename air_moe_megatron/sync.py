@@ -69,14 +69,10 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
         if sum(num_failed):
             _raise_failures(listing, group)
         _require_every_rank(listing, num_ran, group)
-        for batch, of_batch, states_of_batch in zip(batches, sums, states, strict=True):
-            apply_updates(batch, of_batch, states_of_batch)
-        is_finite = {
-            learner: is_finite
-            for batch, states_of_batch in zip(batches, states, strict=True)
-            for learner, (is_finite, _) in zip(batch, states_of_batch, strict=True)
-        }
-        dropped = [(router, learner) for router, learner in learning if not is_finite[learner]]
+        lost = set()
+        for batch, sums_of_batch, states_of_batch in zip(batches, sums, states, strict=True):
+            lost.update(apply_updates(batch, sums_of_batch, states_of_batch))
+        dropped = [(router, learner) for router, learner in learning if learner in lost]
         for _, learner in learning:
             learner.discard()
     for router in routers:

@@ -90,23 +90,27 @@ def batches_of(learners: Iterable[Learner]) -> list[list[Learner]]:
 
 def apply_updates(
     learners: Sequence[Learner], statistics: Sequence[torch.Tensor], states: Sequence[tuple[bool, bool]]
-) -> None:
+) -> list[Learner]:
     """Have learners with the same key learn from a global batch, each if its statistics are finite and hold a token.
 
     Args:
         learners: N, all with the same ``batch_key``.
         statistics: of each, summed over all ranks.
         states: for each whether its statistics are finite, and whether they hold a token; the same on every rank.
+    Returns:
+        the learners for which the batch was lost, as a statistic is not finite.
     """
-    learning = []
+    learning, lost = [], []
     for learner, sums, (is_finite, has_tokens) in zip(learners, statistics, states, strict=True):
         if not is_finite:
             learner.drop()
+            lost.append(learner)
         elif has_tokens:
             learning.append((learner, sums))
     for batch in batched(learning, max(1, _NUMBERS_OF_BATCH // statistics[0].numel())):
         together, sums = zip(*batch, strict=True)
         together[0].learn(together, torch.stack(sums))
+    return lost
 
 
 def stacked(learners: Sequence[Learner], *names: str) -> list[torch.Tensor]:
