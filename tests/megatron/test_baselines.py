@@ -71,6 +71,11 @@ def test_it_trains_and_says_how_it_routes(baseline):
     assert all(re.search(r"vq loss: \d+\.\d+ ", line) for line in lines) == (router_type == "vq")
 
 
+@pytest.mark.parametrize(
+    "baseline",
+    ("topk", "product_key", *(pytest.param(name, marks=pytest.mark.long) for name in ("hierarchical", "hash", "vq"))),
+    indirect=True,
+)
 def test_the_stock_path_trains_the_same(baseline, train):
     _, flags, run, _ = baseline
     stock = train(*flags, *EP2)

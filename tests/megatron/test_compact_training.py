@@ -124,7 +124,9 @@ def test_checkpoint_holds_all_experts(whole):
         assert all(of_a_rank.any() for of_a_rank in tensors[ADAM_MEAN + key].chunk(2, dim=1))
 
 
-@pytest.mark.parametrize("layout", RESUMED)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.long if name == "PP2" else ()) for name in RESUMED]
+)
 def test_resumed_in_another_layout_it_goes_on_as_the_uninterrupted_run(train, whole, tmp_path, layout):
     ranks, flags = RESUMED[layout]
     load = ["--load", whole[1], "--ckpt-step", SAVED]

@@ -146,7 +146,7 @@ def value_of(flag, words):
     return words[words.index(flag) + 1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_scaling_run_writes_a_row_per_size(scaling):
     output, out = scaling
     assert all(f"EP {size} of 1 4" in output and str(out / f"ep{size}.log") in output for size in EP_SIZES)
@@ -177,7 +177,7 @@ def test_scaling_run_writes_a_row_per_size(scaling):
     assert all(row["cost"] == pytest.approx(row["ms_per_step"] / rows[0]["ms_per_step"], abs=1e-3) for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_scaling_plot_is_an_image(scaling):
     _, out = scaling
     image = matplotlib.image.imread(out / "ep_scaling.png")
@@ -185,7 +185,7 @@ def test_scaling_plot_is_an_image(scaling):
     assert image.std() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "lost, warmup, message",
     [

@@ -21,35 +21,39 @@ SHARED_MEMORY = 227 * 1024  # bytes, the most that one block of threads gets on 
 
 # Kernels launched by each case of compile_kernels.py, with the operands of their tensor-core instructions. "plain" is a
 # product without tensor cores, as of fp32 numbers; "" is no product.
+BLOCKS = ("_segment_blocks_kernel", "")
 ASSIGN = ("_assign_fwd_kernel", "bf16")
 STATISTICS = {("_lengths_fwd_kernel", ""), ("_sorted_statistics_fwd_kernel", "")}
 PAIR_SUMS, PAIR_WEIGHT = ("_pair_sums_fwd_kernel", ""), ("_pair_weight_bwd_kernel", "")
 FINE_SCORES = {
+    BLOCKS,
     ("_fine_scores_fwd_kernel", "bf16"),
     ("_fine_scores_bwd_hidden_kernel", "bf16"),
     ("_fine_scores_bwd_weight_kernel", "bf16"),
 }
 FINE_TOPK = ("_fine_topk_fwd_kernel", "bf16")
-MERGED_LISTS = {("_fine_scores_fwd_kernel", "bf16"), ("_merge_lists_fwd_kernel", "")}
+MERGED_LISTS = {BLOCKS, ("_fine_scores_fwd_kernel", "bf16"), ("_merge_lists_fwd_kernel", "")}
 GRANULAR_EXPERTS = {
+    BLOCKS,
     ("_granular_experts_fwd_kernel", "bf16"),
     ("_granular_experts_bwd_kernel", "bf16"),
     ("_expert_weight_bwd_kernel", "bf16"),
 }
 LAUNCHES = {
+    "norm": {("_normalize_kernel", ""), ("_batch_sums_kernel", "")},
     "coarse": {ASSIGN},
     "coarse-deterministic": {ASSIGN} | STATISTICS,
     "ranking": {("_group_maxima_fwd_kernel", "bf16"), ("_candidates_fwd_kernel", "bf16")},
     "exchange": {(f"_{name}_fwd_kernel", "") for name in ("count", "place", "pack", "combine")},
     "fine-scores": FINE_SCORES,
     "fine-scores-deterministic": FINE_SCORES | {PAIR_WEIGHT},
-    "fine-scores-bias": {("_fine_scores_fwd_kernel", "bf16"), ("_fine_scores_bwd_weight_kernel", "plain")},
-    "fine-topk": {FINE_TOPK},
+    "fine-scores-bias": {BLOCKS, ("_fine_scores_fwd_kernel", "bf16"), ("_fine_scores_bwd_weight_kernel", "plain")},
+    "fine-topk": {BLOCKS, FINE_TOPK},
     "fine-topk-of-lists": MERGED_LISTS,
     "fine-topk-of-lists-biased": MERGED_LISTS,
     "fine-topk-of-lists-largest": MERGED_LISTS,
-    "pair-products": {("_pair_dots_fwd_kernel", ""), PAIR_SUMS, PAIR_WEIGHT},
-    "selected-scores": {PAIR_SUMS, PAIR_WEIGHT},
+    "pair-products": {BLOCKS, ("_pair_dots_fwd_kernel", ""), PAIR_SUMS, PAIR_WEIGHT},
+    "selected-scores": {BLOCKS, PAIR_SUMS, PAIR_WEIGHT},
     "granular-experts": GRANULAR_EXPERTS | {("_expert_sums_fwd_kernel", "bf16")},
     "granular-experts-deterministic": GRANULAR_EXPERTS | {PAIR_SUMS},
 }
