@@ -74,7 +74,7 @@ def split_loaded(
     least the mean, so that neither half starves at once. Deterministic: a function of the arguments alone. Source:
     derived in docs/codebook.md, after the cluster splitting of faiss.
 
-    Waits for the device, once in each round, of which at most the last splits nothing: ordinarily there are one or two.
+    Waits for the device once in each round. The last round splits nothing; ordinarily it is the first or the second.
 
     Args, returns: as :func:`update_from_tokens`.
     """

@@ -11,7 +11,7 @@ import torch
 
 from air_moe_megatron.learned.module_state import PreservedState
 
-_NUMBERS_OF_BATCH = 2**23  # at most, of the statistics that are learned from at once, or those of one learner
+_NUMBERS_OF_BATCH = 2**23  # of the statistics of a batch at most, but one learner at least: 32 MiB for each copy
 
 
 class Learner(PreservedState):

@@ -18,7 +18,7 @@ from air_moe_megatron.ops.segments import block_of
 LOWEST_KEY = tl.constexpr(-(2**63))  # ranks below every candidate
 HIGHEST_KEY = tl.constexpr(2**63 - 1)
 
-_MOST = tl.constexpr(2**62)  # blocks
+_MOST_BLOCKS = tl.constexpr(2**62)  # more than there can be
 _ID_MASK = 2**31 - 1
 _ID_BITS = tl.constexpr(_ID_MASK)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -187,7 +187,7 @@ def _segment_blocks_kernel(
     for step in range(STEPS):
         half = 1 << (STEPS - 1 - step)
         where = segment + half - 1
-        end = tl.load(ends + where, mask=where < Z, other=_MOST)
+        end = tl.load(ends + where, mask=where < Z, other=_MOST_BLOCKS)
         segment = tl.where(end <= blocks, segment + half, segment)
     near = tl.minimum(segment, Z - 1)
     before = tl.load(ends + near - 1, mask=near > 0, other=0)

@@ -45,7 +45,7 @@ _RECALL_EVERY = 10  # steps
 _RESET_AGE = 8  # updates
 
 
-def _look_on(codebooks: Sequence[Codebook], sums: torch.Tensor) -> None:
+def _learn_nothing(codebooks: Sequence[Codebook], sums: torch.Tensor) -> None:
     """What frozen codebooks do in place of ``Codebook.learn``."""
     for codebook, own in zip(codebooks, sums, strict=True):
         codebook.last_health.copy_(health_of(own))
@@ -75,7 +75,7 @@ class Rule:
         if self.name == "reset":
             self.age = _RESET_AGE
         if self.name == "frozen":
-            self.router.codebook.learn = _look_on
+            self.router.codebook.learn = _learn_nothing
         self._steer()
 
     def after_step(self) -> None:
