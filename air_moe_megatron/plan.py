@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import AIRFields, resolve_sizes, set_fields
 from air_moe_megatron.routers import AIRRouter
+from air_moe_megatron.routers.base import INPUT_NORMS
 from air_moe_megatron.routers.flops import Rebuilds
 from air_moe_megatron.training.memory import parameter_bytes
 
@@ -86,6 +87,7 @@ def config_of(args: argparse.Namespace) -> TransformerConfig:
         moe_router_type="air",
         moe_granular_experts=True,
         moe_dispatch="compact",
+        moe_router_input_norm=args.input_norm,
         moe_air_num_clusters=args.clusters,
         moe_air_shortlist_size=args.shortlist,
         moe_air_num_probes=args.probes,
@@ -114,8 +116,18 @@ def _arguments(args: argparse.Namespace, expert_parallel: int, tensor_bytes: tor
     )  # fmt: skip
 
 
+def norm_bytes(args: argparse.Namespace) -> tuple[int, int]:
+    """Bytes of a layer's input norm on a rank, and those of them that are statistics, summed over the ranks."""
+    norm = INPUT_NORMS[args.input_norm]
+    if norm is None:
+        return 0, 0
+    with torch.device("meta"):
+        built = norm(args.hidden)
+    return sum(one.nbytes for one in (*built.buffers(), built.statistics)), built.statistics.nbytes
+
+
 def learned_bytes(args: argparse.Namespace, config: TransformerConfig, shards: int) -> dict[str, int]:
-    """Bytes of codebook and lists of one layer on a rank: purpose -> bytes.
+    """Bytes of what one layer learns without gradients, on a rank: purpose -> bytes.
 
     Codewords, moving averages and statistics are [C, H] fp32 each, and the same on all ranks. Lists [C, L] and pools
     [C, 4L] are int32. A key per expert is int64, as are two counters of its tokens, which every rank keeps for all.
@@ -123,7 +135,8 @@ def learned_bytes(args: argparse.Namespace, config: TransformerConfig, shards: i
     sizes = resolve_sizes(config)
     lists = sizes.num_clusters * sizes.shortlist_size
     return {
-        "codebook": 4 * sizes.num_clusters * (args.hidden + 2 * (args.hidden + 3)),
+        "codebooks and input norms": 4 * sizes.num_clusters * (args.hidden + 2 * (args.hidden + 3))
+        + norm_bytes(args)[0],
         "lists": (4 * 5 * lists + 8 * args.experts) // shards + 2 * 8 * args.experts,
     }
 
@@ -145,8 +158,7 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
         for who, count, per in (("experts", experts, of_experts), ("routers", router, of_router))
         for what in ("weights", "gradients", "optimizer state")
     }
-    learned = learned_bytes(args, config, shards)
-    memory["codebooks"], memory["lists"] = (float(args.layers * learned[name]) for name in ("codebook", "lists"))
+    memory |= {name: float(args.layers * size) for name, size in learned_bytes(args, config, shards).items()}
     distinct = rows_per_token(args.experts, args.topk, ranks)
     sent = ranks if is_sharded else distinct
     rows, pairs = args.tokens * sent, args.tokens * args.topk
@@ -161,6 +173,7 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     memory["dispatch buffers"] = float(2 * rows * args.hidden * number + 2 * pairs * (_PAIR_ID + 4))
     steps, away = args.microbatches, (ranks - 1) / ranks
     gradient = of_router["gradients"]
+    statistics = 4 * sizes.num_clusters * (args.hidden + 3) + norm_bytes(args)[1]
     row_bytes = steps * rows * away * args.hidden * number
     collectives = [
         Collective("rows to the experts and back, forward and backward", 4 * row_bytes, ranks, outward=row_bytes),
@@ -177,7 +190,7 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
             world // ranks,
             stride=ranks,
         ),
-        Collective("statistics of the codebook", _ring(world) * 4 * sizes.num_clusters * (args.hidden + 3), world),
+        Collective("statistics of codebook and input norm", _ring(world) * statistics, world),
     ]
     share = router / args.layers * gradient
     group = world // ranks if is_sharded else world
@@ -309,6 +322,7 @@ def make_parser() -> argparse.ArgumentParser:
             help=text if default is None else f"{text}; default {default}",
         )
     parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of weights and activations; default bf16")
+    parser.add_argument("--input-norm", choices=INPUT_NORMS, default="running", help="of the tokens; default running")
     parser.add_argument("--swiglu", action="store_true", help="experts with a gate")
     parser.add_argument("--bf16-gradients", action="store_true", help="gradients in the weights' dtype, not fp32")
     parser.add_argument("--distributed-optimizer", action="store_true", help="shard optimizer state over replicas")

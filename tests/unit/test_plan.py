@@ -1,6 +1,8 @@
 """The plan's formulas against counters of small layers, and its words."""
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ def layer(megatron_cpu):
 
 @pytest.fixture(scope="module")
 def predicted():
-    return plan.predict(parsed(*SMALL), is_sharded=False).memory
+    return plan.predict(parsed(*SMALL, "--input-norm", "none"), is_sharded=False).memory
 
 
 def test_weights_gradients_and_optimizer_state_are_those_of_a_layer(layer, predicted):
@@ -55,8 +57,31 @@ def test_codebook_and_lists_are_those_of_a_router(layer, predicted):
     router = layer.router
     codebook = bytes_of([*router.codebook.buffers(), router.codebook.statistics])
     lists = bytes_of([*router.index.buffers(), router.expert_load, router.logged_before])
-    assert predicted["codebooks"] == pytest.approx(codebook, rel=0.05)
+    assert predicted["codebooks and input norms"] == pytest.approx(codebook, rel=0.05)
     assert predicted["lists"] == pytest.approx(lists, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ("running", "whitening"))
+def test_bytes_of_the_input_norm_are_those_of_a_router(megatron_cpu, name):
+    layer = make_layer(megatron_cpu, moe_router_type="air", num_moe_experts=256, moe_router_input_norm=name)
+    norm = layer.router.input_norm
+    without, with_norm = (
+        plan.predict(parsed(*SMALL, "--input-norm", one), is_sharded=False).memory["codebooks and input norms"]
+        for one in ("none", name)
+    )
+    assert with_norm - without == bytes_of([*norm.buffers(), norm.statistics])
+
+
+def test_statistics_of_a_whitening_norm_are_sent_by_each_rank():
+    sent = {
+        norm: next(
+            one.num_bytes
+            for one in plan.predict(parsed(*LARGE, "--input-norm", norm), is_sharded=False).collectives
+            if one.name.startswith("statistics")
+        )
+        for norm in ("none", "whitening")
+    }
+    assert sent["whitening"] - sent["none"] == 2 * 255 / 256 * 4 * 4097**2
 
 
 @pytest.mark.parametrize(("experts", "topk", "ranks"), [(4, 2, 2), (16, 2, 2), (64, 8, 4), (64, 64, 4), (4096, 16, 16)])
@@ -72,7 +97,7 @@ def test_sharding_divides_what_belongs_to_an_expert_and_moves_rows_to_every_rank
     replicated, sharded = (plan.predict(parsed(*LARGE), is_sharded) for is_sharded in (False, True))
     for name in ("weights of routers", "gradients of routers", "optimizer state of routers"):
         assert sharded.memory[name] == replicated.memory[name] / 64
-    assert sharded.memory["codebooks"] == replicated.memory["codebooks"]
+    assert sharded.memory["codebooks and input norms"] == replicated.memory["codebooks and input norms"]
     assert replicated.memory["weights of routers"] == 8 * GIB
     assert sharded.rebuild_flops == replicated.rebuild_flops / 64
     rows = [
@@ -107,6 +132,12 @@ def test_router_flops_are_the_routers_own():
     assert plan.predict(args, False).router_flops == expected
 
 
+def test_the_document_shows_what_the_command_prints():
+    document = (Path(__file__).parents[2] / "docs/tools.md").read_text()
+    flags = re.search(r"-m air_moe_megatron\.plan (.*)", document)[1].split()
+    assert f"```text\n{plan.report(parsed(*flags))[0]}```" in document
+
+
 def test_what_does_not_fit_is_said_with_what_would(capsys):
     with pytest.raises(SystemExit, match="0"):
         plan.main(LARGE)
@@ -128,8 +159,6 @@ def test_what_does_not_fit_is_said_with_what_would(capsys):
     ],
 )
 def test_values_that_cannot_be_are_refused_by_name(flags, words, capsys):
-    import re
-
     with pytest.raises(SystemExit, match="2"):
         plan.main([*SMALL, *flags])
     assert re.search(words, capsys.readouterr().err)
