@@ -1,4 +1,4 @@
-"""Process groups as attributes of what is copied and pickled."""
+"""Process groups: as attributes of what is copied and pickled, and what is gathered or summed over them."""
 
 import copy
 from typing import Any
@@ -69,3 +69,26 @@ def sum_over_ranks(values: torch.Tensor, group: ProcessGroup | None) -> torch.Te
     if group_size(group) > 1:
         torch.distributed.all_reduce(values, group=group)
     return values
+
+
+def is_in_writers_pipeline() -> bool:
+    """Whether this rank is in the pipeline of the last rank, which prints Megatron's lines and has its writers."""
+    from megatron.core import parallel_state
+
+    pipeline = torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+    return torch.distributed.get_world_size() - 1 in pipeline
+
+
+def gather_from_stages(found: Any) -> list[Any]:
+    """Objects of all pipeline stages, in their order, on the ranks of the last rank's pipeline, which all must call it.
+
+    On the other ranks it is the own object alone.
+    """
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1 or not is_in_writers_pipeline():
+        return [found]
+    stages = [None] * group.size()
+    torch.distributed.all_gather_object(stages, found, group=group)
+    return stages

@@ -192,14 +192,14 @@ def _finish_step(
         _update(routers, routers[0].tp_dp_cp_group)
     for router in routers if not successful else ():
         router.end_step()
-    counts = expert_loads(routers) if routers and is_due(iteration) else None
+    is_health_due = is_due(iteration)
+    counts = expert_loads(routers) if is_health_due and routers else None
     diagnostics = Diagnostics.of(model, iteration)
-    measured = {}
     if diagnostics is not None:
         loads = None if counts is None else counts[0]
         diagnostics.finish_step(iteration, losses if successful else None, grad_norm, loads)
-        measured = diagnostics.take_unlogged() if counts is not None else {}
-    if counts is not None:
+    if is_health_due:
+        measured = {} if diagnostics is None else diagnostics.take_unlogged()
         log_health(model, routers, iteration, counts, measured)
 
 

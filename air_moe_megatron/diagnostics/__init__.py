@@ -3,7 +3,7 @@
 ``watch.py`` watches the routers during a step, ``figures.py`` makes figures of what was seen, ``files.py`` writes.
 docs/health.md documents the figures and the files.
 
-Communication, on all ranks alike, by the number of the step alone:
+Communication, on all ranks alike, by the number of the step alone; that of the health line is in ``health.py``:
 
 - after a measured step, over ``tp_dp_cp`` of each pipeline stage: an all-reduce of the expert loads (E int64 for each
   router; shared with the health line where both are due), an all-reduce of fp64 sums (``3 * C + 7`` for each AIR
@@ -27,6 +27,7 @@ from air_moe_megatron.diagnostics.files import LINES, RunFiles, folder_of, run_l
 from air_moe_megatron.diagnostics.health import expert_loads, write_scalars
 from air_moe_megatron.diagnostics.snapshot import CodewordRecall, codebook_snapshot, gather_pairs
 from air_moe_megatron.diagnostics.watch import StepWatch
+from air_moe_megatron.process_groups import gather_from_stages, is_in_writers_pipeline
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.observation import CodewordCounter
@@ -61,7 +62,7 @@ class Diagnostics:
         for router in self._air():
             router.keeps_sample, router.sample = False, None
         self._files = self._open_files()
-        layers = self._of_all_stages([describe(router, self._tokens_per_batch()) for router in self._routers])
+        layers = _by_layer(gather_from_stages([describe(one, self._tokens_per_batch()) for one in self._routers]))
         if self._files is not None:
             self._files.append(run_line(args, time.time(), iteration - 1, layers))
 
@@ -113,7 +114,10 @@ class Diagnostics:
             self._measure(iteration, has_read_loads=logged_loads is not None)
 
     def take_unlogged(self) -> dict[str, float]:
-        """Recall of this stage, if measured since the last call: means over its AIR layers, equal on its ranks."""
+        """Recall, if measured since the last call: means over the AIR layers of all pipeline stages.
+
+        They are so on the ranks of the last rank's pipeline; on the others they are of their own stage.
+        """
         taken, self._unlogged = self._unlogged, {}
         return taken
 
@@ -162,8 +166,8 @@ class Diagnostics:
                 layers.append(layer_figures(router, total, load, self._lists.get(router)))
             codebooks = self._snapshots(dict(zip(self._routers, sums, strict=True)), counters)
             self._lists = {router: router.index.shortlist.clone() for router in self._air()}
-            self._unlogged = _recall_of(layers)
-        layers, codebooks = self._of_all_stages(layers), self._of_all_stages(codebooks)
+        layers, codebooks = (_by_layer(gather_from_stages(found)) for found in (layers, codebooks))
+        self._unlogged = _recall_of(layers)
         if self._is_writer:
             self._report(iteration, step_seconds, layers, codebooks)
 
@@ -175,7 +179,7 @@ class Diagnostics:
         pairs = gather_pairs(counters, writer, group)
         for router, recall in self._recall.items():
             recall.add(sums[router].codeword_recall)
-        if not self._reports():
+        if not is_in_writers_pipeline():
             return []
         return [
             codebook_snapshot(router, sums[router], recall, pairs.get(router))
@@ -203,24 +207,6 @@ class Diagnostics:
         if codebooks:
             self._files.replace_snapshot({"iteration": iteration, "layers": codebooks})
 
-    def _reports(self) -> bool:
-        """Whether this rank is in the pipeline of the rank that writes."""
-        from megatron.core import parallel_state
-
-        pipeline = torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-        return torch.distributed.get_world_size() - 1 in pipeline
-
-    def _of_all_stages(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What all pipeline stages have found, by layer, on the ranks of the pipeline of the rank that writes."""
-        from megatron.core import parallel_state
-
-        stages = [found]
-        group = parallel_state.get_pipeline_model_parallel_group()
-        if group.size() > 1 and self._reports():
-            stages = [None] * group.size()
-            torch.distributed.all_gather_object(stages, found, group=group)
-        return sorted((one for stage in stages for one in stage), key=lambda one: one["layer"])
-
     def _tokens_per_batch(self) -> int:
         return self._args.global_batch_size * self._args.seq_length
 
@@ -231,6 +217,11 @@ class Diagnostics:
         args = self._args
         batch = args.data_parallel_size * args.micro_batch_size * get_num_microbatches()
         return (args.consumed_train_samples + batch) * args.seq_length
+
+
+def _by_layer(stages: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What the pipeline stages have found of their layers, in the order of the layers."""
+    return sorted((one for stage in stages for one in stage), key=lambda one: one["layer"])
 
 
 def _recall_of(layers: list[dict[str, Any]]) -> dict[str, float]:

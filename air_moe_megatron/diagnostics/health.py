@@ -1,15 +1,26 @@
-"""Routing health: one line per log interval, and the same figures as TensorBoard and W&B scalars."""
+"""Routing health: one line per log interval, and the same figures as TensorBoard and W&B scalars.
+
+Communication, on all ranks alike, in each step that Megatron logs: over ``tp_dp_cp`` of each pipeline stage an
+all-reduce of the expert loads (E int64 for each router), one of four fp64 numbers where layers are compact, one of a
+number for vq routers, and one for each sharded AIR router; with several pipeline stages an all-gather of Python objects
+over the pipeline of the last rank, which writes.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from air_moe_megatron.config import is_plain_topk
 from air_moe_megatron.layer import AIRMoELayer
 from air_moe_megatron.layer.dispatcher import Traffic
-from air_moe_megatron.process_groups import group_size, sum_over_ranks
+from air_moe_megatron.process_groups import gather_from_stages, group_size, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter, HashRouter, VQRouter
 from air_moe_megatron.routers.base import CompactRouter
+
+LOAD_FIGURES = ("experts-used", "imbalance-factor", "rank-imbalance")
+"""Names of the figures of :func:`load_figures_of`."""
+_TOTALS = ("dropped-updates",)  # figures that are no means
 
 
 @torch.no_grad()
@@ -32,25 +43,19 @@ def expert_loads(routers: Sequence[CompactRouter], reset: bool = True) -> tuple[
     return loads, num_routed
 
 
-def load_figures(loads: Sequence[torch.Tensor], num_ranks: int) -> dict[str, float]:
-    """Figures of how evenly the tokens are spread, as means over the routers; waits for the device.
+def load_figures_of(load: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """How evenly the tokens of one router are spread.
 
     Args:
-        loads: for each router [E] tokens of each expert.
+        load: [E] tokens of each expert.
         num_ranks: expert-parallel size.
     Returns:
-        share of experts that got a token; imbalance factor of the experts, ``E * sum(n^2) / sum(n)^2``, which is 1 if
-        all get the same and E if one gets all (the term and formula are faiss's); load of the most loaded
-        expert-parallel rank over the mean.
+        [3] fp64, as ``LOAD_FIGURES`` names them: share of experts that got a token; imbalance factor of the experts,
+        ``E * sum(n^2) / sum(n)^2``, which is 1 if all get the same and E if one gets all (the term and formula are
+        faiss's); load of the most loaded expert-parallel rank over the mean.
 
-    Example: loads [[2, 0, 1, 1]] on 2 ranks: used 0.75, imbalance factor 4 * 6 / 16 = 1.5, most loaded rank 1.0.
+    Example: the load [2, 0, 1, 1] on 2 ranks: used 0.75, imbalance factor 4 * 6 / 16 = 1.5, most loaded rank 1.0.
     """
-    figures = torch.stack([load_figures_of(load, num_ranks) for load in loads]).mean(dim=0).tolist()
-    return dict(zip(("experts-used", "imbalance-factor", "rank-imbalance"), figures, strict=True))
-
-
-def load_figures_of(load: torch.Tensor, num_ranks: int) -> torch.Tensor:
-    """[3] fp64: the three figures of :func:`load_figures` for one router, of its load [E]."""
     load = load.double()
     total = load.sum().clamp_min(1.0)
     imbalance = load.numel() * load.square().sum() / total.square()
@@ -59,64 +64,15 @@ def load_figures_of(load: torch.Tensor, num_ranks: int) -> torch.Tensor:
     )
 
 
-def empty_share(loads: Sequence[torch.Tensor], num_routed: torch.Tensor, topks: list[int]) -> float:
-    """Share of the routes' slots that hold no expert, over all tokens and routers; waits for the device.
-
-    Args:
-        loads: for each router [E] tokens of each expert.
-        num_routed: [routers] tokens.
-        topks: for each router K.
-
-    Example: loads [[2, 0, 1, 1]] of 4 tokens with K = 2: 4 of 8 slots are empty, 0.5.
-    """
-    num_slots = int((num_routed * num_routed.new_tensor(topks)).sum())
-    num_filled = int(torch.stack([load.sum() for load in loads]).sum())
-    return (num_slots - num_filled) / max(num_slots, 1)
-
-
-@torch.no_grad()
-def listed_share(routers: Sequence[AIRRouter]) -> float:
-    """Share of the experts that stand in some shortlist, as a mean over the routers; waits for the device.
+def listed_share_of(router: AIRRouter) -> torch.Tensor:
+    """[] fp64: the share of the experts that stand in some shortlist of a router.
 
     Every rank must call it: sharded routers communicate.
     """
-    return float(torch.stack([listed_share_of(router) for router in routers]).mean())
-
-
-def listed_share_of(router: AIRRouter) -> torch.Tensor:
-    """[] fp64: the share of :func:`listed_share` for one router."""
     index = router.index
     listed = torch.zeros(index.num_experts + 1, dtype=torch.bool, device=index.shortlist.device)
     listed[index.shortlist.long().flatten()] = True  # -1, for no expert, is the last slot
     return router.mean_over_shards(listed[:-1].double().mean())
-
-
-def dispatch_figures(layers: Sequence[AIRMoELayer], group: torch.distributed.ProcessGroup | None) -> dict[str, float]:
-    """Bytes per token and layer, one way, that compact dispatchers have handed over since the last call.
-
-    Communicates (one all-reduce over ``group``), waits for the device, and sets the counters back to zero.
-
-    Returns:
-        bytes of rows (what Megatron's all-to-all would need is the top-k times a row); all bytes, ids and probs
-        included, that left their rank; where activations are recomputed, bytes of rows that were moved a second time.
-        Empty without compact dispatchers.
-    """
-    dispatchers = [layer.token_dispatcher for layer in layers]
-    if not dispatchers:
-        return {}
-    traffics = ((dispatcher.traffic, dispatcher.recomputed_traffic) for dispatcher in dispatchers)
-    sums = [
-        (first.tokens, first.row_bytes, first.remote_row_bytes + first.remote_pair_bytes, again.row_bytes)
-        for first, again in traffics
-    ]
-    sums = torch.tensor(sums, dtype=torch.float64, device=next(layers[0].parameters()).device).sum(dim=0)
-    sum_over_ranks(sums, group)
-    for dispatcher in dispatchers:
-        dispatcher.traffic, dispatcher.recomputed_traffic = Traffic(), Traffic()
-    tokens, *sums = sums.tolist()
-    rows, remote, again = (total / max(tokens, 1.0) for total in sums)
-    figures = {"dispatch-bytes-per-token": rows, "remote-bytes-per-token": remote}
-    return figures | ({"recomputed-bytes-per-token": again} if again else {})
 
 
 def is_due(iteration: int) -> bool:
@@ -130,27 +86,33 @@ def log_health(
     model: Sequence[torch.nn.Module],
     routers: Sequence[CompactRouter],
     iteration: int,
-    counts: tuple[list[torch.Tensor], torch.Tensor],
+    counts: tuple[list[torch.Tensor], torch.Tensor] | None,
     measured: dict[str, float],
 ) -> None:
-    """Log the routing health of this pipeline stage.
+    """Log the routing health of all pipeline stages; nothing where no stage has a router.
 
-    Every rank of the stage must call it. The last rank, which also prints Megatron's lines, prints those of its stage.
+    Every rank must call it, also one whose stage has no router. The last rank, which also prints Megatron's lines,
+    prints and writes.
 
     Args:
         model: Megatron's list of model chunks.
-        routers: the routers in it, at least one.
+        routers: the routers in it.
         iteration: counted from 1.
-        counts: as :func:`expert_loads` gives them.
+        counts: as :func:`expert_loads` gives them; None without routers.
         measured: figures of the diagnostics since the last line, which are logged with those of this line.
     """
-    from megatron.training import print_rank_last
+    from megatron.training import get_args, print_rank_last
 
+    if is_plain_topk(get_args()):
+        return
     modules = (module for chunk in model for module in chunk.modules())
     layers = [module for module in modules if isinstance(module, AIRMoELayer) and module.is_compact]
-    figures = health_figures(routers, layers, *counts) | measured
-    print_rank_last(health_line(figures, routers, iteration))
-    write_scalars(figures, "air", iteration)
+    stages = gather_from_stages(None if counts is None else stage_health(routers, layers, *counts))
+    stages = [stage for stage in stages if stage is not None]
+    if stages:
+        figures = health_figures(stages) | measured
+        print_rank_last(health_line(figures, sizes_of(stages), iteration))
+        write_scalars(figures, "air", iteration)
 
 
 def write_scalars(figures: dict[str, float], prefix: str, iteration: int) -> None:
@@ -166,16 +128,25 @@ def write_scalars(figures: dict[str, float], prefix: str, iteration: int) -> Non
         wandb_writer.log(scalars, iteration)
 
 
-def health_figures(
+class StageHealth(NamedTuple):
+    """What one pipeline stage adds to the health line."""
+
+    sums: dict[str, tuple[float, float]]
+    """Of each figure its sum over routers, tokens or slots of the stage, and their number."""
+    sizes: dict[str, list[int]]
+    """Of each size its values in the routers of the stage."""
+
+
+def stage_health(
     routers: Sequence[CompactRouter],
     layers: Sequence[AIRMoELayer],
     loads: Sequence[torch.Tensor],
     num_routed: torch.Tensor,
-) -> dict[str, float]:
-    """Figures of a pipeline stage, as means over the routers that have them; communicates and waits for the device.
+) -> StageHealth:
+    """The health of a pipeline stage; communicates within it, and waits for the device.
 
-    Codebooks and lists are of the AIR routers among them, the vq loss is of the vq routers. Where there are hash layers
-    beside others, the figures of loads are of the others, and those of the hash layers begin with "hash-".
+    Codebooks and lists are of the AIR routers, the vq loss is of the vq routers. The figures of hash routers' loads
+    begin with "hash-".
 
     Args:
         routers: all routers of the stage, of any types and sizes; at least one.
@@ -183,24 +154,146 @@ def health_figures(
         loads: for each router [E] tokens of each expert, of all ranks.
         num_routed: [routers] tokens, of all ranks.
     """
-    air = [router for router in routers if isinstance(router, AIRRouter)]
-    vq = [router for router in routers if isinstance(router, VQRouter)]
-    figures = codebook_figures(air) if air else {}
-    by_hash = [isinstance(router, HashRouter) for router in routers]
+    sums: dict[str, tuple[float, float]] = {}
+    sizes: dict[str, list[int]] = {}
     num_ranks = routers[0].config.expert_model_parallel_size
-    if any(by_hash) and not all(by_hash):
-        hashed = load_figures([load for load, hashed in zip(loads, by_hash, strict=True) if hashed], num_ranks)
-        figures |= {f"hash-{name}": value for name, value in hashed.items()}
-        others = [number for number, hashed in enumerate(by_hash) if not hashed]
+    for prefix, is_hash in (("", False), ("hash-", True)):
+        numbers = [number for number, router in enumerate(routers) if isinstance(router, HashRouter) == is_hash]
+        if numbers:
+            topks = [routers[number].topk for number in numbers]
+            found = load_sums([loads[number] for number in numbers], num_routed[numbers], topks, num_ranks)
+            sums |= {f"{prefix}{name}": values for name, values in found.items()}
+            sizes[f"{prefix}num_experts"] = [routers[number].num_experts for number in numbers]
+    if air := [router for router in routers if isinstance(router, AIRRouter)]:
+        sums |= codebook_sums(air)
+        sizes["num_clusters"] = [router.sizes.num_clusters for router in air]
+    sums |= dispatch_sums(layers, routers[0].tp_dp_cp_group)
+    if vq := [router for router in routers if isinstance(router, VQRouter)]:
+        sums["vq-loss"] = len(vq) * vq_loss(vq), len(vq)
+    return StageHealth(sums, sizes)
+
+
+def health_figures(stages: Sequence[StageHealth]) -> dict[str, float]:
+    """Figures of all pipeline stages: means over the routers, tokens or slots that have them.
+
+    Where there are hash layers beside others, the figures of loads are of the others, and those of the hash layers
+    begin with "hash-".
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    for stage in stages:
+        for name, (total, count) in stage.sums.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = before[0] + total, before[1] + count
+    figures = {name: total if name in _TOTALS else total / max(count, 1.0) for name, (total, count) in sums.items()}
+    hashed = {name: figures.pop(name) for name in list(figures) if name.startswith("hash-")}
+    if "experts-used" in figures:
+        hashed.pop("hash-empty-slots", None)
+        figures |= hashed
     else:
-        others = list(range(len(routers)))
-    loads = [loads[number] for number in others]
-    figures |= load_figures(loads, num_ranks)
-    figures["empty-slots"] = empty_share(loads, num_routed[others], [routers[number].topk for number in others])
-    figures |= dispatch_figures(layers, routers[0].tp_dp_cp_group)
-    if vq:
-        figures["vq-loss"] = vq_loss(vq)
+        figures |= {name.removeprefix("hash-"): value for name, value in hashed.items()}
+    if not figures.get("recomputed-bytes-per-token"):
+        figures.pop("recomputed-bytes-per-token", None)
     return figures
+
+
+def sizes_of(stages: Sequence[StageHealth]) -> dict[str, str]:
+    """The sizes that the health line names: of all, or the smallest and the largest. Hash layers only where all are."""
+    sizes: dict[str, list[int]] = {}
+    for stage in stages:
+        for name, values in stage.sizes.items():
+            sizes.setdefault(name, []).extend(values)
+    of_hash_layers = sizes.pop("hash-num_experts", [])
+    sizes.setdefault("num_experts", of_hash_layers)
+    return {
+        name: f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+        for name, values in sizes.items()
+    }
+
+
+def load_sums(
+    loads: Sequence[torch.Tensor], num_routed: torch.Tensor, topks: list[int], num_ranks: int
+) -> dict[str, tuple[float, float]]:
+    """How evenly the tokens are spread, and the share of the routes' slots that hold no expert; waits for the device.
+
+    Args:
+        loads: for each router [E] tokens of each expert.
+        num_routed: [routers] tokens.
+        topks: for each router K.
+        num_ranks: expert-parallel size.
+    Returns:
+        the figures' sums: of :func:`load_figures_of` over the routers, of slots over all tokens and routers.
+
+    Example: loads [[2, 0, 1, 1]] of 4 tokens with K = 2: 4 of 8 slots are empty.
+    """
+    totals = torch.stack([load_figures_of(load, num_ranks) for load in loads]).sum(dim=0).tolist()
+    num_slots = int((num_routed * num_routed.new_tensor(topks)).sum())
+    num_filled = int(torch.stack([load.sum() for load in loads]).sum())
+    sums = {name: (total, len(loads)) for name, total in zip(LOAD_FIGURES, totals, strict=True)}
+    return sums | {"empty-slots": (num_slots - num_filled, num_slots)}
+
+
+def codebook_sums(routers: Sequence[AIRRouter]) -> dict[str, tuple[float, float]]:
+    """Sums over the codebooks and lists of AIR routers; waits for the device.
+
+    Error and live codewords are of the codebooks that were fitted since a checkpoint was loaded.
+    """
+    healths = [router.codebook.health() for router in routers]
+    sums = {
+        "experts-listed": (float(torch.stack([listed_share_of(router) for router in routers]).sum()), len(routers)),
+        "dropped-updates": (sum(health.num_dropped for health in healths), len(routers)),
+    }
+    if fitted := [health for health in healths if health.quantization_error is not None]:
+        sums["quantization-error"] = sum(health.quantization_error for health in fitted), len(fitted)
+        sums["live-codewords"] = sum(health.live_codewords for health in fitted), len(fitted)
+    return sums
+
+
+def dispatch_sums(
+    layers: Sequence[AIRMoELayer], group: torch.distributed.ProcessGroup | None
+) -> dict[str, tuple[float, float]]:
+    """Bytes that compact dispatchers have handed over since the last call, and the tokens of all layers.
+
+    Communicates (one all-reduce over ``group``), waits for the device, and sets the counters back to zero.
+
+    Returns:
+        sums of the bytes of a token in a layer, one way: those of rows (what Megatron's all-to-all would need is the
+        top-k times a row); all, ids and probs included, that left their rank; those of rows that were moved a second
+        time, where activations are recomputed. Empty without compact dispatchers.
+    """
+    dispatchers = [layer.token_dispatcher for layer in layers]
+    if not dispatchers:
+        return {}
+    traffics = ((dispatcher.traffic, dispatcher.recomputed_traffic) for dispatcher in dispatchers)
+    sums = [
+        (first.tokens, first.row_bytes, first.remote_row_bytes + first.remote_pair_bytes, again.row_bytes)
+        for first, again in traffics
+    ]
+    sums = torch.tensor(sums, dtype=torch.float64, device=next(layers[0].parameters()).device).sum(dim=0)
+    sum_over_ranks(sums, group)
+    for dispatcher in dispatchers:
+        dispatcher.traffic, dispatcher.recomputed_traffic = Traffic(), Traffic()
+    tokens, *sums = sums.tolist()
+    names = ("dispatch-bytes-per-token", "remote-bytes-per-token", "recomputed-bytes-per-token")
+    return {name: (total, tokens) for name, total in zip(names, sums, strict=True)}
+
+
+def vq_loss(routers: Sequence[VQRouter]) -> float:
+    """Codebook and commitment loss of this step, a mean over routers, microbatches and ranks, without its coefficient.
+
+    Read from Megatron's tracker, whose report leaves out losses that it does not know. Communicates (one all-reduce
+    over ``tp_dp_cp``) and waits for the device.
+    """
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    from air_moe_megatron.compat import get_moe_metrics_tracker
+
+    entry = get_moe_metrics_tracker().metrics.get("vq_loss")
+    total = torch.zeros((), dtype=torch.float64, device=routers[0].weight.device)
+    if entry is not None:
+        total += entry.values.sum()
+    group, part_group = routers[0].tp_dp_cp_group, routers[0].tp_cp_group  # each rank of the latter adds a part
+    num_parts = group_size(group) // group_size(part_group)
+    return float(sum_over_ranks(total, group)) / (len(routers) * get_num_microbatches() * num_parts)
 
 
 class Item(NamedTuple):
@@ -237,60 +330,11 @@ ITEMS = (
 )
 
 
-def health_line(figures: dict[str, float], routers: Sequence[CompactRouter], iteration: int) -> str:
+def health_line(figures: dict[str, float], sizes: dict[str, str], iteration: int) -> str:
     """Word the figures of :func:`health_figures`; empty slots are named only where there are any."""
-    others = [router for router in routers if not isinstance(router, HashRouter)] or routers
-    sizes = {"num_experts": _range([router.num_experts for router in others])}
-    if clusters := [router.sizes.num_clusters for router in routers if isinstance(router, AIRRouter)]:
-        sizes["num_clusters"] = _range(clusters)
     items = [f"routing health at iteration {iteration:8d}"]
     for item in ITEMS:
         value = figures.get(item.key)
         if value is not None and (value or not item.only_nonzero):
             items.append(f"{item.label}: " + item.format.format(item.scale * value, **figures, **sizes))
     return f" {' | '.join(items)} |"
-
-
-def _range(sizes: list[int]) -> str:
-    """The size of all, or the smallest and the largest."""
-    return f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
-
-
-def vq_loss(routers: Sequence[VQRouter]) -> float:
-    """Codebook and commitment loss of this step, a mean over routers, microbatches and ranks, without its coefficient.
-
-    Read from Megatron's tracker, whose report leaves out losses that it does not know. Communicates (one all-reduce
-    over ``tp_dp_cp``) and waits for the device.
-    """
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
-
-    from air_moe_megatron.compat import get_moe_metrics_tracker
-
-    entry = get_moe_metrics_tracker().metrics.get("vq_loss")
-    total = torch.zeros((), dtype=torch.float64, device=routers[0].weight.device)
-    if entry is not None:
-        total += entry.values.sum()
-    group, part_group = routers[0].tp_dp_cp_group, routers[0].tp_cp_group  # each rank of the latter adds a part
-    num_parts = group_size(group) // group_size(part_group)
-    return float(sum_over_ranks(total, group)) / (len(routers) * get_num_microbatches() * num_parts)
-
-
-def codebook_figures(routers: Sequence[AIRRouter]) -> dict[str, float]:
-    """Figures of the codebooks of AIR routers; waits for the device.
-
-    Error and live codewords are means over the codebooks that were fitted since a checkpoint was loaded.
-    """
-    healths = [router.codebook.health() for router in routers]
-    figures = {
-        "experts-listed": listed_share(routers),
-        "dropped-updates": sum(health.num_dropped for health in healths),
-    }
-    fitted = [health for health in healths if health.quantization_error is not None]
-    if fitted:
-        figures["quantization-error"] = _mean([health.quantization_error for health in fitted])
-        figures["live-codewords"] = _mean([health.live_codewords for health in fitted])
-    return figures
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -17,7 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from tqdm import tqdm
 
 from air_moe_megatron.compat import process_groups_released
-from air_moe_megatron.diagnostics.health import listed_share, load_figures
+from air_moe_megatron.diagnostics.health import LOAD_FIGURES, listed_share_of, load_figures_of
 from air_moe_megatron.diagnostics.recall import recall
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import TokenStream, Windows, microbatches, num_microbatches, read, require_paths
@@ -105,21 +105,20 @@ class RoutingMeter:
             experts_listed, mass_recall and topk_recall, shares.
         """
         router, group = self.router, self.router.tp_dp_cp_group
-        names = ("experts-used", "imbalance-factor", "rank-imbalance")
-        loads = load_figures([sum_over_ranks(self.loads, group)], router.config.expert_model_parallel_size)
+        loads = load_figures_of(sum_over_ranks(self.loads, group), router.config.expert_model_parallel_size).tolist()
         figures = {
             "layer": self.layer,
             "router": router.router_type if isinstance(router, CompactRouter) else "topk",
             "experts": self.num_experts,
             "topk": router.topk,
-            **{name.replace("-", "_"): loads[name] for name in names},
+            **{name.replace("-", "_"): load for name, load in zip(LOAD_FIGURES, loads, strict=True)},
         }
         if isinstance(router, AIRRouter):
             sums = [sum(values) for values in zip(*self.recalls, strict=True)]
             sums = torch.tensor([*sums, len(self.recalls)], dtype=torch.float64, device=self.loads.device)
             mass, topk, count = sum_over_ranks(sums, group).tolist()
             figures |= {
-                "experts_listed": listed_share([router]),
+                "experts_listed": float(listed_share_of(router)),
                 "mass_recall": mass / count,
                 "topk_recall": topk / count,
             }

@@ -58,6 +58,15 @@ class Run:
         return {int(number): (loss, norm) for number, loss, norm in _ITERATION.findall(self.output)}
 
     @property
+    def health(self) -> dict[int, dict[str, float]]:
+        """Iteration -> what the health line says: label -> first number, as printed."""
+        lines = re.findall(r"routing health at iteration +(\d+) \|(.*)\|", self.output)
+        return {
+            int(iteration): {label: float(number) for label, number in re.findall(r" ([^|:]+): ([0-9.]+)", items)}
+            for iteration, items in lines
+        }
+
+    @property
     def validation_loss(self) -> float:
         """That of the evaluation at the end of the run."""
         return float(re.search(r"on validation set \| lm loss value: ([0-9.E+-]+)", self.output)[1])

@@ -29,6 +29,10 @@ RESUMED = {
     "PP2-full-recompute": (2, [*COMPACT, *PP2, *FULL_RECOMPUTE]),
     "stock-one-rank-moe-recompute": (1, MOE_RECOMPUTE),
 }
+SAME_HEALTH = (  # in every layout: means over the layers of all pipeline stages
+    *("quantization error", "live codewords", "experts listed", "experts used", "imbalance factor"),
+    *("experts used by hash layers", "imbalance factor of hash layers"),
+)
 PRINTED_NORM, PRINTED_LOSS = 1.1e-3, 1.1e-6
 
 
@@ -54,8 +58,8 @@ def test_it_trains_and_tells_hash_layers_apart(whole):
     run, directory = whole
     assert list(run.steps) == list(range(1, STEPS + 1))
     assert float(run.steps[STEPS][0]) < float(run.steps[1][0]) - 0.1
-    lines = [line for line in run.output.splitlines() if "routing health at iteration" in line]
-    assert len(lines) == STEPS and all("experts used by hash layers: " in line for line in lines)
+    assert list(run.health) == list(range(1, STEPS + 1))
+    assert all("experts used by hash layers" in figures for figures in run.health.values())
     (start,) = read_diagnostics(directory, "run")
     assert [(layer["layer"], layer["router"]) for layer in start["layers"]] == [(2, "hash"), (3, "air"), (4, "air")]
     assert [layer["router_flops_per_token"] > 0 for layer in start["layers"]] == [False, True, True]
@@ -74,6 +78,9 @@ def test_resumed_in_another_layout_it_goes_on(train, whole, tmp_path, name):
     steps = range(SAVED + 1, STEPS + 1)
     found, expected = ({step: float(r.norms[step]) for step in steps} for r in (resumed, run))
     assert found == pytest.approx(expected, abs=PRINTED_NORM)
+    found, expected = ({label: one.health[STEPS][label] for label in SAME_HEALTH} for one in (resumed, run))
+    assert found == pytest.approx(expected, rel=0.01)
+    assert "top-k recall" in resumed.health[STEPS]
     found, expected = (read_checkpoint(path, STEPS) for path in (tmp_path, directory))
     assert found.keys() == expected.keys()
     routers = {key for key in expected if ".router." in key and not key.startswith("optimizer")}

@@ -5,32 +5,66 @@ import types
 import pytest
 import torch
 
-from air_moe_megatron.diagnostics.health import dispatch_figures, empty_share, listed_share, load_figures
+from air_moe_megatron.diagnostics.health import (
+    LOAD_FIGURES,
+    StageHealth,
+    dispatch_sums,
+    health_figures,
+    listed_share_of,
+    load_figures_of,
+    load_sums,
+    sizes_of,
+)
 from air_moe_megatron.layer.dispatcher import Traffic
 
 
+def load_figures(load, num_ranks=1):
+    return dict(zip(LOAD_FIGURES, load_figures_of(load, num_ranks).tolist(), strict=True))
+
+
 def test_load_figures_worked_example():
-    figures = load_figures(torch.tensor([[2, 0, 1, 1]]), num_ranks=2)
+    figures = load_figures(torch.tensor([2, 0, 1, 1]), num_ranks=2)
     assert figures == {"experts-used": 0.75, "imbalance-factor": 1.5, "rank-imbalance": 1.0}
 
 
-def test_load_figures_are_means_over_routers():
-    figures = load_figures(torch.tensor([[1, 1, 1, 1], [8, 0, 0, 0]]), num_ranks=4)
-    assert figures["experts-used"] == pytest.approx((1.0 + 0.25) / 2)
-    assert figures["imbalance-factor"] == pytest.approx((1.0 + 4.0) / 2)
-    assert figures["rank-imbalance"] == pytest.approx((1.0 + 4.0) / 2)
-
-
-def test_load_figures_of_routers_of_different_sizes():
-    figures = load_figures([torch.tensor([1, 1, 1, 1]), torch.tensor([8, 0])], num_ranks=2)
-    assert figures == {"experts-used": 0.75, "imbalance-factor": 1.5, "rank-imbalance": 1.5}
-
-
-def test_empty_share_worked_example():
+def test_load_sums_worked_examples():
     loads = [torch.tensor([2, 0, 1, 1])]
-    assert empty_share(loads, torch.tensor([4]), [2]) == 0.5
-    assert empty_share([*loads, torch.tensor([5, 7])], torch.tensor([4, 4]), [2, 3]) == 0.2
-    assert empty_share([torch.zeros(3)], torch.tensor([0]), [2]) == 0.0
+    sums = load_sums(loads, torch.tensor([4]), [2], 1)
+    assert sums == {
+        "experts-used": (0.75, 1), "imbalance-factor": (1.5, 1), "rank-imbalance": (1.0, 1), "empty-slots": (4, 8),
+    }  # fmt: skip
+    sums = load_sums([*loads, torch.tensor([8, 0])], torch.tensor([4, 4]), [2, 3], 2)
+    assert sums == {
+        "experts-used": (1.25, 2), "imbalance-factor": (3.5, 2), "rank-imbalance": (3.0, 2), "empty-slots": (8, 20),
+    }  # fmt: skip
+    assert load_sums([torch.zeros(3)], torch.tensor([0]), [2], 1)["empty-slots"] == (0, 0)
+
+
+def test_stages_weigh_by_what_they_sum_over():
+    stages = [
+        StageHealth(
+            {"hash-experts-used": (0.5, 1), "hash-empty-slots": (0, 8), "recomputed-bytes-per-token": (0.0, 10.0)},
+            {"hash-num_experts": [32]},
+        ),
+        StageHealth(
+            {"experts-used": (1.5, 2), "empty-slots": (2, 8), "dropped-updates": (1, 2), "live-codewords": (10, 1)},
+            {"num_experts": [64, 128], "num_clusters": [16, 16]},
+        ),
+        StageHealth(
+            {"experts-used": (0.9, 1), "empty-slots": (1, 4), "dropped-updates": (2, 1), "live-codewords": (20, 2)},
+            {"num_experts": [64], "num_clusters": [16]},
+        ),
+    ]
+    figures = health_figures(stages)
+    assert figures == pytest.approx(
+        {
+            "experts-used": 0.8, "empty-slots": 0.25, "dropped-updates": 3, "live-codewords": 10,
+            "hash-experts-used": 0.5,
+        }
+    )  # fmt: skip
+    assert sizes_of(stages) == {"num_experts": "64 to 128", "num_clusters": "16"}
+    assert health_figures(stages[:1]) == {"experts-used": 0.5, "empty-slots": 0.0}
+    assert sizes_of(stages[:1]) == {"num_experts": "32"}
 
 
 def mixed_routers(groups):
@@ -66,29 +100,30 @@ def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatc
         torch.bincount(r.topk_ids[r.topk_ids >= 0], minlength=m.num_experts)
         for r, m in zip(routes, routers, strict=True)
     ]
-    hashed, *alone = [load_figures([load], 1) for load in loads]
+    hashed, *alone = [load_figures(load) for load in loads]
     empty = sum(int((r.topk_ids < 0).sum()) for r in routes) / sum(r.topk_ids.numel() for r in routes[1:])
     logged = float(get_moe_metrics_tracker().metrics["vq_loss"].values.sum())
-    figures = health.health_figures(routers, [], *health.expert_loads(routers))
+    stage = health.stage_health(routers, [], *health.expert_loads(routers))
+    figures = health_figures([stage])
     for name in alone[0]:
         assert figures[name] == pytest.approx(sum(one[name] for one in alone) / 3)
         assert figures[f"hash-{name}"] == pytest.approx(hashed[name])
     assert figures["empty-slots"] == pytest.approx(empty) and empty > 0
     assert figures["vq-loss"] == pytest.approx(logged) and logged > 0
-    line = health.health_line(figures, routers, 7)
+    line = health.health_line(figures, sizes_of([stage]), 7)
     assert "live codewords: 32.0 of 32 |" in line  # of the one that is fitted: the other has not been updated yet
     for words in ("% of 16 to 128", f"empty slots: {100 * empty:.2g}%", "vq loss: ", "experts listed: 100.0%"):
         assert words in line
     assert f"experts used by hash layers: {hashed['experts-used']:.1%} | imbalance factor of hash layers: " in line
     # Everything was set back; without tokens and AIR routers there is less to tell.
-    counts = health.expert_loads(routers[:1])
-    line = health.health_line(health.health_figures(routers[:1], [], *counts), routers[:1], 8)
+    stage = health.stage_health(routers[:1], [], *health.expert_loads(routers[:1]))
+    line = health.health_line(health_figures([stage]), sizes_of([stage]), 8)
     assert "experts used: 0.0% of 32" in line
     for words in ("empty slots", "codewords", "listed", "vq loss", "recall", "hash layers"):
         assert words not in line
 
 
-def test_the_line_of_a_dispatch_that_is_recomputed(megatron_cpu):
+def test_the_line_of_a_dispatch_that_is_recomputed():
     from air_moe_megatron.diagnostics.health import health_line
 
     figures = {
@@ -97,7 +132,7 @@ def test_the_line_of_a_dispatch_that_is_recomputed(megatron_cpu):
         "remote-bytes-per-token": 640.0, "recomputed-bytes-per-token": 512.0, "mass-recall": 0.111,
         "top-k-recall": 0.81, "dropped-updates": 2,
     }  # fmt: skip
-    assert health_line(figures, mixed_routers(megatron_cpu)[1:2], 7) == (
+    assert health_line(figures, {"num_experts": "64", "num_clusters": "32"}, 7) == (
         " routing health at iteration        7 | quantization error: 0.1514 | live codewords: 15.5 of 32 | "
         "experts listed: 100.0% | experts used: 63.8% of 64 | imbalance factor: 4.03 | "
         "most loaded rank: 1.009 of the mean | dispatched bytes per token: 1024 (640 to other ranks) | "
@@ -131,7 +166,7 @@ def test_figures_are_the_same_under_any_default_dtype(megatron_cpu):
 
 
 def test_no_tokens_at_all_are_no_error():
-    assert load_figures(torch.zeros(1, 4, dtype=torch.int64), 1)["experts-used"] == 0.0
+    assert load_figures(torch.zeros(4, dtype=torch.int64))["experts-used"] == 0.0
 
 
 def test_listed_share_counts_each_expert_once_and_no_empty_place():
@@ -139,8 +174,8 @@ def test_listed_share_counts_each_expert_once_and_no_empty_place():
         index = types.SimpleNamespace(num_experts=4, shortlist=torch.tensor(lists))
         return types.SimpleNamespace(index=index, mean_over_shards=lambda share: share)
 
-    assert listed_share([router([[0, 1], [1, -1]])]) == 0.5
-    assert listed_share([router([[0, 1], [1, -1]]), router([[0, 1], [2, 3]])]) == 0.75
+    assert listed_share_of(router([[0, 1], [1, -1]])) == 0.5
+    assert listed_share_of(router([[0, 1], [2, 3]])) == 1.0
 
 
 def layer_with(*traffics):
@@ -152,15 +187,17 @@ def layer_with(*traffics):
 def test_dispatch_figures_are_per_token_and_start_anew():
     layer = layer_with(Traffic(10, 4000, 1000, 800, 200), Traffic())
     other = layer_with(Traffic(10, 2000, 1000, 800, 200), Traffic())
-    figures = dispatch_figures([layer, other], None)
+    sums = dispatch_sums([layer, other], None)
+    assert sums["dispatch-bytes-per-token"] == (6000.0, 20.0)
+    figures = health_figures([StageHealth(sums, {"num_experts": [4]})])
     assert figures == {"dispatch-bytes-per-token": 300.0, "remote-bytes-per-token": 120.0}
     assert vars(layer.token_dispatcher.traffic) == vars(Traffic())
-    assert dispatch_figures([], None) == {}
+    assert dispatch_sums([], None) == {}
 
 
 def test_rows_that_a_recomputation_moves_again_are_told_apart():
     layer = layer_with(Traffic(10, 4000, 1000, 800, 200), Traffic(10, 1000, 100, 200, 20))
-    figures = dispatch_figures([layer], None)
+    figures = health_figures([StageHealth(dispatch_sums([layer], None), {"num_experts": [4]})])
     assert figures["dispatch-bytes-per-token"] == 400.0 and figures["recomputed-bytes-per-token"] == 100.0
     assert vars(layer.token_dispatcher.recomputed_traffic) == vars(Traffic())
 
