@@ -177,7 +177,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(HASH, "moe_router_input_norm", _not("none"), "it does not look at the tokens"),
     Refusal(
         AIR_WITH_BIAS, "moe_air_num_candidates", _on,
-        "a biased expert may win from behind the best candidates; leave it at 0",
+        "balancing losses select by scores without the bias, so from all candidates; leave it at 0",
     ),
     Refusal(
         AIR_WITH_BIAS, "moe_air_num_explored", _on,

@@ -58,7 +58,9 @@ def resolve_sizes(config: TransformerConfig) -> AIRSizes:
     num_candidates = config.moe_air_num_candidates
     if num_candidates == 0:
         wanted = max(_automatic(math.sqrt(num_experts)), 2 * topk)
-        num_candidates = min(wanted, searched) if from_tokens else searched
+        # Balancing losses select by scores without an expert bias, so perhaps from behind the best with it.
+        takes_best = from_tokens and not config.moe_router_enable_expert_bias
+        num_candidates = min(wanted, searched) if takes_best else searched
     num_parts = config.moe_air_list_parts
     num_explored = num_parts * -(-config.moe_air_num_explored // num_parts)  # as many of each part
     if num_explored > searched - num_candidates:

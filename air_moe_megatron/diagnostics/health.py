@@ -1,7 +1,7 @@
 """Routing health: one line per log interval, and the same figures as TensorBoard and W&B scalars.
 
 Communication, on all ranks alike, in each step that Megatron logs: over ``tp_dp_cp`` of each pipeline stage an
-all-reduce of the expert loads (E int64 for each router), one of four fp64 numbers where layers are compact, one of a
+all-reduce of the expert loads (E int64 for each router), one of three fp64 numbers where layers are compact, one of a
 number for vq routers, and one for each sharded AIR router; with several pipeline stages an all-gather of Python objects
 over the pipeline of the last rank, which writes.
 """
@@ -167,7 +167,7 @@ def stage_health(
     if air := [router for router in routers if isinstance(router, AIRRouter)]:
         sums |= codebook_sums(air)
         sizes["num_clusters"] = [router.sizes.num_clusters for router in air]
-    sums |= dispatch_sums(layers, routers[0].tp_dp_cp_group)
+    sums |= dispatch_sums(layers, int(num_routed.sum()), routers[0].tp_dp_cp_group)
     if vq := [router for router in routers if isinstance(router, VQRouter)]:
         sums["vq-loss"] = len(vq) * vq_loss(vq), len(vq)
     return StageHealth(sums, sizes)
@@ -249,12 +249,16 @@ def codebook_sums(routers: Sequence[AIRRouter]) -> dict[str, tuple[float, float]
 
 
 def dispatch_sums(
-    layers: Sequence[AIRMoELayer], group: torch.distributed.ProcessGroup | None
+    layers: Sequence[AIRMoELayer], num_routed: int, group: torch.distributed.ProcessGroup | None
 ) -> dict[str, tuple[float, float]]:
-    """Bytes that compact dispatchers have handed over since the last call, and the tokens of all layers.
+    """Bytes that compact dispatchers have handed over in training since the last call.
 
     Communicates (one all-reduce over ``group``), waits for the device, and sets the counters back to zero.
 
+    Args:
+        layers: those with a compact dispatcher.
+        num_routed: tokens of their routers, of all layers and ranks, without padding.
+        group: the ranks of the pipeline stage.
     Returns:
         sums of the bytes of a token in a layer, one way: those of rows (what Megatron's all-to-all would need is the
         top-k times a row); all, ids and probs included, that left their rank; those of rows that were moved a second
@@ -265,16 +269,15 @@ def dispatch_sums(
         return {}
     traffics = ((dispatcher.traffic, dispatcher.recomputed_traffic) for dispatcher in dispatchers)
     sums = [
-        (first.tokens, first.row_bytes, first.remote_row_bytes + first.remote_pair_bytes, again.row_bytes)
+        (first.row_bytes, first.remote_row_bytes + first.remote_pair_bytes, again.row_bytes)
         for first, again in traffics
     ]
     sums = torch.tensor(sums, dtype=torch.float64, device=next(layers[0].parameters()).device).sum(dim=0)
     sum_over_ranks(sums, group)
     for dispatcher in dispatchers:
         dispatcher.traffic, dispatcher.recomputed_traffic = Traffic(), Traffic()
-    tokens, *sums = sums.tolist()
     names = ("dispatch-bytes-per-token", "remote-bytes-per-token", "recomputed-bytes-per-token")
-    return {name: (total, tokens) for name, total in zip(names, sums, strict=True)}
+    return {name: (total, num_routed) for name, total in zip(names, sums.tolist(), strict=True)}
 
 
 def vq_loss(routers: Sequence[VQRouter]) -> float:

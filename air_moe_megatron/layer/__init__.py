@@ -83,6 +83,12 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
         if self.is_compact:
             self.token_dispatcher.layer_number = layer_number
 
+    def train(self, mode: bool = True) -> "AIRMoELayer":
+        """As ``torch.nn.Module.train``; only forwards of a layer that trains count as traffic."""
+        if self.is_compact:
+            self.token_dispatcher.training = mode
+        return super().train(mode)
+
 
 class _UnnumberedRouter(torch.nn.Module):
     """Stands where a layer's number is still to decide which router it gets."""

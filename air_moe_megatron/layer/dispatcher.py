@@ -36,13 +36,12 @@ from air_moe_megatron.routers.row_exchange import ShardedRows
 
 @dataclass
 class Traffic:
-    """Plain integers: what this rank's forwards have handed to the all-to-alls since the counters were last reset.
+    """Plain integers: what this rank's training forwards have handed to the all-to-alls since the last reset.
 
     ``row_bytes`` go out, and as many come back for the same tokens. The backward repeats both. The ``remote`` bytes
     left the rank. A dispatcher counts the forwards that a backward repeats apart from the others.
     """
 
-    tokens: int = 0
     row_bytes: int = 0
     remote_row_bytes: int = 0
     pair_bytes: int = 0
@@ -62,6 +61,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
 
     Attributes:
         layer_number: named in the error on probs that are not finite; :class:`AIRMoELayer` sets it.
+        training: whether forwards count as traffic; :class:`AIRMoELayer` sets it.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         self.ep_rank = pg_collection.ep.rank()  # the base class says it from 0.18 on
         self.num_experts = num_local_experts * self.ep_size
         self.layer_number: int | None = None
+        self.training = True
         self.traffic, self.recomputed_traffic = Traffic(), Traffic()
         self._have_ranks_agreed = False
         self._mismatch = None
@@ -217,13 +218,18 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
                     raise ValueError(f"{name} differs between the expert-parallel ranks: {values}")
         self._have_ranks_agreed = True
 
+    def _traffic_of_forward(self) -> Traffic:
+        """The counters that the current forward adds to."""
+        if not self.training:
+            return Traffic()
+        return self.recomputed_traffic if is_in_backward() else self.traffic
+
     def _count_traffic(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, rows_sent: list[int], pairs_sent: list[int]
     ) -> None:
         row_bytes = hidden_states.shape[1] * hidden_states.element_size()
         pair_bytes = 4 + probs.element_size()  # int32 id, prob
-        traffic = self.recomputed_traffic if is_in_backward() else self.traffic
-        traffic.tokens += hidden_states.shape[0]
+        traffic = self._traffic_of_forward()
         traffic.row_bytes += sum(rows_sent) * row_bytes
         traffic.remote_row_bytes += (sum(rows_sent) - rows_sent[self.ep_rank]) * row_bytes
         traffic.pair_bytes += sum(pairs_sent) * pair_bytes
@@ -282,8 +288,7 @@ class ShardedTokenDispatcher(CompactTokenDispatcher):
         """Count what this rank hands over in a forward: its rows, codewords and marks to all ranks, and the scores and
         ids of all rows."""
         num_tokens, num_ranks = hidden_states.shape[0], self.ep_size
-        traffic = self.recomputed_traffic if is_in_backward() else self.traffic
-        traffic.tokens += num_tokens
+        traffic = self._traffic_of_forward()
         row_bytes = num_tokens * hidden_states.shape[1] * hidden_states.element_size()
         traffic.row_bytes += num_ranks * row_bytes
         traffic.remote_row_bytes += (num_ranks - 1) * row_bytes

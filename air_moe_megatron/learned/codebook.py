@@ -164,9 +164,7 @@ class Codebook(Learner):
     def __init__(self, num_clusters: int, hidden_size: int, decay: float) -> None:
         super().__init__(num_clusters, hidden_size + NUM_SCALARS)
         self.decay = decay
-        generator = torch.Generator().manual_seed(_SEED)
-        directions = torch.randn(num_clusters, hidden_size, generator=generator, dtype=torch.float32)
-        self.register_buffer("codewords", torch.nn.functional.normalize(directions, dim=1))
+        self.register_buffer("codewords", _random_directions(num_clusters, hidden_size))
         self.register_buffer("ema", torch.zeros_like(self.statistics))
         self.register_buffer("num_dropped", torch.zeros(1, dtype=torch.int64))
         # Of the last update, for logs only: mean cosine and live codewords.
@@ -250,9 +248,20 @@ class Codebook(Learner):
         num_missing = len(missing_keys)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if strict and not any(name in state_dict for name in names):
-            # A checkpoint of plain top-k routing: keep the random start, which the first fit replaces.
+            # A checkpoint of plain top-k routing: start from random codewords, which the first fit replaces.
             del missing_keys[num_missing:]
+            self.codewords.copy_(_random_directions(*self.codewords.shape))
+            for started in (self.ema, self.num_updates, self.num_dropped):
+                started.zero_()
+            self.last_health.fill_(torch.nan)
             logger.info("%s: no codebook in the checkpoint; it is learned anew", prefix.rstrip("."))
+
+
+def _random_directions(num_clusters: int, hidden_size: int) -> torch.Tensor:
+    """[C, H] fp32 unit rows, always the same."""
+    generator = torch.Generator().manual_seed(_SEED)
+    directions = torch.randn(num_clusters, hidden_size, generator=generator, dtype=torch.float32)
+    return torch.nn.functional.normalize(directions, dim=1)
 
 
 def health_of(statistics: torch.Tensor) -> torch.Tensor:

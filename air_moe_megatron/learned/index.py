@@ -24,6 +24,7 @@ import torch
 
 from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.lists import inverted_lists, list_every_expert
+from air_moe_megatron.learned.module_state import HostCopy
 from air_moe_megatron.learned.parts import Part, Span, pack, parts_of, spans, unpack
 from air_moe_megatron.ops.ranking import Ranking
 
@@ -164,13 +165,14 @@ class ShortlistIndex(torch.nn.Module):
         staged_keys = torch.full((is_spread * num_experts,), _UNTRIED, dtype=torch.int64)
         self.register_buffer("staged_keys", staged_keys, persistent=is_spread)
         self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))  # rebuilds so far, codewords ranked
-        self._on_host = [-1, 0, 0]  # built_at and progress
+        self._on_host = HostCopy("built_at", "progress")
+        self._on_host.note(self, [-1, 0, 0])
         self._share: Share | None = None
         self._provisional = None  # what provisional lists were made of
 
     @property
     def is_built(self) -> bool:
-        """Whether training has made the lists; waits for the device only right after a checkpoint was loaded."""
+        """Whether training has made the lists; waits for the device only where another has written that."""
         return self._state()[0] >= 0
 
     @property
@@ -180,14 +182,12 @@ class ShortlistIndex(torch.nn.Module):
 
     def _state(self) -> list[int]:
         """Update of the lists in force, rebuilds so far, and codewords that the rebuild under way has ranked."""
-        if self._on_host is None:
-            self._on_host = [*self.built_at.tolist(), *self.progress.tolist()]
-        return self._on_host
+        return self._on_host.read(self)
 
     def _set_state(self, built_at: int, num_rebuilds: int, num_ranked: int) -> None:
-        self._on_host = [built_at, num_rebuilds, num_ranked]
         self.built_at.fill_(built_at)
         self.progress[0], self.progress[1] = num_rebuilds, num_ranked
+        self._on_host.note(self, [built_at, num_rebuilds, num_ranked])
 
     @torch.no_grad()
     def refresh(
@@ -403,6 +403,7 @@ class ShortlistIndex(torch.nn.Module):
             self._require_parts(prefix)
         if strict and not has_lists and not is_whole:
             del missing_keys[num_missing:]  # plain top-k routing has no lists: they are built in the first forward
+            self.built_at.fill_(-1)
         elif strict and not is_whole:  # the next lists are made at once
             missing_keys[num_missing:] = [
                 key for key in missing_keys[num_missing:] if key[len(prefix) :] not in REBUILDING
@@ -410,7 +411,7 @@ class ShortlistIndex(torch.nn.Module):
         if not is_whole:
             self.staged_keys.fill_(_UNTRIED)
             self.progress.zero_()
-        self._on_host = self._share = self._provisional = None
+        self._share = self._provisional = None
 
     def _require_parts(self, prefix: str) -> None:
         """Check that loaded lists hold in each part the experts of that part."""

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from air_moe_megatron.learned.module_state import PreservedState
+from air_moe_megatron.learned.module_state import HostCopy, PreservedState
 
 _NUMBERS_OF_BATCH = 2**23  # of the statistics of a batch at most, but one learner at least: 32 MiB for each copy
 
@@ -32,19 +32,19 @@ class Learner(PreservedState):
         super().__init__()
         self.register_buffer("num_updates", torch.zeros(1, dtype=torch.int64))
         self.add_accumulator("statistics", torch.zeros(shape, dtype=torch.float32))
-        self._updates_on_host: int | None = 0
+        self._on_host = HostCopy("num_updates")
+        self._on_host.note(self, [0])
 
     @property
     def updates_on_host(self) -> int:
-        """Number of updates so far; waits for the device only right after a checkpoint was loaded."""
-        if self._updates_on_host is None:
-            self._updates_on_host = int(self.num_updates)
-        return self._updates_on_host
+        """Number of updates so far; waits for the device only where another has written it."""
+        return self._on_host.read(self)[0]
 
     def count_update(self) -> None:
         """Note that a global batch has passed."""
-        self._updates_on_host = self.updates_on_host + 1
+        num_updates = self.updates_on_host + 1
         self.num_updates += 1
+        self._on_host.note(self, [num_updates])
 
     def discard(self) -> None:
         """Forget what was accumulated since the last update."""
@@ -77,7 +77,7 @@ class Learner(PreservedState):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._updates_on_host = None
+        self.discard()  # what was accumulated belongs to the state before
 
 
 def batches_of(learners: Iterable[Learner]) -> list[list[Learner]]:

@@ -34,5 +34,36 @@ class PreservedState(torch.nn.Module):
         return self
 
 
+class HostCopy:
+    """Integer buffers of a module, known on the host.
+
+    The device is waited for only where something else has written a buffer since: a loaded checkpoint, a broadcast, an
+    averaged model.
+
+    Args:
+        names: of the buffers.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+        self._written: tuple | None = None
+        self._values: list[int] = []
+
+    def read(self, module: torch.nn.Module) -> list[int]:
+        """The numbers of all buffers, one after another."""
+        if self._written != self._writes(module):
+            self.note(module, [number for name in self._names for number in module._buffers[name].tolist()])
+        return self._values
+
+    def note(self, module: torch.nn.Module, values: list[int]) -> None:
+        """Take it that the buffers hold these numbers now."""
+        self._written, self._values = self._writes(module), values
+
+    def _writes(self, module: torch.nn.Module) -> tuple:
+        """Changes when a buffer is replaced or written in place. Tensors of inference mode do not count writes."""
+        buffers = [module._buffers[name] for name in self._names]
+        return tuple((buffer.data_ptr(), None if buffer.is_inference() else buffer._version) for buffer in buffers)
+
+
 def _with_dtype(value: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     return value if value.dtype == original.dtype else original.to(value.device)

@@ -11,12 +11,10 @@ Cost of a token: none but a row of the table.
 
 Routers see hidden states, not token ids: :func:`hand_over_token_ids` brings them from the model's embedding, which must
 be on the same rank. A forward that is recomputed may come after those of later microbatches, with pipeline stages. So
-a router keeps the ids until then; microbatches are recomputed in the order of their forwards. ``config/refusals.py``
-refuses the rest.
+a router keeps the ids of the microbatches until then (:class:`WaitingIds`). ``config/refusals.py`` refuses the rest.
 """
 
 import argparse
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +28,59 @@ from air_moe_megatron.learned.recomputation import is_in_backward
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.token_ids import embedding_of, ids_in_order, tell_token_ids
+
+_MOST_WAITING = 1024
+"""Microbatches whose ids are kept in a loop that never ends a step."""
+
+
+class WaitingIds:
+    """Token ids of the microbatches whose forward may be recomputed, found by the hidden states of that forward.
+
+    Microbatches may be recomputed in any order, and some never. On the device, without a wait: of all that are kept,
+    that is the right one whose tokens are the nearest.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # token ids, and a number for each token
+        self._num_found = 0
+
+    def keep(self, token_ids: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Keep the ids [batch, sequence] of a microbatch with hidden states [T, H]."""
+        self._kept = [*self._kept, (token_ids, _fingerprint(hidden))][-_MOST_WAITING:]
+
+    def find(self, hidden: torch.Tensor, is_last_time: bool) -> torch.Tensor:
+        """[batch, sequence] ids of the microbatch whose forward had these hidden states.
+
+        Args:
+            hidden: [T, H].
+            is_last_time: whether the microbatch is not asked for again.
+        """
+        fitting = [one for one in self._kept if one[1].shape[0] == hidden.shape[0]]
+        if not fitting:
+            raise ValueError(
+                f"{hidden.shape[0]} tokens are recomputed, and no forward of this step had so many: recompute a "
+                "microbatch in the step of its forward"
+            )
+        fitting = [one for one in fitting if one[0].shape == fitting[-1][0].shape]
+        ids = fitting[0][0]
+        if len(fitting) > 1:
+            own = _fingerprint(hidden)
+            distances = torch.stack([(kept - own).abs().sum() for _, kept in fitting])
+            ids = torch.stack([ids for ids, _ in fitting]).index_select(0, distances.argmin().unsqueeze(0)).squeeze(0)
+        self._num_found += is_last_time
+        if self._num_found == len(self._kept):
+            self.clear()
+        return ids
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._kept, self._num_found = [], 0
+
+
+@torch.no_grad()
+def _fingerprint(hidden: torch.Tensor) -> torch.Tensor:
+    """[T] fp32: a finite number for each token."""
+    return hidden.float().sum(dim=1).nan_to_num(nan=1e30).clamp(-1e30, 1e30)
 
 
 class HashRouter(CompactRouter):
@@ -52,7 +103,7 @@ class HashRouter(CompactRouter):
         self._has_table = False
         # [batch, sequence] of the microbatch, whole sequences of this context-parallel rank.
         self.token_ids: torch.Tensor | None = None
-        self._unrepeated: deque[torch.Tensor] = deque()  # ids of the forwards that will be recomputed, oldest first
+        self._waiting = WaitingIds()
 
     @staticmethod
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
@@ -106,12 +157,13 @@ class HashRouter(CompactRouter):
         self._has_table |= prefix + "table" in state_dict
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
-        topk_ids = self.table[self._ids_of(hidden.shape[0])]
+        topk_ids = self.table[self._ids_of(hidden)]
         weight = (self.config.moe_router_topk_scaling_factor or 1.0) / self.topk
         return Routes(topk_ids, hidden.new_full(topk_ids.shape, weight, dtype=self._router_dtype(hidden)))
 
-    def _ids_of(self, num_tokens: int) -> torch.Tensor:
-        """[T] token ids in the order of the hidden states."""
+    def _ids_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T] token ids in the order of the hidden states [T, H]."""
+        num_tokens = hidden.shape[0]
         if self.layer_number is None:
             raise ValueError("layer_number (None) must be set before a hash router is used: it chooses the table")
         if not self._has_table:
@@ -125,7 +177,7 @@ class HashRouter(CompactRouter):
                 f"layer {self.layer_number}: the router has been given no token ids; call hand_over_token_ids(model) "
                 "after the model is built, as the entry point does"
             )
-        ids = ids_in_order(self._ids_of_microbatch(), self)
+        ids = ids_in_order(self._ids_of_microbatch(hidden), self)
         if ids.numel() != num_tokens:
             raise ValueError(
                 f"layer {self.layer_number}: {num_tokens} tokens, but {ids.numel()} token ids (of "
@@ -133,25 +185,25 @@ class HashRouter(CompactRouter):
             )
         return ids
 
-    def _ids_of_microbatch(self) -> torch.Tensor:
+    def _ids_of_microbatch(self, hidden: torch.Tensor) -> torch.Tensor:
         """The ids of the microbatch that the current forward is of; a recomputed one has those of its first pass."""
         if not self.training or not recomputes_routers(self.config):
             return self.token_ids
         if not is_in_backward():
-            self._unrepeated.append(self.token_ids)
+            self._waiting.keep(self.token_ids, hidden)
             return self.token_ids
         # The first pass of a checkpoint within a checkpoint has no gradients and is repeated later in this backward.
-        return self._unrepeated.popleft() if torch.is_grad_enabled() else self._unrepeated[0]
+        return self._waiting.find(hidden, is_last_time=torch.is_grad_enabled())
 
     def discard(self) -> None:
         """As the base's; what is not recomputed by now never is."""
         super().discard()
-        self._unrepeated.clear()
+        self._waiting.clear()
 
     def end_step(self) -> None:
         """As the base's; what is not recomputed by now never is."""
         super().end_step()
-        self._unrepeated.clear()
+        self._waiting.clear()
 
 
 def hand_over_token_ids(model: list[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -318,7 +318,6 @@ def test_bytes_are_those_of_the_formula(ranks, name):
         ids, traffic = result["ids"], result["traffic"]
         local = SCENARIOS[name][0] // len(ranks)
         distinct = [{int(e) // local for e in row if e >= 0} for row in ids]
-        assert traffic["tokens"] == len(ids)
         if len(ranks) > 1:
             assert traffic["row_bytes"] == 4 * HIDDEN * sum(map(len, distinct))
             assert traffic["remote_row_bytes"] == 4 * HIDDEN * sum(len(ranks - {rank}) for ranks in distinct)

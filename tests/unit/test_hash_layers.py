@@ -20,7 +20,7 @@ from air_moe_megatron.config import (
 )
 from air_moe_megatron.layer.experts import GranularExperts
 from air_moe_megatron.routers import ROUTERS, HashRouter, find_routers
-from air_moe_megatron.routers.hashing import hand_over_token_ids
+from air_moe_megatron.routers.hashing import WaitingIds, hand_over_token_ids
 from air_moe_megatron.specs import air_hybrid_stack_spec, require_routers, with_air_layers
 from air_moe_megatron.sync import discard_statistics
 from tests.builders import HIDDEN, STOCK, VOCABULARY, make_config, make_router, tell_ids
@@ -246,6 +246,43 @@ def test_a_layer_is_recomputed_after_later_microbatches(megatron_cpu, router_typ
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, grad in found[0].items():
         torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTED.values(), ids=RECOMPUTED)
+def test_microbatches_are_recomputed_in_any_order_and_some_never(megatron_cpu, recompute):
+    """A loop of one's own may leave out the backward of a microbatch, and go back in another order."""
+    fields = dict(moe_router_type="air", num_layers=3, moe_num_hash_layers=2)
+    found = []
+    for repeated in ({}, recompute):
+        model = make_gpt(megatron_cpu, **fields, **repeated)
+        discard_statistics(model)
+        losses = [loss_of(model, seed) for seed in (0, 1, 2, 3)]
+        for microbatch in (3, 1, 2):
+            losses[microbatch].backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_ids_are_found_by_tokens_that_are_not_finite_too():
+    waiting = WaitingIds()
+    hidden = [torch.randn(6, 4) for _ in range(3)]
+    hidden[0][2], hidden[1][3], hidden[2][0, 1] = torch.nan, torch.inf, -torch.inf
+    ids = [torch.full((2, 3), number) for number in range(3)]
+    for one in zip(ids, hidden, strict=True):
+        waiting.keep(*one)
+    for number in (1, 0, 0, 2):
+        found = waiting.find(hidden[number] + 1e-6 * torch.randn(6, 4), is_last_time=False)
+        assert torch.equal(found, ids[number])
+
+
+def test_a_microbatch_of_another_step_is_not_recomputed(megatron_cpu):
+    fields = dict(moe_router_type="air", num_layers=3, moe_num_hash_layers=2, **RECOMPUTED["layers"])
+    model = make_gpt(megatron_cpu, **fields)
+    loss = loss_of(model)
+    discard_statistics(model)
+    with pytest.raises(ValueError, match="recompute a microbatch in the step of its forward"):
+        loss.backward()
 
 
 def test_sizes_are_chosen_for_the_layers_that_score(megatron_cpu):

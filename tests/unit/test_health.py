@@ -185,21 +185,38 @@ def layer_with(*traffics):
 
 
 def test_dispatch_figures_are_per_token_and_start_anew():
-    layer = layer_with(Traffic(10, 4000, 1000, 800, 200), Traffic())
-    other = layer_with(Traffic(10, 2000, 1000, 800, 200), Traffic())
-    sums = dispatch_sums([layer, other], None)
+    layer = layer_with(Traffic(4000, 1000, 800, 200), Traffic())
+    other = layer_with(Traffic(2000, 1000, 800, 200), Traffic())
+    sums = dispatch_sums([layer, other], 20, None)
     assert sums["dispatch-bytes-per-token"] == (6000.0, 20.0)
     figures = health_figures([StageHealth(sums, {"num_experts": [4]})])
     assert figures == {"dispatch-bytes-per-token": 300.0, "remote-bytes-per-token": 120.0}
     assert vars(layer.token_dispatcher.traffic) == vars(Traffic())
-    assert dispatch_sums([], None) == {}
+    assert dispatch_sums([], 20, None) == {}
 
 
 def test_rows_that_a_recomputation_moves_again_are_told_apart():
-    layer = layer_with(Traffic(10, 4000, 1000, 800, 200), Traffic(10, 1000, 100, 200, 20))
-    figures = health_figures([StageHealth(dispatch_sums([layer], None), {"num_experts": [4]})])
+    layer = layer_with(Traffic(4000, 1000, 800, 200), Traffic(1000, 100, 200, 20))
+    figures = health_figures([StageHealth(dispatch_sums([layer], 10, None), {"num_experts": [4]})])
     assert figures["dispatch-bytes-per-token"] == 400.0 and figures["recomputed-bytes-per-token"] == 100.0
     assert vars(layer.token_dispatcher.recomputed_traffic) == vars(Traffic())
+
+
+def test_neither_evaluation_nor_padding_changes_the_bytes_of_a_token(megatron_cpu):
+    from air_moe_megatron.diagnostics import health
+    from tests.builders import HIDDEN, make_layer
+
+    layer = make_layer(megatron_cpu, moe_router_type="air").train()
+    found = []
+    for padding in (None, (torch.arange(20) >= 8).unsqueeze(0)):
+        layer(torch.randn(20, 1, HIDDEN), padding_mask=padding)
+        layer.eval()
+        for _ in range(3):
+            layer(torch.randn(20, 1, HIDDEN))
+        layer.train()
+        stage = health.stage_health([layer.router], [layer], *health.expert_loads([layer.router]))
+        found.append(health_figures([stage])["dispatch-bytes-per-token"])
+    assert found == [4 * HIDDEN, 4 * HIDDEN]
 
 
 def naive_recall(router):

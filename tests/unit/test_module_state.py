@@ -183,8 +183,8 @@ def test_a_recomputed_forward_counts_once(megatron_cpu, name, dispatch, checkpoi
         found.append(train_step(layer, run, order=(0, 1, 2)))
         assert layer.router.expert_load.sum() == 3 * 20 * 4
         if dispatch == "compact":
-            assert layer.token_dispatcher.traffic.tokens == 3 * 20
-            assert layer.token_dispatcher.recomputed_traffic.tokens >= (run is checkpoint) * 3 * 20
+            assert layer.token_dispatcher.traffic.row_bytes == 3 * 20 * 4 * HIDDEN
+            assert layer.token_dispatcher.recomputed_traffic.row_bytes >= (run is checkpoint) * 3 * 20 * 4 * HIDDEN
     assert_same_state(found[1], found[0], exact=False)
 
 
@@ -381,6 +381,79 @@ def test_a_router_without_process_groups_is_one_rank_alone(megatron_cpu, name):
         found.append([routes.probs, *(torch.autograd.grad(routes.probs.sum(), parameters) if parameters else ())])
     for actual, expected in zip(*found, strict=True):
         assert torch.equal(actual, expected)
+
+
+def trained(groups, name, steps=3, **fields):
+    router = make_router(groups, **fields_of(name), **fields)
+    for step in range(steps):
+        discard_statistics(router)
+        give_ids(router)
+        router(microbatches(1, seed=step)[0])
+        update_codebooks(router)
+    return router
+
+
+@pytest.mark.parametrize("name", ("air", "air-experts", "product_key", "hierarchical"))
+def test_buffers_that_another_has_written_are_read_again(megatron_cpu, name):
+    """As by an average of models, or a broadcast from the rank that has loaded a checkpoint."""
+    source, copied = trained(megatron_cpu, name), make_router(megatron_cpu, **fields_of(name), seed=5)
+    with torch.no_grad():
+        for own, others in zip(
+            (*copied.parameters(), *copied.buffers()), (*source.parameters(), *source.buffers()), strict=True
+        ):
+            own.copy_(others)
+    assert_same_state({**state_of(copied), **accumulators(source)}, state_of(source))
+    copied.eval()
+    copied(microbatches(1, seed=9)[0])
+    assert_same_state({**state_of(copied), **accumulators(source)}, state_of(source))
+    copied.train()
+    for router in (source, copied):
+        discard_statistics(router)
+        router(microbatches(1, seed=7)[0])
+        update_codebooks(router)
+    assert_same_state({**state_of(copied), **accumulators(source)}, state_of(source))
+
+
+def accumulators(module):
+    names = {name for name, _ in module.named_buffers()} | {name for name, _ in module.named_parameters()}
+    return {name: value for name, value in state_of(module).items() if name not in names}
+
+
+@pytest.mark.parametrize("name", ("air", "air-experts", "product_key", "hierarchical"))
+def test_a_checkpoint_forgets_what_was_accumulated_before(megatron_cpu, name):
+    state = {key: value for key, value in trained(megatron_cpu, name).state_dict().items() if "_extra" not in key}
+    found = []
+    for has_run in (True, False):
+        router = make_router(megatron_cpu, **fields_of(name), seed=5)
+        if has_run:
+            router(microbatches(1, seed=8)[0] + 3.0)
+        router.load_state_dict(state, strict=False)
+        router(microbatches(1, seed=9)[0])
+        update_codebooks(router)
+        found.append({key: value for key, value in state_of(router).items() if key in state})
+    assert_same_state(*found)
+
+
+def test_a_checkpoint_without_a_codebook_starts_a_used_router_anew(megatron_cpu):
+    fields = dict(moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
+    weight = torch.randn(64, HIDDEN, generator=torch.Generator().manual_seed(3))
+    found = []
+    for steps in (4, 0):
+        router = make_router(megatron_cpu, **fields)
+        for step in range(steps):
+            discard_statistics(router)
+            router(microbatches(1, seed=step)[0])
+            update_codebooks(router)
+        router.load_state_dict({"weight": weight})
+        for step in (10, 11):
+            discard_statistics(router)
+            router(microbatches(1, seed=step)[0])
+            update_codebooks(router)
+        found.append(state_of(router))
+    for counts in ("expert_load", "num_routed", "logged_before"):
+        for state in found:
+            del state[f".{counts}"]
+    assert_same_state(*found)
 
 
 def test_every_router_type_is_tested_here():

@@ -218,6 +218,16 @@ def test_the_scale_of_the_main_loss_reaches_the_auxiliary_losses(megatron_cpu):
     assert not torch.allclose(plain.gradients["weight"], scaled.gradients["weight"])
 
 
+@pytest.mark.parametrize("probes", (1, 3))
+@pytest.mark.parametrize("losses", ("aux", "seq-aux", "global-aux", "aux-seq-global"))
+@pytest.mark.parametrize("scores", ("sigmoid-expert-bias", "sqrtsoftplus-expert-bias"))
+def test_losses_with_a_bias_and_more_experts_than_the_automatic_candidates(megatron_cpu, scores, losses, probes):
+    """The losses select by scores alone, and a negative bias pushes such an expert far back."""
+    sizes = dict(num_moe_experts=64, moe_air_shortlist_size=64, moe_air_num_clusters=4, moe_air_num_probes=probes)
+    inputs = make_inputs((9, 3), num_microbatches=2)
+    compare(megatron_cpu, inputs, **SCORES[scores], **LOSSES[losses], **sizes)
+
+
 @pytest.mark.parametrize("full", FULL.values(), ids=FULL)
 @pytest.mark.parametrize("scores", ("softmax", "pre-softmax", "scaled-sigmoid"))
 @pytest.mark.parametrize("num_candidates", (TOPK, TOPK + 2))
