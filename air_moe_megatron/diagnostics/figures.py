@@ -131,7 +131,8 @@ def describe(router: CompactRouter, tokens_per_batch: int) -> dict[str, Any]:
         names = ("num_clusters", "shortlist_size", "num_probes", "num_candidates", "num_explored")
         described |= {name: getattr(router.sizes, name) for name in names}
     is_on_gpu = any(parameter.is_cuda for parameter in router.parameters())
-    rebuilds = Rebuilds(tokens_per_batch, on_gpu=is_on_gpu)
+    num_ranks = group_size(router.tp_dp_cp_group) // group_size(router.tp_group)
+    rebuilds = Rebuilds(tokens_per_batch, on_gpu=is_on_gpu, num_ranks=num_ranks)
     described["router_flops_per_token"] = router.flops(router.config, rebuilds).total
     described["exact_router_flops_per_token"] = ExactRouter.flops(router.config).total
     return described

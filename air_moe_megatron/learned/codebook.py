@@ -21,7 +21,7 @@ from air_moe_megatron.ops.unit_vectors import unit_rows
 logger = logging.getLogger(__name__)
 
 _SEED = 20260504  # of the first, random directions and of the splits; the same on every rank, layer and run
-_FIRST_LLOYD_STEPS = 10  # of a codebook of expert centers that starts anew
+FIRST_LLOYD_STEPS = 10  # of a codebook of expert centers that starts anew
 _STARVED = 0.1  # a codeword with less than this share of the mean load is revived
 
 
@@ -223,7 +223,7 @@ class Codebook(Learner):
             num_clusters = self.codewords.shape[0]
             ids = torch.arange(num_clusters, device=weight.device) * weight.shape[0] // num_clusters
             self.codewords.copy_(unit_rows(weight[ids]))
-        for _ in range(_FIRST_LLOYD_STEPS if is_first else 1):
+        for _ in range(FIRST_LLOYD_STEPS if is_first else 1):
             codewords, statistics = lloyd_step(self.codewords, weight)
             self.codewords.copy_(codewords)
             self.last_health.copy_(health_of(statistics))

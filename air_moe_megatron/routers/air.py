@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.compat import probs_of_selected
 from air_moe_megatron.config import balancing_losses, resolve_sizes
-from air_moe_megatron.learned.codebook import Codebook
+from air_moe_megatron.learned.codebook import FIRST_LLOYD_STEPS, Codebook
 from air_moe_megatron.learned.index import NUM_FULL_REBUILDS, ShortlistIndex, num_rebuilds, rebuild_products
 from air_moe_megatron.learned.learner import Learner
 from air_moe_megatron.learned.lists import balanced_lists, draw_slots, reserved_slots, without_repeats
@@ -291,23 +291,25 @@ class AIRRouter(CompactRouter):
 
         The ranks share a rebuild of lists, ``2CH(C + nL + E/R)`` of n lists and R turns on a CPU, ``2CEH`` on a GPU
         (``learned/index.py``). The first two of a training are in full and by every rank, ``2CEH``. With source
-        'experts' every rank makes them all for its own tokens: ``2CEH`` for the lists, and as much for the k-means step
-        that assigns the experts anew.
+        'experts' every rank makes them all: ``2CEH`` for the lists, and as much for each step of k-means that assigns
+        the experts anew, ten in the first rebuild and one in the others.
         """
         hidden, sizes = config.hidden_size, resolve_sizes(config)
         refresh = 0.0
         if rebuilds is not None:
             interval, in_full = config.moe_air_refresh_interval, sizes.num_clusters * config.num_moe_experts
             if config.moe_air_codebook_source == "experts":
-                in_full = rebuild = 2 * in_full
+                num_first, first = 1, rebuilds.num_ranks * (1 + FIRST_LLOYD_STEPS) * in_full
+                rebuild = rebuilds.num_ranks * 2 * in_full
             else:
+                num_first, first = NUM_FULL_REBUILDS, rebuilds.num_ranks * in_full
                 lists = sizes.num_clusters, sizes.shortlist_size
                 rebuild = rebuild_products(config.num_moe_experts, *lists, rebuilds.on_gpu)
             products_per_step = rebuild / interval
             if rebuilds.num_steps is not None:
-                num_full = min(rebuilds.num_steps, NUM_FULL_REBUILDS)
-                num_others = num_rebuilds(rebuilds.num_steps, interval) - num_full
-                products_per_step = (num_full * in_full + num_others * rebuild) / rebuilds.num_steps
+                num_first = min(rebuilds.num_steps, num_first)
+                num_others = num_rebuilds(rebuilds.num_steps, interval) - num_first
+                products_per_step = (num_first * first + num_others * rebuild) / rebuilds.num_steps
             refresh = 2 * hidden * products_per_step / rebuilds.tokens_per_batch
         searched = sizes.num_clusters + sizes.num_probes * sizes.shortlist_size
         with_gradient = sizes.num_candidates if _all_scores_matter(config) else config.moe_router_topk

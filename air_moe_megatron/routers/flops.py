@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from air_moe_megatron.config import is_sharded
+
 
 @dataclass(frozen=True)
 class Rebuilds:
@@ -19,11 +21,13 @@ class Rebuilds:
         num_steps: of a training that starts with a new codebook, whose lists are rebuilt more often; None counts those
             of an old one.
         on_gpu: whether a GPU makes them, of all experts each time.
+        num_ranks: ranks with tokens of their own, each of which makes what the ranks do not share.
     """
 
     tokens_per_batch: int
     num_steps: int | None = None
     on_gpu: bool = False
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -42,5 +46,12 @@ class RouterFlops:
 
 
 def of_norm(config: TransformerConfig) -> float:
-    """``6H^2`` operations per token of a whitening norm: forward, backward and covariance; 0 of any other."""
-    return 6.0 * config.hidden_size**2 if config.moe_router_input_norm == "whitening" else 0.0
+    """Operations per token of a whitening norm; 0 of any other.
+
+    ``6H^2``: forward, backward and covariance. With sharded routing each of D owners whitens a token again, forward and
+    backward, after the rank of the token has: ``(4 + 4D)H^2``.
+    """
+    if config.moe_router_input_norm != "whitening":
+        return 0.0
+    products = 2 + 2 * config.expert_model_parallel_size if is_sharded(config) else 3
+    return 2.0 * products * config.hidden_size**2

@@ -166,6 +166,23 @@ def test_a_step_that_is_attempted_again_or_not_finite_leaves_no_trace(megatron_c
     assert router.route(batch(2)).probs.isfinite().all()
 
 
+@pytest.mark.parametrize("dispatch", ("stock", "compact"))
+@pytest.mark.parametrize("settings", ("one-head", "two-heads", "on-tokens", "on-tokens-layernorm", "no-norm"))
+def test_gradients_with_padding_are_those_of_the_tokens_alone(megatron_cpu, settings, dispatch):
+    hidden, padding = torch.randn(12, 1, HIDDEN), torch.arange(12).unsqueeze(1) >= 8
+    found = []
+    for tokens, mask in ((hidden[:8], None), (hidden, padding)):
+        router = make_router(
+            megatron_cpu, moe_router_type="product_key", moe_dispatch=dispatch, **SETTINGS[settings]
+        )  # fmt: skip
+        probs = router(tokens, mask)[0][:8]
+        (probs * torch.arange(probs.numel()).view_as(probs).cos()).sum().backward()
+        found.append([parameter.grad for parameter in router.parameters()])
+    for actual, expected in zip(found[1], found[0], strict=True):
+        assert expected.any()
+        torch.testing.assert_close(actual, expected)
+
+
 def test_padding_may_hold_anything(megatron_cpu):
     found = []
     for filling in (0.0, torch.nan):

@@ -343,6 +343,22 @@ def test_capacity(megatron_cpu, losses, policy, pad):
     assert_equal(run(air, *inputs), expected)
 
 
+@pytest.mark.parametrize("pad", (False, True), ids=("drop", "pad"))
+def test_capacity_with_an_expert_bias_counts_the_tokens_that_are_not_padding(megatron_cpu, pad):
+    """Not compared with TopKRouter, as without capacity below: the counts are those of the routing map."""
+    settings = dict(
+        moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=pad, **FULL["tokens-five-codewords"]
+    )
+    settings |= dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
+    air = make_routers(megatron_cpu, moe_token_dispatcher_type="alltoall", **settings)[1]
+    air.expert_bias[0] += 2.0
+    (hidden,), (mask,) = make_inputs((8, 3), padding=True)
+    outcome = run(air, [hidden], [mask])
+    kept = outcome.routing_maps[0][~mask.reshape(-1)]
+    assert torch.equal(outcome.tokens_per_expert, kept.sum(dim=0).float())
+    assert outcome.routing_maps[0][mask.reshape(-1)].any()
+
+
 @pytest.mark.parametrize("full", FULL.values(), ids=FULL)
 def test_bias_of_the_linear_layer(megatron_cpu, full):
     outcome = compare(megatron_cpu, add_bias_linear=True, **full)

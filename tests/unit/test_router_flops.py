@@ -87,10 +87,13 @@ def test_refresh_is_spread_over_the_tokens_between_two():
     assert young > spread.refresh
     assert router_flops(config, 100, on_gpu=True).refresh == 2 * 16 * 64 * 16 / 500
     assert router_flops(config, 100, 10, on_gpu=True).refresh == 2 * 16 / 100 * 8 * 64 * 16 / 10
+    young = router_flops(config, 100, 10, num_ranks=4).refresh  # the first two are not shared
+    assert young == pytest.approx(2 * 16 / 100 * (4 * 2 * 64 * 16 + 6 * products) / 10)
     config.moe_air_codebook_source = "experts"
     assert router_flops(config, 100).refresh == 2 * 2 * 16 * 64 * 16 / 500
+    assert router_flops(config, 100, num_ranks=4).refresh == 4 * router_flops(config, 100).refresh
     young = router_flops(config, 100, 10).refresh
-    assert young == pytest.approx(2 * 2 * 16 * 64 * 16 / 100 * 8 / 10)
+    assert young == pytest.approx(2 * 16 * 64 * 16 / 100 * (11 + 7 * 2) / 10)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,27 @@ def test_products_of_a_rebuild_equal_what_torch_counts(megatron_cpu, fields):
     mean = sum(counts[2:]) / router.index.schedule[1]
     assert mean == 2 * HIDDEN * rebuild_products(EXPERTS, sizes.num_clusters, sizes.shortlist_size)
     assert (mean == in_full) == (sizes.num_clusters == 12)
+
+
+def test_products_with_source_experts_equal_what_torch_counts(megatron_cpu):
+    config = make_config(
+        moe_router_type="air", moe_air_codebook_source="experts", moe_air_num_clusters=16, moe_air_shortlist_size=24,
+        num_moe_experts=EXPERTS, moe_router_topk=TOPK, hidden_size=HIDDEN, moe_air_refresh_interval=1,
+    )  # fmt: skip
+    router = ROUTERS["air"](config, megatron_cpu)
+    weight, total = router.weight.bfloat16(), 0  # as above
+    for num_steps in range(1, 5):
+        with FlopCounterMode(display=False) as counter:
+            router.index.refresh(router.codebook, weight, None)
+        router.codebook.count_update()
+        total += counter.get_total_flops()
+        assert router_flops(config, 1, num_steps).refresh * num_steps == pytest.approx(total)
+
+
+def test_owners_whiten_the_tokens_of_all_ranks():
+    config = make_config(moe_router_type="air", moe_router_input_norm="whitening", hidden_size=HIDDEN)
+    config.moe_air_shard_experts, config.expert_model_parallel_size = True, 4
+    assert router_flops(config).norm == (4 + 4 * 4) * HIDDEN**2
 
 
 def test_a_whitening_norm_costs_what_torch_counts():
