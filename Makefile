@@ -55,8 +55,8 @@ $(DATA)/stdlib_test.idx: examples/prepare_stdlib.py | $(STAMP)
 train: install data  ## Train the demo on two CPU processes and write $(OUT), with a page that explains the run
 	PYTHON=$(abspath $(BIN)/python) DATA=$(abspath $(DATA)) OUT=$(abspath $(OUT)) bash examples/pretrain_demo.sh
 
-test: install  ## Run the tests that need no GPU (TIME on two quiet cores)
-	@echo "The tests take TIME on two quiet cores. 'make test-fast' leaves out those marked slow: 3 minutes."
+test: install  ## Run the tests that need no GPU (12 to 15 minutes on two quiet cores)
+	@echo "The tests take 12 to 15 minutes on two quiet cores. 'make test-fast' leaves out those marked slow: 3 minutes."
 	$(PYTEST_PARALLEL)
 
 test-all: install  ## Run the long tests too: layouts, faults, command lines at random (an hour)

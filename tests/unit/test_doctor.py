@@ -237,7 +237,8 @@ def test_sizes_beyond_the_kernels_limits_are_named(monkeypatch):
     fields = dict(num_experts=4096, moe_router_topk=4, expert_model_parallel_size=1, moe_ffn_hidden_size=1, cpu=True)
     values = {name: field.default for name, field in AIRFields.__dataclass_fields__.items()}
     args = argparse.Namespace(
-        **values | fields | dict(moe_router_type="air", moe_air_num_probes=16, moe_granular_experts=True)
+        **values | fields | dict(moe_router_type="air", moe_air_num_probes=16, moe_granular_experts=True),
+        moe_router_enable_expert_bias=False,
     )
     found = doctor.paths(args)
     assert found["coarse"] == ("torch", "num_probes (16) exceeds 8")
