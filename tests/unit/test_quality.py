@@ -370,7 +370,7 @@ def test_the_overview_compares_one_router_with_the_others_where_there_are_three_
     assert not overview.regimes([row | {"topk": 8} for row in rows], "air")
 
 
-@pytest.mark.parametrize("name", ["small", "full", "bytes"])
+@pytest.mark.parametrize("name", ["small", "full", "bytes", "deep"])
 def test_committed_results_are_those_of_the_studies(name):
     runs = {run.key: run for run in study.load_runs(tomllib.loads((FOLDER / f"{name}.toml").read_text()))}
     rows = study.read_results(RESULTS / f"quality/{name}.jsonl")
@@ -386,11 +386,12 @@ def test_tables_in_the_documents_are_those_of_the_results():
     small = report.tables(study.read_results(RESULTS / "quality/small.jsonl"))
     assert (RESULTS / "quality/tables.md").read_text() == full
     of_bytes = report.tables(study.read_results(RESULTS / "quality/bytes.jsonl"))
-    text = "\n\n".join((RESULTS / f"quality{page}.md").read_text() for page in ("", "/words", "/bytes"))
+    of_books = report.tables(study.read_results(RESULTS / "quality/deep.jsonl"))
+    text = "\n\n".join((RESULTS / f"quality{page}.md").read_text() for page in ("", "/words", "/bytes", "/deep"))
     shown = re.findall(r"^\| router \| seeds \|.*(?:\n\|.*)+", text, re.MULTILINE)
     assert len(shown) >= 8
     for table in shown:
-        assert table in full + small + of_bytes, f"report.py makes another table of the results:\n{table}"
+        assert table in full + small + of_bytes + of_books, f"report.py makes another table of the results:\n{table}"
     rows = [row for name in ("full", "bytes") for row in study.read_results(RESULTS / f"quality/{name}.jsonl")]
     assert overview.comparison(rows) in text, "overview.py makes another table of the results"
     for table in copying.table(pandas.read_csv(RESULTS / "quality/copying.csv")).split("\n\n"):
