@@ -1,4 +1,4 @@
-"""Version checks of Megatron, and what it leaves undone."""
+"""Version checks of Megatron, and workarounds for differences between its versions."""
 
 import argparse
 import contextlib
@@ -13,13 +13,13 @@ import torch
 from packaging.version import Version
 
 SUPPORTED_MEGATRON = ("0.17", "0.20")
-"""megatron-core versions whose layers, specs and step boundary we take: from the first, below the second.
+"""megatron-core versions on which our layers, specs and step boundary work: at least the first, below the second.
 
-docs/versions.md says what was seen on each.
+docs/versions.md says what was tested on each.
 """
 
 ENTRY_MEGATRON = ("0.19", "0.20")
-"""Those on which our commands run. They build the model by ``GPTModelConfig``, which 0.19 brought for GPT models."""
+"""Versions on which our commands run. These build the model by ``GPTModelConfig``, which exists from 0.19 on."""
 
 
 WRAPPED = {
@@ -31,28 +31,29 @@ WRAPPED = {
         "sync.py",
     ),
 }
-"""Megatron's functions that we wrap: name -> parameters that they must take, and our file that does it."""
+"""Megatron's functions that we wrap: name -> the parameters that they must take, and our file that wraps them."""
 
 OWN_SIGNATURES = ()
-"""Methods of ours that only we call: their parameters differ from those of Megatron's method of that name."""
+"""Methods that only our code calls, whose parameters may differ from those of Megatron's method of the same name."""
 
 VERSIONED = {
-    "precomputed_indices": ("0.19", "1"),  # probs_of_selected does without
-    "moe_logging": ("0.18", "1"),  # get_moe_metrics_tracker has a stand-in
-    "moe_utils.save_to_aux_losses_tracker": ("0.17", "0.18"),  # used by that
+    "precomputed_indices": ("0.19", "1"),  # before, probs_of_selected works without it
+    "moe_logging": ("0.18", "1"),  # before, get_moe_metrics_tracker returns a stand-in
+    "moe_utils.save_to_aux_losses_tracker": ("0.17", "0.18"),  # used by the stand-in
     "moe_utils.get_moe_layer_wise_logging_tracker": ("0.17", "0.18"),
-    "megatron.training.models.gpt": ("0.19", "1"),  # of specs.air_layer_spec, which only our commands call
-    "hybrid_layer_specs.hybrid_stack_spec": ("0.18", "1"),  # of specs.air_hybrid_stack_spec, likewise
+    "megatron.training.models.gpt": ("0.19", "1"),  # used by specs.air_layer_spec, which only our commands call
+    "hybrid_layer_specs.hybrid_stack_spec": ("0.18", "1"),  # used by specs.air_hybrid_stack_spec, likewise
 }
-"""Parts of the words of a misfit -> from which version up to which it counts; on others our code does without."""
+"""Text in the description of a mismatch with Megatron -> the versions on which the mismatch matters, from the first to
+below the second. On other versions our code does not need what is missing."""
 
 
 @functools.cache
 def megatron_version() -> Version:
-    """The installed Megatron's, without what follows its three numbers.
+    """Version of the installed megatron-core: its three numbers, without any suffix.
 
     Raises:
-        ImportError: where there is none.
+        ImportError: if megatron-core is not installed.
     """
     try:
         from megatron.core.package_info import __version__ as version
@@ -62,19 +63,19 @@ def megatron_version() -> Version:
 
 
 def require_supported_megatron() -> None:
-    """Check the installed Megatron before anything is built on it.
+    """Check that the installed Megatron has a supported version.
 
     Raises:
-        ImportError: naming the installed and the supported versions.
+        ImportError: if not; the message names the installed and the supported versions.
     """
     _require(SUPPORTED_MEGATRON, "air_moe_megatron needs")
 
 
 def require_entry_megatron() -> None:
-    """As :func:`require_supported_megatron`, for commands that build the model themselves.
+    """Check the version as :func:`require_supported_megatron` does, for commands that build the model themselves.
 
     Raises:
-        ImportError: naming the installed and the supported versions, and what to do on 0.17 and 0.18.
+        ImportError: if not supported; the message also says what to do on 0.17 and 0.18.
     """
     require_supported_megatron()
     _require(
@@ -99,25 +100,25 @@ def megatron_has_our_fields() -> bool:
 
 
 def release_process_groups() -> None:
-    """End the process groups of a finished run with their threads; without a process group, do nothing.
+    """Destroy the process groups of a finished run, and end their threads; do nothing if there are none.
 
-    Megatron leaves that to the end of the process. Then a thread of gloo that drops its last tensor while Python shuts
-    down aborts the process ("terminate called without an active exception"), after all work was done.
+    Megatron leaves this to the end of the process. There a gloo thread that frees its last tensor while Python shuts
+    down aborts the process ("terminate called without an active exception"), although all work is done.
     """
     from megatron.core import parallel_state
 
     if torch.distributed.is_initialized():
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
-        gc.collect()  # a group's threads are joined when nothing refers to it any more
+        gc.collect()  # a group's threads are joined when the last reference to it is gone
 
 
 @contextlib.contextmanager
 def process_groups_released() -> Iterator[None]:
-    """A context that ends with ``release_process_groups``, also where Megatron ends a run early.
+    """A context that calls ``release_process_groups`` on exit, even if Megatron ends a run early.
 
     ``--exit-interval``, ``--exit-duration-in-mins`` and the exit signals end Megatron's loop by SystemExit, on all
-    ranks. Other exceptions pass at once: a group may then wait for a rank that has failed.
+    ranks. After other exceptions nothing is released, because a group may wait for a rank that has failed.
     """
     try:
         yield
@@ -128,9 +129,9 @@ def process_groups_released() -> Iterator[None]:
 
 
 def use_compiled_helpers() -> None:
-    """Have Megatron compile the helpers of its data sets only where they are missing, as CPU mode does.
+    """Make Megatron compile its data-set helpers only if they are missing, as CPU mode does.
 
-    Its own function is ``__wrapped__`` of the one that takes its place.
+    The replacement keeps Megatron's own function as ``__wrapped__``.
     """
     from megatron.core.datasets import utils
 
@@ -141,7 +142,7 @@ def use_compiled_helpers() -> None:
 
 
 def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Escape stray percent signs in help texts: megatron-core 0.19 has one, with which ``--help`` crashes."""
+    """Escape stray percent signs in help texts: one in megatron-core 0.19 makes ``--help`` crash."""
     for action in parser._actions:
         try:
             (action.help or "") % vars(action)
@@ -151,18 +152,18 @@ def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def probs_of_selected(scores: torch.Tensor, **settings: Any) -> torch.Tensor:
-    """Megatron's probabilities of experts that are selected already.
+    """Megatron's probabilities of experts that have already been selected.
 
     Args:
         scores: [T, K] logits of the selected experts.
-        settings: those of ``topk_routing_with_score_function`` about scores.
+        settings: keyword arguments of ``topk_routing_with_score_function`` about scores.
     Returns:
         [T, K] probs, in the order of ``scores``.
     """
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
     topk = scores.shape[1]
-    if megatron_version() < Version("0.19"):  # it takes no selection: let it select all, and undo its order
+    if megatron_version() < Version("0.19"):  # without precomputed_indices: let it select all K, and undo its order
         probs, columns = topk_routing_with_score_function(scores, topk, dense_output=True, **settings)
         return probs.gather(1, columns.argsort(dim=1))
     columns = torch.arange(topk, device=scores.device).expand_as(scores)
@@ -170,7 +171,7 @@ def probs_of_selected(scores: torch.Tensor, **settings: Any) -> torch.Tensor:
 
 
 class _LossesOf017:
-    """Megatron 0.17's record of auxiliary losses, with the two names of later versions' tracker that we use."""
+    """Megatron 0.17's record of auxiliary losses, with the two methods of later versions' tracker that we use."""
 
     @staticmethod
     def record(
@@ -181,7 +182,7 @@ class _LossesOf017:
         reduce_group: torch.distributed.ProcessGroup | None = None,
         needs_dp_avg: bool = True,
     ) -> None:
-        """Add a layer's value to those of this step."""
+        """Add the value of a layer's loss in this step."""
         from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
 
         save_to_aux_losses_tracker(
@@ -190,7 +191,7 @@ class _LossesOf017:
 
     @property
     def metrics(self) -> dict[str, types.SimpleNamespace]:
-        """Name -> its ``values``, one per layer."""
+        """Name of a loss -> an object whose ``values`` has one value per layer."""
         from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
         return {
@@ -200,7 +201,7 @@ class _LossesOf017:
 
 
 def get_moe_metrics_tracker() -> Any:
-    """Megatron's tracker of auxiliary losses: its own from 0.18 on, before that one with ``record`` and ``metrics``."""
+    """Megatron's tracker of auxiliary losses; on 0.17, which has none, a stand-in with ``record`` and ``metrics``."""
     if megatron_version() < Version("0.18"):
         return _LossesOf017()
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker as tracker
@@ -209,7 +210,7 @@ def get_moe_metrics_tracker() -> Any:
 
 
 def destroy_moe_metrics_tracker() -> None:
-    """Forget all auxiliary losses that were recorded."""
+    """Forget all recorded auxiliary losses."""
     if megatron_version() < Version("0.18"):
         from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 

@@ -1,6 +1,6 @@
 """Save a checkpoint with another router: ``python -m air_moe_megatron.convert --load CHECKPOINT --save OTHER [--cpu]``.
 
-Between ``topk`` and ``air``, and between other forms of AIR's lists. See docs/inference.md.
+It converts between ``topk`` and ``air``, and between forms of AIR's lists. See docs/inference.md.
 """
 
 from air_moe_megatron.pretrain import run_quietly
@@ -10,7 +10,7 @@ def main() -> None:
     """Choose the device, then hand over to ``inference.conversion.run``.
 
     Raises:
-        SystemExit: where a check refuses the start; one line says why.
+        SystemExit: if a check refuses to start; one line says why.
     """
     screen = run_quietly()
     from air_moe_megatron.inference import conversion

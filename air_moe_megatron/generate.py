@@ -10,7 +10,7 @@ def main() -> None:
     """Choose the device, then hand over to ``inference.generation.run``.
 
     Raises:
-        SystemExit: where a check refuses the start; one line says why.
+        SystemExit: if a check refuses to start; one line says why.
     """
     screen = run_quietly()
     from air_moe_megatron.inference import generation

@@ -1,10 +1,10 @@
 """Put our flags into a checkout or an installed wheel: ``python -m air_moe_megatron.patch apply|check|revert PATH``.
 
-PATH is a checkout, or the folder that holds the package ``megatron``. The files of ``patches/`` are read here and not
-by ``git apply`` or ``patch``. ``git apply`` passes over files that lie in a repository which does not track them, such
-as a virtual environment inside a checkout. ``patch`` is absent from slim containers, and places a hunk where its
-context only resembles. Here every hunk must match exactly once, in every file, before any file is written. Lines that
-you changed elsewhere in these files are kept.
+PATH is a checkout, or the folder that holds the package ``megatron``. This module applies the files of ``patches/``
+itself, without ``git apply`` or ``patch``. ``git apply`` skips files in a repository that does not track them, such as
+a virtual environment inside a checkout. ``patch`` is missing from slim containers, and also applies a hunk where its
+context only resembles the text. Here every hunk must match exactly once, in every file, before any file is written.
+Lines that you changed elsewhere in these files are kept.
 
 The exit code is 0 if all is done or in place, 1 if ``check`` finds the patch not applied, 2 if the tree is refused.
 """
@@ -29,30 +29,30 @@ _OF_OURS = "air_moe_megatron"
 
 
 class UnknownTreeError(ValueError):
-    """A tree that is not what a patch was made for; the message names the file."""
+    """The tree is not one that a patch was made for; the message names the file."""
 
 
 @dataclass(frozen=True)
 class Hunk:
-    """One place of a file: its lines before and after the patch, each with its line end."""
+    """One place in a file: its lines before and after the patch, with line ends."""
 
     before: str
     after: str
 
     @property
     def num_added(self) -> int:
-        """Lines that the patch adds here."""
+        """Number of lines that the patch adds here."""
         return self.after.count("\n") - self.before.count("\n")
 
 
 @dataclass(frozen=True)
 class State:
-    """What a tree is, file by file."""
+    """Which files of a tree are patched, and their texts after the opposite action."""
 
     root: Path
     version: str
-    applied: dict[str, str]  # file -> text without the patch
-    clean: dict[str, str]  # file -> text with the patch
+    applied: dict[str, str]  # patched file -> its text without the patch
+    clean: dict[str, str]  # unpatched file -> its text with the patch
     patch: dict[str, list[Hunk]]
 
     @property
@@ -64,7 +64,7 @@ class State:
 
 
 def available() -> dict[str, Path]:
-    """Minor version of Megatron, such as "0.19" -> its patch."""
+    """The patches: minor version of Megatron, such as "0.19" -> path of its patch."""
     found = {}
     for path in sorted(PATCHES.glob("core_v*.patch")):
         major, minor, _ = path.stem.removeprefix("core_v").split(".")
@@ -73,7 +73,7 @@ def available() -> dict[str, Path]:
 
 
 def parse_patch(text: str) -> dict[str, list[Hunk]]:
-    """Hunks of a unified diff, by file.
+    """Parse a unified diff into the hunks of each file.
 
     Example: a hunk of the lines " a", "+b", " c" is ``Hunk("a\\nc\\n", "a\\nb\\nc\\n")``.
     """
@@ -97,10 +97,10 @@ def parse_patch(text: str) -> dict[str, list[Hunk]]:
 
 
 def find_root(path: Path) -> Path:
-    """The folder that holds the package ``megatron``: the path itself, or its parent where it is the package.
+    """The folder that holds the package ``megatron``: the path itself, or its parent if the path is the package.
 
     Raises:
-        UnknownTreeError: naming the file that is missing.
+        UnknownTreeError: if neither is; the message names the missing file.
     """
     marker = Path("megatron/core/package_info.py")
     for root in (path, path.parent):
@@ -112,7 +112,11 @@ def find_root(path: Path) -> Path:
 
 
 def version_of(root: Path) -> str:
-    """The version that a tree's ``package_info.py`` states; nothing of the tree is imported."""
+    """The version that a tree's ``package_info.py`` states; imports nothing from the tree.
+
+    Raises:
+        UnknownTreeError: if the file states no version.
+    """
     file = root / "megatron/core/package_info.py"
     values = {
         node.targets[0].id: node.value.value
@@ -131,8 +135,8 @@ def examine(path: Path) -> State:
     """Compare a tree with the patch of its version. Reads only.
 
     Raises:
-        UnknownTreeError: for a version without a patch, a missing file, and a file in which a hunk matches neither
-            before nor after the patch, or more than once.
+        UnknownTreeError: if there is no patch for the version, a file is missing, hunks of a file are applied only in
+            part, or a hunk matches nowhere or more than once.
     """
     root = find_root(path)
     version = version_of(root)
@@ -174,7 +178,7 @@ def _why_unknown(file: Path, text: str, hunks: list[Hunk], number: int, patch: s
 
 
 def _count(text: str, lines: str) -> int:
-    """How often whole lines occur in a text, whichever line ends it has."""
+    """How often ``lines`` occur as whole lines in a text, whatever its line ends."""
     return ("\n" + _unix(text)).count("\n" + lines)
 
 
@@ -190,10 +194,10 @@ def _replace(text: str, changes: list[tuple[str, str]]) -> str:
 
 
 def write(root: Path, files: dict[str, str]) -> None:
-    """Write files, all or none: each beside its place first, then put there.
+    """Write all files or none: first into temporary files in the same folders, which then replace the originals.
 
     Raises:
-        OSError: if one cannot be written; those that were are put back.
+        OSError: if a file cannot be written; files that were already replaced are restored.
     """
     for file, text in files.items():
         ast.parse(text, filename=file)
@@ -232,7 +236,7 @@ def run(action: str, path: Path) -> tuple[str, int]:
         action: "apply", "check" or "revert".
         path: the tree.
     Returns:
-        what was done, in words, and the exit code.
+        a text that says what was done, and the exit code.
     Raises:
         UnknownTreeError: as :func:`examine`; nothing is written.
     """

@@ -2,11 +2,11 @@
 
 It prints memory per rank, router FLOPs, and bytes and time of each collective, for a replicated router and for one
 whose centers and lists are sharded over the expert-parallel ranks (docs/sharded-routing.md). It needs no device and
-makes no process group. Experts are taken as equally loaded. Attention, embeddings and what is not of MoE layers come
-on top.
+makes no process group. It assumes equally loaded experts. Attention, embeddings and everything else outside of MoE
+layers are not included.
 
-Legend: T tokens of a rank and microbatch, D expert-parallel ranks, W ranks, R rows that a rank's tokens become on
-their way (a token travels once to each rank that holds any of its experts); others as in ``ops/__init__.py``.
+Legend: T tokens per rank and microbatch, D expert-parallel ranks, W ranks, R rows that are sent for a rank's tokens (a
+token travels once to each rank that holds any of its experts); others as in ``ops/__init__.py``.
 """
 
 import argparse
@@ -26,22 +26,22 @@ from air_moe_megatron.training.memory import parameter_bytes
 
 _GIB = 2**30
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_PAIR_ID = 4  # bytes of an expert id on its way
+_PAIR_ID = 4  # bytes of an expert id that is sent
 
 
 @dataclass(frozen=True)
 class Collective:
-    """What one rank sends, per MoE layer and step."""
+    """The traffic of one collective: what one rank sends per MoE layer and step."""
 
     name: str
     num_bytes: float
     """Bytes that leave the rank."""
     group: int
-    """Ranks that take part."""
+    """Number of ranks that take part."""
     stride: int = 1
-    """Distance between them: experts of one rank lie as many ranks apart as there are expert-parallel ones."""
+    """Distance between ranks of the group. Ranks that hold the same experts are D ranks apart."""
     outward: float = 0.0
-    """Those of the bytes that a forward sends to the experts, which the health line counts."""
+    """The part of ``num_bytes`` that forwards send to the experts, which the health line counts."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,21 @@ class Plan:
     """The prediction for one layout."""
 
     is_sharded: bool
-    memory: dict[str, float]  # purpose -> bytes of a rank, all layers
-    router_flops: float  # of a token and layer, forward, backward and rebuilds
-    rebuild_flops: float  # of a rank, layer and rebuild
+    memory: dict[str, float]  # purpose -> bytes per rank, over all layers
+    router_flops: float  # per token and layer: forward, backward, rebuilds and input norm
+    rebuild_flops: float  # per rank, layer and rebuild
     collectives: list[Collective]
 
     @property
     def total(self) -> float:
-        """Bytes of a rank."""
+        """Bytes per rank."""
         return sum(self.memory.values())
 
 
 def rows_per_token(num_experts: int, topk: int, ranks: int) -> float:
-    """Ranks that hold any of a token's experts, where each choice of experts is as likely.
+    """Expected number of ranks that hold any of a token's K experts, if every choice of experts is equally likely.
 
-    Example: 4 experts on 2 ranks and K = 2: one rank in 2 of 6 choices, two in 4, so 5/3.
+    Example: 4 experts on 2 ranks and K = 2: 2 of the 6 choices are on one rank and 4 on two, so 5/3.
     """
     others = num_experts - num_experts // ranks
     missed = math.prod((others - i) / (num_experts - i) for i in range(min(topk, num_experts)))
@@ -100,7 +100,7 @@ def config_of(args: argparse.Namespace) -> TransformerConfig:
 
 
 def _arguments(args: argparse.Namespace, expert_parallel: int, tensor_bytes: torch.dtype) -> argparse.Namespace:
-    """What ``training/memory.py`` reads of Megatron's arguments, without tensor and pipeline parallelism."""
+    """Megatron's arguments that ``training/memory.py`` reads, without tensor and pipeline parallelism."""
     world = args.nodes * args.gpus_per_node
     return argparse.Namespace(
         moe_router_type="air", moe_granular_experts=True, moe_dispatch="compact", num_experts=args.experts,
@@ -117,7 +117,7 @@ def _arguments(args: argparse.Namespace, expert_parallel: int, tensor_bytes: tor
 
 
 def norm_bytes(args: argparse.Namespace) -> tuple[int, int]:
-    """Bytes of a layer's input norm on a rank, and those of them that are statistics, summed over the ranks."""
+    """Bytes of a layer's input norm on a rank, and how many of them are statistics, which are all-reduced."""
     norm = INPUT_NORMS[args.input_norm]
     if norm is None:
         return 0, 0
@@ -127,10 +127,11 @@ def norm_bytes(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def learned_bytes(args: argparse.Namespace, config: TransformerConfig, shards: int) -> dict[str, int]:
-    """Bytes of what one layer learns without gradients, on a rank: purpose -> bytes.
+    """Bytes per rank of the state that one layer learns without gradients: purpose -> bytes.
 
-    Codewords, moving averages and statistics are [C, H] fp32 each, and the same on all ranks. Lists [C, L] and pools
-    [C, 4L] are int32. A key per expert is int64, as are two counters of its tokens, which every rank keeps for all.
+    Codewords [C, H], moving averages and statistics [C, H + 3] are fp32, and every rank holds all of them. Lists [C, L]
+    and pools [C, 4L] are int32. There is an int64 key per expert. Two int64 counters per expert are kept by every rank
+    for all experts.
     """
     sizes = resolve_sizes(config)
     lists = sizes.num_clusters * sizes.shortlist_size
@@ -142,7 +143,7 @@ def learned_bytes(args: argparse.Namespace, config: TransformerConfig, shards: i
 
 
 def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
-    """Predict one layout."""
+    """Predict memory, FLOPs and communication of one layout, replicated or sharded."""
     config, dtype = config_of(args), _DTYPES[args.dtype]
     sizes, ranks, world = resolve_sizes(config), args.ep, args.nodes * args.gpus_per_node
     theirs = _arguments(args, ranks, dtype)
@@ -162,8 +163,8 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     distinct = rows_per_token(args.experts, args.topk, ranks)
     sent = ranks if is_sharded else distinct
     rows, pairs = args.tokens * sent, args.tokens * args.topk
-    # Kept for the backward, of each layer: rows as received, activations of pairs, of candidates scores, ids and, by
-    # kernels, places in the lists.
+    # Each layer keeps for the backward: the received rows, the pairs' activations, and for each candidate its score,
+    # its id and, with the kernels, its position in the lists.
     kept = (
         rows * args.hidden * number
         + args.tokens * (sizes.num_candidates + sizes.num_explored) * 12
@@ -177,7 +178,7 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     row_bytes = steps * rows * away * args.hidden * number
     collectives = [
         Collective("rows to the experts and back, forward and backward", 4 * row_bytes, ranks, outward=row_bytes),
-        # Owners know the ids of their candidates.
+        # With sharding no ids are sent: owners know the ids of their candidates.
         Collective(
             "pairs of expert and prob, and the gradients of the probs",
             steps * pairs * away * (8 if is_sharded else 8 + _PAIR_ID),
@@ -197,7 +198,7 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     collectives.append(Collective("gradients of the centers", _ring(group) * share, group, stride=shards))
     if is_sharded:
         width = min(sizes.num_candidates, sizes.num_probes * max(1, sizes.shortlist_size // ranks))
-        explored = -(-sizes.num_explored // ranks)  # of each owner
+        explored = -(-sizes.num_explored // ranks)  # per owner
         width += explored
         outward = steps * args.tokens * (ranks - 1) * (width * (4 + _PAIR_ID + 1) + 4 * sizes.num_probes)
         gradients = steps * args.tokens * away * 4 * (sizes.num_candidates + explored * ranks)
@@ -210,12 +211,12 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
 
 
 def _ring(ranks: int) -> float:
-    """How often a rank sends the whole of what a ring reduces."""
+    """Bytes that a rank sends in a ring all-reduce, per byte of the reduced tensor."""
     return 2 * (ranks - 1) / ranks
 
 
 def seconds(args: argparse.Namespace, collective: Collective) -> float:
-    """Time of a collective at the speeds given, where groups fill nodes and each rank has a link to other nodes."""
+    """Seconds of a collective at the given bandwidths, if groups fill nodes and each rank has its own network link."""
     on_node = min(collective.group, max(1, args.gpus_per_node // collective.stride))
     across = (collective.group - on_node) / (collective.group - 1)
     return max(
@@ -225,7 +226,7 @@ def seconds(args: argparse.Namespace, collective: Collective) -> float:
 
 
 def remedies(args: argparse.Namespace) -> list[str]:
-    """Changes of the layout that fit into the memory, fewest first; each line is one."""
+    """Changed layouts that fit into the memory, one per line; those with the fewest changes first."""
     world, found = args.nodes * args.gpus_per_node, []
     expert_parallel = args.ep
     while expert_parallel <= world:
@@ -247,7 +248,7 @@ def remedies(args: argparse.Namespace) -> list[str]:
 
 
 def report(args: argparse.Namespace) -> tuple[str, bool]:
-    """The prediction in words, and whether one of the layouts fits into the memory."""
+    """The prediction as text, and whether any of the layouts fits into the memory."""
     plans = [predict(args, is_sharded) for is_sharded in (False, True)]
     sizes, world = resolve_sizes(config_of(args)), args.nodes * args.gpus_per_node
     lines = [
@@ -337,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the prediction.
 
     Raises:
-        SystemExit: with 2 for values that cannot be, 1 where nothing fits, otherwise 0.
+        SystemExit: always; 2 for invalid values, 1 if neither layout fits, otherwise 0.
     """
     parser = make_parser()
     args = parser.parse_args(argv)

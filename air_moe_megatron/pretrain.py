@@ -1,10 +1,11 @@
 """Pretrain a GPT model with Megatron-Core: ``torchrun ... -m air_moe_megatron.pretrain <Megatron flags> [ours]``.
 
-It is what Megatron-LM's ``pretrain_gpt.py`` (and, with ``--hybrid-layer-pattern``, ``pretrain_hybrid.py``) is to a
-checkout of Megatron-LM. Every Megatron flag keeps its meaning; the few that need code from outside the
-``megatron-core`` wheel are refused by name. With ``--moe-router-type topk``, the default, it is Megatron.
+It replaces Megatron-LM's ``pretrain_gpt.py`` (and, with ``--hybrid-layer-pattern``, ``pretrain_hybrid.py``) without a
+checkout of Megatron-LM. Every Megatron flag keeps its meaning. The few flags that need code from outside the
+``megatron-core`` wheel are refused by name. With ``--moe-router-type topk``, the default, it trains as Megatron does.
 
-Importing this module loads nothing else: worker processes, such as those that write checkpoints, import it again.
+Importing this module loads only the standard library, because worker processes, such as those that write checkpoints,
+import it again.
 """
 
 import logging
@@ -19,7 +20,7 @@ def main() -> None:
     """Choose the device, then hand over to ``training.training.train``.
 
     Raises:
-        SystemExit: where there is neither a GPU nor ``--cpu``, or a check refuses the start.
+        SystemExit: if there is neither a GPU nor ``--cpu``, or a check refuses to start.
     """
     from air_moe_megatron.training import console
 
@@ -36,10 +37,10 @@ def main() -> None:
 
 
 def run_quietly() -> TextIO:
-    """Begin a command that prints results only: what Megatron prints goes to ``--log-file``, or nowhere.
+    """Begin a command that prints only results: Megatron's output goes to ``--log-file``, or nowhere.
 
     Returns:
-        The screen, which standard output was until now.
+        the screen, as a stream: what standard output was before the call.
     Raises:
         SystemExit: as :func:`choose_device`.
     """
@@ -59,12 +60,12 @@ def run_quietly() -> TextIO:
 
 
 def choose_device() -> None:
-    """Turn CPU mode on where the command line has ``--cpu``; call it before Megatron is imported.
+    """Turn on CPU mode if the command line has ``--cpu``, and add the flags that a CPU run needs to ``sys.argv``.
 
-    It binds some of torch.cuda at import. The flags that a CPU run needs are added to the command line.
+    Call it before Megatron is imported, because Megatron binds names of ``torch.cuda`` at import.
 
     Raises:
-        SystemExit: where there is neither a GPU nor ``--cpu``, or both, or a Megatron that the commands do not run on.
+        SystemExit: if there is neither a GPU nor ``--cpu``, or both, or if the commands do not run on this Megatron.
     """
     from air_moe_megatron.training import console
 
@@ -73,7 +74,7 @@ def choose_device() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning)
 
     if "--cpu" in sys.argv:
-        # Large pages, where the system grants them on request: gathered experts each lie on another page.
+        # Use large pages if the system grants them on request: each gathered expert is on another page.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 

@@ -1,4 +1,4 @@
-"""Process groups: as attributes of what is copied and pickled, and what is gathered or summed over them."""
+"""Process groups: objects that hold them and can still be copied and pickled, and collectives over them."""
 
 import copy
 from typing import Any
@@ -8,10 +8,10 @@ from torch.distributed import ProcessGroup
 
 
 class HoldsProcessGroups:
-    """An object with process groups as attributes that can be copied and pickled.
+    """Base class that makes objects with process groups as attributes copyable and picklable.
 
-    A deep copy shares the groups. A pickle holds the name that Megatron gives each group, and loading it takes the
-    group of that name, or None where Megatron's parallel state is not initialized or did not make the group.
+    A deep copy shares the groups. A pickle holds Megatron's name of each group. Loading it looks the group up by that
+    name, and gives None if Megatron's parallel state is not initialized or did not make the group.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HoldsProcessGroups":
@@ -39,7 +39,7 @@ class HoldsProcessGroups:
 
 
 class _GroupName:
-    """Stands for a process group in a pickle."""
+    """Placeholder for a process group in a pickle; the name is None for a group that Megatron did not make."""
 
     def __init__(self, name: str | None) -> None:
         self.name = name
@@ -60,19 +60,19 @@ def _megatron_groups() -> dict[str, ProcessGroup]:
 
 
 def group_size(group: ProcessGroup | None) -> int:
-    """Number of ranks of a group; None stands for one rank alone."""
+    """Number of ranks of a group; 1 for None, which means this rank alone."""
     return 1 if group is None else group.size()
 
 
 def sum_over_ranks(values: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
-    """The values, summed in place over the ranks of a group."""
+    """Sum values in place over the ranks of a group by an all-reduce, and return them; no-op for one rank."""
     if group_size(group) > 1:
         torch.distributed.all_reduce(values, group=group)
     return values
 
 
 def is_in_writers_pipeline() -> bool:
-    """Whether this rank is in the pipeline of the last rank, which prints Megatron's lines and has its writers."""
+    """Whether this rank is in the same pipeline as the last rank, which prints Megatron's log and has its writers."""
     from megatron.core import parallel_state
 
     pipeline = torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
@@ -80,9 +80,9 @@ def is_in_writers_pipeline() -> bool:
 
 
 def gather_from_stages(found: Any) -> list[Any]:
-    """Objects of all pipeline stages, in their order, on the ranks of the last rank's pipeline, which all must call it.
+    """Gather one object per pipeline stage, in order, over the pipeline of the last rank; all its ranks must call it.
 
-    On the other ranks it is the own object alone.
+    Ranks of other pipelines get a list of their own object alone.
     """
     from megatron.core import parallel_state
 

@@ -1,7 +1,7 @@
-"""Layer specs: put our routers and granular experts into any spec that Megatron makes, as the config asks.
+"""Layer specs: put our routers and granular experts into any spec that Megatron makes, according to the config.
 
-Specs are rewritten, not built. So norms, attention and everything else stay Megatron's choice. Base specs are shared
-constants: every part on the way to an MoE layer is copied.
+Specs are rewritten, not built, so norms, attention and everything else stay Megatron's choice. Megatron shares base
+specs as constants, so every part that leads to an MoE layer is copied before it is changed.
 """
 
 import contextlib
@@ -32,18 +32,18 @@ _NESTED = ("layer_specs", "mlp", "moe_layer", "mtp_model_layer", "transformer_la
 
 
 def with_air_layers[S](spec: S, config: TransformerConfig, moe_layers: Sequence[int] | None = None) -> S:
-    """Return the spec with our routing in its MoE layers; the same object where the config asks for Megatron's.
+    """Return the spec with our routing in its MoE layers, or the same object if the config selects Megatron's routing.
 
     Each MoE layer becomes an :class:`AIRMoELayer` with the router of ``moe_router_type``, and with
-    :class:`GranularExperts` where the config asks for them. A subclass of MoELayer that is not ours is kept.
+    :class:`GranularExperts` if the config selects them. A subclass of MoELayer that is not ours is kept.
 
-    With ``moe_num_hash_layers`` layers have different parameters. ``hetereogenous_dist_checkpoint`` is then turned on
-    in the config: Megatron would otherwise save the layers stacked, as one tensor.
+    With ``moe_num_hash_layers`` layers have different parameters. So this sets ``hetereogenous_dist_checkpoint`` in the
+    config: otherwise Megatron would save the layers stacked, as one tensor.
 
     Args:
         spec: a ModuleSpec, a ``partial`` of MoELayer, the submodules of a block or stack, or a list of these.
         config: the transformer config; its ``moe_router_type`` decides, and its fields are validated.
-        moe_layers: numbers of the layers with experts, from 1; None means by ``moe_layer_freq``.
+        moe_layers: numbers of the layers with experts, from 1; None derives them from ``moe_layer_freq``.
     Raises:
         ValueError: if the config is not valid, sets a field of ours that has no effect, or asks for compact dispatch
             or first layers by hash in a layer class that is not ours.
@@ -116,12 +116,14 @@ def air_layer_spec(
     vp_stage: int | None = None,
     given: ModuleSpec | Callable[..., ModuleSpec] | None = None,
 ) -> ModuleSpec:
-    """The decoder spec of a GPT model with AIR routing; give it to ``GPTModelConfig.transformer_layer_spec``.
+    """The decoder spec of a GPT model with our routing; pass it as ``GPTModelConfig.transformer_layer_spec``.
 
     Args:
-        model_config: Megatron's GPTModelConfig; its transformer config chooses everything else as without us.
+        model_config: Megatron's GPTModelConfig; its transformer config decides everything else, as in Megatron.
         vp_stage: virtual pipeline stage, or None.
         given: a spec, or a callable that makes one, to start from instead of Megatron's default.
+    Raises:
+        ValueError: as :func:`with_air_layers`.
     """
     from megatron.training.models.gpt import default_layer_spec
 
@@ -139,15 +141,15 @@ def air_layer_spec(
 def air_hybrid_stack_spec(
     config: TransformerConfig, given: ModuleSpec | None = None, moe_layers: Sequence[int] | None = None
 ) -> ModuleSpec:
-    """The stack spec of a hybrid model with AIR routing, for ``HybridModelConfig.hybrid_stack_spec``.
+    """The stack spec of a hybrid model with our routing, for ``HybridModelConfig.hybrid_stack_spec``.
 
     Args:
         config: the transformer config.
         given: a stack spec to start from instead of Megatron's default, which needs Transformer Engine.
-        moe_layers: numbers of the layers with experts, from 1, as the hybrid pattern has them; needed with
+        moe_layers: numbers of the layers with experts in the hybrid pattern, from 1; required with
             ``moe_num_hash_layers``.
     Raises:
-        ValueError: as :func:`with_air_layers`, and without the numbers where they are needed.
+        ValueError: as :func:`with_air_layers`, and if ``moe_layers`` is missing although it is required.
     """
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 
@@ -160,12 +162,12 @@ def air_hybrid_stack_spec(
 
 
 def require_routers(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Check that a model was built from our specs, and return it, as Megatron's hooks must.
+    """Check that a model was built from our specs, and return it, as Megatron requires of its hooks.
 
-    Each router must have the class that its config asks for. Compact routes need a layer with the compact dispatcher.
+    Each router must have the class that its config selects. Compact routes need a layer with the compact dispatcher.
 
     Raises:
-        ValueError: naming the module that kept Megatron's router, or the layer that kept Megatron's dispatcher.
+        ValueError: if a module kept Megatron's router, or a layer Megatron's dispatcher; the message names it.
     """
     for chunk in model:
         for name, module in chunk.named_modules():
@@ -188,10 +190,10 @@ def require_routers(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
 
 @contextlib.contextmanager
 def mtp_specs_with_air_layers() -> Iterator[None]:
-    """Within this context, the multi-token-prediction layers of a GPT model get AIR routing too.
+    """Give our routing also to the multi-token-prediction layers of GPT models that are built within this context.
 
-    Adapts one name, ``megatron.training.models.gpt.mtp_block_spec``, and restores it on leaving. Megatron derives those
-    layers anew, not from the decoder spec that it was given. A no-op where the config asks for nothing of ours.
+    It wraps ``megatron.training.models.gpt.mtp_block_spec`` and restores it on exit, because Megatron does not derive
+    these layers from the decoder spec that it was given. It changes nothing if the config selects Megatron's routing.
     """
     from megatron.training.models import gpt
 

@@ -1,12 +1,13 @@
-"""The step boundary: when the codebooks learn and the lists change, and the collectives that it takes.
+"""The step boundary, at which codebooks learn and lists change, and its collectives.
 
 Communication per optimizer step and pipeline stage: one all-reduce of fp32 numbers over ``tp_dp_cp``, the ranks of the
 stage that hold different tokens. A codebook adds ``C * (H + 3)`` numbers, a running norm ``3 * features + 1``, a
-whitening norm ``(H + 1)^2``, and an AIR router two. In steps that rank codewords for new lists, one more per AIR
-router: ``ShortlistIndex.commit``.
+whitening norm ``(H + 1)^2``, and an AIR router two. In steps that rank codewords for new lists there is one more
+all-reduce per AIR router, in ``ShortlistIndex.commit``.
 
 A step that Megatron repeats must not count twice, so every attempt starts with ``discard_statistics``. Forwards
-accumulate. ``update_codebooks`` runs once after the optimizer has stepped, so a skipped step leaves no trace.
+accumulate statistics. ``update_codebooks`` runs once, after the optimizer has stepped. So nothing is learned from a
+skipped step.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def discard_statistics(modules: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
-    """Forget what the routers accumulated since the last update; call it before each attempt at a step."""
+    """Forget what the routers have accumulated since the last update; call it before each attempt at a step."""
     for router in find_routers(modules):
         router.discard()
 
@@ -40,21 +41,21 @@ def discard_statistics(modules: torch.nn.Module | Iterable[torch.nn.Module]) -> 
 def update_codebooks(
     modules: torch.nn.Module | Iterable[torch.nn.Module], group: torch.distributed.ProcessGroup | None = None
 ) -> int:
-    """All-reduce the statistics that the routers in ``modules`` accumulated, and update codebooks and running norms.
+    """All-reduce the statistics that the routers have accumulated, and update codebooks, input norms and lists.
 
     Every rank of the group must call it with the same routers. Sums are reduced before they are divided, so many ranks
-    equal one rank on all their tokens. All ranks get bitwise the same codebooks. A learner without a token on any rank
-    stays as it is. Waits for the device: once for all routers, once for each batch of codebooks
-    (``learned/learner.py``), and while a codebook revives starved codewords.
+    equal one rank on all their tokens. All ranks get bitwise the same codebooks. A learner that had no token on any
+    rank stays as it is. Waits for the device once for all statistics, once for each batch of codebooks
+    (``learned/learner.py``), once for each round in which codewords are revived, and when lists change.
 
     Args:
-        modules: a module or a list of modules (all model chunks of the pipeline stage).
+        modules: a module or several (all model chunks of the pipeline stage).
         group: ranks whose statistics are summed; None means this rank alone.
     Returns:
-        the number of routers whose update was dropped because a token was NaN or infinite.
+        the number of routers of which an update was dropped because a token was NaN or infinite.
     Raises:
         ValueError: on every rank, if an AIR router had a training forward on some ranks only.
-        RuntimeError: on every rank, if one failed to rank its share of the codewords.
+        RuntimeError: on every rank, if a rank failed to rank its share of the codewords.
     """
     return _update(find_routers(modules), group)
 
@@ -90,12 +91,13 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
 def _sum_over_ranks(
     batches: list[list[Learner]], listing: list[CompactRouter], group: torch.distributed.ProcessGroup | None
 ) -> tuple[list[torch.Tensor], list[list[tuple[bool, bool]]], list[int], list[int]]:
-    """Reduce all statistics at once; waits for the device once.
+    """Sum all statistics over the ranks in one all-reduce; waits for the device once.
 
     Returns:
-        the summed statistics of each batch of N learners, [N, ...]; for each learner, whether they are finite and
-        whether they hold a token; for each router of ``listing``, the number of ranks that ran it, and of those that
-        failed to rank its codewords.
+        - for each batch of N learners, the summed statistics [N, ...]
+        - for each learner, whether its statistics are finite, and whether they have a token
+        - for each router of ``listing``, the number of ranks that ran it
+        - for each router of ``listing``, the number of ranks that failed to rank its codewords
     """
     device = batches[0][0].statistics.device if batches else listing[0].expert_load.device
     ran = [router.has_learned for router in listing] + [router.index.failure is not None for router in listing]
@@ -115,7 +117,7 @@ def _sum_over_ranks(
 
 
 def _raise_failures(listing: list[CompactRouter], group: torch.distributed.ProcessGroup | None) -> None:
-    """Name on every rank what failed on some."""
+    """Raise, on every rank, an error that names the failures of all ranks; gathers them over the group."""
     failures = [(router.layer_number, router.index.failure) for router in listing if router.index.failure is not None]
     own = [f"layer {layer}: {type(error).__name__}: {error}" for layer, error in failures]
     every_rank = [None] * group_size(group)
@@ -129,9 +131,10 @@ def _raise_failures(listing: list[CompactRouter], group: torch.distributed.Proce
 def _require_every_rank(
     listing: list[CompactRouter], num_ran: list[int], group: torch.distributed.ProcessGroup | None
 ) -> None:
-    """Refuse a router that some ranks did not run, and count the step for those that all ranks ran.
+    """Raise if only some ranks ran a router; call ``count_step`` of each router that all ranks ran.
 
-    Lists are made in the first forward after an update. A rank without one would make its lists from later centers.
+    Lists are made in the first forward after an update. A rank without a forward would make its lists from later
+    centers than the other ranks.
     """
     num_ranks = group_size(group)
     for router, count in zip(listing, num_ran, strict=True):
@@ -146,7 +149,7 @@ def _require_every_rank(
 
 
 def begin_step(model: list[torch.nn.Module], iteration: int) -> None:
-    """Begin a training step in Megatron's loop, before the first attempt at it; every rank must call it.
+    """Begin a training step in Megatron's loop; every rank must call it, before the first attempt at the step.
 
     Args:
         model: Megatron's list of model chunks.
@@ -166,14 +169,15 @@ def finish_step(
 ) -> None:
     """End a training step in Megatron's loop: update the codebooks if it succeeded, and log what is due.
 
-    A patched checkout calls it too. It has no hook after the model is built, so the model is checked here.
+    A patched Megatron-LM checkout calls it. Such a checkout has no hook after the model is built, so this function also
+    checks that the model was built from our specs.
 
     Args:
         model: Megatron's list of model chunks.
         iteration: the step's number, counted from 1 as in Megatron's log.
         successful: whether the optimizer has stepped.
-        losses: by name, as ``train_step`` returns them on the last pipeline stage.
-        grad_norm: of all parameters, before clipping.
+        losses: losses by name, as ``train_step`` returns them on the last pipeline stage.
+        grad_norm: norm of the gradients of all parameters, before clipping.
     Raises:
         ValueError: as :func:`require_routers`.
     """
@@ -205,15 +209,15 @@ def _finish_step(
 
 @contextlib.contextmanager
 def codebook_updates() -> Iterator[None]:
-    """Within this context, Megatron's training loop updates the codebooks.
+    """Make Megatron's training loop update the codebooks within this context.
 
-    Adapts one name, ``megatron.training.training.train_step``, and restores it on leaving. Megatron has no extension
-    point that knows whether a step succeeded. The first step checks that the model was built from our specs.
-    ``patches/`` holds the same calls for a Megatron-LM checkout.
+    It wraps ``megatron.training.training.train_step`` and restores it on exit, because Megatron has no extension point
+    that knows whether a step succeeded. The first step checks that the model was built from our specs. ``patches/`` has
+    the same calls for a Megatron-LM checkout, and with these this context does nothing.
     """
     from megatron.training import training
 
-    if megatron_has_our_fields():  # patched: it calls us itself
+    if megatron_has_our_fields():  # a patched checkout calls begin_step, finish_step and discard_statistics itself
         yield
         return
     original = training.train_step

@@ -18,15 +18,17 @@ from air_moe_megatron.routers import HashRouter, ShardedAIRRouter
 
 
 class AIRMoELayer(HoldsProcessGroups, MoELayer):
-    """Route, dispatch, apply the experts, combine: Megatron's steps, without anything of size [tokens, experts].
+    """Megatron's MoE layer: route, dispatch, apply the experts, combine; without tensors of size [tokens, experts].
 
-    With ``moe_dispatch`` "compact" the router's :class:`Routes`` go to a :class:``CompactTokenDispatcher` and
-    :class:`GranularExperts`; with ``moe_air_shard_experts`` it is a :class:`ShardedTokenDispatcher`. With "stock" it is
-    Megatron's layer. With ``moe_num_hash_layers`` the number of the layer decides whether it gets a :class:`HashRouter`
-    instead, so the router is made by :meth:`set_layer_number`.
+    With ``moe_dispatch`` "compact" the routes go to a :class:`CompactTokenDispatcher` and :class:`GranularExperts`.
+    With ``moe_air_shard_experts`` the dispatcher is a :class:`ShardedTokenDispatcher`. With "stock" this is Megatron's
+    layer. With ``moe_num_hash_layers`` the layer's number decides whether it gets a :class:`HashRouter`, so
+    :meth:`set_layer_number` makes the router.
 
     Args: as ``MoELayer``'s, and
-        hash_layers: numbers of the layers that get a hash router; None means by ``moe_layer_freq``.
+        hash_layers: numbers of the layers that get a hash router; None derives them from ``moe_layer_freq``.
+    Raises:
+        ValueError: if ``moe_air_shard_experts`` does not fit the router's class.
     """
 
     def __init__(
@@ -66,10 +68,10 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
             self.token_dispatcher = dispatcher(self.num_local_experts, config, pg_collection)
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Set the layer's number, counted from 1; the first time, make the router that it decides.
+        """Set the layer's number, counted from 1. The first call makes the router if the number decides its kind.
 
         Raises:
-            ValueError: if the layer has a router already, and another number asks for the other kind.
+            ValueError: if the layer already has a router, and the new number requires the other kind.
         """
         by_hash = layer_number in self.hash_layers
         if self._router_makers is not None:
@@ -84,14 +86,14 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
             self.token_dispatcher.layer_number = layer_number
 
     def train(self, mode: bool = True) -> "AIRMoELayer":
-        """As ``torch.nn.Module.train``; only forwards of a layer that trains count as traffic."""
+        """Set training or evaluation mode; only forwards in training mode count as traffic."""
         if self.is_compact:
             self.token_dispatcher.training = mode
         return super().train(mode)
 
 
 class _UnnumberedRouter(torch.nn.Module):
-    """Stands where a layer's number is still to decide which router it gets."""
+    """Placeholder for the router until the layer's number decides which router it is."""
 
     def __init__(self, **_: Any) -> None:
         super().__init__()

@@ -11,10 +11,11 @@ Communication per layer and forward, all-to-alls over the expert-parallel group:
 - pair ids: 4 bytes per pair
 - probs: one number per pair
 
-The backward repeats those of rows and probs in the other direction. A token's rows hold ``H * distinct ranks <= H *
-min(K, ranks)`` numbers each way, where Megatron's all-to-all carries ``H * K``.
+The backward repeats the all-to-alls of rows and probs in the other direction. Per token and direction, the rows have
+``H * distinct ranks <= H * min(K, ranks)`` numbers; Megatron's all-to-all sends ``H * K``. The first dispatch of a
+layer also makes one all-gather of sizes.
 
-The host waits for the device once per forward, for the counts, also with one expert-parallel rank. The backward does
+The host waits for the device once per forward, for the counts, even with one expert-parallel rank. The backward does
 not wait. (With torch operations ``fine_scores`` waits once more per layer and forward.)
 """
 
@@ -36,10 +37,10 @@ from air_moe_megatron.routers.row_exchange import ShardedRows
 
 @dataclass
 class Traffic:
-    """Plain integers: what this rank's training forwards have handed to the all-to-alls since the last reset.
+    """Bytes that this rank's training forwards have passed to the all-to-alls since the last reset.
 
-    ``row_bytes`` go out, and as many come back for the same tokens. The backward repeats both. The ``remote`` bytes
-    left the rank. A dispatcher counts the forwards that a backward repeats apart from the others.
+    ``row_bytes`` are sent, and equally many come back for the same tokens. The backward repeats both. The ``remote``
+    bytes go to other ranks. A dispatcher counts recomputed forwards separately.
     """
 
     row_bytes: int = 0
@@ -49,18 +50,18 @@ class Traffic:
 
 
 class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
-    """Megatron's dispatcher interface over compact routes; every rank of the expert-parallel group takes part.
+    """Megatron's dispatcher interface for compact routes; every rank of the expert-parallel group takes part.
 
-    Where Megatron's methods pass a dense routing map, this one takes ``topk_ids [T, K]`` (-1 for none), and where they
-    pass the number of tokens per expert, the experts get :class:`Pairs`.
+    It takes ``topk_ids [T, K]`` (-1 for none) in place of Megatron's dense routing map. It gives the experts
+    :class:`Pairs` in place of the number of tokens per expert.
 
     Args:
-        num_local_experts: experts of this rank.
+        num_local_experts: number of experts on this rank.
         config: transformer config.
         pg_collection: process groups; ``ep`` is used.
 
     Attributes:
-        layer_number: named in the error on probs that are not finite; :class:`AIRMoELayer` sets it.
+        layer_number: appears in the error about probs that are not finite; :class:`AIRMoELayer` sets it.
         training: whether forwards count as traffic; :class:`AIRMoELayer` sets it.
     """
 
@@ -69,7 +70,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
-        self.ep_rank = pg_collection.ep.rank()  # the base class says it from 0.18 on
+        self.ep_rank = pg_collection.ep.rank()  # the base class sets it only from Megatron-Core 0.18 on
         self.num_experts = num_local_experts * self.ep_size
         self.layer_number: int | None = None
         self.training = True
@@ -85,11 +86,13 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Plan what goes where; no communication and no wait. :meth:`token_dispatch` reports what is wrong.
+        """Plan which tokens and pairs go to which rank; does not communicate or wait for the device.
+
+        Invalid arguments raise no error here, but in :meth:`token_dispatch`, on every rank.
 
         Args:
             hidden_states: [..., H], T tokens.
-            topk_ids: [T, K] integer, global expert ids; -1 for none. The probs of a repeated id add up.
+            topk_ids: [T, K] integer, global expert ids; -1 for none. The probs of a repeated id are added.
             probs: [T, K].
         Returns:
             [T, H] tokens, [T, K] probs.
@@ -99,7 +102,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         num_tokens = hidden_states.shape[0]
         self._mismatch = None
         if topk_ids.dim() != 2 or topk_ids.shape != probs.shape or topk_ids.shape[0] != num_tokens:
-            # The other ranks are about to wait for this one: it tells them, and plans nothing.
+            # The other ranks will wait for this one in the all-to-all. So it plans nothing, and tells them there.
             self._mismatch = f"topk_ids {tuple(topk_ids.shape)}, probs {tuple(probs.shape)}, {num_tokens} tokens"
             probs = probs.new_zeros(num_tokens, max(1, probs.shape[-1]) if probs.dim() else 1)
             topk_ids = torch.full(probs.shape, -1, device=probs.device)
@@ -114,10 +117,10 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
             hidden_states: [T, H].
             probs: [T, K].
         Returns:
-            [R, H] rows and [N] probs of the pairs received.
+            [R, H] rows and [N] probs of the received pairs.
         Raises:
             ValueError: on every rank, if any rank has ids and probs of a wrong shape, ids out of range, or probs that
-                are NaN or infinite, or, at the first dispatch, if the ranks disagree about the sizes of the layer.
+                are NaN or infinite. At the first dispatch also if the ranks disagree about the sizes of the layer.
         """
         self._require_agreement(hidden_states, probs)
         plan = self._plan
@@ -133,7 +136,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         self._count_traffic(hidden_states, probs, rows_sent, pairs_sent)
         self._row_splits = rows_sent, rows_received
         num_pairs, topk = sum(pairs_sent), probs.shape[1]
-        if self.ep_size == 1:  # the tokens stay where they are, those without experts too
+        if self.ep_size == 1:  # all tokens stay in place as rows, even those without experts
             local_ids, probs = plan.topk_ids.reshape(-1), probs.reshape(-1)
             order = torch.arange(probs.numel(), device=probs.device)
             if num_pairs < order.numel():
@@ -153,11 +156,11 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
     def dispatch_postprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, Pairs, torch.Tensor]:
-        """Give the experts their input: rows [R, H], :class:`Pairs` of rows and local experts, probs [N]."""
+        """Return the experts' input: rows [R, H], :class:`Pairs` of rows and local experts, probs [N]."""
         return hidden_states, self._pairs, probs
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Pass on the experts' partial sums [R, H], one per row."""
+        """Return the experts' partial sums [R, H] unchanged, one per row."""
         return hidden_states
 
     def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -167,9 +170,9 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         return all_to_all(self.ep_group, hidden_states, *self._row_splits)
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Add up the partial sums of each token, in fp32 or wider; zero for a token without experts."""
+        """Sum each token's partial sums in fp32 or wider, [rows sent, H] -> [..., H]; zero without experts."""
         shape, plan = self._shape, self._plan
-        self._release()  # otherwise ids and pairs would stay until the next forward
+        self._release()  # otherwise ids and pairs would stay in memory until the next forward
         if self.ep_size > 1:
             hidden_states = combine(hidden_states, plan)
         return hidden_states.view(shape)
@@ -199,7 +202,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
 
     @torch.no_grad()
     def _require_agreement(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> None:
-        """Check once that the sizes of buffers are the same on all ranks."""
+        """At the first dispatch, check that the sizes of the layer are the same on all ranks."""
         if self._have_ranks_agreed:
             return
         if self.ep_size > 1:
@@ -219,7 +222,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         self._have_ranks_agreed = True
 
     def _traffic_of_forward(self) -> Traffic:
-        """The counters that the current forward adds to."""
+        """The counters to which the current forward adds."""
         if not self.training:
             return Traffic()
         return self.recomputed_traffic if is_in_backward() else self.traffic
@@ -237,9 +240,9 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
 
 
 class ShardedTokenDispatcher(CompactTokenDispatcher):
-    """The dispatcher of sharded routing: the experts take the rows that the router has gathered.
+    """The dispatcher of sharded routing: the experts use the rows that the router has already gathered.
 
-    What is left to send are the probs, one number per pair, and the partial sums of all rows on their way back.
+    So only two things are sent: the probs, one number per pair, and the partial sums of all rows on their way back.
 
     Args:
         num_local_experts, config, pg_collection: as :class:`CompactTokenDispatcher`.
@@ -252,7 +255,7 @@ class ShardedTokenDispatcher(CompactTokenDispatcher):
 
         Args:
             hidden_states: [..., H], the T tokens that were routed.
-            sharded: what the router has gathered.
+            sharded: the rows that the router has gathered, and the selected pairs.
             probs: [T, K].
         Returns:
             [T, H] tokens, [T, K] probs.
@@ -275,18 +278,18 @@ class ShardedTokenDispatcher(CompactTokenDispatcher):
         return sharded.rows, sharded.selected.send(probs)
 
     def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Add up the partial sums at home: [R, H] -> [T, H], in fp32 or wider. Does not wait for the device."""
+        """Sum partial sums at each token's home, [R, H] -> [T, H], in fp32 or wider. Does not wait for the device."""
         return self._plan.exchange.sum(hidden_states)
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Give the tokens their shape."""
+        """Restore the shape of the tokens, [T, H] -> [..., H]."""
         shape = self._shape
         self._release()
         return hidden_states.view(shape)
 
     def _count_sharded_traffic(self, hidden_states: torch.Tensor, probs: torch.Tensor, sharded: ShardedRows) -> None:
-        """Count what this rank hands over in a forward: its rows, codewords and marks to all ranks, and the scores and
-        ids of all rows."""
+        """Count the bytes that this rank sends in a forward: its rows, codewords and marks of kept candidates to all
+        ranks; scores and ids of all rows to their homes; probs to the owners."""
         num_tokens, num_ranks = hidden_states.shape[0], self.ep_size
         traffic = self._traffic_of_forward()
         row_bytes = num_tokens * hidden_states.shape[1] * hidden_states.element_size()

@@ -28,13 +28,14 @@ _KERNEL_ACTIVATIONS = {
 class GranularExperts(HoldsProcessGroups, MegatronModule):
     """The experts of one rank: ``y_t = sum over the experts e of t of p_te * W2_e.T act(W1_e x_t)``.
 
-    Forward and backward cost O(N * F * H); no weight is copied per pair. ``weight1`` is [E, F, H], or [E, 2F, H] with a
-    gated linear unit (the gates first, as in Megatron's MLP). ``weight2`` is [E, F, H], the transpose of Megatron's
-    second projection. F is ``moe_ffn_hidden_size``, from 1. Each block of experts is initialized from a seed of its
-    global ids, so the model does not depend on the expert-parallel size.
+    Forward and backward cost O(N * F * H) for N pairs; no weight is copied per pair. ``weight1`` is [E, F, H], or
+    [E, 2F, H] with a gated linear unit (the gates first, as in Megatron's MLP). ``weight2`` is [E, F, H], the transpose
+    of Megatron's second projection. E is the number of local experts, and F is ``moe_ffn_hidden_size``, at least 1.
+    Blocks of global expert ids are initialized from seeds of their own, so the model does not depend on the
+    expert-parallel size.
 
     Args:
-        num_local_experts: experts of this rank.
+        num_local_experts: number of experts on this rank.
         config: transformer config.
         pg_collection: process groups; ``ep`` and ``expt_dp`` are used.
         name: unused; Megatron names the experts it builds.
@@ -66,11 +67,11 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
 
         Args:
             hidden_states: [R, H].
-            pairs: N pairs of rows and local experts. Megatron's own dispatchers give [E] numbers of rows per expert
+            pairs: N pairs of rows and local experts. Megatron's own dispatchers pass [E] numbers of rows per expert
                 instead, with the rows sorted by expert.
             probs: [N].
         Returns:
-            [R, H] sums over the pairs of each row, and None for the bias.
+            [R, H] sums over the pairs of each row; None in place of a bias.
         """
         if not isinstance(pairs, Pairs):
             pairs = self._pairs_of_sorted_rows(hidden_states, pairs)
@@ -80,7 +81,7 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         return out, None
 
     def _kernel_activation(self) -> str | None:
-        """Name of the activation in the fused kernels; None if they do not have it."""
+        """Name of the activation in the fused kernels; None if the kernels do not have it."""
         config = self.config
         is_plain = config.activation_func_clamp_value is None and config.glu_linear_offset == 0
         return _KERNEL_ACTIVATIONS.get(config.activation_func) if is_plain else None
@@ -109,11 +110,11 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         shape = (self.num_local_experts, num_rows, config.hidden_size)
         weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         if config.perform_initialization:
-            # Megatron seeds the host's generator alike on all ranks of a pipeline stage.
+            # The seed is equal on all ranks of a pipeline stage, because Megatron seeds their host generators alike.
             seed = int(torch.randint(2**31, ()))
             _initialize(weight.data, init_method, seed, first=self.ep_group.rank() * self.num_local_experts)
-        # An expert's gradient is not summed over the data-parallel ranks of the dense layers. The optimizer must not
-        # take the weight for a copy of another tensor-parallel rank's.
+        # allreduce=False: the gradient must not be summed over the data-parallel group of the dense layers. The
+        # tensor-parallel marks keep the optimizer from taking the weight for a copy of another tensor-parallel rank's.
         weight.allreduce = False
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
         return weight
@@ -137,12 +138,12 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         }
 
     def backward_dw(self) -> None:
-        """Do nothing: the weights' gradients are made with the others."""
+        """Do nothing: the backward has already computed the weights' gradients."""
 
 
 @torch.no_grad()
 def _initialize(weight: torch.Tensor, init_method: Callable[[torch.Tensor], object], seed: int, first: int) -> None:
-    """Initialize the experts ``first, first + 1, ...`` in blocks of global ids, each from a seed of its own."""
+    """Initialize experts ``first, first + 1, ...``; each block of 256 global ids has a seed of its own."""
     end = first + weight.shape[0]
     with torch.random.fork_rng(devices=[]):
         for block in range(first // _BLOCK, -(-end // _BLOCK)):

@@ -1,5 +1,5 @@
-"""What is learned without gradients: the codebook, the shortlists made with it, and the input norm. torch only.
+"""State that is learned without gradients: codebook, shortlists and input norms. Imports torch and ops, not Megatron.
 
-``learner.py`` is the base of codebook and norm. ``module_state.py`` keeps their statistics from casts and wrappers, and
-``recomputation.py`` says which forward of a token counts.
+``learner.py`` has the base class of codebook and norms. ``module_state.py`` protects their statistics from casts and
+wrappers. ``recomputation.py`` decides which forward of a token counts.
 """

@@ -1,7 +1,7 @@
 """The codebook of the coarse stage: adaptive spherical k-means, learned without gradients.
 
-Pure functions first, then the module that holds the buffers. Nothing here communicates: the sums over ranks are made
-by ``sync.py``, which hands every rank the same statistics, so that every rank computes bitwise the same codewords.
+Pure functions come first, then the module that holds the buffers. Nothing here communicates. ``sync.py`` sums the
+statistics over ranks and gives every rank the same sums, so every rank computes bitwise the same codewords.
 
 Legend: T tokens, H hidden, C clusters, P probes, E experts. Derivation: docs/codebook.md.
 """
@@ -20,16 +20,16 @@ from air_moe_megatron.ops.unit_vectors import unit_rows
 
 logger = logging.getLogger(__name__)
 
-_SEED = 20260504  # of the first, random directions and of the splits; the same on every rank, layer and run
-FIRST_LLOYD_STEPS = 10  # of a codebook of expert centers that starts anew
+_SEED = 20260504  # seeds the initial random codewords and the splits; the same on every rank, layer and run
+FIRST_LLOYD_STEPS = 10  # k-means steps of the first fit to expert centers
 _STARVED = 0.1  # a codeword with less than this share of the mean load is revived
 
 
 def window_decay(decay: float, num_updates: int) -> float:
-    """Decay in force after ``num_updates`` updates: a young codebook averages over the latter half of its life.
+    """Decay to use after ``num_updates`` updates: a young codebook averages over the latter half of its life.
 
-    Tokens move quickly while a model is young; but a codebook that follows every batch moves tokens from list to list,
-    and their experts learn less.
+    Tokens move quickly while a model is young, so the past must fade quickly. But a codebook that followed every batch
+    would move tokens from list to list, and their experts would learn less.
 
     Example: decay 0.99 gives 0.33, 0.5, 0.6, ... and 0.99 from 197 updates on.
     """
@@ -39,26 +39,26 @@ def window_decay(decay: float, num_updates: int) -> float:
 def update_from_tokens(
     codewords: torch.Tensor, ema: torch.Tensor, statistics: torch.Tensor, decay: float, num_updates: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of adaptive spherical k-means for N codebooks: decayed sums, divide and normalize, then revive.
+    """Take one step of adaptive spherical k-means for N codebooks: decay the sums, normalize them, revive codewords.
 
-    The running sums start at zero and only their ratios and directions are used, so they need no bias correction and
-    the first statistics replace the random start entirely. Waits for the device as :func:`split_loaded`.
+    The running sums start at zero, and only their ratios and directions are used. So they need no bias correction, and
+    the first statistics replace the random start entirely. Waits for the device as :func:`split_loaded` does.
 
     Args:
         codewords: [N, C, H] fp32.
         ema: [N, C, H + 3] fp32, running sums.
         statistics: [N, C, H + 3] fp32, finite, summed over all ranks.
         decay: weight of the past.
-        num_updates: updates so far, seeds the splits.
+        num_updates: number of updates so far, which seeds the splits.
     Returns:
-        new codewords, new ema.
+        [N, C, H] new codewords, [N, C, H + 3] new running sums.
     """
     ema = decay * ema + (1.0 - decay) * statistics
     return split_loaded(_directions(ema, codewords), ema, statistics, num_updates)
 
 
 def _directions(sums: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
-    """[..., H]: the unit vectors of the summed tokens in [..., H + 3], or the given rows where nothing was summed."""
+    """[..., H] directions of the token sums in ``sums`` [..., H + 3]; the row of ``otherwise`` where a sum is zero."""
     vectors = sums[..., : otherwise.shape[-1]]
     return torch.where(vectors.any(dim=-1, keepdim=True), unit_rows(vectors), otherwise)
 
@@ -68,19 +68,19 @@ def split_loaded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Revive starved codewords by the split rule: the i-th starved one takes half of the i-th most loaded one.
 
-    Both halves start at the latest mean of the loaded cluster, moved apart along a random direction by as much as a
-    token typically deviates along one direction, ``tan(angle)/sqrt(H)``; the plane between them then cuts the cluster
-    in two. The running sums are halved with them. Starved: less than a tenth of the mean running count; loaded: at
-    least the mean, so that neither half starves at once. Deterministic: a function of the arguments alone. Source:
-    derived in docs/codebook.md, after the cluster splitting of faiss.
+    Both halves start at the mean of the loaded cluster in this batch. They move apart along a random direction, each by
+    ``tan(angle)/sqrt(H)``, a token's typical deviation in one direction. So the plane between them cuts the cluster in
+    two. The running sums are halved too. A codeword is starved below a tenth of the mean running count. It is loaded
+    if it has at least the mean, so that neither half starves at once. Deterministic: a function of the arguments alone.
+    Source: derived in docs/codebook.md, after the cluster splitting of faiss.
 
-    Waits for the device once in each round. The last round splits nothing; ordinarily it is the first or the second.
+    Waits for the device once per round. The last round splits nothing; usually it is the first or the second.
 
     Args, returns: as :func:`update_from_tokens`.
     """
     (num_codebooks, num_clusters, hidden_size), device = codewords.shape, codewords.device
     generators = None
-    while True:  # each round at most doubles the live codewords, and none is left starved
+    while True:  # ends: while a codeword is starved, another holds more than the mean and can be split
         counts = ema[:, :, hidden_size]
         mean = counts.mean(dim=1, keepdim=True)
         is_starved = counts < _STARVED * mean
@@ -90,8 +90,9 @@ def split_loaded(
             return codewords, ema
         if generators is None:
             generators = [torch.Generator().manual_seed(_SEED + num_updates) for _ in range(num_codebooks)]
-            # A codeword is an average over a moving past: around it, all of today's tokens may lie on one side.
-            centers = _directions(statistics, codewords).flatten(0, 1)  # of all codebooks, as the places below
+            # Cut around the mean of this batch. A codeword averages over the past, and all tokens of this batch may
+            # lie on one side of it. Rows of all codebooks are flattened, as in the indices below.
+            centers = _directions(statistics, codewords).flatten(0, 1)
             codewords, ema = (value.clone(memory_format=torch.contiguous_format) for value in (codewords, ema))
             flat_codewords, flat_ema = codewords.flatten(0, 1), ema.flatten(0, 1)  # views
             first_place = torch.arange(num_codebooks, device=device).unsqueeze(1) * num_clusters
@@ -120,18 +121,18 @@ def split_loaded(
 
 
 def _places(chosen: torch.Tensor, number: int) -> torch.Tensor:
-    """[number] places, in the flattened [N, C], where ``chosen`` is true; there are so many."""
+    """[number] flat indices at which ``chosen`` [N, C] is true; ``number`` is how many there are."""
     return torch.nonzero_static(chosen.flatten(), size=number).flatten()
 
 
 def lloyd_step(codewords: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One Lloyd step of spherical k-means over the expert centers; a starved cluster splits a large one.
+    """Take one Lloyd step of spherical k-means over the expert centers; a starved cluster takes half of a large one.
 
     Args:
         codewords: [C, H] fp32, unit rows.
         weight: [E, H] expert centers.
     Returns:
-        [C, H] fp32 new codewords, unit rows; [C, H + 3] statistics of the experts at the old ones.
+        [C, H] fp32 new codewords, unit rows; [C, H + 3] fp32 statistics of the experts at the old codewords.
     """
     statistics = token_statistics(weight, codewords, assign(weight, codewords, 1).squeeze(1))
     codewords, _ = update_from_tokens(codewords[None], torch.zeros_like(statistics)[None], statistics[None], 0.0, 0)
@@ -140,23 +141,23 @@ def lloyd_step(codewords: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Ten
 
 @dataclass(frozen=True)
 class CodebookHealth:
-    """How the vectors that a codebook was last fitted to (tokens, or expert centers) lie around its codewords.
+    """How well a codebook represents the vectors that it was last fitted to: tokens, or expert centers.
 
-    The first two are None until it is fitted in this process: a checkpoint does not hold them.
+    The first two fields are None until the codebook is fitted in this process: a checkpoint does not hold them.
     """
 
     quantization_error: float | None  # 1 - mean cosine between vector and codeword
-    live_codewords: int | None  # codewords that got a vector
-    num_dropped: int  # updates dropped so far because a token was not finite
+    live_codewords: int | None  # number of codewords to which a vector was assigned
+    num_dropped: int  # number of updates dropped so far because a token was not finite
 
 
 class Codebook(Learner):
-    """The codewords of one router with their running statistics.
+    """The codewords of one router, with their running statistics.
 
     Args:
         num_clusters: C.
         hidden_size: H.
-        decay: weight of the past per update, one for each global batch.
+        decay: weight of the past in each update; there is one update per global batch.
     """
 
     title = "codebook"
@@ -167,32 +168,32 @@ class Codebook(Learner):
         self.register_buffer("codewords", _random_directions(num_clusters, hidden_size))
         self.register_buffer("ema", torch.zeros_like(self.statistics))
         self.register_buffer("num_dropped", torch.zeros(1, dtype=torch.int64))
-        # Of the last update, for logs only: mean cosine and live codewords.
+        # For logs only: mean cosine and number of live codewords in the last update.
         self.register_buffer("last_health", torch.full((2,), torch.nan, dtype=torch.float32), persistent=False)
 
     def typical_projections(self) -> torch.Tensor:
-        """[C] fp32: mean length times mean cosine of the tokens of each codeword; 1 where none was seen."""
+        """[C] fp32, mean length times mean cosine of each codeword's tokens; 1 for a codeword that has seen none."""
         counts, cosines, lengths = self.ema[:, -NUM_SCALARS:].unbind(dim=1)
         seen = counts.clamp_min(torch.finfo(torch.float32).tiny)
         return torch.where(counts > 0, (cosines / seen) * (lengths / seen), 1.0)
 
     def accumulate(self, statistics: torch.Tensor) -> None:
-        """Add the statistics [C, H + 3] of one microbatch, as :func:`token_statistics` makes them."""
+        """Add the statistics [C, H + 3] fp32 of one microbatch, made by :func:`token_statistics`."""
         self.statistics += statistics
 
     @staticmethod
     def num_tokens(statistics: torch.Tensor) -> torch.Tensor:
-        """[...] tokens that statistics [..., C, H + 3] hold."""
+        """[...] number of tokens in statistics [..., C, H + 3]."""
         return statistics[..., -NUM_SCALARS].sum(dim=-1)
 
     def batch_key(self) -> tuple:
-        """As the base's, and the decay."""
+        """The base's key, and the decay."""
         return *super().batch_key(), self.decay
 
     @staticmethod
     @torch.no_grad()
     def learn(codebooks: Sequence["Codebook"], statistics: torch.Tensor) -> None:
-        """As the base's: one step of k-means."""
+        """Take one step of k-means; see the base class."""
         num_updates = codebooks[0].updates_on_host
         decay = window_decay(codebooks[0].decay, num_updates)
         arguments = statistics, decay, num_updates
@@ -202,12 +203,12 @@ class Codebook(Learner):
             codebook.count_update()
 
     def drop_note(self) -> str:
-        """How many updates were dropped so far."""
+        """Text for the log: the number of updates dropped so far."""
         return f" ({int(self.num_dropped)} so far)"
 
     @torch.no_grad()
     def drop(self) -> None:
-        """Count the lost global batch, also as an update."""
+        """Count the lost global batch, both as dropped and as an update."""
         self.num_dropped += 1
         self.count_update()
 
@@ -217,7 +218,7 @@ class Codebook(Learner):
 
         Args:
             weight: [E, H] expert centers.
-            is_first: whether to start anew, from centers spread over the ids, instead of from the codewords.
+            is_first: whether to start from C centers spread evenly over the ids, instead of from the codewords.
         """
         if is_first:
             num_clusters = self.codewords.shape[0]
@@ -229,7 +230,7 @@ class Codebook(Learner):
             self.last_health.copy_(health_of(statistics))
 
     def health(self) -> CodebookHealth:
-        """Read the last update's figures; waits for the device."""
+        """Read the figures of the last update; waits for the device."""
         cosine, live = self.last_health.tolist()
         if math.isnan(cosine):
             return CodebookHealth(None, None, int(self.num_dropped))
@@ -248,7 +249,7 @@ class Codebook(Learner):
         num_missing = len(missing_keys)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if strict and not any(name in state_dict for name in names):
-            # A checkpoint of plain top-k routing: start from random codewords, which the first fit replaces.
+            # The checkpoint is of plain top-k routing. Start from random codewords, which the first fit replaces.
             del missing_keys[num_missing:]
             self.codewords.copy_(_random_directions(*self.codewords.shape))
             for started in (self.ema, self.num_updates, self.num_dropped):
@@ -258,14 +259,14 @@ class Codebook(Learner):
 
 
 def _random_directions(num_clusters: int, hidden_size: int) -> torch.Tensor:
-    """[C, H] fp32 unit rows, always the same."""
+    """[C, H] fp32 random unit rows, the same in every call."""
     generator = torch.Generator().manual_seed(_SEED)
     directions = torch.randn(num_clusters, hidden_size, generator=generator, dtype=torch.float32)
     return torch.nn.functional.normalize(directions, dim=1)
 
 
 def health_of(statistics: torch.Tensor) -> torch.Tensor:
-    """[..., 2]: mean cosine between vectors and codewords, and live codewords, of statistics [..., C, H + 3]."""
+    """[..., 2] mean cosine between vectors and codewords, and number of live codewords, from [..., C, H + 3]."""
     counts, cosines, _ = statistics[..., -NUM_SCALARS:].unbind(dim=-1)
     mean_cosine = cosines.sum(dim=-1) / counts.sum(dim=-1).clamp_min(1.0)
     return torch.stack((mean_cosine, (counts > 0).sum(dim=-1)), dim=-1)

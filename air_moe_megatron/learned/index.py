@@ -2,17 +2,19 @@
 
 How lists of source 'tokens' are rebuilt, once there are some:
 
-1. Each step, the first training forward ranks the experts at the next few blocks of codewords
+1. In each step, the first training forward ranks the experts at the next few blocks of codewords
    (:meth:`ShortlistIndex.refresh`). Each rank takes a part of the blocks.
-2. A codeword keeps a *pool* of its best Q experts. It chooses from its pool, its list, and the pools of the nearest
-   codewords that had their *turn* in the rebuild before. Whose turn it is chooses from all experts: one block in R.
-   On a GPU every codeword chooses from all experts in every rebuild (:func:`schedule`).
-3. At the end of the step, the ranks exchange what they ranked (:meth:`ShortlistIndex.commit`). The lists stay in force.
-4. When all codewords have been ranked, the best L of each pool become the lists, at once, with the experts that none of
-   them would hold (:func:`list_every_expert`).
+2. A codeword keeps a *pool* of its best Q experts. In each rebuild one block in R has its *turn*: its codewords choose
+   their pools from all experts. Any other codeword chooses from its pool, its list, and the pools of the nearest
+   codewords that had their turn in the previous rebuild. On a GPU every codeword chooses from all experts in every
+   rebuild (:func:`schedule`).
+3. At the end of the step the ranks exchange what they ranked (:meth:`ShortlistIndex.commit`). The old lists stay in
+   force.
+4. When all codewords have been ranked, all lists are replaced at once. A list gets the best L experts of its pool, and
+   a share of the experts that no list would hold (:func:`list_every_expert`).
 
-Lists and pools come in S parts, each of consecutive experts, and every part is made by itself. So ranks that hold some
-of the experts make the same lists as a rank that holds all of them.
+Lists and pools have S parts, one for each range of E/S consecutive experts. Every part is made independently. So ranks
+that hold some of the experts make the same parts as a rank that holds all of them.
 
 Legend: H hidden, E experts, C clusters, L shortlist, Q pool, R turns, S parts.
 """
@@ -30,20 +32,20 @@ from air_moe_megatron.ops.ranking import Ranking
 
 SOURCES = ("tokens", "experts")
 
-# What they cost and lose is measured in docs/codebook.md#rebuilding-the-lists.
+# docs/codebook.md#rebuilding-the-lists has the measured cost and recall of these values.
 NUM_TURNS = 8  # R
 NUM_NEIGHBORS = 2  # codewords whose pools a codeword chooses from
 POOL = 4  # Q / L
-BLOCK = 32  # codewords ranked by one product, so that its bits do not depend on the number of ranks and steps
-_GPU_BLOCK = 128  # the least of them on a GPU, the tile of the kernel
-_GPU_SCORES = 2**24  # of a block on a GPU, which then waits little for the launches of its kernels
+BLOCK = 32  # codewords per matrix product; fixed, so that its bits do not depend on the number of ranks and steps
+_GPU_BLOCK = 128  # least number of codewords in a block on a GPU: a tile of the kernel
+_GPU_SCORES = 2**24  # scores per block on a GPU, enough to hide most of the time of kernel launches
 
 
 def next_version(version: int, interval: int) -> int:
-    """The update after which the lists are due that follow those of another update.
+    """The update after which lists are due next, if the last ones were made after update ``version``.
 
-    The younger the codebook, the faster tokens and centers move: with an interval of 20, the lists are made anew
-    whenever a tenth of its age has passed.
+    Tokens and centers move faster while the codebook is young. So with an interval of 20 the lists are rebuilt whenever
+    the codebook's age has grown by a tenth, and at least every 20 updates.
 
     Example: interval 20, from 18 on: 19, 20, 22, 24, 26, 28, 30, 33, ..., 196, 215, 235, 255.
     """
@@ -51,7 +53,7 @@ def next_version(version: int, interval: int) -> int:
 
 
 def num_rebuilds(num_steps: int, interval: int) -> int:
-    """How often the first steps of a training make lists, with an update of the codebook after each step.
+    """How often lists are made in the first ``num_steps`` steps of a training, with one codebook update per step.
 
     Example: interval 20: 29 in the first 40 steps, 57 in 400.
     """
@@ -62,19 +64,20 @@ def num_rebuilds(num_steps: int, interval: int) -> int:
 
 
 NUM_FULL_REBUILDS = 2
-"""Of lists of source 'tokens': the first one, and the one after the first update, which replaces all codewords."""
+"""Full rebuilds of lists of source 'tokens': the first, and the one after the first update, which replaces all
+codewords."""
 
 
 def num_turns(num_clusters: int) -> int:
-    """R: in so many rebuilds every codeword is ranked once with all experts; all of them at once where they are few."""
+    """R, the number of rebuilds in which every codeword gets one turn; 1 if all codewords fit one block."""
     return min(NUM_TURNS, -(-num_clusters // BLOCK))
 
 
 def schedule(num_experts: int, num_clusters: int, on_gpu: bool) -> tuple[int, int]:
-    """Codewords of a block, and R.
+    """Codewords per block, and R.
 
-    A GPU has the products of all experts sooner than the candidates of a codeword: on an H100 a rebuild with E = 65,536
-    and C = 1024 took 53 ms by turns, in blocks of 32, and 4.4 ms of all experts in one block
+    A GPU scores all experts faster than it gathers a codeword's candidates. On an H100, with E = 65,536 and C = 1024, a
+    rebuild took 53 ms by turns in blocks of 32, and 4.4 ms with all experts in one block
     (docs/performance.md#on-an-h100).
 
     Example: E = 65,536, C = 1024: blocks of 32 and R = 8 on a CPU, of 256 and R = 1 on a GPU.
@@ -85,10 +88,10 @@ def schedule(num_experts: int, num_clusters: int, on_gpu: bool) -> tuple[int, in
 
 
 def rebuild_products(num_experts: int, num_clusters: int, shortlist_size: int, on_gpu: bool = False) -> float:
-    """Products of a codeword with a codeword or an expert center that a rebuild takes on average, of all ranks.
+    """Mean number of dot products in a rebuild, over all ranks; of a codeword with a codeword or an expert center.
 
-    Example: E = 65,536, C = 1024, L = 128: 128 codewords with all experts and 896 with 128 codewords and 1664 experts,
-    15% of the products of all codewords with all experts. A GPU takes all of these.
+    Example: with E = 65,536, C = 1024 and L = 128, 128 codewords are multiplied with all experts, and each of the other
+    896 with 128 codewords and 1664 experts. That is 15% of the C * E products that a GPU computes.
     """
     if on_gpu:
         return num_clusters * num_experts
@@ -100,40 +103,40 @@ def rebuild_products(num_experts: int, num_clusters: int, shortlist_size: int, o
 
 _UNTRIED = int(pack(torch.tensor(-torch.inf), torch.tensor(0)))
 REBUILDING = ("pool", "staged_keys", "progress")
-"""Buffers that only rebuilds read; checkpoints from before they were spread over steps lack them."""
+"""Buffers that only rebuilds read; checkpoints from before rebuilds were spread over steps lack them."""
 
 _OF_EXPERTS = ("shortlist", "pool")
-"""Buffers of expert ids, which checkpoints hold as ids among all experts of the model."""
+"""Buffers of expert ids: local ids in memory, global ids in checkpoints."""
 
 
 @dataclass
 class Share:
-    """What a rank has ranked in a step, until the ranks exchange it."""
+    """What a rank has ranked in a step and not yet exchanged with the other ranks."""
 
-    rows: slice  # the codewords of all ranks
-    version: int  # updates of the codebook so far
+    rows: slice  # the codewords that all ranks together rank in this step
+    version: int  # number of codebook updates so far
     num_ranks: int
     pool: torch.Tensor  # [rows, Q] int64, best first; -1 at the codewords of other ranks
-    keys: torch.Tensor  # [E] int64, of each expert the best score and its codeword
+    keys: torch.Tensor  # [E] int64, each expert's best score and its codeword, as made by pack
     failure: Exception | None = None
 
 
 class ShortlistIndex(torch.nn.Module):
-    """The shortlists of one router: derived from codewords and expert centers.
+    """The shortlists of one router, derived from codewords and expert centers.
 
-    They are saved with the model, and so is a rebuild under way: both come from centers that are no longer there when a
-    run resumes.
+    Lists and unfinished rebuilds are saved with the model, because the centers that they were made from no longer exist
+    when a run resumes.
 
     Args:
-        num_experts: E.
+        num_experts: E, the experts of this shard.
         num_clusters: C.
         shortlist_size: L.
         source: "tokens" or "experts".
         refresh_interval: codebook updates, one per global batch, between two rebuilds once the codebook is old.
-        num_reserved: slots of each part of a list, of the last ones, that orphans may take (:func:`list_every_expert`).
+        num_reserved: number of last slots in each part of a list that orphans may take (:func:`list_every_expert`).
         num_parts: S, which divides E and L.
-        shard, num_shards: which of so many equal shards of consecutive experts the E are. Checkpoints hold ids among
-            all of them.
+        shard, num_shards: number of this shard, and number of equal shards of consecutive experts. Checkpoints hold
+            global expert ids.
     """
 
     def __init__(
@@ -156,32 +159,33 @@ class ShortlistIndex(torch.nn.Module):
         self.refresh_interval = refresh_interval
         self.register_buffer("shortlist", torch.zeros(num_clusters, shortlist_size, dtype=torch.int32))
         self.register_buffer("built_at", torch.full((1,), -1, dtype=torch.int64))
-        # Saved, because lists and codewords of one source mean nothing to the other.
+        # Saved, because codewords and lists of one source are meaningless to the other.
         self.register_buffer("source_code", torch.tensor([SOURCES.index(source)]))
-        # What rebuilds read; lists of source 'experts' are made at once. Megatron cannot save a tensor without numbers.
+        # State of rebuilds. Source 'experts' makes all lists at once and needs none: its tensors are empty and not
+        # saved, because Megatron cannot save empty tensors.
         is_spread, pool_size = source == "tokens", min(POOL * shortlist_size, num_experts)
         pool = torch.zeros(is_spread * num_clusters, pool_size, dtype=torch.int32)
         self.register_buffer("pool", pool, persistent=is_spread)
         staged_keys = torch.full((is_spread * num_experts,), _UNTRIED, dtype=torch.int64)
         self.register_buffer("staged_keys", staged_keys, persistent=is_spread)
-        self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))  # rebuilds so far, codewords ranked
+        self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))  # finished rebuilds; codewords ranked
         self._on_host = HostCopy("built_at", "progress")
         self._on_host.note(self, [-1, 0, 0])
         self._share: Share | None = None
-        self._provisional = None  # what provisional lists were made of
+        self._provisional = None  # what the provisional lists were made from, see _made_of
 
     @property
     def is_built(self) -> bool:
-        """Whether training has made the lists; waits for the device only where another has written that."""
+        """Whether training has made the lists; waits for the device only if other code has written the buffers."""
         return self._state()[0] >= 0
 
     @property
     def schedule(self) -> tuple[int, int]:
-        """Codewords of a block, and R: as :func:`schedule`, for the device of the lists."""
+        """Codewords per block, and R, on the device of the lists; see :func:`schedule`."""
         return schedule(self.num_experts * self.num_shards, self.shortlist.shape[0], self.shortlist.is_cuda)
 
     def _state(self) -> list[int]:
-        """Update of the lists in force, rebuilds so far, and codewords that the rebuild under way has ranked."""
+        """Update that made the lists, number of rebuilds so far, and number of codewords ranked for the next lists."""
         return self._on_host.read(self)
 
     def _set_state(self, built_at: int, num_rebuilds: int, num_ranked: int) -> None:
@@ -202,14 +206,14 @@ class ShortlistIndex(torch.nn.Module):
     ) -> None:
         """Begin a forward: make the first lists, or rank this rank's share of the next ones.
 
-        A second forward of the step and a recomputed one find nothing to do and see the same lists. Evaluation takes
-        the lists that there are. Where there are none yet, it makes provisional ones, and training begins anew.
+        Later forwards of the step and recomputed ones find nothing to do and see the same lists. Evaluation uses the
+        lists in force. If there are none yet, it makes provisional lists, which training replaces by its own.
         Does not communicate.
 
         Args:
-            codebook: whose updates count; one of source 'experts' is fitted to the centers first.
-            weight, bias, score_function, expert_bias: as ``ops.ranking.rank_experts`` takes them.
-            training: whether the forward trains.
+            codebook: its number of updates decides when lists are due. With source 'experts' it is fitted first.
+            weight, bias, score_function, expert_bias: as for ``ops.ranking.rank_experts``.
+            training: whether the forward is one of training.
             group: ranks with the same centers, which share the work; None means this rank alone.
         """
         centers = (weight, bias, score_function, expert_bias)
@@ -220,8 +224,8 @@ class ShortlistIndex(torch.nn.Module):
             return
         (built_at, num_rebuilds, num_ranked), updates = self._state(), codebook.updates_on_host
         due = 0 if built_at < 0 else next_version(built_at, self.refresh_interval)
-        # The first update replaces the random codewords: their pools are of no use to the new ones. An older checkpoint
-        # holds no pools.
+        # Without usable pools the rebuild is full. The first update replaces the random codewords, and so makes their
+        # pools useless; an older checkpoint holds no pools.
         is_at_once = self.source == "experts" or built_at < 1 or num_rebuilds == 0
         if updates >= due and is_at_once:
             self._make_lists(codebook, *centers)
@@ -241,7 +245,7 @@ class ShortlistIndex(torch.nn.Module):
         score_function: str | None,
         expert_bias: torch.Tensor | None,
     ) -> None:
-        """Make all lists at once, of all experts."""
+        """Make all lists at once, from the scores of all experts."""
         if self.source == "experts":
             codebook.fit_experts(weight, is_first=not self.is_built)
             self.shortlist.copy_(inverted_lists(codebook.codewords, weight, self.shortlist.shape[1]))
@@ -259,7 +263,7 @@ class ShortlistIndex(torch.nn.Module):
         return spans(self.num_parts, self.num_experts, self.shortlist.shape[1], self.pool.shape[1])
 
     def _list(self, nearest: torch.Tensor, score: torch.Tensor) -> None:
-        """Put the lists in force that the pools and each expert's best codeword make."""
+        """Replace the lists by those made from the pools, and from each expert's best codeword [E] and score [E]."""
         turn = self._state()[1]
         for span in self._spans():
             first, length = span.experts.start, span.lists.stop - span.lists.start
@@ -277,7 +281,7 @@ class ShortlistIndex(torch.nn.Module):
         expert_bias: torch.Tensor | None,
         group: torch.distributed.ProcessGroup | None,
     ) -> Share:
-        """Rank this rank's part of the codewords ``rows``, in blocks."""
+        """Rank the experts at this rank's blocks of the codewords ``rows``."""
         rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
         pool = torch.full((rows.stop - rows.start, self.pool.shape[1]), -1, device=weight.device)
         share = Share(rows, codebook.updates_on_host, num_ranks, pool, torch.full_like(self.staged_keys, _UNTRIED))
@@ -300,7 +304,7 @@ class ShortlistIndex(torch.nn.Module):
     def _rank_block(
         self, block: slice, codewords: torch.Tensor, scale: torch.Tensor, parts: list[Part], keys: torch.Tensor
     ) -> torch.Tensor:
-        """[n, Q] pools of the codewords of a block; what experts score there enters their keys [E]."""
+        """[n, Q] new pools of a block's codewords; updates the experts' ``keys`` [E] with their scores there."""
         num_rebuilds, (size, turns) = self._state()[1], self.schedule
         ids = torch.arange(codewords.shape[0], device=codewords.device)
         has_its_turn = block.start // size % turns == num_rebuilds % turns
@@ -326,7 +330,7 @@ class ShortlistIndex(torch.nn.Module):
 
     @property
     def failure(self) -> Exception | None:
-        """What kept this rank from ranking its share of the step."""
+        """The error that kept this rank from ranking its share in this step; None if there was none."""
         return None if self._share is None else self._share.failure
 
     def discard(self) -> None:
@@ -335,15 +339,15 @@ class ShortlistIndex(torch.nn.Module):
 
     @torch.no_grad()
     def commit(self, group: torch.distributed.ProcessGroup | None = None) -> None:
-        """End a successful step: keep what the ranks have ranked; once they have ranked everything, change the lists.
+        """End a successful step: keep what the ranks have ranked, and replace the lists once everything is ranked.
 
-        Every rank must call it. Communicates, in steps that rank codewords: one all-reduce (maximum) of the E keys and
-        of the pools of the step's codewords, 8 bytes each. Waits for the device when the lists change.
+        Every rank must call it. In steps that rank codewords it makes one all-reduce (maximum) of the E keys and of the
+        pools of the step's codewords, 8 bytes per number. Waits for the device when the lists change.
 
         Args:
-            group: as :meth:`refresh` took it.
+            group: the group that :meth:`refresh` was given.
         Raises:
-            ValueError: if the group has another number of ranks than those that shared the work.
+            ValueError: if the number of ranks in the group is not that of the ranks that shared the work.
         """
         share, self._share = self._share, None
         if share is None:
@@ -392,7 +396,7 @@ class ShortlistIndex(torch.nn.Module):
             )
         has_lists = any(prefix + name in state_dict for name in ("shortlist", "built_at", "source_code"))
         is_whole = any(prefix + name in state_dict for name in REBUILDING)
-        for name in self._non_persistent_buffers_set:  # older checkpoints hold them, without numbers
+        for name in self._non_persistent_buffers_set:  # older checkpoints hold them, as empty tensors
             state_dict.pop(prefix + name, None)
         num_missing = len(missing_keys)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -402,9 +406,9 @@ class ShortlistIndex(torch.nn.Module):
         if loaded is not None and self.source == "tokens" and int(self.built_at) >= 0:
             self._require_parts(prefix)
         if strict and not has_lists and not is_whole:
-            del missing_keys[num_missing:]  # plain top-k routing has no lists: they are built in the first forward
+            del missing_keys[num_missing:]  # plain top-k routing has no lists: the first forward makes them
             self.built_at.fill_(-1)
-        elif strict and not is_whole:  # the next lists are made at once
+        elif strict and not is_whole:  # an older checkpoint: the next rebuild is full
             missing_keys[num_missing:] = [
                 key for key in missing_keys[num_missing:] if key[len(prefix) :] not in REBUILDING
             ]
@@ -414,7 +418,7 @@ class ShortlistIndex(torch.nn.Module):
         self._share = self._provisional = None
 
     def _require_parts(self, prefix: str) -> None:
-        """Check that loaded lists hold in each part the experts of that part."""
+        """Check that each part of the loaded lists holds only experts of that part."""
         for span in self._spans():
             ids = self.shortlist[:, span.lists]
             if not bool(((ids >= span.experts.start) & (ids < span.experts.stop)).all()):
@@ -425,6 +429,6 @@ class ShortlistIndex(torch.nn.Module):
 
 
 def _made_of(codebook: Codebook, weight: torch.Tensor) -> tuple[int, int | None, int]:
-    """What tells lists that would be made now from lists that were made before."""
+    """Identify what lists are made from: address and version of the weight, and the number of codebook updates."""
     version = None if weight.is_inference() else weight._version  # a tensor of inference mode has none
     return weight.data_ptr(), version, codebook.updates_on_host

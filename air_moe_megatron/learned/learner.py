@@ -1,6 +1,7 @@
-"""The base of codebook and norms, which learn from each global batch without gradients.
+"""Learner, the base class of codebook and norms, which learn from each global batch without gradients.
 
-The layers' learners of one kind learn as a batch: a kernel then serves several layers, and their number hardly counts.
+Learners of the same kind in several layers are updated as one batch. So one kernel launch serves several layers, and
+the time hardly depends on their number.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,18 +12,18 @@ import torch
 
 from air_moe_megatron.learned.module_state import HostCopy, PreservedState
 
-_NUMBERS_OF_BATCH = 2**23  # of the statistics of a batch at most, but one learner at least: 32 MiB for each copy
+_NUMBERS_OF_BATCH = 2**23  # most statistics in a batch of several learners: 32 MiB for each copy
 
 
 class Learner(PreservedState):
     """Statistics of one router that are summed over ranks and applied once per successful step.
 
-    Life of a step: ``accumulate`` in the forward of each microbatch, ``discard`` when the step is attempted again,
-    :func:`apply_updates` with the sums over all ranks after the step. Whatever the dtype of the model, all tensors are
-    fp32 or wider, or integer. Buffers are equal on all ranks.
+    In a step, ``accumulate`` runs in the forward of each microbatch, ``discard`` when the step is attempted again, and
+    :func:`apply_updates` after the step, with the sums over all ranks. All tensors are fp32 or wider, or integer,
+    whatever the dtype of the model. Buffers are equal on all ranks.
 
     Args:
-        shape: of the statistics.
+        shape: shape of the statistics.
     """
 
     title: str
@@ -37,11 +38,11 @@ class Learner(PreservedState):
 
     @property
     def updates_on_host(self) -> int:
-        """Number of updates so far; waits for the device only where another has written it."""
+        """Number of updates so far; waits for the device only if other code has written the buffer."""
         return self._on_host.read(self)[0]
 
     def count_update(self) -> None:
-        """Note that a global batch has passed."""
+        """Add one to the number of updates."""
         num_updates = self.updates_on_host + 1
         self.num_updates += 1
         self._on_host.note(self, [num_updates])
@@ -51,37 +52,37 @@ class Learner(PreservedState):
         self.statistics.zero_()
 
     def batch_key(self) -> tuple:
-        """Learners with the same key may learn as one batch; the same on every rank."""
+        """Key of this learner, the same on every rank; learners with equal keys may learn as one batch."""
         return type(self), self.statistics.shape, self.updates_on_host
 
     def drop_note(self) -> str:
-        """Words that the log adds to the warning of a dropped update; waits for the device."""
+        """Text that the log appends to the warning about a dropped update; may wait for the device."""
         return ""
 
     @staticmethod
     def num_tokens(statistics: torch.Tensor) -> torch.Tensor:
-        """[N] tokens that the statistics [N, ...] of N learners hold."""
+        """[N] number of tokens in the statistics [N, ...] of N learners."""
         raise NotImplementedError
 
     @staticmethod
     def learn(learners: Sequence[Self], statistics: torch.Tensor) -> None:
-        """Learn from the statistics [N, ...] of N learners with the same key: finite, and of a token or more."""
+        """Update N learners with the same key from statistics [N, ...], all finite and with a token or more each."""
         raise NotImplementedError
 
     def drop(self) -> None:
-        """Note that a global batch was lost; nothing is learned from it."""
+        """Handle a global batch whose statistics are not finite: nothing is learned from it."""
 
     def apply_update(self, statistics: torch.Tensor, is_finite: bool, has_tokens: bool = True) -> None:
-        """As :func:`apply_updates`, of this learner alone."""
+        """Call :func:`apply_updates` for this learner alone."""
         apply_updates([self], [statistics], [(is_finite, has_tokens)])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.discard()  # what was accumulated belongs to the state before
+        self.discard()  # what was accumulated belongs to the state before loading
 
 
 def batches_of(learners: Iterable[Learner]) -> list[list[Learner]]:
-    """The learners, those with the same key together; the same on every rank."""
+    """Group learners by key; the grouping is the same on every rank."""
     batches = {}
     for learner in learners:
         batches.setdefault(learner.batch_key(), []).append(learner)
@@ -91,14 +92,15 @@ def batches_of(learners: Iterable[Learner]) -> list[list[Learner]]:
 def apply_updates(
     learners: Sequence[Learner], statistics: Sequence[torch.Tensor], states: Sequence[tuple[bool, bool]]
 ) -> list[Learner]:
-    """Have learners with the same key learn from a global batch, each if its statistics are finite and hold a token.
+    """Update learners of one key from a global batch, each if its statistics are finite and have at least one token.
 
     Args:
-        learners: N, all with the same ``batch_key``.
-        statistics: of each, summed over all ranks.
-        states: for each whether its statistics are finite, and whether they hold a token; the same on every rank.
+        learners: N learners with the same ``batch_key``.
+        statistics: N tensors of statistics, summed over all ranks.
+        states: for each learner, whether its statistics are finite and whether they have a token; the same on every
+            rank.
     Returns:
-        the learners for which the batch was lost, as a statistic is not finite.
+        the learners that lost the batch because a statistic is not finite.
     """
     learning, lost = [], []
     for learner, sums, (is_finite, has_tokens) in zip(learners, statistics, states, strict=True):
@@ -114,7 +116,7 @@ def apply_updates(
 
 
 def stacked(learners: Sequence[Learner], *names: str) -> list[torch.Tensor]:
-    """Of each name, the buffers of N learners as one tensor [N, ...]."""
+    """Stack the buffers of N learners: for each name, one tensor [N, ...]."""
     return [torch.stack([getattr(learner, name) for learner in learners]) for name in names]
 
 

@@ -1,6 +1,6 @@
-"""What stands in the shortlists: pure functions from scores to lists.
+"""The contents of shortlists: pure functions from scores to lists, and draws from lists.
 
-Legend: H hidden, E experts, C clusters, L shortlist.
+Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, R explored candidates.
 """
 
 import torch
@@ -10,10 +10,10 @@ from air_moe_megatron.ops.unit_vectors import unit_rows
 
 
 def reserved_slots(num_experts: int, num_clusters: int, shortlist_size: int, topk: int) -> int:
-    """Slots at the end of each list that go to experts which no list would hold: enough for all of them, where the
-    top-k leaves room.
+    """Number of slots at the end of each list that are reserved for experts that no list would hold otherwise.
 
-    A list in parts is reserved for part by part: with the experts, the slots and the top-k of one part.
+    The reserved slots suffice for all experts, unless the top-k leaves too little room. For lists in parts, pass the
+    experts, slots and top-k of one part.
 
     Example: E = 16384, C = 512, L = 128 reserves 32 of the 128 slots.
     """
@@ -22,23 +22,23 @@ def reserved_slots(num_experts: int, num_clusters: int, shortlist_size: int, top
 
 @torch.no_grad()
 def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0) -> torch.Tensor:
-    """Shortlists that hold every expert: the *orphan rule*.
+    """Make shortlists that together hold every expert: the *orphan rule*.
 
-    A list keeps the experts that score highest at its codeword, up to its reserved slots. The experts that no list
-    keeps are the orphans. Each goes into a reserved slot of the codeword at which it scores highest, the highest
-    scores first; those that find it full go where there is room, in order. Slots that no orphan takes go to the
-    experts that score highest next. So an expert that the model has left is still scored for the tokens that it suits
-    best, and can come back. Where there are more orphans than reserved slots, they take turns.
+    The slots before the reserved ones go to the experts that score highest at the codeword. Experts that are then in no
+    list are orphans. In the order of their scores, the best first, an orphan takes a reserved slot at its best
+    codeword, or any free reserved slot if that list is full. Slots that no orphan takes go to the next-best experts. So
+    an expert that no token selects any more is still scored, and can be selected again. If there are more orphans than
+    reserved slots, they take turns.
 
     Args:
-        ranking: lists best first.
+        ranking: its lists are [C, L], best first.
         reserved: slots per list, see :func:`reserved_slots`; 0 leaves the lists as they are.
-        turn: number of the rebuild; whose turn it is.
+        turn: number of the rebuild, which decides whose turn it is.
     Returns:
         [C, L] int32, ascending expert ids.
 
-    Example: two codewords that both rank the experts 0, 1, 2, 3, lists of 3 with 2 slots reserved: both keep 0; the
-    orphans 1, 2, 3 take three of the four slots.
+    Example: two codewords both rank the experts 0, 1, 2, 3, and lists have 3 slots, 2 of them reserved. Both lists keep
+    expert 0; the orphans 1, 2, 3 take three of the four reserved slots.
     """
     lists = ranking.lists
     num_clusters, num_experts = lists.shape[0], ranking.nearest.numel()
@@ -68,7 +68,7 @@ def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0) -> torch.T
 
 
 def _first_distinct(ids: torch.Tensor, count: int) -> torch.Tensor:
-    """[C, count]: the first ids of each row that are not -1 and do not repeat an earlier one."""
+    """[C, count] first ids of each row that are not -1 and do not repeat an earlier one."""
     sorted_ids, slots = ids.sort(dim=1, stable=True)
     out = sorted_ids < 0
     out[:, 1:] |= sorted_ids[:, 1:] == sorted_ids[:, :-1]
@@ -77,15 +77,15 @@ def _first_distinct(ids: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def inverted_lists(codewords: torch.Tensor, weight: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Put every expert into the list of its nearest codeword that has room: a classic inverted file, bounded.
+    """Put every expert into the list of its nearest codeword that has room: an inverted file with a list capacity.
 
-    In each round the experts still outside propose to their nearest codeword with room, which takes the nearest of
-    them. Every expert ends up in exactly one list.
+    In each round every expert without a list proposes to its nearest codeword with room, and each codeword takes the
+    nearest of these experts. Every expert ends up in exactly one list.
 
     Args:
         codewords: [C, H] fp32, unit rows.
         weight: [E, H] expert centers.
-        capacity: experts a list can hold; C * capacity must be at least E.
+        capacity: most experts per list; C * capacity must be at least E.
     Returns:
         [C, capacity] int32, ascending expert ids, -1 at the end of a shorter list.
     """
@@ -113,19 +113,19 @@ def inverted_lists(codewords: torch.Tensor, weight: torch.Tensor, capacity: int)
 
 @torch.no_grad()
 def draw_slots(codewords: torch.Tensor, shortlist_size: int, number: int, turn: int) -> torch.Tensor:
-    """Draw slots of the lists that each token searches, at equal distances from a start that every turn moves.
+    """Draw R of the P * L slots that each token searches, equally spaced from a start that moves with every turn.
 
-    The start follows from the token's codewords, not from its place in the batch: however a batch is spread over ranks,
-    its tokens draw the same. In P * L turns each draw visits every slot once, as its step is a prime above P * L. The
-    hash and its constants are xxHash's (github.com/Cyan4973/xxHash), shortened.
+    The start depends on the token's codewords and not on its position in the batch. So tokens draw the same slots
+    however a batch is spread over ranks. In P * L turns each draw visits every slot once, because its step is a prime
+    above P * L. The hash and its constants are those of xxHash (github.com/Cyan4973/xxHash), shortened.
 
     Args:
-        codewords: [T, P] int64, of each token.
+        codewords: [T, P] int64, the codewords of each token.
         shortlist_size: L.
         number: R, at most P * L.
-        turn: a count that goes up, of updates.
+        turn: a count that increases, such as that of updates.
     Returns:
-        [T, R] int64, of the P * L slots of each token.
+        [T, R] int64, slots from 0 to P * L - 1.
     """
     total = codewords.shape[1] * shortlist_size
     mixed = (codewords + 1) * 0x9E3779B1 % 2**32
@@ -137,7 +137,7 @@ def draw_slots(codewords: torch.Tensor, shortlist_size: int, number: int, turn: 
 
 @torch.no_grad()
 def without_repeats(drawn: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """[T, R] ids ``drawn``, with -1 for those that stand in the same row of ``others`` [T, M], or earlier in theirs."""
+    """[T, R] ids ``drawn``, with -1 for an id that is also in that row of ``others`` [T, M] or earlier in ``drawn``."""
     kept = drawn.clone()
     for column in range(drawn.shape[1]):
         ids = drawn[:, column : column + 1]
@@ -147,10 +147,10 @@ def without_repeats(drawn: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def balanced_lists(num_clusters: int, shortlist_size: int, num_experts: int, device: torch.device) -> torch.Tensor:
-    """Lists of consecutive experts, spread evenly over the ids whatever the weights; for load tests.
+    """Lists of consecutive experts, spread evenly over the ids and independent of the weights; for load tests.
 
-    Every expert has the same number of slots if C * L is a multiple of E, otherwise one more or less; with fewer
-    slots than experts, some have none.
+    Every expert has the same number of slots if C * L is a multiple of E, otherwise one more or less. If there are
+    fewer slots than experts, some experts have none.
 
     Returns:
         [C, L] int32, ascending expert ids.

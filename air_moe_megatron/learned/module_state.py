@@ -1,4 +1,4 @@
-"""Statistics of a module that survive when a model is cast, moved or wrapped."""
+"""Module state that keeps its dtype and values when a model is cast, moved or wrapped."""
 
 from collections.abc import Callable
 
@@ -6,18 +6,18 @@ import torch
 
 
 class PreservedState(torch.nn.Module):
-    """A module whose statistics survive what frameworks do to a model.
+    """A module whose buffers and accumulators keep dtype and values when the model is cast or wrapped.
 
-    Buffers keep dtype and values in a cast. Megatron's ``Float16Module`` and ``model.bfloat16()`` round every floating
-    buffer, and a rounded statistic cannot be restored.
+    Megatron's ``Float16Module`` and ``model.bfloat16()`` would round every floating-point buffer, and a rounded
+    statistic cannot be restored. Here a cast leaves the buffers as they are.
 
-    Accumulators (:meth:`add_accumulator`) hold what one rank has summed up. They are no buffers, because
+    Accumulators (:meth:`add_accumulator`) hold sums of this rank alone. They are not buffers, because
     ``torch.nn.parallel.DistributedDataParallel`` overwrites every buffer with that of rank 0 in each forward. They move
     with the module and keep their dtype. Checkpoints do not hold them.
     """
 
     def add_accumulator(self, name: str, value: torch.Tensor) -> None:
-        """Make a tensor an accumulator of the module; it replaces a buffer of the same name."""
+        """Register a tensor as an accumulator of the module; it replaces a buffer of the same name."""
         self._buffers.pop(name, None)
         self._non_persistent_buffers_set.discard(name)
         self.__dict__.setdefault("_accumulators", []).append(name)
@@ -35,13 +35,13 @@ class PreservedState(torch.nn.Module):
 
 
 class HostCopy:
-    """Integer buffers of a module, known on the host.
+    """A copy on the host of integer buffers of a module.
 
-    The device is waited for only where something else has written a buffer since: a loaded checkpoint, a broadcast, an
-    averaged model.
+    :meth:`read` waits for the device only if other code has written a buffer since the last :meth:`note`: a loaded
+    checkpoint, a broadcast, an averaged model.
 
     Args:
-        names: of the buffers.
+        names: names of the buffers.
     """
 
     def __init__(self, *names: str) -> None:
@@ -50,17 +50,17 @@ class HostCopy:
         self._values: list[int] = []
 
     def read(self, module: torch.nn.Module) -> list[int]:
-        """The numbers of all buffers, one after another."""
+        """The values of all buffers, one after another."""
         if self._written != self._writes(module):
             self.note(module, [number for name in self._names for number in module._buffers[name].tolist()])
         return self._values
 
     def note(self, module: torch.nn.Module, values: list[int]) -> None:
-        """Take it that the buffers hold these numbers now."""
+        """Record that the buffers hold these values now."""
         self._written, self._values = self._writes(module), values
 
     def _writes(self, module: torch.nn.Module) -> tuple:
-        """Changes when a buffer is replaced or written in place. Tensors of inference mode do not count writes."""
+        """A value that changes when a buffer is replaced or written in place; inference tensors do not count writes."""
         buffers = [module._buffers[name] for name in self._names]
         return tuple((buffer.data_ptr(), None if buffer.is_inference() else buffer._version) for buffer in buffers)
 

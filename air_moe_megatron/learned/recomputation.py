@@ -1,13 +1,14 @@
 """Count each token once where activations are recomputed.
 
-Checkpointing runs the forward of a layer twice for the same tokens. Statistics must count one of the two:
+Activation checkpointing runs the forward of a layer twice for the same tokens. Statistics must count one of the two:
 
 - Reentrant checkpointing (Megatron's, and ``torch.utils.checkpoint`` with ``use_reentrant=True``) runs the first
   forward without gradients and repeats it with gradients inside the backward. The second one counts.
 - Non-reentrant checkpointing runs both with gradients. The first one counts.
 
-So the two differ in what they compute. Selective checkpointing stores results of the first forward, and hands them to
-the second one in order. What only one of them computes must be hidden from it, see :func:`hidden_from_checkpoints`.
+So the two forwards run different operations. Selective checkpointing stores results of operations in the first forward
+and returns them, in order, in the second. An operation that runs in only one of the two must be hidden from it, see
+:func:`hidden_from_checkpoints`.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -23,16 +24,16 @@ def is_in_backward() -> bool:
 
 
 def hidden_from_checkpoints() -> AbstractContextManager:
-    """A context in which selective checkpointing stores no result and replaces none; nothing without it."""
+    """A context in which selective checkpointing stores and replaces no results; no effect without checkpointing."""
     selective = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
     return _pop_mode_temporarily() if isinstance(_get_current_dispatch_mode(), selective) else nullcontext()
 
 
 class ForwardCounter:
-    """Tells the forwards of one module that count from those that repeat one.
+    """Decides which training forwards of one module count, and which only repeat another.
 
-    A forward inside a backward counts if a forward without gradients waits for its repetition. Both are told by number,
-    so the order of microbatches does not matter.
+    A forward inside a backward counts if an earlier forward without gradients is still to be repeated. Only the number
+    of such forwards is kept, so the order of microbatches does not matter.
     """
 
     def __init__(self) -> None:
@@ -51,14 +52,14 @@ class ForwardCounter:
         return True
 
     def reset(self) -> None:
-        """Forget forwards that wait for their repetition: a new attempt at a step begins."""
+        """Forget forwards that are still to be repeated; call it when an attempt at a step begins, and when it ends."""
         self._num_waiting = 0
 
 
 def _is_repeated_by_torch() -> bool:
-    """Whether a non-reentrant checkpoint of torch repeats a forward; seen where no other hook hides it.
+    """Whether a non-reentrant checkpoint of torch is repeating a forward. Other saved-tensor hooks can hide this.
 
-    It matters only after a training forward without gradients that nothing repeats.
+    The answer matters only after a training forward without gradients that nothing repeats.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__qualname__.startswith("_recomputation_hook")

@@ -1,11 +1,11 @@
 """RunningNorm: features centered and scaled by statistics of earlier batches.
 
-For tokens before they are scored (``moe_router_input_norm``), and for the queries of product keys when evaluating.
-Hidden states share a large mean, above all in a young model: their directions are then nearly one, and the experts that
-lie along it win every token. Without the mean the differences between tokens decide. It is what PEER's batch norm does
-for its queries (He 2024, arXiv 2407.04153), with statistics that are learned like the codebook: without gradients, once
+It normalizes tokens before they are scored (``moe_router_input_norm``), and the queries of product keys in evaluation.
+Hidden states share a large mean, above all in a young model. So they all point nearly the same way, and the experts
+in that direction win every token. Without the mean the differences between tokens decide. PEER's batch norm does this
+for its queries (He 2024, arXiv 2407.04153). Here the statistics are learned like the codebook: without gradients, once
 per global batch, from sums over all ranks. So no token sees the others of its batch, training and evaluation compute
-the same, and the one all-reduce of ``sync.py`` carries the sums.
+the same function, and the one all-reduce of ``sync.py`` carries the sums.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ EPSILON = 1e-5
 
 
 def moments(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read the sums [..., 3H + 1] of :func:`batch_sums`: shift of the mean, variance [..., H], count [...], in fp64.
+    """Shift of the mean [..., H], variance [..., H] and count [...], in fp64, from :func:`batch_sums` [..., 3H + 1].
 
     Example: [3, 9, 0, 2] gives the shift 1.5, the variance 4.5 - 2.25 = 2.25 and the count 2.
     """
@@ -31,9 +31,9 @@ def moments(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 class RunningNorm(Learner):
-    """``(h - mean) / sqrt(variance + 1e-5)`` with running statistics; before the first update it changes nothing.
+    """``(h - mean) / sqrt(variance + 1e-5)`` with running statistics, which start at mean 0 and variance 1.
 
-    ``statistics`` are those of :func:`batch_sums`.
+    ``statistics`` are the sums that :func:`batch_sums` returns.
     """
 
     title = "running norm"
@@ -41,11 +41,11 @@ class RunningNorm(Learner):
     def __init__(self, num_features: int) -> None:
         super().__init__(3 * num_features + 1)
         self.register_buffer("mean", torch.zeros(num_features, dtype=torch.float32))
-        # The square of a finite fp32 number may be beyond fp32.
+        # fp64, because the square of a finite fp32 number may overflow fp32.
         self.register_buffer("variance", torch.ones(num_features, dtype=torch.float64))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, H] normalized tokens, in their dtype."""
+        """[T, H] normalized tokens, in the dtype of ``hidden``."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return normalize(hidden, self.mean, (self.variance + EPSILON).rsqrt().to(wide))
 
@@ -59,13 +59,13 @@ class RunningNorm(Learner):
 
     @staticmethod
     def num_tokens(statistics: torch.Tensor) -> torch.Tensor:
-        """[...] tokens that statistics [..., 3H + 1] hold."""
+        """[...] number of tokens in statistics [..., 3H + 1]."""
         return statistics[..., -1]
 
     @staticmethod
     @torch.no_grad()
     def learn(norms: Sequence["RunningNorm"], statistics: torch.Tensor) -> None:
-        """Move towards the mean and variance of a global batch: the n-th update by 1/n, and by at least a tenth."""
+        """Move mean and variance towards those of a global batch: in update n by 1/n, but at least by a tenth."""
         shift, variance, _ = moments(statistics)
         mean, running = stacked(norms, "mean", "variance")
         rate = max(1.0 / (norms[0].updates_on_host + 1), 1.0 - DECAY)

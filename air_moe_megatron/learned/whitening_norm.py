@@ -1,8 +1,8 @@
 """WhiteningNorm: tokens centered, scaled and decorrelated by statistics of earlier batches.
 
-Directions of much variance weigh most in a score. Batch-normalized scores, as those of product keys (He 2024, arXiv
-2407.04153), have one variance each. So have the scores of whitened tokens, for centers of one length, and no score of
-every expert is needed. docs/routers.md#whitened-tokens says what was measured.
+Directions with large variance dominate a score. Batch-normalized scores, such as those of product keys (He 2024, arXiv
+2407.04153), all have the same variance. So do the scores of whitened tokens and centers of equal length, without
+scoring every expert. docs/routers.md#whitened-tokens has the measured effect.
 """
 
 from collections.abc import Sequence
@@ -12,22 +12,23 @@ import torch
 from air_moe_megatron.learned.learner import Learner, stacked, store
 from air_moe_megatron.learned.running_norm import DECAY, EPSILON
 
-SHRINKAGE = 0.5  # of the correlations towards none
-_INTERVAL = 20  # updates between two factorizations at most
+SHRINKAGE = 0.5  # weight of the identity when correlations are shrunk towards it
+_INTERVAL = 20  # most updates between two factorizations
 
 
 def is_factorized(num_updates: int) -> bool:
-    """Whether an update makes the whitening anew: each of the first 20, then fewer, one in 20 from 200 on."""
+    """Whether an update recomputes the whitening: each of the first 20 does, then fewer, from 200 on one in 20."""
     return num_updates % min(max(1, num_updates // 10), _INTERVAL) == 0
 
 
 @torch.no_grad()
 def whitening_of(covariance: torch.Tensor) -> torch.Tensor:
-    """``L^-1 D^-1/2`` [..., H, H] fp32 of covariances [..., H, H]: D the diagonal, ``L L^T`` the correlations, shrunk.
+    """Whitening matrix ``L^-1 D^-1/2`` [..., H, H] fp32 of covariances [..., H, H]; computed in fp64.
 
-    Correlations are shrunk halfway to the identity. So directions of much variance are scaled down, and those of hardly
-    any are scaled up by no more than the square root of 2. In fp64. Where the sums of fp32 have lost the covariance
-    beside a far larger mean, so that no factor exists, it is ``D^-1/2`` alone, as in the running norm.
+    D is the diagonal, and ``L L^T`` are the correlations, shrunk halfway to the identity. So directions with large
+    variance are scaled down, and those with hardly any are scaled up by at most sqrt(2). If the shrunk correlations
+    have no Cholesky factor, the result is ``D^-1/2``, as in the running norm. That happens when fp32 sums lose the
+    covariance beside a far larger mean.
 
     Example: the covariance [[4, 0], [0, 9]] gives [[1/2, 0], [0, 1/3]].
     """
@@ -43,9 +44,9 @@ def whitening_of(covariance: torch.Tensor) -> torch.Tensor:
 class WhiteningNorm(Learner):
     """``A (h - mean)`` with running statistics; before the first update it changes nothing.
 
-    A is :func:`whitening_of` the running covariance, or of what it was some updates ago (:func:`is_factorized`).
-    ``statistics`` [H + 1, H + 1] are sums over tokens of the outer product of ``(h - mean, 1)`` with itself. A batch
-    whose squares are beyond fp32 is dropped, as one with infinite tokens.
+    A is :func:`whitening_of` the running covariance as of the last factorization (:func:`is_factorized`).
+    ``statistics`` [H + 1, H + 1] fp32 are sums over tokens of the outer product of ``(h - mean, 1)`` with itself. A
+    batch whose squares overflow fp32 is dropped, like one with infinite tokens.
     """
 
     title = "whitening norm"
@@ -57,7 +58,7 @@ class WhiteningNorm(Learner):
         self.register_buffer("whitening", torch.eye(num_features, dtype=torch.float32))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, H] whitened tokens, in their dtype."""
+        """[T, H] whitened tokens, in the dtype of ``hidden``."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return (hidden.to(wide) - self.mean).to(hidden.dtype) @ self.whitening.t().to(hidden.dtype)
 
@@ -74,13 +75,13 @@ class WhiteningNorm(Learner):
 
     @staticmethod
     def num_tokens(statistics: torch.Tensor) -> torch.Tensor:
-        """[...] tokens that statistics [..., H + 1, H + 1] hold."""
+        """[...] number of tokens in statistics [..., H + 1, H + 1]."""
         return statistics[..., -1, -1]
 
     @staticmethod
     @torch.no_grad()
     def learn(norms: Sequence["WhiteningNorm"], statistics: torch.Tensor) -> None:
-        """Move towards the mean and covariance of a global batch: the n-th update by 1/n, and by at least a tenth."""
+        """Move mean and covariance towards those of a global batch: in update n by 1/n, but at least by a tenth."""
         means = statistics.double() / statistics[:, -1:, -1:].double()
         shift = means[:, -1, :-1]
         batch_covariance = means[:, :-1, :-1] - shift.unsqueeze(2) * shift.unsqueeze(1)

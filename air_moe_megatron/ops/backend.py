@@ -1,8 +1,8 @@
-"""The choice between an operation's Triton kernels and torch. One function decides, for all of them.
+"""The choice between Triton kernels and torch; one function decides for all operations.
 
-The environment variable AIR_MOE_BACKEND forces "torch" or "triton"; unset, or "auto", kernels take what is on a GPU and
-within their limits. A module of kernels names its limits in ``LIMITS``. They are what the kernels can do, not where
-they are fastest.
+The environment variable AIR_MOE_BACKEND forces "torch" or "triton". If it is unset or "auto", the kernels run for
+tensors that are on a GPU and within their limits. A module of kernels states its limits in ``LIMITS``. The limits are
+what the kernels can do, not where they are fastest.
 """
 
 import functools
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "AIR_MOE_BACKEND"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SHARED_MEMORY = 160 * 1024
-"""Bytes of shared memory per block that the kernels are sized for: an A100 has 163 KiB, an H100 227, an L40S 99."""
+"""Bytes of shared memory per block that the kernels need. An A100 has 163 KiB, an H100 227, and an L40S only 99."""
 
 
 def use_kernels(operation: str, *tensors: torch.Tensor, dtype: torch.dtype | None = None, **sizes: int) -> bool:
@@ -27,10 +27,10 @@ def use_kernels(operation: str, *tensors: torch.Tensor, dtype: torch.dtype | Non
     Args:
         operation: folder under ``ops/``.
         tensors: floating-point inputs, all on one device.
-        dtype: of the arithmetic, where that is not theirs.
-        sizes: those that the kernels limit, by their names in ``LIMITS``.
+        dtype: dtype of the arithmetic, if it is not that of the tensors.
+        sizes: the sizes that the kernels limit, by their names in ``LIMITS``.
     Raises:
-        ValueError: if AIR_MOE_BACKEND is none of its values, or "triton" where the kernels cannot run.
+        ValueError: if AIR_MOE_BACKEND has an unknown value, or is "triton" and the kernels cannot run.
     """
     forced = _forced()
     if forced == "torch":
@@ -45,7 +45,7 @@ def use_kernels(operation: str, *tensors: torch.Tensor, dtype: torch.dtype | Non
 
 
 def explain(operation: str, device: torch.device, dtypes: list[torch.dtype], **sizes: int) -> tuple[str, str]:
-    """What :func:`use_kernels` answers for tensors of these dtypes on a device, in words for people.
+    """Explain the choice of :func:`use_kernels` for tensors of these dtypes on a device.
 
     Returns:
         "Triton" or "torch", and the reason.

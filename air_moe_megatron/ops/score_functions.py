@@ -1,4 +1,4 @@
-"""The functions through which Megatron's expert bias is added to a score: ``function(score_e) + expert_bias_e``."""
+"""Score functions that Megatron combines with an expert bias: experts rank by ``function(score_e) + expert_bias_e``."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,10 @@ SCORE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def validate_expert_bias(score_function: str | None, expert_bias: torch.Tensor | None, num_experts: int) -> None:
-    """Check that a score function and an expert bias come together.
+    """Check that a score function and an expert bias are given together or not at all.
 
     Raises:
-        ValueError: if they do not, the function is unknown, or the bias is not [E].
+        ValueError: if only one is given, the function is unknown, or the bias is not [E].
     """
     if score_function is not None and score_function not in SCORE_FUNCTIONS:
         raise ValueError(f"score_function ({score_function!r}) must be None or one of {tuple(SCORE_FUNCTIONS)}")

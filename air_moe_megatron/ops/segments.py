@@ -1,4 +1,4 @@
-"""Segments: items sorted by what they belong to, and how many of them one program or product takes.
+"""Segments, which are runs of items sorted by the group that they belong to; and sizes of blocks.
 
 Legend: N items, Z segments; others as in ``ops/__init__.py``.
 """
@@ -7,13 +7,13 @@ import torch
 
 
 def sort_into_segments(ids: torch.Tensor, num_segments: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sort items by segment, those of one segment in their order. Does not wait for the device.
+    """Sort items by segment; items of one segment keep their order. Does not wait for the device.
 
     Args:
-        ids: [N] int64, segment of each item; an item of a segment beyond the last is in none.
+        ids: [N] int64, segment of each item; an item with an id of Z or more is in no segment and comes last.
         num_segments: Z.
     Returns:
-        [N] int64 items, sorted; [Z + 1] int64 slot of each segment's first; the last is where the last segment ends.
+        [N] int64 items, sorted; [Z + 1] int64 position of each segment's first item, and the end of the last segment.
 
     Example: ids [1, 0, 1] of 2 segments give [1, 0, 2] and [0, 1, 3].
     """
@@ -22,12 +22,12 @@ def sort_into_segments(ids: torch.Tensor, num_segments: int) -> tuple[torch.Tens
 
 
 def block_of(size: int, largest: int) -> int:
-    """Power of two for a matrix product over ``size`` elements: 16, the least of one, to ``largest``."""
+    """Block size for a matrix product over ``size`` elements: a power of two from 16 to ``largest``."""
     return min(largest, max(16, next_power_of_2(size)))
 
 
 def block_rows_of(num_items: int, num_segments: int) -> int:
-    """Items of a block for a matrix product: about those of a segment, from 16 to 64."""
+    """Number of items per block for a matrix product: about the mean length of a segment, from 16 to 64."""
     return block_of(num_items // max(1, min(num_items, num_segments)), 64)
 
 
@@ -37,5 +37,5 @@ def next_power_of_2(size: int) -> int:
 
 
 def contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors as kernels address them, None left alone."""
+    """The tensors, made contiguous, as the kernels require; None stays None."""
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)

@@ -1,12 +1,12 @@
-"""Parts that kernels share: products of tiles, keys that order, and blocks of segments.
+"""Functions that kernels share: products of tiles, sortable keys, and blocks of segments.
 
-A ``for`` loop in a kernel has bounds that are known when it is compiled, or follow from the number of an outer loop:
-sizes of a layer are ``tl.constexpr``, and a loop over what only the device can count is a ``while``. Triton pipelines
-no loop without a matrix product anyway, and its interpreter does not take a tensor as the bound of a ``range``
-(NumPy 2.5).
+The bounds of a ``for`` loop in a kernel are known at compile time, or follow from the index of an outer loop. So sizes
+of a layer are ``tl.constexpr``, and a loop over a count that only the device knows is a ``while``. Triton's interpreter
+does not take a tensor as the bound of a ``range`` (NumPy 2.5), and the compiler pipelines only loops with a matrix
+product anyway.
 
-The interpreter has no 16-bit products either, since NumPy has no bf16: :func:`dot` widens the tiles there. Products of
-16-bit numbers are exact in fp32, so that both ways agree but for the order of a sum.
+The interpreter has no 16-bit products, because NumPy has no bf16: there :func:`dot` widens the tiles. Products of
+16-bit numbers are exact in fp32, so both ways agree except for the order of a sum.
 """
 
 import torch
@@ -18,13 +18,13 @@ from air_moe_megatron.ops.segments import block_of
 LOWEST_KEY = tl.constexpr(-(2**63))  # ranks below every candidate
 HIGHEST_KEY = tl.constexpr(2**63 - 1)
 
-_MOST_BLOCKS = tl.constexpr(2**62)  # more than there can be
+_MOST_BLOCKS = tl.constexpr(2**62)  # more blocks than there can be
 _ID_MASK = 2**31 - 1
 _ID_BITS = tl.constexpr(_ID_MASK)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# An entry of a unit row is at most 1, and small ones fall out of fp16's range: scaled so, what is lost is below 2^-38.
+# Entries of a unit row are at most 1, and small ones underflow in fp16. With this scale the loss is below 2^-38.
 _FP16_SCALE = 2.0**14
 
 
@@ -38,10 +38,11 @@ def dot(a, b, acc):
 
 @triton.jit
 def dot_wide(a, b, acc, DOT_DTYPE: tl.constexpr):
-    """``acc + a @ b`` for an a that may be fp32 beside a b that is exact in DOT_DTYPE.
+    """``acc + a @ b``, where a may be fp32, and b is exact in DOT_DTYPE.
 
-    fp32 products do not use the tensor cores: beside a 16-bit b, an fp32 a is two bf16 numbers, its high and its low
-    part, and keeps 16 bits. So is an fp16 b, exactly: an fp32 a would not fit fp16's range.
+    fp32 products do not use the tensor cores. So with a 16-bit b, an fp32 a is split into two bf16 numbers, a high and
+    a low part, which keep 16 bits. They are bf16 because an fp32 a may exceed fp16's range. An fp16 b is then split
+    into two bf16 numbers as well, which is exact.
     """
     if a.dtype == tl.float32 and DOT_DTYPE != tl.float32:
         high = a.to(tl.bfloat16)
@@ -73,9 +74,9 @@ def codeword_products(
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """[BLOCK_C, BLOCK_R] fp32 products of codewords and rows; of rows times their scales if SCALED.
+    """[BLOCK_C, BLOCK_R] fp32 products of codewords and rows; if SCALED, of rows times their scales.
 
-    The codewords are the rows of the product: its M is at least 64, BLOCK_R need not be.
+    The codewords are the M dimension of the product, which must be at least 64; BLOCK_R may be smaller.
     """
     products = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
     for start in range(0, H, BLOCK_H):
@@ -96,7 +97,8 @@ def codeword_products(
 
 @triton.jit
 def order_key(values, ids):
-    """int64 that orders fp32 values with their ids (below 2^31): by value, NaN first, then by lower id."""
+    """int64 keys of fp32 values and ids (below 2^31): a higher value has a higher key, NaN the highest; on a tie the
+    lower id has the higher key."""
     bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
     bits = tl.where(values != values, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     return (bits.to(tl.int64) << 32) | (ids.to(tl.int64) ^ _ID_BITS)
@@ -104,13 +106,13 @@ def order_key(values, ids):
 
 @triton.jit
 def id_of_key(keys):
-    """int64 id in a key."""
+    """int64 ids in keys."""
     return (keys & _ID_BITS) ^ _ID_BITS
 
 
 @triton.jit
 def value_of_key(keys):
-    """fp32 value in a key."""
+    """fp32 values in keys."""
     bits = (keys >> 32).to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -122,7 +124,7 @@ def ids_of_keys(keys: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def apply_score_function(scores, NAME: tl.constexpr):
-    """``scores`` themselves (None), their sigmoid, or the root of their softplus."""
+    """Scores unchanged (NAME is None), their sigmoid, or the square root of their softplus."""
     if NAME == "sigmoid":
         scores = 1.0 / (1.0 + tl.exp(-scores))
     elif NAME == "sqrtsoftplus":
@@ -135,12 +137,12 @@ def apply_score_function(scores, NAME: tl.constexpr):
 
 
 def step_of(size: int, dot_dtype: tl.dtype) -> int:
-    """Elements of a step along the summed dimension: 128 bytes, but few in fp32, whose operands are in registers."""
+    """Elements per step along the summed dimension: up to 64 (128 bytes); 16 in fp32, whose operands take registers."""
     return block_of(size, 16 if dot_dtype == tl.float32 else 64)
 
 
 def dot_dtype_of(hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> tl.dtype:
-    """The narrowest dtype in which the products of tokens and weights are those of ``dtype``."""
+    """The narrowest dtype whose products of tokens and weights equal those in ``dtype``."""
     if dtype == torch.float32 and hidden.dtype == weight.dtype:
         dtype = hidden.dtype
     return _TRITON_DTYPES[dtype]
@@ -153,8 +155,8 @@ def split_codewords(codewords: torch.Tensor, dtype: torch.dtype) -> tuple[torch.
         codewords: [C, H] fp32, unit rows.
         dtype: bf16 or fp16; or fp32, which needs no split.
     Returns:
-        [3, C, H] in ``dtype``, largest summand first ([1, C, H] in fp32); and the power of two by which their sum is
-        too large.
+        [3, C, H] in ``dtype``, largest summand first ([1, C, H] in fp32); and the power of two by which the codewords
+        were multiplied.
 
     Example: 1 + 2^-9 in bf16 (8 bits) is 1, 2^-9 and 0, times 1.
     """
@@ -181,7 +183,7 @@ def _segment_blocks_kernel(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The segment of each block, by binary search, and its first item."""
+    """Find the segment of each block by binary search, and the block's first item."""
     blocks = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     segment = tl.zeros_like(blocks)  # segments whose blocks all come before
     for step in range(STEPS):
@@ -198,15 +200,15 @@ def _segment_blocks_kernel(
 def segment_blocks(first: torch.Tensor, num_items: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut segments of consecutive items into blocks, without waiting for the device.
 
-    There are as many blocks as ``num_items`` items in Z segments can need at most: with n segments in use, each but for
-    its last block full, that is ``(num_items + (block_size - 1) * n) / block_size``.
+    B is the largest number of blocks that ``num_items`` items in Z segments can need. With n segments in use, each full
+    except for its last block, that is ``(num_items + (block_size - 1) * n) / block_size``.
 
     Args:
-        first: [Z + 1] int64, first item of each segment; the last is where the last segment ends. Z is at least 1.
-        num_items: items at most; with ``block_size`` at least as many, each segment in use is one block.
-        block_size: items of a block.
+        first: [Z + 1] int64, first item of each segment, and the end of the last segment. Z is at least 1.
+        num_items: largest number of items. If ``block_size`` is at least this, each segment in use is one block.
+        block_size: items per block.
     Returns:
-        [B] int64 segment of each block, Z where there is no block; [B] int64 first item of each block.
+        [B] int64 segment of each block, Z for an unused block; [B] int64 first item of each block.
 
     Example: first [0, 3, 3, 4], 4 items, blocks of 2: segments [0, 0, 2], starts [0, 2, 3].
     """

@@ -1,16 +1,16 @@
-"""Lengths and directions of rows, right for every finite length: rows are scaled before they are squared.
+"""Lengths and directions of rows, correct for every finite length: rows are scaled before they are squared.
 
-Squares of fp32 numbers below 1e-23 or above 1e19 leave fp32's range. The scale is a power of two, and 1 for ordinary
-rows: multiplying by it rounds nothing, and ordinary rows give the same bits as without it.
+Squares of fp32 numbers below 1e-23 or above 1e19 leave fp32's range. The scale is a power of two, so multiplying by it
+does not round. It is 1 for ordinary rows, whose bits therefore do not change.
 """
 
 import torch
 
 LONGEST = 2.0**96
-"""What a longer row counts as in a sum of lengths: about 8e28, so that the sum of 2^31 rows stays finite."""
+"""Cap on a row's length in a sum of lengths, about 8e28, so that the sum over 2^31 rows stays finite."""
 
-# A row whose largest entry is outside of (SMALL, LARGE) is multiplied by GROW or SHRINK: then squares of its entries,
-# and sums of 2^24 of them, are normal fp32 numbers.
+# A row whose largest entry is below SMALL or above LARGE is multiplied by GROW or SHRINK. Then the square of its
+# largest entry, and sums of 2^24 squares, are normal fp32 numbers.
 SMALL, LARGE = 2.0**-60, 2.0**50
 GROW, SHRINK = 2.0**100, 2.0**-100
 
@@ -37,7 +37,7 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
     Args:
         rows: [..., H], any float dtype.
     Returns:
-        [..., H] fp32: zero for a row of zeros, NaN somewhere in a row that is not finite.
+        [..., H] fp32; zero for a row of zeros, and with a NaN in it for a row that is not finite.
 
     Example: [[3e-30, 4e-30], [0, 0]] gives [[0.6, 0.8], [0, 0]].
     """

@@ -1,8 +1,8 @@
-"""The gradient of a weight of which a microbatch uses some rows: into Megatron's ``main_grad`` where there is one.
+"""The gradient of a weight of which a microbatch uses only some rows, added to Megatron's ``main_grad`` if it exists.
 
-A dense gradient of [V, H] per microbatch is as large as the weight itself, whatever few rows were used. Megatron's
-data-parallel wrapper gives each parameter a ``main_grad`` that outlives the microbatch; the sums go straight there, as
-those of its fused linear layers do, and touch only the rows that were used.
+A dense gradient [V, H] per microbatch is as large as the weight, however few rows were used. Megatron's data-parallel
+wrapper gives each parameter a ``main_grad`` that outlives the microbatch. As in Megatron's fused linear layers, the
+sums are added there directly. They touch only the rows that were used.
 """
 
 import warnings
@@ -11,27 +11,27 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import embedding_bag
 
-_CHUNK_ELEMENTS = 2**26  # of the products on their way into main_grad on a GPU: 256 MiB in fp32
+_CHUNK_ELEMENTS = 2**26  # elements of the products that are added to main_grad at a time on a GPU: 256 MiB in fp32
 
 
 def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
-    """[V, H] view of the buffer that gathers the gradient of ``weight`` over microbatches; None where there is none."""
+    """[V, H] view of ``weight.main_grad``, which accumulates the gradient over microbatches; None if it has none."""
     main_grad = getattr(weight, "main_grad", None)
     return None if main_grad is None else main_grad.view(-1, weight.shape[-1])
 
 
 def added_to_main_grad(weight: torch.Tensor) -> torch.Tensor:
-    """The result of a backward for a weight whose gradient is in ``main_grad`` already.
+    """What a backward returns for a weight whose gradient has been added to ``main_grad``.
 
-    Autograd needs a tensor of the right shape for Megatron's hooks to run; they do not read it, and it is never
-    written, so that on a CPU it takes no memory.
+    Autograd needs a tensor of the right shape to run Megatron's hooks, which do not read it. It is never written, so on
+    a CPU it takes no physical memory.
     """
     weight.grad_added_to_main_grad = True
     return torch.empty_like(weight)
 
 
 def add_weight_gradient(weight: torch.Tensor, add: Callable[[torch.Tensor], None]) -> torch.Tensor:
-    """Have ``add`` add to ``main_grad`` [V, H] where there is one, otherwise to zeros; give what backward returns."""
+    """Call ``add`` on ``main_grad`` [V, H] if it exists, otherwise on zeros; return what the backward must return."""
     main_grad = main_grad_of(weight)
     if main_grad is None:
         grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
@@ -46,20 +46,20 @@ def weight_gradient(
 ) -> torch.Tensor:
     """Sum ``values[n] * source[rows[n]]`` over the pairs n of each row of ``weight``.
 
-    Into an fp32 ``main_grad`` go the sums themselves: on a CPU by a sparse-times-dense product, on a GPU
-    by atomic additions, unless torch's deterministic algorithms are on. For a narrower ``main_grad`` the sums are made
-    apart, dense, and rounded once. Does not wait for the device.
+    Sums are added directly to an fp32 ``main_grad``: on a CPU by a sparse-times-dense product, and on a GPU by atomic
+    additions, unless torch's deterministic algorithms are on. For a narrower ``main_grad`` a dense tensor of sums is
+    made first, and rounded once. Does not wait for the device.
 
     Args:
         weight: [..., H] parameter of V rows.
         source: [R, H], any float dtype.
-        first: [V + 1] int64, the first pair of each row of weight; the last is N.
-        rows: [N] int64, rows of source, the pairs sorted by row of weight.
+        first: [V + 1] int64, the first pair of each row of weight; the last entry is N.
+        rows: [N] int64, rows of source; the pairs are sorted by row of weight.
         values: [N], any float dtype.
     Returns:
-        the gradient in the dtype and shape of ``weight``; where it went into ``main_grad``, a tensor to be ignored.
+        the gradient in the dtype and shape of ``weight``; if it was added to ``main_grad``, a tensor to be ignored.
 
-    Example: first [0, 0, 2], rows [0, 1], values [2, 1] makes row 0 zero, and row 1 equal 2 * source[0] + source[1].
+    Example: first [0, 0, 2], rows [0, 1] and values [2, 1] make row 0 zero, and row 1 2 * source[0] + source[1].
     """
     main_grad = main_grad_of(weight)
     wide = torch.promote_types(source.dtype, torch.float32)
@@ -79,7 +79,7 @@ def weight_gradient(
 
 
 def sparse_rows(first: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, num_columns: int) -> torch.Tensor:
-    """The CSR matrix [V, num_columns] of which row m has ``values`` in the ``columns`` from ``first[m]`` on."""
+    """The CSR matrix [V, num_columns] with ``values`` in ``columns``; ``first`` [V + 1] has the start of each row."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse")  # torch announces CSR as beta, once per process
         shape = (first.numel() - 1, num_columns)

@@ -19,11 +19,11 @@ ROUTERS: dict[str, type[CompactRouter]] = {
     router.router_type: router
     for router in (ExactRouter, AIRRouter, ProductKeyRouter, HierarchicalRouter, HashRouter, VQRouter)
 }
-"""The router of each ``moe_router_type``. With Megatron's own experts, "topk" is Megatron's own class instead."""
+"""The router class of each ``moe_router_type``. With Megatron's own experts, "topk" is Megatron's own class instead."""
 
 
 def router_class(config: TransformerConfig) -> type[CompactRouter]:
-    """The class of the routers that a config asks for."""
+    """The router class that a config selects."""
     return ShardedAIRRouter if is_sharded(config) else ROUTERS[config.moe_router_type]
 
 
@@ -34,7 +34,7 @@ def find_routers[R: CompactRouter](
 
     Args:
         modules: a module, or several, such as Megatron's model chunks.
-        router_class: the class; by default that of all routers of this package.
+        router_class: the class to find; by default every router of this package.
     """
     chunks = [modules] if isinstance(modules, torch.nn.Module) else modules
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, router_class)]

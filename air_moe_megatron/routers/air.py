@@ -1,10 +1,11 @@
 """AIRRouter: coarse assignment to codewords -> shortlist -> exact fine scores -> top-k.
 
-Top-k and probabilities are Megatron's own functions, applied to a token's candidates instead of all experts. With a
-full shortlist the router therefore routes as ``TopKRouter``. Nothing on the way to ``Routes`` is of size [T, E];
-``_to_dense`` alone makes such maps, for Megatron's own dispatchers.
+Megatron's own functions select the top-k and compute the probabilities, from a token's candidates instead of all
+experts. So with shortlists of all experts the router equals ``TopKRouter``. No tensor of size [T, E] is made up to
+``Routes``; only ``_to_dense`` makes one, for Megatron's own dispatchers.
 
-Legend: S sequence length, N candidates of a token in a tensor: K, M or P*L of them; others as in ``ops/__init__.py``.
+Legend: N candidates per token in a tensor (K, M, M + R or P*L), R explored candidates; others as in
+``ops/__init__.py``.
 """
 
 import argparse
@@ -34,13 +35,13 @@ from air_moe_megatron.routers.observation import CodewordCounter
 from air_moe_megatron.routers.token_ids import ids_in_order
 
 _SAMPLE_SIZE = 64  # tokens
-# The logit of what is no candidate, for sqrtsoftplus: the score is 4e-18, and at -inf the gradient would be NaN.
+# Logit of an empty slot with sqrtsoftplus. It gives the score 4e-18; -inf would give a NaN gradient.
 _NEXT_TO_NOTHING = -80.0
 
 
 @dataclass(frozen=True)
 class TokenSample:
-    """A few tokens, and the lists that were searched for them."""
+    """A sample of tokens, with the codewords whose lists were searched for them."""
 
     hidden: torch.Tensor  # [n, H]
     codewords: torch.Tensor  # [n, P] int64
@@ -57,9 +58,9 @@ class AIRRouter(CompactRouter):
     router_type = "air"
     has_lists = True
     center_group: torch.distributed.ProcessGroup | None = None
-    """The ranks that each hold the centers and lists of other experts; None where this rank holds all of them."""
+    """Ranks over which centers and lists are sharded by expert; None if this rank holds all of them."""
     first_expert = 0
-    """The expert of the first row of ``weight``."""
+    """Global id of the expert in the first row of ``weight``."""
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
@@ -68,25 +69,25 @@ class AIRRouter(CompactRouter):
         self.sizes = resolve_sizes(config)
         self.codebook = Codebook(self.sizes.num_clusters, config.hidden_size, config.moe_air_codebook_ema)
         self.index = self._make_index()
-        # No slot of the routes stays empty: lists of source 'tokens' are full. Inverted lists may be short, and several
-        # lists may hold fewer than M distinct experts: an empty slot may then stand in for one whose score underflows.
+        # A list of source 'tokens' is full, so it fills every slot of the routes. Inverted lists may be short, and
+        # several lists may hold fewer than M distinct experts: then an empty slot can beat a score that underflows.
         self.always_complete = config.moe_air_codebook_source == "tokens" and self.sizes.num_probes == 1
-        # Beginnings of the names of what a checkpoint lacks, and so is not asked for; loading sets it back.
+        # Name prefixes of state that is missing from the checkpoint, so that it is not requested. Loading clears them.
         self.left_out: list[str] = []
-        # For logs only: tokens of the last training forward, kept while they are asked for; what counts all of them.
+        # For logs only: ``sample`` has tokens of the last training forward; ``observer`` counts the tokens of a step.
         self.keeps_sample = config.moe_air_diagnostics_interval > 0
         self.sample: TokenSample | None = None
         self.observer: CodewordCounter | None = None
 
     def mean_over_shards(self, share: torch.Tensor) -> torch.Tensor:
-        """Of a share [] of this rank's experts or slots, that of all experts."""
+        """Turn a fraction [] of this rank's experts or slots into the fraction over all ranks of ``center_group``."""
         return share
 
     def _make_index(self) -> ShortlistIndex:
         return self._make_shard_of_index(1, 0)
 
     def _make_shard_of_index(self, num_shards: int, shard: int) -> ShortlistIndex:
-        """The lists of one of equal shards of consecutive experts."""
+        """Make the lists of one of ``num_shards`` equal shards of consecutive experts."""
         sizes, num_parts = self.sizes, self.config.moe_air_list_parts
         part_sizes = sizes.num_experts // num_parts, sizes.num_clusters, sizes.shortlist_size // num_parts
         return ShortlistIndex(
@@ -102,11 +103,11 @@ class AIRRouter(CompactRouter):
         )
 
     def _list_group(self) -> torch.distributed.ProcessGroup | None:
-        """The ranks that hold the same lists, and share their rebuilds."""
+        """Ranks that hold the same lists and share the work of rebuilding them."""
         return self.tp_dp_cp_group
 
     def _of_own_experts(self, values: torch.Tensor | None) -> torch.Tensor | None:
-        """Of values [E], those of the experts whose centers this rank holds."""
+        """Select from values [E] those of the experts whose centers this rank holds."""
         return values
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
@@ -127,7 +128,7 @@ class AIRRouter(CompactRouter):
         return replace(routes, probs=probs, codewords=codewords)
 
     def _token_ids(self, num_tokens: int, batch_size: int) -> torch.Tensor | None:
-        """[T] ids of this forward's tokens, where the observer was told them and their order is that of the tokens."""
+        """[T] token ids of this forward; None if the observer has none, or none that match the tokens one by one."""
         ids = self.observer.token_ids
         if ids is None or ids.shape[0] != batch_size:  # packed microbatches are flattened after the embedding
             return None
@@ -137,14 +138,13 @@ class AIRRouter(CompactRouter):
     def _candidates(
         self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score the probed lists, and keep the best experts that probabilities and losses may see.
+        """Score the probed lists, and keep the candidates that probabilities and losses use.
 
-        Where only the selected scores reach the loss, these are the top-k; otherwise the best M, and at the end R
-        explored ones for balancing losses. A load test draws among all of them.
+        These are the top-k if only the selected scores reach the loss. Otherwise they are the best M, followed by R
+        explored candidates for the balancing losses. In a load test they are all P*L slots, with random logits.
 
         Returns:
-            [T, N] logits with their gradients, random ones in a load test; [T, N] int32 expert ids, -1 for no
-            candidate.
+            [T, N] differentiable logits; [T, N] int32 expert ids, -1 for an empty slot.
         """
         is_load_test = self.config.moe_router_force_load_balancing
         if is_load_test:
@@ -161,9 +161,9 @@ class AIRRouter(CompactRouter):
         return logits, ids
 
     def _explored(self) -> Explored | None:
-        """The explored candidates that end each token's, or None.
+        """Describe the explored candidates, which are each token's last; None if there are none.
 
-        Not whether a loss sees them now, as in :meth:`_all_scores_matter`.
+        As in :meth:`_all_scores_matter`, the answer does not depend on whether gradients are enabled.
         """
         is_seen = self.training and self.is_aux_loss_enabled() and not self.config.moe_router_force_load_balancing
         if not is_seen or not self.sizes.num_explored:
@@ -179,9 +179,9 @@ class AIRRouter(CompactRouter):
         num_candidates: int,
         num_explored: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, N] scores of the best candidates with their gradients, [T, N] int32 expert ids, -1 for no candidate.
+        """[T, N] differentiable scores of the best candidates; [T, N] int32 expert ids, -1 for an empty slot.
 
-        The last ``num_explored`` are drawn from the lists.
+        The last ``num_explored`` candidates are not the best, but drawn from the lists.
         """
         best, best_ids = fine_topk(
             hidden,
@@ -203,7 +203,7 @@ class AIRRouter(CompactRouter):
         return torch.cat((best, scores), dim=1), torch.cat((best_ids, drawn), dim=1)
 
     def _draw(self, shortlist: torch.Tensor, codewords: torch.Tensor, number: int) -> torch.Tensor:
-        """[T, number] int32 experts drawn from the lists, as many of each part of a list."""
+        """[T, number] int32 experts drawn from the lists, equally many from each part of a list."""
         num_parts = self.config.moe_air_list_parts * shortlist.shape[1] // self.sizes.shortlist_size  # on this rank
         size = shortlist.shape[1] // num_parts
         slots = draw_slots(codewords, size, number // num_parts, self.codebook.updates_on_host)
@@ -212,7 +212,7 @@ class AIRRouter(CompactRouter):
         return shortlist[lists.unsqueeze(2), (slots % size).unsqueeze(2) + first].flatten(1)
 
     def _scores_of(self, hidden: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """[T, n] scores of the experts ``ids`` [T, n], -inf for the id -1; a column of experts at a time."""
+        """[T, n] scores of the experts ``ids`` [T, n], -inf for id -1; by columns, so that no [T, n, H] is made."""
         columns = []
         for expert in ids.clamp(min=0).unbind(dim=1):
             column = (hidden.to(dtype) * self.weight[expert].to(dtype)).sum(dim=1)
@@ -220,24 +220,25 @@ class AIRRouter(CompactRouter):
         return torch.stack(columns, dim=1).masked_fill(ids < 0, float("-inf"))
 
     def _probs_of(self, selected: torch.Tensor) -> torch.Tensor:
-        """[T, K] probs of selected scores [T, K]; only where no other score enters them."""
+        """[T, K] probs of the selected scores [T, K]; valid only if probs depend on no other score."""
         return probs_of_selected(selected, **self._score_settings())
 
     def _all_scores_matter(self) -> bool:
-        """Whether scores beside the selected ones reach the loss, and so need gradients.
+        """Whether scores other than the selected ones reach the loss, and so need gradients.
 
-        Not whether they do so now: a checkpointed forward runs without gradients at first, and ties must fall alike.
+        The answer must not depend on whether gradients are enabled: a checkpointed forward runs first without and then
+        with gradients, and both passes must break ties alike.
         """
         return (
             (self.training and self.is_aux_loss_enabled())
             or self.config.moe_z_loss_coeff is not None
             or (self.score_function == "softmax" and self.config.moe_router_pre_softmax)
-            or self.config.moe_router_force_load_balancing  # its straight-through estimator hangs on all of them
+            or self.config.moe_router_force_load_balancing  # its straight-through estimator uses all scores
         )
 
     @torch.no_grad()
     def _coarse(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The lists to search, [C, L] int32, and which of them each token searches, [T, P]."""
+        """[C, L] int32 lists, and [T, P] int64 codewords whose lists each token searches."""
         self.refresh_lists(self.training)
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
@@ -254,7 +255,7 @@ class AIRRouter(CompactRouter):
         else:
             codewords = assign(hidden, self.codebook.codewords, num_probes, allowed)
         if self.config.moe_router_force_load_balancing:
-            # A load test: the cost of the coarse stage stays, but neither it nor the lists may favor an expert.
+            # A load test keeps the cost of the coarse stage, but replaces its results by some that favor no expert.
             num_clusters, shortlist_size = shortlist.shape
             shortlist = balanced_lists(num_clusters, shortlist_size, self.num_experts, hidden.device)
             tokens = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
@@ -264,7 +265,7 @@ class AIRRouter(CompactRouter):
 
     @torch.no_grad()
     def refresh_lists(self, training: bool) -> None:
-        """Make the first lists, or rank this rank's share of the next ones, as ``ShortlistIndex.refresh``."""
+        """Make the first lists, or rank this rank's share of the next ones; see ``ShortlistIndex.refresh``."""
         self.index.refresh(
             self.codebook,
             self.weight,
@@ -277,7 +278,7 @@ class AIRRouter(CompactRouter):
 
     @staticmethod
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
-        """As the base's."""
+        """See the base class."""
         return {
             "moe_air_codebook_source": config.moe_air_codebook_source,
             "moe_air_list_parts": config.moe_air_list_parts,
@@ -285,14 +286,16 @@ class AIRRouter(CompactRouter):
 
     @staticmethod
     def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
-        """As the base's: 2H(C + PL) forward, 4HK backward, or 4HM where every candidate's score gets gradients.
+        """See the base class: 2H(C + PL) forward; 4HK backward, or 4HM if all candidates get gradients.
 
-        With balancing losses R explored candidates are scored too, and get gradients: 2HR and 4HR.
+        With balancing losses, R explored candidates add 2HR forward and 4HR backward.
 
-        The ranks share a rebuild of lists, ``2CH(C + nL + E/R)`` of n lists and R turns on a CPU, ``2CEH`` on a GPU
-        (``learned/index.py``). The first two of a training are in full and by every rank, ``2CEH``. With source
-        'experts' every rank makes them all: ``2CEH`` for the lists, and as much for each step of k-means that assigns
-        the experts anew, ten in the first rebuild and one in the others.
+        Source 'tokens': the ranks share a rebuild of the lists. It takes ``2CEH`` on a GPU, and on a CPU at most
+        ``2CH(E/R + C/R + 13L)`` with R turns (``learned/index.py``). The first two rebuilds of a training are full,
+        ``2CEH``, and every rank makes them alone.
+
+        Source 'experts': every rank makes all rebuilds alone. One takes ``2CEH`` for the lists, and as much for each
+        step of k-means: ten steps in the first rebuild, one in each later one.
         """
         hidden, sizes = config.hidden_size, resolve_sizes(config)
         refresh = 0.0
@@ -321,24 +324,24 @@ class AIRRouter(CompactRouter):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """As Megatron's; without what a checkpoint that is being loaded lacks."""
+        """Make Megatron's sharded state dict, without what the checkpoint that is being loaded lacks."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         left_out = tuple(prefix + name for name in self.left_out)
         return {key: value for key, value in state.items() if not key.startswith(left_out)} if left_out else state
 
     def learners(self) -> list[Learner]:
-        """As the base's, and the codebook where it learns from tokens."""
+        """List the base's learners, and the codebook if it learns from tokens."""
         return super().learners() + ([self.codebook] if self.index.source == "tokens" else [])
 
     def discard(self) -> None:
-        """As the base's, and what was ranked for the next lists."""
+        """Forget what the base class forgets, and what was ranked for the next lists."""
         super().discard()
         self.index.discard()
         if self.observer is not None:
             self.observer.discard()
 
     def count_step(self, group: torch.distributed.ProcessGroup | None) -> None:
-        """As the base's; a codebook of source 'experts' learns at the next rebuild of the lists."""
+        """Commit the lists. A codebook of source 'experts' counts the step, but learns only when lists are rebuilt."""
         if self.index.source == "experts":
             self.codebook.count_update()
         self.index.commit(group)
@@ -349,7 +352,7 @@ class AIRRouter(CompactRouter):
 
 
 def _all_scores_matter(config: TransformerConfig) -> bool:
-    """As the router's own answer in training."""
+    """What :meth:`AIRRouter._all_scores_matter` answers in training, from the config alone."""
     return (
         bool(balancing_losses(config))
         or config.moe_z_loss_coeff is not None
@@ -359,13 +362,13 @@ def _all_scores_matter(config: TransformerConfig) -> bool:
 
 
 def _columns(selected: torch.Tensor) -> torch.Tensor:
-    """[T, K]: that all K candidates are selected."""
+    """[T, K] columns 0 to K - 1 for each token: all K candidates are selected."""
     return torch.arange(selected.shape[1], device=selected.device).expand_as(selected)
 
 
 @torch.no_grad()
 def _take_sample(hidden: torch.Tensor, codewords: torch.Tensor, padding_mask: torch.Tensor | None) -> TokenSample:
-    """Up to 64 tokens, spread evenly over [T, H]; clones, so that the rest can be freed."""
+    """Clone up to 64 tokens, spread evenly over [T, H]; a view would keep all of them in memory."""
     step = max(1, -(-hidden.shape[0] // _SAMPLE_SIZE))
     return TokenSample(
         hidden=hidden[::step].clone(),

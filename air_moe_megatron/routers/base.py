@@ -1,9 +1,9 @@
-"""The base of every router of ours: compact routes, and Megatron's own functions around them.
+"""CompactRouter, the base class of our routers: compact routes, made with Megatron's own functions.
 
-A router gives candidates, [T, M] logits with their expert ids, or chooses by itself. Selection and probabilities are
-Megatron's functions, applied to the columns of the candidates. The losses are in losses.py. Nothing on the way to
-``Routes`` is of size [T, E], unless the router scores all experts. Only ``_to_dense`` makes dense maps, for Megatron's
-own dispatchers.
+A router either scores candidates, [T, M] logits with expert ids, and calls ``_choose_among``, or it chooses experts
+itself. Megatron's functions select among the candidates and compute the probabilities. The losses are in losses.py.
+No tensor of size [T, E] is made up to ``Routes``, unless the router scores all experts. Only ``_to_dense`` makes dense
+maps, for Megatron's own dispatchers.
 """
 
 import argparse
@@ -37,40 +37,40 @@ _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 @dataclass(frozen=True)
 class Routes:
-    """The experts of each token, compactly."""
+    """The experts of each token in compact form, without tensors of size [T, E]."""
 
     topk_ids: torch.Tensor  # [T, K] int32, in no order; -1 where candidates ran out, and for padding
     probs: torch.Tensor  # [T, K] router dtype, 0 where the id is -1; carries the gradients and the auxiliary losses
-    # [T, P] int64, AIR only: probed codewords, nearest first (in a load test: taken in turn)
+    # [T, P] int64, AIR only: probed codewords, nearest first (in a load test: round robin)
     codewords: torch.Tensor | None = None
-    columns: torch.Tensor | None = None  # [T, K] int64, where the experts stand among candidates, if there were some
-    sharded: ShardedRows | None = None  # what the ranks of the experts hold, with sharded routing
+    columns: torch.Tensor | None = None  # [T, K] int64, the experts' columns among the candidates; None without these
+    sharded: ShardedRows | None = None  # sharded routing only: the rows and pairs on the ranks that own the experts
 
 
 class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
-    """A router that gives :class:`Routes`; a subclass says how experts are chosen.
+    """A router that returns :class:`Routes`; a subclass defines how experts are chosen.
 
     A subclass defines ``router_type``, ``flops`` and ``_choose``. One without a center per expert sets
     ``vectors_per_expert`` to 0: the [E, H] weight of ``TopKRouter`` is then never touched.
 
-    A training forward with gradients counts its tokens once, also where activations are recomputed
+    A training forward with gradients counts its tokens, and counts them once even if activations are recomputed
     (``learned/recomputation.py``). Evaluation changes no state. A router whose parameters are all frozen learns
     nothing.
     """
 
     router_type: ClassVar[str]
-    """The ``moe_router_type`` that asks for this class."""
+    """The ``moe_router_type`` that selects this class."""
     checkpoint_key: ClassVar[str | None] = None
     """Parameter or buffer that only routers of this type have in a checkpoint; None for top-k and AIR, which load into
     each other."""
     vectors_per_expert = 1
-    """Vectors of the hidden size that the router has for each expert; with 0 it has no [E, H] weight."""
+    """Number of vectors of the hidden size per expert; with 0 the router has no [E, H] weight."""
     has_lists = False
     """Whether forwards rebuild lists of experts, which must be the same on all ranks."""
     always_complete = True
     """Whether every slot of the routes holds an expert."""
     may_repeat = False
-    """Whether an expert may hold several slots of a token."""
+    """Whether an expert may take several slots of the same token."""
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None, is_mtp_layer: bool = False
@@ -79,11 +79,12 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         norm = INPUT_NORMS[config.moe_router_input_norm]
         self.input_norm = None if norm is None else norm(config.hidden_size)
-        # Megatron makes its counts of a global batch as buffers.
+        # Megatron registers its counts of a global batch as buffers.
         for name in ("local_tokens_per_expert", "global_tokens_per_expert", "ga_steps"):
             if getattr(self, name) is not None:
                 self.add_accumulator(name, getattr(self, name))
-        # For logs only: tokens of each expert and routed tokens since the last health line, and both at the last step.
+        # For logs only: tokens per expert and routed tokens since the last health line, and the values of both at the
+        # end of the last step.
         self.add_accumulator("expert_load", torch.zeros(self.num_experts, dtype=torch.int64))
         self.add_accumulator("num_routed", torch.zeros(1, dtype=torch.int64))
         self.add_accumulator("logged_before", torch.zeros(self.num_experts + 1, dtype=torch.int64))
@@ -93,23 +94,23 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
 
     @staticmethod
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
-        """The config fields that a checkpoint of this router is bound to, with automatic sizes chosen."""
+        """Config fields, automatic sizes resolved, that must be the same when a checkpoint of this router is loaded."""
         return {}
 
     @staticmethod
     def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
-        """Operations per token of this router.
+        """FLOPs of this router per token.
 
         Args:
             config: a valid config with our fields.
-            rebuilds: of AIR's shortlists; None leaves them out.
+            rebuilds: how AIR rebuilds its shortlists; None leaves out their cost.
 
         Example: H = 8, E = 100, K = 2 and topk: forward 1600, backward 3200.
         """
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """As Megatron's. Without a center per expert, drop the empty weight before anything is written to it."""
+        """Initialize as Megatron does; a router without a center per expert drops the weight before it is filled."""
         if self.vectors_per_expert:
             super().reset_parameters()
         else:
@@ -118,7 +119,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     def add_parameter(
         self, name: str, *shape: int, init_method: Callable[[torch.Tensor], object] | None = None
     ) -> None:
-        """Register a parameter of the router, made and marked as ``Router.reset_parameters`` does with the weight."""
+        """Register a parameter, initialized and marked as ``Router.reset_parameters`` does it for the weight."""
         values = torch.empty(shape, dtype=torch.float32)
         if self.config.perform_initialization:
             (init_method or self.config.init_method)(values)
@@ -154,11 +155,12 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the layer's dispatcher what it takes.
+        """Route the tokens, and return what the layer's dispatcher takes.
 
         A layer must call this and not :meth:`route`: only this runs the module's hooks, such as those that gather
         parameters.
 
+        Args: as :meth:`route`.
         Returns:
             with compact dispatch [T, K] probs and expert ids of :meth:`route`; otherwise, as ``TopKRouter.forward``,
             dense [T, E] probs and routing map.
@@ -178,12 +180,12 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             drop_policy=self.config.moe_token_drop_policy,
             pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
         )
-        if self.enable_expert_bias:  # what was dropped does not count
+        if self.enable_expert_bias:  # dropped tokens do not count
             padded = routing_map.new_zeros(()) if padding_mask is None else padding_mask.reshape(-1, 1)
             self._count_for_bias(routing_map.masked_fill(padded, False).sum(dim=0))
         return probs, routing_map
 
-    @torch.compiler.disable  # group sizes are read on the host, and AIR's lists are rebuilt by a count of updates
+    @torch.compiler.disable  # the host reads group sizes, and the count of updates that decides when lists are rebuilt
     def _route(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None) -> Routes:
         self._is_counted = self.training and self._forwards.counts()
         self._maintain_float32_expert_bias()
@@ -204,18 +206,19 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
                 self.expert_load += counts
                 self.num_routed += hidden.shape[0] if padding_mask is None else (~padding_mask).sum()
             self.has_learned |= self.learns()
-            if self.config.moe_expert_capacity_factor is None:  # with it, forward drops some of them first
+            if self.config.moe_expert_capacity_factor is None:  # otherwise forward counts, after it has dropped tokens
                 self._count_for_bias(counts)
         return routes
 
     def _as_scored(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, H] tokens as they are scored."""
+        """[T, H] tokens as the router scores them: after the input norm, if there is one."""
         return hidden if self.input_norm is None else self.input_norm(hidden)
 
     def _without_padding(self, hidden: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
-        """[T, H] tokens with padding replaced by finite numbers, which are zeros with compact dispatch.
+        """[T, H] tokens with padding made finite; with compact dispatch it becomes zero.
 
-        Dense maps dispatch padding too. There it keeps its finite part, as equal rows would all go to the same experts.
+        Dense maps dispatch padding too. There only its non-finite entries become zero, because equal rows would all go
+        to the same experts.
         """
         padding = hidden.new_zeros(()) if self.config.moe_dispatch == "compact" else hidden.nan_to_num(0.0, 0.0, 0.0)
         return torch.where(padding_mask.unsqueeze(1), padding, hidden)
@@ -229,17 +232,17 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
 
     @torch.compiler.disable
     def _count_for_bias(self, counts: torch.Tensor) -> None:
-        """Add [E] tokens of each expert to those that Megatron's update of the expert bias reads."""
+        """Add the tokens of each expert, ``counts`` [E], to the counts that Megatron's expert-bias update reads."""
         if self.enable_expert_bias and self.learns():
             with hidden_from_checkpoints():
                 self.local_tokens_per_expert += counts
 
     def learners(self) -> list[Learner]:
-        """List what learns from each global batch without gradients."""
+        """List the modules that learn from each global batch without gradients."""
         return [] if self.input_norm is None else [self.input_norm]
 
     def discard(self) -> None:
-        """Forget what the forwards since the last step have added; an attempt at a step begins."""
+        """Begin an attempt at a step: forget what forwards have added since the last step."""
         for learner in self.learners():
             learner.discard()
         self.expert_load.copy_(self.logged_before[:-1])
@@ -251,22 +254,22 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         self._forwards.reset()
 
     def count_step(self, group: torch.distributed.ProcessGroup | None) -> None:
-        """End a successful step in which every rank of the group has run the router; may communicate within it."""
+        """End a successful step in which every rank of the group has run the router; may communicate over the group."""
 
     def end_step(self) -> None:
-        """Keep what the forwards since the last step have added to the logs; the next global batch begins."""
+        """End a step, successful or not: keep what its forwards have added to the logs."""
         self.logged_before.copy_(torch.cat((self.expert_load, self.num_routed)))
-        self.reset_global_aux_loss_tracker()  # Megatron's loop has done so; another loop has not
+        self.reset_global_aux_loss_tracker()  # Megatron's loop does so too, but other loops may not
         self.has_learned = False
         self._forwards.reset()
 
     def reset_log(self) -> None:
-        """Begin to count the tokens of the next log line."""
+        """Reset the counts for the next log line."""
         for counts in (self.expert_load, self.num_routed, self.logged_before):
             counts.zero_()
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
-        """Route tokens [T, H]; ``padding_mask`` is [T] bool, True for padding, or None if there is none."""
+        """Choose the experts of tokens [T, H]; ``padding_mask`` is [T] bool, True for padding, or None."""
         raise NotImplementedError
 
     def _choose_among(
@@ -277,9 +280,9 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         batch_size: int,
         explored: Explored | None = None,
     ) -> Routes:
-        """The best K of each token's candidates, by logits [T, N] with expert ids [T, N], as Megatron chooses.
+        """Select each token's best K candidates as Megatron does, by logits [T, N] with expert ids [T, N].
 
-        The explored ones, at the end, are for the balancing losses alone.
+        Explored candidates are the last columns. Only the balancing losses see them.
         """
         num_best = logits.shape[1] - (0 if explored is None else explored.number)
         best = self.apply_z_loss(logits[:, :num_best], padding_mask=padding_mask)
@@ -293,7 +296,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     def _select(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, K] probs and columns of the selected candidates, as Megatron selects them."""
         expert_bias = None
-        if self.expert_bias is not None:  # an absent candidate must not win by its bias
+        if self.expert_bias is not None:  # an empty slot must not be selected because of a bias
             expert_bias = self.expert_bias[ids.clamp(min=0)].masked_fill(ids < 0, float("-inf"))
         return topk_routing_with_score_function(
             logits, self.topk, expert_bias=expert_bias, dense_output=True, **self._score_settings()
@@ -307,15 +310,15 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         }
 
     def _to_dense(self, routes: Routes) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, E] probs and routing map of the routes: linear in E, for the stock dispatchers only.
+        """Convert routes to dense [T, E] probs and routing map, for the stock dispatchers only.
 
-        The probs of an expert that holds several slots of a token add up. Megatron's all-to-all counts on K experts
-        per token. Where a token has fewer, others fill up with a prob of zero.
+        If an expert takes several slots of a token, their probs are added. Megatron's all-to-all requires exactly K
+        experts per token, so a token with fewer gets further experts with a prob of zero.
         """
         num_tokens, width = routes.topk_ids.shape[0], self.num_experts
         ids = routes.topk_ids.long()
         if not self.always_complete:
-            ids = torch.where(ids < 0, width, ids)  # a column of its own, cut off below
+            ids = torch.where(ids < 0, width, ids)  # empty slots get an extra column, which is cut off below
             width += 1
         rows = torch.arange(num_tokens, device=ids.device).unsqueeze(1)
         probs = routes.probs.new_zeros(num_tokens, width).index_put((rows, ids), routes.probs, self.may_repeat)
@@ -342,9 +345,9 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         bias: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """[T, V] scores of tokens against the rows of a weight, by Megatron's product for router gates.
+        """[T, V] scores of tokens against the rows of a weight, computed by Megatron's ``router_gating_linear``.
 
-        It does not take an empty batch.
+        An empty batch takes ``torch.nn.functional.linear``, because Megatron's function does not accept it.
         """
         dtype = dtype or self._router_dtype(hidden)
         if hidden.shape[0]:
@@ -355,6 +358,6 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         return _ROUTER_DTYPES.get(self.config.moe_router_dtype, hidden.dtype)
 
     def _follow_device(self, hidden: torch.Tensor) -> None:
-        # As Router.gating: with use_cpu_initialization the router may still be on the host. It moves as a whole.
+        # As in Router.gating: with use_cpu_initialization the router may still be on the host. All of it moves.
         if self.expert_load.device != hidden.device:
             self.to(hidden.device)

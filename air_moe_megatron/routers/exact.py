@@ -1,9 +1,9 @@
 """ExactRouter: Megatron's top-k router, with compact routes.
 
-Scores, selection and probabilities are Megatron's own functions on the scores of all experts. The losses (losses.py)
-and the form of the result are ours, for granular experts and compact dispatch.
+Megatron's own functions compute scores, selection and probabilities, over all experts. The losses (losses.py) and the
+form of the result are ours, for granular experts and compact dispatch.
 
-Cost of a token: forward 2*H*E FLOPs, backward 4*H*E, and a row of E scores.
+Cost per token: forward 2*H*E FLOPs, backward 4*H*E, and E scores in memory.
 """
 
 import torch
@@ -25,7 +25,7 @@ class ExactRouter(CompactRouter):
 
     @staticmethod
     def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
-        """As the base's: 2HE forward, 4HE backward."""
+        """See the base class: 2HE forward, 4HE backward."""
         products = config.hidden_size * config.num_moe_experts
         return RouterFlops(2 * products, 4 * products, norm=of_norm(config))
 
@@ -46,6 +46,6 @@ class ExactRouter(CompactRouter):
             **self._score_settings(),
         )
         if self._needs_aux_scores():
-            # No ids: every expert is a candidate.
+            # None for the ids: every expert is a candidate.
             probs = self._attach_aux_losses(probs, logits, None, padding_mask, batch_size)
         return Routes(topk_ids.int(), probs)

@@ -1,8 +1,8 @@
-"""Floating-point operations of a router, from its config alone; each router class has its own formula.
+"""FLOPs of a router per layer and token, from its config alone; each router class has its own formula.
 
-Products of vectors are counted, forward and backward, of one layer and token. A multiplication and an addition are two
-operations. What is linear in the scores is not counted: softmax, top-k, sorting, norms, statistics of the codebook.
-``tests/unit/test_router_flops.py`` compares the formulas with the operations that torch counts while the routers run.
+Vector products are counted, forward and backward; a multiplication and an addition are two FLOPs. Work that is linear
+in the scores is not counted: softmax, top-k, sorting, norms, statistics of the codebook.
+``tests/unit/test_router_flops.py`` compares the formulas with the FLOPs that torch counts while the routers run.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from air_moe_megatron.config import is_sharded
 
 @dataclass(frozen=True)
 class Rebuilds:
-    """What the cost of AIR's rebuilds of the shortlists depends on beside the config.
+    """The parameters, beside the config, that decide the cost of rebuilding AIR's shortlists.
 
     Attributes:
-        tokens_per_batch: tokens of a global batch, over which rebuilds are spread.
-        num_steps: of a training that starts with a new codebook, whose lists are rebuilt more often; None counts those
-            of an old one.
-        on_gpu: whether a GPU makes them, of all experts each time.
-        num_ranks: ranks with tokens of their own, each of which makes what the ranks do not share.
+        tokens_per_batch: tokens per global batch; the cost of rebuilds is divided by them.
+        num_steps: steps of a training that starts with a new codebook, whose lists are rebuilt more often at first.
+            None assumes an old codebook.
+        on_gpu: whether rebuilds run on a GPU, where each scores all experts.
+        num_ranks: number of ranks with tokens of their own. Each of them repeats work that the ranks do not share.
     """
 
     tokens_per_batch: int
@@ -32,24 +32,24 @@ class Rebuilds:
 
 @dataclass(frozen=True)
 class RouterFlops:
-    """Operations per token of one router."""
+    """FLOPs of one router per token."""
 
     forward: float
     backward: float
-    refresh: float = 0.0  # AIR's rebuilding of the shortlists, spread over all tokens
-    norm: float = 0.0  # whitening the tokens, forward and backward, and their covariance
+    refresh: float = 0.0  # rebuilds of AIR's shortlists, divided by the number of tokens
+    norm: float = 0.0  # whitening of the tokens, forward and backward, and their covariance
 
     @property
     def total(self) -> float:
-        """Forward, backward, refresh and norm."""
+        """Sum of forward, backward, refresh and norm."""
         return self.forward + self.backward + self.refresh + self.norm
 
 
 def of_norm(config: TransformerConfig) -> float:
-    """Operations per token of a whitening norm; 0 of any other.
+    """FLOPs per token of a whitening norm; 0 for any other norm.
 
-    ``6H^2``: forward, backward and covariance. With sharded routing each of D owners whitens a token again, forward and
-    backward, after the rank of the token has: ``(4 + 4D)H^2``.
+    They are ``6H^2``: ``2H^2`` each for forward, backward and covariance. With sharded routing the rank of a token
+    whitens it forward only, and each of D owners forward and backward: ``(4 + 4D)H^2`` with the covariance.
     """
     if config.moe_router_input_norm != "whitening":
         return 0.0

@@ -1,17 +1,17 @@
 """HashRouter: the experts of a token are fixed by its token id.
 
-Each layer has a random table of K distinct experts per token id. By default numbers of ids per expert differ by at most
-one. With ``moe_hash_balance`` "frequency" the tokens per expert are as equal as K experts per id allow. Nothing is
-learned, and all K experts weigh 1/K.
+Each layer has a random table of K distinct experts per token id. By default the numbers of ids per expert differ by at
+most one. With ``moe_hash_balance`` "frequency" the tokens per expert are as equal as K experts per id allow. Nothing is
+learned, and all K experts have the prob 1/K, times the scaling factor.
 
-Source: Roller et al. 2021, "Hash Layers For Large Sparse Models", arXiv 2106.04426. Ours, not theirs: K experts per id
+Source: Roller et al. 2021, "Hash Layers For Large Sparse Models", arXiv 2106.04426. Deviations: K experts per id
 instead of one, and by default balance over ids instead of over their frequencies.
 
-Cost of a token: none but a row of the table.
+Cost per token: no FLOPs, only a look-up of one row of the table.
 
-Routers see hidden states, not token ids: :func:`hand_over_token_ids` brings them from the model's embedding, which must
-be on the same rank. A forward that is recomputed may come after those of later microbatches, with pipeline stages. So
-a router keeps the ids of the microbatches until then (:class:`WaitingIds`). ``config/refusals.py`` refuses the rest.
+Routers see hidden states, not token ids. :func:`hand_over_token_ids` makes the model's embedding, which must be on the
+same rank, pass them on. With pipeline stages a forward may be recomputed after the forwards of later microbatches. So a
+router keeps the ids of microbatches until then (:class:`WaitingIds`). ``config/refusals.py`` refuses other cases.
 """
 
 import argparse
@@ -30,22 +30,22 @@ from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.token_ids import embedding_of, ids_in_order, tell_token_ids
 
 _MOST_WAITING = 1024
-"""Microbatches whose ids are kept in a loop that never ends a step."""
+"""Most microbatches whose ids are kept; a limit for training loops that never end a step."""
 
 
 class WaitingIds:
-    """Token ids of the microbatches whose forward may be recomputed, found by the hidden states of that forward.
+    """Token ids of microbatches whose forward may be recomputed, looked up by the hidden states of that forward.
 
-    Microbatches may be recomputed in any order, and some never. On the device, without a wait: of all that are kept,
-    that is the right one whose tokens are the nearest.
+    Microbatches may be recomputed in any order, and some never. The look-up takes the kept microbatch whose hidden
+    states are the nearest. It runs on the device and does not wait for it.
     """
 
     def __init__(self) -> None:
-        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # token ids, and a number for each token
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # token ids, and a fingerprint [T]
         self._num_found = 0
 
     def keep(self, token_ids: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Keep the ids [batch, sequence] of a microbatch with hidden states [T, H]."""
+        """Keep the token ids [batch, sequence] of a microbatch with hidden states [T, H]."""
         self._kept = [*self._kept, (token_ids, _fingerprint(hidden))][-_MOST_WAITING:]
 
     def find(self, hidden: torch.Tensor, is_last_time: bool) -> torch.Tensor:
@@ -53,7 +53,9 @@ class WaitingIds:
 
         Args:
             hidden: [T, H].
-            is_last_time: whether the microbatch is not asked for again.
+            is_last_time: whether the microbatch will not be looked up again.
+        Raises:
+            ValueError: if no microbatch of T tokens is kept.
         """
         fitting = [one for one in self._kept if one[1].shape[0] == hidden.shape[0]]
         if not fitting:
@@ -73,18 +75,18 @@ class WaitingIds:
         return ids
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all microbatches."""
         self._kept, self._num_found = [], 0
 
 
 @torch.no_grad()
 def _fingerprint(hidden: torch.Tensor) -> torch.Tensor:
-    """[T] fp32: a finite number for each token."""
+    """[T] fp32, a finite number for each token that identifies it in practice."""
     return hidden.float().sum(dim=1).nan_to_num(nan=1e30).clamp(-1e30, 1e30)
 
 
 class HashRouter(CompactRouter):
-    """Route each token to the experts of its id; waits for nothing and has no parameters."""
+    """Route each token to the experts of its token id; has no parameters and does not wait for the device."""
 
     router_type = "hash"
     checkpoint_key = "table"
@@ -98,26 +100,26 @@ class HashRouter(CompactRouter):
         del self.expert_bias
         table = torch.zeros(config.moe_hash_vocab_size, config.moe_router_topk, dtype=torch.int32)
         self.register_buffer("table", table)
-        # Saved, because a table of another seed would otherwise load under the name of this one.
+        # Saved, because a table made from another seed would otherwise load unnoticed.
         self.register_buffer("seed", torch.tensor([config.moe_hash_seed]))
         self._has_table = False
-        # [batch, sequence] of the microbatch, whole sequences of this context-parallel rank.
+        # [batch, sequence] of the current microbatch: this context-parallel rank's sequences, not split over tp.
         self.token_ids: torch.Tensor | None = None
         self._waiting = WaitingIds()
 
     @staticmethod
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
-        """As the base's."""
+        """See the base class."""
         names = ("moe_hash_vocab_size", "moe_hash_seed", "moe_hash_balance")
         return {name: getattr(config, name) for name in names}
 
     @staticmethod
     def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
-        """As the base's: none."""
+        """See the base class: none."""
         return RouterFlops(0, 0)
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Set the layer's number, which chooses its table. One balanced by frequency comes with :meth:`balance`."""
+        """Set the layer's number and make its table, unless :meth:`balance` is to make it by frequency."""
         super().set_layer_number(layer_number)
         self._has_table = self.config.moe_hash_balance == "ids"
         if self._has_table:
@@ -127,7 +129,7 @@ class HashRouter(CompactRouter):
         """Make the table anew, balanced by frequency.
 
         Args:
-            counts: [moe_hash_vocab_size] tokens of each id, the same on all ranks.
+            counts: [moe_hash_vocab_size] number of tokens of each id, the same on all ranks.
         """
         self.table.copy_(frequency_table(counts, self.topk, self.num_experts, self._table_seed()))
         self._has_table = True
@@ -138,9 +140,9 @@ class HashRouter(CompactRouter):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """As Megatron's. Like the embedding, the table also loads where the vocabulary is padded to another size.
+        """Make Megatron's sharded state dict. As with the embedding, the padded vocabulary may differ in a checkpoint.
 
-        Rows that a checkpoint lacks are zero: padding has no tokens.
+        Rows that a checkpoint lacks become zero; they are padding ids, which no token has.
         """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state[prefix + "table"].allow_shape_mismatch = True
@@ -186,7 +188,7 @@ class HashRouter(CompactRouter):
         return ids
 
     def _ids_of_microbatch(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The ids of the microbatch that the current forward is of; a recomputed one has those of its first pass."""
+        """[batch, sequence] token ids of the current forward's microbatch; a recomputed forward looks them up."""
         if not self.training or not recomputes_routers(self.config):
             return self.token_ids
         if not is_in_backward():
@@ -196,19 +198,21 @@ class HashRouter(CompactRouter):
         return self._waiting.find(hidden, is_last_time=torch.is_grad_enabled())
 
     def discard(self) -> None:
-        """As the base's; what is not recomputed by now never is."""
+        """See the base class; also forgets token ids, because earlier forwards will not be recomputed any more."""
         super().discard()
         self._waiting.clear()
 
     def end_step(self) -> None:
-        """As the base's; what is not recomputed by now never is."""
+        """See the base class; also forgets token ids, because earlier forwards will not be recomputed any more."""
         super().end_step()
         self._waiting.clear()
 
 
 def hand_over_token_ids(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Have a model's embedding give its hash routers the token ids of each microbatch; return the model, as hooks must.
+    """Make a model's embedding pass the token ids of each microbatch to the hash routers.
 
+    Returns:
+        the model, as Megatron requires of a hook after the model is built.
     Raises:
         ValueError: if a chunk has hash routers and no embedding.
     """
@@ -227,13 +231,15 @@ def hand_over_token_ids(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
 
 
 def balance_hash_tables(counts: Sequence[float], model: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Balance the tables of a model's hash routers by frequency; return the model, as hooks must.
+    """Balance the tables of a model's hash routers by frequency.
 
     Args:
-        counts: tokens of each id, the same on all ranks; ids beyond them have none.
+        counts: number of tokens of each id, the same on all ranks; further ids have none.
         model: Megatron's list of model chunks.
+    Returns:
+        the model, as Megatron requires of a hook after the model is built.
     Raises:
-        ValueError: for more counts than a table has ids.
+        ValueError: if there are more counts than a table has ids.
     """
     for router in (module for chunk in model for module in chunk.modules() if isinstance(module, HashRouter)):
         num_ids = router.table.shape[0]
@@ -246,9 +252,10 @@ def balance_hash_tables(counts: Sequence[float], model: list[torch.nn.Module]) -
 
 
 def balanced_table(num_ids: int, topk: int, num_experts: int, seed: int) -> torch.Tensor:
-    """K distinct experts for each id; numbers of ids per expert differ by at most one.
+    """Table of K distinct experts for each id, whose numbers of ids per expert differ by at most one.
 
-    The experts are dealt to rows in random order. Their own order is drawn anew whenever a row ends with the last one.
+    The experts are dealt out in a random order, K per row, and the rows are then shuffled. A new order is drawn when a
+    row ends with the last expert of the order.
 
     Returns:
         [num_ids, K] int32.
@@ -267,27 +274,27 @@ def balanced_table(num_ids: int, topk: int, num_experts: int, seed: int) -> torc
 
 
 _SAME_FREQUENCY = 16
-"""Ids of neighboring ranks are dealt together, one of so many that came before: their frequencies hardly differ."""
+"""One deal takes at most 1/16 as many ids as came before it in the order of frequency: their counts hardly differ."""
 
 _DEALT_SHARE = 4
-"""At most one of so many experts, those with the fewest tokens, is dealt at once."""
+"""One deal takes at most 1/4 of the experts, those with the fewest tokens."""
 
 
 def frequency_table(counts: torch.Tensor, topk: int, num_experts: int, seed: int) -> torch.Tensor:
-    """K distinct experts for each id, with tokens per expert as equal as that allows.
+    """Table of K distinct experts for each id, with numbers of tokens per expert as equal as K per id allow.
 
-    The longest-processing-time rule: ids in the order of their frequency take the experts that have the fewest tokens.
-    It deals them out to several ids of about the same frequency at a time, in random order. One id at a time would
-    take the K experts of one earlier id, which have the same load, so both ids would share all their experts. An id
-    that was not counted stands for half a token. Source: Graham 1969, "Bounds on Multiprocessing Timing Anomalies".
+    Longest-processing-time rule: ids, the most frequent first, take the experts that have the fewest tokens so far. The
+    experts are dealt out in random order to several ids of about equal frequency at once. One id at a time would take
+    the K experts of one earlier id, because these have equal loads, and both ids would share all experts. Each id
+    counts half a token more than ``counts`` says. Source: Graham 1969, "Bounds on Multiprocessing Timing Anomalies".
 
     Args:
-        counts: [V] tokens of each id.
+        counts: [V] number of tokens of each id.
         topk, num_experts, seed: as for :func:`balanced_table`.
     Returns:
         [V, K] int32.
 
-    Example: counts 6, 2, 2, 2 with K = 1 and two experts: id 0 has one expert, the others share the other one.
+    Example: with counts 6, 2, 2, 2, K = 1 and two experts, id 0 has one expert, and the others share the other.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = counts.double() + 0.5

@@ -1,16 +1,16 @@
 """HierarchicalRouter: a gate chooses groups of experts, and only their experts are scored.
 
-The experts are split into G groups of E/G consecutive ones. A learned gate chooses the best g groups of a token. Of
-their experts it takes the best K by the product of both gates, ``log p(group) + log p(expert within its group)``. If
-all groups are taken, this is a distribution over all experts.
+The experts are split into G groups of E/G consecutive ids. A learned gate chooses the best g groups of a token. Among
+the experts of these groups, the best K are selected by the product of both gates, in logarithms
+``log p(group) + log p(expert within its group)``. With g = G this is a distribution over all experts.
 
 Source: Shazeer et al. 2017, "Outrageously Large Neural Networks", arXiv 1701.06538, appendix B (hierarchical mixture of
-experts). Ours, not theirs: no noise on the gates, softmaxes over all entries of a gate, and the K experts from all g
+experts). Deviations: no noise on the gates, softmaxes over all entries of a gate, and the best K experts of all g
 groups together instead of a fixed number from each.
 
-Cost of a token: forward ``2*H*(G + g*E/G)`` FLOPs, backward twice that.
+Cost per token: forward ``2*H*(G + g*E/G)`` FLOPs, backward twice that.
 
-Legend: G groups, g groups taken; others as in ``ops/__init__.py``.
+Legend: G groups, g groups searched per token; others as in ``ops/__init__.py``.
 """
 
 import argparse
@@ -45,12 +45,12 @@ class HierarchicalRouter(CompactRouter):
 
     @staticmethod
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
-        """As the base's."""
+        """See the base class."""
         return {"moe_hierarchical_num_groups": resolve_groups(config).num_groups}
 
     @staticmethod
     def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
-        """As the base's: 2H(G + gE/G) forward, twice that backward."""
+        """See the base class: 2H(G + gE/G) forward, twice that backward."""
         sizes = resolve_groups(config)
         forward = 2 * config.hidden_size * (sizes.num_groups + sizes.topk_groups * sizes.group_size)
         return RouterFlops(forward, 2 * forward, norm=of_norm(config))
@@ -73,7 +73,7 @@ class HierarchicalRouter(CompactRouter):
     def _with_z_loss(
         self, group_logits: torch.Tensor, logits: torch.Tensor, padding_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits of both gates with the z-loss attached, which is over all logits that were computed."""
+        """Attach the z-loss, taken over the logits of both gates together, [T, G] and [T, g, E/G]; return both."""
         both = torch.cat((group_logits, logits.flatten(1)), dim=1)
         both = super().apply_z_loss(both, padding_mask)
         group_logits, flat = both.split([group_logits.shape[1], both.shape[1] - group_logits.shape[1]], dim=1)

@@ -1,22 +1,23 @@
 """The losses of a router: balancing losses and z-loss, equal to those of one rank on all tokens.
 
-A balancing loss weighs each token's score of an expert by the share of the selections that the expert got::
+A balancing loss weights each token's score of an expert by the expert's share of all selections::
 
     loss = coeff * E * sum over e of share_e * (sum over tokens of score_te) / num_tokens
 
-Three kinds differ in the tokens they sum over. "aux_loss" takes the microbatch of a data-parallel rank. "seq_aux_loss"
-takes each sequence by itself and then the mean. "global_aux_loss" takes the microbatches of all ranks, and its shares
-come from all microbatches of the global batch so far. Source: Fedus et al. 2021, arXiv 2101.03961, and Qiu et al. 2025,
-arXiv 2501.11873.
+Three kinds differ in the tokens that they sum over. "aux_loss" takes the microbatch of a data-parallel rank.
+"seq_aux_loss" takes each sequence alone, and then the mean over sequences. "global_aux_loss" takes the microbatches of
+all ranks, and its shares come from all microbatches of the global batch so far. Source: Fedus et al. 2021, arXiv
+2101.03961, and Qiu et al. 2025, arXiv 2501.11873.
 
-Names, logging and the scale of the main loss are Megatron's. Its functions differ where token counts differ. They
-divide the selections of several microbatches or sequences by the mean number of tokens. They average "global_aux_loss"
-over data-parallel ranks, although each rank holds only a part of it.
+Names, logging and the scale of the main loss are Megatron's. Megatron's loss functions give other results if token
+counts are unequal. They divide the selections of several microbatches or sequences by the mean number of tokens. They
+average "global_aux_loss" over data-parallel ranks, although each rank holds only a part of it.
 
-Without ``calculate_per_token_loss`` every microbatch weighs the same, and every sequence of it. With it, every token
-weighs the same.
+Without ``calculate_per_token_loss`` every microbatch has the same weight, and so has every sequence in it. With it,
+every token has the same weight.
 
-Legend: U groups of tokens, one or as many as sequences; others as in ``ops/__init__.py``. Token t is of group t % U.
+Legend: N candidates per token (M, or M + R with R explored ones), U groups of tokens (1, or one per sequence); others
+as in ``ops/__init__.py``. Token t is in group t % U.
 """
 
 from dataclasses import dataclass
@@ -41,18 +42,18 @@ _BALANCING_LOSSES = {
 
 @dataclass(frozen=True)
 class Explored:
-    """The last candidates of each token, which are drawn and not the best: the balancing losses alone see them."""
+    """The explored candidates, each token's last ones. They are drawn at random, for the balancing losses alone."""
 
     number: int  # R
-    stands_for: float  # slots of the token's lists, for each of them
+    stands_for: float  # number of slots of the token's lists that each of them represents
 
 
 class RouterLosses(TopKRouter):
     """Megatron's router with the losses of this file.
 
-    A training forward communicates: one all-reduce of E + 1 integers per balancing loss, for "seq_aux_loss" per
-    sequence of the microbatch, and with a padding mask one of a single number for the z-loss. A forward that repeats a
-    counted one (``_is_counted``) neither logs nor adds to the global counts.
+    A training forward makes one all-reduce per balancing loss, of E + 1 integers, or E + 1 per sequence for
+    "seq_aux_loss". With a padding mask the z-loss adds an all-reduce of one number. A forward that repeats a counted
+    one (see ``_is_counted``) neither logs nor adds to the global counts.
     """
 
     def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -60,7 +61,7 @@ class RouterLosses(TopKRouter):
 
         Args:
             logits: [T, M].
-            padding_mask: [T] bool, True for tokens that do not count; None if all do.
+            padding_mask: [T] bool, True for tokens that do not count; None if all count.
         Returns:
             [T, M], the logits with the loss attached.
         """
@@ -78,14 +79,14 @@ class RouterLosses(TopKRouter):
     def _aux_scores(
         self, logits: torch.Tensor, columns: torch.Tensor | None, explored: Explored | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, N] bool, whether a candidate is selected, and [T, N] scores, which sum to one for a token.
+        """[T, N] bool, whether a candidate is selected, and [T, N] scores, which sum to one for each token.
 
-        They are those of Megatron's ``compute_routing_scores_for_aux_loss``, which selects once more, by scores alone.
-        ``columns`` [T, K] are the candidates where they were selected so already. They are None where an expert bias
-        took part, or all experts are candidates; then Megatron's function selects.
+        The results are those of Megatron's ``compute_routing_scores_for_aux_loss``, which selects again, by scores
+        alone. ``columns`` [T, K] are the selected candidates if the router selected them by scores alone, so that this
+        need not be repeated. They are None if an expert bias took part or all experts are candidates.
 
-        N is M, or M + R where the last candidates are explored. These are never selected, and each counts for as many
-        as it stands for: sums over them estimate those over all candidates beyond the best M.
+        Explored candidates, the last R of N, are never selected. Each is weighted by the number of slots that it stands
+        for, so that sums over them estimate sums over all candidates beyond the best M.
         """
         if columns is None:
             return compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
@@ -114,13 +115,13 @@ class RouterLosses(TopKRouter):
         """Attach the balancing losses, in O(T*N + E).
 
         Args:
-            probs: [T, K]; the losses are attached to them.
-            logits: [T, N] of the candidates.
+            probs: [T, K], to which the losses are attached.
+            logits: [T, N] logits of the candidates.
             ids: [T, N] int64 experts of the candidates, -1 for none; None if the candidates are all experts in order.
-            padded: [T] bool, True for tokens that do not count; None if all do.
+            padded: [T] bool, True for tokens that do not count; None if all count.
             batch_size: number of sequences.
-            columns: [T, K] of the candidates that were selected by scores alone; None to select anew.
-            explored: which of the candidates are; None if none.
+            columns: [T, K] columns of the candidates selected by scores alone; None to select again.
+            explored: describes the explored candidates; None if there are none.
         Returns:
             [T, K], the probs with the losses attached.
         """
@@ -158,12 +159,12 @@ class RouterLosses(TopKRouter):
         num_groups: int,
         group: torch.distributed.ProcessGroup | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[U, E] selections of each expert and [U] counted tokens, at least 1, over all ranks of the group."""
+        """[U, E] numbers of selections, and [U] numbers of counted tokens, at least 1, over all ranks of the group."""
         shape = (selected.shape[0] // num_groups, num_groups)
         if slots is None:
             counts = selected.view(*shape, self.num_experts).sum(dim=0)
         else:
-            if columns is not None:  # nothing else is selected
+            if columns is not None:  # these are all selected candidates
                 selected, slots = selected.gather(1, columns), slots.gather(1, columns)
             counts = torch.zeros(num_groups * self.num_experts, dtype=torch.int64, device=selected.device)
             counts.scatter_add_(0, slots.reshape(-1).long(), selected.reshape(-1).long())
@@ -195,15 +196,15 @@ class RouterLosses(TopKRouter):
     ) -> torch.Tensor:
         """Attach a loss to an activation and log it, as Megatron's ``attach_and_log_load_balancing_loss`` does.
 
-        Megatron afterwards sums the gradients over microbatches and ranks. It divides them by the numbers of
-        microbatches and data-parallel ranks, or with ``calculate_per_token_loss`` by the tokens of the global batch.
+        Megatron later sums the gradients over microbatches and ranks. It divides them by the numbers of microbatches
+        and data-parallel ranks, or with ``calculate_per_token_loss`` by the number of tokens of the global batch.
 
         Args:
-            activation: what the loss is attached to.
+            activation: the tensor that the loss is attached to.
             loss: [U] or scalar, this rank's part of the loss of each group of tokens, coefficient included.
-            num_tokens: as ``loss``; the loss is a mean over so many tokens, on all ranks of ``group``.
-            name: its name in the log.
-            coeff: its coefficient, which the log leaves out.
+            num_tokens: [U] or scalar, number of tokens on all ranks of ``group`` over which the loss is a mean.
+            name: name of the loss in the log.
+            coeff: coefficient of the loss; the log shows the loss without it.
             group: the ranks whose parts sum up to the loss: ``tp_cp_group`` or ``tp_dp_cp_group``.
         Returns:
             the activation.
@@ -224,16 +225,16 @@ class RouterLosses(TopKRouter):
             )
         if self.calculate_per_token_loss:
             loss = (loss * num_tokens).sum()
-        else:  # a loss that is spread over data-parallel ranks must not be averaged over them
+        else:  # undo the average over data-parallel ranks if the loss is spread over them
             loss = loss.mean() * (group_size(group) / group_size(self.tp_cp_group))
         return MoEAuxLossAutoScaler.apply(activation, loss)
 
 
 class _WeightedScores(torch.autograd.Function):
-    """[U] sums of ``score * weight`` over the tokens of a group; each expert has a weight.
+    """[U] sums of ``score * weight`` over the tokens of each group, with one weight per group and expert.
 
-    The weights are kept as an attribute. ``torch.utils.checkpoint`` gives the first forward's backward the tensors that
-    a second forward saved, which would see the counts of later microbatches.
+    The weights are kept as an attribute instead of a saved tensor. With ``torch.utils.checkpoint`` a backward gets the
+    tensors saved by the recomputed forward, whose weights would include the counts of later microbatches.
     """
 
     @staticmethod
@@ -243,7 +244,7 @@ class _WeightedScores(torch.autograd.Function):
         slots: torch.Tensor | None,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum scores [T, M] times weights [U, E] at ``slots`` [T, M] of the flat weights; None if M = E, in order."""
+        """Sum scores [T, N] times weights [U, E]. ``slots`` [T, N] index the flat weights; None for all E in order."""
         ctx.weights, ctx.shape = weights, scores.shape
         ctx.save_for_backward(slots)
         grouped = (scores.shape[0] // weights.shape[0], weights.shape[0], scores.shape[1])
@@ -254,7 +255,7 @@ class _WeightedScores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """The gradient of the scores: the weights themselves."""
+        """The gradient of the scores is their weight, times ``grad`` [U]."""
         (slots,) = ctx.saved_tensors
         weights = ctx.weights * grad.unsqueeze(1)
         if slots is not None:
@@ -263,7 +264,7 @@ class _WeightedScores(torch.autograd.Function):
 
 
 def _slots(ids: torch.Tensor, num_groups: int, num_experts: int) -> torch.Tensor:
-    """[T, M] slots of the experts [T, M] in a flat [U, E], in the token's group."""
+    """[T, N] indices of experts ``ids`` [T, N] in a flat [U, E], in the row of each token's group."""
     if num_groups == 1:
         return ids
     groups = torch.arange(ids.shape[0], device=ids.device) % num_groups
@@ -271,7 +272,7 @@ def _slots(ids: torch.Tensor, num_groups: int, num_experts: int) -> torch.Tensor
 
 
 def _without(values: torch.Tensor, padded: torch.Tensor | None) -> torch.Tensor:
-    """The values [T, ...] with padding tokens at zero; a product with the mask would keep a NaN."""
+    """Set the values [T, ...] of padding tokens to zero; multiplying by the mask would keep a NaN."""
     if padded is None:
         return values
     return values.masked_fill(padded.view(-1, *(1,) * (values.dim() - 1)), 0)

@@ -1,4 +1,4 @@
-"""What is counted of the tokens of one step, for logs only: in steps that measure, and in no other.
+"""Counts over the tokens of one step, for logs only; made only in steps that measure.
 
 Legend: T tokens, C clusters, P probes.
 """
@@ -7,21 +7,21 @@ import torch
 
 
 class CodewordCounter:
-    """Counts the tokens of one AIR router by nearest codeword, and keeps the token ids of a part of them.
+    """Counts the tokens of one AIR router by nearest codeword, and keeps the token ids of some of them.
 
-    It neither communicates nor waits for the device. An attempt that is repeated begins with :meth:`discard`.
+    It neither communicates nor waits for the device. Each attempt at a step begins with :meth:`discard`.
 
     Args:
         num_clusters: C.
-        capacity: tokens whose ids are kept, the first of the step.
-        device: of the counts.
+        capacity: number of tokens whose ids are kept; these are the first of the step.
+        device: device of the counts.
     """
 
     def __init__(self, num_clusters: int, capacity: int, device: torch.device) -> None:
         self.load = torch.zeros(num_clusters, dtype=torch.int64, device=device)  # [C] tokens
-        # [capacity] ``codeword << 32 | token id``, -1 where there is none
+        # [capacity] ``codeword << 32 | token id``, -1 in an empty entry
         self.pairs = torch.full((capacity,), -1, dtype=torch.int64, device=device)
-        self.token_ids: torch.Tensor | None = None  # [batch, sequence] of the microbatch, where they are at hand
+        self.token_ids: torch.Tensor | None = None  # [batch, sequence] of the microbatch; None if not known
         self._num_pairs = 0
 
     @torch.no_grad()
@@ -33,7 +33,7 @@ class CodewordCounter:
         Args:
             codewords: [T, P] int64, nearest first.
             padding_mask: [T] bool, True for padding, which does not count; None if there is none.
-            token_ids: [T] int64, None where they are not known.
+            token_ids: [T] int64; None if not known.
         """
         nearest = codewords[:, 0]
         counted = torch.ones_like(nearest) if padding_mask is None else (~padding_mask).long()
@@ -46,7 +46,7 @@ class CodewordCounter:
         self._num_pairs = kept.stop
 
     def discard(self) -> None:
-        """Forget what was counted; an attempt at the step begins."""
+        """Begin an attempt at the step: forget all counts."""
         self.load.zero_()
         self.pairs.fill_(-1)
         self._num_pairs = 0
@@ -56,11 +56,11 @@ def most_frequent(pairs: torch.Tensor, num_clusters: int, most: int = 5) -> list
     """The most frequent token ids of each codeword, with their counts; waits for the device.
 
     Args:
-        pairs: [n] int64 as a :class:`CodewordCounter` keeps them.
+        pairs: [n] int64, ``pairs`` of a :class:`CodewordCounter`.
         num_clusters: C.
-        most: ids per codeword.
+        most: largest number of ids per codeword.
     Returns:
-        C lists of [token id, count], the most frequent first, the smaller id first where counts are equal.
+        C lists of [token id, count], the most frequent first; of equally frequent ids, the smaller first.
 
     Example: tokens 7, 7, 3 of codeword 1 of 2 give [[], [[7, 2], [3, 1]]].
     """

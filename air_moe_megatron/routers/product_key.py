@@ -1,7 +1,7 @@
-"""ProductKeyRouter: an expert is a pair of sub-keys, and the best pairs are found without scoring the others.
+"""ProductKeyRouter: an expert is a pair of sub-keys, and the best pairs are found without scoring all pairs.
 
 Expert ``i * n2 + j`` has the key (first sub-key i, second sub-key j) and the score ``<q1, k1_i> + <q2, k2_j>``. The
-best k pairs are among the products of the best k of each half, so the search is exact within the product structure.
+best k pairs are among the pairs of the best k sub-keys of each half, so the search is exact.
 
 Source: He 2024, "Mixture of A Million Experts" (PEER), arXiv 2407.04153, after Lample et al. 2019, arXiv 1907.05242.
 Each head has its own queries, and all heads share one set of keys. Queries are batch-normalized. Each head has a
@@ -10,15 +10,16 @@ softmax over its k experts, so the probs of a token sum to the number of heads.
 With ``moe_product_key_on_tokens``, one head and ``moe_router_pre_softmax`` it is the Cartesian product router of
 OmniMoE, arXiv 2602.05711. Sub-keys have the hidden size and are compared with the token itself. The scores of each
 sub-key are batch-normalized, without gain and bias. Probs are products of two softmaxes, each over all sub-keys of a
-half. That product is the softmax over all experts, for which ``moe_router_pre_softmax`` stands everywhere.
+half. That product is the softmax over all experts, which is what ``moe_router_pre_softmax`` means for every router.
 
-Ours, not theirs: unequal halves where the number of experts is no square; separate keys for several heads on tokens,
-which would otherwise be one head; Megatron's options for scores and losses.
+Deviations: the halves are unequal if the number of experts is not a square. On tokens several heads have separate keys,
+because they would otherwise be one head. Megatron's options for scores and losses apply.
 
-Cost of a token, J heads with sub-keys of size d: forward ``4*H*J*d`` FLOPs for the queries (none on tokens) and
+Cost per token, with J heads and sub-keys of size d: forward ``4*H*J*d`` FLOPs for the queries (none on tokens) and
 ``2*J*d*(n1 + n2)`` for the keys, backward twice that.
 
-Legend: J heads, d size of a sub-key, n1 and n2 sub-keys of a half, k = K/J; others as in ``ops/__init__.py``.
+Legend: J heads, d size of a sub-key, n1 and n2 numbers of sub-keys of the two halves, k = K/J; others as in
+``ops/__init__.py``.
 """
 
 import argparse
@@ -46,11 +47,11 @@ from air_moe_megatron.routers.losses import Explored
 
 
 class ProductKeyRouter(CompactRouter):
-    """Route each token to the best k experts of each head's product keys; two heads may find the same expert.
+    """Route each token to each head's best k experts; several heads may find the same expert.
 
-    With batch norm a training forward communicates: one all-reduce over ``tp_dp_cp``, the ranks that hold different
-    tokens, and one in its backward. So many ranks equal one rank on all their tokens. The statistics for evaluation are
-    learned at the step boundary (``sync.py``).
+    With batch norm a training forward makes one all-reduce over ``tp_dp_cp``, the ranks that hold different tokens, and
+    its backward another. So many ranks equal one rank on all their tokens. The statistics for evaluation are learned at
+    the step boundary (``sync.py``).
     """
 
     router_type = "product_key"
@@ -84,7 +85,7 @@ class ProductKeyRouter(CompactRouter):
 
     @staticmethod
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
-        """As the base's."""
+        """See the base class."""
         keys = resolve_product_keys(config)
         return {
             "moe_product_key_on_tokens": config.moe_product_key_on_tokens,
@@ -95,7 +96,7 @@ class ProductKeyRouter(CompactRouter):
 
     @staticmethod
     def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
-        """As the base's: 4HJd + 2Jd(n1 + n2) forward, without the first on tokens; twice that backward."""
+        """See the base class: 4HJd + 2Jd(n1 + n2) forward, without the first term on tokens; twice that backward."""
         sizes = resolve_product_keys(config)
         width = sizes.num_heads * sizes.key_dim
         queries = 0 if config.moe_product_key_on_tokens else 4 * config.hidden_size * width
@@ -103,7 +104,7 @@ class ProductKeyRouter(CompactRouter):
         return RouterFlops(forward, 2 * forward)
 
     def learners(self) -> list[Learner]:
-        """As the base's, and the running norm of batch-normalized queries or scores."""
+        """List the base's learners, and the running norm of queries or scores if these are batch-normalized."""
         return super().learners() + ([] if self.query_norm is None else [self.query_norm])
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
@@ -117,13 +118,13 @@ class ProductKeyRouter(CompactRouter):
         routes = self._choose_among(logits, ids, padding_mask, batch_size)
         if not (self.config.moe_router_pre_softmax and self.score_function == "softmax"):
             return routes
-        # The probs are a softmax over the candidates. Times the candidates' share they are one over all experts.
+        # The probs are a softmax over the candidates. Times the candidates' total prob, they are one over all experts.
         log1, log2 = (half.log_softmax(dim=2).gather(2, ids) for half, ids in zip(halves, (ids1, ids2), strict=True))
         log_share = (log1.unsqueeze(3) + log2.unsqueeze(2)).flatten(2).logsumexp(dim=2)  # [T, J]
         return replace(routes, probs=routes.probs * log_share.exp().repeat_interleave(sizes.topk_per_head, dim=1))
 
     def _scores(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> Sequence[torch.Tensor]:
-        """Scores of each head's query with the first and the second sub-keys, [T, J, n1] and [T, J, n2]."""
+        """Scores of each head's query against the first and the second sub-keys, [T, J, n1] and [T, J, n2]."""
         scores = [  # a single set of keys serves all heads
             torch.einsum("trd,rnd->trn", queries, keys.to(queries.dtype))
             for queries, keys in zip(self._queries(hidden, padding_mask), (self.keys1, self.keys2), strict=True)
@@ -136,7 +137,7 @@ class ProductKeyRouter(CompactRouter):
         return normal.view_as(both).split(self.sizes.num_keys, dim=2)
 
     def _queries(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first and the second halves of each head's query, normalized; [T, J, d] each."""
+        """First and second halves of each head's query, normalized, [T, J, d] each; on tokens, both are the token."""
         if self.on_tokens:
             tokens = hidden.to(self._router_dtype(hidden))
             if not self.normalizes_scores:
@@ -152,7 +153,7 @@ class ProductKeyRouter(CompactRouter):
         if norm == "none":
             return queries
         wide = queries.to(torch.promote_types(queries.dtype, torch.float32))
-        if norm == "layernorm":  # over the half of a head; in fp64, where no square of a finite fp32 number overflows
+        if norm == "layernorm":  # over each half of a query; in fp64, where squares of fp32 numbers do not overflow
             parts = wide.view(-1, self.sizes.key_dim).double()
             normal = torch.nn.functional.layer_norm(parts, parts.shape[1:], eps=EPSILON).view_as(wide).to(wide.dtype)
         else:
@@ -160,9 +161,9 @@ class ProductKeyRouter(CompactRouter):
         return (normal * self.norm_weight + self.norm_bias).to(queries.dtype)
 
     def _batch_normalize(self, queries: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        """Normalize queries [T, features] by mean and variance of the counted tokens on all ranks.
+        """Normalize queries [T, features] by mean and variance of the tokens on all ranks, without padding.
 
-        An evaluation takes the running ones instead.
+        Evaluation uses the running mean and variance instead.
         """
         if not self.training:
             return self.query_norm(queries)
@@ -172,7 +173,7 @@ class ProductKeyRouter(CompactRouter):
         return _BatchNorm.apply(queries, self.query_norm.mean, padding_mask, self.tp_dp_cp_group)
 
     def _select(self, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, K] probs and columns: the best k of each head, head after head."""
+        """[T, K] probs and columns of the best k candidates of each head, head after head."""
         heads, topk = self.sizes.num_heads, self.sizes.topk_per_head
         logits = self._per_head(logits)
         probs, columns = topk_routing_with_score_function(logits, topk, dense_output=True, **self._score_settings())
@@ -182,23 +183,23 @@ class ProductKeyRouter(CompactRouter):
     def _aux_scores(
         self, logits: torch.Tensor, columns: torch.Tensor | None, explored: Explored | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the base's. Each head routes for itself; the scores are averaged over heads."""
+        """See the base class. Each head is treated as a token of its own; the scores are averaged over heads."""
         per_head = self._per_head(logits)
         columns = columns.unflatten(1, (self.sizes.num_heads, -1)) - self._first_columns(per_head)
         selected, scores = super()._aux_scores(per_head, columns.flatten(0, 1), explored)
         return selected.view_as(logits), scores.view_as(logits) / self.sizes.num_heads
 
     def _first_columns(self, per_head: torch.Tensor) -> torch.Tensor:
-        """[J, 1] first column of each head in logits [T, M], of which ``per_head`` is [T * J, M/J]."""
+        """[J, 1] first column of each head in logits [T, M]; ``per_head`` is the view [T * J, M/J] of these logits."""
         return torch.arange(self.sizes.num_heads, device=per_head.device).unsqueeze(1) * per_head.shape[1]
 
     def _per_head(self, logits: torch.Tensor) -> torch.Tensor:
-        """[T, M] logits as [T * J, M/J]."""
+        """Reshape logits [T, M] to [T * J, M/J], one row per token and head."""
         return logits.unflatten(1, (self.sizes.num_heads, -1)).flatten(0, 1)
 
 
 class _BatchNorm(torch.autograd.Function):
-    """``(q - mean) / sqrt(variance + 1e-5)``: mean and variance are of the counted tokens on all ranks of a group.
+    """``(q - mean) / sqrt(variance + 1e-5)``, with mean and variance over the tokens of all ranks, without padding.
 
     Sums are taken around the running mean, which all ranks share.
     """
@@ -224,7 +225,7 @@ class _BatchNorm(torch.autograd.Function):
         normal, scale, padding_mask = ctx.saved_tensors
         sums = torch.cat((grad.sum(dim=0), (grad * normal).sum(dim=0)))
         of_mean, of_scale = (sum_over_ranks(sums, ctx.group) / ctx.count).to(grad.dtype).chunk(2)
-        through = of_mean + normal * of_scale  # the gradient through mean and variance, of counted tokens
+        through = of_mean + normal * of_scale  # the gradient through mean and variance; none for padding
         if padding_mask is not None:
             through = through.masked_fill(padding_mask.unsqueeze(1), 0.0)
         return (grad - through) * scale, None, None, None

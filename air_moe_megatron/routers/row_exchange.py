@@ -1,10 +1,10 @@
-"""What sharded routing sends: rows of tokens to all expert-parallel ranks, and numbers of (token, candidate) pairs.
+"""The communication of sharded routing: rows of tokens to all expert-parallel ranks, and values of pairs.
 
-A token's *home* is the rank that it comes from. Every rank holds the rows of all homes, those of rank 0 first, and is
-the *owner* of the candidates among its experts. Owners keep n candidates of each row; a candidate of a token is one of
-D * n slots at its home, n of each owner.
+A token's *home* is the rank that it comes from. Every rank holds the rows of all homes, those of rank 0 first. It is
+the *owner* of its experts, and keeps n candidates per row among them. So at home a token has D * n slots for
+candidates, n from each owner. A pair is a token and one of its candidates.
 
-Legend: D ranks, T tokens of this rank, R rows (the tokens of all ranks), n candidates that an owner keeps of a row,
+Legend: D ranks, T tokens of this rank, R rows (the tokens of all ranks), n candidates per row that an owner keeps,
 N pairs; others as in ``ops/__init__.py``.
 """
 
@@ -25,7 +25,7 @@ class RowExchange:
         group: the D expert-parallel ranks; None means this rank alone.
         num_tokens: T, which may differ between the ranks.
         sizes: named sizes that must be equal on all ranks.
-        device: of the tokens.
+        device: device of the tokens.
     Raises:
         ValueError: on every rank, if a size differs.
     """
@@ -39,7 +39,7 @@ class RowExchange:
     ) -> None:
         self.group, self.num_ranks = group, group_size(group)
         self.rank = 0 if group is None else group.rank()
-        self.num_tokens, self.counts = num_tokens, [num_tokens]  # of all ranks
+        self.num_tokens, self.counts = num_tokens, [num_tokens]  # counts: number of tokens of each rank
         if self.num_ranks > 1:
             own = torch.tensor([num_tokens, *sizes.values()], device=device)
             gathered = own.new_empty(self.num_ranks * own.numel())
@@ -52,22 +52,22 @@ class RowExchange:
 
     @property
     def num_rows(self) -> int:
-        """R."""
+        """R, the number of tokens of all ranks."""
         return sum(self.counts)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """[T, w] -> [R, w]: the values of all ranks. Differentiable: the backward is :meth:`sum`."""
+        """Gather the values of all ranks, [T, w] -> [R, w]. Differentiable: the backward is :meth:`sum`."""
         return values if self.num_ranks == 1 else _Gather.apply(values, self)
 
     def sum(self, partial: torch.Tensor) -> torch.Tensor:
-        """[R, w] -> [T, w]: sums over the owners, at each row's home, in fp32 or wider.
+        """Sum over the owners, at each row's home, [R, w] -> [T, w]; in fp32 or wider.
 
         Differentiable: the backward is :meth:`gather`.
         """
         return partial if self.num_ranks == 1 else _Sum.apply(partial, self)
 
     def to_homes(self, values: torch.Tensor) -> torch.Tensor:
-        """[R, w] -> [D, T, w]: each home gets what the owners hold of its tokens. Without gradients."""
+        """Send each home what the owners hold of its tokens, [R, w] -> [D, T, w]. Not differentiable."""
         received = values.new_empty(self.num_ranks, self.num_tokens, values.shape[1])
         if self.num_ranks == 1:
             return values.view_as(received)
@@ -75,7 +75,7 @@ class RowExchange:
         return received
 
     def to_owners(self, values: torch.Tensor) -> torch.Tensor:
-        """[D, T, w] -> [R, w]: each owner gets what the homes hold for it. Without gradients."""
+        """Send each owner what the homes hold for it, [D, T, w] -> [R, w]. Not differentiable."""
         values = values.flatten(0, 1)
         if self.num_ranks == 1:
             return values
@@ -91,7 +91,7 @@ class RowExchange:
         torch.distributed.all_to_all_single(received, sent.contiguous(), *splits, group=self.group)
 
     def all_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """As :meth:`gather`, without gradients; where ranks differ in tokens, padded to the most on the way."""
+        """:meth:`gather` without gradients; sends padding if ranks have unequal numbers of tokens."""
         most, width = max(self.counts), values.shape[1]
         if self.num_tokens < most:
             values = torch.cat((values, values.new_zeros(most - self.num_tokens, width)))
@@ -103,7 +103,7 @@ class RowExchange:
         return torch.cat([part[:count] for part, count in parts])
 
     def sums(self, partial: torch.Tensor) -> torch.Tensor:
-        """As :meth:`sum`, without gradients."""
+        """:meth:`sum` without gradients."""
         wide = torch.promote_types(partial.dtype, torch.float32)
         return self.to_homes(partial).sum(dim=0, dtype=wide).to(partial.dtype)
 
@@ -134,26 +134,26 @@ class _Sum(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class PairExchange:
-    """Pairs of tokens and candidates, at their homes and at their owners; both go through them in the same order."""
+    """Pairs of tokens and candidates, at their homes and at their owners, in the same order on both sides."""
 
     group: torch.distributed.ProcessGroup | None
-    pairs: Pairs  # of this owner: rows of all homes and local experts
-    sources: torch.Tensor  # [N] int64, of this home: where the pairs stand in a flat [T, K] or [T, M]
-    sent: list[int]  # from this home to each owner
-    received: list[int]  # by this owner from each home
+    pairs: Pairs  # this owner's pairs of rows (of all homes) and local experts
+    sources: torch.Tensor  # [N] int64, indices of this home's pairs in a flat [T, K] or [T, M]
+    sent: list[int]  # numbers of pairs from this home to each owner
+    received: list[int]  # numbers of pairs that this owner gets from each home
 
     def send(self, values: torch.Tensor) -> torch.Tensor:
-        """[T, K] -> [N'] numbers of this owner's pairs. Differentiable; one all-to-all each way."""
+        """Send values of pairs to their owners, [T, K] or [T, M] -> [N']. Differentiable; one all-to-all each way."""
         values = values.reshape(-1).index_select(0, self.sources)
         return values if group_size(self.group) == 1 else all_to_all(self.group, values, self.received, self.sent)
 
 
 @dataclass
 class ShardedRows:
-    """The rows that a router has gathered, for the experts; and which pairs its tokens keep and select.
+    """The rows that a router has gathered for the experts, and the pairs that its tokens keep and select.
 
-    ``scores`` are known at home before the pairs are known to their owners. :meth:`attach` makes them differentiable,
-    :meth:`choose` must follow before a backward.
+    The home knows the scores before the owners know the pairs. So :meth:`attach` makes the scores differentiable first,
+    and :meth:`choose` must follow before the backward.
     """
 
     exchange: RowExchange
@@ -161,18 +161,18 @@ class ShardedRows:
     local_ids: torch.Tensor  # [R, n] int32, this owner's candidates of each row; -1 for none
     num_local_experts: int
     num_probes: int
-    score_bytes: int  # of a score on its way
+    score_bytes: int  # bytes per score that is sent
     topk_ids: torch.Tensor | None = None  # [T, K] int32, as in the routes
-    selected: PairExchange | None = None  # the top-k
-    kept: list[PairExchange] = field(default_factory=list)  # the one whose scores have gradients, once it is known
+    selected: PairExchange | None = None  # the pairs of the top-k
+    kept: list[PairExchange] = field(default_factory=list)  # empty, then the one exchange of pairs that get gradients
 
     @property
     def width(self) -> int:
-        """n."""
+        """n, the number of candidates per row that an owner keeps."""
         return self.local_ids.shape[1]
 
     def attach(self, scored: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Give the scores [T, N] of the kept candidates the gradients of ``<w_e, h>`` at their owners.
+        """Return the candidates' scores [T, N], differentiable: the owners compute the gradients of ``<w_e, h>``.
 
         Args:
             scored: [R, H], the rows as they were scored.
@@ -190,10 +190,10 @@ class ShardedRows:
         Communicates: one all-to-all of D * n bytes per token, and one all-gather of a number.
 
         Args:
-            slots: [T, M] int64, of the D * n of each token, in the order of the scores.
+            slots: [T, M] int64, slots of the candidates among the token's D * n, in the order of the scores.
             is_kept: [T, M] bool, False where there is no candidate or the token is padding.
-            columns: [T, K] int64, those of the slots that are the top-k.
-            num_invalid: [] int64, of this rank.
+            columns: [T, K] int64, columns of ``slots`` that are the top-k.
+            num_invalid: [] int64, number of probs on this rank that are not finite.
         Returns:
             ``num_invalid`` of every rank.
         """
@@ -214,7 +214,7 @@ class ShardedRows:
             counts.append((codes >= code).sum(dim=(1, 2)))
             counts.append(torch.stack([(part >= code).sum() for part in of_homes]))
         invalid, *counts = torch.stack(counts).tolist()  # the one wait for the device
-        # Where a home keeps a candidate: its position in the flat [T, M] of scores, and in that [T, K] of the top-k.
+        # For each candidate that a home keeps: its index in the flat [T, M] of scores, and in the flat [T, K] of top-k.
         places = torch.arange(num_tokens * num_kept, device=device).view(num_tokens, num_kept)
         in_topk = torch.arange(columns.numel(), device=device).view_as(columns)
         in_topk = torch.zeros_like(places).scatter_(1, columns, in_topk)
@@ -241,7 +241,7 @@ class ShardedRows:
 
 
 class _HomeScores(torch.autograd.Function):
-    """Scores whose centers and rows are at their owners: the gradients of the kept ones go there."""
+    """Scores whose centers and rows are at their owners. The backward sends the kept scores' gradients there."""
 
     @staticmethod
     def forward(

@@ -1,17 +1,19 @@
 """ShardedAIRRouter: each expert-parallel rank holds the centers and the parts of the lists of its own experts.
 
-What belongs to tokens stays with them: codebook, coarse stage, selection, probabilities, losses. What belongs to an
-expert is on its rank: center, slots in the lists, their rebuild. A forward, over the D expert-parallel ranks:
+A token's *home* is the rank that it comes from. An expert's *owner* is the rank that holds its center and its slots in
+the lists, and rebuilds these slots. The home does all work per token: coarse stage, selection, probabilities, losses. A
+forward over the D expert-parallel ranks:
 
-1. the tokens' codewords are found at home; rows and codewords go to all ranks (all-gathers)
-2. each rank scores its parts of the lists, and keeps the best n of every row
-3. scores and ids return (all-to-alls); the home chooses the best M of D * n, and of these the top-k; explored
-   candidates, drawn by the owners from their parts of the lists, travel with them
-4. the owners learn which were kept and selected (an all-to-all of bytes), and the dispatcher sends the probs
+1. Each home finds its tokens' codewords. Rows and codewords go to all ranks (all-gathers).
+2. Each owner scores its parts of the lists, and keeps the best n candidates of every row. It also draws the explored
+   candidates from its parts.
+3. Scores and ids return to the homes (all-to-alls). The home chooses the best M of D * n candidates, and the top-k of
+   these.
+4. The owners learn which candidates were kept and selected (an all-to-all of bytes). The dispatcher sends the probs.
 
-The candidates are those of a replicated router with as many parts of the lists, whatever D is.
+For any D the candidates are those of a replicated router whose lists have as many parts.
 
-Legend: D ranks, R rows (the tokens of all ranks), n candidates that a rank keeps of a row; others as in
+Legend: D ranks, R rows (the tokens of all ranks), n candidates per row that an owner keeps; others as in
 ``ops/__init__.py``.
 """
 
@@ -33,16 +35,17 @@ from air_moe_megatron.routers.air import AIRRouter
 from air_moe_megatron.routers.base import Routes
 from air_moe_megatron.routers.row_exchange import RowExchange, ShardedRows
 
-_BLOCK = 256  # centers that are drawn at a time
+_BLOCK = 256  # centers that are initialized at a time
 
 _SPLIT_ALONG = {"weight": 0, "index.shortlist": 1, "index.pool": 1, "index.staged_keys": 0}
-"""What a checkpoint holds of all ranks, and along which axis; keys and shapes are those of the replicated router."""
+"""State that is sharded over the ranks, and along which axis. Checkpoints hold it with the replicated router's keys and
+shapes."""
 
 
 class ShardedAIRRouter(AIRRouter):
-    """As :class:`AIRRouter`, with the centers and lists of this rank's experts only.
+    """An :class:`AIRRouter` with the centers and lists of this rank's experts only.
 
-    ``weight`` is [E / D, H]. It carries the marks of expert weights: its gradient holds the tokens of all D ranks, and
+    ``weight`` is [E / D, H]. It is marked as an expert weight: its gradient comes from the tokens of all D ranks, and
     is summed over the ranks that hold the same experts.
 
     Args:
@@ -57,12 +60,12 @@ class ShardedAIRRouter(AIRRouter):
         self.first_expert = self.ep_group.rank() * self.num_local_experts
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.center_group = self.ep_group if self.ep_group.size() > 1 else None
-        # Of the current forward.
+        # State of the current forward: the tokens before the input norm; rows, slots, and which of these are kept.
         self._tokens: torch.Tensor | None = None
         self._chosen: tuple[ShardedRows, torch.Tensor, torch.Tensor] | None = None
 
     def reset_parameters(self) -> None:
-        """Make the centers of this rank: those that a replicated router would have, drawn a block at a time."""
+        """Initialize this rank's centers to those that a replicated router would have, a block at a time."""
         weight = torch.empty(self.num_local_experts, self.config.hidden_size, dtype=self.config.params_dtype)
         if self.config.perform_initialization:
             own = range(self.first_expert, self.first_expert + self.num_local_experts)
@@ -73,12 +76,12 @@ class ShardedAIRRouter(AIRRouter):
                 if start < stop:
                     weight[start - own.start : stop - own.start] = block[start - first : stop - first]
         self.weight, self.bias = torch.nn.Parameter(weight), None
-        # As those of the experts.
+        # The marks that expert weights have.
         self.weight.allreduce = False
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def mean_over_shards(self, share: torch.Tensor) -> torch.Tensor:
-        """As the base's; communicates over the expert-parallel group."""
+        """Average over the shards; communicates over the expert-parallel group."""
         return sum_over_ranks(share.clone(), self.ep_group) / self.ep_group.size()
 
     def _make_index(self) -> ShortlistIndex:
@@ -93,13 +96,16 @@ class ShardedAIRRouter(AIRRouter):
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ShardedRows]:
-        """Give the dispatcher the probs [T, K], and the rows that the experts take with their pairs."""
+        """Route the tokens. Return the probs [T, K], and the rows and pairs for the dispatcher.
+
+        Args, raises: as :meth:`route`.
+        """
         routes = self.route(input, padding_mask)
         routes.sharded.topk_ids = routes.topk_ids
         return routes.probs, routes.sharded
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
-        """As the base's, and tell the owners. Communicates over the expert-parallel group.
+        """Choose the experts, and tell the owners. Communicates over the expert-parallel group.
 
         Raises:
             ValueError: on every rank, if any has probs that are NaN or infinite.
@@ -119,7 +125,7 @@ class ShardedAIRRouter(AIRRouter):
         return replace(routes, sharded=sharded)
 
     def _as_scored(self, hidden: torch.Tensor) -> torch.Tensor:
-        """As the base's. Tokens travel as they are, because the experts take them so; owners normalize them again."""
+        """See the base class. Tokens are sent without input norm, as the experts need them; owners normalize again."""
         self._tokens = hidden
         return super()._as_scored(hidden)
 
@@ -131,7 +137,7 @@ class ShardedAIRRouter(AIRRouter):
         num_candidates: int,
         num_explored: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best candidates of all ranks; communicates, and waits for the numbers of tokens of the ranks."""
+        """Score on all ranks; see the base class. Communicates, and waits for each rank's number of tokens."""
         sizes = {
             "hidden size": hidden.shape[1],
             "bytes per hidden number": hidden.element_size(),
@@ -186,7 +192,7 @@ class ShardedAIRRouter(AIRRouter):
         return sharded.attach(scored, self.weight, scores), ids
 
     def _best_slots(self, scores: torch.Tensor, ids: torch.Tensor, number: int, stride: int) -> torch.Tensor:
-        """[T, number] slots of the best of the owners' candidates [T, D, n], where each owner has ``stride`` slots."""
+        """[T, number] slots of the best of all owners' candidates [T, D, n]; an owner has ``stride`` slots a token."""
         if self.expert_bias is not None:
             scores = SCORE_FUNCTIONS[self.score_function](scores) + self.expert_bias[ids.clamp(min=0)]
             scores = scores.masked_fill(ids < 0, float("-inf"))
@@ -194,13 +200,13 @@ class ShardedAIRRouter(AIRRouter):
         return best // width * stride + best % width
 
     def count_step(self, group: torch.distributed.ProcessGroup | None) -> None:
-        """As the base's; the ranks that hold the same experts share the rebuild of their lists."""
+        """See the base class; the ranks that hold the same experts share the rebuild of their lists."""
         super().count_step(self.expt_dp_group)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Shard centers and lists by global expert id, so that a checkpoint loads at any size, and replicated."""
+        """Shard centers and lists by global expert id, so that checkpoints load at any D, and without sharding."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         num_offsets = len(sharded_offsets)
         for name, axis in _SPLIT_ALONG.items():

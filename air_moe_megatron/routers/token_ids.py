@@ -1,7 +1,7 @@
-"""How token ids reach what routes or counts by them: from the model's embedding, a microbatch at a time.
+"""Passes the token ids of each microbatch from the model's embedding to modules that route or count by them.
 
-Routers see hidden states, not token ids. So the embedding must be on the same rank, and forward and backward of a
-microbatch must run in turn. Legend: T tokens.
+Routers see hidden states, not token ids. So the embedding must be on the same rank. The ids that a module holds are
+those of the microbatch whose forward ran last. Legend: T tokens.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ def ids_in_order(token_ids: torch.Tensor, router: CompactRouter) -> torch.Tensor
 
 
 def embedding_of(chunk: torch.nn.Module) -> torch.nn.Module | None:
-    """The embedding of a model chunk, which sees the token ids; None if it has none."""
+    """The embedding of a model chunk, which sees the token ids; None if the chunk has no embedding."""
     return next((module for name, module in chunk.named_modules() if name.split(".")[-1] == "embedding"), None)
 
 
 def tell_token_ids(embedding: torch.nn.Module, receivers: Sequence[Any]) -> RemovableHandle:
-    """Have an embedding set the ``token_ids`` of receivers to those of each microbatch, until the handle is removed."""
+    """Make an embedding set ``receiver.token_ids`` in each forward, until the returned handle is removed."""
 
     def tell(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         token_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]

@@ -4,15 +4,16 @@ Each expert has a code, a vector of the hidden size. The discrete branch takes t
 the token, with equal weights. The continuous branch takes the top K/2 by score. A learned gate weighs the two.
 
 Source: Do et al., "On the Role of Discrete Representation in Sparse Mixture of Experts" (VQMoE), arXiv 2411.19402: a
-learned codebook with codebook and commitment loss, and a linear gate over both branches. Ours, not theirs: K/2 codes
-instead of one, so that every router uses K experts. The experts of a code see the token itself instead of its code,
-without another layer norm.
+learned codebook with codebook and commitment loss, and a linear gate over both branches. Deviations: K/2 codes instead
+of one, so that every router uses K experts. The experts of a code see the token itself instead of its code, without
+another layer norm.
 
-**Changes the loss**: adds ``moe_vq_loss_coeff * (|sg(h) - c|^2 + moe_vq_commitment * |h - sg(c)|^2)``, the mean over
-tokens, their K/2 codes and the hidden size. It is attached to the probs as Megatron attaches auxiliary losses.
+**Changes the loss**: adds ``moe_vq_loss_coeff * (|sg(h) - c|^2 + moe_vq_commitment * |h - sg(c)|^2)``, where sg stops
+the gradient. The loss is the mean over tokens, their K/2 codes and the hidden size. It is attached to the probs as
+Megatron attaches auxiliary losses.
 
-Cost of a token: two exact searches, forward ``4*H*E + 4*H`` FLOPs, backward ``4*H*E + 8*H``; the codes get theirs by
-K/2 row sums.
+Cost per token: two exact searches, forward ``4*H*E + 4*H`` FLOPs, backward ``4*H*E + 8*H``. The codes' gradients are
+sums of K/2 rows.
 """
 
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ class VQRouter(CompactRouter):
 
     @staticmethod
     def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
-        """As the base's: 4HE + 4H forward, 4HE + 8H backward."""
+        """See the base class: 4HE + 4H forward, 4HE + 8H backward."""
         products = 4 * config.hidden_size * config.num_moe_experts
         return RouterFlops(products + 4 * config.hidden_size, products + 8 * config.hidden_size, norm=of_norm(config))
 
@@ -87,7 +88,7 @@ class VQRouter(CompactRouter):
 class _VQLoss(torch.autograd.Function):
     """``sum over t, k of weight_t * (|sg(h_t) - c_tk|^2 + commitment * |h_t - sg(c_tk)|^2)``, in fp32 or wider.
 
-    One code of each token at a time, so that nothing of size [T, K, H] is made.
+    Takes one code of each token at a time, so that no tensor of size [T, K, H] is made.
     """
 
     @staticmethod
@@ -101,7 +102,7 @@ class _VQLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden, codes, code_ids, weights)
         ctx.commitment = commitment
-        # Weighted before they are squared: a square overflows only where the loss itself does.
+        # Errors are weighted before they are squared, so that a square overflows only if the loss itself does.
         roots = (weights * (1.0 + commitment)).sqrt().unsqueeze(1)
         return sum((error * roots).square().sum() for _, error in _errors(hidden, codes, code_ids, weights.dtype))
 
@@ -122,6 +123,6 @@ class _VQLoss(torch.autograd.Function):
 def _errors(
     hidden: torch.Tensor, codes: torch.Tensor, code_ids: torch.Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the ids [T] and the errors ``c - h`` [T, H] of the nearest codes, of the second nearest, ..."""
+    """Yield ids [T] and errors ``c - h`` [T, H]: first of each token's nearest code, then of the second nearest, ..."""
     for ids in code_ids.unbind(dim=1):
         yield ids, codes[ids].to(dtype) - hidden.to(dtype)

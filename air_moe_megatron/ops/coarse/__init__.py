@@ -8,7 +8,7 @@ from air_moe_megatron.ops.coarse import eager
 __all__ = ["NUM_SCALARS", "assign", "assign_with_statistics", "token_statistics"]
 
 NUM_SCALARS = 3
-"""Columns of the statistics beside the H of the summed unit vectors: count, sum of cosines, sum of lengths."""
+"""Columns of the statistics after the H of the summed unit vectors: count, sum of cosines, sum of lengths."""
 
 
 @torch.compiler.disable
@@ -18,17 +18,16 @@ def assign(
 ) -> torch.Tensor:
     """Find the codewords nearest in angle to each token, without [T, C] in memory.
 
-    The token's length does not change the order of ``<h, c>`` over codewords, so tokens are not normalized. Which
-    codeword a token gets that is not finite is not defined, beyond that it is one of the C. Does not wait for the
-    device.
+    A token's length does not change the order of ``<h, c>`` over codewords, so tokens are not normalized. A token that
+    is not finite gets some of the C codewords; which ones is undefined. Does not wait for the device.
 
     Args:
         hidden: [T, H], any float dtype.
         codewords: [C, H] fp32, unit rows.
         num_probes: P, codewords per token, from 1 to C.
-        allowed: [C] bool or None; a codeword that is not allowed is chosen only where fewer than P are.
+        allowed: [C] bool or None; others are chosen only if fewer than P codewords are allowed.
     Returns:
-        [T, P] int64, nearest first. Of two codewords that are equally near, the kernels take the lower.
+        [T, P] int64, nearest first. If two codewords are equally near, the kernels take the lower id.
     Raises:
         ValueError: if shapes or dtypes do not fit.
 
@@ -47,20 +46,20 @@ def assign(
 def token_statistics(
     hidden: torch.Tensor, codewords: torch.Tensor, assignments: torch.Tensor, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Sum what the update needs over the tokens of each codeword, in an order that only the tokens decide.
+    """Sum the statistics of the codebook update over the tokens of each codeword, in a deterministic order.
 
-    So the bits are equal in every run, and on ranks that do not communicate. The torch version waits for the device
-    where tokens are left out.
+    The order depends only on the tokens. So the bits are equal in every run, and on ranks that do not communicate. The
+    torch version waits for the device if ``keep`` is given.
 
     Args:
         hidden: [T, H], any float dtype.
         codewords: [C, H] fp32, unit rows.
-        assignments: [T] int64, nearest codeword.
-        keep: [T] bool or None; tokens that count (padding does not).
+        assignments: [T] int64, nearest codeword of each token.
+        keep: [T] bool, True for tokens that count (False for padding); None if all count.
     Returns:
-        [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of lengths ``|h|``. Right for
-        every finite length; one above 2^96 is summed as 2^96, and a token of zeros counts nothing. A token that is not
-        finite makes its codeword's row not finite, which is how the update finds out.
+        [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of lengths ``|h|``. Correct for
+        every finite length, except that one above 2^96 is summed as 2^96. A token of zeros is not counted. A token that
+        is not finite makes its codeword's row not finite, so that the update can detect it.
     Raises:
         ValueError: if shapes or dtypes do not fit.
 
@@ -85,16 +84,15 @@ def assign_with_statistics(
     allowed: torch.Tensor | None = None,
     keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the codewords of each token, and sum what the update needs over the tokens of the nearest.
+    """Find the codewords of each token, and sum the statistics of the tokens nearest to each codeword.
 
-    One pass over the tokens on a GPU. There the sums are atomic additions, unless torch's deterministic algorithms are
-    on.
+    On a GPU this is one pass over the tokens, with atomic additions, unless torch's deterministic algorithms are on.
 
     Args:
         hidden, codewords, num_probes, allowed: as :func:`assign`.
-        keep: [T] bool or None; tokens that count in the statistics (padding does not). All are assigned.
+        keep: [T] bool, True for tokens that count in the statistics; None if all count. All tokens are assigned.
     Returns:
-        [T, P] int64 as :func:`assign``; [C, H + 3] fp32 as :func:``token_statistics`.
+        [T, P] int64 as :func:`assign`; [C, H + 3] fp32 as :func:`token_statistics`.
     Raises:
         ValueError: if shapes or dtypes do not fit.
 

@@ -31,18 +31,18 @@ def _assign_block(
 def token_statistics(
     hidden: torch.Tensor, codewords: torch.Tensor, assignments: torch.Tensor, keep: torch.Tensor | None
 ) -> torch.Tensor:
-    """As :func:`air_moe_megatron.ops.coarse.token_statistics`. Waits for the device where tokens are left out."""
+    """As :func:`air_moe_megatron.ops.coarse.token_statistics`. Waits for the device if ``keep`` is given."""
     if keep is not None:
         hidden, assignments = hidden[keep], assignments[keep]
     scaled, scale = scale_rows(hidden)
     norms = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    counts = (norms != 0.0).float()  # a token of zeros has no direction: it counts nothing
+    counts = (norms != 0.0).float()  # a token of zeros has no direction and is not counted
     weights = torch.where(norms == 0.0, 0.0, 1.0 / norms)
     scalars = torch.cat((counts, (norms / scale).clamp(max=LONGEST)), dim=1)
     order, first = sort_into_segments(assignments, codewords.shape[0])
     first = first[:-1]
     sums = embedding_bag(order, scaled, first, per_sample_weights=weights[order, 0], mode="sum")
-    cosines = (sums * codewords).sum(dim=1)  # of a sum of vectors: the sum of their cosines
+    cosines = (sums * codewords).sum(dim=1)  # <sum of unit tokens, c> is the sum of their cosines
     counts, lengths = embedding_bag(order, scalars, first, mode="sum").unbind(dim=1)
     return torch.cat((sums, torch.stack((counts, cosines, lengths), dim=1)), dim=1)
 

@@ -1,16 +1,16 @@
 """Coarse assignment of tokens to codewords, with the statistics of the codebook, as Triton kernels.
 
-One program owns a block of tokens and streams over the codewords, and over H inside: the similarities of a tile live in
-registers, where the best P of each token are kept, so that nothing of size [T, C] reaches memory. With the last tile
-the program knows its tokens' codewords and adds their statistics in the same launch; it finds the tokens in the L2
-cache. Where sums must not depend on the order in which programs finish, the tokens are sorted by codeword instead.
+One program takes a block of tokens and streams over the codewords, and inside over H. The similarities of a tile are in
+registers, where the best P of each token are kept. So nothing of size [T, C] reaches memory. After the last tile the
+program knows its tokens' codewords and adds their statistics in the same launch, with the tokens still in the L2 cache.
+Where sums must not depend on the order in which programs finish, the tokens are sorted by codeword instead.
 
-Exactness. The codewords are fp32. fp32 tokens are multiplied in fp32. 16-bit tokens are exact in the tensor cores
-already, so the codewords are split into three summands of the tokens' dtype that add up to them exactly: three products
-of 16-bit numbers accumulated in fp32 give what an fp32 product gives.
+Exactness. The codewords are fp32, and fp32 tokens are multiplied in fp32. The tensor cores take 16-bit tokens exactly.
+For these the codewords are split into three summands of the tokens' dtype, which add up to them exactly. Three products
+of 16-bit numbers accumulated in fp32 then equal an fp32 product.
 
-A candidate is one int64 key of similarity and id (``order_key``). The maximum of keys is an arg-max that no tie and no
-NaN can disturb.
+A candidate is one int64 key of similarity and id (``order_key``). So the maximum of keys is an arg-max with defined
+results for ties and NaN.
 """
 
 import torch
@@ -43,7 +43,7 @@ _NUM_SCALARS = tl.constexpr(NUM_SCALARS)
 
 @triton.jit
 def _scale_of_rows(hidden, tokens, is_token, H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
-    """[BLOCK_T] powers of two by which ``scale_rows`` multiplies the tokens; any for a token that is not finite."""
+    """[BLOCK_T] powers of two by which ``scale_rows`` multiplies the tokens; undefined for non-finite tokens."""
     largest = tl.full([BLOCK_T], 1.0, tl.float32)
     if hidden.dtype.element_ty != tl.float16:  # squares of fp16 numbers are in fp32's range
         largest = tl.zeros([BLOCK_T], tl.float32)
@@ -135,8 +135,8 @@ def _assign_fwd_kernel(
 ):
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = tokens < T
-    # The operands of 16-bit products are in shared memory, where nothing is multiplied: only a block with a token that
-    # is so short or long that its products would leave fp32's range is done again, scaled.
+    # Operands of 16-bit products are in shared memory, where they cannot be scaled. So the products are made unscaled,
+    # and again with scales for a block with a token so short or long that its products would leave fp32's range.
     if hidden.dtype.element_ty == tl.float32:
         scales = _scale_of_rows(hidden, tokens, is_token, H, BLOCK_T, BLOCK_H)
         best = _nearest_keys(
@@ -205,8 +205,8 @@ def _sorted_statistics_fwd_kernel(
     scales,  # [T] fp32
     norms,  # [T] fp32, lengths times scales
     order,  # [T] int64, tokens sorted by codeword
-    first_slots,  # [C + 1] int64, of each codeword in order
-    statistics,  # [C, H + 3] fp32; the sums of cosines are left out
+    first_slots,  # [C + 1] int64, first slot of each codeword in order
+    statistics,  # [C, H + 3] fp32, written, except the sums of cosines
     H: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -238,11 +238,11 @@ def _sorted_statistics_fwd_kernel(
 def _blocks(hidden: torch.Tensor, num_probes: int) -> dict[str, int]:
     """Block sizes and launch options as a function of T, P and the kind of product.
 
-    - 16-bit tensor cores: [128, 64] tiles of the three summands and [64, BLOCK_T] of the tokens are 56 or 64 KiB, three
-      stages of them fit the 227 KiB of a multiprocessor. Every program reads all codewords through the L2 cache, which
-      limits small blocks of tokens: 128 from 8,192 tokens on, although only 64 programs run then, else 64. With more
-      than two probes the keys of 128 would not fit the registers.
-    - fp32 without tensor cores: limited by arithmetic; small tiles fill the multiprocessors.
+    - 16-bit, tensor cores: [128, 64] tiles of the three summands and [64, BLOCK_T] of the tokens take 56 or 64 KiB.
+      Three stages of them fit the 227 KiB of a multiprocessor. Every program reads all codewords through the L2 cache,
+      which makes small blocks of tokens slow. So BLOCK_T is 128 from 8,192 tokens on, although only 64 programs run
+      then, and 64 below. With more than two probes the keys of 128 tokens would not fit the registers.
+    - fp32, no tensor cores: limited by arithmetic; small tiles fill the multiprocessors.
     """
     if hidden.dtype == torch.float32:
         return {"BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
@@ -258,7 +258,7 @@ def launch_assign(
     keep: torch.Tensor | None,
     with_statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Codewords [T, P], and the statistics [C, H + 3] by atomic additions or None; blocks as :func:`_blocks`."""
+    """Codewords [T, P] int64, and statistics [C, H + 3] made by atomic additions, or None if not wanted."""
     (num_tokens, hidden_size), num_clusters = hidden.shape, codewords.shape[0]
     hidden, codewords, allowed, keep = contiguous(hidden, codewords, allowed, keep)
     summands, _ = split_codewords(codewords, hidden.dtype)  # a common factor does not change an arg-max
@@ -291,7 +291,7 @@ def launch_assign(
 
 
 def launch_lengths(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales [T] as :func:`scale_rows` and lengths times scales [T], both fp32: 8 tokens by up to 256 columns."""
+    """Scales [T] as :func:`scale_rows` gives them, and lengths times scales [T], both fp32."""
     num_tokens, hidden_size = hidden.shape
     scales, norms = torch.empty(2, num_tokens, dtype=torch.float32, device=hidden.device)
     block = min(triton.next_power_of_2(hidden_size), 256)
@@ -313,15 +313,15 @@ def token_statistics(
 ) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.coarse.token_statistics`.
 
-    The tokens are sorted by codeword; one program adds those of one codeword, for a block of H. A codeword with very
-    many tokens takes long, which is the price of the fixed order. Does not wait for the device.
+    The tokens are sorted by codeword. One program sums the tokens of one codeword, for a block of H. The fixed order
+    makes a codeword with very many tokens slow. Does not wait for the device.
     """
     hidden, (num_clusters, hidden_size) = hidden.contiguous(), codewords.shape
     scales, norms = launch_lengths(hidden)
     counts = norms != 0.0  # a token of zeros has no direction
     if keep is not None:
         counts &= keep
-    assignments = assignments.masked_fill(~counts, num_clusters)  # behind all codewords
+    assignments = assignments.masked_fill(~counts, num_clusters)  # sorted after all codewords, into no segment
     order, first_slots = sort_into_segments(assignments, num_clusters)
     shape = (num_clusters, hidden_size + NUM_SCALARS)
     statistics = torch.empty(shape, dtype=torch.float32, device=hidden.device)
@@ -330,7 +330,7 @@ def token_statistics(
         hidden, scales, norms, order, first_slots, statistics, H=hidden_size, BLOCK_T=8, BLOCK_H=block, num_warps=4
     )
     sums = statistics[:, :hidden_size]
-    statistics[:, hidden_size + 1] = (sums * codewords).sum(dim=1)  # of a sum of vectors: the sum of their cosines
+    statistics[:, hidden_size + 1] = (sums * codewords).sum(dim=1)  # <sum of unit tokens, c> is the sum of cosines
     return statistics
 
 

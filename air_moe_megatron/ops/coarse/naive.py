@@ -18,9 +18,9 @@ def naive_assign(
 def naive_token_statistics(
     hidden: torch.Tensor, codewords: torch.Tensor, assignments: torch.Tensor, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """[C, H + 3]: sums of unit tokens, counts, sums of cosines and of lengths, in the codewords' dtype.
+    """[C, H + 3] sums of unit tokens, counts, sums of cosines and of lengths, in the codewords' dtype.
 
-    Tokens of zeros count nothing. Right for every length in fp64 only, where squares of fp32 numbers are in range.
+    Tokens of zeros are not counted. Use fp64 codewords: only there are the squares of all fp32 numbers in range.
     """
     if keep is not None:
         hidden, assignments = hidden[keep], assignments[keep]

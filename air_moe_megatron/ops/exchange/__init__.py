@@ -1,4 +1,4 @@
-"""The two permutations of the compact dispatcher: tokens to rows, once per rank, and rows back to tokens."""
+"""The two permutations of the compact dispatcher: from tokens to one row per destination rank, and back."""
 
 from typing import TYPE_CHECKING, Union
 
@@ -13,29 +13,29 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "combine", "make_plan", "pack"]
 
 Plan = Union[eager.SortedPlan, "ExchangePlan"]
-"""Who gets what: that of the torch version, or that of the kernels."""
+"""Which rank gets which rows and pairs; the plan of the torch version, or that of the kernels."""
 
 
 @torch.compiler.disable
 def make_plan(
     topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, mismatch: bool = False
 ) -> Plan:
-    """Count what each rank gets. Does not wait for the device.
+    """Plan which rows and pairs each rank gets. Does not wait for the device.
 
-    Rows lie in the order of (rank, token), pairs in that of (rank, token, slot among the K).
+    Rows are in the order of (rank, token), and pairs in the order of (rank, token, slot among the K).
 
     Args:
-        topk_ids: [T, K] int32 or int64, global expert ids; -1 for none. One may stand twice in a row: two pairs.
-        probs: [T, K], any float dtype; looked at only to count those that are not finite.
+        topk_ids: [T, K] int32 or int64, global expert ids; -1 for none. An id that is in a row twice makes two pairs.
+        probs: [T, K], any float dtype; read only to count those that are not finite.
         num_ranks: D.
-        num_local_experts: experts of each rank.
-        mismatch: whether the shapes of this rank's ids and probs were wrong. The others learn it from the counts, and
-            the ids are stand-ins, all -1.
+        num_local_experts: number of experts on each rank.
+        mismatch: whether the shapes of this rank's ids and probs were wrong. If so, ``topk_ids`` must be all -1, and
+            the counts tell the other ranks.
     Returns:
-        a plan, whose ``counts`` [D, 5] int64 hold the rows and pairs for each rank, and what is invalid on this one:
-        ids, probs, shapes.
+        a plan. Its ``counts`` [D, 5] int64 hold the numbers of rows and pairs for each rank, and the numbers of invalid
+        ids, probs and shapes on this rank.
     Raises:
-        ValueError: if shapes do not fit, or there are 2^31 experts.
+        ValueError: if shapes do not fit, or there are 2^31 experts or more.
 
     Example: ids [[0, 3, 1], [2, -1, -1]] over 2 ranks of 2 experts make the rows (rank 0, token 0), (1, 0), (1, 1) and
     the counts [[1, 2, 0, 0, 0], [2, 2, 0, 0, 0]].
@@ -47,7 +47,7 @@ def make_plan(
     if num_ranks * num_local_experts >= 2**31:
         raise ValueError(f"experts ({num_ranks} * {num_local_experts}) must be fewer than 2^31")
     sizes = dict(num_ranks=num_ranks, topk=topk_ids.shape[1], num_pairs=topk_ids.numel())
-    # Rows of one rank stay where they are: nothing is packed, and the plan only counts.
+    # With one rank all rows stay in place: nothing is packed, and the plan only counts.
     if num_ranks > 1 and use_kernels("exchange", probs, **sizes):
         from air_moe_megatron.ops.exchange import kernels
 
@@ -59,19 +59,19 @@ def make_plan(
 def pack(
     hidden: torch.Tensor, probs: torch.Tensor, plan: Plan, num_rows: int, num_pairs: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gather each token's row for every rank that wants it, and each pair, in the order in which they are sent.
+    """Gather rows and pairs in the order in which they are sent: a row for each token and rank that has its experts.
 
     Differentiable in hidden and probs. Does not wait for the device.
 
     Args:
         hidden: [T, H], any float dtype.
         probs: [T, K], any float dtype.
-        plan: of these tokens.
+        plan: the plan of these tokens.
         num_rows: R, the sum of ``plan.counts[:, 0]``.
         num_pairs: N, the sum of ``plan.counts[:, 1]``.
     Returns:
-        [R, H] rows; [N] int32 codes: the local expert id, its bits inverted for the first pair of a row, so that the
-        receiver knows the rows without being told; [N] probs.
+        [R, H] rows; [N] int32 codes; [N] probs. A code is the local expert id. Its bits are inverted for the first pair
+        of a row, so that the receiver can tell which pairs belong to which row.
     Raises:
         ValueError: if the shapes do not fit together.
 
@@ -92,14 +92,14 @@ def pack(
 
 @torch.compiler.disable
 def combine(partial_sums: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """Add up the rows of each token, in fp32 or wider. Differentiable; does not wait for the device.
+    """Sum the rows of each token, in fp32 or wider. Differentiable; does not wait for the device.
 
-    The kernels add in the order of the ranks, with equal bits in every run; torch's atomic additions on a GPU do so
-    only while its deterministic algorithms are on.
+    The kernels add in the order of the ranks, so the bits are equal in every run. On a GPU torch uses atomic additions,
+    unless its deterministic algorithms are on.
 
     Args:
         partial_sums: [R, H], any float dtype, in the order of :func:`pack`'s rows.
-        plan: of these rows.
+        plan: the plan of these rows.
     Returns:
         [T, H] in the dtype of the partial sums; zero for a token without rows.
     Raises:

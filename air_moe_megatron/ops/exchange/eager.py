@@ -7,10 +7,10 @@ import torch
 
 @dataclass(frozen=True)
 class SortedPlan:
-    """Who gets what; see :class:`air_moe_megatron.ops.exchange.kernels.ExchangePlan` for that of the kernels."""
+    """The plan of the torch version; :class:`air_moe_megatron.ops.exchange.kernels.ExchangePlan` is the kernels'."""
 
-    counts: torch.Tensor  # [D, 5] int64: rows and pairs for each rank; what is invalid on this one: ids, probs, shapes
-    pair_ranks: torch.Tensor  # [T*K] int64, rank of each pair; D where there is none
+    counts: torch.Tensor  # [D, 5] int64: rows and pairs for each rank; invalid ids, probs and shapes on this rank
+    pair_ranks: torch.Tensor  # [T*K] int64, rank of each pair; D where there is no pair
     is_wanted: torch.Tensor  # [T, D] bool, whether a rank holds any expert of a token
     topk_ids: torch.Tensor  # [T, K] int64
     num_local_experts: int
@@ -34,7 +34,7 @@ def make_plan(
     is_pair = (ids >= 0) & (ids < num_ranks * num_local_experts)
     ranks = torch.where(is_pair, ids // num_local_experts, num_ranks)  # [T, K]
     pair_ranks = ranks.reshape(-1)
-    if num_ranks == 1:  # the additions to a single count would wait for one another
+    if num_ranks == 1:  # atomic additions to a single count would be serialized
         is_wanted, num_pairs = is_pair.any(dim=1, keepdim=True), is_pair.sum().view(1)
     else:
         is_wanted = torch.zeros(ids.shape[0], num_ranks + 1, dtype=torch.bool, device=ids.device)
@@ -52,7 +52,7 @@ def pack(
     hidden: torch.Tensor, probs: torch.Tensor, plan: SortedPlan, num_rows: int, num_pairs: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.exchange.pack`."""
-    order = plan.pair_ranks.argsort(stable=True)[:num_pairs]  # those of no rank come last
+    order = plan.pair_ranks.argsort(stable=True)[:num_pairs]  # pairs without a rank come last
     return hidden[plan.tokens_of_rows(num_rows)], _encode(plan, order, probs.shape[1]), probs.reshape(-1)[order]
 
 

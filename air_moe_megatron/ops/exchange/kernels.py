@@ -2,17 +2,17 @@
 
     make_plan experts [T, K]  ->  counts [D, 5], and where each token's rows and pairs go
     pack      tokens [T, H]   ->  rows [R, H], codes [N], probs [N], sorted by rank: what the all-to-alls send
-    combine   rows [R, H]     ->  tokens [T, H]: each token adds up its rows in the order of the ranks
+    combine   rows [R, H]     ->  tokens [T, H]: sums of each token's rows, in the order of the ranks
 
-A token has one row for each rank that holds any of its experts. Its rows are listed per token, at most W = min(K, D) of
-them, so pack reads a token once and writes its rows, and combine, one program per token, reads them and writes once:
-no atomics, equal bits in every run. The two are each other's gradient.
+A token has one row for each rank that holds any of its experts. The plan lists the rows of each token, at most W =
+min(K, D). So pack reads a token once and writes its rows; combine has one program per token, which reads its rows and
+writes once. There are no atomics, and the bits are equal in every run. Each of the two is the other's gradient.
 
-Nothing is sorted: the order of (rank, token) is a prefix sum over counts of pairs [D, T]. Memory of a plan: 12 bytes
-for each of D * T while it is made; 4 bytes for each of T * W rows and 8 for each of T * K pairs to keep. Nothing waits
-for the device; the caller reads the counts, as it must for the all-to-alls, to learn R and N.
+Nothing is sorted: the order of (rank, token) is a prefix sum over counts of pairs [D, T]. Making a plan takes 12 bytes
+for each of D * T. Keeping it takes 4 bytes for each of T * W rows and 8 for each of T * K pairs. Nothing waits for the
+device. The caller reads R and N from the counts, which it needs for the all-to-alls anyway.
 
-Legend: W most rows of a token; others as in ``ops/__init__.py``.
+Legend: W largest number of rows of a token; others as in ``ops/__init__.py``.
 """
 
 from dataclasses import dataclass
@@ -25,18 +25,18 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 LIMITS = {"num_ranks": 1024, "topk": 512, "num_pairs": 2**31 - 1}
 """The largest sizes that the kernels take."""
 
-_TILE_ELEMENTS = 8192  # of the [tokens, slots, ranks] comparisons of a program: 64 per thread
-_MAX_BLOCK = 16  # of slots or ranks in such a tile
-_MAX_COLUMNS = 2048  # of a row that one program copies or adds: 16 per thread, two to four 16-byte accesses
+_TILE_ELEMENTS = 8192  # elements of a program's tile of [tokens, slots, ranks] comparisons: 64 per thread
+_MAX_BLOCK = 16  # most slots or ranks in such a tile
+_MAX_COLUMNS = 2048  # columns of a row that one program copies or adds: 16 per thread, two to four 16-byte accesses
 
 
 @dataclass(frozen=True)
 class ExchangePlan:
-    """Who gets what, and where it lies in the buffers that are sent."""
+    """The plan of the kernels: counts, and the positions of rows and pairs in the buffers that are sent."""
 
-    counts: torch.Tensor  # [D, 5] int64: rows and pairs for each rank; what is invalid on this one: ids, probs, shapes
+    counts: torch.Tensor  # [D, 5] int64: rows and pairs for each rank; invalid ids, probs and shapes on this rank
     token_rows: torch.Tensor  # [T, W] int32, rows of each token, in the order of the ranks; then -1
-    pair_slots: torch.Tensor  # [T, K] int32, slot of each pair; -1 where there is none
+    pair_slots: torch.Tensor  # [T, K] int32, slot of each pair; -1 where there is no pair
     codes: torch.Tensor  # [T, K] int32, local expert of each pair, bits inverted for the first of a row; -1 for none
 
     @property
@@ -47,7 +47,7 @@ class ExchangePlan:
 
 @triton.jit
 def _ranks_of(ids, num_local_experts, D):
-    """Rank of each expert id, D where the id is not one of an expert; and the local id."""
+    """Rank of each expert id, D if it is not the id of an expert; the local id; and whether it is such an id."""
     is_pair = (ids >= 0) & (ids < num_local_experts * D)
     ids = tl.where(is_pair, ids, 0).to(tl.int32)
     return tl.where(is_pair, ids // num_local_experts, D), ids % num_local_experts, is_pair
@@ -230,10 +230,10 @@ def _combine_fwd_kernel(
 
 
 def _pair_blocks(num_ranks: int, topk: int) -> dict[str, int]:
-    """Blocks of tokens, slots and ranks such that a tile of comparisons holds 64 of them per thread.
+    """Block sizes of tokens, slots and ranks for a tile with 64 comparisons per thread.
 
-    Few slots and ranks leave room for many tokens, up to 128: neighbors in the [D, T] tensors, so that accesses there
-    are coalesced although a token's own entries are T apart.
+    Few slots and ranks leave room for many tokens, up to 128. Tokens are neighbors in the [D, T] tensors, so accesses
+    there are coalesced, although one token's own entries are T apart.
     """
     block_slots = min(triton.next_power_of_2(topk), _MAX_BLOCK)
     block_ranks = min(triton.next_power_of_2(num_ranks), _MAX_BLOCK)
@@ -242,7 +242,7 @@ def _pair_blocks(num_ranks: int, topk: int) -> dict[str, int]:
 
 
 def _row_blocks(hidden_size: int, width: int, topk: int) -> dict[str, int]:
-    """A program takes one token and up to 2,048 columns of it: its loop over rows has the whole width in flight."""
+    """Block sizes: a program takes one token and up to 2,048 columns, so each step of its loop moves a whole row."""
     return {
         "BLOCK_H": min(triton.next_power_of_2(hidden_size), _MAX_COLUMNS),
         "BLOCK_W": triton.next_power_of_2(width),
@@ -254,7 +254,7 @@ def _row_blocks(hidden_size: int, width: int, topk: int) -> dict[str, int]:
 def launch_plan(
     topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, mismatch: bool
 ) -> ExchangePlan:
-    """The plan, by two launches with prefix sums between them."""
+    """Make the plan, by two kernel launches with prefix sums in between."""
     (num_tokens, topk), device = topk_ids.shape, topk_ids.device
     topk_ids, probs = topk_ids.contiguous(), probs.contiguous()
     blocks = _pair_blocks(num_ranks, topk)
@@ -301,7 +301,7 @@ def launch_pack(
     codes: torch.Tensor | None = None,
     num_pairs: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """[R, H] rows; and with pairs [N] codes and [N] probs."""
+    """[R, H] rows; if pairs are packed too, [N] codes and [N] probs."""
     (num_tokens, hidden_size), device = hidden.shape, hidden.device
     has_pairs = pair_slots is not None
     width, topk = token_rows.shape[1], pair_slots.shape[1] if has_pairs else 1
@@ -333,7 +333,7 @@ def launch_combine(
     row_probs: torch.Tensor | None = None,
     pair_slots: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[T, H] sums of each token's rows; and with pairs [T, K] probs, zero where there is no pair."""
+    """[T, H] sums of each token's rows; if pairs are combined too, [T, K] probs, zero where there is no pair."""
     (num_tokens, width), hidden_size, device = token_rows.shape, rows.shape[1], rows.device
     has_pairs = pair_slots is not None
     topk = pair_slots.shape[1] if has_pairs else 1
@@ -397,7 +397,7 @@ class _Combine(torch.autograd.Function):
 def make_plan(
     topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, mismatch: bool = False
 ) -> ExchangePlan:
-    """As :func:`air_moe_megatron.ops.exchange.make_plan`, with the slot of every row and pair.
+    """As :func:`air_moe_megatron.ops.exchange.make_plan`; the plan holds the slot of every row and pair.
 
     Example: ids [[0, 3, 1], [2, -1, -1]] over 2 ranks of 2 experts make the pairs 0, 1 | 3 | 2: token_rows
     [[0, 1], [2, -1]], pair_slots [[0, 2, 1], [3, -1, -1]] and codes [[~0, ~1, 1], [~0, -1, -1]]. (A code of -1 is ~0,

@@ -4,7 +4,7 @@ import torch
 
 
 def naive_ranks(topk_ids: torch.Tensor, num_ranks: int, num_local_experts: int) -> torch.Tensor:
-    """[T, K] rank of each pair, D where there is none."""
+    """[T, K] rank of each pair; D where the id is not that of an expert."""
     is_pair = (topk_ids >= 0) & (topk_ids < num_ranks * num_local_experts)
     return torch.where(is_pair, topk_ids.long() // num_local_experts, num_ranks)
 
@@ -12,7 +12,7 @@ def naive_ranks(topk_ids: torch.Tensor, num_ranks: int, num_local_experts: int) 
 def naive_counts(
     topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int, mismatch: bool = False
 ) -> torch.Tensor:
-    """[D, 5] int64: rows and pairs for each rank; what is invalid on this one: ids, probs, shapes."""
+    """[D, 5] int64: rows and pairs for each rank, and invalid ids, probs and shapes on this rank."""
     ranks = naive_ranks(topk_ids, num_ranks, num_local_experts)
     here = torch.nn.functional.one_hot(ranks, num_ranks + 1)[..., :num_ranks]  # [T, K, D]
     invalid_ids = ((ranks == num_ranks) & (topk_ids != -1)).sum().expand(num_ranks)
@@ -34,7 +34,7 @@ def naive_row_tokens(topk_ids: torch.Tensor, num_ranks: int, num_local_experts: 
 def naive_pack(
     hidden: torch.Tensor, topk_ids: torch.Tensor, probs: torch.Tensor, num_ranks: int, num_local_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[R, H] rows in the order of (rank, token); [N] int32 codes and [N] probs in that of (rank, token, place)."""
+    """[R, H] rows in the order of (rank, token); [N] int32 codes and [N] probs in the order of (rank, token, slot)."""
     num_tokens, topk = topk_ids.shape
     pair_ranks = naive_ranks(topk_ids, num_ranks, num_local_experts).reshape(-1)
     order = pair_ranks.argsort(stable=True)[: (pair_ranks < num_ranks).sum()]

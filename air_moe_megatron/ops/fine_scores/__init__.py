@@ -1,4 +1,4 @@
-"""Exact scores of the experts in each token's shortlists, all of them or the best."""
+"""Exact scores of the experts in each token's shortlists: of all experts, or of the best."""
 
 import torch
 
@@ -21,8 +21,8 @@ def fine_scores(
 ) -> torch.Tensor:
     """Score every token against the experts of its codewords' shortlists: ``z_e = <w_e, h> + b_e``.
 
-    Tokens are grouped by codeword, so that each shortlist is one dense tile. Differentiable in hidden, weight and
-    bias. With torch operations it waits for the device, for the sizes of the groups.
+    Tokens are grouped by codeword, so that each shortlist is one dense product. Differentiable in hidden, weight and
+    bias. The torch version waits for the device, to read the sizes of the groups.
 
     Args:
         hidden: [T, H], tokens.
@@ -30,7 +30,7 @@ def fine_scores(
         bias: [E] or None.
         shortlist: [C, L] integer expert ids, distinct in a row; -1 fills the end of a shorter list.
         assignments: [T, P] int64, codewords of each token.
-        dtype: of the arithmetic and of the result.
+        dtype: dtype of the arithmetic and of the result.
     Returns:
         [T, P, L] scores in ``dtype``; -inf where the shortlist holds -1.
     Raises:
@@ -61,22 +61,22 @@ def fine_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the distinct experts that score highest in each token's shortlists.
 
-    With an expert bias they are chosen by ``function(score_e) + expert_bias_e``, as Megatron's top-k chooses; what is
-    returned are the scores. Of one list, no other scores are written down; of several, those of a block of tokens are.
-    Differentiable in hidden, weight and bias: for K rows per token (``ops/selected_scores``), or, by kernels and unless
-    torch's deterministic algorithms are on, by whole lists where K is many of their entries. With torch operations it
-    waits for the device, for the sizes of the groups.
+    With an expert bias, experts are chosen by ``function(score_e) + expert_bias_e``, like Megatron's top-k, but their
+    plain scores are returned. With one list per token, only the best scores are written to memory; with several lists,
+    all scores of a block of tokens are. Differentiable in hidden, weight and bias. The backward takes K rows per token
+    (``ops/selected_scores``). If K is a large part of the lists, the kernels' backward takes whole lists instead,
+    unless torch's deterministic algorithms are on. The torch version waits for the device, to read the sizes of groups.
 
     Args:
         hidden, weight, bias, shortlist, dtype: as :func:`fine_scores`.
-        assignments: [T, P] int64, the codewords of each token, distinct in a row. An expert that is in several of
-            their lists is one candidate.
-        topk: K, at least 1; may be more than P * L.
-        score_function, expert_bias: as :func:`air_moe_megatron.ops.ranking.rank_experts` takes them.
+        assignments: [T, P] int64, the codewords of each token, distinct in a row. An expert in several of their lists
+            is one candidate.
+        topk: K, at least 1; may exceed P * L.
+        score_function, expert_bias: as for :func:`air_moe_megatron.ops.ranking.rank_experts`.
     Returns:
-        [T, K] scores in ``dtype``, in no order, and their [T, K] int32 expert ids; -inf and -1 where there are fewer.
+        [T, K] scores in ``dtype``, in no order, and [T, K] int32 expert ids; -inf and -1 if a token has fewer.
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: if the shapes or arguments do not fit together.
 
     Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2], [1, 2]], assignments [[0, 1]] and
     K = 2 gives the scores [[3, 2]] and the ids [[2, 1]].

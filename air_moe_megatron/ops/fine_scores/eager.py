@@ -1,19 +1,19 @@
 """Fine scores with torch operations: one dense tile per codeword that has tokens.
 
 Rows are (token, probe) pairs. For the n rows of codeword c and its list S_c the tile is
-``X_c [n, H] @ W[S_c].T [H, L]``; its gradients are ``G @ W[S_c]`` and ``G.T @ X_c``, scattered back. Gathering W once
-per codeword instead of once per token is what makes a shortlist cheaper than the dense product.
+``X_c [n, H] @ W[S_c].T [H, L]``. Its gradients are ``G @ W[S_c]`` and ``G.T @ X_c``, scattered back. W is gathered once
+per codeword instead of once per token, which makes a shortlist cheaper than the dense product.
 
-Codewords with about as many rows share a batched product, their rows padded to the largest. Where every row stands in
-this padded order is worked out once for all batches: on a CPU a batch is so small that a few operations more are felt.
-The gathered centers of a batch share one buffer with those of all others: fresh memory for every list costs more in
-page faults than the products themselves.
+Codewords with similar numbers of rows share a batched product, with rows padded to the largest number. The position of
+every row in this padded order is computed once for all batches, because on a CPU a batch is so small that a few more
+operations would matter. All batches gather their centers into one buffer: fresh memory for every list would cost more
+in page faults than the products themselves.
 
-The best K of one list are chosen from each tile while it is in the cache: the [T, L] scores are never written. Several
-lists of a token are merged from a block of [n, P*L] scores.
+With one list per token, the best K are chosen from each tile while it is in the cache, and the [T, L] scores are never
+written. With several lists per token, the best are chosen from [n, P*L] scores, for a block of n tokens at a time.
 
-Legend: R = T*P rows, B codewords of a batch, n their rows after padding, X rows of all batches after padding; others as
-in ``ops/__init__.py``.
+Legend: R = T*P rows, B codewords in a batch, n rows of each of them after padding, X rows of all batches after padding;
+others as in ``ops/__init__.py``.
 """
 
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
 from air_moe_megatron.ops.weight_gradient import added_to_main_grad, main_grad_of
 
-_BATCH_ELEMENTS = 2**21  # of the gathered centers: 8 MiB in fp32, which the cache of a CPU holds beside the tiles
-_MIN_FILL = 0.75  # rows of the smallest codeword of a batch over those of the largest
-SCORES_OF_BLOCK = 2**26  # of the candidates that are scored before the best of them are chosen: 256 MiB in fp32
-_TABLE_BYTES = 2**23  # of the table of experts that a block of tokens has found
-_TABLE_ROWS = (32, 128)  # tokens of such a block: fewer cost operations, more of them fall out of the cache
+_BATCH_ELEMENTS = 2**21  # elements of the gathered centers: 8 MiB in fp32, which fit a CPU's cache beside the tiles
+_MIN_FILL = 0.75  # least ratio of the rows of a batch's smallest codeword to those of its largest
+SCORES_OF_BLOCK = 2**26  # scores of a block of tokens, made before the best are chosen: 256 MiB in fp32
+_TABLE_BYTES = 2**23  # bytes of the table of experts that a block of tokens has found
+_TABLE_ROWS = (32, 128)  # least and most tokens of such a block: fewer need more operations, more exceed the cache
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,25 @@ class _Batch:
     span: slice  # of the X padded rows
     shape: tuple[int, int]  # B, n
     rows: torch.Tensor  # [B * n] int64, R where padded
-    tokens: torch.Tensor  # [B * n] int64, the token of each row; any where padded
+    tokens: torch.Tensor  # [B * n] int64, the token of each row; undefined where padded
     experts: torch.Tensor  # [B, length], dtype of the shortlist, -1 after the end of a shorter list
-    is_full: bool  # whether no list is shorter
+    is_full: bool  # whether all lists have this length
 
     @property
     def ids(self) -> torch.Tensor:
-        """[B * length] rows of the weight; any where there is no expert."""
+        """[B * length] rows of the weight; undefined where there is no expert."""
         ids = self.experts.reshape(-1)
         return ids if self.is_full else ids.clamp(min=0)
 
 
 @dataclass(frozen=True)
 class _Grouping:
-    """All batches, and where the rows are among them."""
+    """All batches, and the position of each row in them."""
 
     batches: list[_Batch]
     slots: torch.Tensor  # [R] int64, padded row of each row; X for the rows of codewords without experts
     num_padded: int  # X
-    width: int  # experts of the shortest list in a batch as long as the batch is wide; 0 if a row is in no batch
+    width: int  # least list length over all batches; 0 if a batch is not full or a row is in no batch
 
 
 def _group(shortlist: torch.Tensor, assignments: torch.Tensor, hidden_size: int) -> _Grouping:
@@ -99,8 +99,10 @@ def _group(shortlist: torch.Tensor, assignments: torch.Tensor, hidden_size: int)
 
 
 def _spans(sizes: list[list[int]], hidden_size: int) -> Iterator[tuple[int, int, int, int, bool]]:
-    """Yield (start, end, most rows, longest list, whether all lists are that long) of the codewords of each batch,
-    which are sorted by their rows."""
+    """Yield (start, end, most rows, longest list, whether all lists are that long) of each batch of codewords.
+
+    The ``sizes`` are (rows, list length) of each codeword, sorted by rows, the most first.
+    """
     start = 0
     while start < len(sizes) and sizes[start][0]:
         count, length = sizes[start]
@@ -116,14 +118,14 @@ def _spans(sizes: list[list[int]], hidden_size: int) -> Iterator[tuple[int, int,
 
 
 class _Centers:
-    """The gathered centers of one batch after another, in one buffer."""
+    """One buffer for the gathered centers, which is reused by one batch after another."""
 
     def __init__(self, batches: list[_Batch], weight: torch.Tensor, dtype: torch.dtype) -> None:
         widest = max((batch.experts.numel() for batch in batches), default=0)
         self.buffer = torch.empty(widest, weight.shape[1], dtype=dtype, device=weight.device)
 
     def room_for(self, batch: _Batch) -> torch.Tensor:
-        """[B, length, H] to be written."""
+        """[B, length, H] part of the buffer, for the caller to write."""
         return self.buffer[: batch.experts.numel()].view(*batch.experts.shape, -1)
 
     def gather(self, weight: torch.Tensor, batch: _Batch) -> torch.Tensor:
@@ -161,7 +163,7 @@ def _scores(
     """[T, P, L] scores of all candidates, -inf where a list is shorter; and the batches that made them."""
     num_rows = assignments.numel()
     grouping = _group(shortlist, assignments, hidden.shape[1])
-    # One row more, for what padding gives.
+    # One extra row, to which padding is written.
     scores = torch.empty(num_rows + 1, shortlist.shape[1], dtype=dtype, device=hidden.device)
     if grouping.width < scores.shape[1]:
         scores.fill_(float("-inf"))
@@ -235,7 +237,7 @@ class _GroupedFineScores(torch.autograd.Function):
 
 
 def _tokens(hidden: torch.Tensor, batch: _Batch, dtype: torch.dtype) -> torch.Tensor:
-    """[B, n, H] tokens of the batch's rows; any where padded."""
+    """[B, n, H] tokens of the batch's rows; undefined where padded."""
     return hidden.index_select(0, batch.tokens).to(dtype).view(*batch.shape, -1)
 
 
@@ -300,14 +302,14 @@ def _best_distinct(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best K experts of each token by scores [T, P*L], an expert in several of its lists counted once.
 
-    A table of [tokens of a block, E] tells which probe an expert was last found in: a byte each, for up to 127 probes.
-    Only the P*L entries of a token are written and read. The block is as small as keeps the table in the cache.
+    A table [tokens of a block, E] holds the last probe in whose list an expert was found: one byte each, for up to 127
+    probes. Only the P*L entries of a token are written and read. Blocks are small, so that the table fits the cache.
 
     Returns:
         [T, K] scores and ids, in no order.
     """
     num_tokens, num_probes = assignments.shape
-    lists = torch.where(shortlist < 0, num_experts, shortlist).long()  # no expert: a column of its own
+    lists = torch.where(shortlist < 0, num_experts, shortlist).long()  # empty slots use an extra column of the table
     number = torch.int8 if num_probes <= 127 else torch.int32
     probes = torch.arange(num_probes, dtype=number, device=scores.device).repeat_interleave(shortlist.shape[1])
     size = min(_TABLE_ROWS[1], max(_TABLE_ROWS[0], _TABLE_BYTES // num_experts), max(num_tokens, 1))
@@ -342,7 +344,7 @@ def _best_of_list(
     topk: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best K experts of each token's one list; tiles are reduced to them while they are in the cache."""
+    """The best K experts of one list per token; each tile is reduced to these while it is in the cache."""
     grouping = _group(shortlist, assignments, hidden.shape[1])
     num_padded, list_size = grouping.num_padded + 1, shortlist.shape[1]  # one row more, for rows in no batch
     scores = torch.empty(num_padded, topk, dtype=dtype, device=hidden.device)

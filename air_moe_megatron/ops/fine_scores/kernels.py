@@ -1,10 +1,11 @@
 """Fine scores as Triton kernels: tiles of tokens of one codeword against its shortlist, forward and backward.
 
 Rows are (token, probe) pairs, sorted by codeword. A program takes up to BLOCK_N rows of one codeword and gathers the
-centers of its list, which all of them share; how many blocks a codeword has is known on the device only
-(``segment_blocks``). The products are memory bound on the gathered centers as long as a codeword has few hundred rows.
+centers of its list, which all these rows share. Only the device knows how many blocks a codeword has
+(``segment_blocks``). The products are bound by the memory traffic of gathered centers as long as a codeword has no more
+than a few hundred rows.
 
-The fused top-k (``topk_kernels.py``) has the tiles of scores and the gradients from here.
+The fused top-k (``topk_kernels.py``) uses the score tiles and the gradients of this module.
 
 Legend: R = T*P rows, B blocks of rows; others as in ``ops/__init__.py``.
 """
@@ -39,13 +40,13 @@ from air_moe_megatron.ops.weight_gradient import (
 LIMITS = {"topk": 2048, "probes": 8}
 """The largest sizes that the kernels take."""
 
-_ROW_ELEMENTS = 2**27  # of the fp32 gradients of rows that wait for the sum over the probes: 512 MiB
-_TILE_ELEMENTS = 2**26  # of the fp32 gradients of centers that wait for a sum in order: 256 MiB
+_ROW_ELEMENTS = 2**27  # elements of the fp32 gradients of rows, kept until they are summed over the probes: 512 MiB
+_TILE_ELEMENTS = 2**26  # elements of the fp32 gradients of centers, kept until they are summed in order: 256 MiB
 
 
 @triton.jit
 def rows_of_block(block, codeword, order, row_first, starts, P, BLOCK_N: tl.constexpr):
-    """[BLOCK_N] rows of a block and their tokens, and which of them there are."""
+    """[BLOCK_N] rows of a block, their tokens, and a mask of those that exist."""
     slots = tl.load(starts + block) + tl.arange(0, BLOCK_N)
     inside = slots < tl.load(row_first + codeword + 1)
     rows = tl.load(order + slots, mask=inside, other=0)
@@ -74,7 +75,7 @@ def score_tile(
     BLOCK_L: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """[BLOCK_N, BLOCK_L] fp32 scores; -inf where there is no expert, any where there is no token."""
+    """[BLOCK_N, BLOCK_L] fp32 scores; -inf where there is no expert, undefined where there is no token."""
     present = experts >= 0
     hidden_rows = hidden + tokens[:, None] * H
     weight_rows = weight + experts[:, None] * H
@@ -234,7 +235,7 @@ class Rows:
     """The rows sorted by codeword."""
 
     order: torch.Tensor  # [R] int64
-    row_first: torch.Tensor  # [C + 1] int64, first slot of each codeword in ``order``; the last is R
+    row_first: torch.Tensor  # [C + 1] int64, first slot of each codeword in ``order``; the last entry is R
 
     @property
     def num_rows(self) -> int:
@@ -246,11 +247,11 @@ class Rows:
 
     @property
     def block_size(self) -> int:
-        """Rows of a block: about those of a codeword, from the 16 of a matrix product to 64."""
+        """Rows per block: about the mean number per codeword, from 16 (the least of a matrix product) to 64."""
         return block_rows_of(self.num_rows, self.num_clusters)
 
     def blocks(self, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(segments [B], starts [B]) as ``segment_blocks``."""
+        """(segments [B], starts [B]) of the codewords' blocks, see ``segment_blocks``."""
         return segment_blocks(self.row_first, self.num_rows, block_size)
 
 
@@ -271,7 +272,7 @@ def launch_fine_scores(
 ) -> None:
     """Write scores [R, L].
 
-    Tiles of 16 to 64 rows, as many as a codeword has on average, and 128 list entries: the gathered centers of a step
+    A tile has 128 list entries and 16 to 64 rows, about the mean number per codeword. The gathered centers of a step
     take 16 KiB in bf16, so that several programs fit on a multiprocessor and hide each other's gathers.
     """
     block_rows, block_list = rows.block_size, block_of(shortlist.shape[1], 128)
@@ -300,7 +301,7 @@ def launch_fine_scores_grad_hidden(
 ) -> None:
     """Write ``grad_scores [R, L] @ centers`` into grad_rows [R, width], columns of H from ``first_column`` on.
 
-    Tiles as forward, of 128 columns each.
+    The tiles are those of the forward, with 128 columns each.
     """
     width = grad_rows.shape[1]
     if grad_rows.numel() == 0:
@@ -325,9 +326,9 @@ def _sum_over_probes(
     dot_dtype: tl.dtype,
     grad_hidden: torch.Tensor,
 ) -> None:
-    """Write the gradients of tokens, sums over their rows, into grad_hidden [tokens, H].
+    """Sum the gradients of each token's rows into grad_hidden [tokens, H].
 
-    The rows' own are fp32, up to 512 MiB at a time: as many columns as that takes, at least the 128 of a tile.
+    The rows' gradients are fp32. As many columns are made at a time as fit into 512 MiB, but at least a tile of 128.
     """
     if num_probes == 1:
         launch_fine_scores_grad_hidden(grad_scores, weight, shortlist, rows, dot_dtype, grad_hidden)
@@ -352,10 +353,10 @@ def launch_fine_scores_grad_weight(
 ) -> None:
     """Add ``grad_scores.T @ tokens`` of each list slot to its expert's row of ``grad_weight_out`` [E, H].
 
-    One program makes the sum of 64 slots by 128 columns over all rows of a codeword. An expert is in the lists of
-    several codewords: their sums meet by fp32 atomic additions, or, if ``deterministic``, they are written down for a
-    chunk of codewords at a time and added in their order. Rows of experts that got no token are not touched, unless
-    the buffer is not fp32: then the sums are made beside it.
+    One program sums 64 slots by 128 columns over all rows of a codeword. An expert can be in the lists of several
+    codewords, whose sums are added by fp32 atomics. If ``deterministic``, the sums are stored for a chunk of codewords
+    at a time and added in order. Rows of experts without tokens are not touched, unless the buffer is not fp32: then
+    the sums are made in a separate tensor.
     """
     if grad_scores.numel() == 0:
         return
@@ -394,10 +395,10 @@ def launch_fine_scores_grad_weight(
 
 @dataclass(frozen=True)
 class Block:
-    """The gradients of all scores of some consecutive tokens."""
+    """The gradients of all scores of a range of consecutive tokens."""
 
     tokens: slice
-    rows: Rows  # of these tokens
+    rows: Rows  # the rows of these tokens
     grad_scores: torch.Tensor  # [tokens * P, L], contiguous
 
 
@@ -413,14 +414,14 @@ def dense_gradients(
     deterministic: bool,
     needed: Sequence[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of hidden, weight and bias from those of all scores; each None where it is not needed.
+    """Gradients of hidden, weight and bias from the gradients of all scores; each None if it is not needed.
 
     Args:
         blocks: all tokens, block by block.
         hidden, weight, bias, shortlist: contiguous.
-        parameter: the weight as the caller was given it, for its ``main_grad``.
+        parameter: the weight parameter itself, for its ``main_grad``.
         num_probes: P.
-        needed: three bools.
+        needed: three bools, for hidden, weight and bias.
     """
     need_hidden, need_weight, need_bias = needed
     grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -436,7 +437,7 @@ def dense_gradients(
             if need_weight:
                 tokens = hidden[block.tokens]
                 launch_fine_scores_grad_weight(grad_scores, tokens, *of_rows, dot_dtype, deterministic, grad_weight_out)
-            if need_bias:  # a column of the weight that meets a one in every token
+            if need_bias:  # the bias is a column of the weight whose feature is 1 in every token
                 ones = hidden.new_ones(hidden[block.tokens].shape[0], 1, dtype=torch.float32)
                 out = grad_bias.unsqueeze(1)
                 launch_fine_scores_grad_weight(grad_scores, ones, *of_rows, tl.float32, deterministic, out)
@@ -488,8 +489,8 @@ def fine_scores(
     dtype: torch.dtype,
     deterministic: bool = False,
 ) -> torch.Tensor:
-    """As :func:`air_moe_megatron.ops.fine_scores.fine_scores`; sums are made in fp32. Does not wait for the device.
+    """As :func:`air_moe_megatron.ops.fine_scores.fine_scores`; sums in fp32. Does not wait for the device.
 
-    ``deterministic``: add the gradients of the weight in a fixed order, with up to 256 MiB of sums in between.
+    If ``deterministic``, the weight's gradients are added in a fixed order, which takes up to 256 MiB of memory.
     """
     return _FineScoresKernel.apply(hidden, weight, bias, shortlist, assignments, dtype, deterministic)

@@ -1,13 +1,13 @@
-"""The best experts of a token's lists: of one list fused with the fine scores, of several by a merge.
+"""The best experts of a token's lists: of one list fused with the fine scores, of several lists by a merge.
 
-One list: no [T, L] scores in memory. A program keeps the scores of 16 rows on the chip, one tile of the list after
-another, and lets out only the selected ones. A candidate is one int64 key of its score and its slot in the list
-(``order_key``). ``tl.topk`` finds the largest K keys of a tile. Of two sorted tiles, the larger of each two opposite
-keys are the largest K of both.
+One list: no [T, L] scores are written to memory. A program keeps the scores of 16 rows on the chip, one tile of the
+list after another, and writes only the selected ones. A candidate is one int64 key of its score and its slot in the
+list (``order_key``). ``tl.topk`` finds the largest K keys of a tile. To merge two sorted tiles of K keys, one is
+reversed: the larger keys at each position are the largest K of both.
 
-Several lists: the scores of a block of tokens are written by the kernel of ``kernels.py``. Then one program per token
-takes the P * L of them, a tile after another. Lists are ascending, so whether an expert stands in an earlier list of
-the token is a binary search.
+Several lists: the kernel of ``kernels.py`` writes the scores of a block of tokens. Then one program per token reads its
+P * L scores, tile by tile. Lists are ascending, so a binary search tells whether an expert is in an earlier list of the
+token.
 
 Legend: B blocks of tokens; others as in ``ops/__init__.py``.
 """
@@ -47,17 +47,17 @@ from air_moe_megatron.ops.tiles import (
     value_of_key,
 )
 
-_FUSED_TOPK = 512  # of the fused kernel, which keeps 16 tokens on the chip at once
-_SCORES_PER_CANDIDATE = 16  # whose gradients by tiles cost as much as that of a candidate by itself
-_TILE_COLUMNS = 512  # of a list whose scores are on the chip at once; half as many beside those of earlier tiles
+_FUSED_TOPK = 512  # largest K of the fused kernel, which keeps 16 tokens on the chip at once
+_SCORES_PER_CANDIDATE = 16  # scores whose gradients by tiles cost as much as the gradient of one candidate alone
+_TILE_COLUMNS = 512  # list entries whose scores are on the chip at once; half as many beside those of earlier tiles
 
 
 class _Best(NamedTuple):
-    """What was found: the best of each token's lists, [T, K] each."""
+    """The best candidates of each token's lists, [T, K] each."""
 
     scores: torch.Tensor  # fp32
     ids: torch.Tensor  # int32, -1 for no candidate
-    columns: torch.Tensor  # int32, place in the token's lists, p * L + slot; 0 for no candidate
+    columns: torch.Tensor  # int32, position in the token's lists, p * L + slot; 0 for no candidate
 
 
 @triton.jit
@@ -123,11 +123,11 @@ def launch_fine_topk(
     dot_dtype: tl.dtype,
     best: _Best,
 ) -> None:
-    """Write the best of one list.
+    """Write the best K candidates of one list per token.
 
-    16 rows by a list of up to 512 are one tile, a warp for each 32 columns: 32 KiB of fp32 scores and 64 KiB of keys,
-    of which a thread holds 16. A longer list takes several tiles of half of that, merged into the best K so far, which
-    need as much room again; more than K = 256 of these spill registers, by some hundred bytes for each thread.
+    16 rows by a list of up to 512 are one tile, with a warp per 32 columns: 32 KiB of fp32 scores and 64 KiB of keys,
+    16 keys per thread. A longer list takes several tiles of half the width, which are merged into the best K so far.
+    These need as much room again; with K above 256 they spill some hundred bytes of registers per thread.
     """
     (num_tokens, topk), shortlist_size = best.ids.shape, shortlist.shape[1]
     if num_tokens == 0:
@@ -147,7 +147,7 @@ def launch_fine_topk(
 
 @triton.jit
 def _is_listed(experts, candidates, L: tl.constexpr, STEPS: tl.constexpr):
-    """Whether each of the candidates stands in a list ``experts`` [L]: ascending, -1 at its end."""
+    """Whether each candidate is in the list ``experts`` [L], which is ascending with -1 at its end."""
     before = tl.zeros_like(candidates)  # experts of the list that are smaller
     for step in tl.static_range(STEPS):
         half = 1 << (STEPS - 1 - step)
@@ -218,7 +218,7 @@ def launch_merge_lists(
 ) -> None:
     """Write the best K distinct experts of scores [T, P * L].
 
-    A tile is as wide as K, or 256 at least, which one warp holds.
+    A tile is as wide as K, and at least 256; one warp holds it.
     """
     num_tokens, topk = best.ids.shape
     if num_tokens == 0:
@@ -235,7 +235,7 @@ def launch_merge_lists(
 
 
 def _blocks(num_tokens: int, num_candidates: int) -> list[slice]:
-    """Tokens whose scores of all candidates are written at a time."""
+    """Blocks of tokens; the scores of all candidates are written for one block at a time."""
     size = max(1, SCORES_OF_BLOCK // num_candidates)
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
@@ -251,7 +251,7 @@ def find_best(
     score_function: str | None,
     expert_bias: torch.Tensor | None,
 ) -> _Best:
-    """The best K of each token's lists, as :func:`fine_topk` chooses them; all tensors contiguous."""
+    """The best K candidates of each token, as :func:`fine_topk` chooses them; all tensors must be contiguous."""
     (num_tokens, num_probes), (num_clusters, shortlist_size) = assignments.shape, shortlist.shape
     dtypes = (torch.float32, torch.int32, torch.int32)
     best = _Best(*(torch.empty(num_tokens, topk, dtype=dtype, device=hidden.device) for dtype in dtypes))
@@ -269,7 +269,7 @@ def find_best(
 
 
 class _FineTopkKernel(torch.autograd.Function):
-    """The best scores, with the gradients of all scores: zero but for the best."""
+    """The best scores. The backward uses gradients of all scores, which are zero except for the best."""
 
     @staticmethod
     def forward(
@@ -296,7 +296,7 @@ class _FineTopkKernel(torch.autograd.Function):
         def all_gradients() -> Iterator[Block]:
             for block in _blocks(ids.shape[0], num_probes * shortlist_size):
                 grad = grad_scores.new_zeros(ids[block].shape[0], num_probes * shortlist_size)
-                # Where there is no candidate, zero is added to the first column: any other column takes one addend.
+                # An empty slot adds zero to the first column. Every other column gets at most one addend.
                 grad.scatter_add_(1, columns[block].long(), grad_scores[block].masked_fill(ids[block] < 0, 0.0))
                 yield Block(block, sort_rows(assignments[block], num_clusters), grad.view(-1, shortlist_size))
 
@@ -318,12 +318,12 @@ def fine_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`. Does not wait for the device.
 
-    Highest first; where scores are equal, the lower slot of the lists first: the same in every run. A list of up to 512
-    is one tile on the chip, a longer one several of 256 (:func:`launch_fine_topk`).
+    Scores are in descending order, and of equal scores the lower slot of the lists comes first, in every run. A list of
+    up to 512 is one tile on the chip, and a longer one several tiles of 256 (:func:`launch_fine_topk`).
 
-    The gradients of many candidates are made by tiles of whole lists, those of few by sums over the candidates
-    (``ops/selected_scores``). ``deterministic``: by such sums in any case; tiles add to the weight's gradient by atomic
-    additions.
+    Gradients of many candidates are computed by tiles of whole lists, and gradients of few by sums over the candidates
+    (``ops/selected_scores``). If ``deterministic``, it is always by sums, because tiles add to the weight's gradient by
+    atomics.
     """
     parameter, dot_dtype = weight, dot_dtype_of(hidden, weight, dtype)
     shortlist, assignments, expert_bias = contiguous(shortlist.int(), assignments, expert_bias)

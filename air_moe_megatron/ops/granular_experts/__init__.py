@@ -26,19 +26,19 @@ def granular_experts(
 ) -> torch.Tensor:
     """Apply each row's experts: ``y_r = sum over the pairs n of row r of p_n * W2_e.T act(W1_e x_r)``.
 
-    Differentiable in hidden, both weights and probs. The weights' gradients go into ``main_grad`` where there is one
+    Differentiable in hidden, both weights and probs. The weights' gradients are added to ``main_grad`` if it exists
     (``ops/weight_gradient.py``), and touch only experts that have pairs. Does not wait for the device.
 
     Args:
         hidden: [R, H], any float dtype.
-        weight1: [E, F, H], or [E, 2F, H] of a gated linear unit, the gates first.
+        weight1: [E, F, H], or [E, 2F, H] for a gated linear unit, the gates first.
         weight2: [E, F, H].
         probs: [N].
         pairs: N pairs of rows and experts.
-        activate: gives values [N, F] from inputs [N, F] or [N, 2F].
-        kernel_activation: the same as one of ``KERNEL_ACTIVATIONS``; None where it is none of them.
+        activate: maps inputs [N, F] or [N, 2F] to values [N, F].
+        kernel_activation: name of ``activate`` in ``KERNEL_ACTIVATIONS``; None if the kernels do not have it.
     Returns:
-        [R, H] in the dtype of weight2, summed in fp32 or wider by the kernels; zero where a row has no pairs.
+        [R, H] in the dtype of weight2; zero for a row without pairs. The kernels sum in fp32 or wider.
     Raises:
         ValueError: if shapes or the activation do not fit.
 

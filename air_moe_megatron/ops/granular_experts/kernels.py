@@ -1,25 +1,25 @@
 """Granular experts as Triton kernels: many tiny MLPs, ordered by expert.
 
 ``y_r = sum over the pairs n of row r of p_n * W2_e.T act(W1_e x_r)``. A program of the first projection takes up to
-BLOCK_N pairs of one expert: it gathers their rows, multiplies them with the expert's F rows, and applies activation and
-probability. The second projection sums per row of tokens. Both are matrix products in which F and the pairs of a block
-are padded to 16: with F = 1 and four pairs per expert, one product in 64 is used. That costs little, since gathers of
+BLOCK_N pairs of one expert. It gathers their rows, multiplies them by the expert's F rows, and applies activation and
+probability. The second projection sums per token row. Both are matrix products in which F and the pairs of a block are
+padded to 16: with F = 1 and four pairs per expert, one product in 64 is used. That costs little, because gathers of
 rows bound the time: such a tile moves at most (16 + F) * H numbers for its 16 * 16 * H products.
 
-The inputs of the activation are kept for the backward in fp32: N * F numbers. To make them anew would read every row
-of tokens and weights again, N * F * H products; what follows them, activation and probability, is made anew.
+The backward keeps the inputs of the activation, N * Q numbers in fp32. Recomputing them would read every token row and
+weight row again, for N * Q * H products. Activation and probability are recomputed.
 
-Sums per row of tokens, in the second projection and in the tokens' gradient, have two ways:
+Sums per token row, in the second projection and in the tokens' gradient, are made in one of two ways:
 
-- in row order, one program gathers the Q = F or 2F weight rows of all pairs of a row: N * Q * H numbers read, no
-  atomics, deterministic (``launch_pair_sums``);
-- in expert order, a block of pairs reads an expert's weight rows once, sums over Q on the chip and adds the results
-  to the rows with fp32 atomics: N * H additions in the second-level cache.
+- In row order, one program gathers the Q = F or 2F weight rows of all pairs of a row. It reads N * Q * H numbers, uses
+  no atomics, and is deterministic (``launch_pair_sums``).
+- In expert order, a block of pairs reads an expert's weight rows once, sums over Q on the chip, and adds the results to
+  the rows with fp32 atomics: N * H additions in the L2 cache.
 
-The second is chosen from Q = 8, where the gathers move 16 bytes in bf16 for each 4 that are added, unless
-``deterministic``. The gradients of the weights have one program per (expert, columns): no atomics either way.
+The second way is used from Q = 8 on, unless ``deterministic``: there the gathers would move 16 bytes in bf16 for each 4
+that are added. Gradients of the weights have one program per (expert, columns), and so no atomics.
 
-Legend: Q = F, or 2F of the gated first projection; others as in ``ops/__init__.py``.
+Legend: Q = F, or 2F for a gated first projection; others as in ``ops/__init__.py``.
 """
 
 import torch
@@ -49,7 +49,7 @@ MAX_FFN_HIDDEN_SIZE = 64
 LIMITS = {"ffn_hidden_size": MAX_FFN_HIDDEN_SIZE}
 """The largest sizes that the kernels take."""
 
-_ATOMIC_PARTS = 8  # weight rows of an expert from which sums per row of tokens are made in expert order
+_ATOMIC_PARTS = 8  # least number of weight rows per expert for which sums per token row are made in expert order
 
 
 @triton.jit
@@ -271,7 +271,7 @@ def _expert_weight_bwd_kernel(
 
 
 def _warps_of(block_rows: int, ffn_hidden_size: int) -> int:
-    """Warps of a product of pairs by F: one for each 256 elements, up to four."""
+    """Number of warps for a product of pairs by F: one per 256 elements, up to four."""
     return min(4, block_rows * block_of(ffn_hidden_size, MAX_FFN_HIDDEN_SIZE) // 256)
 
 
@@ -285,7 +285,7 @@ def launch_granular_values(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, Q] fp32 inputs of the activation, and [N, F] fp32 values: activation (times linear part) times probability.
 
-    Steps of 64 columns in bf16: a program reads 128 bytes of each of its rows at a time, pipelined.
+    In bf16 a step takes 64 columns: a program reads 128 bytes of each of its rows at a time, pipelined.
     """
     num_pairs, hidden_size = pairs.ids.numel(), hidden.shape[1]
     num_inputs = weight1.shape[1]
@@ -308,9 +308,9 @@ def launch_granular_values(
 def launch_granular_sums(
     values: torch.Tensor, weight: torch.Tensor, pairs: Pairs, dtype: torch.dtype, deterministic: bool
 ) -> torch.Tensor:
-    """[R, H] sums in ``dtype`` of the weight rows [E, Q, H] by the values [N, Q], one of the two ways above.
+    """[R, H] sums in ``dtype`` of weight rows [E, Q, H] weighted by values [N, Q], in one of the two ways above.
 
-    In expert order, tiles of a block of pairs by 128 columns.
+    In expert order a tile is a block of pairs by 128 columns.
     """
     num_parts, hidden_size = weight.shape[1:]
     if deterministic or num_parts < _ATOMIC_PARTS:
@@ -339,7 +339,7 @@ def launch_granular_gradients(
     pairs: Pairs,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[N, F] fp32 values made anew, [N, Q] fp32 gradient of the inputs, [N] of the probabilities; tiles as forward."""
+    """[N, F] fp32 recomputed values; gradients of the inputs, [N, Q] fp32, and of the probabilities, [N]."""
     num_pairs, hidden_size = pairs.ids.numel(), grad_out.shape[1]
     ffn_hidden_size = weight2.shape[1]
     values = torch.empty(num_pairs, ffn_hidden_size, dtype=torch.float32, device=inputs.device)
@@ -363,9 +363,9 @@ def launch_granular_weight_gradient(
 ) -> None:
     """Add ``values[n, q] * source[row]`` of each expert's pairs to its rows of ``grad_weight_out`` [E * Q, H].
 
-    Any float dtype; the sum of a row is made in fp32 and rounded once. Experts without pairs are not touched. Tiles of
-    Q by as many columns as make 8192 elements, 64 to 512: 64 registers of each thread. One row per expert needs no
-    matrix product, which would pad it to 16.
+    The output may have any float dtype: a row is summed in fp32 and rounded once. Experts without pairs stay untouched.
+    A tile is Q by 64 to 512 columns, for 8192 elements, 64 registers per thread. With one row per expert there is no
+    matrix product, which would pad the row to 16.
     """
     num_pairs, num_parts, hidden_size = *values.shape, source.shape[1]
     if num_parts == 1:
@@ -373,7 +373,7 @@ def launch_granular_weight_gradient(
         return
     block_parts = block_of(num_parts, 2 * MAX_FFN_HIDDEN_SIZE)
     dot_dtype = dot_dtype_of(source, source, torch.float32)
-    # The operands of fp32 products are in registers, too.
+    # The operands of fp32 products take registers too.
     block_columns = block_of(hidden_size, (4096 if dot_dtype == tl.float32 else 8192) // block_parts)
     num_column_blocks = triton.cdiv(hidden_size, block_columns)
     segments, _ = segment_blocks(pairs.id_first, num_pairs, max(1, num_pairs))
@@ -437,7 +437,7 @@ def granular_experts(
 ) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.granular_experts.granular_experts`, summed in fp32.
 
-    ``deterministic``: sum per row of tokens in row order, however many weight rows an expert has; otherwise sums over
-    many are atomic additions.
+    If ``deterministic``, sums per token row are always made in row order. Otherwise experts with many weight rows use
+    atomic additions.
     """
     return _GranularExpertsKernel.apply(hidden, weight1, weight2, probs, pairs, activation, deterministic)

@@ -17,8 +17,13 @@ def naive_granular_experts(
 ) -> torch.Tensor:
     """[R, H]: row r sums ``probs[n] * W2_e.T act(W1_e x_r)`` over its pairs n, with e = ids[n], by plain autograd.
 
-    hidden [R, H], weight1 [E, F, H], or [E, 2F, H] with the gates first if ``gated``, weight2 [E, F, H], probs [N],
-    rows [N] and ids [N]; ``activation`` is a function of a tensor.
+    Args:
+        hidden: [R, H].
+        weight1: [E, F, H]; if ``gated``, [E, 2F, H] with the gates first.
+        weight2: [E, F, H].
+        probs, rows, ids: [N], of each pair.
+        activation: elementwise function.
+        gated: whether the experts are gated linear units.
     """
     inputs = torch.einsum("nh,nfh->nf", hidden[rows], weight1[ids])
     if gated:

@@ -1,4 +1,4 @@
-"""Tokens shifted and scaled feature by feature, and the sums from which mean and variance are learned."""
+"""Normalization of tokens by a mean and a scale per feature, and the sums from which these are learned."""
 
 import torch
 
@@ -11,13 +11,13 @@ __all__ = ["SCALE", "batch_sums", "normalize"]
 
 @torch.compiler.disable
 def normalize(hidden: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``(h - mean) * scale``, made in fp32 or wider; differentiable in hidden alone.
+    """Compute ``(h - mean) * scale`` in fp32 or wider; differentiable in hidden alone.
 
     Args:
         hidden: [T, H], any float dtype.
         mean, scale: [H] fp32 or wider.
     Returns:
-        [T, H], hidden's dtype.
+        [T, H] in the dtype of hidden.
     Raises:
         ValueError: if the shapes do not fit together.
 
@@ -34,15 +34,15 @@ def normalize(hidden: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> 
 @torch.compiler.disable
 @torch.no_grad()
 def batch_sums(hidden: torch.Tensor, mean: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-    """Sum what mean and variance of a batch need.
+    """Make the sums from which mean and variance of a batch follow.
 
     Args:
         hidden: [T, H], any float dtype.
-        mean: [H], the point around which the sums are taken, so that the variance loses no digits.
+        mean: [H], subtracted before the sums are made, so that the variance loses no digits.
         padding_mask: [T] bool, True for padding, or None if there is none.
     Returns:
-        [3H + 1] fp32 or wider: sums of ``h - mean``; of its squares up to 2^80; of larger ones, times ``SCALE^2``,
-        2^-160; and the number of tokens.
+        [3H + 1] fp32 or wider: [H] sums of ``h - mean``; [H] sums of its squares up to 2^80; [H] sums of larger
+        squares, times ``SCALE^2`` = 2^-160; and the number of tokens.
     Raises:
         ValueError: if the shapes do not fit together.
 

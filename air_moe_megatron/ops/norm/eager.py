@@ -2,7 +2,7 @@
 
 import torch
 
-# Squares of larger numbers are summed apart and scaled: fp32 then holds the squares of all finite numbers.
+# Numbers above LARGE are multiplied by SCALE before they are squared, and summed separately: so no square overflows.
 LARGE, SCALE = 2.0**40, 2.0**-80
 
 
@@ -24,7 +24,7 @@ def batch_sums(hidden: torch.Tensor, mean: torch.Tensor, padding_mask: torch.Ten
 
 
 def count_of(hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-    """[1] number of the tokens [T, H] that are no padding, in fp32 or wider."""
+    """[1] number of tokens that are not padding, in fp32 or wider."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if padding_mask is None:
         return hidden.new_full((1,), hidden.shape[0], dtype=wide)

@@ -1,6 +1,6 @@
 """The norm as Triton kernels: the tokens are read once for the sums and once for the result, in their own dtype.
 
-In torch operations each step is a pass over fp32 copies of the tokens, a dozen of them for the sums.
+With torch operations each step is a pass over fp32 copies of the tokens; the sums take a dozen passes.
 
 Legend: as in ``ops/__init__.py``; B blocks of rows.
 """
@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.ops.norm import eager
 
-_ROWS = 128  # of a block, whose sums one program makes
+_ROWS = 128  # rows per block; one program makes the sums of a block
 _LARGE, _SCALE = tl.constexpr(eager.LARGE), tl.constexpr(eager.SCALE)
 
 

@@ -6,13 +6,13 @@ from air_moe_megatron.ops.norm.eager import LARGE, SCALE
 
 
 def naive_normalize(hidden: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The tokens that :func:`air_moe_megatron.ops.norm.normalize` gives, by plain autograd."""
+    """As :func:`air_moe_megatron.ops.norm.normalize`, in fp64 and by plain autograd."""
     columns = [(hidden[:, i].double() - mean[i].double()) * scale[i].double() for i in range(hidden.shape[1])]
     return torch.stack(columns, dim=1)
 
 
 def naive_batch_sums(hidden: torch.Tensor, mean: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-    """The sums that :func:`air_moe_megatron.ops.norm.batch_sums` gives."""
+    """As :func:`air_moe_megatron.ops.norm.batch_sums`, in fp64."""
     kept = hidden if padding_mask is None else hidden[~padding_mask]
     sums, squares, large_squares = [], [], []
     for feature in range(hidden.shape[1]):

@@ -1,7 +1,7 @@
-"""Products over (row, weight row) pairs: the two halves of a layer of tiny experts, and each other's gradient.
+"""Two products over pairs of a token row and a weight row, which make up a layer of tiny experts.
 
-``pair_dots`` is a dense-times-dense product sampled at the pairs, ``pair_sums`` a sparse-times-dense product. Both cost
-O(N * H) and make no [N, H] copy of the weights.
+``pair_dots`` is a dense-times-dense product sampled at the pairs, and ``pair_sums`` a sparse-times-dense product. Each
+is the other's gradient. Both cost O(N * H) and make no [N, H] copy of the weights.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ __all__ = ["Pairs", "make_pairs", "pair_dots", "pair_gradients", "pair_sums"]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of rows of tokens and weight rows, in both orders."""
+    """Pairs of token rows and weight rows, sorted by token row and also by weight row."""
 
     rows: torch.Tensor  # [N] int64, ascending
     ids: torch.Tensor  # [N] int64, weight rows
-    row_first: torch.Tensor  # [R + 1] int64, first pair of each row of tokens; the last is N
-    by_id: torch.Tensor  # [N] int64, the pairs sorted by weight row
-    id_first: torch.Tensor  # [V + 1] int64, first slot of each weight row in ``by_id``; the last is N
+    row_first: torch.Tensor  # [R + 1] int64, first pair of each token row; the last entry is N
+    by_id: torch.Tensor  # [N] int64, indices of the pairs, sorted by weight row
+    id_first: torch.Tensor  # [V + 1] int64, first slot of each weight row in ``by_id``; the last entry is N
 
     @property
     def num_rows(self) -> int:
@@ -33,7 +33,7 @@ class Pairs:
         return self.id_first.numel() - 1
 
     def split(self, parts: int) -> "Pairs":
-        """The pairs where every weight row is ``parts`` consecutive ones: N * parts pairs, those of a pair together.
+        """Replace each weight row by ``parts`` consecutive rows: N * parts pairs, those of one pair together.
 
         Example: one pair (row 0, id 2) in 2 parts gives (row 0, id 4) and (row 0, id 5).
         """
@@ -59,15 +59,15 @@ class Pairs:
 
 @torch.compiler.disable
 def make_pairs(rows: torch.Tensor, ids: torch.Tensor, num_rows: int, num_ids: int) -> Pairs:
-    """Sort the pairs both ways. Does not wait for the device.
+    """Sort pairs by token row and by weight row. Does not wait for the device.
 
     Args:
-        rows: [N] integer, rows of tokens, ascending.
-        ids: [N] integer, weight rows; one that a row of tokens meets twice counts twice. Kernels skip ids of -1.
+        rows: [N] integer, token rows, ascending.
+        ids: [N] integer, weight rows; a pair that occurs twice counts twice. Kernels skip ids of -1.
         num_rows: R.
         num_ids: V.
     Raises:
-        ValueError: if rows and ids are not of one length.
+        ValueError: if rows and ids are not of equal length.
 
     Example: rows [0, 0, 1], ids [2, 0, 2], 2 rows and 3 ids give row_first [0, 2, 3], by_id [1, 0, 2] and
     id_first [0, 1, 1, 3].
@@ -87,9 +87,9 @@ def make_pairs(rows: torch.Tensor, ids: torch.Tensor, num_rows: int, num_ids: in
 
 @torch.compiler.disable
 def pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """Dot product of each pair's row of tokens and weight row.
+    """Dot product of each pair's token row and weight row.
 
-    Differentiable in hidden and weight; the weight's gradient goes into ``weight.main_grad`` where there is one
+    Differentiable in hidden and weight; the weight's gradient is added to ``weight.main_grad`` if it exists
     (``ops/weight_gradient.py``). Does not wait for the device.
 
     Args:
@@ -128,17 +128,17 @@ def pair_gradients(
     need_hidden: bool = True,
     need_weight: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of :func:`pair_dots`, where the dot products themselves are known already.
+    """The gradients of :func:`pair_dots`, without computing the dot products again.
 
-    The weight's gradient goes into ``weight.main_grad`` where there is one (``ops/weight_gradient.py``). Does not wait
-    for the device.
+    The weight's gradient is added to ``weight.main_grad`` if it exists (``ops/weight_gradient.py``). Does not wait for
+    the device.
 
     Args:
         hidden, weight, pairs: as :func:`pair_dots`.
         grad_dots: [N], any float dtype.
-        need_hidden, need_weight: whether these are wanted.
+        need_hidden, need_weight: whether to compute the gradient of hidden and of weight.
     Returns:
-        gradients of hidden and weight, None where not wanted.
+        gradients of hidden [R, H] and of weight, each None if not needed.
     Raises:
         ValueError: if the shapes do not fit together.
 
@@ -157,9 +157,9 @@ def pair_gradients(
 
 @torch.compiler.disable
 def pair_sums(values: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """Sum the weight rows of each row of tokens, weighted by the pairs' values.
+    """Sum the weight rows of each token row, weighted by the pairs' values.
 
-    Differentiable in values and weight, as :func:`pair_dots`.
+    Differentiable in values and weight, like :func:`pair_dots`.
 
     Args:
         values: [N], any float dtype.

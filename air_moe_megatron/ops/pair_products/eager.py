@@ -1,8 +1,8 @@
 """Pair products with torch's sparse operations.
 
-On a CPU the dot products are ``torch.sparse.sampled_addmm`` in the order of the weight rows: each weight row is read
-once, from end to end of the weight, while the tokens stay in the cache. The sums are ``embedding_bag`` in the order of
-the tokens: every output row is written once. Elsewhere the dot products gather the rows of a bounded chunk of pairs.
+On a CPU the dot products are ``torch.sparse.sampled_addmm`` in the order of the weight rows. Each weight row is read
+once, in memory order, while the tokens stay in the cache. On a GPU the dot products gather the rows of a bounded chunk
+of pairs at a time. The sums are ``embedding_bag`` in the order of the tokens, so each output row is written once.
 """
 
 from typing import TYPE_CHECKING
@@ -16,8 +16,8 @@ from air_moe_megatron.ops.weight_gradient import sparse_rows, weight_gradient
 if TYPE_CHECKING:
     from air_moe_megatron.ops.pair_products import Pairs
 
-_CHUNK_ELEMENTS = 2**21  # of weight rows in a wider dtype: 8 MiB in fp32
-_GATHERED_ELEMENTS = 2**26  # of the rows that two gathers of a chunk of pairs hold: 256 MiB each in fp32
+_CHUNK_ELEMENTS = 2**21  # elements of the weight rows that are widened at a time: 8 MiB in fp32
+_GATHERED_ELEMENTS = 2**26  # elements of each of the two gathers of a chunk of pairs: 256 MiB in fp32
 
 
 def _dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> torch.Tensor:
@@ -41,7 +41,7 @@ def _dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> torch.T
 
 
 def _sampled(weight: torch.Tensor, hidden: torch.Tensor, id_first: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """[N] products ``<weight_m, hidden_t>`` for the tokens of each weight row, one after another."""
+    """[N] products ``<weight_m, hidden_t>`` of each weight row m with its tokens t, sorted by weight row."""
     pattern = sparse_rows(id_first, tokens, hidden.new_zeros(tokens.numel()), hidden.shape[0])
     return torch.sparse.sampled_addmm(pattern, weight, hidden.t(), beta=0.0).values()
 

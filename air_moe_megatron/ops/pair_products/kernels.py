@@ -1,17 +1,17 @@
 """Pair products as Triton kernels.
 
-Whatever reads or writes a weight row once goes in the order of the weight rows: the dot products (the weight, larger
-than any cache, streams by once; the tokens stay in the second-level cache) and the weight's gradient. The sums go in
-the order of the tokens and gather weight rows. Every element has one writer and every sum a fixed order: no atomic
-additions, and two runs give equal bits.
+The dot products and the weight's gradient are made in the order of the weight rows. So the weight, which is larger than
+any cache, is streamed once, while the tokens stay in the L2 cache. The sums are made in the order of the tokens, and
+gather weight rows. Every element has one writer and every sum a fixed order. So there are no atomic additions, and two
+runs give equal bits.
 
-A block of pairs is one program. How many blocks a weight row has is known on the device only, so the grid is the
-largest number that N pairs can need, and the programs beyond the last block return at once (``segment_blocks``).
+A program takes a block of pairs. Only the device knows how many blocks a weight row has. So the grid is the largest
+number of blocks that N pairs can need, and programs beyond the last block return at once (``segment_blocks``).
 
-The products are memory bound, a few operations per byte, so they are plain multiplications: a matrix product would pad
-the few pairs of a weight row to sixteen.
+The products are memory bound, with a few operations per byte. So they are plain multiplications: a matrix product would
+pad the few pairs of a weight row to 16.
 
-Legend: Q consecutive weight rows of an id; others as in ``ops/__init__.py``.
+Legend: Q consecutive weight rows per id; others as in ``ops/__init__.py``.
 """
 
 import torch
@@ -28,12 +28,12 @@ from air_moe_megatron.ops.weight_gradient import (
     add_weight_gradient,
 )
 
-_TILE = 4096  # elements in fp32 of a tile of 4 warps: 32 registers of each thread
+_TILE = 4096  # fp32 elements of a tile of 4 warps: 32 registers per thread
 
 
 @triton.jit
 def pairs_from(start, end, by_id, rows, BLOCK_N: tl.constexpr):
-    """[BLOCK_N] pairs in the order of the weight rows, their rows of tokens, and which of them are before ``end``."""
+    """[BLOCK_N] pairs in the order of the weight rows, their token rows, and a mask of those before ``end``."""
     slots = start + tl.arange(0, BLOCK_N)
     inside = slots < end
     pairs = tl.load(by_id + slots, mask=inside, other=0)
@@ -142,7 +142,7 @@ def _pair_weight_bwd_kernel(
 def launch_pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     """[N] fp32 dot products of hidden [R, H] and weight [V, H]; zero where the id is -1.
 
-    Blocks hold about as many pairs as a weight row has on average, 4 to 8, and as much of a row as a tile then takes.
+    A block has 4 to 8 pairs, about the mean number per weight row, and as many columns as then fit a tile.
     """
     num_pairs, hidden_size = pairs.ids.numel(), hidden.shape[1]
     dots = torch.zeros(num_pairs, dtype=torch.float32, device=hidden.device)
@@ -161,10 +161,10 @@ def launch_pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -
 def launch_pair_sums(
     values: torch.Tensor, weight: torch.Tensor, pairs: Pairs, dtype: torch.dtype, parts: int = 1
 ) -> torch.Tensor:
-    """[R, H] sums in ``dtype`` of the weight rows [V * Q, H] by the values [N * Q]; an id of -1 is no pair.
+    """[R, H] sums in ``dtype`` of weight rows [V * Q, H] weighted by values [N * Q]; ids of -1 are skipped.
 
-    The Q weight rows of an id lie together, and so do the values of a pair. Tiles of 8 pairs and up to 512 columns: a
-    gathered piece of a weight row is 1 KiB in bf16.
+    The Q weight rows of an id are consecutive, and so are the values of a pair. A tile has 8 pairs and up to 512
+    columns: a gathered piece of a weight row is 1 KiB in bf16.
     """
     hidden_size = weight.shape[-1]
     sums = torch.empty(pairs.num_rows, hidden_size, dtype=dtype, device=weight.device)
@@ -182,8 +182,8 @@ def launch_pair_weight_gradient(
 ) -> None:
     """Add ``values[n] * source[row]`` of each weight row's pairs to its row of ``grad_weight_out`` [V, H].
 
-    Any float dtype; the sum of a row is made in fp32 and rounded once. Rows without pairs are not touched. One program
-    walks all pairs of a weight row, in tiles of 8 pairs and up to 1024 columns: a long segment is slow, not wrong.
+    The output may have any float dtype: a row is summed in fp32 and rounded once. Rows without pairs are not touched.
+    One program takes all pairs of a weight row, in tiles of 8 pairs and up to 1024 columns, so long segments are slow.
     """
     num_pairs, hidden_size = pairs.ids.numel(), source.shape[1]
     segments, _ = segment_blocks(pairs.id_first, num_pairs, max(1, num_pairs))

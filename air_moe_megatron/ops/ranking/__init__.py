@@ -11,7 +11,7 @@ from air_moe_megatron.ops.ranking import eager
 __all__ = ["SCORE_FUNCTIONS", "CandidateRanking", "Ranking", "rank_candidates", "rank_experts"]
 
 SCORE_FUNCTIONS = (None, *score_functions.SCORE_FUNCTIONS)
-"""Functions through which Megatron's expert bias is added to a score."""
+"""Score functions that Megatron combines with an expert bias; None ranks by the score itself."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class CandidateRanking:
     """Result of ranking some candidates at each codeword."""
 
     lists: torch.Tensor  # [n, L] int64, the candidates that score highest at each codeword, best first
-    candidates: torch.Tensor  # [n, m] int64, sorted by id
-    scores: torch.Tensor  # [n, m] fp32, theirs; -inf for one that repeats another
+    candidates: torch.Tensor  # [n, m] int64, the candidates of each codeword, sorted by id
+    scores: torch.Tensor  # [n, m] fp32, scores of ``candidates``; -inf for a repeated candidate
 
 
 @torch.compiler.disable
@@ -43,15 +43,15 @@ def rank_experts(
     score_function: str | None = None,
     expert_bias: torch.Tensor | None = None,
 ) -> Ranking:
-    """Rank the experts at each codeword by ``scale_c * <w_e, c> + b_e``, and the codewords at each expert.
+    """Rank the experts at each codeword by ``scale_c * <w_e, c> + b_e``, and find each expert's best codeword.
 
-    With a score function the experts are ranked by ``function(that score) + expert_bias_e``, as the top-k of a router
-    with an expert bias ranks them. The experts are streamed: no [C, E] tensor is held for large E. The torch version
-    waits for the device. In the kernels the lower id wins a tie, and scores that are NaN count as infinite.
+    With a score function the experts are ranked by ``function(score) + expert_bias_e``, like the top-k of a router
+    with an expert bias. The experts are streamed, so that no [C, E] tensor is held for large E. The torch version waits
+    for the device. In the kernels the lower id wins a tie, and NaN scores count as infinite.
 
     Args:
         codewords: [C, H] fp32, unit rows.
-        scale: [C] fp32, typical ``<h, c>`` of a codeword's tokens; matters only beside a bias or a score function.
+        scale: [C] fp32, typical ``<h, c>`` of a codeword's tokens; used only with a bias or a score function.
         weight: [E, H] expert centers, any float dtype.
         bias: [E] or None.
         shortlist_size: L, experts per list, from 1 to E.
@@ -85,10 +85,10 @@ def rank_candidates(
     score_function: str | None = None,
     expert_bias: torch.Tensor | None = None,
 ) -> CandidateRanking:
-    """Rank candidates of its own at each codeword, as :func:`rank_experts` ranks all experts.
+    """Rank each codeword's own candidates, as :func:`rank_experts` ranks all experts.
 
-    Costs ``2 n H m`` for n codewords with m candidates each. It has no kernels: on a GPU it gathers centers for batched
-    products and ``topk``. It does not wait for the device.
+    Costs ``2 n H m`` FLOPs for n codewords with m candidates each. There are no kernels: on a GPU it gathers centers
+    for batched products and ``topk``. Does not wait for the device.
 
     Args:
         codewords: [n, H] fp32, unit rows.

@@ -5,11 +5,11 @@ import torch
 from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
 from air_moe_megatron.ops.weight_gradient import sparse_rows
 
-CHUNK_ELEMENTS = 2**26  # of the scores [C, n] of a chunk of experts: 256 MiB
-_STRIPES = 8  # experts that one maximum stands for in the first step of a top-k
-_MANY_ROWS = 128  # from which on maxima over groups come first
-_SPARE = 32  # candidates of a chunk beyond twice those expected
-_GATHERED_ELEMENTS = 2**22  # of the centers that are gathered at a time where they cannot be read in place: 16 MiB
+CHUNK_ELEMENTS = 2**26  # elements of the scores [C, n] of a chunk of experts: 256 MiB
+_STRIPES = 8  # elements per group, in maxima over groups
+_MANY_ROWS = 128  # least number of rows for which maxima over groups are taken first
+_SPARE = 32  # candidates kept per chunk, beyond twice the expected number
+_GATHERED_ELEMENTS = 2**22  # elements of the centers gathered at a time: 16 MiB
 
 
 def rank_experts(
@@ -26,7 +26,7 @@ def rank_experts(
     num_clusters, num_experts = codewords.shape[0], weight.shape[0]
     chunk = min(num_experts, max(chunk_elements // num_clusters, 1))
     chunks = [slice(first, min(first + chunk, num_experts)) for first in range(0, num_experts, chunk)]
-    # On a CPU, fresh memory costs more than its use.
+    # One buffer for all chunks: on a CPU, allocating fresh memory takes longer than using it.
     buffer = torch.empty(num_clusters * chunk, dtype=codewords.dtype, device=weight.device)
 
     def score(experts: slice) -> torch.Tensor:
@@ -34,7 +34,7 @@ def rank_experts(
         scores = torch.mm(codewords, weight[experts].float().t(), out=buffer[: num_clusters * size].view(-1, size))
         return _ranked_by(scores, scale, bias, score_function, expert_bias, experts)
 
-    # About one in so many of a list's experts is in each chunk; twice that, and few lists ask for more.
+    # A chunk is expected to hold 1/len(chunks) of a list. Keep twice that, so that few lists need more from a chunk.
     kept = min(shortlist_size, 2 * -(-shortlist_size // len(chunks)) + _SPARE)
     values, ids, nearest, highest = [], [], [], []
     for experts in chunks:
@@ -73,11 +73,11 @@ def rank_candidates(
 
 
 def _products(codewords: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """[n, m] fp32 products of each of the n codewords with the m centers that ``ids`` [n, m] names for it."""
+    """[n, m] fp32 products of each of n codewords with the m centers whose ids are in its row of ``ids`` [n, m]."""
     num_codewords, num_ids = ids.shape
-    if num_ids >= weight.shape[0]:  # of few experts: all products are fewer
+    if num_ids >= weight.shape[0]:  # with few experts the product with all of them is smaller
         return (codewords @ weight.float().t()).gather(1, ids)
-    if weight.dtype == torch.float32 and not weight.is_cuda:  # in place: gathered centers would fall out of the cache
+    if weight.dtype == torch.float32 and not weight.is_cuda:  # read in place: gathered centers would exceed the cache
         first = torch.arange(0, ids.numel() + 1, num_ids)
         pattern = sparse_rows(first, ids.reshape(-1), codewords.new_zeros(ids.numel()), weight.shape[0])
         products = torch.sparse.sampled_addmm(pattern, codewords, weight.t(), beta=0.0)
@@ -95,7 +95,7 @@ def _ranked_by(
     expert_bias: torch.Tensor | None,
     experts: slice | torch.Tensor,
 ) -> torch.Tensor:
-    """[n, m] what experts are ranked by, from their products with codewords [n, m], which it may overwrite."""
+    """[n, m] scores by which experts are ranked, from ``products`` [n, m], which may be overwritten."""
     if bias is not None or score_function is not None:
         products *= scale.unsqueeze(1)
     if bias is not None:
@@ -104,7 +104,7 @@ def _ranked_by(
 
 
 def _max_per_column(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maximum [n] and its row [n] of scores [C, n]; of many rows over groups first, as ``amax`` is the quick part."""
+    """Maximum [n] and its row [n] of scores [C, n]. With many rows, the faster ``amax`` over groups comes first."""
     num_rows, size = scores.shape
     if num_rows % _STRIPES or num_rows < _MANY_ROWS:
         return scores.max(dim=0)
@@ -115,9 +115,9 @@ def _max_per_column(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and columns of the k largest per row of scores [C, n], in descending order; of all n if k is larger.
+    """Values and columns of the k largest scores per row of [C, n], in descending order; of all n if k is larger.
 
-    The columns are divided into groups: the k largest lie in the k groups of the largest maxima.
+    The columns are divided into groups. The k largest scores are in the k groups with the largest maxima.
     """
     num_rows, size = scores.shape
     k, num_groups = min(k, size), size // _STRIPES

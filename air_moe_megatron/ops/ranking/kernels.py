@@ -2,24 +2,25 @@
 
 Three steps; a *group* is G experts with consecutive ids:
 
-1. One program per block of experts multiplies them with all codewords, one tile after another. It writes the best score
-   of each (codeword, group), and keeps each expert's best codeword: it sees all of them, so there are no atomics.
-2. The L best groups of each codeword (``topk``). Every one of its L best experts is in one of them: a group outside has
-   L groups before it, each with an expert at least as good.
-3. One program per group and block of the codewords that chose it recomputes the scores of the group's G experts. Pairs
-   of (codeword, group) are sorted by group, so that a group's weight rows are read once for a block of codewords, as a
-   tile for the tensor cores; rows gathered for each codeword would be read 4 G times over with C * L = 4 E. The L best
-   of the L * G candidates (``topk``) are the list.
+1. One program per block of experts multiplies them by all codewords, one tile after another. It writes the best score
+   of each (codeword, group), and each expert's best codeword. It sees all codewords, so there are no atomics.
+2. ``topk`` finds the L best groups of each codeword. These contain the codeword's L best experts: any other group comes
+   after L groups, each with an expert at least as good.
+3. One program per group and block of codewords that chose the group recomputes the scores of its G experts. Pairs of
+   (codeword, group) are sorted by group. So a group's weight rows are read once per block of codewords, as a tile for
+   the tensor cores. If rows were gathered per codeword, each would be read 4 G times with C * L = 4 E. ``topk`` then
+   finds the list, the L best of the L * G candidates.
 
-What is compared are int64 keys of score and id (``order_key``): the lower id wins a tie, so every rank makes the same
-lists whatever ``topk`` does with equal values. Products are exact: fp32, or three summands on the tensor cores, as in
+All comparisons are of int64 keys of score and id (``order_key``). The lower id wins a tie, so every rank makes the same
+lists, whatever ``topk`` does with equal values. Products are exact: fp32, or three summands on the tensor cores, as in
 ``ops/coarse``.
 
 Memory: 8 bytes for each of the C * E/G keys of groups, and for each of the at most 2^26 keys of candidates
-(C * L * G of them, in chunks of codewords); 512 MiB each at E = 2^20, C = L = 2^11. The [C, E] scores would be 8 GiB.
+(C * L * G of them, in chunks of codewords). That is 512 MiB each at E = 2^20, C = L = 2^11. The [C, E] scores would
+take 8 GiB.
 
-Legend: G experts of a group, S summands of a codeword, n codewords of a chunk, k groups a codeword keeps; others as in
-``ops/__init__.py``.
+Legend: G experts per group, S summands of a codeword, n codewords per chunk, k groups that a codeword keeps; others as
+in ``ops/__init__.py``.
 """
 
 import torch
@@ -39,12 +40,12 @@ from air_moe_megatron.ops.tiles import (
     split_codewords,
 )
 
-_CHUNK_ELEMENTS = 2**26  # of the keys [n, k * G] of a chunk of codewords: 512 MiB
+_CHUNK_ELEMENTS = 2**26  # keys [n, k * G] per chunk of codewords: 512 MiB
 
 
 @triton.jit
 def _ranked(products, factors, bias, expert_bias, experts, is_expert, HAS_BIAS: tl.constexpr, FUNCTION: tl.constexpr):
-    """What experts are ranked by: [.., experts] from products with codewords [.., experts]; NaN becomes infinity."""
+    """Scores by which experts are ranked, [.., experts], from their products with codewords; NaN becomes infinity."""
     scores = products * factors[:, None]
     if HAS_BIAS:
         scores += tl.load(bias + experts, mask=is_expert, other=0.0).to(tl.float32)[None, :]
@@ -113,7 +114,7 @@ def _candidates_fwd_kernel(
     bias,  # [E]
     expert_bias,  # [E]
     pairs,  # [n * k] int64, (codeword, slot among its groups) sorted by group
-    first_pairs,  # [E / G + 1] int64, of each group in pairs
+    first_pairs,  # [E / G + 1] int64, first slot of each group in pairs
     candidates,  # [n, k, G] int64 keys
     first_codeword,
     k,
@@ -152,9 +153,10 @@ def _candidates_fwd_kernel(
 def _blocks(weight: torch.Tensor, group_size: int) -> dict[str, int]:
     """Block sizes and launch options of the first step as a function of E and the dtype.
 
-    - 16-bit: [128, 64] tiles of the three summands and [64, 128] of the weight are 64 KiB, three stages of them fit the
-      227 KiB of a multiprocessor. 64 experts per program where 128 would leave multiprocessors without one.
-    - fp32: limited by arithmetic without tensor cores; small tiles.
+    - 16-bit: [128, 64] tiles of the three summands and [64, 128] of the weight take 64 KiB. Three stages of them fit
+      the 227 KiB of a multiprocessor. With few experts a program takes 64 instead of 128, so that no multiprocessor is
+      idle.
+    - fp32: no tensor cores, limited by arithmetic; small tiles.
     """
     if weight.dtype == torch.float32:
         return {"BLOCK_C": 64, "BLOCK_E": max(64, group_size), "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
@@ -163,14 +165,14 @@ def _blocks(weight: torch.Tensor, group_size: int) -> dict[str, int]:
 
 
 def _candidate_blocks(weight: torch.Tensor) -> dict[str, int]:
-    """The same of the third step: about 4 G codewords choose a group, so two tiles of 64 with G = 32."""
+    """Block sizes of the third step. About 4 G codewords choose a group: with G = 32, two tiles of 64."""
     if weight.dtype == torch.float32:
         return {"BLOCK_C": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_C": 64, "BLOCK_H": 64, "num_warps": 4, "num_stages": 3}
 
 
 def _best_groups(group_keys: torch.Tensor, num_kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n * k] pairs (codeword, slot among its best groups) sorted by group, and [E / G + 1] each group's first."""
+    """[n * k] pairs (codeword, slot among its best groups) sorted by group; [E / G + 1] first pair of each group."""
     groups = ids_of_keys(group_keys.topk(num_kept, dim=1).values)
     return sort_into_segments(groups.flatten(), group_keys.shape[1])
 
@@ -185,7 +187,7 @@ def launch_ranking(
     expert_bias: torch.Tensor | None,
     group_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lists [C, L], and of each expert the best codeword [E] and its score [E]: the three steps above."""
+    """Run the three steps above: lists [C, L], and each expert's best codeword [E] and its score [E]."""
     (num_clusters, hidden_size), num_experts, device = codewords.shape, weight.shape[0], weight.device
     weight, bias, expert_bias = contiguous(weight, bias, expert_bias)
     summands, too_large = split_codewords(codewords, weight.dtype)
@@ -217,7 +219,7 @@ def launch_ranking(
         part = slice(first, min(first + chunk, num_clusters))
         size = part.stop - part.start
         pairs, first_pairs = _best_groups(group_keys[part], num_kept)
-        # A codeword chooses a group once, so this is enough; the tiles without pairs return.
+        # A codeword chooses a group at most once, so these tiles suffice; those without pairs return at once.
         num_tiles = triton.cdiv(size, blocks["BLOCK_C"])
         _candidates_fwd_kernel[(num_groups * num_tiles,)](
             *tensors, pairs, first_pairs, candidates, first, num_kept, num_experts, num_tiles, **constants, **blocks
@@ -236,11 +238,11 @@ def rank_experts(
     expert_bias: torch.Tensor | None = None,
     group_size: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As :func:`air_moe_megatron.ops.ranking.rank_experts`, deterministic, without a wait for the device.
+    """As :func:`air_moe_megatron.ops.ranking.rank_experts`; deterministic, and does not wait for the device.
 
-    Without bias and score function the scale, which changes no order, is left out. ``group_size`` is G, the experts
-    that one maximum stands for: 16, 32, 64 or 128, the sides of a tile for the tensor cores. More of them need less
-    memory for the maxima and more work for the candidates.
+    Without bias and score function the scale is left out, because it changes no order. ``group_size`` is G: 16, 32, 64
+    or 128, which are sides of tiles for the tensor cores. Larger groups take less memory for the maxima and more work
+    for the candidates.
     """
     scale = scale.float()
     factors = scale if bias is not None or score_function is not None else torch.ones_like(scale)

@@ -13,7 +13,7 @@ def naive_scores(
     score_function: str | None = None,
     expert_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[C, E] of what experts are ranked by at each codeword, in the dtype of the codewords."""
+    """[C, E] scores by which experts are ranked at each codeword, in the dtype of the codewords."""
     scores = codewords @ weight.to(codewords.dtype).t()
     if bias is not None or score_function is not None:
         scores = scores * scale.unsqueeze(1)

@@ -16,19 +16,19 @@ def selected_scores(
     ids: torch.Tensor,
     scores: torch.Tensor,
 ) -> torch.Tensor:
-    """Give scores that are known already the gradients of ``<w_e, h> + b_e``.
+    """Make scores that are already computed differentiable, with the gradients of ``<w_e, h> + b_e``.
 
-    Where only the selected scores reach the loss, the gradients need K rows per token instead of a whole shortlist:
+    If only the selected scores reach the loss, the gradients need K rows per token instead of a whole shortlist:
     ``grad_h = sum_k g_k w_k`` and ``grad_w_e = sum over the tokens that selected e of g h``. Differentiable in hidden,
-    weight and bias. The weight's gradient goes into ``weight.main_grad`` where there is one
-    (``ops/weight_gradient.py``). Does not wait for the device.
+    weight and bias. The weight's gradient is added to ``weight.main_grad`` if it exists (``ops/weight_gradient.py``).
+    Does not wait for the device.
 
     Args:
         hidden: [T, H], tokens.
         weight: [E, H], expert centers.
         bias: [E] or None.
-        ids: [T, K] integer expert ids, distinct in a row; -1 where there is none: no gradient.
-        scores: [T, K], their scores; they set the dtype of the arithmetic and of the result.
+        ids: [T, K] integer expert ids, distinct in a row; -1 in an empty slot, which gets no gradient.
+        scores: [T, K] scores of these experts; their dtype is that of the arithmetic and of the result.
     Returns:
         [T, K] the same scores, differentiable.
     Raises:

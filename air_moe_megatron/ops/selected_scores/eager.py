@@ -1,8 +1,8 @@
 """Gradients of the selected scores as two weighted sums of rows, each one ``embedding_bag``.
 
-The tokens' gradient sums K centers per token. The centers' gradient sums the tokens of each expert, the (token, expert)
-pairs sorted by expert, into ``main_grad`` where there is one (``ops/weight_gradient.py``). Scores of another dtype than
-the weight's cost a copy of the weight: ``embedding_bag`` takes one dtype.
+The tokens' gradient sums K centers per token. The centers' gradient sums the tokens of each expert, over pairs (token,
+expert) sorted by expert. It is added to ``main_grad`` if it exists (``ops/weight_gradient.py``). If scores and weight
+differ in dtype, the weight is copied, because ``embedding_bag`` takes one dtype only.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Gradients of the selected scores by the kernels of the pair products: sums over (token, expert) pairs.
 
-No copy of the weight is made, whatever the dtype of the scores; sums are made in fp32.
+No copy of the weight is made, whatever the dtype of the scores. Sums are in fp32.
 
 Legend: N = T*K pairs; others as in ``ops/__init__.py``.
 """
@@ -29,14 +29,14 @@ def gradients_of_selected(
     parameter: torch.Tensor,
     needed: Sequence[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients for hidden, weight and bias, each None where it is not needed.
+    """Gradients of hidden, weight and bias, each None if it is not needed.
 
     Args:
         grad_scores: [T, K], any float dtype.
-        ids: [T, K] integer expert ids; where -1, what arrives is ignored.
+        ids: [T, K] integer expert ids; gradients at ids of -1 are ignored.
         hidden, weight, bias: [T, H], [E, H], [E] or None; contiguous; fp32, bf16 or fp16.
-        parameter: the weight as the caller was given it, for its ``main_grad``.
-        needed: three bools.
+        parameter: the weight parameter itself, for its ``main_grad``.
+        needed: three bools, for hidden, weight and bias.
     """
     num_tokens, num_selected = ids.shape
     tokens = torch.arange(num_tokens, device=ids.device).repeat_interleave(num_selected)

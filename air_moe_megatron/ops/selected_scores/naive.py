@@ -6,7 +6,7 @@ import torch
 def naive_selected_scores(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The scores that :func:`air_moe_megatron.ops.selected_scores.selected_scores` is given, by plain autograd."""
+    """[T, K] scores of the experts ``ids``, differentiable by plain autograd; -inf for id -1."""
     rows = ids.clamp(min=0)
     scores = torch.einsum("th,tkh->tk", hidden.to(dtype), weight[rows].to(dtype))
     if bias is not None:
