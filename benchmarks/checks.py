@@ -13,14 +13,15 @@ from benchmarks.models import Sizes, inputs, make_layer, make_router, warm_up_co
 
 logger = logging.getLogger(__name__)
 
-_RMS_RATIO = 0.02  # of what is rounded to bf16, against fp32
+_RMS_RATIO = 0.02  # tolerance for values rounded to bf16, against fp32
 
 
 def same(name: str, found: torch.Tensor, expected: torch.Tensor, rtol=1e-4, atol=1e-5, narrow_ratio=None) -> None:
-    """Raise if two results differ: beyond the tolerances in fp32, by RMS where one is in a narrower dtype.
+    """Raise if two results differ: elementwise in fp32, by the RMS ratio if one has a narrower dtype.
 
     Args:
-        narrow_ratio: of the RMS of the error to that of the values; given, it counts for fp32 made of such numbers too.
+        narrow_ratio: tolerated RMS of the error over that of the values. If given, it also applies to fp32 results that
+            were computed from narrower numbers.
     """
     if found.dtype == torch.float32 == expected.dtype and narrow_ratio is None:
         torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, msg=partial("{}: {}".format, name))
@@ -46,16 +47,17 @@ def check_router(pg_collection, device) -> None:
         probs, routing_map = router(tokens)
         probs.backward(grad)
         results.append((routing_map.float(), probs, tokens.grad, *take_gradients(router)))
-    tolerances = {"routing map": 0.0, "probs": 1e-6, "input grad": 1e-6, "weight grad": 1e-5}  # of a sum over tokens
+    tolerances = {"routing map": 0.0, "probs": 1e-6, "input grad": 1e-6, "weight grad": 1e-5}  # a sum over tokens
     for (name, atol), expected, found in zip(tolerances.items(), *results, strict=True):
         same(name, found, expected, atol=atol)
     logger.info("check passed: with full lists AIRRouter equals TopKRouter")
 
 
 def check_at_size(air, hidden: torch.Tensor, num_checked: int = 64) -> None:
-    """At the sizes to be timed: experts, probabilities and gradients of some tokens against a direct computation.
+    """Compare experts, probabilities and gradients of some tokens with a direct computation, at the timed sizes.
 
-    In evaluation, where no balancing loss adds to the gradients; a training step must choose alike.
+    This is done in evaluation mode, where no balancing loss adds to the gradients. A training step must select the same
+    experts.
     """
     tokens = hidden[:, 0].clone().requires_grad_()
     with torch.no_grad():
@@ -63,7 +65,7 @@ def check_at_size(air, hidden: torch.Tensor, num_checked: int = 64) -> None:
     take_gradients(air)
     routes = air.eval().route(tokens)
     air.train()
-    # Of experts that tie, either may be chosen: their probabilities are equal.
+    # Of tied experts either may be chosen, so only the probabilities are compared.
     same("probs of a training step", *(found.probs.sort(dim=1).values for found in (trained, routes)))
     every = max(1, tokens.shape[0] // num_checked)
     grad = torch.zeros_like(routes.probs)
@@ -77,7 +79,7 @@ def check_at_size(air, hidden: torch.Tensor, num_checked: int = 64) -> None:
     with torch.no_grad():
         scores = _scores(_normalized(air, exact), air.weight, candidates)
         ordered, slots = candidates.sort(dim=1)
-        is_repeated = torch.nn.functional.pad(ordered.diff(dim=1) == 0, (1, 0))  # an expert of several lists
+        is_repeated = torch.nn.functional.pad(ordered.diff(dim=1) == 0, (1, 0))  # an expert in several lists
         best = scores.gather(1, slots).masked_fill(is_repeated, float("-inf")).topk(air.topk, dim=1).values
         chosen = _scores(_normalized(air, exact), air.weight, ids)
     tolerance = (1e-5 if tokens.dtype == torch.float32 else _RMS_RATIO) * scores.square().mean().sqrt()
@@ -113,7 +115,7 @@ def _normalized(router, tokens):
 
 
 def _scores(tokens, weight, ids):
-    """[checked, n] scores of the experts ``ids`` [checked, n], gathered in few tokens at a time."""
+    """[checked, n] scores of the experts ``ids`` [checked, n], gathered for a few tokens at a time."""
     rows = zip(tokens, ids, strict=True)
     return torch.stack([weight[experts].float() @ token for token, experts in rows])
 
@@ -132,7 +134,7 @@ def check_product_keys(pg_collection, device) -> None:
 
 
 def check_layer(kind: str, pg_collection, device) -> None:
-    """Output and gradients of a layer against a direct computation of its routes."""
+    """Compare output and gradients of a layer with a direct computation by its routes."""
     sizes = Sizes(experts=256, hidden=32, tokens=100, topk=8)
     layer = make_layer(kind, sizes, pg_collection, device)
     shape = (sizes.tokens, 1, sizes.hidden)
@@ -172,10 +174,10 @@ def check_layer(kind: str, pg_collection, device) -> None:
 
 
 def check_lists(router, index=None, num_checked: int = 16) -> None:
-    """The lists of some codewords must hold the best experts there, and all lists together every expert.
+    """The lists of some codewords must hold the best experts there, and all lists together must hold every expert.
 
     Args:
-        index: lists made of the router's codebook and centers; None means its own.
+        index: lists made from the router's codebook and centers; None means the router's own.
     """
     index = index or router.index
     reserved, shortlist = index.num_reserved, index.shortlist.long()

@@ -17,12 +17,12 @@ import pandas
 
 ROOT = Path(__file__).resolve().parent.parent
 _KEYS = ["case", "experts"]
-_OLD_COLUMNS = {"contender": "case"}  # of commits before the column was renamed
+_OLD_COLUMNS = {"contender": "case"}  # column names of older commits
 
 
 @contextlib.contextmanager
 def checkout(commit: str) -> Iterator[Path]:
-    """A folder that holds the commit, as long as the context lasts."""
+    """A folder that holds the commit while the context lasts."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "base"
         git = ["git", "-C", ROOT, "worktree"]
@@ -34,7 +34,7 @@ def checkout(commit: str) -> Iterator[Path]:
 
 
 def time_tree(tree: Path, bench: str, flags: Sequence[str]) -> pandas.DataFrame:
-    """Rows of the benchmark, run once in a process of its own on the sources of the tree."""
+    """Run the benchmark once on the sources of the tree, in a process of its own, and return its rows."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.csv"
         command = [sys.executable, "-W", "ignore", "benchmarks/run.py", bench, "--out", rows, *flags]
@@ -50,7 +50,7 @@ def summarize(base: list[pandas.DataFrame], this: list[pandas.DataFrame]) -> pan
         base: rows of each round, of BASE.
         this: rows of each round, of this tree.
 
-    Example: rounds of 10 and 20 ms on BASE, of 5 and 12 ms here: ratios 0.5 and 0.6, median 0.55.
+    Example: rounds of 10 and 20 ms on BASE, and of 5 and 12 ms here, give ratios 0.5 and 0.6, median 0.55.
     """
     of_base, of_this = (
         pandas.concat([rows.set_index(_KEYS)["total_ms"] for rows in rounds], axis=1) for rounds in (base, this)

@@ -35,7 +35,7 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def hash_step(trainer: Trainer, batch: dict[str, torch.Tensor]) -> str:
-    """The hash of one forward and backward: loss, gradients, statistics of the codebooks. The model stays as it is."""
+    """Hash loss, gradients and codebook statistics of one forward and backward. The model does not change."""
     from air_moe_megatron.sync import discard_statistics
 
     trainer.model.zero_grad_buffer()

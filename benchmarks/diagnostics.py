@@ -1,4 +1,4 @@
-"""What diagnostics cost: a measured step of a layer against another one, as a share per step at an interval."""
+"""The cost of diagnostics: a measured step of a layer against one that is not measured, spread over an interval."""
 
 import argparse
 import contextlib
@@ -23,10 +23,10 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> list[dict]:
-    """Time a step of the whole layer as it is, and measured with all that belongs to it: file and snapshot included.
+    """Time a step of the whole layer without and with diagnostics, file and snapshot included.
 
-    On a CPU seconds are those of the processor. The share is of the layer's step alone, without attention, optimizer
-    and the layers that are no mixture of experts: more than the share of a training step.
+    On a CPU, processor seconds count. The share refers to the layer's step alone, without attention, optimizer and
+    dense layers, so it is larger than the share of a training step.
     """
     with world() as (device, pg_collection), tempfile.TemporaryDirectory() as folder:
         checks.check_router(pg_collection, device)
@@ -67,7 +67,7 @@ def run(args) -> list[dict]:
 
 
 def _seconds(device, work) -> dict[str, float]:
-    """Seconds of the device's time: on a CPU those of the processor, which other programs do not change as much."""
+    """Seconds of device time; on a CPU processor seconds, which depend less on other programs."""
     now = time.process_time if device.type == "cpu" else lambda: clock(device)
     start = now()
     work()
@@ -75,7 +75,7 @@ def _seconds(device, work) -> dict[str, float]:
 
 
 def _diagnostics(layer, args, folder: str):
-    """Diagnostics of every step of a model of this layer alone."""
+    """Diagnostics at every step, for a model that consists of this layer only."""
     from air_moe_megatron.diagnostics import Diagnostics
 
     of_megatron = dict(
@@ -96,10 +96,10 @@ def _measured_step(diagnostics, layer, hidden, grad) -> None:
 
 @contextlib.contextmanager
 def _one_microbatch():
-    """Within this context Megatron's count of microbatches, from which trained tokens are counted, is one."""
+    """Within this context Megatron's number of microbatches, which the count of trained tokens uses, is one."""
     from megatron.core import num_microbatches_calculator as module
 
-    name = "_GLOBAL_NUM_MICROBATCHES_CALCULATOR"  # a process that has parsed flags has one already
+    name = "_GLOBAL_NUM_MICROBATCHES_CALCULATOR"  # if the process has parsed flags, it already exists
     before = getattr(module, name)
     setattr(module, name, None)
     module.init_num_microbatches_calculator(0, None, 1, 1, 1)

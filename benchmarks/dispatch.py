@@ -1,7 +1,7 @@
 """Dispatch and combine alone: the compact dispatcher against Megatron's all-to-all, over expert-parallel processes.
 
-On a CPU two processes talk through gloo and divide the cores. On GPUs a process has a GPU of its own (NCCL takes no two
-ranks on one), so with a single GPU one rank remains: permutation and combination, and no communication.
+On a CPU two processes communicate through gloo and share the cores. On GPUs each process has its own GPU, because NCCL
+does not allow two ranks on one. So with a single GPU there is one rank: permutation and combination, no communication.
 """
 
 import json
@@ -31,12 +31,12 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> list[dict]:
-    """Time both dispatchers on the same routes, the experts left out: what is received is sent back as it is.
+    """Time both dispatchers on the same routes without experts: received rows are sent back unchanged.
 
-    ``--tokens`` is per rank. Every token has K distinct experts at random, so that nearly all go to every rank, the
-    worst for ours. A step is dispatch and combine, forward and backward, probs and their gradients included; its
-    seconds are those of the slowest rank. Bytes are what rank 0 hands to the all-to-alls in a forward, to other ranks
-    and to itself.
+    ``--tokens`` is per rank. Every token has K distinct random experts, so that nearly every token goes to every rank:
+    the worst case for ours. A step is dispatch and combine, forward and backward, probs and their gradients included.
+    Its seconds are those of the slowest rank. Bytes are what rank 0 passes to the all-to-alls in a forward, including
+    those to itself.
     """
     ranks = min(args.ranks, max(1, torch.cuda.device_count())) if torch.cuda.is_available() else args.ranks
     if ranks < args.ranks:
@@ -44,7 +44,7 @@ def run(args) -> list[dict]:
     with tempfile.TemporaryDirectory() as directory:
         if ranks == 1:
             return _rank(0, 1, args, directory)
-        # A fork of a process that has imported torch, but run nothing, starts in less than a second.
+        # A fork of a process that has imported torch, but not used it, starts in less than a second.
         start = "spawn" if torch.cuda.is_available() else "forkserver"
         if start == "forkserver":
             torch.multiprocessing.get_context(start).set_forkserver_preload(["air_moe_megatron.sync"])
@@ -125,7 +125,7 @@ def _dispatcher(name, sizes, ranks, pg_collection):
 
 
 def _step(name, dispatcher, routes, experts):
-    """One forward and backward; without experts, rows come back as they were received, and the probs' gradient is one.
+    """One forward and backward. Without experts, rows return unchanged, and the gradient of the probs is one.
 
     Returns:
         seconds per phase; output, gradients of tokens and probs, rows and probs received.
@@ -151,7 +151,7 @@ def _step(name, dispatcher, routes, experts):
 
 
 def _slowest(run, device, ranks):
-    """Seconds per phase of the slowest rank, all starting together."""
+    """Seconds per phase of the slowest rank. All ranks start together."""
     if ranks > 1:
         torch.distributed.barrier()
     seconds, _ = run()
@@ -163,7 +163,7 @@ def _slowest(run, device, ranks):
 
 
 def _bytes(name, dispatcher, sizes, rank, ranks):
-    """MiB that this rank handed to the all-to-alls in the forward just done, and bytes of rows per token one way."""
+    """MiB that this rank passed to the all-to-alls in the last forward, and bytes of rows per token one way."""
     if name == _OURS:
         traffic = dispatcher.traffic
         rows, pairs = traffic.row_bytes, traffic.pair_bytes
@@ -204,7 +204,7 @@ def _check(rank, ranks, pg_collection, device):
 
 
 def _check_at_size(name, step, routes, sizes, ranks):
-    """Each token and its gradient come back once per row sent, each prob has travelled; returns the rows received."""
+    """Check that tokens and gradients return once per sent row and that probs arrive; returns the received rows."""
     out, hidden_grad, probs_grad, received, received_probs = step[1]
     owners = routes.ids.long() // (sizes.experts // ranks)
     if name == _OURS:

@@ -40,13 +40,13 @@ from benchmarks.gpu_steps import (  # noqa: E402
 )
 
 _SHORTEST_SECONDS = 30  # a step does not start with less
-_DRY_SECONDS = 1200  # for a step of a dry run, on a CPU that may have other work: it ends a hang
+_DRY_SECONDS = 1200  # limit of a step of a dry run; large, because it only ends hangs on a possibly busy CPU
 _EXPLAINED = "../../performance.md#one-command-on-a-gpu"
 GROUPS = {"bench": tuple(BENCHMARKS)}
 
 
 def environment(dry: bool) -> dict[str, str]:
-    """Device, versions and commit, from a process of its own that gives the device back."""
+    """Device, versions and commit, read by a process of its own, so that the device is free afterwards."""
     code = (
         "import json, os, platform, sys, torch\n"
         "from benchmarks.measure import environment\n"
@@ -69,7 +69,7 @@ def environment(dry: bool) -> dict[str, str]:
 
 
 def sources() -> str:
-    """A hash of all that a result depends on: it tells whether one is of this tree, with uncommitted changes too."""
+    """A hash of all sources that a result depends on, uncommitted changes included."""
     folders = ("air_moe_megatron", "benchmarks", "examples", "tests")
     files = sorted(
         path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh", ".json")
@@ -83,15 +83,15 @@ def sources() -> str:
 def run_steps(
     steps: dict[str, Step], setup: Setup, facts: dict, origin: dict, seconds: float, again: bool = False
 ) -> dict[str, dict]:
-    """Run the steps in turn and write a record of each as soon as it has ended; one that fails stops none.
+    """Run the steps in turn, and write a record of each as soon as it has ended. A failure does not stop later steps.
 
     Args:
         facts: the environment, for the summary.
         origin: commit, sources and device. A record of the same sources on the same device is kept.
-        seconds: for all steps; what no longer fits is left for the next run.
-        again: make all records anew.
+        seconds: time for all steps; steps that no longer fit are left for the next run.
+        again: whether to make all records anew.
     Returns:
-        the records by step, without those that did not fit.
+        the records by step, without steps that did not fit.
     """
     deadline, records = time.monotonic() + seconds, {}
     for number, (name, step) in enumerate(steps.items(), 1):
@@ -110,7 +110,7 @@ def run_steps(
         start = time.monotonic()
         try:
             result = step.run(setup, limit)
-        except Exception as error:  # whatever it is, the later steps must have their turn
+        except Exception as error:  # whatever it is, the later steps must still run
             traceback.print_exc()
             result = Result(False, f"{type(error).__name__}: {error}", {})
         taken = round(time.monotonic() - start, 1)
@@ -122,13 +122,13 @@ def run_steps(
 
 
 def is_kept(record: dict, origin: dict) -> bool:
-    """Whether a record counts for this run. One of a step that was stopped at its limit does not."""
+    """Whether a record is valid for this run. That of a step that was stopped at its limit is not."""
     is_stopped = not record["passed"] and record["seconds"] >= record["limit"]
     return not is_stopped and all(record["origin"][key] == origin[key] for key in ("sources", "device"))
 
 
 def read_record(file: Path) -> dict | None:
-    """The record of a step; None where there is none."""
+    """The record of a step; None if there is none."""
     return json.loads(file.read_text()) if file.exists() else None
 
 
@@ -148,7 +148,7 @@ def _say(line: str) -> None:
 
 
 def summary(out: Path, facts: dict) -> str:
-    """The records in a folder as a page with one table; a "note" that was written into a record follows its result."""
+    """The records in a folder as a page with one table. If a record has a "note", it follows the result."""
     lines = ["# Results on a GPU", "", f"Written by `make gpu`, see [performance]({_EXPLAINED}).", ""]
     if facts:
         lines += [", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()), ""]
@@ -172,7 +172,7 @@ def summary(out: Path, facts: dict) -> str:
 
 
 def compare_again(setup: Setup) -> None:
-    """Compare the losses that stand in the results' folder, if any, with a reference that is new."""
+    """Compare the losses in the results' folder, if any, with a new reference."""
     record = read_record(setup.out / "curve.json")
     if record is not None and "made_for" in record["figures"]:
         figures = record["figures"]
@@ -184,7 +184,7 @@ def chosen_steps(names: Sequence[str]) -> dict[str, Step]:
     """The steps of the given names, or all, in the order of ``STEPS``; "bench" stands for all benchmarks.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: if a name is unknown.
     """
     known = [*STEPS, *GROUPS]
     unknown = [name for name in names if name not in known]
@@ -196,7 +196,7 @@ def chosen_steps(names: Sequence[str]) -> dict[str, Step]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run the steps; returns the exit status."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # `nohup make gpu &` would have the steps ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # with `nohup make gpu &` the steps would ignore it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", help=f"of {', '.join(STEPS)}; bench: all benchmarks (default: all)")
     parser.add_argument("--dry", action="store_true", help="all steps on the CPU, at tiny sizes")

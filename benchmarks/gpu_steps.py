@@ -1,6 +1,6 @@
-"""The steps of `gpu.py`: what each runs, in a process of its own, and what its result is.
+"""The steps of `gpu.py`: what each runs in a process of its own, and how its result is judged.
 
-They stand in ``STEPS``, most important first: the tests, the benchmarks, the demo's losses, repeated steps.
+``STEPS`` lists them, most important first: the tests, the benchmarks, the demo's losses, repeated steps.
 """
 
 import contextlib
@@ -46,14 +46,14 @@ BENCHMARKS = {  # file of the rows -> benchmark and flags on a large GPU, the sa
     "scaling": (f"scaling {_SIZES} --dense-gib 5", f"scaling --experts 256 {_TINY}", 150),
     "dispatch": ("dispatch --hidden 1024 --tokens 8192", f"dispatch --experts 64 {_TINY}", 45),
 }  # fmt: skip
-"""In the order of importance. The sizes are those that `targets.py` asks of a GPU."""
+"""Most important first. The sizes are those for which `targets.py` has targets on a GPU."""
 
 _TINY_DEMO = (
     *"--num-layers 1 --hidden-size 32 --num-experts 256 --moe-router-topk 4 --seq-length 64".split(),
     *"--max-position-embeddings 256 --micro-batch-size 2 --global-batch-size 4 --train-iters 6".split(),
     *"--log-interval 2 --eval-iters 1 --lr-warmup-fraction 0.5".split(),
 )
-CURVES = {  # of the CPU -> flags added to the demo's
+CURVES = {  # run on the CPU -> flags added to the demo's
     "fp32, seed 1234": (),
     "bf16, seed 1234": ("--bf16",),
     "fp32, seed 1": ("--seed", "1"),
@@ -68,10 +68,10 @@ class Setup:
 
     Attributes:
         out: folder of the results.
-        scratch: folder of logs and of what is not kept.
-        data: folder of the demo's data; made where it is missing.
+        scratch: folder of logs and temporary files.
+        data: folder of the demo's data; created if missing.
         curves: file with the losses of the demo on a CPU.
-        dry: tiny sizes on the CPU.
+        dry: whether to use tiny sizes on the CPU.
     """
 
     out: Path
@@ -83,7 +83,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Result:
-    """What a step found: whether it passed, one line on it, and its figures."""
+    """Result of a step: whether it passed, a summary in one line, and its figures."""
 
     passed: bool
     detail: str
@@ -92,7 +92,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Step:
-    """Something to be run: what it is, its limit in seconds, and how. ``run`` raises where it cannot give a result."""
+    """A step: its description, its limit in seconds, and ``run``, which raises if it cannot give a result."""
 
     what: str
     seconds: int
@@ -103,9 +103,9 @@ class Step:
 
 
 def run_process(words: Sequence[str | Path], seconds: float, log: Path, environment: dict[str, str]) -> int | None:
-    """Run a command, its output on the screen and at the end of a file.
+    """Run a command, with its output on the screen and appended to a file.
 
-    At the limit it is interrupted, as by Ctrl-C, so that it can still write what it has; soon after it is ended.
+    At the limit it is interrupted as by Ctrl-C, so that it can still write partial results. Soon after it is killed.
 
     Returns:
         its exit status; None if it was stopped at the limit.
@@ -166,9 +166,9 @@ def variables_of(dry: bool) -> dict[str, str]:
 
 
 def run_tests(setup: Setup, seconds: int) -> Result:
-    """The tests marked gpu, by several processes where pytest-xdist is installed; in a dry run a few that are not.
+    """Run the tests marked gpu, or in a dry run a few others, in several processes if pytest-xdist is installed.
 
-    Compiling the kernels takes most of their time.
+    Compiling the kernels takes most of the time.
     """
     report = setup.scratch / "tests.xml"
     report.unlink(missing_ok=True)
@@ -179,11 +179,11 @@ def run_tests(setup: Setup, seconds: int) -> Result:
 
 
 def read_tests(report: Path, ending: str) -> Result:
-    """Count the tests of a JUnit file. It passes if some test passed, none failed and the run came to its end."""
+    """Count the tests of a JUnit file. The step passes if a test passed, none failed and the run was complete."""
     figures, failed = {"passed": 0, "failed": 0, "skipped": 0}, []
     if report.exists():
         for case in xml.etree.ElementTree.parse(report).iter("testcase"):
-            if "name" not in case.attrib:  # of a process that was stopped in a test
+            if "name" not in case.attrib:  # its process was stopped during a test
                 continue
             faults = [*case.iter("failure"), *case.iter("error")]
             kind = "failed" if faults else "skipped" if case.find("skipped") is not None else "passed"
@@ -224,7 +224,7 @@ def read_rows(path: Path, ending: str) -> Result:
 
 
 def run_curve(setup: Setup, seconds: int) -> Result:
-    """The demo in bf16: its losses beside those of the CPU."""
+    """Train the demo in bf16, and compare its losses with those on a CPU."""
     if setup.dry:
         make_curves(setup, TINY_CURVES, seconds)
     losses, ending = _train(setup, ("--bf16",), seconds, "curve")
@@ -253,9 +253,9 @@ def _train(
 
 
 def demo_key() -> dict[str, str]:
-    """Hashes that change with what the demo's losses depend on: its flags, and the losses of AIR as the demo has it.
+    """Hashes of what the demo's losses depend on: its flags, and the golden losses of AIR as the demo uses it.
 
-    The demo's flags of output (logs, checkpoints, diagnostics) change no loss and are left out.
+    Flags of the demo's output (logs, checkpoints, diagnostics) do not change a loss and are left out.
     """
     golden = json.loads(_GOLDEN.read_text())
     of_air = [golden[name] for name in ("air", "air-several-probes")]
@@ -288,7 +288,7 @@ def run_determinism(setup: Setup, seconds: int) -> Result:
 
 
 def compare_hashes(hashes: Sequence[str], ending: str = "") -> Result:
-    """It passes if there are several hashes and all are one."""
+    """The step passes if there are several hashes and all are equal."""
     counts = {digest: hashes.count(digest) for digest in dict.fromkeys(hashes)}
     detail = f"{len(hashes)} repeats, {len(counts)} hash{'' if len(counts) == 1 else 'es'}"
     passed = not ending and len(hashes) > 1 and len(counts) == 1
@@ -296,14 +296,14 @@ def compare_hashes(hashes: Sequence[str], ending: str = "") -> Result:
 
 
 def expect(curves: dict[str, dict[str, float]]) -> tuple[dict[str, float], float]:
-    """What is expected of one more seed: the mean loss of the fp32 runs at each step, and how far it may be from it.
+    """The losses expected of one more seed: the mean over the fp32 runs at each step, and the width of the band.
 
-    A GPU starts from other random weights than a CPU with the same seed, so its run is one more seed. The band is four
-    standard deviations of its distance from the mean of n: ``4 * sqrt(variance * (1 + 1 / n))``. The variance is that
-    of the n losses at one step, averaged over the steps.
+    With the same seed, a GPU starts from other random weights than a CPU, so its run counts as one more seed. The band
+    is four standard deviations of its distance from the mean of n runs: ``4 * sqrt(variance * (1 + 1 / n))``. The
+    variance is that of the n losses at one step, averaged over the steps.
 
-    Example: losses 3.0 and 3.2 at one step, 2.0 and 2.0 at another: means 3.1 and 2.0, variances 0.02 and 0, band
-    4 * sqrt(0.01 * 1.5).
+    Example: losses 3.0 and 3.2 at one step and 2.0 and 2.0 at another have means 3.1 and 2.0, variances 0.02 and 0, and
+    the band 4 * sqrt(0.01 * 1.5).
     """
     seeds = [losses for name, losses in curves.items() if name.startswith("fp32")]
     at_steps = {step: [losses[step] for losses in seeds] for step in seeds[0]}
@@ -313,11 +313,11 @@ def expect(curves: dict[str, dict[str, float]]) -> tuple[dict[str, float], float
 
 
 def compare_curves(losses: dict[str, float], made_for: dict[str, str], reference: dict) -> Result:
-    """It passes if every loss is within the band around the mean of the fp32 runs on a CPU.
+    """The step passes if every loss is within the band around the mean of the fp32 runs on a CPU.
 
     Args:
-        losses: of the demo on the GPU, by step.
-        made_for: ``demo_key`` at that time. A reference with another one is refused.
+        losses: losses of the demo on the GPU, by step.
+        made_for: the ``demo_key`` of that run. A reference with another key is refused.
         reference: as ``make_curves`` writes it.
     """
     expected, width = expect(reference["curves"])

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the kernels of a GPU, or torch's operations on a CPU, by torch's profiler."""
+"""Where the time of a step goes, by torch's profiler: a GPU's kernels, or torch's operations on a CPU."""
 
 from collections.abc import Callable
 
@@ -20,9 +20,9 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> list[dict]:
-    """Time a step of a router and of layers, forward and backward, and profile as many.
+    """Time steps of a router and of layers, forward and backward, and profile the same number of steps.
 
-    The first row of a case is the step itself, by the clock; the second the sum of its kernels. A gap between them is
+    The first row of a case is the wall-clock time of the step, the second the sum of its kernels. The difference is
     time in which the device waited for the host.
     """
     sizes, rows = Sizes.of(args), []

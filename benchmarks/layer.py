@@ -35,10 +35,10 @@ def add_arguments(parser) -> None:
 def run(args) -> list[dict]:
     """Check the layers, time each group of equal sizes in turn, and measure the peak memory of each.
 
-    PEER and hierarchical routing have the number of experts asked for; Megatron's layer a smaller one, at which its
-    dense maps are bearable, with our layer beside it at the same. A step is forward and backward. All weights have a
-    ``main_grad`` as in Megatron. Peak memory is what a step needs beside weights and these buffers; in a column of its
-    own, what one needs that also rebuilds the shortlists. On a CPU a process of its own measures each peak.
+    PEER and hierarchical routing have the requested number of experts. Megatron's layer has fewer, so that its dense
+    maps are feasible; our layer is timed beside it at the same number. A step is forward and backward. All weights have
+    a ``main_grad`` as in Megatron. Peak memory is what a step needs beside weights and these buffers; another column
+    has that of a step that also rebuilds the shortlists. On a CPU each peak is measured in a process of its own.
     """
     groups = [
         (Sizes.of(args), ["AIRMoELayer"] if args.no_baseline else ["AIRMoELayer", "HierarchicalMoELayer", "PEERLayer"])
@@ -106,7 +106,7 @@ def layer_inputs(sizes: Sizes, device):
 
 
 def layer_work(layer, hidden, sizes: Sizes) -> dict[str, roofline.Work]:
-    """What a step of AIRMoELayer cannot do without."""
+    """The least work of a step of AIRMoELayer."""
     _, num_used = usage(layer.router, hidden)
     return roofline.together(air_work(layer.router, hidden, sizes), expert_work(sizes, num_used))
 
@@ -125,7 +125,7 @@ def _measure_peak(kind, sizes, device, pg_collection):
     """Bytes that a step needs beside weights and gradients, without and with a rebuild of lists, if there are any."""
     layer = make_layer(kind, sizes, pg_collection, device)
     for parameter in layer.parameters():
-        parameter.main_grad.fill_(0.0)  # so that its memory is in use already
+        parameter.main_grad.fill_(0.0)  # so that its memory is already in use
     hidden, grad = layer_inputs(sizes, device)
     if kind == "AIRMoELayer":
         warm_up_codebook(layer.router, hidden)
@@ -134,6 +134,6 @@ def _measure_peak(kind, sizes, device, pg_collection):
         return peak, None
     from air_moe_megatron.sync import update_codebooks
 
-    layer.router.index.refresh_interval = 2**62  # as in a codebook's youth: every update makes a rebuild due
+    layer.router.index.refresh_interval = 2**62  # as in a young codebook: every update makes a rebuild due
     update_codebooks(layer)
     return peak, peak_memory(lambda: layer_step(layer, hidden, grad), device)

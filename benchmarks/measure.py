@@ -1,4 +1,4 @@
-"""How benchmarks measure: seconds, memory, Megatron's process groups and gradient buffers, and the origin of a row."""
+"""Measuring in benchmarks: seconds, memory, Megatron's process groups and gradient buffers, and the origin of a row."""
 
 import contextlib
 import ctypes
@@ -21,7 +21,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the repetitions of one case's phase."""
+    """Seconds of each repetition of one phase of a case."""
 
     seconds: list[float]
 
@@ -39,7 +39,7 @@ class Timing:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds; waits until the device has finished what it was given."""
+    """Current time in seconds, after waiting until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -47,9 +47,9 @@ def clock(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def world(rank: int = 0, ranks: int = 1, init_method: str | None = None, expert_parallel: int = 1):
-    """Megatron's process groups, on the GPU if there is one, else in CPU mode; by default of this process alone.
+    """Make Megatron's process groups, on the GPU if there is one, else in CPU mode; by default for this process alone.
 
-    They are gone at the end; CPU mode stays on.
+    They are destroyed at the end. CPU mode stays on.
 
     Yields:
         the device and the ProcessGroupCollection.
@@ -88,7 +88,7 @@ def give_main_grad(module: torch.nn.Module) -> None:
 
 
 def accumulate_gradient(module: torch.nn.Module) -> None:
-    """What that wrapper's hook does after a parameter's gradient is there, for those that have not done it already."""
+    """Add gradients to ``main_grad``, as that wrapper's hook does, unless this has been done already."""
     for parameter in module.parameters():
         if parameter.grad is not None and not parameter.grad_added_to_main_grad:
             parameter.main_grad.add_(parameter.grad)
@@ -96,7 +96,7 @@ def accumulate_gradient(module: torch.nn.Module) -> None:
 
 
 def take_gradients(module: torch.nn.Module) -> list[torch.Tensor]:
-    """The gradients accumulated so far, which then start from zero again."""
+    """Return copies of the gradients accumulated so far, and reset them to zero."""
     accumulate_gradient(module)
     gradients = [parameter.main_grad.clone() for parameter in module.parameters()]
     for parameter in module.parameters():
@@ -106,9 +106,9 @@ def take_gradients(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def measure_memory(measure: Callable, args: tuple, device: torch.device, pg_collection) -> Any:
-    """What ``measure(*args, device, pg_collection)`` returns, a function of a module that calls :func:`peak_memory`.
+    """Call ``measure(*args, device, pg_collection)``, a module-level function that uses :func:`peak_memory`.
 
-    On a GPU it is called here; on a CPU in a world of a process of its own.
+    On a GPU it is called here; on a CPU in a process and world of its own.
     """
     if device.type == "cuda":
         peaks = measure(*args, device, pg_collection)
@@ -126,8 +126,8 @@ def _measure_in_world(measure, args):
 def peak_memory(work: Callable[[], None], device: torch.device) -> int:
     """Bytes that ``work`` needs at its peak beyond what is in use before it.
 
-    On a GPU from torch's allocator. On a CPU from the kernel's account of the process, after the allocator has given
-    back what it holds free; Linux only, and to be trusted only for the first run of ``work`` in a process.
+    On a GPU, torch's allocator counts them. On a CPU, the kernel does, after the allocator has returned its free
+    memory; this needs Linux and is reliable only for the first run of ``work`` in a process.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -138,7 +138,7 @@ def peak_memory(work: Callable[[], None], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status_bytes("VmRSS")
     work()
     return _status_bytes("VmHWM") - before
@@ -150,7 +150,7 @@ def _status_bytes(field: str) -> int:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What every row carries: device, threads, large pages, versions and commit."""
+    """Columns of every row: device, threads, large pages, versions and commit."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
     return {
         "device": name,
@@ -164,10 +164,10 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def commit() -> str:
-    """This tree's commit, with "-dirty" where a tracked file differs from it.
+    """This tree's commit, with "-dirty" if a tracked file differs from it.
 
-    AIR_MOE_COMMIT has the first word: git cannot tell in a copy of the files. Without either it is "unknown".
-    Results are left out: a benchmark that writes among them does not make the next one's rows dirty.
+    AIR_MOE_COMMIT takes precedence, for copies of the files without git. Without either it is "unknown". Files of
+    results are ignored: a benchmark that writes them does not make the next one's rows dirty.
     """
 
     def git(*words: str) -> str:

@@ -1,4 +1,4 @@
-"""Builders of what is measured: routers and layers of given sizes, ours and the baselines'.
+"""Builders of the measured routers and layers, ours and the baselines', for given sizes.
 
 Legend: T tokens, H hidden, E experts, C clusters, L shortlist, K top-k, F rows of an expert.
 """
@@ -14,7 +14,7 @@ from benchmarks import roofline
 from benchmarks.measure import accumulate_gradient, clock, give_main_grad
 from benchmarks.peer import PEERLayer, ProductKeyRouter
 
-_GROUPS = 4  # whose experts hierarchical routing scores for a token: the better setting of the study
+_GROUPS = 4  # groups that hierarchical routing searches for a token: the better setting of the study
 _HEADS = 8  # as in PEER's paper; K is divided among them
 _FLAGS = {
     "experts": "number of experts E",
@@ -46,12 +46,12 @@ class Sizes:
 
     @classmethod
     def of(cls, args, **changes) -> "Sizes":
-        """From parsed arguments, which need not have all of them."""
+        """Take the sizes from parsed arguments, as far as they have them."""
         given = {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}
         return cls(**{**given, **changes})
 
     def columns(self) -> dict:
-        """As columns of a row."""
+        """The sizes as columns of a row."""
         named = {name: getattr(self, name) for name in ("experts", "hidden", "tokens", "topk")}
         return named | {name: str(getattr(self, name)).removeprefix("torch.") for name in ("dtype", "routing_dtype")}
 
@@ -63,15 +63,15 @@ def add_sizes(parser, **defaults: int) -> None:
 
 
 def make_config(sizes: Sizes, router: str, compact: bool = False, **more):
-    """Megatron's config with our fields, for a router alone, a layer or a model; the one place that makes it.
+    """Make Megatron's config with our fields, for a router alone, a layer or a model. All benchmarks use this function.
 
-    All routers have what ``--air-moe`` gives: the auxiliary loss, fp32 scores and probabilities that sum to half of the
-    top-k. AIR and hierarchical routing have its norm of the tokens too, which Megatron's own router lacks.
+    All routers have the settings of ``--air-moe``: the auxiliary loss, fp32 scores, and probabilities that sum to half
+    of the top-k. AIR and hierarchical routing also have its input norm, which Megatron's own router lacks.
 
     Args:
         router: "air", "hierarchical", or "topk" for Megatron's own.
-        compact: the compact path around the router; else Megatron's all-to-all dispatcher.
-        more: fields that a benchmark sets beside these.
+        compact: whether to use the compact path; otherwise Megatron's all-to-all dispatcher is used.
+        more: further fields that a benchmark sets.
     """
     from air_moe_megatron import AIRMoEConfig
     from air_moe_megatron.training.arguments import RECOMMENDED, recommended_scale
@@ -127,9 +127,9 @@ def make_router(kind: str, sizes: Sizes, pg_collection, device, **fields):
 def make_layer(kind: str, sizes: Sizes, pg_collection, device):
     """A layer on the device, with main_grad buffers.
 
-    "AIRMoELayer" and "HierarchicalMoELayer" are on the compact path, the second with hierarchical routing over four
-    groups; "PEERLayer" is that of ``peer.py``. "MoELayer" is Megatron's with its ``TopKRouter`` and its all-to-all
-    dispatcher, around our granular experts: Megatron's own would be a module per expert, tens of thousands of them.
+    "AIRMoELayer" and "HierarchicalMoELayer" use the compact path; the second searches four groups per token.
+    "PEERLayer" is that of ``peer.py``. "MoELayer" is Megatron's with its ``TopKRouter`` and all-to-all dispatcher, but
+    with our granular experts: Megatron's own would be tens of thousands of modules, one per expert.
     """
     if kind == "PEERLayer":
         torch.manual_seed(0)
@@ -153,13 +153,13 @@ def make_layer(kind: str, sizes: Sizes, pg_collection, device):
 
 
 def _product_keys(sizes):
-    """The smallest usual keys, so that the baseline is not slow because of its router."""
+    """Sizes of product keys, with the smallest usual keys, so that the baseline's router does not slow it down."""
     heads = num_heads(sizes.topk)
     return sizes.hidden, sizes.experts, heads, sizes.topk // heads, max(1, sizes.hidden // 8)
 
 
 def num_heads(topk: int) -> int:
-    """Heads of the product keys; all K belong to one where K is not divisible."""
+    """Number of heads of the product keys; a single one if K is not divisible by the usual number."""
     return _HEADS if topk % _HEADS == 0 else 1
 
 
@@ -170,8 +170,8 @@ def _ready(module, device):
 
 
 def inputs(sizes: Sizes, device, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    """Random tensors of the shapes, the same on every device: the first in the model's dtype, the others, which are
-    gradients of probs, in that of the routing."""
+    """Random tensors of the shapes, the same on every device. The first has the model's dtype, the others, gradients
+    of probs, have the routing's."""
     generator = torch.Generator().manual_seed(0)
     dtypes = [sizes.dtype, *[sizes.routing_dtype] * (len(shapes) - 1)]
     return [
@@ -194,9 +194,9 @@ def warm_up_codebook(router, hidden: torch.Tensor):
 def learn_codebook(router, batches: Sequence[torch.Tensor]):
     """Train the norm and codebook of an AIR router with one update for each of the batches of tokens.
 
-    They do not depend on the experts. So a router with as few experts as possible learns them, and the lists of the
-    large router are built only once, by its next forward. The count of updates is set beyond the early phase of
-    frequent rebuilds: the lists then stay for most of a refresh interval.
+    Norm and codebook do not depend on the experts. So a router with as few experts as possible learns them, and the
+    large router builds its lists only once, in its next forward. The count of updates is set beyond the early phase of
+    frequent rebuilds, so that the lists then stay for most of a refresh interval.
 
     Returns:
         the small router.
@@ -222,7 +222,7 @@ def learn_codebook(router, batches: Sequence[torch.Tensor]):
 
 
 def usage(router, hidden: torch.Tensor) -> tuple[int, int]:
-    """How many codewords have tokens, and how many experts are selected."""
+    """Numbers of codewords that have tokens and of experts that are selected."""
     with torch.no_grad():
         routes = router.route(hidden)
     num_live = 0 if routes.codewords is None else routes.codewords.unique().numel()
@@ -230,7 +230,7 @@ def usage(router, hidden: torch.Tensor) -> tuple[int, int]:
 
 
 def air_work(router, hidden: torch.Tensor, sizes: Sizes) -> dict[str, roofline.Work]:
-    """What ``route`` cannot do without for these tokens."""
+    """The least work of ``route`` for these tokens."""
     num_live, num_used = usage(router, hidden)
     return roofline.air_route(
         sizes.tokens,
@@ -256,14 +256,14 @@ def air_columns(router) -> dict[str, int]:
 
 
 def topk_work(sizes: Sizes) -> dict[str, roofline.Work]:
-    """What ``TopKRouter.forward`` cannot do without."""
+    """The least work of ``TopKRouter.forward``."""
     return roofline.topk_route(
         sizes.tokens, sizes.hidden, sizes.experts, sizes.dtype.itemsize, sizes.routing_dtype.itemsize
     )
 
 
 def hierarchical_work(router, sizes: Sizes) -> dict[str, roofline.Work]:
-    """What hierarchical routing cannot do without: as AIR's, with groups in place of codewords and lists."""
+    """The least work of hierarchical routing: like AIR's, with groups in place of codewords and lists."""
     groups = router.sizes
     scored = groups.topk_groups * groups.group_size
     as_air = SimpleNamespace(
@@ -277,19 +277,19 @@ def hierarchical_work(router, sizes: Sizes) -> dict[str, roofline.Work]:
 
 
 def product_key_work(router: ProductKeyRouter, sizes: Sizes) -> dict[str, roofline.Work]:
-    """What the product-key router cannot do without."""
+    """The least work of the product-key router."""
     keys = (router.num_heads, router.num_keys, router.key_size)
     return roofline.product_key_route(sizes.tokens, sizes.hidden, sizes.topk, *keys, sizes.dtype.itemsize)
 
 
 def expert_work(sizes: Sizes, num_used: int) -> dict[str, roofline.Work]:
-    """What the experts cannot do without."""
+    """The least work of the experts."""
     numbers = (sizes.tokens, sizes.hidden, sizes.topk, sizes.ffn, sizes.ffn, num_used)
     return roofline.experts(*numbers, sizes.dtype.itemsize)
 
 
 def rebuild_work(router, sizes: Sizes, in_full: bool = False) -> dict[str, roofline.Work]:
-    """What a rebuild of the router's lists cannot do without, of all experts at all codewords or of those it tries."""
+    """The least work of a rebuild of the router's lists, over all experts and codewords or over those that it tries."""
     from air_moe_megatron.learned.index import rebuild_products
 
     lists = (router.sizes.num_clusters, router.sizes.shortlist_size)
@@ -298,7 +298,7 @@ def rebuild_work(router, sizes: Sizes, in_full: bool = False) -> dict[str, roofl
 
 
 def step(forward, module, hidden: torch.Tensor, grad: torch.Tensor) -> dict[str, float]:
-    """Seconds of ``forward(hidden)`` and of its backward, gradients of the module's weights accumulated."""
+    """Seconds of ``forward(hidden)`` and of its backward, which accumulates the gradients of the module's weights."""
     hidden = hidden.detach().requires_grad_()
     start = clock(hidden.device)
     out = forward(hidden)
@@ -310,22 +310,22 @@ def step(forward, module, hidden: torch.Tensor, grad: torch.Tensor) -> dict[str,
 
 
 def timed(device, work) -> dict[str, float]:
-    """Seconds of something that has no phases."""
+    """Seconds of ``work``, which has no phases."""
     start = clock(device)
     work()
     return {"total": clock(device) - start}
 
 
 def rebuild_run(router, in_full: bool = False):
-    """A function that rebuilds the lists of a router with all that belongs to it, and returns its seconds.
+    """A function that makes a complete rebuild of a router's lists, and returns its seconds.
 
     It works on copies of codebook and lists, so that the router keeps its own.
 
     Args:
-        in_full: whether each time is the first, of all experts at all codewords.
+        in_full: whether each rebuild is like the first one, which tries all experts at all codewords.
     """
     codebook, index = copy.deepcopy(router.codebook), copy.deepcopy(router.index)
-    index.refresh_interval = 2**62  # every update makes a rebuild due, as in a codebook's youth
+    index.refresh_interval = 2**62  # every update makes a rebuild due, as in a young codebook
 
     def run():
         codebook.count_update()

@@ -1,9 +1,9 @@
-"""The PEER baseline: a layer of tiny experts found by product keys, as its paper and its public code make it.
+"""The PEER baseline: a layer of tiny experts found by product keys, after its paper and its public code.
 
-Source: He, "Mixture of A Million Experts", arXiv 2407.04153 (PEER); the einsums and embedding gathers follow the public
-PyTorch implementation, with competing scores (a softmax over the K of a head), which the paper has and which that code
-leaves off by default. As in that code, each head has keys of its own, where the paper's heads share one set, and
-queries are not batch-normalized, which takes work away.
+Source: He, "Mixture of A Million Experts", arXiv 2407.04153 (PEER). The einsums and embedding gathers follow the public
+PyTorch implementation. Scores compete (a softmax over the K experts of a head), as in the paper; that code leaves this
+off by default. As in that code, each head has its own keys, while the paper's heads share one set, and queries are not
+batch-normalized, which saves work.
 
 Legend: T tokens, H hidden, E experts, N = sqrt(E) keys per half, K experts per head, D key size.
 """
@@ -17,7 +17,7 @@ class ProductKeyRouter(torch.nn.Module):
     Args:
         hidden_size: H.
         num_experts: E, a square.
-        num_heads: each retrieves its own experts.
+        num_heads: heads, each of which retrieves its own experts.
         topk_per_head: K; a token uses ``num_heads * K`` experts.
         key_size: D of each half.
     """
@@ -48,7 +48,7 @@ class ProductKeyRouter(torch.nn.Module):
 
 
 class PEERLayer(ProductKeyRouter):
-    """``y_t = sum over heads and their top-k experts of p * gelu(<w_down, x>) * w_up``; arguments as its router's."""
+    """``y_t = sum over heads and their top-k experts of p * gelu(<w_down, x>) * w_up``; arguments as of its router."""
 
     def __init__(self, hidden_size: int, num_experts: int, num_heads: int, topk_per_head: int, key_size: int):
         super().__init__(hidden_size, num_experts, num_heads, topk_per_head, key_size)

@@ -12,7 +12,7 @@ from benchmarks.models import Sizes, add_sizes, air_columns, learn_codebook, mak
 logger = logging.getLogger(__name__)
 
 _DECAY = 1.5  # the i-th eigenvalue of the tokens' covariance is i^-1.5
-_SAMPLES = 16  # batches, of each of which a router keeps a sample of 64 tokens
+_SAMPLES = 16  # batches; the router keeps a sample of 64 tokens of each
 
 
 def add_arguments(parser) -> None:
@@ -23,9 +23,9 @@ def add_arguments(parser) -> None:
 def run(args) -> list[dict]:
     """Learn norm and codebook from random tokens, build the lists of random centers, and compare with all scores.
 
-    The spectrum is that of the tokens as they are scored, so it lies along axes to which all features contribute alike:
-    the norm changes nothing there. A row for the sizes asked for, one for one probe, and one for tokens along random
-    axes, whose spectrum the norm flattens. Mass recall is the softmax mass that the lists hold.
+    The spectrum is meant for the tokens as they are scored. So its axes are such that all features contribute equally,
+    and the norm does not change it. There is a row for the given sizes, one for one probe, and one for tokens along
+    random axes, whose spectrum the norm flattens. Mass recall is the softmax mass that the lists hold.
     """
     if args.hidden & (args.hidden - 1):
         raise ValueError(f"--hidden ({args.hidden}) must be a power of two")
@@ -51,7 +51,7 @@ def run(args) -> list[dict]:
 
 
 def _even_axes(size: int) -> torch.Tensor:
-    """[H, H] orthogonal, all of its numbers 1 or -1 over sqrt(H): a Hadamard matrix."""
+    """[H, H] orthogonal matrix with entries of 1 or -1 over sqrt(H): a Hadamard matrix."""
     axes = torch.ones(1, 1)
     while axes.shape[0] < size:
         axes = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), axes)
@@ -59,7 +59,7 @@ def _even_axes(size: int) -> torch.Tensor:
 
 
 def _random_axes(size: int, generator: torch.Generator) -> torch.Tensor:
-    """[H, H] orthogonal."""
+    """[H, H] random orthogonal matrix."""
     return torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
 
 

@@ -1,4 +1,4 @@
-"""What AIR-MoE pays beside its steps: the rebuild of the shortlists and the codebook's update, as shares of a step."""
+"""The cost of AIR-MoE beside its steps: shortlist rebuilds and codebook updates, as shares of a step."""
 
 import copy
 
@@ -9,7 +9,7 @@ from benchmarks.models import Sizes, add_sizes, make_layer, rebuild_run, rebuild
 from benchmarks.router import codebook_update_run
 from benchmarks.timing import Case, time_interleaved
 
-NUM_LAYERS = 24  # of a model, whose codebooks learn together
+NUM_LAYERS = 24  # layers of a model, whose codebooks are updated together
 _OF_MODEL = f"codebook updates of {NUM_LAYERS} layers"
 
 
@@ -19,13 +19,14 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> list[dict]:
-    """Time the rebuild whole, and compare its share per step with a step of the whole layer that rebuilds nothing.
+    """Time a whole rebuild, and compare its share per step with a step of the whole layer without a rebuild.
 
-    Updates of several codebooks are compared with as many layers' steps.
+    Updates of several codebooks are compared with the steps of as many layers.
 
-    The share is of a step without any rebuild, the larger of the two ways to say it. In training the work is spread
-    over the steps of the interval and over ranks. A young codebook rebuilds more often, for ten times ``--interval``
-    steps; here is what comes after. The first two rebuilds of a training try all experts at all codewords.
+    The share refers to a step without a rebuild; relative to one with a rebuild it would be smaller. In training the
+    work is spread over the steps of the interval and over ranks. A young codebook rebuilds more often, for ten times
+    ``--interval`` steps; the figures are for the time after that. The first two rebuilds of a training try all experts
+    at all codewords.
     """
     with world() as (device, pg_collection):
         checks.check_router(pg_collection, device)

@@ -4,10 +4,10 @@ A phase takes at least its arithmetic over the measured matmul rate, and at leas
 copy rate. Its bound is the larger of the two, and a row's bound is the sum over its phases. :func:`bound` computes it
 for every benchmark.
 
-Few bytes count as compulsory, so that the distance from the bound is not flattered. Left out are intermediate results,
-indices, counts, and second readings of what could stay in a cache. A weight's gradient is written once in the weight's
-dtype, although Megatron's ``main_grad`` is fp32 and is read too. Each case has the bound of its own work: that of
-``TopKRouter`` holds the dense product and the dense maps that its interface demands.
+Few bytes count as compulsory, so that results do not look closer to the bound than they are. Left out are intermediate
+results, indices, counts, and repeated reads of what could stay in a cache. A weight's gradient is written once in the
+weight's dtype, although Megatron's ``main_grad`` is fp32 and is also read. Each case has the bound of its own work:
+that of ``TopKRouter`` includes the dense product and the dense maps that its interface requires.
 
 Legend: T tokens, H hidden, E experts, C clusters, L shortlist, K top-k, F rows of an expert.
 """
@@ -26,7 +26,7 @@ _ADAM_BYTES = 7 * _FP32_BYTES  # a parameter's value and two moments are read an
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine was measured at, in this process."""
+    """The rates that were measured on this machine, in this process."""
 
     flops_per_s: float  # of a large matmul
     bytes_per_s: float  # of a large copy, read and written bytes together
@@ -34,7 +34,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Work:
-    """What a phase cannot do without."""
+    """The least work of a phase."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -44,7 +44,7 @@ class Work:
 
 
 def bound(phases: dict[str, Work], ceilings: Ceilings) -> dict[str, float]:
-    """Seconds below which each phase cannot go, and under "total" their sum.
+    """Lower bounds on the seconds of each phase, and their sum as "total".
 
     Example: 100 FLOPs and 30 bytes forward, 20 FLOPs and 40 bytes backward, at 10 FLOP/s and 2 byte/s: 15 s forward,
     20 s backward, 35 s in total.
@@ -59,7 +59,7 @@ def bound_columns(phases: dict[str, Work], ceilings: Ceilings, seconds: float, t
     """Columns about the bound, for a row whose total took ``seconds``.
 
     Args:
-        tokens: tokens of the row; None where it has none, such as the rebuild of the shortlists.
+        tokens: tokens of the row; None if it has none, such as the rebuild of the shortlists.
     """
     least = bound(phases, ceilings)
     done = sum(phases.values(), Work())
@@ -81,10 +81,10 @@ def _milliseconds(seconds):
 
 
 class CeilingProbe:
-    """A large matmul and a large copy, ready to be timed again and again between the cases' runs.
+    """A large matmul and a large copy, which are timed repeatedly between the runs of the cases.
 
     Args:
-        dtype: of the matmul. On a CPU always fp32: what it lacks instructions for would make a ceiling too easy.
+        dtype: dtype of the matmul. On a CPU it is fp32, because a dtype without instructions gives too low a ceiling.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -103,7 +103,7 @@ class CeilingProbe:
         return self._best(lambda: self._target.copy_(self._source), 3)
 
     def ceilings(self, matmul_seconds: float, copy_seconds: float) -> Ceilings:
-        """The rates that these times mean."""
+        """The rates that follow from these times."""
         return Ceilings(2 * self.size**3 / matmul_seconds, 2 * self._source.nbytes / copy_seconds)
 
     def _best(self, work, runs):
@@ -116,7 +116,7 @@ class CeilingProbe:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype = torch.float32, repetitions: int = 3) -> Ceilings:
-    """Measure the ceilings of the device alone; ``timing.py`` interleaves them with the cases of a benchmark."""
+    """Measure the ceilings alone. ``timing.py`` interleaves them with the cases of a benchmark."""
     probe = CeilingProbe(device, dtype)
     kinds: tuple[Callable[[], dict[str, float]], ...] = (probe.matmul, probe.copy)
     medians = [Timing([kind()["total"] for _ in range(repetitions + 1)][1:]).median for kind in kinds]
@@ -124,7 +124,7 @@ def ceilings(device: torch.device, dtype: torch.dtype = torch.float32, repetitio
 
 
 def together(*parts: dict[str, Work]) -> dict[str, Work]:
-    """The phases of several parts of a step as those of one; phases of one name are added."""
+    """Join the phases of several parts of a step; phases with the same name are added."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum((part[name] for part in parts if name in part), Work()) for name in names}
 
@@ -156,7 +156,7 @@ def air_route(tokens, hidden, topk, sizes, num_live, num_used, element, prob_byt
 
 
 def whitening(num_tokens: int, hidden_size: int) -> dict[str, Work]:
-    """Whitening the tokens and adding up their covariance: products with ``[H, H]`` alone, as they are read already."""
+    """Whitening the tokens and summing their covariance: only products with [H, H], as other work reads the tokens."""
     product = 2.0 * num_tokens * hidden_size**2
     return {"forward": Work(2 * product), "backward": Work(product)}
 
@@ -192,9 +192,9 @@ def product_key_route(tokens, hidden, topk, num_heads, num_keys, key_size, eleme
 def experts(tokens, hidden, topk, num_inputs, ffn, num_used, element):
     """Tiny experts: the product with the rows of the first projection, and with those of the second.
 
-    Each product needs, per direction, the rows of the K experts of each token once; where that is less, one row per
-    pair (its token) and the rows of the used experts once, as in the order of the experts. Forward also: tokens read
-    and sums written once. Backward also: each touched row of both projections written once.
+    Per direction, each product reads the rows of the K experts of each token once. If it is less, it reads one row per
+    pair (its token) and the rows of the used experts once, as in a computation in the order of experts. Forward also
+    reads tokens and writes sums once. Backward also writes each touched row of both projections once.
 
     Args:
         num_inputs: rows of the first projection, F or 2F with a gated linear unit.
@@ -224,7 +224,7 @@ def codebook_update(num_clusters, hidden):
 
 
 def rebuild(num_experts, hidden, num_clusters, shortlist_size, element, num_products=None):
-    """All codewords times all centers, or so many products: each center and codeword read once, lists written once."""
+    """Products of all codewords and centers, or ``num_products``; centers and codewords read, lists written once."""
     numbers = num_experts * hidden * element + num_clusters * (hidden * _FP32_BYTES + shortlist_size * _ID_BYTES)
     return {"total": Work(2 * (num_products or num_clusters * num_experts) * hidden, numbers)}
 

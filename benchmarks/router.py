@@ -31,12 +31,12 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> list[dict]:
-    """Check that AIR with full lists equals top-k, then time the routers with the sizes asked for.
+    """Check that AIR with full lists equals top-k, then time the routers at the given sizes.
 
-    ``TopKRouter.forward``; ``AIRRouter.route``, whose result is compact, as it is by default, with one probe, and with
-    whitened tokens; ``AIRRouter.forward``, which makes Megatron's dense maps of it for the stock dispatchers; the
-    product-key router, which alone has no balancing loss. Two more rows are what AIR pays beside its steps: the
-    codebook's update, once per global batch, and the rebuild of the shortlists, once per refresh interval.
+    The cases are ``TopKRouter.forward``; ``AIRRouter.route``, whose result is compact, by default, with one probe, and
+    with whitened tokens; ``AIRRouter.forward``, which turns it into Megatron's dense maps for the stock dispatchers;
+    and the product-key router, the only one without a balancing loss. Two more rows are AIR's cost beside its steps:
+    the codebook's update, once per global batch, and the rebuild of the shortlists, once per refresh interval.
     """
     with world() as (device, pg_collection):
         checks.check_router(pg_collection, device)
@@ -103,7 +103,7 @@ def run(args) -> list[dict]:
 
 
 def codebook_update_run(*routers):
-    """A function that updates norms and codebooks with the statistics that they have now, and returns its seconds."""
+    """A function that updates norms and codebooks with their current statistics, and returns its seconds."""
     from air_moe_megatron.sync import update_codebooks
 
     learners = [learner for router in routers for learner in router.learners()]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# Large pages for all cases alike, where the kernel gives them to those who ask. torch reads it once, when it
-# first allocates, so it is set before anything imports torch.
+# All cases use large pages if the kernel gives them on request. torch reads this variable once, at its first
+# allocation, so it is set before anything imports torch.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 NAMES = {
@@ -39,7 +39,7 @@ _FIGURES = (
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     """Parse the command line, run the benchmark, print its rows and write them as CSV; returns the rows."""
     logging.basicConfig(format="%(message)s")
-    for name in ("benchmarks", "air_moe_megatron"):  # not Megatron's own, which lists every parameter
+    for name in ("benchmarks", "air_moe_megatron"):  # not Megatron's loggers, which list every parameter
         logging.getLogger(name).setLevel(logging.INFO)
     parser = argparse.ArgumentParser(description=__doc__)
     benchmarks = parser.add_subparsers(dest="name", required=True)

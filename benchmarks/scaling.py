@@ -1,4 +1,4 @@
-"""Time of a routing step against the number of experts, ours and the baselines', with a plot."""
+"""Time of a routing step against the number of experts, for ours and the baselines, with a plot."""
 
 import gc
 import logging
@@ -36,7 +36,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> list[dict]:
-    """Time the routers at each number of experts, forward and backward; TopKRouter as far as its dense maps go."""
+    """Time the routers at each number of experts, forward and backward; TopKRouter only while its dense maps fit."""
     with world() as (device, pg_collection):
         checks.check_router(pg_collection, device)
         checks.check_product_keys(pg_collection, device)
@@ -94,7 +94,7 @@ def _measure_peaks(sizes: Sizes, device, pg_collection) -> tuple[int, int]:
 
     router = make_router("air", sizes, pg_collection, device)
     for parameter in router.parameters():
-        parameter.main_grad.fill_(0.0)  # so that its memory is in use already
+        parameter.main_grad.fill_(0.0)  # so that its memory is already in use
     hidden, grad = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden), (sizes.tokens, sizes.topk))
     warm_up_codebook(router, hidden)
 
@@ -102,13 +102,13 @@ def _measure_peaks(sizes: Sizes, device, pg_collection) -> tuple[int, int]:
         step(lambda x: router.route(x).probs, router, hidden, grad)
 
     peak = peak_memory(route, device)
-    router.index.refresh_interval = 2**62  # as in a codebook's youth: every update makes a rebuild due
+    router.index.refresh_interval = 2**62  # as in a young codebook: every update makes a rebuild due
     update_codebooks(router)
     return peak, peak_memory(route, device)
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Time against experts on logarithmic axes: a line per case, and our roofline bound dashed."""
+    """Plot time against experts on logarithmic axes: a line per case, and our roofline bound dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -127,7 +127,7 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.set(xlabel="experts", ylabel="forward and backward, ms", title=f"Routing step on {first['device']}: {sizes}")
     axes.set_xticks([row["experts"] for row in rows], [f"{row['experts']:,}" for row in rows], minor=False)
     axes.grid(which="major", alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # below: it covers no point there
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # below, where it covers no point
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)

@@ -1,8 +1,8 @@
 """Sharded routing against the replicated router: a layer's training step over expert-parallel processes.
 
-A step is forward, backward, and what comes before the next step: the all-reduce of what is replicated, and Adam. On a
-CPU two processes talk through gloo and divide the cores, and seconds are processor seconds, a mean over the ranks. The
-rebuild of the lists is timed beside the step: as a run spreads it over steps and ranks, and in full.
+A step is forward, backward, the all-reduce of replicated gradients, and Adam. On a CPU two processes communicate
+through gloo and share the cores; seconds are processor seconds, a mean over the ranks. The rebuild of the lists is
+timed separately: once as a run spreads it over steps and ranks, and once in full.
 """
 
 import copy
@@ -35,8 +35,8 @@ def add_arguments(parser) -> None:
 def run(args) -> list[dict]:
     """Time both layers on the same tokens, ``--tokens`` of them on each rank, with as many parts of lists as ranks.
 
-    ``state_mib`` is what a rank holds of the layer: weights, gradients and Adam's moments. ``forward_remote_mib`` is
-    what rank 0 hands to other ranks in a forward, ``reduced_mib`` the gradients that are all-reduced in a step.
+    ``state_mib`` is the layer's state on a rank: weights, gradients and Adam's moments. ``forward_remote_mib`` is what
+    rank 0 sends to other ranks in a forward, ``reduced_mib`` the gradients that are all-reduced in a step.
     """
     with tempfile.TemporaryDirectory() as directory:
         if args.ranks == 1:
@@ -88,7 +88,7 @@ def _layers(sizes, ranks, pg_collection, device):
 
 
 def _warm_up(router, hidden, group):
-    """A few updates of the codebook; then it counts as an old one, whose lists stay."""
+    """Make a few updates of the codebook, and set its age so that its lists stay."""
     from air_moe_megatron.sync import update_codebooks
 
     for _ in range(3):
@@ -106,7 +106,7 @@ def _tokens(sizes, rank, device):
 
 
 def _reduced(layer, ranks):
-    """The gradients that this layer's ranks must add up, because its weights are on all of them."""
+    """The gradients that ranks must sum because the weights are replicated on all of them."""
     is_copied = [getattr(parameter, "allreduce", True) and ranks > 1 for parameter in layer.parameters()]
     return [parameter.main_grad for parameter, copied in zip(layer.parameters(), is_copied, strict=True) if copied]
 
@@ -140,11 +140,11 @@ def _step(layer, optimizer, hidden, ranks):
 
 
 class _Rebuild:
-    """Rebuilds a router's lists on copies of codebook and lists, and returns this rank's seconds; all ranks call it."""
+    """Rebuilds lists on copies of a router's codebook and lists, and returns this rank's seconds; all ranks call it."""
 
     def __init__(self, router):
         self.router, self.codebook, self.index = router, copy.deepcopy(router.codebook), copy.deepcopy(router.index)
-        self.index.refresh_interval = 2**62  # every update makes a rebuild due, as in a codebook's youth
+        self.index.refresh_interval = 2**62  # every update makes a rebuild due, as in a young codebook
         self.run()
 
     def run(self, in_full=False):
@@ -161,12 +161,12 @@ class _Rebuild:
         return seconds
 
     def __call__(self):
-        """Seconds of both kinds."""
+        """Seconds of a rebuild as spread over ranks, and of one in full."""
         return {"rebuild": self.run(), "rebuild_in_full": self.run(in_full=True)}
 
 
 def _mean(run, device, ranks):
-    """Seconds per phase, a mean over the ranks, all starting together."""
+    """Seconds per phase, a mean over the ranks. All ranks start together."""
     if ranks > 1:
         torch.distributed.barrier()
     seconds = run()

@@ -1,7 +1,7 @@
-"""Write the tables of docs/results/README.md anew from the rows beside it: `python benchmarks/tables.py [FOLDER]`.
+"""Rewrite the tables of docs/results/README.md from the CSV files beside it: `python benchmarks/tables.py [FOLDER]`.
 
-A table follows a line `<!-- rows of FILE.csv ... -->`, with the layout named as the first file, or another layout:
-`<!-- rows of FILE.csv: LAYOUT -->`. The targets follow `<!-- targets -->`.
+A table follows a line `<!-- rows of FILE.csv ... -->`. Its layout has the name of the first file, unless the line names
+another one: `<!-- rows of FILE.csv: LAYOUT -->`. The targets follow `<!-- targets -->`.
 """
 
 import re
@@ -25,12 +25,12 @@ def _case(row: Row) -> str:
 
 
 def _number(column: str, decimals: int = 0) -> Callable[[Row], str]:
-    """A cell with a column's number; empty where the row has none."""
+    """A cell with a column's number; empty if the row has none."""
     return lambda row: f"{float(row[column]):,.{decimals}f}" if row[column] else ""
 
 
 def _spread(phase: str) -> Callable[[Row], str]:
-    """A cell with the median of a phase, and its extremes."""
+    """A cell with the median of a phase and its extremes."""
 
     def cell(row: Row) -> str:
         median, low, high = (float(row[f"{phase}{which}_ms"]) for which in ("", "_min", "_max"))
@@ -89,7 +89,7 @@ LAYOUTS: dict[str, dict[str, Callable[[Row], str]]] = {
     },
     "train": {"": _case, **_PHASES, **_TOTAL, "times faster": _number("times_faster", 2), **_BOUND},
 }  # fmt: skip
-"""Name of a layout -> headings of its columns, and what stands in them."""
+"""Name of a layout -> heading of each column -> function that makes its cell."""
 
 
 def table(rows: list[Row], layout: str) -> str:
@@ -101,10 +101,10 @@ def table(rows: list[Row], layout: str) -> str:
 
 
 def filled(text: str, folder: Path) -> str:
-    """A document's text with all of its marked tables made of the files in ``folder``.
+    """A document's text with all of its marked tables rewritten from the files in ``folder``.
 
     Raises:
-        ValueError: naming a file that a mark asks for and that has no rows.
+        ValueError: naming a file that a mark refers to and that has no rows.
     """
 
     def replaced(match: re.Match) -> str:

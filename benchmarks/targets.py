@@ -1,6 +1,6 @@
-"""Print the targets, asked and measured, from the CSV files of the benchmarks: `python benchmarks/targets.py [FOLDER]`.
+"""Print targets and measured values from the CSV files of the benchmarks: `python benchmarks/targets.py [FOLDER]`.
 
-CPU rows are read from the folder, GPU rows from its `gpu/`; what has not been measured stays empty.
+CPU rows are read from the folder, GPU rows from its `gpu/`. Values that have not been measured stay empty.
 """
 
 import csv
@@ -18,7 +18,7 @@ _MILLION = {"experts": 1_048_576, "topk": 64}
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that is asked for: where it stands, and what it must be."""
+    """A target: where the figure is found, and its bound."""
 
     what: str
     file: str
@@ -27,11 +27,11 @@ class Target:
     unit: str
     at_most: bool
     asked: dict[str, float]  # kind of device -> bound
-    sizes: dict[str, dict[str, int]]  # kind of device -> sizes for which it is asked
+    sizes: dict[str, dict[str, int]]  # kind of device -> sizes for which the bound holds
 
 
 def _at(sizes: dict[str, int], **others: int) -> dict[str, dict[str, int]]:
-    """The sizes for which a target is asked, on a CPU and on a GPU."""
+    """The sizes for which a target is set, on a CPU and on a GPU."""
     return {"CPU": _CPU | sizes | others, "GPU": _GPU | sizes | others}
 
 
@@ -77,7 +77,7 @@ TARGETS = (
 
 
 def read(folder: Path, file: str) -> list[dict[str, str]]:
-    """The rows of a CSV file; none where there is no file."""
+    """The rows of a CSV file; empty if there is no file."""
     path = folder / file
     if not path.exists():
         return []
@@ -86,7 +86,7 @@ def read(folder: Path, file: str) -> list[dict[str, str]]:
 
 
 def judge(target: Target, kind: str, folder: Path) -> tuple[str, str]:
-    """What was measured for a target, and whether it is met; empty where it was not, at the sizes that are asked."""
+    """The measured value of a target at its sizes, and whether it is met; both empty if it was not measured."""
     rows = [row for row in read(folder, target.file) if row["case"] == target.case]
     for row in rows:
         sizes = target.sizes[kind].items()
@@ -98,7 +98,7 @@ def judge(target: Target, kind: str, folder: Path) -> tuple[str, str]:
 
 
 def table(folder: Path) -> str:
-    """The targets as a table in Markdown, with the command that fills what is empty."""
+    """The targets as a table in Markdown, with the commands that fill empty cells."""
     kinds = list(_COMMANDS)
     lines = ["| | " + " | ".join(f"{kind} asked | measured | met" for kind in kinds) + " |"]
     lines.append("|---" * (1 + 3 * len(kinds)) + "|")

@@ -1,4 +1,4 @@
-"""Interleaved timing: cases and the machine's ceilings run in turn, and each case becomes a row."""
+"""Interleaved timing: the cases and the machine's ceilings run in turn, and each case becomes a row."""
 
 import logging
 from collections.abc import Callable
@@ -16,13 +16,13 @@ _MATMUL, _COPY = "large matmul", "large copy"
 
 @dataclass(frozen=True)
 class Case:
-    """Something to be timed, and a row of the results.
+    """A computation to be timed, and a row of the results.
 
     Attributes:
-        run: runs once and returns seconds per phase, the sum as "total".
-        work: what a run cannot do without, per phase.
-        tokens: tokens of a run; None where a run is not over tokens.
-        is_slow: runs fewer times.
+        run: runs once and returns seconds per phase, with their sum as "total".
+        work: least work of a run, per phase.
+        tokens: tokens of a run; None if it does not process tokens.
+        is_slow: whether it is run fewer times.
     """
 
     run: Callable[[], dict[str, float]]
@@ -33,7 +33,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Times of all cases, and the ceilings between them."""
+    """Times of all cases, and the ceilings measured in between."""
 
     cases: dict[str, Case]
     timings: dict[str, dict[str, Timing]]  # case -> phase
@@ -46,7 +46,7 @@ class Outcome:
         return self.timings[name]["total"].median
 
     def row(self, name: str, sizes: dict, figures: dict, label: str | None = None) -> dict:
-        """The case's row: its sizes, times, figures, distance from its roofline bound, and where it was measured."""
+        """The case's row: sizes, times, figures, distance from its roofline bound, and where it was measured."""
         case, timings = self.cases[name], self.timings[name]
         row = {"case": label or name, **sizes}
         for phase in self.phases:
@@ -57,15 +57,15 @@ class Outcome:
 
 
 def time_interleaved(cases: dict[str, Case], args, device: torch.device, extra_phases: tuple[str, ...] = ()) -> Outcome:
-    """Run the cases and the ceilings in turn, so that a drift of the machine's speed meets them all alike.
+    """Run the cases and the ceilings in turn, so that a drift of the machine's speed affects all of them equally.
 
-    The steady state is timed: uncounted runs of the same case come before every counted one. So no case pays for the
-    caches and the memory that the case before it has left. The ceilings, each the best of a few runs, are measured the
-    same way.
+    The steady state is timed: uncounted runs of the same case precede every counted one. So no case depends on the
+    state of caches and memory that the previous case has left. The ceilings, each the best of a few runs, are measured
+    in the same way.
 
     Args:
-        args: ``repetitions`` counted runs of each, of slow cases at most ``slow_repetitions``, and ``warmup``
-            uncounted ones directly before each of them; ``dtype`` of the matmul.
+        args: ``repetitions``, the counted runs per case (at most ``slow_repetitions`` for slow cases); ``warmup``, the
+            uncounted runs directly before each of them; ``dtype`` of the matmul.
         extra_phases: phases beside forward and backward that rows show.
     """
     probe = CeilingProbe(device, args.dtype)

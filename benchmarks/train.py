@@ -35,9 +35,9 @@ def add_arguments(parser) -> None:
 def run(args) -> list[dict]:
     """Time forward, backward and the optimizer's step of both models on the same tokens.
 
-    Both have our granular experts: Megatron's would be a module per expert. Those of the baseline are reached through
-    Megatron's all-to-all dispatcher. The optimizer's phase of AIR includes the codebooks' update. Its forward
-    includes a step's share of the rebuild of the lists; a whole rebuild is a row of its own.
+    Both have our granular experts, because Megatron's would be a module per expert. The baseline uses Megatron's
+    all-to-all dispatcher. AIR's optimizer phase includes the update of the codebooks. Its forward includes a step's
+    share of the rebuild of the lists; a whole rebuild has a row of its own.
     """
     if args.tokens % args.sequence:
         raise ValueError(f"--tokens ({args.tokens}) must be divisible by --sequence ({args.sequence})")
@@ -85,12 +85,12 @@ class Trainer:
     """A GPT with Megatron's data-parallel wrapper and optimizer, in a world of one rank.
 
     Args:
-        config: of the model.
-        spec: of its layers.
-        shape: token ids of the vocabulary, and tokens of a sequence.
-        optimizer: fields of Megatron's OptimizerConfig beside those of a benchmark.
-        seed: of the weights.
-        more: arguments of GPTModel beside these.
+        config: the model's config.
+        spec: the spec of its layers.
+        shape: number of token ids in the vocabulary, and of tokens in a sequence.
+        optimizer: fields of Megatron's OptimizerConfig, beside those that all benchmarks set.
+        seed: seed of the weights.
+        more: further arguments of GPTModel.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Trainer:
 
         from air_moe_megatron.routers import find_routers
 
-        destroy_moe_metrics_tracker()  # it has a slot for each layer of the model before
+        destroy_moe_metrics_tracker()  # it has a slot for each layer of the previous model
         torch.manual_seed(seed)
         model = GPTModel(config, spec, *shape, pg_collection=pg_collection, **more).to(device)
         if config.bf16:
@@ -128,7 +128,7 @@ class Trainer:
 
     @classmethod
     def of_router(cls, name: str, sizes: Sizes, num_layers: int, sequence: int, pg_collection, device, **fields):
-        """The model of this benchmark: ``name`` is AIR or the baseline; ``fields`` of the config beside its own."""
+        """The model of this benchmark. ``name`` is AIR or the baseline; ``fields`` are further fields of the config."""
         is_air = name == AIR
         config = make_config(
             sizes,
@@ -145,7 +145,7 @@ class Trainer:
         return cls(config, _layer_spec(config), (_VOCABULARY, sequence), pg_collection, device)
 
     def step(self, batch) -> dict[str, float]:
-        """Seconds of one training step, as Megatron's training loop makes it; the loss is kept in ``loss``."""
+        """Make one training step like Megatron's training loop; returns its seconds and keeps the loss in ``loss``."""
         from air_moe_megatron.sync import discard_statistics, update_codebooks
 
         self.model.zero_grad_buffer()
@@ -172,7 +172,7 @@ class Trainer:
         }
 
     def layers_and_inputs(self, batch):
-        """The MoE layers, each with what reaches it [S, B, H]."""
+        """The MoE layers, each with its input [S, B, H]."""
         from megatron.core.transformer.moe.moe_layer import MoELayer
 
         seen, hooks = [], []
@@ -188,14 +188,14 @@ class Trainer:
 
     @torch.no_grad()
     def num_used(self, layer, hidden) -> int:
-        """Distinct experts that a layer selects."""
+        """Number of distinct experts that a layer selects."""
         if self.routers:
             return layer.router.route(hidden).topk_ids.unique().numel()
         return int(layer.router(hidden)[1].any(dim=0).sum())
 
 
 def _layer_spec(config):
-    """Megatron's own layer; granular experts in it, and AIR routing where the config asks for it."""
+    """Megatron's own layer with granular experts, and with AIR routing if the config selects it."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
@@ -217,9 +217,9 @@ def make_batch(sizes, sequence, device):
 
 
 def _check(pg_collection, device):
-    """With full lists and equal weights both models have equal losses, after steps of the optimizer too.
+    """Check that with full lists and equal weights both models have equal losses, also after optimizer steps.
 
-    Without the norm of the tokens, which Megatron's router lacks.
+    The input norm is off, because Megatron's router lacks it.
     """
     sizes = Sizes(experts=64, hidden=32, tokens=64, topk=4, ffn=2, clusters=4, shortlist=64)
     batch = make_batch(sizes, 16, device)

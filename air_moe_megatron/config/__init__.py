@@ -1,8 +1,8 @@
 """AIRMoEConfig: Megatron's config with our fields, validated on construction. Imports nothing else of the package.
 
 ``fields.py`` documents every field, ``sizes.py`` chooses the automatic sizes, ``hash_layers.py`` the first layers by
-hash, ``rules.py`` says which values are valid, ``refusals.py`` what cannot be combined, and ``problems.py`` is how
-checks say what they found.
+hash, ``rules.py`` says which values are valid, ``refusals.py`` what cannot be combined, and ``problems.py`` defines how
+checks report problems.
 """
 
 import dataclasses
@@ -93,6 +93,6 @@ def attach(config: TransformerConfig, values: object) -> None:
 
 
 def set_fields(config: TransformerConfig, values: object) -> None:
-    """As :func:`attach`, without validating."""
+    """Set our fields on a config like :func:`attach`, without validating them."""
     for field in dataclasses.fields(AIRFields):
         setattr(config, field.name, getattr(values, field.name))

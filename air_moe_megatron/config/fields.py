@@ -124,30 +124,30 @@ class AIRFields:
 
 
 _OF_EVERY_ROUTER = ("moe_air_diagnostics_interval",)
-"""Fields that are named like those of one router type, and that every router of ours heeds."""
+"""Fields that are named like those of one router type, but that every router of ours uses."""
 
 LAYOUT_FIELDS = ("moe_air_shard_experts",)
-"""Fields that say where a model's parts are kept, and not what they are: a checkpoint fits any value."""
+"""Fields that only say where parts of a model are kept. A checkpoint loads with any value of them."""
 
 ROUTER_TYPES: tuple[str, ...] = get_args(get_type_hints(AIRFields)["moe_router_type"])
 
 
 def is_plain_topk(values: object) -> bool:
-    """Whether config or arguments ask for Megatron's router with Megatron's experts, and so for nothing of ours."""
+    """Whether config or arguments select Megatron's router with Megatron's experts, so that nothing of ours is used."""
     is_topk = getattr(values, "moe_router_type", "topk") == "topk"
     return is_topk and not getattr(values, "moe_granular_experts", False) and not num_hash_layers(values)
 
 
 def num_hash_layers(values: object) -> int:
-    """The first layers by hash that config or arguments ask us for.
+    """Number of first MoE layers that config or arguments give to our hash router.
 
-    0 where Megatron has the flag itself, as its main branch does: then it is Megatron's.
+    It is 0 if Megatron has the flag itself, as its main branch does: then Megatron makes these layers.
     """
     return 0 if megatron_has_hash_layers() else getattr(values, "moe_num_hash_layers", 0)
 
 
 def megatron_has_hash_layers() -> bool:
-    """Whether this Megatron has ``moe_num_hash_layers`` of its own, and not from our patch."""
+    """Whether this Megatron has its own ``moe_num_hash_layers``, rather than that of our patch."""
     names = {field.name for field in fields(TransformerConfig)}
     return "moe_num_hash_layers" in names and "moe_router_type" not in names
 
@@ -171,7 +171,7 @@ def balancing_losses(values: object) -> list[str]:
 
 
 def router_type_of(field_name: str) -> str | None:
-    """The router type that a field belongs to; None for those that every router heeds.
+    """The router type that a field belongs to; None if every router uses the field.
 
     Example: ``moe_product_key_dim`` belongs to 'product_key', ``moe_dispatch`` to none.
     """

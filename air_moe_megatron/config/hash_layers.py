@@ -1,4 +1,4 @@
-"""Which layers take the hash router with ``moe_num_hash_layers``, and the config of their routers."""
+"""Which layers use the hash router with ``moe_num_hash_layers``, and the config of their routers."""
 
 import copy
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ _WITHOUT_SCORES = {
     "moe_router_num_groups": None,
     "moe_router_group_topk": None,
 }
-"""What the other layers' routers do with their scores, and a hash router, which has none, does not."""
+"""Values that turn off what routers do with scores: a hash router has none."""
 
 
 def moe_layer_numbers(config: TransformerConfig) -> list[int]:
-    """The numbers of the decoder's layers with experts, from 1, by ``moe_layer_freq``.
+    """Numbers, from 1, of the decoder's layers with experts, by ``moe_layer_freq``.
 
-    Example: four layers and a frequency of 2: 1 and 3. With [0, 1, 1, 0]: 2 and 3.
+    Example: of four layers, a frequency of 2 gives [1, 3], and [0, 1, 1, 0] gives [2, 3].
     """
     frequency = config.moe_layer_freq
     if isinstance(frequency, int):
@@ -37,20 +37,20 @@ def moe_layer_numbers(config: TransformerConfig) -> list[int]:
 
 
 def hash_layer_numbers(config: TransformerConfig, moe_layers: Sequence[int] | None = None) -> list[int]:
-    """The numbers of the layers that take the hash router, from 1: the first with experts.
+    """Numbers, from 1, of the layers that use the hash router: the first ones with experts.
 
     Args:
         config: with our fields.
-        moe_layers: numbers of the layers with experts; None means by ``moe_layer_freq``.
+        moe_layers: numbers of the layers with experts; None takes them from ``moe_layer_freq``.
 
-    Example: moe_num_hash_layers 1 and moe_layer_freq [0, 1, 1, 0]: layer 2.
+    Example: moe_num_hash_layers 1 and moe_layer_freq [0, 1, 1, 0] give [2].
     """
     numbers = moe_layer_numbers(config) if moe_layers is None else moe_layers
     return list(numbers[: num_hash_layers(config)])
 
 
 def num_layers_of_first_chunk(config: TransformerConfig) -> int:
-    """Decoder layers beside the embedding: of the first pipeline stage, and of its first virtual stage."""
+    """Number of decoder layers in the chunk with the embedding: the first virtual stage of the first pipeline stage."""
     layout = config.pipeline_model_parallel_layout
     if config.pipeline_model_parallel_size == 1:
         return config.num_layers
@@ -66,9 +66,10 @@ def recomputes_routers(config: TransformerConfig) -> bool:
 
 
 def hash_layer_config(config: TransformerConfig) -> TransformerConfig:
-    """The config of a hash router among other routers: a copy of theirs, without what they do with scores.
+    """Make the config of a hash router among other routers: a copy of theirs, without what they do with scores.
 
-    Its K weights sum to what the probs of the other layers sum to: the scaling factor, times the heads of product keys.
+    Its K weights have the same sum as the probs of the other layers: the scaling factor, with product keys times the
+    number of heads.
     """
     changed = copy.copy(config)
     for name, value in {"moe_router_type": "hash", **_WITHOUT_SCORES}.items():

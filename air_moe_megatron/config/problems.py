@@ -3,14 +3,14 @@
 from collections.abc import Callable, Generator
 
 type Problems[T] = Generator[Exception, None, T]
-"""What a check finds, in its order, as the errors that a start would raise; returns what the caller needs next.
+"""A check: it yields, in order, the errors that a start would raise, and returns what the caller needs next.
 
-Nothing is checked before it is asked for: the checks behind the first problem cost a start nothing.
+It is lazy: a start that raises the first problem does not pay for the checks after it.
 """
 
 
 def raise_first[T](problems: Problems[T]) -> T:
-    """Raise the first problem; where there is none, give what the check returns."""
+    """Raise the first problem. If there is none, return what the check returns."""
     try:
         problem = next(problems)
     except StopIteration as end:
@@ -19,7 +19,7 @@ def raise_first[T](problems: Problems[T]) -> T:
 
 
 def problem_of[**P](check: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> Problems[None]:
-    """The problem of a check that raises: a ValueError or an OSError, at most one."""
+    """Run a check that raises, and yield its ValueError or OSError, if any."""
     try:
         check(*args, **kwargs)
     except (ValueError, OSError) as error:
@@ -27,7 +27,7 @@ def problem_of[**P](check: Callable[P, object], *args: P.args, **kwargs: P.kwarg
 
 
 def passed_on(problems: Problems[object]) -> Problems[bool]:
-    """The same problems; returns whether there were any, for rules that presume what these have checked."""
+    """Yield the same problems and return whether there were any: later rules may depend on what these have checked."""
     found = False
     for problem in problems:
         found = True

@@ -12,7 +12,7 @@ from air_moe_megatron.config.problems import Problems
 
 @dataclass(frozen=True)
 class Cause:
-    """Something that excludes values of other fields."""
+    """A setting that excludes values of other fields."""
 
     title: str
     """Heading in docs/limits.md."""
@@ -26,14 +26,14 @@ class Values:
     """Values of a field that are refused."""
 
     hold: Callable[[TransformerConfig, Any], bool]
-    """Whether the field's value in a config is one of them."""
+    """Whether the value that a config gives the field is one of them."""
     shown: str = ""
-    """Their words in docs/limits.md, where the field alone does not say it."""
+    """The values in the words of docs/limits.md; empty if the field's name is enough."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A field some of whose values a cause excludes."""
+    """A row of the table: a cause excludes some values of a field."""
 
     cause: Cause
     field: str
@@ -42,9 +42,9 @@ class Refusal:
 
 
 def refused(config: TransformerConfig) -> Problems[None]:
-    """The rows of the table that apply to a config, each as a ValueError.
+    """Yield a ValueError for each row that applies to a config, with the field, its value, the cause and the reason.
 
-    It names the field, its value, the cause and the reason. A field that this Megatron does not have cannot be set.
+    Fields that this Megatron lacks cannot be set, so their rows are skipped.
 
     Args:
         config: with all our fields.
@@ -80,7 +80,7 @@ def _captures_router(config: TransformerConfig, implementation: str) -> bool:
         return implementation == "full_iteration"
     modules = getattr(config, "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope")
     names = {getattr(module, "name", module) for module in ([modules] if isinstance(modules, str) else modules)}
-    # Megatron: an empty list captures the whole layer.
+    # In Megatron an empty list captures the whole layer.
     return not names or bool(names & {"full", "moe", "moe_router", "moe_preprocess"})
 
 
@@ -325,4 +325,4 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(COMPACT, "moe_router_padding_for_quantization", _on, _NOT_PERMUTED),
     Refusal(COMPACT, "moe_router_padding_for_fp8", _on, _NOT_PERMUTED),
 )  # fmt: skip
-"""Checked from the top; the first row that applies is the error of a start."""
+"""Checked in this order. A start raises the error of the first row that applies."""

@@ -21,7 +21,7 @@ from air_moe_megatron.config.sizes import least_of_part, resolve_groups, resolve
 
 _HINTS = get_type_hints(AIRFields)
 _NEED_OURS = ("moe_dispatch", "moe_router_input_norm", "moe_air_diagnostics_interval")
-"""Fields that every router of ours heeds, and Megatron's own does not."""
+"""Fields that every router of ours uses and Megatron's own router ignores."""
 
 
 def refuse_unused(values: object) -> None:
@@ -36,7 +36,7 @@ def refuse_unused(values: object) -> None:
 
 
 def unused(values: object) -> Problems[None]:
-    """The fields of ours that would have no effect: a ValueError each, with the flag, its value and what it needs."""
+    """Yield a ValueError for each field of ours without effect, with the flag, its value and what it needs."""
     for field in fields(AIRFields):
         value, owner = getattr(values, field.name), router_type_of(field.name)
         if value == field.default or owner == values.moe_router_type or (owner == "hash" and uses_hash(values)):
@@ -64,9 +64,9 @@ def validate(config: TransformerConfig) -> None:
 
 
 def invalid(config: TransformerConfig) -> Problems[None]:
-    """What is wrong with our fields: a ValueError each, with the field, its value, the rule and the other value.
+    """Yield a ValueError for each rule that our fields break, with the field, its value, the rule and the other value.
 
-    Rules that presume one that is broken are left out.
+    Rules that depend on a broken one are skipped.
     """
     has_no_type = yield from passed_on(_no_choice(config, "moe_router_type"))
     of_megatron = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_topk_scaling_factor")
@@ -109,7 +109,7 @@ def invalid(config: TransformerConfig) -> Problems[None]:
 
 
 def _no_choice(config: TransformerConfig, name: str) -> Problems[None]:
-    """A value that the type of its field does not list."""
+    """Yield an error if the value is not among those that the field's type lists."""
     choices = get_args(_HINTS[name])
     value = getattr(config, name)
     if value not in choices:

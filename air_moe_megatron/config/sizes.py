@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-# The automatic sizes go no lower: so few experts are cheap to score exactly.
+# Smallest automatic size: with so few experts, exact scores are cheap.
 _MIN_AUTO_SIZE = 16
-# Probes of source 'tokens': at 16,384 experts one list of 128 was 5% behind exact top-k, eight short ones are 1%.
+# Automatic number of probes of source 'tokens'. At 16,384 experts one list of 128 was 5% worse than exact top-k, eight
+# short lists are 1% worse.
 _PROBES = 8
-# Their length over sqrt(E): at 65,536 experts lists of 1/2 hold 57% of the exact top-k of power-law tokens, 9/16 61%.
+# Length of these lists over sqrt(E). At 65,536 experts 1/2 finds 57% of the exact top-k of power-law tokens, 9/16 61%.
 _SHORT = 9 / 16
-# Mean candidates of a token per slot of its routes, for the automatic sizes of source 'experts'. With clustered centers
-# of 512 to 16,384 experts, at most 0.7% of the slots then stayed empty; with two candidates per slot up to 15%.
+# Automatic sizes of source 'experts': mean number of candidates per slot of a token's top-k. With clustered centers of
+# 512 to 16,384 experts, at most 0.7% of the slots then stayed empty; with two candidates per slot up to 15%.
 _CANDIDATES_PER_SLOT = 4
 
 
@@ -58,20 +59,20 @@ def resolve_sizes(config: TransformerConfig) -> AIRSizes:
     num_candidates = config.moe_air_num_candidates
     if num_candidates == 0:
         wanted = max(_automatic(math.sqrt(num_experts)), 2 * topk)
-        # Balancing losses select by scores without an expert bias, so perhaps from behind the best with it.
+        # Balancing losses select by scores without the expert bias, so perhaps beyond the best M by biased scores.
         takes_best = from_tokens and not config.moe_router_enable_expert_bias
         num_candidates = min(wanted, searched) if takes_best else searched
     num_parts = config.moe_air_list_parts
-    num_explored = num_parts * -(-config.moe_air_num_explored // num_parts)  # as many of each part
+    num_explored = num_parts * -(-config.moe_air_num_explored // num_parts)  # equally many of each part
     if num_explored > searched - num_candidates:
         num_explored = (searched - num_candidates) // num_parts * num_parts
     return AIRSizes(num_experts, topk, num_clusters, shortlist_size, num_probes, num_candidates, num_explored)
 
 
 def least_of_part(topk: int, num_parts: int) -> int:
-    """The fewest slots that a part of a list may have: one more than its share of the top-k, for orphans.
+    """Fewest slots of a part of a list: its share of the top-k, and one for orphans (experts that no list would hold).
 
-    Example: K = 4 in 8 parts: 2 slots.
+    Example: K = 4 in 8 parts gives 2 slots.
     """
     return -(-topk // num_parts) + 1
 
@@ -85,10 +86,10 @@ def _automatic_clusters(config: TransformerConfig) -> int:
     num_clusters = min(_automatic(4 * math.sqrt(num_experts)), num_experts)
     if config.moe_air_codebook_source == "tokens":
         return num_clusters
-    # Each expert stands in one list, and lists are of unequal length: a token needs room to find K experts.
+    # Each expert is in one list, and lists differ in length: a token needs spare candidates to find K experts.
     most = num_probes * num_experts // (_CANDIDATES_PER_SLOT * config.moe_router_topk)
     most = most // 8 * 8 if most > 8 else most
-    least = math.ceil(num_experts / (config.moe_air_shortlist_size or num_experts))  # lists that hold every expert
+    least = math.ceil(num_experts / (config.moe_air_shortlist_size or num_experts))  # fewest that hold all
     return min(num_clusters, max(num_probes, most, least))
 
 
@@ -135,7 +136,7 @@ class GroupSizes:
 
 
 def resolve_groups(config: TransformerConfig) -> GroupSizes:
-    """Choose the automatic sizes of groups: with sqrt(E) groups, group scores cost as much as those of one group.
+    """Choose the automatic sizes of groups. With sqrt(E) groups, scoring all groups costs as much as scoring one group.
 
     Example: E = 65536, K = 64 gives 256 groups of 256, of which 2 are searched.
     """
@@ -149,7 +150,7 @@ def resolve_groups(config: TransformerConfig) -> GroupSizes:
 
 
 def _balanced_divisor(number: int) -> int:
-    """The largest divisor up to the root."""
+    """The largest divisor that does not exceed the square root."""
     return next(n for n in range(math.isqrt(number), 0, -1) if number % n == 0)
 
 

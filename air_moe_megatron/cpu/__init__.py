@@ -8,15 +8,15 @@ CPU generator. ``ADAPTATIONS`` names every attribute that changes; nothing else 
     torchrun --nproc-per-node 2 -m air_moe_megatron.cpu pretrain_gpt.py ARGS...
 
 Not changed:
-- ``torch.cuda.is_available()`` and ``Tensor.is_cuda`` stay False, ``tensor.device`` stays ``cpu``: who asks is told.
-- No flag is added to the command line. ``REQUIRED_FLAGS`` names those that a CPU run needs, ``with_required_flags``
-  adds them for a caller that wants that.
+- ``torch.cuda.is_available()`` and ``Tensor.is_cuda`` stay False, and ``tensor.device`` stays ``cpu``.
+- No flag is added to the command line. ``REQUIRED_FLAGS`` lists the flags that a CPU run needs, and
+  ``with_required_flags`` adds them on request.
 - No kernel is emulated: Transformer Engine, Apex, fused kernels, CUDA graphs, grouped GEMM, Megatron-FSDP and
   everything that needs them (context parallelism, for one) stay unavailable.
 - What Megatron cannot do without Transformer Engine or Apex it cannot do here either: resume with the distributed
   optimizer, recompute layer norms alone. Experts on a single rank need --disable-bias-linear, as on a GPU.
-- Functions that Megatron compiles with ``torch.compile`` run uncompiled; those whose module was first imported in CPU
-  mode remain so after ``disable()``.
+- Functions that Megatron compiles with ``torch.compile`` run uncompiled. If their module was first imported in CPU
+  mode, they stay uncompiled after ``disable()``.
 """
 
 import importlib
@@ -44,7 +44,7 @@ REQUIRED_FLAGS: tuple[str, ...] = (
     "--no-rope-fusion",
     *("--num-workers", "0"),
 )
-"""Megatron's flags, with their values, that select the paths which exist on a CPU."""
+"""Megatron's flags and values that select code paths which exist on a CPU."""
 
 _MISSING = object()
 
@@ -54,7 +54,7 @@ class MissingNameError(ImportError):
 
 
 def _resolve(name: str) -> tuple[Any, str]:
-    """The object that holds a dotted name, imported if need be, and the name's last part."""
+    """The object that holds a dotted name, imported if necessary, and the name's last part."""
     first, *middle, last = name.split(".")
     path, owner = first, importlib.import_module(first)
     for part in middle:
@@ -92,7 +92,7 @@ def _missing(name: str) -> MissingNameError:
 
 
 class CPUMode:
-    """The handle of ``enable()``. As a context manager it ends CPU mode, if this call began it.
+    """The handle that ``enable()`` returns. As a context manager it ends CPU mode if that call began it.
 
     Attributes:
         names: the dotted names that are replaced, in the order of ``ADAPTATIONS``.
@@ -119,7 +119,7 @@ class CPUMode:
         original = _get(owner, key)
         if original is _MISSING and not adaptation.optional:
             raise _missing(adaptation.name)
-        # What a class inherits is not its own: restoring means removing. A staticmethod is put back as such.
+        # An attribute that a class inherits is restored by removal. A staticmethod is put back as a staticmethod.
         own = vars(owner).get(key, _MISSING) if isinstance(owner, type) else original
         replacement = adaptation.build(original)
         self._undo.append((owner, key, own))
@@ -153,13 +153,13 @@ def enable(force: bool = False) -> CPUMode:
     Imports megatron.core and megatron.training. Not safe while other threads use torch.
 
     Args:
-        force: turn it on even where CUDA is available.
+        force: turn it on even if CUDA is available.
     Returns:
-        A handle that may be used in a ``with`` statement, at whose end CPU mode is off again. The handle of a call that
-        found CPU mode on leaves it on.
+        A handle that may be used in a ``with`` statement, which turns CPU mode off at its end. If CPU mode was already
+        on, the handle leaves it on.
     Raises:
-        RuntimeError: CUDA is available and ``force`` is False.
-        MissingNameError: a name in ``ADAPTATIONS`` does not exist; nothing is changed then.
+        RuntimeError: if CUDA is available and ``force`` is False.
+        MissingNameError: if a name in ``ADAPTATIONS`` does not exist; nothing is changed then.
     """
     global _active
     if _active is not None:
@@ -177,7 +177,7 @@ def enable(force: bool = False) -> CPUMode:
 
 
 def disable() -> None:
-    """Turn CPU mode off: every name in ``ADAPTATIONS`` is again what it was. Harmless where CPU mode is off."""
+    """Turn CPU mode off: every name in ``ADAPTATIONS`` is restored. Harmless if CPU mode is off."""
     global _active
     if _active is not None:
         _active._restore()
@@ -185,7 +185,7 @@ def disable() -> None:
 
 
 def with_required_flags(argv: Sequence[str]) -> list[str]:
-    """Return ``argv`` with those of ``REQUIRED_FLAGS`` appended that it does not hold already.
+    """Return ``argv`` with all missing ``REQUIRED_FLAGS`` appended.
 
     A flag that the user gave, as ``--flag value`` or ``--flag=value``, is kept whatever its value.
 
@@ -204,11 +204,11 @@ def with_required_flags(argv: Sequence[str]) -> list[str]:
 
 
 def set_rendezvous_defaults() -> None:
-    """Let a lone process, one that no launcher started, form a world of one rank.
+    """Let a process that no launcher started form a world of one rank.
 
-    Megatron reads its rendezvous from the environment; torchrun writes it there. Where MASTER_ADDR is absent, that is
-    set, and MASTER_PORT to 0: the store listens on a port that the system chooses. One chosen here could be another
-    process's by the time that the store listens.
+    Megatron reads its rendezvous from the environment, where torchrun writes it. If MASTER_ADDR is absent, it is set,
+    and MASTER_PORT is set to 0, so that the system chooses the port when the store begins to listen. A port chosen here
+    could be taken by another process before that.
     """
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")

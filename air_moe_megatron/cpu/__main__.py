@@ -22,7 +22,7 @@ def main() -> None:
     if not os.path.isfile(arguments.script):
         sys.exit(f"{parser.prog}: no such script: {arguments.script}")
     sys.argv = [arguments.script, *arguments.args]
-    # Before enable(): a checkout's own megatron directory must win over the installed one, as it does without us.
+    # Before enable(): a checkout's own megatron directory must take precedence over the installed one, as usual.
     sys.path[0] = os.path.dirname(os.path.abspath(arguments.script))
     enable()
     set_rendezvous_defaults()

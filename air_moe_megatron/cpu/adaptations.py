@@ -1,4 +1,4 @@
-"""The names that CPU mode replaces, with what, and why. Nothing happens on import."""
+"""The names that CPU mode replaces, their replacements, and the reasons. Nothing happens on import."""
 
 import contextlib
 import functools
@@ -21,14 +21,14 @@ def _names_cuda(device: Any) -> bool:
         return device.startswith("cuda")
     if isinstance(device, torch.device):
         return device.type == "cuda"
-    return type(device) is int  # an index; bool is no device
+    return type(device) is int  # an index; a bool is not a device
 
 
-# Replacements. Each builder takes the original and returns what stands in for it.
+# Replacements. Each builder takes the original and returns its replacement.
 
 
 def _always(value: Any) -> Callable[[Any], Any]:
-    """Builder of a function that returns ``value`` whatever it is called with."""
+    """Builder of a function that always returns ``value``."""
     return lambda original: lambda *args, **kwargs: value
 
 
@@ -38,7 +38,7 @@ def _value(value: Any) -> Callable[[Any], Any]:
 
 
 def _factory(original: Callable) -> Callable:
-    """A tensor factory for which CUDA means CPU. It runs on every call, so it does nothing else."""
+    """A tensor factory for which CUDA means CPU. It is called often, so it does nothing else."""
 
     @functools.wraps(original)
     def factory(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -95,10 +95,10 @@ def _load(original: Callable) -> Callable:
 
 
 def _loader_iter(original: Callable) -> Callable:
-    """Keep the random state while an iterator is made: a data loader draws a seed from the CPU generator then.
+    """Keep the random state while a data loader makes an iterator, which draws a seed from the CPU generator.
 
-    Here that generator is CUDA's too. A resumed run makes its iterators after it has restored the random state, and
-    would drop out other activations than the run that was never stopped.
+    In CPU mode CUDA's generator is the same one. A resumed run makes its iterators after it has restored the random
+    state, so its dropout would differ from that of a run that never stopped.
     """
 
     @functools.wraps(original)
@@ -114,9 +114,9 @@ def _loader_iter(original: Callable) -> Callable:
 
 @functools.cache  # torch.distributed and its submodule must keep sharing one function: P2POp compares identities
 def _isend(original: Callable) -> Callable:
-    """Send an alias: gloo reads the memory after isend has returned, and pipeline schedules empty ``.data`` meanwhile.
+    """Send an alias: gloo reads the memory after isend returns, when pipeline schedules may have emptied ``.data``.
 
-    The alias shares the storage but not the ``.data`` slot. The returned work holds it until it is done.
+    The alias shares the storage but not the ``.data`` slot. The returned work keeps the alias until it is done.
     """
 
     @functools.wraps(original)
@@ -127,7 +127,7 @@ def _isend(original: Callable) -> Callable:
 
 
 def _all_to_all_single(original: Callable) -> Callable:
-    """Make lists of split sizes: Megatron moves those on CUDA to numpy, and leaves those on the CPU as tensors."""
+    """Turn split sizes into lists: Megatron converts sizes on CUDA to numpy, but leaves those on the CPU as tensors."""
 
     def as_list(sizes: torch.Tensor | list[int] | None) -> list[int] | None:
         return sizes.tolist() if hasattr(sizes, "tolist") else sizes
@@ -196,7 +196,7 @@ class _Stream:
 _CURRENT_STREAM = _Stream()
 _DEVICE_PROPERTIES = types.SimpleNamespace(
     name="cpu",
-    major=10,  # Megatron asks older architectures for CUDA_DEVICE_MAX_CONNECTIONS=1, which has no meaning here
+    major=10,  # for older architectures Megatron requires CUDA_DEVICE_MAX_CONNECTIONS=1, which is meaningless here
     minor=0,
     total_memory=0,
     multi_processor_count=os.cpu_count() or 1,
@@ -216,7 +216,7 @@ def _manual_seed(seed: int) -> None:
 
 
 def _generator(original: type[torch.Generator]) -> type:
-    """``torch.Generator`` for which CUDA means CPU; what it makes are generators of torch itself."""
+    """``torch.Generator`` for which CUDA means CPU. It makes torch's own generators."""
 
     class OfGenerators(type):
         def __instancecheck__(cls, instance: Any) -> bool:
@@ -230,13 +230,13 @@ def _generator(original: type[torch.Generator]) -> type:
 
 
 def _without_warnings(original: types.ModuleType) -> types.SimpleNamespace:
-    """``logging`` for a module with one warning, which is true by design: the CPU's generator moves in a CUDA fork."""
+    """``logging`` for a module whose only warning is expected here: the CPU's generator advances in a CUDA RNG fork."""
     silent = logging.Logger(f"{__name__}.silent", level=logging.CRITICAL + 1)
     return types.SimpleNamespace(**{**vars(original), "getLogger": lambda name=None: silent})
 
 
 def _without_cuda_check(original: tuple) -> tuple:
-    """Defaults of ``initialize_megatron``, with that of ``allow_no_cuda`` True; its place differs between versions."""
+    """Defaults of ``initialize_megatron`` with ``allow_no_cuda`` True. Its position differs between versions."""
     from megatron.training.initialize import initialize_megatron
 
     parameters = initialize_megatron.__code__.co_varnames[: initialize_megatron.__code__.co_argcount]
@@ -245,10 +245,10 @@ def _without_cuda_check(original: tuple) -> tuple:
 
 
 def unless_compiled(compile_helpers: Callable[[], None]) -> Callable[[], None]:
-    """Megatron's ``compile_helpers``, which then does nothing where the module that it compiles is there.
+    """Wrap Megatron's ``compile_helpers`` so that it does nothing if the module that it compiles exists.
 
-    It runs ``make`` at every start. The wheel ships the compiled module and no Makefile, so this would end every run;
-    a checkout has it the other way round.
+    Megatron runs ``make`` at every start. The wheel ships the compiled module but no Makefile, so this would end every
+    run. A checkout has a Makefile but no compiled module.
     """
 
     @functools.wraps(compile_helpers)
@@ -285,7 +285,7 @@ class Adaptation:
     """One attribute that CPU mode replaces.
 
     Args:
-        name: dotted name; a last part after a mapping is a key of it.
+        name: dotted name; if the object before the last part is a mapping, the last part is its key.
         build: makes the replacement from the original.
         why: one line.
         optional: the name may be absent and is then created (and removed again).
@@ -297,7 +297,7 @@ class Adaptation:
     optional: bool = False
 
 
-# In order of application: Megatron is imported by the way, and is to find the compiler off and torch as it was.
+# In order of application, which imports Megatron: it must find the compiler off and torch not yet changed.
 ADAPTATIONS: tuple[Adaptation, ...] = (
     Adaptation("os.environ.TORCHDYNAMO_DISABLE", _value("1"), "child processes do not compile either", optional=True),
     Adaptation("torch._dynamo.config.disable", _value(True), "torch.compile of fused functions costs minutes on CPU"),
@@ -382,4 +382,4 @@ ADAPTATIONS: tuple[Adaptation, ...] = (
         for name in ("FloatTensor", "DoubleTensor", "HalfTensor", "BFloat16Tensor", "IntTensor", "LongTensor")
     ),
 )
-"""Everything that CPU mode changes, and the only place that names it."""
+"""Everything that CPU mode changes; no other place lists these names."""

@@ -1,16 +1,17 @@
 """Diagnostics of a training run: figures of every layer in some steps, for log, TensorBoard, W&B and a file.
 
-``watch.py`` watches the routers during a step, ``figures.py`` makes figures of what was seen, ``files.py`` writes.
-docs/health.md documents the figures and the files.
+``watch.py`` watches the routers during a step, ``figures.py`` computes figures from what was seen, ``files.py`` writes
+them. docs/health.md documents the figures and the files.
 
-Communication, on all ranks alike, by the number of the step alone; that of the health line is in ``health.py``:
+Communication depends on the step's number only, so it is the same on all ranks. That of the health line is listed in
+``health.py``. The diagnostics add:
 
 - after a measured step, over ``tp_dp_cp`` of each pipeline stage: an all-reduce of the expert loads (E int64 for each
-  router; shared with the health line where both are due), an all-reduce of fp64 sums (``3 * C + 7`` for each AIR
-  router, one for another), and where token ids are at hand a gather of them (512 KiB for each AIR router);
+  router; shared with the health line if both are due), an all-reduce of fp64 sums (``3 * C + 7`` for each AIR router,
+  one for any other), and if token ids are known a gather of them (512 KiB for each AIR router);
 - after a measured step, for each sharded AIR router, over its D expert-parallel ranks: all-gathers of at most
-  ``64 * D`` rows of tokens with P codewords and a number each, all-to-alls of ``4 * K + 7`` fp64 numbers for each of
-  these rows, and all-reduces of ``H + 3`` fp32 numbers (``diagnostics.recall.measure``);
+  ``64 * D`` tokens, each with P codewords and one number, all-to-alls of ``4 * K + 7`` fp64 numbers for each of these
+  tokens, and all-reduces of ``H + 3`` fp32 numbers (``diagnostics.recall.measure``);
 - after a measured step and before the first step, with several pipeline stages: an all-gather of Python objects over
   the pipeline of the last rank, which writes.
 """
@@ -33,19 +34,19 @@ from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.observation import CodewordCounter
 
 _ATTRIBUTE = "_air_diagnostics"
-"""Of the first model chunk, so that what a training loop calls needs no more than the model."""
+"""Attribute of the first model chunk that holds its Diagnostics, so that a training loop passes the model only."""
 
 
 class Diagnostics:
-    """What a training run measures of its routers, step by step.
+    """Measures the routers of a training run, step by step.
 
-    Every rank must call :meth:`begin_step`` and :meth:``finish_step`, also one whose pipeline stage has no router. The
-    last rank writes: it is in the last pipeline stage, prints Megatron's lines, and has Megatron's writers.
+    Every rank must call :meth:`begin_step` and :meth:`finish_step`, even if its pipeline stage has no router. The last
+    rank writes: it is in the last pipeline stage, prints Megatron's lines, and has Megatron's writers.
 
     Args:
         model: Megatron's list of model chunks.
         args: Megatron's arguments, with our fields.
-        iteration: of the first step, counted from 1.
+        iteration: number of the first step, counted from 1.
     """
 
     def __init__(self, model: Sequence[torch.nn.Module], args: argparse.Namespace, iteration: int) -> None:
@@ -53,9 +54,9 @@ class Diagnostics:
         self._routers = sorted(find_routers(model), key=layer_of)
         self._is_writer = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         self._watch: StepWatch | None = None
-        # Tokens of each expert [E] that health lines have read since the last diagnostics.
+        # [E] tokens of each expert that health lines have read since the last diagnostics.
         self._loads = [torch.zeros_like(router.expert_load) for router in self._routers]
-        self._lists: dict[CompactRouter, torch.Tensor] = {}  # of the last diagnostics
+        self._lists: dict[CompactRouter, torch.Tensor] = {}  # at the last diagnostics
         self._recall = {router: CodewordRecall(router.sizes.num_clusters) for router in self._air()}
         self._unlogged: dict[str, float] = {}
         self._began, self._seconds, self._losses = 0.0, [], []  # of the steps since the last line
@@ -68,7 +69,7 @@ class Diagnostics:
 
     @classmethod
     def of(cls, model: Sequence[torch.nn.Module], iteration: int) -> "Diagnostics | None":
-        """Those of a model, made in the first step of the process; None where ``moe_air_diagnostics_interval`` is 0."""
+        """Return a model's diagnostics, made in the process's first step; None if they are turned off."""
         from megatron.training import get_args
 
         args = get_args()
@@ -79,11 +80,11 @@ class Diagnostics:
         return getattr(model[0], _ATTRIBUTE)
 
     def is_due(self, iteration: int) -> bool:
-        """Whether a step, counted from 1, is measured: one in each interval, and the last of the training."""
+        """Whether a step, counted from 1, is measured: one in each interval, and the last step of the training."""
         return iteration % self._args.moe_air_diagnostics_interval == 0 or iteration == self._args.train_iters
 
     def begin_step(self, iteration: int) -> None:
-        """Before the first attempt at a step: watch the routers, if it is measured."""
+        """Start to watch the routers if the step is measured. Call it before the first attempt at a step."""
         self._began = time.perf_counter()
         if self.is_due(iteration):
             self._watch = StepWatch(self._model, self._routers)
@@ -95,13 +96,13 @@ class Diagnostics:
         grad_norm: float | None,
         logged_loads: Sequence[torch.Tensor] | None,
     ) -> None:
-        """After a step and its updates: measure and write what is due.
+        """Measure and write what is due. Call it after a step and its updates.
 
         Args:
-            iteration: of the step, counted from 1.
-            losses: means over the global batch, on the last pipeline stage; None or empty where the step was skipped.
-            grad_norm: before clipping, where it is known.
-            logged_loads: what the health line has read of the expert loads, where it is due; None where it is not.
+            iteration: number of the step, counted from 1.
+            losses: means over the global batch, on the last pipeline stage; None or empty if the step was skipped.
+            grad_norm: gradient norm before clipping; None if it is unknown.
+            logged_loads: for each router the [E] loads that the health line has read; None if no line is due.
         """
         self._seconds.append(time.perf_counter() - self._began)
         if losses and "lm loss" in losses:
@@ -114,9 +115,9 @@ class Diagnostics:
             self._measure(iteration, has_read_loads=logged_loads is not None)
 
     def take_unlogged(self) -> dict[str, float]:
-        """Recall, if measured since the last call: means over the AIR layers of all pipeline stages.
+        """Return the recall measured since the last call, if any: means over the AIR layers of all pipeline stages.
 
-        They are so on the ranks of the last rank's pipeline; on the others they are of their own stage.
+        Ranks outside the last rank's pipeline get the means of their own stage.
         """
         taken, self._unlogged = self._unlogged, {}
         return taken
@@ -125,7 +126,7 @@ class Diagnostics:
         return [router for router in self._routers if isinstance(router, AIRRouter)]
 
     def _open_files(self) -> RunFiles | None:
-        """The files, on the rank that writes; says where they are."""
+        """Print where the files are, and return them on the rank that writes; None elsewhere."""
         from megatron.training import print_rank_last
 
         folder, interval = folder_of(self._args), self._args.moe_air_diagnostics_interval
@@ -139,7 +140,7 @@ class Diagnostics:
         return RunFiles(folder) if self._is_writer else None
 
     def _write_step(self, iteration: int, grad_norm: float | None) -> None:
-        """Write a line of the training itself; waits for the device on the rank that writes."""
+        """Write a line on the training itself. Waits for the device on the rank that writes."""
         if self._files is not None:
             line: dict[str, Any] = {"kind": "step", "iteration": iteration, "tokens": self._consumed_tokens()}
             line |= {"time": time.time(), "step_seconds": sum(self._seconds) / len(self._seconds)}
@@ -151,7 +152,7 @@ class Diagnostics:
         self._seconds, self._losses = [], []
 
     def _measure(self, iteration: int, has_read_loads: bool) -> None:
-        """End the watch of a step, and report what it has seen with what the routers have counted."""
+        """Stop watching a step, and report what was seen and what the routers have counted."""
         step_seconds, seconds, counters = self._watch.end()
         self._watch = None
         layers, codebooks = [], []
@@ -174,7 +175,7 @@ class Diagnostics:
     def _snapshots(
         self, sums: dict[CompactRouter, RouterSums], counters: dict[CompactRouter, CodewordCounter]
     ) -> list[dict[str, Any]]:
-        """The codebooks of this stage; every rank of the stage must call it."""
+        """Snapshots of this stage's codebooks, for the rank that writes. Every rank of the stage must call it."""
         writer, group = torch.distributed.get_world_size() - 1, self._routers[0].tp_dp_cp_group
         pairs = gather_pairs(counters, writer, group)
         for router, recall in self._recall.items():
@@ -211,7 +212,7 @@ class Diagnostics:
         return self._args.global_batch_size * self._args.seq_length
 
     def _consumed_tokens(self) -> int:
-        """Tokens that were trained on, this step's included; Megatron counts them after the step."""
+        """Tokens trained on so far, this step included. Megatron adds a step's tokens only after it."""
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
         args = self._args
@@ -220,7 +221,7 @@ class Diagnostics:
 
 
 def _by_layer(stages: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What the pipeline stages have found of their layers, in the order of the layers."""
+    """The entries of all pipeline stages, in the order of their layers."""
     return sorted((one for stage in stages for one in stage), key=lambda one: one["layer"])
 
 

@@ -1,8 +1,8 @@
 """Bounds on what the shortlists miss, from constants of the expert centers. Proofs are in docs/theory.md.
 
-A token is split at a codeword c: ``h = s*c + r`` with r orthogonal to c. Scores at the *anchor* ``s*c`` are known where
-c is; what the residual r adds to them is bounded. Functions of one such split first; then :class:`FrozenBounds`, the
-constants of all codewords of a router that is no longer trained.
+A token h is split at a codeword c: ``h = s*c + r`` with r orthogonal to c. The scores at the *anchor* ``s*c`` follow
+from those at c, and what the residual r adds to them is bounded. The functions for one such split come first.
+:class:`FrozenBounds` holds the constants of all codewords of a router that is no longer trained.
 
 Legend: V verified experts, G angles, B bins of experts; others as in ``ops/__init__.py``.
 """
@@ -23,13 +23,13 @@ _OUT = float("-inf")
 _NUM_ANGLES = 33
 _NUM_BINS = 8  # of experts, by their expert bias
 CHUNK = 4096  # experts whose exact scores are held at a time
-RANK_ERROR = 2.0**-20  # of score functions in fp32, over 1 plus the largest expert bias
+RANK_ERROR = 2.0**-20  # rounding of score functions in fp32, relative to 1 plus the largest expert bias
 _BLOCK = 2**22  # products of codewords and experts that are held at a time
-BOUND_SLACK = 1e-9  # of fp64 logarithms of masses: far above their rounding, far below that of fp32 scores
+BOUND_SLACK = 1e-9  # margin of fp64 log masses: far above their rounding, far below that of fp32 scores
 
 
 class Split(NamedTuple):
-    """Tokens as seen from one direction each."""
+    """Tokens, each split along one direction: ``h = s*c + r``."""
 
     along: torch.Tensor  # [T, 1] fp64, s
     residual: torch.Tensor  # [T, H] fp64, r
@@ -49,13 +49,13 @@ def split(hidden: torch.Tensor, directions: torch.Tensor) -> Split:
 
 
 def relative_rounding(hidden_size: int) -> float:
-    """How far a computed product <h, w> of fp32 numbers may be from the exact one, over |h|*|w|.
+    """Bound on the rounding error of a computed dot product <h, w> of fp32 vectors, relative to |h|*|w|.
 
-    The classical bound gamma_n = n*u / (1 - n*u), in any order of sums, with n = H + 16: that leaves room for a bias, a
-    scale and the rounding of a direction. u is the unit roundoff of torch's float32 matmul precision. Source: Higham,
-    Accuracy and Stability of Numerical Algorithms, section 3.1.
+    This is the classical bound gamma_n = n*u / (1 - n*u), valid for any order of summation. n = H + 16 leaves room for
+    a bias, a scale and the rounding of a direction. u is the unit roundoff of torch's float32 matmul precision.
+    Source: Higham, Accuracy and Stability of Numerical Algorithms, section 3.1.
 
-    Example: H = 128 in full fp32 precision: 8.6e-6.
+    Example: H = 128 in full fp32 precision gives 8.6e-6.
     """
     total = (hidden_size + 16) * _UNIT_ROUNDOFF[torch.get_float32_matmul_precision()]
     return total / (1.0 - total) if total < 0.5 else math.inf
@@ -86,7 +86,7 @@ def bennett(limit: torch.Tensor) -> torch.Tensor:
 
 
 def log_growth(value: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """``log(1 + v + v^2 * phi(X))`` for v <= X, which is at least v; X itself where phi(X) is out of range."""
+    """``log(1 + v + v^2 * phi(X))``, which is at least v for v <= X; X itself where phi(X) is out of range."""
     in_range = limit < 300.0
     safe = torch.where(in_range, limit, 0.0)
     value = torch.where(in_range, value, 0.0)
@@ -95,7 +95,7 @@ def log_growth(value: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
 
 
 class Spread(NamedTuple):
-    """Where the centers of a router lie."""
+    """Location and extent of a router's expert centers."""
 
     center: torch.Tensor  # [H] fp32, near their mean
     longest: torch.Tensor  # [] fp32, the largest length of a center
@@ -117,7 +117,7 @@ def spread(
 
     Args:
         weight: [E, H]; with a group [E / D, H], of this rank's experts.
-        bias: of the same, or None.
+        bias: [E] or [E / D], of the same experts, or None.
         group: the D ranks that hold the other centers; None means that ``weight`` has all of them.
     """
     rounding = 2.0 * relative_rounding(weight.shape[1])
@@ -135,7 +135,7 @@ def spread(
 
 
 def selection_ranks(scores: torch.Tensor, score_function: str | None, expert_bias: torch.Tensor | None) -> torch.Tensor:
-    """What experts are selected by: scores, or ``function(score) + expert_bias`` with biases that broadcast."""
+    """The values that experts are selected by: scores, or ``function(score) + expert_bias`` (biases broadcast)."""
     return scores if score_function is None else SCORE_FUNCTIONS[score_function](scores) + expert_bias
 
 
@@ -146,14 +146,14 @@ def own_expert_bias(router: AIRRouter) -> torch.Tensor | None:
 
 
 def selected(router: AIRRouter, hidden: torch.Tensor, codewords: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The top-k that a router finds in this rank's lists of tokens, and what it is selected by.
+    """Find the top-k of each token in this rank's lists, and the values that it is selected by.
 
     Args:
-        hidden: [T, H] as scored.
-        codewords: [T, P] int64, probed.
+        hidden: [T, H] tokens as the router scores them.
+        codewords: [T, P] int64, the probed codewords.
     Returns:
         [T, w] fp64 selection ranks, -inf where fewer experts are listed; [T, w] int32 expert ids that count from this
-        rank's first expert, -1 for none. w is K, or the slots of the token's lists where this rank has fewer.
+        rank's first expert, -1 for none. w is K, or the number of slots in the token's lists if it is smaller.
     """
     expert_bias = own_expert_bias(router)
     lists = router.index.shortlist
@@ -174,34 +174,34 @@ def selected(router: AIRRouter, hidden: torch.Tensor, codewords: torch.Tensor) -
 
 
 class _Constants(NamedTuple):
-    """What is kept of each codeword. Outside: neither in its list nor among its verified experts."""
+    """Constants of each codeword. An expert is *outside* if it is neither in the codeword's list nor verified."""
 
     verified: torch.Tensor  # [C, V] int32, -1 where fewer are unlisted
-    support: torch.Tensor  # [C, B, G] fp64, of the centers outside, in the direction of each angle
-    log_mass: torch.Tensor  # [C] fp64, of the experts outside, at the anchor of the typical token
-    mean: torch.Tensor  # [C, H] fp64, of the centers outside, weighted by their mass at the anchor
-    variance: torch.Tensor  # [C] fp64, of the same, along the direction in which it is largest
+    support: torch.Tensor  # [C, B, G] fp64, support function of the centers outside, at each angle
+    log_mass: torch.Tensor  # [C] fp64, log mass of the experts outside, at the anchor of the typical token
+    mean: torch.Tensor  # [C, H] fp64, mean of the centers outside, weighted by their mass at the anchor
+    variance: torch.Tensor  # [C] fp64, their variance along the direction in which it is largest
     reach: torch.Tensor  # [C] fp64, the largest distance of a center outside from the mean
 
 
 class FrozenBounds:
     """Certificates and mass bounds for any tokens of a router whose centers, lists and codebook stay as they are.
 
-    Of each codeword it keeps V *verified* experts: the unlisted ones that could score highest for a typical token. It
-    scores them for each token, and bounds all others by constants: O(V*H) work per token beyond the fine scores, O(H)
-    with ``num_verified=0``. A bias becomes one more component of the centers. Source: derived in docs/theory.md.
+    For each codeword it keeps V *verified* experts: the unlisted ones that could score highest for a typical token. It
+    scores them for each token and bounds all others by constants. That is O(V*H) work per token beyond the fine scores,
+    O(H) with ``num_verified=0``. A bias becomes one more component of the centers. Source: derived in docs/theory.md.
 
-    Making it takes ``2*C*E*H`` FLOPs, with mass bounds ``2*C*E*H*(H + 2)``. It holds ``C*(V + 33)`` numbers, with mass
-    bounds ``C*H`` more. Does not communicate.
+    Construction takes ``2*C*E*H`` FLOPs, with mass bounds ``2*C*E*H*(H + 2)``. The object holds ``C*(V + 33*B)``
+    numbers, with mass bounds ``C*H`` more; B is 1 without an expert bias. Does not communicate.
 
     Args:
-        router: whose lists are made.
+        router: an AIR router that has lists.
         num_verified: V; None means L.
-        with_mass: whether :meth:`mass_bound` will be asked for.
+        with_mass: whether :meth:`mass_bound` will be called.
     Raises:
-        ValueError: if ``num_verified`` is negative.
+        ValueError: if ``num_verified`` is negative or the router is sharded.
 
-    Example: of lists that hold all experts, nothing is outside: every token is certified and every bound is 1.
+    Example: if the lists hold all experts, nothing is outside: every token is certified and every bound is 1.
     """
 
     def __init__(self, router: AIRRouter, num_verified: int | None = None, with_mass: bool = True) -> None:
@@ -219,7 +219,7 @@ class FrozenBounds:
     def _state(self) -> list[tuple[int, int | None]]:
         tensors = (self.router.weight, self.router.bias, self.router.expert_bias)
         tensors += (self.router.index.shortlist, self.router.codebook.codewords)
-        versions = [None if x is None or x.is_inference() else x._version for x in tensors]  # inference mode has none
+        versions = [None if x is None or x.is_inference() else x._version for x in tensors]  # inference mode: none
         return [(x.data_ptr(), version) for x, version in zip(tensors, versions, strict=True) if x is not None]
 
     def _build(self, num_verified: int) -> None:
@@ -228,7 +228,7 @@ class FrozenBounds:
         self._spread = spread(weight, None)
         length, ratio = _typical(router.codebook)
         directions = router.codebook.codewords.double()
-        if router.bias is not None:  # the anchor of the typical token, with its 1
+        if router.bias is not None:  # the anchor of the typical token, with the 1 that multiplies the bias
             directions = self._lift(directions * length, router.bias, 1.0)
             length = (length.square() + 1.0).sqrt()
         directions = torch.nn.functional.normalize(directions, dim=1, eps=1e-300)
@@ -246,7 +246,7 @@ class FrozenBounds:
         self.constants = _Constants(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def _lift(self, rows: torch.Tensor, bias: torch.Tensor | None, value: float | None = None) -> torch.Tensor:
-        """Rows with one more component where there is a bias: the bias itself, or a value."""
+        """Append a component to the rows if there is a bias: the bias itself, or ``value``."""
         if bias is None:
             return rows
         column = bias.to(rows.dtype).unsqueeze(1) if value is None else rows.new_full((len(rows), 1), value)
@@ -294,7 +294,7 @@ class FrozenBounds:
         offset = moments[:, :, -1]  # of the mean from the center
         covariance = moments[:, :, :-1] - offset.unsqueeze(2) * offset.unsqueeze(1)
         variance = torch.linalg.eigvalsh(covariance)[:, -1].clamp(min=0)
-        # A variance far below the rounding of the moments counts too: phi of a large residual may be exp(300).
+        # Even a variance far below the rounding of the moments matters: phi of a large residual may be exp(300).
         variance += BOUND_SLACK * moments.diagonal(dim1=1, dim2=2).sum(dim=1)
         distances = squares + offset.square().sum(dim=1, keepdim=True)
         distances -= 2.0 * torch.cat([offset @ (x - center).double().t() for x in weight.split(CHUNK)], dim=1)
@@ -303,7 +303,7 @@ class FrozenBounds:
         return _Constants(verified.int(), support, log_mass, center + offset, variance, furthest)
 
     def _moments(self, weight: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """[rows, H, H + 1] fp64: second moments and means of the centers, from their common center, by shares."""
+        """[rows, H, H + 1] fp64: second moments and means of the centers relative to ``center``, weighted by shares."""
         moments = 0.0
         for x, share in zip(weight.split(CHUNK), shares.split(CHUNK, dim=1), strict=True):
             x = (x - self._spread.center).double()
@@ -319,7 +319,7 @@ class FrozenBounds:
             )
 
     def _verified_scores(self, hidden: torch.Tensor, nearest: torch.Tensor) -> torch.Tensor:
-        """[T, V] fp64."""
+        """[T, V] fp64 scores of the verified experts of each token's nearest codeword."""
         verified = self.constants.verified
         if verified.shape[1] == 0:
             return hidden.new_empty(len(hidden), 0, dtype=torch.float64)
@@ -328,7 +328,7 @@ class FrozenBounds:
 
     @torch.no_grad()
     def certified(self, hidden: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
-        """Say whose top-k is proven to be that of an exact router.
+        """Say for which tokens the top-k is proven to be that of an exact router.
 
         Args:
             hidden: [T, H], tokens as the router scores them, after its input norm.
@@ -369,7 +369,7 @@ class FrozenBounds:
         return (torch.cat((most, ranks.masked_fill(~counts, _OUT)), dim=1) + rank_error <= lowest).all(dim=1)
 
     def _are_candidates(self, codewords: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """[T, V]: which experts [T, V] stand in a list that the token searches."""
+        """[T, V] bool: which of the experts ``ids`` [T, V] are in a list that the token searches."""
         listed = self.router.index.shortlist[codewords].flatten(1).sort(dim=1).values  # [T, P*L]
         slots = torch.searchsorted(listed, ids).clamp(max=listed.shape[1] - 1)
         return listed.gather(1, slots) == ids
@@ -378,9 +378,12 @@ class FrozenBounds:
     def mass_bound(self, hidden: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
         """Lower bounds on the softmax mass that the lists hold.
 
-        Args, raises: as :meth:`certified`.
+        Args:
+            hidden, codewords: as in :meth:`certified`.
         Returns:
             [T] fp32.
+        Raises:
+            ValueError: as :meth:`certified`, or if the object was made with ``with_mass=False``.
         """
         if not self.with_mass:
             raise ValueError("FrozenBounds (with_mass=False) must be made with_mass=True to bound the mass")
@@ -406,13 +409,13 @@ class FrozenBounds:
 
 
 def _without(is_member: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """[R, E] bool without the ids [R, N] of each row; -1 stands for none."""
+    """``is_member`` [R, E] with False at the ids [R, N] of each row; -1 stands for no id."""
     padded = torch.nn.functional.pad(is_member, (0, 1))
     return padded.scatter(1, ids.long().remainder(padded.shape[1]), False)[:, :-1]
 
 
 def _typical(codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor]:
-    """[C, 1] fp64: mean projections of each codeword's tokens, and tangents of their angles; 1 where none was seen."""
+    """[C, 1] fp64 each: mean projection of a codeword's tokens, and tangent of their angle to it; 1 if it saw none."""
     length = codebook.typical_projections().double().unsqueeze(1)
     counts, cosines = codebook.ema[:, -3].double(), codebook.ema[:, -2].double()
     cosine = torch.where(counts > 0, cosines / counts.clamp(min=1e-300), 0.5**0.5).clamp(1e-3, 1.0).unsqueeze(1)

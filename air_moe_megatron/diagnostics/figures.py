@@ -1,4 +1,4 @@
-"""Figures of single layers, from what the ranks of one pipeline stage have seen of a step.
+"""Figures of single layers, from what the ranks of one pipeline stage have seen in a step.
 
 Legend: n tokens of the sample; others as in ``ops/__init__.py``.
 """
@@ -24,9 +24,9 @@ _MOST_BINS = 64
 
 @dataclass(frozen=True)
 class RouterSums:
-    """What was measured of one router in a step, over all ranks of its pipeline stage; tensors are fp64 on the CPU."""
+    """Measurements of one router in a step, over all ranks of its pipeline stage. Tensors are fp64, on the CPU."""
 
-    seconds: float  # of its forwards, mean over the ranks
+    seconds: float  # in its forwards, mean over the ranks
     sample: torch.Tensor | None = None  # AIR: [6] sums of SAMPLE_FIGURES, and the number of sampled tokens
     codeword_load: torch.Tensor | None = None  # AIR: [C] tokens
     codeword_recall: torch.Tensor | None = None  # AIR: [2, C] sums of the sample's top-k recall, and sampled tokens
@@ -35,15 +35,16 @@ class RouterSums:
 def reduce_stage(
     routers: Sequence[CompactRouter], seconds: Sequence[float], counters: dict[CompactRouter, CodewordCounter]
 ) -> list[RouterSums]:
-    """Measure the samples of the routers, and add up over the ranks of the stage what each of them has seen.
+    """Measure the routers' samples of tokens, and sum what the ranks of the stage have seen of each router.
 
-    Communicates: one all-reduce of fp64 numbers over ``tp_dp_cp``, one for each router and ``3 * C + 6`` more for an
-    AIR router. Waits for the device. The samples are dropped.
+    Communicates: one all-reduce over ``tp_dp_cp`` of one fp64 number per router and ``3 * C + 6`` more per AIR router;
+    sharded routers also in :func:`~air_moe_megatron.diagnostics.recall.measure`. Waits for the device. The samples are
+    dropped.
 
     Args:
-        routers: of one pipeline stage, at least one.
-        seconds: for each, those of its forwards on this rank.
-        counters: of the AIR routers among them.
+        routers: those of one pipeline stage, at least one.
+        seconds: for each router, seconds in its forwards on this rank.
+        counters: those of the AIR routers among them.
     Returns:
         the sums of each router.
     """
@@ -82,15 +83,15 @@ def _sums_of(router: AIRRouter, counter: CodewordCounter) -> torch.Tensor:
 def layer_figures(
     router: CompactRouter, sums: RouterSums, load: torch.Tensor, last_lists: torch.Tensor | None
 ) -> dict[str, Any]:
-    """The figures of one layer, without those that its router does not have.
+    """The figures of one layer, as far as its router has them.
 
     Every rank of the stage must call it: a sharded router communicates over its expert-parallel group.
 
     Args:
-        router: of the layer.
-        sums: of the step.
-        load: [E] tokens of each expert since the last such figures, of all ranks.
-        last_lists: AIR: [C, L] int32, the lists at that time; None where there were none.
+        router: the layer's router.
+        sums: its measurements in this step.
+        load: [E] tokens of each expert on all ranks since the previous diagnostics.
+        last_lists: [C, L] int32, AIR's lists at the previous diagnostics; None if there were none.
     """
     figures: dict[str, Any] = {"layer": layer_of(router), "router": router.router_type}
     if isinstance(router, AIRRouter):
@@ -115,12 +116,12 @@ def layer_figures(
 
 
 def layer_of(router: CompactRouter) -> int:
-    """The layer's number, from 1; those of multi-token prediction follow, as in Megatron's MoE metrics."""
+    """The layer's number, from 1. Multi-token-prediction layers follow the decoder's, as in Megatron's MoE metrics."""
     return router.layer_number + (router.config.num_layers if router.is_mtp_layer else 0)
 
 
 def describe(router: CompactRouter, tokens_per_batch: int) -> dict[str, Any]:
-    """What a router is, for the line that begins a run; FLOPs are forward and backward, AIR's rebuilds included."""
+    """Describe a router for the first line of a run. FLOPs cover forward, backward and AIR's rebuilds."""
     described: dict[str, Any] = {
         "layer": layer_of(router),
         "router": router.router_type,
@@ -141,9 +142,9 @@ def describe(router: CompactRouter, tokens_per_batch: int) -> dict[str, Any]:
 def codeword_figures(load: torch.Tensor) -> dict[str, float]:
     """Entropy of the loads [C] over its maximum, log C, and the number of codewords without a token.
 
-    Nothing without tokens; no entropy with one codeword.
+    Empty without tokens; with one codeword there is no entropy.
 
-    Example: loads 2, 1, 1, 0: entropy 1.5 of 2 bits, 0.75, and one idle codeword.
+    Example: loads [2, 1, 1, 0] have an entropy of 1.5 of 2 bits, 0.75, and one idle codeword.
     """
     if not load.any():
         return {}
@@ -156,12 +157,12 @@ def codeword_figures(load: torch.Tensor) -> dict[str, float]:
 
 
 def list_overlap(before: torch.Tensor, now: torch.Tensor) -> float:
-    """Share of the entries of lists [C, L] that still stand in the same codeword's list; waits for the device.
+    """Share of the list entries that are still in the same codeword's list. Waits for the device.
 
     Args:
-        before, now: ascending expert ids, -1 for no expert.
+        before, now: [C, L] expert ids in any order, -1 for no expert.
 
-    Example: the lists 0, 1 and 2, 3 became 0, 5 and 2, 3: 0.75.
+    Example: from [0, 1] and [2, 3] to [0, 5] and [2, 3] it is 0.75.
     """
     now = now.sort(dim=1).values
     slots = torch.searchsorted(now, before.contiguous()).clamp(max=now.shape[1] - 1)
@@ -170,12 +171,12 @@ def list_overlap(before: torch.Tensor, now: torch.Tensor) -> float:
 
 
 def load_bins(load: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Mean and largest load in at most 64 equal ranges of expert ids, over the mean of all; waits for the device.
+    """Mean and largest load in at most 64 equal ranges of expert ids, over the mean of all. Waits for the device.
 
     Args:
-        load: [E] tokens. Where 64 does not divide E, ranges differ by one expert.
+        load: [E] tokens. If 64 does not divide E, the ranges' sizes differ by at most one expert.
 
-    Example: loads 2, 0, 1, 1: means and maxima 2, 0, 1, 1.
+    Example: loads [2, 0, 1, 1] have means and maxima [2, 0, 1, 1].
     """
     num_experts = load.numel()
     num_bins = min(_MOST_BINS, num_experts)

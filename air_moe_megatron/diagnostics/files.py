@@ -1,4 +1,4 @@
-"""The files that a run leaves of its routers: where they stand, what begins them, and a disk that fails."""
+"""The diagnostics files of a run: where they are, their first line, and writing that survives a failing disk."""
 
 import argparse
 import dataclasses
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 LINES = "air_diagnostics.jsonl"
-"""A JSON object per line; a run that resumes appends to it."""
+"""File with a JSON object per line, to which a resumed run appends."""
 SNAPSHOT = "air_codebook.json"
-"""The newest state of the codebooks."""
+"""File with the newest state of the codebooks."""
 
 _ARGUMENTS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "seq_length"),
@@ -36,22 +36,22 @@ _ARGUMENTS = (
     *("expert_model_parallel_size", "expert_tensor_parallel_size", "context_parallel_size", "sequence_parallel"),
     *("optimizer", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "weight_decay", "clip_grad"),
 )
-"""Megatron's arguments in the line that begins a run, beside all fields of ours."""
+"""Megatron's arguments in the first line of a run, beside all our fields."""
 
 
 def folder_of(args: argparse.Namespace) -> str | None:
-    """The folder of the files: that of ``--save``, else that of ``--tensorboard-dir``; None without either."""
+    """The folder of ``--save``, else of ``--tensorboard-dir``, if not in object storage; None without either."""
     folders = (args.save, args.tensorboard_dir)
     return next((folder for folder in folders if folder is not None and not is_object_storage_path(folder)), None)
 
 
 def is_written(args: argparse.Namespace) -> bool:
-    """Whether a run has diagnostics."""
+    """Whether a run makes diagnostics."""
     return bool(args.moe_air_diagnostics_interval) and not args.skip_train and not is_plain_topk(args)
 
 
 def find_write_problem(args: argparse.Namespace) -> str | None:
-    """Say what keeps this rank from writing the lines of a run, or None. Leaves nothing behind.
+    """Say what keeps this rank from writing the diagnostics, or None. Leaves nothing behind.
 
     The folder of ``--save`` is checked with the checkpoints.
     """
@@ -76,13 +76,13 @@ def find_write_problem(args: argparse.Namespace) -> str | None:
 
 
 def run_line(args: argparse.Namespace, now: float, iteration: int, layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """The line that begins a run.
+    """The first line of a run.
 
     Args:
         args: Megatron's arguments, with our fields.
         now: seconds since the epoch.
-        iteration: before the first step of this process.
-        layers: of all pipeline stages, see ``figures.describe``.
+        iteration: the last one before the first step of this process.
+        layers: those of all pipeline stages, see ``figures.describe``.
     """
     names = (*_ARGUMENTS, *(field.name for field in dataclasses.fields(AIRFields)))
     return {
@@ -114,10 +114,10 @@ def _version(distribution: str) -> str:
 
 
 class RunFiles:
-    """Writes the files of one run, on one rank. A disk that fails ends the writing with a warning, not the run.
+    """Writes the files of one run, on one rank. If the disk fails, writing ends with one warning; the run goes on.
 
     Args:
-        folder: made where it is missing.
+        folder: created if missing.
     """
 
     def __init__(self, folder: str) -> None:
@@ -150,7 +150,7 @@ class RunFiles:
             if _ends_within_a_line(self.lines):
                 text = "\n" + text
             self._is_open = True
-        with self.lines.open("a") as file:  # anew each time: the folder may be on a network
+        with self.lines.open("a") as file:  # opened anew each time: the folder may be on a network
             file.write(text)
 
     def _replace_snapshot(self, text: str) -> None:
@@ -160,7 +160,7 @@ class RunFiles:
 
 
 def _ends_within_a_line(path: Path) -> bool:
-    """Whether a run was killed while it wrote its last line."""
+    """Whether the last line is incomplete, because a run was killed while writing it."""
     if not path.exists() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:
@@ -169,9 +169,9 @@ def _ends_within_a_line(path: Path) -> bool:
 
 
 def rounded(value: Any) -> Any:
-    """Numbers with at most six significant digits; those that are not finite left out, or None within a list.
+    """Round numbers to six significant digits. Those that are not finite are left out, or None within a list.
 
-    Times in seconds since the epoch keep theirs: they have a whole part of more than six.
+    Numbers from 1e6 on are not rounded: times in seconds since the epoch need more digits.
     """
     if isinstance(value, dict):
         kept = {key: rounded(item) for key, item in value.items()}

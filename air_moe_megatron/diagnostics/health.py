@@ -1,9 +1,9 @@
 """Routing health: one line per log interval, and the same figures as TensorBoard and W&B scalars.
 
-Communication, on all ranks alike, in each step that Megatron logs: over ``tp_dp_cp`` of each pipeline stage an
-all-reduce of the expert loads (E int64 for each router), one of three fp64 numbers where layers are compact, one of a
-number for vq routers, and one for each sharded AIR router; with several pipeline stages an all-gather of Python objects
-over the pipeline of the last rank, which writes.
+In each step that Megatron logs, all ranks communicate alike. Over ``tp_dp_cp`` of each pipeline stage they all-reduce
+the expert loads (E int64 for each router), three fp64 numbers if layers are compact, one number for vq routers, and one
+for each sharded AIR router. With several pipeline stages, Python objects are all-gathered over the pipeline of the last
+rank, which writes.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from air_moe_megatron.routers.base import CompactRouter
 
 LOAD_FIGURES = ("experts-used", "imbalance-factor", "rank-imbalance")
 """Names of the figures of :func:`load_figures_of`."""
-_TOTALS = ("dropped-updates",)  # figures that are no means
+_TOTALS = ("dropped-updates",)  # figures that are totals, not means
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def load_figures_of(load: torch.Tensor, num_ranks: int) -> torch.Tensor:
 
 
 def listed_share_of(router: AIRRouter) -> torch.Tensor:
-    """[] fp64: the share of the experts that stand in some shortlist of a router.
+    """[] fp64: share of the experts that are in any shortlist of a router.
 
     Every rank must call it: sharded routers communicate.
     """
@@ -89,17 +89,17 @@ def log_health(
     counts: tuple[list[torch.Tensor], torch.Tensor] | None,
     measured: dict[str, float],
 ) -> None:
-    """Log the routing health of all pipeline stages; nothing where no stage has a router.
+    """Log the routing health of all pipeline stages; nothing if no stage has a router.
 
-    Every rank must call it, also one whose stage has no router. The last rank, which also prints Megatron's lines,
-    prints and writes.
+    Every rank must call it, even if its stage has no router. The last rank, which also prints Megatron's lines, prints
+    and writes.
 
     Args:
         model: Megatron's list of model chunks.
         routers: the routers in it.
         iteration: counted from 1.
         counts: as :func:`expert_loads` gives them; None without routers.
-        measured: figures of the diagnostics since the last line, which are logged with those of this line.
+        measured: figures that the diagnostics have measured since the last line; they are logged too.
     """
     from megatron.training import get_args, print_rank_last
 
@@ -116,7 +116,7 @@ def log_health(
 
 
 def write_scalars(figures: dict[str, float], prefix: str, iteration: int) -> None:
-    """Hand figures to Megatron's writers of TensorBoard and W&B, which the last rank has, where it has them."""
+    """Write figures by Megatron's TensorBoard and W&B writers, if they exist; only the last rank has them."""
     from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
     writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
@@ -132,9 +132,9 @@ class StageHealth(NamedTuple):
     """What one pipeline stage adds to the health line."""
 
     sums: dict[str, tuple[float, float]]
-    """Of each figure its sum over routers, tokens or slots of the stage, and their number."""
+    """Figure -> its sum over routers, tokens or slots of the stage, and their number."""
     sizes: dict[str, list[int]]
-    """Of each size its values in the routers of the stage."""
+    """Size -> its values in the routers of the stage."""
 
 
 def stage_health(
@@ -143,14 +143,14 @@ def stage_health(
     loads: Sequence[torch.Tensor],
     num_routed: torch.Tensor,
 ) -> StageHealth:
-    """The health of a pipeline stage; communicates within it, and waits for the device.
+    """The health of a pipeline stage. Communicates within it, and waits for the device.
 
-    Codebooks and lists are of the AIR routers, the vq loss is of the vq routers. The figures of hash routers' loads
-    begin with "hash-".
+    Figures of codebooks and lists cover the AIR routers, the vq loss covers the vq routers. The names of load figures
+    of hash routers begin with "hash-".
 
     Args:
         routers: all routers of the stage, of any types and sizes; at least one.
-        layers: those with a compact dispatcher.
+        layers: layers with a compact dispatcher.
         loads: for each router [E] tokens of each expert, of all ranks.
         num_routed: [routers] tokens, of all ranks.
     """
@@ -176,7 +176,7 @@ def stage_health(
 def health_figures(stages: Sequence[StageHealth]) -> dict[str, float]:
     """Figures of all pipeline stages: means over the routers, tokens or slots that have them.
 
-    Where there are hash layers beside others, the figures of loads are of the others, and those of the hash layers
+    If there are hash layers beside others, load figures cover the others, and the names of those of the hash layers
     begin with "hash-".
     """
     sums: dict[str, tuple[float, float]] = {}
@@ -197,7 +197,7 @@ def health_figures(stages: Sequence[StageHealth]) -> dict[str, float]:
 
 
 def sizes_of(stages: Sequence[StageHealth]) -> dict[str, str]:
-    """The sizes that the health line names: of all, or the smallest and the largest. Hash layers only where all are."""
+    """The sizes in the health line: a single value, or a range. Hash layers count only if there are no others."""
     sizes: dict[str, list[int]] = {}
     for stage in stages:
         for name, values in stage.sizes.items():
@@ -213,7 +213,7 @@ def sizes_of(stages: Sequence[StageHealth]) -> dict[str, str]:
 def load_sums(
     loads: Sequence[torch.Tensor], num_routed: torch.Tensor, topks: list[int], num_ranks: int
 ) -> dict[str, tuple[float, float]]:
-    """How evenly the tokens are spread, and the share of the routes' slots that hold no expert; waits for the device.
+    """How evenly the tokens are spread, and how many of the K slots per token hold no expert. Waits for the device.
 
     Args:
         loads: for each router [E] tokens of each expert.
@@ -221,7 +221,7 @@ def load_sums(
         topks: for each router K.
         num_ranks: expert-parallel size.
     Returns:
-        the figures' sums: of :func:`load_figures_of` over the routers, of slots over all tokens and routers.
+        figure -> (sum, number): those of :func:`load_figures_of` over routers, empty slots over all slots.
 
     Example: loads [[2, 0, 1, 1]] of 4 tokens with K = 2: 4 of 8 slots are empty.
     """
@@ -233,9 +233,9 @@ def load_sums(
 
 
 def codebook_sums(routers: Sequence[AIRRouter]) -> dict[str, tuple[float, float]]:
-    """Sums over the codebooks and lists of AIR routers; waits for the device.
+    """Sums over the codebooks and lists of AIR routers. Waits for the device.
 
-    Error and live codewords are of the codebooks that were fitted since a checkpoint was loaded.
+    Quantization error and live codewords cover only codebooks that were updated since a checkpoint was loaded.
     """
     healths = [router.codebook.health() for router in routers]
     sums = {
@@ -251,18 +251,18 @@ def codebook_sums(routers: Sequence[AIRRouter]) -> dict[str, tuple[float, float]
 def dispatch_sums(
     layers: Sequence[AIRMoELayer], num_routed: int, group: torch.distributed.ProcessGroup | None
 ) -> dict[str, tuple[float, float]]:
-    """Bytes that compact dispatchers have handed over in training since the last call.
+    """Bytes that compact dispatchers have moved in training since the last call.
 
     Communicates (one all-reduce over ``group``), waits for the device, and sets the counters back to zero.
 
     Args:
-        layers: those with a compact dispatcher.
-        num_routed: tokens of their routers, of all layers and ranks, without padding.
+        layers: layers with a compact dispatcher.
+        num_routed: tokens that their routers routed, over all layers and ranks, without padding.
         group: the ranks of the pipeline stage.
     Returns:
-        sums of the bytes of a token in a layer, one way: those of rows (what Megatron's all-to-all would need is the
-        top-k times a row); all, ids and probs included, that left their rank; those of rows that were moved a second
-        time, where activations are recomputed. Empty without compact dispatchers.
+        figure -> (bytes one way, tokens): bytes of all rows (Megatron's all-to-all would need K rows per token); bytes
+        sent to other ranks, ids and probs included; bytes of rows moved a second time by recomputation. Empty without
+        compact dispatchers.
     """
     dispatchers = [layer.token_dispatcher for layer in layers]
     if not dispatchers:
@@ -283,8 +283,8 @@ def dispatch_sums(
 def vq_loss(routers: Sequence[VQRouter]) -> float:
     """Codebook and commitment loss of this step, a mean over routers, microbatches and ranks, without its coefficient.
 
-    Read from Megatron's tracker, whose report leaves out losses that it does not know. Communicates (one all-reduce
-    over ``tp_dp_cp``) and waits for the device.
+    It is read from Megatron's tracker, because Megatron's report leaves out losses that it does not know. Communicates
+    (one all-reduce over ``tp_dp_cp``) and waits for the device.
     """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
@@ -302,9 +302,9 @@ def vq_loss(routers: Sequence[VQRouter]) -> float:
 class Item(NamedTuple):
     """One item of the health line."""
 
-    key: str  # of the figure; there is no item without it
+    key: str  # name of the figure; without the figure the item is left out
     label: str
-    format: str  # of the figure; other figures, and the sizes of the routers, by name
+    format: str  # its field without a name is the figure; named ones are other figures and router sizes
     scale: int = 1
     only_nonzero: bool = False
 
@@ -334,7 +334,7 @@ ITEMS = (
 
 
 def health_line(figures: dict[str, float], sizes: dict[str, str], iteration: int) -> str:
-    """Word the figures of :func:`health_figures`; empty slots are named only where there are any."""
+    """Format the figures of :func:`health_figures` as a line; empty slots appear only if there are any."""
     items = [f"routing health at iteration {iteration:8d}"]
     for item in ITEMS:
         value = figures.get(item.key)

@@ -1,4 +1,4 @@
-"""What the shortlists find, measured on a sample of tokens, and what is guaranteed of it.
+"""Recall of the shortlists on a sample of tokens, and what is guaranteed about it.
 
 Legend: n tokens of the sample, padding left out; D ranks that share the centers, R tokens of the samples of all of
 them; others as in ``ops/__init__.py``.
@@ -28,9 +28,9 @@ _OUT = float("-inf")
 
 
 class SampleFigures(NamedTuple):
-    """Figures of each token of a sample that is no padding."""
+    """Figures of each token of a sample, padding left out."""
 
-    codewords: torch.Tensor  # [n, P] int64, probed, nearest first
+    codewords: torch.Tensor  # [n, P] int64, the probed ones, nearest first
     mass_recall: torch.Tensor  # [n] fp32, exact softmax mass of the listed experts
     topk_recall: torch.Tensor  # [n] fp32, share of the exact top-k that the router found
     paper_bound: torch.Tensor  # [n] fp32, the paper's lower bound on the mass recall
@@ -40,35 +40,34 @@ class SampleFigures(NamedTuple):
 
 @torch.no_grad()
 def measure(router: AIRRouter, num_verified: int | None = None) -> SampleFigures | None:
-    """Recall, bounds and certificates of the tokens that a router kept of its last training forward.
+    """Compute recall, bounds and certificates of the tokens that a router kept from its last training forward.
 
-    Everything is of the centers and lists as they are now. Bounds use constants of the nearest codeword that are made
-    here, of the sampled tokens' codewords alone. Reads all expert centers a chunk at a time, so that nothing larger
-    than [n, chunk] is made: ``4 * n * E * H`` FLOPs. Source: derived in docs/theory.md.
+    All figures refer to the current centers and lists. Bounds use constants of the nearest codeword, which are computed
+    here for the sampled tokens' codewords only. Expert centers are read a chunk at a time, so that no tensor is larger
+    than [n, chunk]: ``4 * n * E * H`` FLOPs. Source: derived in docs/theory.md.
 
-    A sharded router communicates over the D ranks of its ``center_group``, and each of them must call this, also one
-    whose sample is empty. The n tokens of all ranks go to all of them; each scores its own centers, and sums, maxima
-    and the best K return. Handed over by a rank, with b bytes of a hidden number: all-gathers of
-    ``D * n * (H * b + 4 * P + 8)`` bytes and of a number, all-to-alls of ``D * n * (32 * K + 56)`` bytes, and
-    all-reduces of ``H + 3`` fp32 numbers. The host waits for the device once more.
+    A sharded router communicates over the D ranks of its ``center_group``. Each of them must call this, even if its
+    sample is empty. Each rank gets the n tokens of all ranks, scores its own centers, and returns sums, maxima and the
+    best K. With b bytes per hidden number, a rank sends all-gathers of ``D * n * (H * b + 4 * P + 8)`` bytes and of a
+    number, all-to-alls of ``D * n * (32 * K + 56)`` bytes, and all-reduces of ``H + 3`` fp32 numbers. The host waits
+    for the device once more.
 
-    Every figure takes rounding into account: no bound exceeds the mass recall beside it, and no token is certified by
-    rounding. Where scores are equal at the K-th place, each choice among them is an exact top-k, and ``topk_recall``
-    may be less than 1 for a token that is certified.
+    Every figure allows for rounding: no bound exceeds the measured mass recall, and no token is certified by rounding.
+    If scores tie at the K-th place, each choice among them is an exact top-k, so ``topk_recall`` may be less than 1 for
+    a certified token.
 
     Args:
         router: with a sample, see ``AIRRouter.sample``.
-        num_verified: unlisted experts whose scores a certificate may look at, those that could score highest; None
-            means as many as stand in one list. With 0 the certificate reads constants only.
+        num_verified: how many unlisted experts, those that could score highest, a certificate may score; None means
+            the length of a list. With 0 the certificate uses constants only.
     Returns:
-        the figures of this rank's n tokens, on the router's device; None without a sample, or where all of it is
-        padding.
+        the figures of this rank's n tokens, on the router's device; None without a sample, or if all of it is padding.
 
-    Example: exact probabilities [0.5, 0.3, 0.2], a shortlist of the experts 0 and 2, and K = 2: mass recall 0.7, top-k
-    recall 0.5, bounds of at most 0.7, not certified.
+    Example: exact probabilities [0.5, 0.3, 0.2], a shortlist of the experts 0 and 2, and K = 2 give mass recall 0.7,
+    top-k recall 0.5, bounds of at most 0.7, and no certificate.
     """
     sample = router.sample
-    if sample is None:  # alike on all ranks: they run a sharded router together
+    if sample is None:  # the same on all ranks: they run a sharded router together
         return None
     hidden, codewords = sample.hidden, sample.codewords
     if sample.padding_mask is not None:
@@ -111,12 +110,12 @@ def _directions(router: AIRRouter, codewords: torch.Tensor) -> torch.Tensor:
 
 
 def _global_ids(router: AIRRouter, ids: torch.Tensor) -> torch.Tensor:
-    """Ids that count from this rank's first expert, as those of the model; -1 stays."""
-    return torch.where(ids < 0, ids, ids + router.first_expert).double()  # exact, and of the dtype of the rest
+    """Ids that count from this rank's first expert, converted to ids of the model in fp64; -1 stays."""
+    return torch.where(ids < 0, ids, ids + router.first_expert).double()  # exact, and sent with other fp64 values
 
 
 def _to_homes(exchange: RowExchange, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """[R, w] fp64 values of all owners at each row's home, [D, n, w]; one all-to-all."""
+    """Send fp64 values [R, w] back to the ranks of their tokens: [D, n, w], one from each rank. One all-to-all."""
     sizes = [value.shape[1] for value in values]
     return exchange.to_homes(torch.cat(values, dim=1)).split(sizes, dim=2)
 
@@ -124,16 +123,16 @@ def _to_homes(exchange: RowExchange, *values: torch.Tensor) -> tuple[torch.Tenso
 def _scan(
     router: AIRRouter, centers: Spread, hidden: torch.Tensor, codewords: torch.Tensor, lowest: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """What tokens [R, H] score at this rank's centers, a chunk at a time.
+    """Score tokens [R, H] against this rank's centers, a chunk at a time.
 
     Args:
-        centers: where all centers lie.
-        codewords: [R, P] int64, probed.
-        lowest: [R, 1] fp64, the lowest rank of each token's selected experts.
+        centers: location and extent of all centers.
+        codewords: [R, P] int64, the probed ones.
+        lowest: [R, 1] fp64, the lowest selection rank among each token's selected experts.
     Returns:
-        all fp64: [R, 5] logarithms of masses: of the listed and of the unlisted experts, of both at the anchor, and a
-        bound on the unlisted ones; [R, 2] numbers of unlisted experts that the constants do not exclude, and that their
-        scores do not exclude; [R, K] ranks and ids of the best experts, -inf and -1 where there are fewer.
+        all fp64: [R, 5] log masses of the listed and of the unlisted experts, of both at the anchor, and a bound on the
+        unlisted ones; [R, 2] numbers of unlisted experts that the constants do not exclude, and that their scores do
+        not exclude; [R, K] each: selection ranks and ids of the best experts, -inf and -1 if there are fewer.
     """
     lists = router.index.shortlist.long()
     function = None if router.expert_bias is None else router.score_function
@@ -160,7 +159,7 @@ def _scan(
         logits, projections = hidden @ weight.t(), direction @ weight.t()  # [R, chunk]
         bias = 0.0 if router.bias is None else router.bias[chunk].float()
         logits = logits + bias
-        # Of the same logits: of large ones, the rounding of two products may differ by more than any mass.
+        # Both masses use the same logits: the rounding of two products of large ones may differ by more than any mass.
         columns = (ids - chunk.start).clamp(-1, logits.shape[1]) + 1  # first and last column: not of this chunk
         is_listed = torch.zeros(len(ids), logits.shape[1] + 2, dtype=torch.bool, device=ids.device)
         is_listed = is_listed.scatter_(1, columns, True)[:, 1:-1]
@@ -168,7 +167,7 @@ def _scan(
         at_anchor = along * projections + bias
         squares = (weight - center).square().sum(dim=1).double() * (1.0 + rounding)
         reach = orthogonal_lengths(squares, (projections - center_along).double(), rounding * longest)
-        limit = distance * reach + 2.0 * error  # of what the residual adds
+        limit = distance * reach + 2.0 * error  # on what the residual adds
         growth = log_growth(logits.double() - at_anchor - shift, limit)
         parts = (
             logits.double().masked_fill(~is_listed, _OUT),
@@ -193,7 +192,7 @@ def _scan(
 
 
 def recall(router: AIRRouter) -> tuple[float, float] | None:
-    """Means of mass and top-k recall of :func:`measure`; communicates as that, and waits for the device."""
+    """Mean mass and top-k recall by :func:`measure`, or None. Communicates as it does, and waits for the device."""
     figures = measure(router)
     if figures is None:
         return None

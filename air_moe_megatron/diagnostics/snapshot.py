@@ -1,4 +1,4 @@
-"""What the newest snapshot tells of the codebooks: a map, loads, recall, and the token ids of each codeword."""
+"""The snapshot of the codebooks: a map of the codewords, and the load, recall and token ids of each."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.observation import CodewordCounter, most_frequent
 
 _KEPT = 0.9
-"""Weight of earlier samples in the recall of a codeword, each time that it is measured anew."""
+"""Decay of earlier samples in a codeword's recall, per measurement."""
 
 _PLANE_STEPS, _PLANE_SEED = 20, 20260504
 
 
 class CodewordRecall:
-    """Running mean of the top-k recall of the sampled tokens of each codeword, which forgets a tenth each time.
+    """Running mean of the top-k recall of each codeword's sampled tokens. Each update forgets a tenth of the past.
 
     Args:
         num_clusters: C.
@@ -32,23 +32,23 @@ class CodewordRecall:
         self._sums = _KEPT * self._sums + sums
 
     def means(self) -> list[float | None]:
-        """Of each codeword; None where no token was seen."""
+        """The mean of each codeword; None if no token was seen."""
         return [total / count if count else None for total, count in self._sums.t().tolist()]
 
 
 def gather_pairs(
     counters: dict[CompactRouter, CodewordCounter], destination: int, group: torch.distributed.ProcessGroup | None
 ) -> dict[CompactRouter, torch.Tensor]:
-    """Bring the counted token ids of all ranks to one of them.
+    """Gather the counted token ids of all ranks on one rank.
 
-    Communicates: one gather over ``group`` of 512 KiB for each router whose token ids are at hand; every rank must call
+    Communicates: one gather over ``group`` of 512 KiB for each router whose token ids are known. Every rank must call
     it.
 
     Args:
-        counters: of the AIR routers.
-        destination: the global rank, which is in the group where any ids are at hand.
+        counters: those of the AIR routers.
+        destination: global rank that gets the ids; it must be in the group if any ids are known.
     Returns:
-        for each router with ids [n] int64, as a counter keeps them; empty on other ranks.
+        for each router with known ids [n] int64, as a counter keeps them; empty on other ranks.
     """
     known = [router for router in counters if knows_token_ids(router)]
     if not known:
@@ -67,12 +67,12 @@ def gather_pairs(
 def codebook_snapshot(
     router: AIRRouter, sums: RouterSums, recall: CodewordRecall, pairs: torch.Tensor | None
 ) -> dict[str, Any]:
-    """One layer of the snapshot; does not communicate, and waits for the device.
+    """One layer of the snapshot. Does not communicate, but waits for the device.
 
     Args:
-        sums: of the step.
-        recall: of the codewords, these sums included.
-        pairs: [n] int64 token ids of the codewords; None, or without any, where they are not known.
+        sums: measurements of the step.
+        recall: recall of the codewords, these sums included.
+        pairs: [n] int64 as :func:`gather_pairs` returns them; None or all negative if token ids are unknown.
     """
     plane = principal_plane(router.codebook.codewords).t().tolist()
     snapshot: dict[str, Any] = {"layer": layer_of(router), "x": plane[0], "y": plane[1]}
@@ -85,10 +85,10 @@ def codebook_snapshot(
 
 @torch.no_grad()
 def principal_plane(codewords: torch.Tensor) -> torch.Tensor:
-    """[C, 2]: codewords [C, H] on their first two principal components; deterministic.
+    """Project codewords [C, H] on their first two principal components: [C, 2], deterministic.
 
-    By subspace iteration from a seeded start: torch's own low-rank PCA would draw from the generator of the training.
-    A component points where its largest entry is positive.
+    It is a subspace iteration from a seeded start: torch's own low-rank PCA would draw from the training's generator.
+    The sign of each component makes its largest coordinate positive.
     """
     centered = codewords.float() - codewords.float().mean(dim=0)
     generator = torch.Generator().manual_seed(_PLANE_SEED)

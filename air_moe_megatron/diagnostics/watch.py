@@ -1,4 +1,4 @@
-"""What is watched of the routers during one step: time in their forwards, samples, and tokens of each codeword."""
+"""Watch the routers during one step: the time of their forwards, samples of tokens, and the tokens of each codeword."""
 
 import time
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from air_moe_megatron.routers.observation import CodewordCounter
 from air_moe_megatron.routers.token_ids import embedding_of, tell_token_ids
 
 _TOKEN_IDS = 2**16
-"""Tokens of a step whose ids are counted, of all ranks together."""
+"""How many tokens of a step have their ids counted, over all ranks."""
 
 
 class Stopwatch:
     """Adds up the time of a router's forwards, recomputed ones included, by hooks that :meth:`end` removes.
 
-    On a GPU the time is between two events in its stream, elsewhere on the host's clock.
+    On a GPU the time is taken between two events in the stream, elsewhere by the host's clock.
     """
 
     def __init__(self, router: CompactRouter) -> None:
@@ -55,7 +55,7 @@ class Stopwatch:
 class StepWatch:
     """Watches the routers of a pipeline stage from its construction until :meth:`end`.
 
-    It does not communicate, and waits for the device at both ends.
+    It does not communicate, but waits for the device at the start and at the end.
 
     Args:
         model: Megatron's list of model chunks.
@@ -85,7 +85,7 @@ class StepWatch:
         return time.perf_counter()
 
     def end(self) -> tuple[float, list[float], dict[CompactRouter, CodewordCounter]]:
-        """Stop watching; the samples stay with the routers.
+        """Stop watching. The samples stay with the routers.
 
         Returns:
             seconds of the step; for each router the seconds of its forwards; what each AIR router counted.
@@ -101,7 +101,7 @@ class StepWatch:
 
 
 def knows_token_ids(router: CompactRouter) -> bool:
-    """Whether token ids can be brought to a router: where its config would allow a hash router; alike on all ranks."""
+    """Whether token ids can reach a router: only if its config would allow a hash router. The same on all ranks."""
     config = router.config
     mixes_microbatches = config.pipeline_model_parallel_size > 1 or config.overlap_moe_expert_parallel_comm
     return not mixes_microbatches and config.mtp_num_layers is None

@@ -37,18 +37,18 @@ OPERATIONS = {
     "exchange": "plan of the compact dispatch",
     "granular_experts": "the experts",
 }
-"""Folders under ``ops/`` with kernels, and what they do."""
+"""Folders under ``ops/`` that have kernels -> what the operation does."""
 
 _DISTRIBUTIONS = {"triton": ("pytorch-triton",), "megatron": ("megatron-core",)}
-"""Names under which packages are installed too, beside their own."""
+"""Package -> other names under which it may be installed."""
 
 _NVIDIAS_APEX = ("multi_tensor_apply", "optimizers", "normalization")
-"""Folders of NVIDIA Apex; the package of that name on PyPI, a web framework's, has none of them."""
+"""Folders of NVIDIA Apex. PyPI's unrelated package ``apex``, part of a web framework, has none of them."""
 
 
 @dataclass
 class Findings:
-    """What would stop a start, and what could not be checked because of it."""
+    """Problems that would stop a start, and topics that could not be checked because of them."""
 
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
@@ -60,12 +60,12 @@ class Findings:
                 self.problems.append(words)
 
     def walk[T](self, topic: str, problems: "Problems[T]") -> T | None:
-        """Walk a check to its end.
+        """Run a check to its end.
 
-        Behind an earlier problem a check may lack what it presumes, and fail: its topic is then listed as unchecked.
+        After an earlier problem a check may fail because it lacks what it needs. Its topic is then listed as unchecked.
 
         Returns:
-            what the check returns; None where it failed.
+            what the check returns; None if it failed.
         """
         try:
             while True:
@@ -80,7 +80,7 @@ class Findings:
 
 
 def versions() -> dict[str, str]:
-    """Name -> version in words, of what a run is made of."""
+    """Name -> version in words, for all software of a run."""
     import torch
 
     cuda = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
@@ -100,7 +100,7 @@ def versions() -> dict[str, str]:
 
 
 def apex() -> str:
-    """NVIDIA Apex in words, told from the unrelated package ``apex`` of PyPI by what is in it; neither is imported."""
+    """State of NVIDIA Apex in words. Its folders tell it from PyPI's unrelated ``apex``; neither is imported."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return "missing"
@@ -155,7 +155,7 @@ def paths(args: argparse.Namespace | None) -> dict[str, tuple[str, str]]:
     """Operation -> "Triton" or "torch", and why.
 
     Args:
-        args: of a command line with a router of ours, for its dtypes and sizes; None for bf16 and sizes of any kind.
+        args: arguments with a router of ours, for its dtypes and sizes; None means bf16 and any sizes.
     """
     import torch
 
@@ -174,7 +174,7 @@ def paths(args: argparse.Namespace | None) -> dict[str, tuple[str, str]]:
 
 
 def _limited_sizes(args: argparse.Namespace | None) -> dict[str, dict[str, int]]:
-    """The sizes that kernels limit, by operation and name; nothing without arguments."""
+    """The sizes that kernels limit, by operation and name; empty without arguments."""
     from air_moe_megatron.config import is_plain_topk, resolve_sizes
 
     if args is None or is_plain_topk(args):
@@ -191,12 +191,12 @@ def _limited_sizes(args: argparse.Namespace | None) -> dict[str, dict[str, int]]
 
 
 def examine(flags: Sequence[str]) -> tuple[argparse.Namespace | None, Findings]:
-    """Check a command line of ``air_moe_megatron.pretrain`` as its start would, to the end.
+    """Run all checks of a start on a command line of ``air_moe_megatron.pretrain``.
 
-    Without a GPU it turns on CPU mode, in which Megatron can read the flags. What Megatron prints is dropped.
+    Without a GPU it turns on CPU mode, in which Megatron can parse the flags. Megatron's output is discarded.
 
     Returns:
-        the arguments, None where they cannot be parsed or Megatron refuses them; all that was found.
+        the arguments, None if they cannot be parsed or Megatron refuses them; all findings.
     """
     import torch
 
@@ -228,7 +228,7 @@ def examine(flags: Sequence[str]) -> tuple[argparse.Namespace | None, Findings]:
 
 
 def _examine(found: Findings) -> argparse.Namespace | None:
-    """The checks in the order of ``training.training.train``."""
+    """Run the checks in the order of ``training.training.train``."""
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import parse_args
 
@@ -279,7 +279,7 @@ def _examine(found: Findings) -> argparse.Namespace | None:
 
 
 def _complete(args: argparse.Namespace, found: Findings) -> tuple[argparse.Namespace, bool]:
-    """The arguments with what checkpoint, Megatron's validation and tokenizer add, and whether all of them passed."""
+    """Complete the arguments by checkpoint, Megatron's validation and tokenizer. Also returns whether all passed."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.checkpointing import load_args_from_checkpoint
@@ -300,20 +300,20 @@ def _complete(args: argparse.Namespace, found: Findings) -> tuple[argparse.Names
             load_args_from_checkpoint(args)
         validate_args(args, ARGS_DEFAULTS)
         build_tokenizer(args)
-    except (Exception, SystemExit) as error:  # Megatron's checks are assertions, errors of all kinds, and exits
+    except (Exception, SystemExit) as error:  # Megatron's checks raise assertions and errors of all kinds, or exit
         found.add(_of_megatron(error))
         return args, False
     return args, True
 
 
 def _of_megatron(error: BaseException) -> str:
-    """The words of an error of Megatron's; many of its assertions have none but their code."""
+    """The words of an error of Megatron. Many of its assertions have no message, so their code is quoted."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"Megatron: {error}" if str(error).strip() else f"Megatron: {type(error).__name__} at {place.line}"
 
 
 def _check_writable(path: str) -> None:
-    """Refuse a log file that cannot be written; leaves nothing behind."""
+    """Refuse a log file that cannot be written. Leaves nothing behind."""
     if os.path.exists(path):
         open(path, "a").close()
         return
@@ -327,12 +327,12 @@ def _check_writable(path: str) -> None:
 
 
 def report(flags: Sequence[str], world_size: int) -> tuple[str, bool]:
-    """All that the command prints, and whether the command line would start; True where none is given."""
+    """All that the command prints, and whether the command line would start; True if none is given."""
     args, found = examine(flags) if flags else (None, Findings())
     chosen = {}
     try:
         chosen = paths(args)
-    except ValueError as error:  # of AIR_MOE_BACKEND
+    except ValueError as error:  # AIR_MOE_BACKEND is invalid
         found.add(error)
     lines = ["Versions", *(f"  {name:20}{version}" for name, version in versions().items())]
     lines += ["", "Devices", *(f"  {line}" for line in devices())]
@@ -364,7 +364,7 @@ def _check_megatron(path: Path) -> NoReturn:
 
 
 def own_parser() -> argparse.ArgumentParser:
-    """Parser of the doctor's own flags; what it does not know is the command line to check."""
+    """Parser of the doctor's own flags. Flags unknown to it form the command line to check."""
     words = __doc__.replace("``", "`")
     parser = argparse.ArgumentParser(prog="python -m air_moe_megatron.doctor", description=words, allow_abbrev=False)
     parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="ranks in all")
@@ -382,8 +382,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the report.
 
     Raises:
-        SystemExit: with 2 where the command line would not start, or the Megatron of ``--megatron`` does not fit;
-            otherwise 0.
+        SystemExit: with code 2 if the command line would not start or the Megatron of ``--megatron`` does not fit;
+            otherwise with 0.
     """
     parser = own_parser()
     own, flags = parser.parse_known_args(argv)

@@ -1,10 +1,9 @@
-"""Whether our code fits a Megatron, read off both sources: ``python -m air_moe_megatron.doctor --megatron PATH``.
+"""Whether our code fits a Megatron, by parsing both sources: ``python -m air_moe_megatron.doctor --megatron PATH``.
 
-Nothing of that tree is imported. What we use is read off our own sources: names imported from Megatron, attributes of
-imported modules and classes, calls of imported functions and classes, inherited attributes, overridden methods, and
-fields of configs. What cannot be read off them stands in ``compat.py``: ``WRAPPED``, ``OWN_SIGNATURES`` and
-``VERSIONED``. Not seen: flags in ``args``, attributes of objects that Megatron's functions return, and what a function
-does with its arguments.
+Nothing of that tree is imported. Our own sources show what we use: names imported from Megatron, attributes of imported
+modules and classes, calls of imported functions and classes, inherited attributes, overridden methods, and fields of
+configs. ``compat.py`` lists what they do not show: ``WRAPPED``, ``OWN_SIGNATURES`` and ``VERSIONED``. Not checked:
+flags in ``args``, attributes of objects that Megatron's functions return, and what a function does with its arguments.
 """
 
 import ast
@@ -24,12 +23,12 @@ from air_moe_megatron.patch import find_root, version_of
 PACKAGE = Path(__file__).parents[1]
 _CONFIG = "megatron.core.transformer.transformer_config.TransformerConfig"
 _OF_TORCH = frozenset(dir(torch.nn.Module())) | set(dir(torch.autograd.Function))
-_MODEL = ("specs.py", "sync.py")  # what patches/ call, and all that these import
+_MODEL = ("specs.py", "sync.py")  # the files that patches/ call; all that they import is added
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """A use of Megatron of ours that a tree does not allow."""
+    """One of our uses of Megatron that a tree does not support."""
 
     file: str
     line: int
@@ -42,7 +41,7 @@ class Misfit:
 
 
 class Source:
-    """One of our files: what its names mean, and what it uses of Megatron."""
+    """One of our source files, and what its imported names refer to."""
 
     def __init__(self, path: Path) -> None:
         self.file = str(path.relative_to(PACKAGE))
@@ -58,20 +57,20 @@ class Source:
                         self.imports.append((alias.lineno, f"{node.module}.{alias.name}"))
 
     def dotted(self, node: ast.AST) -> str | None:
-        """The full name that an expression of names and dots means, where it begins with an import."""
+        """The full dotted name of an expression like ``a.b.c``; None unless it begins with an imported name."""
         first, *rest = ast.unparse(node).split(".") if isinstance(node, (ast.Name, ast.Attribute)) else [""]
         return ".".join([self.imported[first], *rest]) if first in self.imported else None
 
 
 @functools.cache
 def sources() -> dict[str, Source]:
-    """Our files, by their paths in the package."""
+    """Path within the package -> our source file."""
     return {one.file: one for one in map(Source, sorted(PACKAGE.rglob("*.py")))}
 
 
 @functools.cache
 def model_files() -> frozenset[str]:
-    """The files that layers, specs and the step boundary are made of, by their imports."""
+    """The files of layers, specs and the step boundary, found by their imports."""
     own = _own_tree()
     found: set[str] = set()
     pending = list(_MODEL)
@@ -89,7 +88,7 @@ def model_files() -> frozenset[str]:
 
 
 def misfits(root: Path, version: str) -> list[Misfit]:
-    """All uses that the tree under a folder does not allow, by file and line."""
+    """All uses that the tree under a folder does not support, sorted by file and line."""
     tree, found = Tree(root), set()
     for source in sources().values():
         for line, words in (*_names(tree, source), *_classes(tree, source), *_configs(tree, source)):
@@ -115,13 +114,13 @@ def _holds(bounds: tuple[str, str], version: str) -> bool:
 
 
 def _exists(tree: Tree, dotted: str) -> bool:
-    """Whether a name exists; what every function has, such as its defaults, does too."""
+    """Whether a name exists; attributes that every function has, such as its defaults, count as existing."""
     head, _, last = dotted.rpartition(".")
     return tree.find(dotted) is not None or (last.startswith("__") and tree.find(head) is not None)
 
 
 def _names(tree: Tree, source: Source) -> Iterator[tuple[int, str]]:
-    """Imports, attributes and calls."""
+    """Unsupported imports, attributes and calls: (line, what is wrong)."""
     for line, dotted in source.imports:
         if tree.find(dotted) is None:
             yield line, f"{dotted} does not exist"
@@ -141,7 +140,7 @@ def _names(tree: Tree, source: Source) -> Iterator[tuple[int, str]]:
 
 
 def _megatron_base(tree: Tree, source: Source, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]]:
-    """The classes of Megatron that one of ours inherits from, through ours too."""
+    """The classes of Megatron that one of ours inherits from, directly or through other classes of ours."""
     for base in node.bases:
         dotted = source.dotted(base) or f"{source.module}.{ast.unparse(base)}"
         if dotted.startswith("megatron."):
@@ -188,7 +187,7 @@ def _all_ours(source: Source, node: ast.ClassDef) -> Iterator[ast.ClassDef]:
 
 @functools.cache
 def _family(source: Source, node: ast.ClassDef) -> list[ast.ClassDef]:
-    """A class of ours, those that it inherits from, and those that inherit from it: it may use what they bring."""
+    """A class of ours, its bases and its subclasses among ours: it may use the attributes of all of them."""
     family = list(_all_ours(source, node))
     for other in sources().values():
         for one in (one for one in other.tree.body if isinstance(one, ast.ClassDef)):
@@ -199,7 +198,7 @@ def _family(source: Source, node: ast.ClassDef) -> list[ast.ClassDef]:
 
 
 def _classes(tree: Tree, source: Source) -> Iterator[tuple[int, str]]:
-    """Inherited attributes, calls of ``super()``, and overridden methods."""
+    """Unsupported inherited attributes, calls of ``super()`` and overridden methods: (line, what is wrong)."""
     for node in (one for one in source.tree.body if isinstance(one, ast.ClassDef)):
         bases = list(_megatron_base(tree, source, node))
         if not bases:
@@ -251,7 +250,7 @@ def _override(
 
 
 def _configs(tree: Tree, source: Source) -> Iterator[tuple[int, str]]:
-    """Fields of what is annotated as Megatron's transformer config, and of ``self.config`` in layers."""
+    """Missing fields of names annotated as Megatron's transformer config, and of ``self.config`` in layers."""
     place = tree.find(_CONFIG)
     if place is None or not isinstance(place[1], ast.ClassDef):
         return
@@ -273,12 +272,12 @@ def _configs(tree: Tree, source: Source) -> Iterator[tuple[int, str]]:
 
 
 def report(path: Path) -> tuple[str, bool]:
-    """What of our code does not fit a Megatron, in words, and whether what runs on it does.
+    """Describe what of our code does not fit a Megatron, and say whether everything fits that supports its version.
 
     Args:
         path: a checkout, or the folder that holds the package ``megatron``.
     Raises:
-        UnknownTreeError: where there is no Megatron.
+        UnknownTreeError: if the path holds no Megatron.
     """
     from air_moe_megatron.compat import ENTRY_MEGATRON, SUPPORTED_MEGATRON
 

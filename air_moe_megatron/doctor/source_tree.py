@@ -1,4 +1,4 @@
-"""Python sources looked up by dotted names, and what their functions take; nothing is imported. Used by ``fit.py``."""
+"""Look up Python sources by dotted names, and the signatures in them, without importing. Used by ``fit.py``."""
 
 import ast
 import functools
@@ -15,14 +15,14 @@ class Tree:
 
     @functools.cache  # noqa: B019
     def file_of(self, module: str) -> Path | None:
-        """The file of a module; its folder where it has no file."""
+        """The file of a module; its folder if it has no file; None if it does not exist."""
         path = self.root / module.replace(".", "/")
         files = (path.with_suffix(".py"), path / "__init__.py", path)
         return next((file for file in files if file.exists()), None)
 
     @functools.cache  # noqa: B019
     def names(self, module: str) -> dict[str, ast.AST] | None:
-        """What a module binds at its top level, also in branches: name -> node; None where there is no such module."""
+        """What a module binds at its top level, branches included: name -> node; None if there is no such module."""
         file = self.file_of(module)
         found: dict[str, ast.AST] | None = None if file is None else {}
         if file is not None and file.is_file():
@@ -49,7 +49,7 @@ class Tree:
         return module, node
 
     def bases(self, module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]]:
-        """A class and those that it inherits from, as far as they are in the tree."""
+        """A class and the classes that it inherits from, as far as they are in the tree."""
         yield module, node
         for base in node.bases:
             found = self.find(f"{module}.{ast.unparse(base).partition('[')[0]}")
@@ -57,7 +57,7 @@ class Tree:
                 yield from self.bases(*found)
 
     def member(self, module: str, node: ast.ClassDef, name: str) -> ast.AST | None:
-        """The node that gives a class an attribute: a method, an assignment, or one to ``self``; None if absent."""
+        """The node that defines an attribute of a class: method or assignment, also to ``self``; None if absent."""
         return next((found for _, one in self.bases(module, node) if (found := members_of(one).get(name))), None)
 
 
@@ -94,7 +94,7 @@ def _absolute(module: str, node: ast.ImportFrom, file: Path | None) -> str:
 
 @functools.cache
 def members_of(node: ast.ClassDef) -> dict[str, ast.AST]:
-    """What a class defines, assigns to ``self``, or registers as a buffer or parameter: name -> node."""
+    """Name -> node of all that a class defines, assigns to ``self``, or registers as a buffer or parameter."""
     found: dict[str, ast.AST] = {}
     _bind(node.body, found)
     for one in ast.walk(node):
@@ -108,7 +108,7 @@ def members_of(node: ast.ClassDef) -> dict[str, ast.AST]:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a function takes, without ``self``."""
+    """The arguments that a function takes, without ``self``."""
 
     positional: tuple[str, ...]
     keywords: frozenset[str]
@@ -118,7 +118,7 @@ class Signature:
 
     @classmethod
     def of(cls, node: ast.FunctionDef, bound: bool) -> "Signature":
-        """Of a function, or of a method as it is called on an object."""
+        """The signature of a function, or of a method called on an object (``bound``)."""
         args = node.args
         positional = [arg.arg for arg in (*args.posonlyargs, *args.args)]
         has_default = positional[len(positional) - len(args.defaults) :] if args.defaults else []
@@ -137,7 +137,7 @@ class Signature:
         )
 
     def refuses(self, call: ast.Call) -> str | None:
-        """What of a call this signature does not take, in words."""
+        """Say which part of a call this signature does not accept; None if it accepts the call."""
         has_star = any(isinstance(arg, ast.Starred) for arg in call.args)
         given = [keyword.arg for keyword in call.keywords if keyword.arg]
         unknown = [name for name in given if name not in self.keywords]
@@ -153,7 +153,7 @@ class Signature:
 
 
 def signature_of(tree: Tree, module: str, node: ast.AST | None) -> Signature | None:
-    """That of a function, or of a class as it is made; None where it is not written out."""
+    """The signature of a function, or of the construction of a class; None if it is not written out."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return Signature.of(node, bound=False)
     if isinstance(node, ast.ClassDef):

@@ -1,1 +1,1 @@
-"""What a trained model is used for: continuing text, and measuring it on data; without its training flags."""
+"""Use a trained model without its training flags: continue text, measure it on data, or save it with another router."""

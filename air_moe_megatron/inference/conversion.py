@@ -1,7 +1,7 @@
 """Save the model of a checkpoint with another router: top-k as AIR and back, AIR with lists of another form.
 
-Expert centers are the same parameters in both routers. A codebook that a top-k checkpoint lacks is fitted to the tokens
-of some data, as a run learns it, and the lists are made from it. So the saved model routes at once.
+Expert centers are the same parameters in both routers. A codebook that a top-k checkpoint lacks is fitted to tokens of
+given data by the rule of training, and the lists are made from it. The saved model can route right away.
 """
 
 import argparse
@@ -41,12 +41,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def router_type_of(saved: argparse.Namespace) -> str:
-    """The router type of a checkpoint's arguments; Megatron's own know none but top-k."""
+    """The router type in a checkpoint's arguments; top-k if Megatron alone has written them."""
     return getattr(saved, "moe_router_type", "topk")
 
 
 def judge(saved: argparse.Namespace, given: argparse.Namespace) -> None:
-    """Refuse what cannot be converted, from the arguments of the checkpoint and those given.
+    """Refuse what cannot be converted, by the arguments of the checkpoint and of the command line.
 
     Raises:
         ValueError: naming the flag, its value and the rule.
@@ -118,20 +118,20 @@ def fit(
     args: argparse.Namespace,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
-    """Fit the codebooks of all AIR routers to the tokens that these see, as a run does.
+    """Fit the codebooks of all AIR routers to the tokens that they see, as training does.
 
-    A pass over the tokens makes eight updates; after each of them the routers list the experts anew, so that later
-    layers see tokens that were routed. Nothing else in the model changes. Communicates, per update and router, one
-    all-reduce of ``C * (H + 3)`` fp32 numbers over ``tp_dp_cp``; every rank must call it.
+    A pass over the tokens makes eight updates. After each update the routers rebuild their lists, so that later layers
+    see routed tokens. Nothing else in the model changes. Communicates, per update and router, one all-reduce of
+    ``C * (H + 3)`` fp32 numbers over ``tp_dp_cp``; every rank must call it.
 
     Args:
-        model: in evaluation mode, as ``restore.build_and_load`` gives it.
-        streams: the data sets, which contribute alike; windows are spread evenly over each.
+        model: in evaluation mode, as ``restore.build_and_load`` returns it.
+        streams: the data sets, which contribute equally; windows are spread evenly over each.
         eod: id of the end of a document.
         args: as ``restore.parse`` returns them.
         progress: wraps the loop over updates, such as tqdm.
     Raises:
-        ValueError: on every rank of a pipeline stage, if a token is NaN or infinite there.
+        ValueError: on every rank of a pipeline stage in which a token is NaN or infinite.
     """
     routers = find_routers(model, AIRRouter)
     hooks = [router.register_forward_pre_hook(_accumulate) for router in routers]
@@ -139,7 +139,7 @@ def fit(
     num_windows = -(-(args.fit_tokens or 16384) // args.seq_length)
     places = list(_places([Windows(stream.tokens, eod, args) for stream in streams], num_windows))
     size = args.micro_batch_size
-    num_microbatches = max(1, len(places) // (_BATCHES * size * num_ranks))  # of a rank and update
+    num_microbatches = max(1, len(places) // (_BATCHES * size * num_ranks))  # per rank and update
     run = get_forward_backward_func()
     for number in progress(range(_PASSES * _BATCHES)):
         first = (number * num_ranks + rank) * num_microbatches * size
@@ -166,7 +166,7 @@ def fit(
 
 
 def list_experts(model: list[torch.nn.Module]) -> bool:
-    """Make the lists of AIR routers that have none, from their codebooks; say whether any rank made some.
+    """Make the lists of AIR routers that have none, from their codebooks. Returns whether any rank made some.
 
     Communicates: one all-reduce of a number over all ranks.
     """
@@ -178,7 +178,7 @@ def list_experts(model: list[torch.nn.Module]) -> bool:
 
 
 def _accumulate(router: AIRRouter, inputs: tuple) -> None:
-    """Add the tokens of a forward, as they are scored, to the statistics of the codebook."""
+    """Add the tokens of a forward, as the router scores them, to the statistics of the codebook."""
     hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
     if router.input_norm is not None:
         hidden = router.input_norm(hidden)
@@ -186,7 +186,7 @@ def _accumulate(router: AIRRouter, inputs: tuple) -> None:
 
 
 def _places(windows: Sequence[Windows], number: int) -> Iterator[tuple[Windows, int]]:
-    """Windows in turn of each data set, as (windows, index); together so many, or all that there are."""
+    """Up to ``number`` windows as (windows, index), taken from the data sets in turn."""
     share = -(-number // len(windows))
     spread = [numpy.linspace(0, len(one) - 1, min(share, len(one))).astype(int).tolist() for one in windows]
     for place in range(max(map(len, spread))):
@@ -199,13 +199,14 @@ def _batches(places: Sequence[tuple[Windows, int]], size: int) -> Iterator[dict[
 
 
 def save(model: list[torch.nn.Module], args: argparse.Namespace, saved: argparse.Namespace) -> None:
-    """Save the model by Megatron's own function, at the iteration of its checkpoint; communicates.
+    """Save the model by Megatron's own function, at the iteration of its checkpoint. Communicates.
 
     Args:
-        model, args: as ``restore.build_and_load`` gives and leaves them.
+        model: as ``restore.build_and_load`` returns it.
+        args: as ``restore.build_and_load`` leaves them.
         saved: the arguments of the checkpoint.
     """
-    args.global_batch_size = saved.global_batch_size  # what the tokens of a step were; `tune` reads it
+    args.global_batch_size = saved.global_batch_size  # `tune` reads it
     save_checkpoint(args.iteration, model, None, None, args.num_floating_point_operations_so_far)
 
 
@@ -215,7 +216,7 @@ def run(screen: TextIO) -> None:
     Args:
         screen: where rank 0 prints it.
     Raises:
-        SystemExit: where the command line, the checkpoint or the data cannot work; one line says why.
+        SystemExit: if the command line, the checkpoint or the data cannot work; one line says why.
     """
     saved = argparse.Namespace()
 
@@ -253,11 +254,11 @@ def run(screen: TextIO) -> None:
 
 
 _KINDS = (("routers", r".*\.router\.(.*)"), ("experts", r".*\.experts\.(.*)"), ("all other layers", "(.*)"))
-"""Kinds of layers, by the names of their tensors; the first that fits."""
+"""Kinds of layers and patterns of their tensors' names. The first pattern that matches counts."""
 
 
 def describe(source: Checkpoint, target: Checkpoint, has_new_lists: bool) -> str:
-    """One line for each kind of layer, read off both checkpoints, and one for the optimizer.
+    """One line for each kind of layer, by comparing both checkpoints, and one for the optimizer.
 
     Example: routers: weight kept; codebook, index made anew
     """
@@ -281,7 +282,7 @@ def describe(source: Checkpoint, target: Checkpoint, has_new_lists: bool) -> str
 
 
 def _by_kind(checkpoint: Checkpoint) -> dict[str, dict[str, set[tuple[int, ...]]]]:
-    """Kind -> name of a tensor, of a router that of its parameter or part -> keys with shapes."""
+    """Kind -> name of a tensor (in routers, of a parameter or part) -> keys with shapes."""
     found: dict[str, dict[str, set]] = {}
     for key, shape in checkpoint.shapes.items():
         kind, name = next((kind, match[1]) for kind, form in _KINDS if (match := re.fullmatch(form, key)))

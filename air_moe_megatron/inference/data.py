@@ -1,7 +1,7 @@
 """Data to measure a model on: one stream of tokens, cut into windows of the model's sequence length.
 
-Every token but the first is predicted exactly once. Windows follow one another without overlap; only the last one
-begins earlier, so that it is as long as the others, and what it repeats does not count.
+Every token but the first is predicted exactly once. Windows do not overlap, except that the last one begins earlier so
+that it is as long as the others. The tokens that it repeats do not count.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from air_moe_megatron.inference.text import ByteTokenizer, Tokenizer, num_bytes
 from air_moe_megatron.training.arguments import padded_vocab_size
 from air_moe_megatron.training.preflight import check_token_ids, read_indexed_dataset
 
-_BLOCK = 2**20  # tokens that are looked at together
+_BLOCK = 2**20  # tokens that are processed together
 _SCANNED_BLOCKS = 64
 
 
@@ -28,7 +28,7 @@ class TokenStream:
 
     path: str
     tokens: numpy.ndarray  # [N] ids
-    num_bytes: int | None  # of the text of all tokens but the first; None where the tokenizer does not tell
+    num_bytes: int | None  # of the text of all tokens but the first; None if the tokenizer does not tell
 
 
 def require_paths(args: argparse.Namespace) -> None:
@@ -48,8 +48,8 @@ def read(path: str, tokenizer: Tokenizer, args: argparse.Namespace) -> TokenStre
 
     Args:
         path: prefix of a Megatron indexed data set; or a text file, which is one document; or a file that ends in
-            .jsonl, whose lines are objects with a document under "text", each then ended by the end of a document.
-        tokenizer: of the model.
+            .jsonl, whose lines are objects with a document under "text". An end-of-document id follows each of these.
+        tokenizer: the model's tokenizer.
         args: as ``restore.parse`` returns them.
     Raises:
         ValueError: naming the path and what is wrong with it.
@@ -93,7 +93,7 @@ def _tokenize(documents: Iterator[str], tokenizer: Tokenizer, has_ends: bool) ->
 
 
 def _bytes_of(tokens: numpy.ndarray, tokenizer: Tokenizer) -> int | None:
-    """Bytes of the text of all tokens but the first; documents are detokenized one by one."""
+    """Bytes of the text of all tokens but the first; None if unknown. Documents are detokenized one by one."""
     if isinstance(tokenizer, ByteTokenizer):
         blocks = range(1, len(tokens), _BLOCK)
         return sum(int((tokens[start : start + _BLOCK] < ByteTokenizer.vocab_size - 1).sum()) for start in blocks)
@@ -108,14 +108,14 @@ def _bytes_of(tokens: numpy.ndarray, tokenizer: Tokenizer) -> int | None:
 
 
 class Windows(torch.utils.data.Dataset):
-    """Windows of a stream, as Megatron's data sets give samples.
+    """Windows of a stream, in the form of samples of Megatron's data sets.
 
     Args:
         tokens: [N] ids, more than ``args.seq_length``.
         eod: id of the end of a document.
         args: with ``seq_length`` and Megatron's settings of positions, masks and losses within a sample.
 
-    Example: 8 tokens in windows of 3 predict the tokens 1 to 3, 4 to 6, and 7, the last one from 4, 5 and 6.
+    Example: with 8 tokens, windows of 3 predict the tokens 1 to 3, 4 to 6, and 7. The last window holds 4, 5 and 6.
     """
 
     def __init__(self, tokens: numpy.ndarray, eod: int, args: argparse.Namespace) -> None:
@@ -131,7 +131,7 @@ class Windows(torch.utils.data.Dataset):
         return -(-(len(self.tokens) - 1) // self.length)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """A window; from the last one on, they begin anew and do not count."""
+        """Return a window. Indices beyond the last one start over, with windows that do not count."""
         first = index % len(self) * self.length
         start = min(first, len(self.tokens) - 1 - self.length)
         window = torch.from_numpy(self.tokens[start : start + self.length + 1].astype(numpy.int64))
@@ -147,13 +147,13 @@ class Windows(torch.utils.data.Dataset):
 def microbatches(
     windows: Windows, micro_batch_size: int, rank: int, num_ranks: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The windows of one data-parallel rank; all ranks get as many microbatches.
+    """The windows of one data-parallel rank. All ranks get equally many microbatches.
 
     Args:
-        windows: of the data set.
+        windows: windows of the data set.
         micro_batch_size: windows in a microbatch.
         rank: data-parallel rank.
-        num_ranks: data-parallel ranks.
+        num_ranks: number of data-parallel ranks.
     """
     for number in range(num_microbatches(windows, micro_batch_size, num_ranks)):
         first = (number * num_ranks + rank) * micro_batch_size
@@ -161,5 +161,5 @@ def microbatches(
 
 
 def num_microbatches(windows: Windows, micro_batch_size: int, num_ranks: int) -> int:
-    """Microbatches of each data-parallel rank."""
+    """Number of microbatches of each data-parallel rank."""
     return -(-len(windows) // (micro_batch_size * num_ranks))

@@ -31,15 +31,15 @@ from air_moe_megatron.training import console
 from air_moe_megatron.training.batches import forward_step
 
 _SAMPLE_SIZE, _MAX_SAMPLED = 64, 4096
-"""Tokens of a microbatch, and of a data set, whose exact scores are computed; of each layer and rank."""
+"""How many tokens of a microbatch, and of a data set, get exact scores, per layer and rank."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured on one data set."""
+    """The measurements on one data set."""
 
     path: str
-    tokens: int  # that were predicted and count
+    tokens: int  # predicted ones that count
     loss: float  # nats per token
     perplexity: float
     bytes: int | None
@@ -48,9 +48,9 @@ class Figures:
 
 
 class RoutingMeter:
-    """Measures a router of any type while a model is evaluated; nothing in the router changes.
+    """Measures a router of any type while a model is evaluated. The router does not change.
 
-    Counts the tokens of each expert. Of AIR routers it also samples tokens, whose recall is measured against exact
+    It counts the tokens of each expert. For AIR routers it also samples tokens and measures their recall against exact
     scores of all experts: ``2 * tokens * E * H`` FLOPs, for up to 64 tokens of a microbatch and 4,096 in all.
 
     Args:
@@ -80,7 +80,7 @@ class RoutingMeter:
         else:
             loads = torch.bincount(chosen[chosen >= 0].long(), minlength=self.num_experts)
         self.loads = loads if self.loads is None else self.loads + loads
-        # By the number of forwards alone: the ranks of a sharded router sample together.
+        # This depends on the number of forwards only, because the ranks of a sharded router must sample together.
         if isinstance(router, AIRRouter) and self.num_sampled < _MAX_SAMPLED:
             self._sample(router, args[0])
 
@@ -97,12 +97,12 @@ class RoutingMeter:
         self.num_sampled += _SAMPLE_SIZE
 
     def figures(self) -> dict[str, Any]:
-        """Figures over all ranks of the pipeline stage; communicates within it, and waits for the device.
+        """Figures over all ranks of the pipeline stage. Communicates within it, and waits for the device.
 
         Returns:
             layer, router (its type), experts, topk; experts_used, a share; imbalance_factor, 1 if all experts get the
-            same; rank_imbalance, the load of the most loaded expert-parallel rank over the mean; of AIR routers
-            experts_listed, mass_recall and topk_recall, shares.
+            same; rank_imbalance, the load of the most loaded expert-parallel rank over the mean; for AIR routers also
+            the shares experts_listed, mass_recall and topk_recall.
         """
         router, group = self.router, self.router.tp_dp_cp_group
         loads = load_figures_of(sum_over_ranks(self.loads, group), router.config.expert_model_parallel_size).tolist()
@@ -126,7 +126,7 @@ class RoutingMeter:
 
 
 def meters_of(model: Sequence[torch.nn.Module]) -> list[RoutingMeter]:
-    """A meter on each router of a model; those of multi-token prediction are named so."""
+    """Put a meter on each router of a model. The layer names mark those of multi-token prediction."""
     return [
         RoutingMeter(module, f"{'mtp ' if 'mtp' in name.split('.') else ''}{module.layer_number}")
         for chunk in model
@@ -143,12 +143,12 @@ def evaluate(
     args: argparse.Namespace,
     progress: Callable[[Iterator], Iterator] = iter,
 ) -> Figures:
-    """Measure a model on a data set, each token but the first once.
+    """Measure a model on a data set; each token but the first is predicted once.
 
-    The loss is that of training, without what balances the routers. Communicates; every rank must call it.
+    The loss is that of training without the balancing losses. Communicates; every rank must call it.
 
     Args:
-        model: in evaluation mode, as ``restore.build_and_load`` gives it.
+        model: in evaluation mode, as ``restore.build_and_load`` returns it.
         stream: the data set.
         eod: id of the end of a document.
         args: as ``restore.parse`` returns them.
@@ -173,10 +173,10 @@ def evaluate(
             decoder_seq_length=args.decoder_seq_length,
             forward_only=True,
         )
-        for loss in losses:  # of the last pipeline stage
+        for loss in losses:  # only the last pipeline stage has any
             sums += loss["lm loss"].double()
     if mpu.get_tensor_model_parallel_rank() != 0:
-        sums.zero_()  # its loss is that of rank 0
+        sums.zero_()  # it is the same loss as on tensor-parallel rank 0
     nats, count = sum_over_ranks(sums, torch.distributed.group.WORLD).tolist()
     layers = _gather([meter.figures() for meter in meters])
     for meter in meters:
@@ -233,7 +233,7 @@ def run(screen: TextIO) -> None:
     Args:
         screen: where rank 0 prints it.
     Raises:
-        SystemExit: where the command line, the checkpoint or the data cannot work; one line says why.
+        SystemExit: if the command line, the checkpoint or the data cannot work; one line says why.
     """
     with contextlib.ExitStack() as stack:
         with console.refusals():
@@ -260,7 +260,7 @@ _SHARES = ("experts_used", "experts_listed", "mass_recall", "topk_recall")
 
 
 def format_figures(checkpoint: str, iteration: int, found: Sequence[Figures]) -> str:
-    """Readable tables: one row per data set, then for each of them one row per layer with experts."""
+    """Format tables: one row per data set, then for each data set one row per layer with experts."""
     rows = [
         {
             "data": one.path,

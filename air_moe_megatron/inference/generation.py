@@ -1,9 +1,9 @@
 """Continue texts with a trained model, through Megatron's own inference.
 
-Megatron has two engines. The dynamic one needs CUDA and FlashAttention; the static one runs on CPU too, and its loop,
-``TextGenerationController.generate_all_output_tokens_static_batch`` with a key-value cache, is what is called here.
-Prompts of unequal lengths share a batch without padding between prompt and continuation: the shortest prompt is read in
-one forward, and from there on each forward reads one token, of the longer prompts their own.
+Megatron has two engines. The dynamic one needs CUDA and FlashAttention; the static one runs on CPU too. This module
+calls the static engine's loop, ``TextGenerationController.generate_all_output_tokens_static_batch``, with a key-value
+cache. Prompts of unequal lengths share a batch without padding: the first forward reads as many tokens of each prompt
+as the shortest one has. Each later forward reads one token per text: the next one of a longer prompt, or a new one.
 """
 
 import argparse
@@ -27,18 +27,18 @@ from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
 from air_moe_megatron.training import console
 
 _DROPPING = ("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_token_drop_policy")
-"""Fields of a checkpoint that are left: with them a token's experts depend on the tokens beside it, and a step that
-reads one token would drop others than a step that reads the whole text."""
+"""Fields of a checkpoint that are ignored. With them a token's experts would depend on the other tokens of its batch: a
+forward over one token would drop other tokens than a forward over the whole text."""
 
 _SINGLE = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen among the model's probabilities."""
+    """How the next token is chosen from the model's probabilities."""
 
     temperature: float = 0.0
-    """0 takes the most probable token, always the same."""
+    """0 always takes the most probable token."""
     top_k: int = 0
     """Sample among this many tokens; 0 means all."""
     top_p: float = 0.0
@@ -47,17 +47,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt and what the model made of it."""
+    """A prompt and its continuation by the model."""
 
     prompt: str
     text: str
     prompt_ids: list[int]
     ids: list[int]
-    is_ended: bool  # by the end of a document, before all tokens were made
+    is_ended: bool  # by the end of a document, before the largest number of tokens
 
 
 class _Controller(TextGenerationController):
-    """Megatron's, without the ids that only pad the vocabulary: they are no tokens."""
+    """Megatron's controller, which here never samples ids that only pad the vocabulary."""
 
     def sample_from_logits(self, last_token_logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         is_padding = torch.arange(last_token_logits.shape[-1], device=last_token_logits.device)
@@ -74,17 +74,17 @@ def continue_prompts(
     sampling: Sampling = Sampling(),
     seed: int = 1234,
 ) -> list[Continuation]:
-    """Continue prompts of any lengths, all in one batch; waits for the device at every token.
+    """Continue prompts of any lengths, all in one batch. Waits for the device at every token.
 
     With expert parallelism every rank of the group must call it with the same arguments, and gets the same texts.
 
     Args:
-        model: one model chunk in evaluation mode, as ``restore.build_and_load`` gives it.
-        tokenizer: of the model.
+        model: one model chunk in evaluation mode, as ``restore.build_and_load`` returns it.
+        tokenizer: the model's tokenizer.
         prompts: at least one, none of them empty.
-        num_tokens: of each continuation, at most: it ends with the end of a document.
+        num_tokens: largest number of tokens of each continuation, which ends earlier at the end of a document.
         sampling: how a token is chosen.
-        seed: of the choices; a batch of the same prompts then has the same continuations.
+        seed: seed of the samples; the same batch of prompts then has the same continuations.
     Returns:
         the continuations, in the order of the prompts.
     """
@@ -182,7 +182,7 @@ def run(screen: TextIO) -> None:
     Args:
         screen: where rank 0 prints them.
     Raises:
-        SystemExit: where the command line, the checkpoint or a prompt cannot work; one line says why.
+        SystemExit: if the command line, the checkpoint or a prompt cannot work; one line says why.
     """
     with contextlib.ExitStack() as stack:
         with console.refusals():
@@ -199,6 +199,6 @@ def run(screen: TextIO) -> None:
 
 
 def format_continuations(found: Sequence[Continuation]) -> str:
-    """Each prompt with its continuation; a line of dashes between two of them."""
+    """Format each prompt with its continuation, separated by lines of dashes."""
     texts = [f"{one.prompt}{one.text}{' [end of document]' if one.is_ended else ''}\n" for one in found]
     return f"{'-' * 40}\n".join(texts)

@@ -1,9 +1,9 @@
 """Build the model of a checkpoint and load it, without the flags that it was trained with.
 
-Megatron's ``--use-checkpoint-args`` brings over a part of what shapes a model: not the dtype of the router, the epsilon
-of the norms, the scaling of rotary embeddings or anything of ours. Here all arguments that the model's configuration is
-made from come from the checkpoint, as defaults: a flag on the command line wins, and is reported. What belongs to a run
-and not to its model stays behind: parallelism, recomputation, data, and what makes a forward random.
+Megatron's ``--use-checkpoint-args`` takes only a part of what shapes a model: not the dtype of the router, the epsilon
+of the norms, the scaling of rotary embeddings or any field of ours. Here the checkpoint gives the defaults of all
+arguments that the model's configuration is made from. A flag on the command line overrides them and is reported.
+Arguments of a run rather than its model are not taken: parallelism, recomputation, data, and randomness of forwards.
 """
 
 import argparse
@@ -44,7 +44,7 @@ OF_A_RUN = frozenset(
         # stages of a pipeline
         *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout"),
         *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
-        # memory of training, and graphs
+        # memory of training, and CUDA graphs
         *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
         *("moe_layer_recompute", "distribute_saved_activations", "init_model_with_meta_device"),
         *("fine_grained_activation_offloading", "offload_modules", "min_offloaded_tensor_size"),
@@ -54,13 +54,13 @@ OF_A_RUN = frozenset(
         *("enable_cuda_graph", "cuda_graph_use_single_mempool", "cuda_graph_retain_backward_graph"),
         *("cuda_graph_warmup_steps", "external_cuda_graph", "cuda_graph_impl", "cuda_graph_modules"),
         *("inference_cuda_graph_scope", "cuda_graph_scope", "use_inference_optimized_layers", "inference_rng_tracker"),
-        # what makes a forward random, or has it repeat another
+        # random or replayed routing
         *("moe_input_jitter_eps", "moe_router_force_load_balancing", "moe_router_force_biased"),
         *("moe_enable_routing_replay", "test_mode", "config_logger_dir"),
         *LAYOUT_FIELDS,
     }
 )
-"""Fields of Megatron's config and ours that belong to a run and not to its model; they keep their defaults."""
+"""Fields of Megatron's config and ours that belong to a run, not to its model. They keep their defaults."""
 
 MODEL_ARGUMENTS = frozenset(
     {
@@ -72,13 +72,13 @@ MODEL_ARGUMENTS = frozenset(
         *("use_rope_scaling", "rope_scaling_factor", "untie_embeddings_and_output_weights"),
         *("make_vocab_size_divisible_by", "fp8_param_gather", "fp4_param_gather"),
         *("te_precision_config_file", "kitchen_config_file", "kitchen_recipe_number"),
-        # what a token's context and loss are
+        # context and loss of a token
         *("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "create_attention_mask_in_dataloader"),
         *("sft", "dataloader_inter_document_masking"),
         *("ckpt_format",),
     }
 )
-"""Arguments that shape a model beside the fields of its config and of its tokenizer."""
+"""Arguments that shape a model, beside the fields of its config and tokenizer."""
 
 _NEVER_TRAINS = {
     "skip_train": True,
@@ -87,7 +87,7 @@ _NEVER_TRAINS = {
     "exit_on_missing_checkpoint": True,
     "rerun_mode": "disabled",
     "eval_iters": 0,
-    "gradient_accumulation_fusion": False,  # Megatron asks for Apex where it is on
+    "gradient_accumulation_fusion": False,  # Megatron needs Apex if it is on
 }
 
 
@@ -95,7 +95,7 @@ def model_arguments(saved: argparse.Namespace) -> dict[str, Any]:
     """The arguments of a checkpoint that its model and its tokenizer are made from.
 
     Args:
-        saved: the arguments of the run that saved it, validated by Megatron.
+        saved: the validated arguments of the run that saved the checkpoint.
     """
     names = {field.name for config in _CONFIGS for field in dataclasses.fields(config)} - OF_A_RUN
     names |= {field.name for field in dataclasses.fields(TokenizerConfig)} | MODEL_ARGUMENTS
@@ -112,18 +112,18 @@ def parse(
 ) -> tuple[argparse.Namespace, Ranks]:
     """Parse the command line, with the arguments of the checkpoint as defaults.
 
-    Communicates with the other ranks, through the store of the rendezvous.
+    Communicates with the other ranks through the store of the rendezvous.
 
     Args:
         add_flags: adds the flags of the command to Megatron's parser.
-        left: arguments of the checkpoint that the command leaves, and says so.
-        judge_saving: for a command that saves a model: called with the arguments of the checkpoint and those that were
-            given, ``moe_router_type`` None where it was not; raises where the model cannot be saved so. None refuses
-            ``--save``.
+        left: arguments of the checkpoint that the command ignores and reports.
+        judge_saving: only for a command that saves a model; None refuses ``--save``. It is called with the arguments of
+            the checkpoint and of the command line (``moe_router_type`` None if it was not given), and raises if the
+            model cannot be saved with them.
     Returns:
         Megatron's parsed and validated arguments, and the ranks of this start.
     Raises:
-        ValueError: without a checkpoint, for one that does not hold its arguments, or for flags that do not fit it.
+        ValueError: if there is no checkpoint, it does not hold its arguments, or flags do not fit it.
     """
 
     def provider(parser: argparse.ArgumentParser, defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
@@ -149,7 +149,7 @@ def parse(
     kept = {name: value for name, value in values.items() if name not in left}
     defaults = {"micro_batch_size": saved.micro_batch_size} | kept | _NEVER_TRAINS
     if given.save is not None:
-        defaults["save_interval"] = 1  # Megatron asks for one
+        defaults["save_interval"] = 1  # Megatron requires one
     args = parse_and_validate_args(extra_args_provider=partial(provider, defaults=defaults))
     check_agreement(args, ranks)
     check_flags(args)
@@ -159,7 +159,7 @@ def parse(
 
 
 def without_fields_of_others(values: dict[str, Any], router_type: str) -> dict[str, Any]:
-    """Drop the fields that a router of another type heeds, and a run's own; with ``router_type`` they have no effect.
+    """Drop fields that have no effect with ``router_type``: those of other router types, and those of a run.
 
     Example: of moe_air_num_clusters 8 and moe_router_topk 2, 'topk' keeps the second.
     """
@@ -176,17 +176,17 @@ def build_and_load(
 ) -> list[torch.nn.Module]:
     """Make the process groups, build the model, and load the checkpoint into it.
 
-    Communicates. The caller ends the process groups, as ``compat.process_groups_released`` does.
+    Communicates. The caller destroys the process groups, as ``compat.process_groups_released`` does.
 
     Args:
         args: as :func:`parse` returns them; their ``iteration`` becomes that of the checkpoint.
-        ranks: likewise.
-        lists_of: for a caller that makes what AIR routers lack: the checkpoint's arguments. A missing codebook then
-            stays random, and lists of another length or number of parts are left. None refuses both.
+        ranks: as :func:`parse` returns them.
+        lists_of: the checkpoint's arguments, for a caller that makes what AIR routers lack. A missing codebook then
+            stays random, and lists of another length or number of parts are not loaded. None refuses both.
     Returns:
         Megatron's list of model chunks, in evaluation mode.
     Raises:
-        ValueError: for a checkpoint that is damaged or does not fit.
+        ValueError: if the checkpoint is damaged or does not fit.
     """
     config = model_config_from_args(args)
     ranks.check("memory", lambda: check_memory(args))
@@ -223,12 +223,12 @@ def build_and_load(
 
 
 def list_form(config: TransformerConfig) -> tuple[int, int]:
-    """Length and number of parts of the lists that a config of AIR asks for."""
+    """Length and number of parts of the lists in an AIR config."""
     return resolve_sizes(config).shortlist_size, config.moe_air_list_parts
 
 
 def _check_padding(values: dict[str, Any], tensor_parallel_size: int) -> None:
-    """Another padding of the vocabulary adds logits that were never trained, and so changes every loss."""
+    """Refuse another padding of the vocabulary: it adds logits that were never trained and so changes every loss."""
     padded = values.get("padded_vocab_size")
     if padded is not None and padded % tensor_parallel_size:
         raise ValueError(
@@ -238,7 +238,7 @@ def _check_padding(values: dict[str, Any], tensor_parallel_size: int) -> None:
 
 
 def _report_changes(args: argparse.Namespace, values: dict[str, Any]) -> None:
-    """Say on standard error which arguments of the model are not those of the checkpoint."""
+    """Report on standard error which arguments of the model differ from those of the checkpoint."""
     changed = [
         f"{name} is {getattr(args, name)} (was {value})"
         for name, value in values.items()

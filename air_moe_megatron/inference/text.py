@@ -1,4 +1,4 @@
-"""Text to token ids and back, as the data that a checkpoint was trained on were made."""
+"""Convert text to token ids and back, in the way in which the checkpoint's training data were made."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ class ByteTokenizer:
     For models that were trained on bytes with Megatron's NullTokenizer and 257 ids, as ``examples/prepare_stdlib.py``
     makes them.
 
-    Example: "hi" is [104, 105]; [104, 105, 256] is "hi" again, as the end of a document (256) is no text.
+    Example: "hi" is [104, 105], and [104, 105, 256] is "hi" again: 256, the end of a document, has no text.
     """
 
     vocab_size = _NUM_BYTES + 1
@@ -28,7 +28,7 @@ class ByteTokenizer:
         self.eod = eod
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of the bytes; what a shell has passed undecoded keeps its bytes.
+        """Ids of the bytes. Bytes that Python could not decode from the command line are kept.
 
         Raises:
             ValueError: if the text holds a lone surrogate, which has no bytes.
@@ -36,7 +36,7 @@ class ByteTokenizer:
         return list(text.encode("utf-8", "surrogateescape"))
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Text of the bytes; what is no UTF-8 becomes the replacement character."""
+        """Text of the bytes. Invalid UTF-8 becomes the replacement character."""
         return self.to_bytes(ids).decode("utf-8", "replace")
 
     def to_bytes(self, ids: Sequence[int]) -> bytes:
@@ -45,7 +45,7 @@ class ByteTokenizer:
 
 
 class IdTokenizer:
-    """Token ids as decimal numbers, separated by white space: what NullTokenizer takes for text."""
+    """Token ids as decimal numbers separated by white space, which is NullTokenizer's form of text."""
 
     bos = None
 
@@ -56,7 +56,7 @@ class IdTokenizer:
         """Ids of the numbers.
 
         Raises:
-            ValueError: if a word is no id of the vocabulary.
+            ValueError: if a word is not an id of the vocabulary.
         """
         words = text.split()
         wrong = [word for word in words if not word.isdecimal() or int(word) >= self.vocab_size]
@@ -76,7 +76,7 @@ Tokenizer = ByteTokenizer | IdTokenizer | MegatronTokenizer
 
 
 def check_tokenizer_files(values: dict[str, object], given: argparse.Namespace) -> None:
-    """Refuse a tokenizer whose files a checkpoint names and this machine lacks.
+    """Refuse a tokenizer if the checkpoint names files of it that do not exist here.
 
     Args:
         values: the arguments of the checkpoint.
@@ -94,10 +94,10 @@ def check_tokenizer_files(values: dict[str, object], given: argparse.Namespace) 
 
 
 def tokenizer_of(args: argparse.Namespace) -> Tokenizer:
-    """The tokenizer of a model; bytes where NullTokenizer has 257 ids.
+    """The tokenizer of a model. NullTokenizer with 257 ids means bytes.
 
     Args:
-        args: as ``restore.parse`` returns them, which has built Megatron's tokenizer.
+        args: as returned by ``restore.parse``, which has built Megatron's tokenizer.
     """
     if args.tokenizer_type != "NullTokenizer":
         return get_tokenizer()
@@ -106,9 +106,9 @@ def tokenizer_of(args: argparse.Namespace) -> Tokenizer:
 
 
 def num_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> int | None:
-    """Bytes of the text that tokens stand for, without ends of documents; None where they stand for no text.
+    """Number of bytes of the text of tokens, without ends of documents; None if ids have no text.
 
-    Example: with bytes [104, 105, 256] it is 2.
+    Example: [104, 105, 256] of byte-level data have 2.
     """
     if isinstance(tokenizer, IdTokenizer):
         return None

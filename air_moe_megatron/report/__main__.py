@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page and say where it is.
 
     Raises:
-        SystemExit: with code 2 and one line, where a file or a package is missing, or a file is not what it should be.
+        SystemExit: with code 2 and one line, if a file or a package is missing or a file is invalid.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {_PROGRAM}", description="Explain training runs on one HTML page."
@@ -44,12 +44,12 @@ def write_page(folders: Sequence[Path], out: Path) -> int:
     """Read the runs and write their page, all or nothing.
 
     Args:
-        folders: of the runs, each with the file that training wrote.
-        out: the page; its folder is made where missing.
+        folders: folders of the runs, each with the file that training wrote.
+        out: file of the page; its folder is created if missing.
     Returns:
-        bytes of the page.
+        number of bytes of the page.
     Raises:
-        ValueError: if a file is not of the known format, or the runs cannot stand on one page.
+        ValueError: if a file does not have the known format, or the runs do not fit on one page.
         OSError: if a file is missing or the page cannot be written.
     """
     from air_moe_megatron.report.page import render

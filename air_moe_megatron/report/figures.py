@@ -1,4 +1,4 @@
-"""The figures of the page, drawn by matplotlib as SVG that stands within HTML."""
+"""The figures of the page, drawn by matplotlib as SVG within HTML."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 from air_moe_megatron.report.svg import svg_of
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""Colors of Okabe and Ito, which color-blind people tell apart; without yellow, which is too light for a line."""
+"""Colors of Okabe and Ito, distinguishable by color-blind people; without yellow, which is too light for lines."""
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 MAP = "cividis"
 UNKNOWN = "#c8c8c8"
@@ -56,10 +56,10 @@ class Curve:
 
     Attributes:
         x, y: [n]; a NaN in y is a gap.
-        run: place of the run, which chooses the color where there are several.
-        series: place of the series in the panel, which chooses the dashes.
+        run: index of the run, which determines the color if there are several runs.
+        series: index of the series in the panel, which determines the dashes.
         low, high: [n] a band around the line, or None.
-        is_points: marks instead of a line.
+        is_points: whether to draw marks instead of a line.
     """
 
     x: numpy.ndarray
@@ -72,9 +72,9 @@ class Curve:
 
 
 def thinned(x: numpy.ndarray, y: numpy.ndarray, most: int) -> tuple[numpy.ndarray, ...]:
-    """At most so many points: means of x and y over runs of neighbors, and the least and largest y of each.
+    """Reduce to at most ``most`` points: means of x and y over groups of neighbors, least and largest y of each group.
 
-    Example: x [1, 2, 3, 4], y [1, 3, 5, 5] and 2 give [1.5, 3.5], [2, 5], [1, 5], [3, 5].
+    Example: x [1, 2, 3, 4], y [1, 3, 5, 5] and 2 points give [1.5, 3.5], [2, 5], [1, 5], [3, 5].
     """
     if len(x) <= most:
         return x, y, y, y
@@ -87,11 +87,11 @@ def thinned(x: numpy.ndarray, y: numpy.ndarray, most: int) -> tuple[numpy.ndarra
 
 @dataclass(frozen=True)
 class Axis:
-    """The y axis of panels, and what else they share.
+    """Axis labels and limits that panels share.
 
     Attributes:
-        limits: of the y axis; None takes them from the curves.
-        right_label: of a second axis on the right that shows exp(y), or None.
+        limits: limits of the y axis; None takes them from the curves.
+        right_label: label of a second axis on the right that shows exp(y), or None.
     """
 
     x_label: str
@@ -107,12 +107,12 @@ def panels(
     num_runs: int,
     marks: Sequence[tuple[float, int]] = (),
 ) -> list[str]:
-    """Figures of lines on the same axes, so that they compare.
+    """Draw figures of curves on the same axes, so that they are comparable.
 
     Args:
-        drawn: for each figure what a screen reader says, unique on the page, and its curves.
-        names: of the series; of a single one there is no legend.
-        num_runs: on the page; with one, series have colors, with several, runs.
+        drawn: for each figure the text for screen readers, unique on the page, and its curves.
+        names: names of the series; a single series has no legend.
+        num_runs: number of runs on the page. With one, colors show the series; with several, they show the runs.
         marks: (x, run) of resumes, drawn as vertical lines.
     Returns:
         a figure for each of ``drawn``.
@@ -162,7 +162,7 @@ def _draw(axes: Axes, curve: Curve, num_runs: int) -> list[Artist]:
 
 
 def _handle(series: int, is_points: bool, num_runs: int) -> Line2D:
-    """What a legend shows of a series."""
+    """Legend handle of a series."""
     color = "#333333" if num_runs > 1 else COLORS[series]
     if is_points:
         return Line2D([], [], linestyle="", marker="o", markersize=4, markerfacecolor="white", color=color)
@@ -170,7 +170,7 @@ def _handle(series: int, is_points: bool, num_runs: int) -> Line2D:
 
 
 def _range(parts: Sequence[numpy.ndarray | None]) -> tuple[float, float]:
-    """Limits of an axis: all finite values, and a twentieth more at each end."""
+    """Limits of an axis: the range of all finite values, and a twentieth more at each end."""
     values = numpy.concatenate([part[numpy.isfinite(part)] for part in parts if part is not None] or [numpy.zeros(1)])
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
@@ -183,11 +183,11 @@ def heat_maps(
     """Load of ranges of experts over tokens, in figures with the same axes and colors.
 
     Args:
-        drawn: for each figure what a screen reader says, unique on the page; [records, bins] load over the mean of
+        drawn: for each figure the text for screen readers, unique on the page; [records, bins] load over the mean of
             all; [records] tokens.
-        num_experts: of a layer.
+        num_experts: experts of a layer.
         most: load from which on the color is the brightest.
-        columns: of equal numbers of tokens; records within one are averaged, one without a record repeats the last.
+        columns: number of columns of equally many tokens, see :func:`binned`.
     """
     first, last = (edge(float(edge(tokens)) for _, _, tokens in drawn) for edge in (min, max))
     with _figure(_HEIGHT) as (figure, axes):
@@ -238,14 +238,14 @@ def codebook_map(
     hovers: dict[int, str],
     label: str,
 ) -> str:
-    """Codewords as discs, sized by load and colored by recall.
+    """Draw codewords as discs, sized by load and colored by recall.
 
-    Those in ``hovers`` are vectors that show a text under the pointer; the others are one picture beneath them.
+    Those in ``hovers`` are vector graphics with a text under the pointer; the others form one bitmap beneath them.
 
     Args:
         x, y, load, recall: [C], as in ``runs.Codebook``.
         hovers: codeword -> text.
-        label: what a screen reader says, unique on the page.
+        label: text for screen readers, unique on the page.
     """
     with _figure(_MAP_HEIGHT, bottom=0.13, top=0.84) as (figure, axes):
         axes.grid(axis="x")
@@ -257,14 +257,14 @@ def codebook_map(
         fills[numpy.isnan(recall)] = matplotlib.colors.to_rgba(UNKNOWN)
         shown = numpy.zeros(len(x), dtype=bool)
         shown[list(hovers)] = True
-        rest, shown = ~shown, shown & numpy.isfinite(x + y)  # matplotlib draws no disc without a place
+        rest, shown = ~shown, shown & numpy.isfinite(x + y)  # matplotlib draws no disc without finite coordinates
         if rest.any():
             few = colors(numpy.round(4 * numpy.nan_to_num(recall[rest])) / 4)  # few colors make a small picture
             few[numpy.isnan(recall[rest])] = matplotlib.colors.to_rgba(UNKNOWN)
             style = {"linewidths": 0, "antialiased": False, "rasterized": True}
             axes.scatter(x[rest], y[rest], s=areas[steps[rest]], c=few, **style)
         texts: dict[str, list[str]] = {}
-        for step in range(_SIZE_STEPS, -1, -1):  # the large ones first, so that small ones lie on top
+        for step in range(_SIZE_STEPS, -1, -1):  # large ones first, so that small ones are on top
             members = numpy.flatnonzero(shown & (steps == step))
             if len(members):
                 discs = axes.scatter(
@@ -288,7 +288,7 @@ def codebook_map(
 
 
 def _swatches(axes: Axes, colors: Sequence[Any], words: Sequence[str]) -> None:
-    """The scale of colors above the axes: cheaper in time and bytes than a color bar in each of many figures."""
+    """Draw the color scale above the axes, which takes less time and bytes than a color bar in many figures."""
     handles = [Line2D([], [], linestyle="", marker="s", markersize=6, color=color) for color in colors]
     _legend(axes, handles, words)
 
@@ -304,13 +304,13 @@ def _ticks(count: int) -> MaxNLocator:
 
 
 def bars(values: Sequence[Sequence[float]], rows: Sequence[str], names: Sequence[str], x_label: str, label: str) -> str:
-    """Horizontal bars with their values, one group per row.
+    """Draw horizontal bars with their values, one group per row.
 
     Args:
         values: [series][rows].
         rows: names of the groups.
-        names: of the series.
-        label: what a screen reader says, unique on the page.
+        names: names of the series.
+        label: text for screen readers, unique on the page.
     """
     with _figure(0.72 + 0.45 * len(rows), bottom=None, left=0.3, right=0.8) as (figure, axes):
         height = 0.8 / len(values)
@@ -338,7 +338,7 @@ def _count(value: float) -> str:
 def _figure(
     height: float, *, left: float = 0.17, right: float = 0.97, bottom: float | None = 0.17, top: float | None = None
 ) -> Iterator[tuple[Figure, Axes]]:
-    """A figure with one pair of axes; room for labels and legend is kept in inches where shares are not given."""
+    """A figure with one pair of axes. Margins that are not given as shares are constant in inches."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, height))
         FigureCanvasSVG(figure)

@@ -1,4 +1,4 @@
-"""The page: what stands where, and how much of it fits."""
+"""The page: its layout, and how much detail fits."""
 
 import re
 from collections import Counter
@@ -14,11 +14,11 @@ from air_moe_megatron.report.rules import RECORDS, RULES, findings, ranges
 from air_moe_megatron.report.runs import Run
 
 MOST_BYTES = 5_000_000
-# What all figures of single layers have together, at the page's full detail.
+# Totals over all figures of single layers, at the page's full detail.
 _POINTS = 45_000  # of curves, at about 14 bytes
 _CELLS = 250_000  # of heat maps, at about 2 bytes
-_DISCS = 2_500  # with a text of their own, on maps of codebooks, at about 210 bytes
-_LAYERS = 48  # that get figures of their own
+_DISCS = 2_500  # discs with a text of their own, on maps of codebooks, at about 210 bytes
+_LAYERS = 48  # layers with figures of their own
 _STYLE = re.compile(r' style="((?:fill|stroke|font)[^"]*)"')  # of the elements of pictures
 
 
@@ -42,9 +42,9 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def with_classes(text: str) -> str:
-    """The page with a class in place of each style that its pictures often have, which saves a tenth.
+    """Replace each style that occurs often in the page's pictures by a class, which saves a tenth of the bytes.
 
-    Example: 30 times style="fill: none" become class="s0", and ".s0 { fill: none }" stands in the page's style.
+    Example: 30 times style="fill: none" become class="s0", and the page's style gets ".s0 { fill: none }".
     """
     styles = Counter(_STYLE.findall(text))
     names = {style: f"s{place}" for place, (style, count) in enumerate(styles.items()) if count >= 20}
@@ -54,7 +54,7 @@ def with_classes(text: str) -> str:
 
 
 def budget_of(runs: Sequence[Run], num_layers: int, detail: float = 1.0) -> Budget:
-    """What fits with so many layers that have figures of their own.
+    """The detail that fits if ``num_layers`` layers have figures of their own.
 
     Example: one run of 48 layers gets 62 points per curve, 40 columns per heat map and 52 discs per map.
     """
@@ -116,7 +116,7 @@ def _render(runs: Sequence[Run], budget: Budget) -> str:
 
 
 def flags(text: str) -> Markup:
-    """The text with its flags as code, which is not broken at their hyphens."""
+    """Mark flags in a text as code, so that no line breaks at their hyphens."""
     return Markup(re.sub(r"--[a-z0-9-]+", r"<code>\g<0></code>", str(escape(text))))
 
 

@@ -13,8 +13,8 @@ from air_moe_megatron.report.runs import Run
 from air_moe_megatron.report.tables import flops, number
 from air_moe_megatron.report.tokens import texts_of
 
-_ROWS = 12  # of a table of codewords
-_POINTS = 250  # of a curve of all layers
+_ROWS = 12  # rows of a table of codewords
+_POINTS = 250  # points of a curve of all layers
 
 
 class Panel(NamedTuple):
@@ -112,7 +112,7 @@ class Budget:
 
 
 class Drawn(NamedTuple):
-    """A figure with its words; ``svg`` is None where no run has it."""
+    """A figure with its texts; ``svg`` is None if no run has it."""
 
     title: str
     caption: str
@@ -169,7 +169,7 @@ class Builder:
         return Drawn(title, caption, svg)
 
     def glance(self) -> list[Drawn]:
-        """All layers together: their mean, with a band from the lowest to the highest."""
+        """Figures of all layers together: their mean, with a band from the lowest to the highest layer."""
         drawn = []
         for panel in GLANCE:
             column = panel.series[0][0]
@@ -215,7 +215,7 @@ class Builder:
         return curves
 
     def _panels(self, panel: Panel, drawn: list[tuple[str, list[figures.Curve]]]) -> list[Drawn]:
-        """A figure for each place (a layer, all layers) with its curves, without series that no run has."""
+        """A figure for each title and its curves; series that no run has are left out."""
         present = sorted({curve.series for _, curves in drawn for curve in curves})
         renumbered = [
             (f"{panel.title}, {where}", [replace(curve, series=present.index(curve.series)) for curve in curves])
@@ -228,7 +228,7 @@ class Builder:
         return [Drawn(panel.title, panel.caption, next(svgs) if curves else None) for _, curves in drawn]
 
     def _loads(self, layers: Sequence[int]) -> dict[int, list[Drawn]]:
-        """Layer -> its heat maps; the colors of all maps of a kind mean the same."""
+        """Layer -> its heat maps. All maps of a kind share one color scale."""
         drawn: dict[int, list[Drawn]] = {layer: [] for layer in layers}
         for name, title in (
             ("load_bins", "Mean load of ranges of experts"),
@@ -240,7 +240,7 @@ class Builder:
                 for run in self.runs
                 if name in run.bins.get(layer, {})
             ]
-            # Nearly the largest load, so that a few hot ranges do not darken all others.
+            # Almost the largest load, so that a few hot ranges do not darken all others.
             most = max([2, *(math.ceil(numpy.nanquantile(loads, 0.98)) for _, _, loads, _ in kept)])
             for num_experts in sorted({self._num_experts(run, layer) for layer, run, _, _ in kept}):
                 same = [entry for entry in kept if self._num_experts(entry[1], entry[0]) == num_experts]

@@ -19,15 +19,15 @@ _NO_FLAG = "no flag mends this: report it with this page"
 
 @dataclass(frozen=True)
 class Rule:
-    """What is looked for in one figure.
+    """A limit for one figure, with the warning and its remedies.
 
     Attributes:
-        name: of what is looked at, for the reader.
-        figure: column of ``Run.layers`` or, for a rule of the whole run, a derived one of :func:`run_figures`.
+        name: name of the figure for the reader.
+        figure: column of ``Run.layers`` or, for a rule of the whole run, a derived figure of :func:`run_figures`.
         above, below: the limit; exactly one is given.
-        words: what is wrong, with the newest value, of the worst layer.
+        words: the warning, with the newest value in the worst layer.
         remedies: router type -> flag and direction; "" stands for all others.
-        reason: why this limit.
+        reason: why the limit has this value.
         of_run: whether the figure belongs to the run as a whole, not to its layers.
     """
 
@@ -53,11 +53,11 @@ class Rule:
 
     @property
     def meaning(self) -> str:
-        """The words with dots in place of the value."""
+        """The warning with dots in place of the value."""
         return re.sub(r"{[^}]*}", "…", self.words)
 
     def holds(self, values: pandas.Series) -> pandas.Series:
-        """[n] bool: where the figure is beyond the limit; a missing one is not."""
+        """[n] bool: where the figure is beyond the limit. A missing value is not."""
         return values > self.above if self.above is not None else values < self.below
 
     def worst(self, values: pandas.Series) -> float:
@@ -214,7 +214,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule that holds in a run now.
+    """A rule that currently holds in a run.
 
     Attributes:
         layers: layer -> (newest value, iteration since); layer 0 is the run as a whole.
@@ -227,7 +227,7 @@ class Finding:
 
     @property
     def since(self) -> int:
-        """The iteration since which it holds without a gap, in the layer where it began first."""
+        """The iteration since which it has held without a gap, in the layer where it began first."""
         return min(since for _, since in self.layers.values())
 
     @property
@@ -254,7 +254,7 @@ class Finding:
 def findings(run: Run) -> list[Finding]:
     """The rules that hold in the newest records of a run, in the order of the table.
 
-    Example: experts used [0.9, 0.7, 0.6, 0.6] of layer 2, recorded at 10, 20, 30, 40: one warning since step 20.
+    Example: if layer 2 has experts used [0.9, 0.7, 0.6, 0.6] at steps 10, 20, 30, 40, there is a warning since step 20.
     """
     figures = layer_figures(run)
     found = []
@@ -274,10 +274,10 @@ def findings(run: Run) -> list[Finding]:
 
 
 def layer_figures(run: Run) -> pandas.DataFrame:
-    """``Run.layers`` with what rules need besides: recall lost, bounds broken, and what could have been used.
+    """``Run.layers`` with further figures that rules need: lost recall, broken bounds, and corrected unused shares.
 
-    Experts are unused and codewords idle only as far as the tokens could have reached them: n tokens that fall on E
-    experts at random reach ``1 - exp(-n / E)`` of them.
+    Experts count as unused, and codewords as idle, only as far as the tokens could have reached them: n tokens that are
+    spread over E experts at random reach ``1 - exp(-n / E)`` of them.
     """
     frame = run.layers.sort_values(["layer", "iteration"]).copy()
     by_layer = frame.groupby("layer", group_keys=False)
@@ -292,21 +292,22 @@ def layer_figures(run: Run) -> pandas.DataFrame:
 
 
 def _size_of(run: Run, frame: pandas.DataFrame, name: str) -> pandas.Series:
-    """A size of the layer that each row is of; NaN where its router has none."""
+    """For each row, a size of its layer; NaN if the layer's router has none."""
     return frame["layer"].map({layer: size.get(name) for layer, size in run.sizes.items()}).astype(float)
 
 
 def _within_reach(unused: pandas.Series, mean: pandas.Series) -> pandas.Series:
-    """The unused share of those that random tokens reach, so many of them for each; all are where that is unknown.
+    """The unused share of those that random tokens would reach, with ``mean`` tokens per expert or codeword.
 
-    Example: half unused where 0.7 tokens fall on each, which reach half: none.
+    If the mean is unknown, all count as reachable. Example: 0.7 tokens on each reach half, so if half are unused, the
+    result is 0.
     """
     reached = (1 - numpy.exp(-mean)).fillna(1.0)
     return 1 - (1 - unused) / reached
 
 
 def run_figures(run: Run) -> dict[str, pandas.Series]:
-    """Figures of the whole run by iteration: the share of routing, the loss above its best, and where it is missing."""
+    """Figures of the whole run by iteration: share of routing, loss above its best, and steps without a loss."""
     loss = run.steps.set_index("iteration")["loss"].replace([numpy.inf, -numpy.inf], math.nan)
     return {
         "routing_share": run.totals.set_index("iteration")["routing_share"],
@@ -316,7 +317,7 @@ def run_figures(run: Run) -> dict[str, pandas.Series]:
 
 
 def _state(rule: Rule, values: pandas.Series) -> tuple[float, int] | None:
-    """Newest value and first iteration of the unbroken tail in which the rule holds; None if it is too short."""
+    """Newest value, and first iteration of the unbroken tail in which the rule holds; None if the tail is too short."""
     values = values.dropna()
     holds = rule.holds(values).to_numpy()
     if len(holds) < RECORDS or not holds[-RECORDS:].all():

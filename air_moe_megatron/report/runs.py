@@ -1,4 +1,4 @@
-"""Reading runs: ``air_diagnostics.jsonl`` and ``air_codebook.json`` of a folder, checked, without superseded lines."""
+"""Read runs: check a folder's ``air_diagnostics.jsonl`` and ``air_codebook.json``, and drop superseded lines."""
 
 import json
 import math
@@ -14,12 +14,12 @@ import pandas
 LINES, CODEBOOK = "air_diagnostics.jsonl", "air_codebook.json"
 FORMAT = 1
 MOST_RUNS = 7
-"""Runs that colors can tell apart."""
+"""How many runs colors can tell apart."""
 
-# Fields without which a line is not one of its kind.
+# Required numbers in a line of each kind.
 _NUMBERS = {
     "run": ("format", "iteration"),
-    "step": ("iteration", "tokens"),  # without a loss where it was no number
+    "step": ("iteration", "tokens"),  # the loss is absent if it was not finite
     "validation": ("iteration", "tokens", "loss"),
     "diagnostics": ("iteration", "tokens"),
 }
@@ -49,9 +49,9 @@ class Codebook:
 
     Attributes:
         x, y: [C] first two principal components.
-        load: [C] tokens since the last snapshot.
-        recall: [C] top-k recall of sampled tokens; NaN where none was seen.
-        tokens: for each codeword [token id, count], the most frequent first; None where ids were not at hand.
+        load: [C] tokens of the measured step.
+        recall: [C] top-k recall of sampled tokens; NaN if none was seen.
+        tokens: for each codeword [token id, count], the most frequent first; None if ids were not known.
     """
 
     x: numpy.ndarray
@@ -63,18 +63,18 @@ class Codebook:
 
 @dataclass(frozen=True)
 class Run:
-    """What the files of a run say, superseded lines left out.
+    """The contents of a run's files, without superseded lines.
 
     Attributes:
         header: the newest line of kind "run".
-        steps: a row per logged step: iteration, tokens, step_seconds, loss, grad_norm, and seconds, the training time
-            so far without pauses, evaluation and saving.
+        steps: a row per logged step: iteration, tokens, step_seconds, loss, grad_norm, and seconds, which is the
+            training time so far without pauses, evaluation and saving.
         validation: iteration, tokens, loss.
         totals: a row per diagnostics line: iteration, tokens, routing_seconds, routing_share.
         layers: a row per layer and diagnostics line: iteration, tokens, layer, router, the figures, and derived ones:
             unused, unlisted, idle, drift.
         bins: layer -> name -> [records, bins] fp32, with the tokens of the records under "tokens".
-        notes: what a reader of the page should know about the files.
+        notes: remarks on the files for the reader of the page.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Run:
 
     @property
     def sizes(self) -> dict[int, dict[str, Any]]:
-        """Layer number -> what the newest header says of it."""
+        """Layer number -> its entry in the newest header."""
         return {layer["layer"]: layer for layer in self.header["layers"]}
 
     @property
@@ -111,10 +111,10 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read the runs of several folders, named by what their paths do not share.
+    """Read the runs of several folders, named by the parts in which their paths differ.
 
     Raises:
-        ValueError: if there are more than colors tell apart, a folder is given twice, or a file is damaged.
+        ValueError: if there are more than ``MOST_RUNS``, a folder is given twice, or a file is damaged.
         OSError: if a folder has no file of a run.
     """
     if len(folders) > MOST_RUNS:
@@ -145,10 +145,10 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 def read_run(folder: Path, name: str) -> Run:
     """Read a run.
 
-    A last line that a kill cut, and one that a resumed run follows, are left out with a note.
+    An incomplete line, left by a killed run, is skipped with a note if it is the last or a resumed run follows it.
 
     Raises:
-        ValueError: naming the file and the line that is not as it should be.
+        ValueError: naming the file and the invalid line.
         OSError: if there is no file.
     """
     path = folder / LINES
@@ -190,7 +190,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def _records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The checked lines of a file, and notes on cut ones."""
+    """The checked lines of a file, and notes on incomplete ones."""
     records, notes, broken = [], [], None
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
@@ -254,7 +254,7 @@ def _is_layer(layer: Any) -> bool:
 
 
 def _compact(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with its bins as arrays: lists of numbers would take eight times the memory."""
+    """The record with its bins as arrays, because lists of numbers would take eight times the memory."""
     for layer in record["layers"] if record["kind"] == "diagnostics" else []:
         for name in _BINS:
             if layer.get(name):
@@ -265,7 +265,7 @@ def _compact(record: dict[str, Any]) -> dict[str, Any]:
 def _superseded(
     records: list[dict[str, Any]],
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]], list[tuple[int, int, dict[str, tuple[Any, Any]]]]]:
-    """Lines in force by kind, headers in force, and (iteration, lines left out, changed flags) of each resume."""
+    """Valid lines by kind, valid headers, and (iteration, lines left out, changed flags) of each resume."""
     kept: dict[str, list[dict[str, Any]]] = {"step": [], "validation": [], "diagnostics": []}
     headers: list[dict[str, Any]] = []
     resumes: list[tuple[int, int, dict[str, tuple[Any, Any]]]] = []
@@ -285,7 +285,7 @@ def _superseded(
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The arguments that differ, with both values; None stands for one that is missing."""
+    """The arguments that differ, with both values; None stands for a missing argument."""
     return {name: (old.get(name), new.get(name)) for name in sorted({*old, *new}) if old.get(name) != new.get(name)}
 
 

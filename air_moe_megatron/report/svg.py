@@ -8,16 +8,16 @@ import matplotlib
 from matplotlib.figure import Figure
 
 EDGE = 0.3
-"""Width of the edge of discs with a text, in points."""
+"""Line width of the edge of discs that have a text, in points."""
 
 _SVG, _LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 
 def svg_of(figure: Figure, label: str, texts: dict[str, list[str]] | None = None) -> str:
-    """The figure as an element of an HTML page: small, with ids of its own, and texts under the pointer.
+    """Convert a figure to an element of an HTML page: small, with unique ids, and with texts under the pointer.
 
     Args:
-        label: what a screen reader says.
+        label: text for screen readers.
         texts: id of a group of discs -> the text of each of them.
     """
     buffer = io.BytesIO()
@@ -35,7 +35,7 @@ def svg_of(figure: Figure, label: str, texts: dict[str, list[str]] | None = None
                 disc.set("fill", disc.attrib.pop("style").removeprefix("fill: "))
                 ElementTree.SubElement(disc, f"{{{_SVG}}}title").text = text
     for parent in list(root.iter()):
-        for child in [child for child in parent if child.tag == f"{{{_SVG}}}style"]:  # it would hold for the whole page
+        for child in [child for child in parent if child.tag == f"{{{_SVG}}}style"]:  # it would apply to the whole page
             parent.remove(child)
     text = ElementTree.tostring(root, encoding="unicode")
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
@@ -51,7 +51,7 @@ def svg_of(figure: Figure, label: str, texts: dict[str, list[str]] | None = None
 
 
 def _flatten(parent: ElementTree.Element) -> None:
-    """Put what stands in groups without attributes, and in empty ones, directly under the parent."""
+    """Move the contents of groups without attributes directly under the parent, and drop empty groups."""
     children = []
     for child in parent:
         _flatten(child)
@@ -64,7 +64,7 @@ def _flatten(parent: ElementTree.Element) -> None:
 
 
 def _small(text: str) -> str:
-    """The same picture in fewer characters: spaces, and digits beyond a tenth of a point, go."""
+    """The same picture in fewer characters: without needless spaces and digits beyond a tenth of a point."""
     text = re.sub(r">\s+<", "><", text).replace(" />", "/>")
     text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
     text = re.sub(r' (?:d|points|x|y)="[^"]*"', _rounded, text)

@@ -1,4 +1,4 @@
-"""The tables of the page: what the runs are, their newest figures, what routing costs, and their flags."""
+"""The tables of the page: a summary of the runs, their newest figures, the cost of routing, and their flags."""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from air_moe_megatron.report.runs import Run, changes
 
 
 def number(value: Any, form: str = ".3g", scale: float = 1.0) -> str:
-    """A figure as text; a dash where it is missing."""
+    """A figure as text; a dash if it is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     return format(value * scale, form)
 
 
 def summary(run: Run) -> dict[str, str]:
-    """A run in one row: what it is and how far it came."""
+    """A run in one row: its setup and its progress."""
     sizes = list(run.sizes.values())
     steps, validation = run.steps, run.validation
     last = steps["loss"].iloc[-1] if len(steps) else None
@@ -67,7 +67,7 @@ def _duration(seconds: float) -> str:
 
 
 def notes(run: Run) -> list[str]:
-    """What a reader should know about the files of a run."""
+    """Remarks on the files of a run for the reader."""
     found = list(run.notes)
     for resume in run.resumes:
         text = f"resumed after step {resume.iteration:,} ({resume.tokens:,.0f} tokens)"
@@ -82,12 +82,12 @@ def notes(run: Run) -> list[str]:
 
 
 def flag(name: str) -> str:
-    """The flag of an argument."""
+    """The flag of an argument's name."""
     return "--" + name.replace("_", "-")
 
 
 def last_figures(run: Run) -> tuple[list[str], list[tuple[int, str, list[str]]]]:
-    """Headings, and for each layer number, router and figures of the last record."""
+    """Headings, and for each layer its number, router and figures in the last record."""
     columns = (
         ("topk_recall", "top-k recall", ".1%", 1),
         ("certified", "proven exact", ".1%", 1),
@@ -114,7 +114,7 @@ def last_figures(run: Run) -> tuple[list[str], list[tuple[int, str, list[str]]]]
 
 
 def cost_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """For each run FLOPs and time of its routers against exact ones; times are means over the newest records."""
+    """For each run, FLOPs and time of its routers against exact ones. Times are means over the newest records."""
     times = [float(run.totals["routing_seconds"].tail(RECORDS).mean()) for run in runs]
     exact_time = next((time for run, time in zip(runs, times, strict=True) if run.routers == ["topk"]), None)
     rows = []
@@ -137,7 +137,7 @@ def cost_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 def flops(run: Run) -> tuple[float | None, float | None]:
-    """FLOPs per token of all layers' routers, and of exact ones; None where a layer does not say."""
+    """FLOPs per token of all layers' routers, and of exact ones; None if a layer lacks the figure."""
     sums = []
     for name in ("router_flops_per_token", "exact_router_flops_per_token"):
         values = [layer.get(name) for layer in run.header["layers"]]
@@ -146,7 +146,7 @@ def flops(run: Run) -> tuple[float | None, float | None]:
 
 
 def settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
-    """Flag, value in each run, and whether they differ; those that differ come first."""
+    """Flags with their value in each run and whether the values differ; flags that differ come first."""
     names = sorted({name for run in runs for name in run.header["arguments"]})
     different = set().union(*(changes(runs[0].header["arguments"], run.header["arguments"]) for run in runs))
     rows = [(flag(name), [str(run.argument(name, "–")) for run in runs], name in different) for name in names]

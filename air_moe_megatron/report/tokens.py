@@ -10,7 +10,7 @@ from air_moe_megatron.report.runs import Run
 _BYTES = 257
 """Vocabulary of byte-level data with NullTokenizer: 256 bytes, and the end of a document."""
 
-# What Megatron's build_tokenizer reads besides, as its flags have it by default.
+# Further arguments that Megatron's build_tokenizer reads, with the defaults of their flags.
 _DEFAULTS = {
     "chat_template": None,
     "merge_file": None,
@@ -31,12 +31,12 @@ _DEFAULTS = {
 
 
 def texts_of(run: Run, ids: Iterable[int]) -> tuple[dict[int, str], str | None]:
-    """Texts of token ids, and a note where they stay ids.
+    """Texts of token ids, and a note if they cannot be decoded.
 
     Loads Megatron for tokenizers other than NullTokenizer. Code from a model's folder is never run.
 
     Args:
-        ids: of the run's tokenizer.
+        ids: ids of the run's tokenizer.
     Returns:
         id -> text; a note that says why ids could not be decoded, or None.
 
@@ -54,7 +54,7 @@ def texts_of(run: Run, ids: Iterable[int]) -> tuple[dict[int, str], str | None]:
     try:
         built = _build(run, tokenizer)
         return {number: visible(built.detokenize([number])) for number in ids}, None
-    except Exception as error:  # whatever a tokenizer's library raises: the page does without texts, and says so
+    except Exception as error:  # libraries raise errors of any kind; the page then has a note instead of texts
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return _plain(ids), f"the run's {kind} could not be built here, so tokens are shown as ids ({reason})"
 
@@ -84,7 +84,7 @@ def _byte(number: int) -> str:
 
 
 def visible(text: str) -> str:
-    """A token's text with what cannot be seen made visible.
+    """A token's text with invisible characters made visible.
 
     Example: " the" is "␣the"; a line feed is "\\\\n".
     """

@@ -1,1 +1,1 @@
-"""A run, from its command line to Megatron's loop; ``training.py`` calls the rest in order."""
+"""A training run, from its command line to Megatron's loop. ``training.py`` calls the other modules in order."""

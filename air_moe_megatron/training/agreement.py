@@ -1,4 +1,4 @@
-"""Agreement of the ranks before there are process groups: all report, rank 0 judges, all get the verdict."""
+"""Agreement of the ranks before process groups exist: all ranks report, rank 0 judges, all get the verdict."""
 
 import argparse
 import enum
@@ -16,7 +16,7 @@ import torch
 from megatron.core.package_info import __version__ as megatron_core_version
 
 _PER_RANK = ("rank", "local_rank", "load", "save", "pretrained_checkpoint", "ict_load", "bert_load", "tokenizer_model")
-"""Arguments that may differ between ranks: their numbers, and paths whose names do not end like paths."""
+"""Arguments that may differ between ranks: rank numbers, and paths that ``_PATH_ENDINGS`` does not match."""
 
 _PATH_ENDINGS = ("_path", "_paths", "_dir", "_file", "_filename")
 """Endings of arguments that name files, which may differ from node to node."""
@@ -24,7 +24,7 @@ _PATH_ENDINGS = ("_path", "_paths", "_dir", "_file", "_filename")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a start, which meet in the store of their rendezvous.
+    """The ranks that start together and communicate through the store of their rendezvous.
 
     Keep it for the whole run: rank 0 may host the store, and Megatron's process groups then use the same server.
     """
@@ -37,13 +37,13 @@ class Ranks:
         """Have rank 0 judge what all ranks report.
 
         Args:
-            topic: a name that is used once per start.
-            report: what this rank says, for JSON.
-            judge: called on rank 0 with the reports in the order of the ranks; its result is for JSON too.
+            topic: key in the store; each is used once per start.
+            report: what this rank has found, serializable as JSON.
+            judge: called on rank 0 with the reports in rank order; its result must be serializable as JSON too.
         Returns:
             the judge's result, on every rank.
         Raises:
-            ValueError: on every rank, with the message of what the judge raised.
+            ValueError: on every other rank, if the judge raises; rank 0 re-raises the judge's own error.
         """
         if self.world_size == 1:
             return judge([report])
@@ -67,13 +67,13 @@ class Ranks:
         return result
 
     def check(self, topic: str, check: Callable[[], None]) -> None:
-        """Run a check on every rank, whose files and memory may differ. An error on one rank ends all of them.
+        """Run a check on every rank, because files and memory may differ. An error on one rank ends all of them.
 
         Args:
-            topic: a name that is used once per start.
-            check: raises a ValueError or an OSError where something is wrong.
+            topic: key in the store; each is used once per start.
+            check: raises a ValueError or an OSError if something is wrong.
         Raises:
-            ValueError: on every rank, with the message of the first rank that found something.
+            ValueError: on every rank, with the message of the first rank whose check failed.
         """
         try:
             check()
@@ -84,7 +84,7 @@ class Ranks:
 
 
 def meet(args: argparse.Namespace) -> Ranks:
-    """Join the rendezvous of this start; with fake process groups, there is one rank."""
+    """Join the rendezvous of this start. With fake process groups there is only one rank."""
     if args.world_size == 1 or args.fake_process_group:
         return Ranks(args.rank, 1, None)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
@@ -95,8 +95,8 @@ def meet(args: argparse.Namespace) -> Ranks:
 def check_agreement(args: argparse.Namespace, ranks: Ranks) -> None:
     """Refuse a start in which ranks have different flags or software: it would hang, or train different models.
 
-    Called before Megatron makes process groups, whose sizes come from flags too. Every argument is compared, given or
-    default, except paths and names of files, which may differ from node to node; and all of :func:`software`.
+    Call it before Megatron makes process groups, because their sizes come from flags too. It compares all of
+    :func:`software` and every argument, given or default. Paths and file names may differ between nodes.
 
     Raises:
         ValueError: on every rank, naming what differs, with the values and ranks.
@@ -106,7 +106,7 @@ def check_agreement(args: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def software() -> dict[str, str]:
-    """Versions that all ranks must share, and a hash of our sources: checkouts of one version may differ."""
+    """Return the versions that all ranks must share, and a hash of our sources: checkouts of one version may differ."""
     found = {"version of Python": platform.python_version(), "version of megatron.core": megatron_core_version}
     for name in ("torch", "triton", "transformer_engine"):
         try:
@@ -130,7 +130,7 @@ def _raise_first(found: list[str | None]) -> None:
 def _must_agree(name: str, value: Any) -> bool:
     if name in _PER_RANK or name.endswith(_PATH_ENDINGS):
         return False
-    # Other values hold addresses, which differ in every process.
+    # The repr of any other value may hold an address, which differs in every process.
     return isinstance(value, (bool, int, float, str, list, tuple, enum.Enum, torch.dtype, type(None)))
 
 

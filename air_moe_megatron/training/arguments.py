@@ -32,8 +32,8 @@ RECOMMENDED = {
     "moe_router_dtype": "fp32",
     "moe_aux_loss_coeff": 0.01,
 }
-"""What ``--air-moe`` gives where the command line gives nothing else; :func:`transformer_config_from_args` adds
-:func:`recommended_scale`. Megatron's own default is the loss ``aux_loss``."""
+"""Defaults that ``--air-moe`` sets; flags on the command line override them. :func:`transformer_config_from_args` adds
+:func:`recommended_scale`. The balancing loss ``aux_loss`` is Megatron's own default."""
 
 
 def recommended_scale(topk: int) -> float:
@@ -44,8 +44,8 @@ def recommended_scale(topk: int) -> float:
 def add_air_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of AIR-MoE to Megatron's parser and return it, as an ``extra_args_provider`` must.
 
-    A checkout with ``patches/`` applied has them already, from its own config. Where Megatron has
-    ``--moe-num-hash-layers`` of its own, ours gives way.
+    A checkout with ``patches/`` applied already has them, from its own config. If Megatron has its own
+    ``--moe-num-hash-layers``, ours is left out.
     """
     if not megatron_has_our_fields():
         given = ["moe_num_hash_layers"] if megatron_has_hash_layers() else []
@@ -56,12 +56,12 @@ def add_air_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 
 
 def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
-    """Make the transformer config: with our fields, or Megatron's own where the arguments ask for nothing of ours.
+    """Make the transformer config: with our fields, or Megatron's own if the arguments use no feature of ours.
 
     Args:
-        args: Megatron's parsed and validated arguments. For hash routers a ``moe_hash_vocab_size`` of 0 becomes the
-            size of the embedding. With ``--air-moe`` a ``moe_router_topk_scaling_factor`` that is not given becomes
-            half of the top-k.
+        args: Megatron's parsed and validated arguments, modified in place. With hash routers a ``moe_hash_vocab_size``
+            of 0 becomes the size of the embedding. With ``--air-moe`` a ``moe_router_topk_scaling_factor`` that is not
+            given becomes :func:`recommended_scale`.
     Raises:
         ValueError: naming the field, value and rule that the arguments break.
     """
@@ -80,11 +80,11 @@ def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
 
 
 def unfit_fields(args: argparse.Namespace, config: TransformerConfig) -> Problems[None]:
-    """What :func:`transformer_config_from_args` would refuse beside Megatron, all of it.
+    """Yield all our errors in :func:`transformer_config_from_args`; Megatron's own are left out.
 
     Args:
-        args: as there; a ``moe_hash_vocab_size`` of 0 is set as there.
-        config: Megatron's own of these arguments; gets our fields.
+        args: as for that function, which also replaces a ``moe_hash_vocab_size`` of 0 in this way.
+        config: Megatron's own config of these arguments; our fields are set on it.
     """
     yield from unused(args)
     if is_plain_topk(args):
@@ -99,7 +99,7 @@ def unfit_fields(args: argparse.Namespace, config: TransformerConfig) -> Problem
 
 
 def _hash_vocab_size(args: argparse.Namespace) -> int:
-    """Number of token ids of the hash router's table: as given, or that of the embedding."""
+    """Number of token ids in the hash router's table: as given, or the size of the embedding."""
     given, needed = args.moe_hash_vocab_size, padded_vocab_size(args)
     if given and given < needed:
         raise ValueError(
@@ -110,7 +110,7 @@ def _hash_vocab_size(args: argparse.Namespace) -> int:
 
 
 def padded_vocab_size(args: argparse.Namespace) -> int:
-    """Size of the model's embedding; 0 where the arguments do not tell."""
+    """Number of token ids in the model's embedding; 0 if the arguments do not determine it."""
     if args.padded_vocab_size is not None or args.vocab_size is None:
         return args.padded_vocab_size or 0
     sizes = (args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)
@@ -128,7 +128,7 @@ def is_packed(args: argparse.Namespace) -> bool:
 
 
 def moe_layers(args: argparse.Namespace) -> list[bool]:
-    """Whether each layer has experts, by ``--moe-layer-freq`` or the hybrid pattern."""
+    """Say for each layer whether it has experts, by ``--moe-layer-freq`` or the hybrid pattern."""
     if getattr(args, "num_experts", None) is None:
         return [False] * args.num_layers
     if args.hybrid_layer_pattern is not None:
@@ -140,5 +140,5 @@ def moe_layers(args: argparse.Namespace) -> list[bool]:
 
 
 def bare_pattern(pattern: str) -> str:
-    """The layers of a hybrid pattern, without those of multi-token prediction and without pipeline stages."""
+    """The decoder layers of a hybrid pattern, without multi-token prediction and marks of pipeline stages."""
     return pattern.split("/")[0].replace("|", "")

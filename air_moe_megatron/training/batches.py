@@ -36,7 +36,7 @@ SPIKY_LOSS_FACTOR = 10
 """A loss is reported as spiky when it exceeds this multiple of the largest loss seen so far."""
 
 METADATA_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
-"""What a pipeline stage without embedding, loss or MTP layers needs of a packed batch."""
+"""Keys of a packed batch that a pipeline stage without embedding, loss or MTP layers needs."""
 
 BATCH_KEYS = METADATA_KEYS + (
     "attention_mask",
@@ -128,7 +128,7 @@ def packed_sequence_params(batch: dict[str, Any], total_tokens_known: bool) -> P
         batch: as ``get_batch`` returns it.
         total_tokens_known: also give the number of tokens, which the state-space layers of hybrid models read.
     Returns:
-        The parameters, or None where the batch is not packed.
+        The parameters, or None if the batch is not packed.
     """
     if batch["cu_seqlens"] is None:
         return None
@@ -175,7 +175,7 @@ def loss_func(
 
 
 def validate_loss(loss: torch.Tensor) -> None:
-    """Have the rerun state machine look at the loss of this rank, as far as the flags ask for it."""
+    """Have the rerun state machine validate this rank's loss by the checks that the flags turn on."""
     args, rerun = get_args(), get_rerun_state_machine()
     checks = []
     if args.check_for_nan_in_loss_and_grad:
@@ -197,10 +197,10 @@ def forward_step(
     Args:
         data_iterator: see ``get_batch``.
         model: one pipeline stage of the model, wrapped or not.
-        return_schedule_plan: give the plan of the forward pass in place of its result, for
+        return_schedule_plan: return the schedule plan of the forward pass instead of its result, for
             ``--overlap-moe-expert-parallel-comm``.
     Returns:
-        (the stage's output or the plan, the function that makes the loss of the output).
+        (the stage's output or the plan, the function that computes the loss from the output).
     """
     args, timers = get_args(), get_timers()
     timers("batch-generator", log_level=2).start()
@@ -223,7 +223,7 @@ def forward_step(
 
 
 def dataset_config_from_args(args: argparse.Namespace) -> GPTDatasetConfig:
-    """Build the data set configuration, with ``--fim-data`` that of fill-in-the-middle data."""
+    """Build the data set configuration; with ``--fim-data`` the one for fill-in-the-middle data."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     sequences_per_dataset = None
     if args.per_dataset_sequences_path is not None:
@@ -305,7 +305,7 @@ def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:
     Args:
         pp_ranks: global ranks of one pipeline, first stage first.
     Returns:
-        Sorted global ranks: the first stage, the last one where the output shares the weights, the stages with MTP.
+        Sorted global ranks: the first stage, the last one if the output layer shares the weights, stages with MTP.
     """
     if len(pp_ranks) == 1:
         return list(pp_ranks)

@@ -1,6 +1,6 @@
-"""Output of a run: one line for a refused start, and with ``--log-file`` little on the screen.
+"""Output of a run: a refused start prints one line, and with ``--log-file`` little reaches the screen.
 
-Imports nothing heavy, because it works before torch and Megatron are imported.
+This module imports nothing heavy, because it is used before torch and Megatron are imported.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 PROGRAM = "air_moe_megatron.pretrain"
-"""The command that errors name where another program calls this package."""
+"""The command that errors name if another program calls this package."""
 TRACEBACK_VARIABLE = "AIR_MOE_TRACEBACK"
 """Environment variable. If it is set, a refused start shows its traceback on every rank."""
 
@@ -28,15 +28,15 @@ NO_GPU = "no CUDA GPU is visible; give --cpu to run on CPU with gloo"
 _PACKAGE = Path(__file__).parents[1]
 
 _PATIENCE = 10.0
-"""Seconds that rank 0 gets to say why the start is refused, before another rank does. A launcher such as torchrun ends
-the others as soon as one has ended."""
+"""Seconds that other ranks give rank 0 to say why the start is refused, before they do so. A launcher such as torchrun
+ends all ranks as soon as one has exited."""
 
 _PRINTERS = ("megatron.training", "megatron.training.training")
 """Modules whose ``print_rank_last`` prints losses (Megatron's loop) and health (ours)."""
 
 
 def refuse(message: str) -> NoReturn:
-    """End the program with one line of error, from rank 0; from another rank only if rank 0 stays silent.
+    """Print an error in one line and exit. Other ranks wait first, so that normally only rank 0 prints.
 
     Raises:
         SystemExit: with code 2, on every rank.
@@ -51,7 +51,7 @@ def refuse(message: str) -> NoReturn:
 
 
 def _program() -> str:
-    """The command that was started, named as after ``python -m``."""
+    """The command that was started, as it is named after ``python -m``."""
     name = sys.argv[0].removesuffix(".py").removesuffix("__main__").rstrip("./").replace("/", ".").rpartition(".")[2]
     is_ours = (_PACKAGE / f"{name}.py").is_file() or (_PACKAGE / name / "__main__.py").is_file()
     return f"{_PACKAGE.name}.{name}" if is_ours else PROGRAM
@@ -59,10 +59,10 @@ def _program() -> str:
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """Within this context, the errors of checks end the program with one line; for the time before a run starts.
+    """Within this context a failed check ends the program with one line. It is used before a run starts.
 
-    These are ValueError, OSError, and AssertionError with a message, as Megatron raises it. Other errors keep their
-    traceback. With the environment variable AIR_MOE_TRACEBACK these do too.
+    A failed check raises ValueError, OSError or, in Megatron, AssertionError, with a message. Other errors keep their
+    traceback; if the environment variable AIR_MOE_TRACEBACK is set, these do too.
     """
     try:
         yield
@@ -73,7 +73,7 @@ def refusals() -> Iterator[None]:
 
 
 def log_file_of(arguments: Sequence[str]) -> str | None:
-    """The value of ``--log-file``, needed before Megatron is imported: it prints while it is imported."""
+    """The value of ``--log-file``. It is needed before Megatron is imported, because the import prints."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--log-file", nargs="?")
     return parser.parse_known_args(arguments)[0].log_file
@@ -82,16 +82,17 @@ def log_file_of(arguments: Sequence[str]) -> str | None:
 def write_log_file(path: str) -> TextIO:
     """Append the output of this process to a file, and leave warnings, errors and our own lines on the screen.
 
-    Standard output, also of C libraries, goes to the file alone. Standard error stays on the screen; the file gets a
-    copy of what Python writes there, such as tracebacks. The file gets all records of the ``logging`` module, the
-    screen gets warnings and, from rank 0, ours. Python's warnings go to the file. Several ranks may append to one file.
+    Standard output, that of C libraries included, goes to the file only. Standard error stays on the screen; the file
+    gets a copy of what Python writes there, such as tracebacks. The file gets all records of the ``logging`` module;
+    the screen gets warnings and, from rank 0, our records. Python's warnings go to the file. Several ranks may append
+    to one file.
 
     Args:
-        path: the file; its folder is made where missing.
+        path: the file; its folder is created if missing.
     Returns:
-        The screen, which standard output was until now.
+        A stream to the screen, which was standard output before.
     Raises:
-        OSError: where the file cannot be written.
+        OSError: if the file cannot be written.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     file = open(path, "a", buffering=1)  # open as long as the process lives
@@ -102,7 +103,7 @@ def write_log_file(path: str) -> TextIO:
 
     to_screen, to_file = logging.StreamHandler(sys.stderr), logging.StreamHandler(file)
     to_screen.addFilter(_belongs_on_screen)
-    # Megatron sets up the root logger like this, and does not where it has handlers already.
+    # Megatron would configure the root logger in the same way, but does nothing if it already has handlers.
     logging.basicConfig(level=logging.INFO, handlers=[to_screen, to_file])
     logging.captureWarnings(True)
     sys.stderr = _Tee(sys.stderr, file)
@@ -111,9 +112,10 @@ def write_log_file(path: str) -> TextIO:
 
 @contextlib.contextmanager
 def losses_on(screen: TextIO) -> Iterator[None]:
-    """Within this context, losses and health go to the screen too. The last rank prints them.
+    """Within this context, losses and routing health go to the screen too. The last rank prints them.
 
-    Adapts one function of Megatron, ``print_rank_last``, under the two names by which it is called, until the end.
+    It replaces one function of Megatron, ``print_rank_last``, in the two modules that call it, and restores it at the
+    end.
 
     Args:
         screen: as :func:`write_log_file` returns it.

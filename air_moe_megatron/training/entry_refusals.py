@@ -1,6 +1,6 @@
 """Flags that ``air_moe_megatron.pretrain`` refuses, in two tables; docs/limits.md is generated from the first.
 
-Refusals that a config alone can decide stand in ``config/refusals.py``.
+Refusals that follow from a config alone are in ``config/refusals.py``.
 """
 
 import argparse
@@ -23,20 +23,20 @@ from air_moe_megatron.training.arguments import is_packed, moe_layers, value_of
 
 @dataclass(frozen=True)
 class FlagRefusal:
-    """A flag that this entry would accept and not honor, where it is given; without a cause it is always refused."""
+    """A flag that this entry would accept but not honor. It is refused if it is given and the cause applies."""
 
     flag: str
     reason: str
     cause: str = ""
-    """As errors and docs/limits.md name it. {router} stands for the flag that asks for a layer of ours, {packed} for
-    the flag that packs documents, {hash} for the one that asks for a hash router."""
+    """Name in errors and docs/limits.md; empty if the flag is always refused. {router} stands for the flag that selects
+    a layer of ours, {packed} for the flag that packs documents, {hash} for the one that selects a hash router."""
     applies: Callable[[argparse.Namespace], bool] = lambda args: True
-    """Whether the cause is there."""
+    """Whether the cause applies to the arguments."""
 
 
 @dataclass(frozen=True)
 class FlagRule:
-    """A value of a flag that would end a run in an error which does not name it."""
+    """A rule for the value of a flag. A value that breaks it would end the run later in an unclear error."""
 
     flag: str
     when: Callable[[argparse.Namespace], bool]
@@ -54,7 +54,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def refused_flags(args: argparse.Namespace) -> Problems[None]:
-    """The rows of both tables that apply: a ValueError each, with the flag, its value and the reason or the rule."""
+    """Yield a ValueError for each row of both tables that applies, with the flag, its value and the reason or rule."""
     for row in FLAG_REFUSALS:
         value = value_of(args, row.flag)
         if value is not None and value is not False and row.applies(args):
@@ -81,7 +81,7 @@ def _packing_flag(args: argparse.Namespace) -> str:
 
 
 def _shown(args: argparse.Namespace, flag: str) -> str:
-    """The flag with its value, where it takes one."""
+    """The flag, with its value if it takes one."""
     value = value_of(args, flag)
     if value is True:
         return flag
@@ -161,7 +161,7 @@ FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
         "--overlap-moe-expert-parallel-comm", "its schedule plan drops the document boundaries", "{packed}", is_packed
     ),
 )  # fmt: skip
-"""Checked from the top; the first row that applies is the error of a start."""
+"""Checked in this order. A start raises the error of the first row that applies."""
 
 FLAG_RULES: tuple[FlagRule, ...] = (
     FlagRule(

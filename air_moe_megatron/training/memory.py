@@ -1,4 +1,4 @@
-"""Compare the memory that experts and routers need with that of a rank, before anything is allocated."""
+"""Compare the memory that experts and routers need with what a rank has, before anything is allocated."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from air_moe_megatron.training.arguments import moe_layers
 
 _GIB = 2**30
 
-_KEY_BYTES = 8  # of an expert in a rebuild of AIR's lists; lists and pools, of other sizes, come on top
+_KEY_BYTES = 8  # per expert during a rebuild of AIR's lists; lists and pools come on top
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -25,7 +25,7 @@ def check_memory(args: argparse.Namespace) -> None:
     with its own experts is not checked. Does not communicate.
 
     Raises:
-        ValueError: naming sizes, bytes needed and bytes there are.
+        ValueError: naming the sizes, the memory needed and the memory available.
     """
     if is_plain_topk(args):
         return
@@ -42,10 +42,10 @@ def check_memory(args: argparse.Namespace) -> None:
 
 
 def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
-    """Bytes that the rank with the most MoE layers needs at least, by purpose.
+    """Lower bounds on the bytes that the rank with the most MoE layers needs, by purpose.
 
-    Example: 2 layers of 16 experts with 3 * 8 rows of 32, fp32, on one rank, are 2 * 16 * 768 parameters; with gradient
-    and Adam's two moments of 4 bytes each 393,216 bytes.
+    Example: 2 layers of 16 experts with 3 * 8 rows of 32 on one rank have 2 * 16 * 768 parameters. In fp32, with
+    gradient and Adam's two moments, each takes 16 bytes: 393,216 in all.
     """
     experts, hidden = args.num_experts, args.hidden_size
     projections = 3 if args.swiglu or args.quick_geglu else 2
@@ -54,7 +54,7 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
     )
     router_size = hidden * ROUTERS[args.moe_router_type].vectors_per_expert
     layers = -(-sum(moe_layers(args)) // args.pipeline_model_parallel_size)
-    scored_layers = max(0, layers - num_hash_layers(args))  # the rank may be that of all hash layers
+    scored_layers = max(0, layers - num_hash_layers(args))  # this rank may hold all hash layers
     expert_size = projections * (args.moe_ffn_hidden_size or args.ffn_hidden_size) * (args.moe_latent_size or hidden)
     expert_replicas = args.world_size // (expert_shards * args.pipeline_model_parallel_size)
     router_shards, router_replicas = 1, args.data_parallel_size * args.context_parallel_size
@@ -80,9 +80,9 @@ def _bytes_per_parameter(args: argparse.Namespace, replicas: int) -> int:
 
 
 def parameter_bytes(args: argparse.Namespace, replicas: int) -> dict[str, int]:
-    """Bytes of weight, gradient and optimizer state of a parameter: the least that the flags allow.
+    """Bytes per parameter of weight, gradient and optimizer state: the least that the flags allow.
 
-    Example: fp32 and Adam are 4, 4 and 8 bytes.
+    Example: fp32 with Adam takes 4, 4 and 8 bytes.
     """
     weight = args.params_dtype.itemsize
     if args.skip_train:
@@ -90,14 +90,14 @@ def parameter_bytes(args: argparse.Namespace, replicas: int) -> dict[str, int]:
     gradient = 4 if args.accumulate_allreduce_grads_in_fp32 else weight
     state = 0
     if args.optimizer == "adam" and not args.use_precision_aware_optimizer:
-        state = 8 if weight == 4 else 12  # two moments, and the fp32 weight beside one of 16 bits
+        state = 8 if weight == 4 else 12  # two moments; 16-bit weights also have an fp32 copy
         if args.use_distributed_optimizer:
             state //= replicas
     return {"weights": weight, "gradients": gradient, "optimizer state": state}
 
 
 def _available_bytes(args: argparse.Namespace) -> tuple[int, str]:
-    """Memory of a rank's device, and the device in words; ranks on CPU share the host's memory."""
+    """Bytes of memory that a rank has, and where, in words. Ranks on CPU share the host's memory equally."""
     if not args.cpu:
         device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         return torch.cuda.get_device_properties(device).total_memory, f"on GPU {device}"

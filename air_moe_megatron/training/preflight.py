@@ -20,21 +20,23 @@ from air_moe_megatron.config import Problems, problem_of, raise_first
 from air_moe_megatron.training.arguments import padded_vocab_size, value_of
 
 _HEADER = struct.Struct("<QBQQ")
-"""After the magic bytes: version, code of the token type, numbers of sequences and of document boundaries."""
+"""Header after the magic bytes: version, code of the token dtype, numbers of sequences and of document boundaries."""
 
 _LENGTH = struct.Struct("<i")
-"""Tokens of a sequence; the index lists one per sequence after its header."""
+"""Length of a sequence in tokens. The index lists one per sequence after its header."""
 
 _POINTER = struct.Struct("<q")
-"""First byte of a sequence in the .bin file; one per sequence after the lengths. Document boundaries have its size."""
+"""Byte offset of a sequence in the .bin file. The index lists one per sequence after the lengths, and then the document
+boundaries, which have the same size."""
 
 _SPLITS = ("train", "valid", "test")
 
 _SCANNED_BLOCKS, _BLOCK_BYTES = 64, 2**20
-"""Blocks of all data sets together that are searched for ids beyond the vocabulary, at least one of each."""
+"""How many blocks are searched for ids beyond the vocabulary, over all data sets, but at least one of each; their size
+in bytes."""
 
 _PAD_ID = -1
-"""Megatron's id of padding where the tokenizer has none; it is replaced before the embedding sees it."""
+"""Megatron's padding id if the tokenizer has none. It is replaced before the embedding sees it."""
 
 _PAIR_RULE = "a Megatron indexed data set is a pair x.bin, x.idx, named without its ending"
 
@@ -46,23 +48,23 @@ class _Blend:
     name: str  # the flag that lists them
     prefixes: list[str]
     is_weighted: bool
-    shares: dict[str, tuple[float, float]]  # by split: where it begins and ends, as fractions of the sequences
+    shares: dict[str, tuple[float, float]]  # split -> where it begins and ends, as fractions of the sequences
 
 
 @dataclass(frozen=True)
 class IndexedTokens:
-    """What the index of a data set says, and its tokens on disk."""
+    """Sequence lengths and tokens of an indexed data set, mapped from disk."""
 
     prefix: str
     lengths: numpy.ndarray  # tokens of each sequence
-    tokens: numpy.ndarray  # memory map of all of them
+    tokens: numpy.ndarray  # memory map of all tokens
 
 
 def check_data(args: argparse.Namespace) -> None:
     """Refuse a command line whose data sets cannot be read, or cannot be trained on.
 
-    Reads the lengths in each index and at most 64 MiB of the tokens, or 1 MiB of each data set. Leaves paths in object
-    storage to Megatron. Does not communicate.
+    Reads the lengths in each index and at most 64 MiB of tokens; if there are more than 64 data sets, 1 MiB of each.
+    Paths in object storage are left to Megatron. Does not communicate.
 
     Raises:
         ValueError: the first of :func:`unfit_data`.
@@ -71,9 +73,9 @@ def check_data(args: argparse.Namespace) -> None:
 
 
 def unfit_data(args: argparse.Namespace) -> Problems[None]:
-    """What is wrong with the data sets: a ValueError each, with the flag, the path and the rule that it breaks.
+    """Yield an error for each problem of the data sets, with the flag, the path and the broken rule.
 
-    Each data set is read up to its first damage.
+    A data set is read up to its first damage.
     """
     single = [flag for flag in ("--data-path", "--data-args-path") if value_of(args, flag)]
     per_split_flags = [f"--{split}-data-path" for split in _SPLITS] + ["--per-split-data-args-path"]
@@ -109,7 +111,7 @@ def unfit_data(args: argparse.Namespace) -> Problems[None]:
 
 
 def _unfit_dataset(args: argparse.Namespace, blend: _Blend, prefix: str, num_blocks: int) -> Problems[None]:
-    """What is wrong with one data set of a blend: damage, splits without tokens, ids beyond the vocabulary."""
+    """Yield the problems of one data set of a blend: damage, splits without tokens, ids beyond the vocabulary."""
     name = f"{blend.name} entry '{prefix}'"
     if args.sft:
         yield from problem_of(_check_file, prefix, name, "with --sft it is a JSON Lines file")
@@ -124,7 +126,7 @@ def _unfit_dataset(args: argparse.Namespace, blend: _Blend, prefix: str, num_blo
 
 
 def _blends(args: argparse.Namespace, flags: list[str]) -> list[_Blend]:
-    """The data sets that ``flags``, or the files that they name, list."""
+    """The data sets that ``flags`` list, directly or in the files that they name."""
     for flag in ("--data-args-path", "--per-split-data-args-path"):
         path = value_of(args, flag)
         if path is not None and not is_object_storage_path(path):
@@ -134,7 +136,7 @@ def _blends(args: argparse.Namespace, flags: list[str]) -> list[_Blend]:
 
     try:
         blend, blend_per_split = get_blend_and_blend_per_split(args)
-    except AssertionError as error:  # Megatron's parser, of a list that has weights for some prefixes only
+    except AssertionError as error:  # by Megatron's parser, if only some prefixes have weights
         raise ValueError(f"{', '.join(flags)}: give every prefix a weight before it, or none of them") from error
     if blend_per_split is None:
         flag = "--data-path" if args.data_args_path is None else f"--data-args-path '{args.data_args_path}'"
@@ -151,10 +153,10 @@ def _blends(args: argparse.Namespace, flags: list[str]) -> list[_Blend]:
 
 
 def split_shares(split: str | None) -> dict[str, tuple[float, float]]:
-    """Where Megatron lets each split with a share begin and end, as fractions of the sequences.
+    """Where each split that has a share begins and ends in Megatron, as fractions of the sequences.
 
     Raises:
-        ValueError: for a ``--split`` that is no list of up to three numbers.
+        ValueError: if ``--split`` is not one to three numbers, or all of them are 0.
     """
     numbers = [float(number) for number in re.findall(r"[.0-9]+", split or "")]
     if not 1 <= len(numbers) <= len(_SPLITS) or sum(numbers) == 0:
@@ -193,8 +195,8 @@ def read_indexed_dataset(prefix: str, name: str) -> IndexedTokens:
     """Read the index of a data set and map its tokens, after checking that both files are whole.
 
     Args:
-        prefix: of the pair .bin, .idx.
-        name: of the data set in errors.
+        prefix: path of the pair, without .bin and .idx.
+        name: name of the data set in errors.
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
@@ -241,7 +243,7 @@ def read_indexed_dataset(prefix: str, name: str) -> IndexedTokens:
 
 
 def _missing_splits(args: argparse.Namespace, given: set[str]) -> Problems[None]:
-    """Splits that are missing. Without training data Megatron ends silently, without validation data in a TypeError."""
+    """Yield missing splits. Megatron would end silently without training data, by TypeError without validation data."""
     how = f"--split {args.split}" if args.split is not None else "no flag"
     trains = not args.skip_train and (args.train_iters or args.train_samples)
     if trains and "train" not in given:
@@ -266,7 +268,7 @@ def _drawn_splits(args: argparse.Namespace) -> set[str]:
 
 
 def _check_drawn(args: argparse.Namespace, blend: _Blend) -> None:
-    """Refuse splits of a blend from which no sample is drawn; Megatron makes them of a single data set only."""
+    """Refuse splits of a blend from which no sample is drawn. Megatron makes such splits of single data sets only."""
     unread = [split for split in blend.shares if split not in _drawn_splits(args)]
     if unread and (len(blend.prefixes) > 1 or blend.is_weighted):
         raise ValueError(
@@ -278,8 +280,8 @@ def _check_drawn(args: argparse.Namespace, blend: _Blend) -> None:
 def _check_splits(args: argparse.Namespace, blend: _Blend, dataset: IndexedTokens, name: str) -> None:
     """Refuse splits of a data set from which Megatron can draw no sample.
 
-    It splits by sequences, which are the documents of most data sets. It repeats a split that holds too few samples;
-    one without tokens it repeats for ever.
+    Megatron splits by sequences, which are documents in most data sets. It repeats a split that holds too few samples;
+    a split without tokens would be repeated forever.
     """
     num_sequences = len(dataset.lengths)
     drawn = _drawn_splits(args)
@@ -299,7 +301,7 @@ def _check_splits(args: argparse.Namespace, blend: _Blend, dataset: IndexedToken
 
 
 def check_token_ids(dataset: IndexedTokens, name: str, vocab_size: int, num_blocks: int) -> None:
-    """Refuse ids that the embedding does not have, where blocks spread over the file show some."""
+    """Refuse token ids that the embedding does not have. Only blocks spread over the file are searched."""
     tokens = dataset.tokens
     has_room = tokens.dtype.kind not in "iu" or numpy.iinfo(tokens.dtype).max >= vocab_size
     if vocab_size == 0 or not has_room:

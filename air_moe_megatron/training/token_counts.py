@@ -1,4 +1,4 @@
-"""How frequent the token ids are: what ``--moe-hash-balance frequency`` balances the tables of hash routers by."""
+"""Count token ids. ``--moe-hash-balance frequency`` balances the tables of hash routers by these counts."""
 
 import argparse
 
@@ -13,14 +13,14 @@ from air_moe_megatron.training.checkpoints.reader import locate
 from air_moe_megatron.training.preflight import read_indexed_dataset, split_shares
 
 COUNTED_TOKENS = 2**24
-"""Tokens that are counted, the first ones of each training data set."""
+"""How many tokens are counted: the first ones of each training data set."""
 
 
 def agreed_counts(args: argparse.Namespace, ranks: Ranks) -> list[float] | None:
-    """Count the token ids on rank 0, and give the counts to all ranks; None where no table needs them.
+    """Count the token ids on rank 0, and return the counts on all ranks; None if no table needs them.
 
     Raises:
-        ValueError: on every rank, as :func:`count_token_ids`.
+        ValueError: on every rank, if :func:`count_token_ids` raises.
     """
     if not _balances_by_frequency(args):
         return None
@@ -28,10 +28,10 @@ def agreed_counts(args: argparse.Namespace, ranks: Ranks) -> list[float] | None:
 
 
 def counts_of(args: argparse.Namespace) -> list[float] | None:
-    """The counts that a start needs; None with a checkpoint, which brings its tables.
+    """Return the counts that a start needs; None if no table needs them or a checkpoint brings its tables.
 
     Raises:
-        ValueError: as :func:`count_token_ids`.
+        ValueError: if :func:`count_token_ids` raises.
     """
     has_tables = locate(args) is not None and not args.moe_use_upcycling
     if has_tables or not _balances_by_frequency(args):
@@ -44,17 +44,17 @@ def _balances_by_frequency(args: argparse.Namespace) -> bool:
 
 
 def count_token_ids(args: argparse.Namespace) -> torch.Tensor:
-    """Count the token ids: those of ``--moe-hash-counts``, or in the training data.
+    """Count the token ids of the training data, or read the counts from ``--moe-hash-counts``.
 
-    Of several data sets each has the part that Megatron blends it with: its weight, or its size. Reads at most 2^24
+    Several data sets count in the proportions in which Megatron blends them: by weight, or by size. Reads at most 2^24
     tokens of each. Does not communicate.
 
     Args:
         args: Megatron's validated arguments; ``moe_hash_vocab_size`` is set.
     Returns:
-        [ids] fp64 tokens of each id, for at most ``moe_hash_vocab_size`` ids.
+        [ids] fp64, number of tokens of each id, for at most ``moe_hash_vocab_size`` ids.
     Raises:
-        ValueError: naming the flag, for a file that is no list of counts, or training data that cannot be counted.
+        ValueError: naming the flag, if the file is not a list of counts or the training data cannot be counted.
     """
     if args.moe_hash_counts is not None:
         return _read_counts(args.moe_hash_counts, args.moe_hash_vocab_size)
@@ -82,7 +82,7 @@ def count_token_ids(args: argparse.Namespace) -> torch.Tensor:
 
 
 def _training_sets(args: argparse.Namespace) -> tuple[list[str], list[float] | None, tuple[float, float]]:
-    """Prefixes of the training data, their weights, and where its share of their sequences begins and ends."""
+    """Prefixes of the training data, their weights, and where the training split begins and ends, as fractions."""
     remedy = "give --moe-hash-counts FILE"
     for flag, given in (("--mock-data", args.mock_data), ("--sft", args.sft)):
         if given:

@@ -48,11 +48,11 @@ from air_moe_megatron.training.memory import check_memory
 from air_moe_megatron.training.token_counts import agreed_counts
 
 ARGS_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
-"""What this entry gives to Megatron's validation of arguments, as ``pretrain_gpt.py`` does."""
+"""Defaults that this entry passes to Megatron's argument validation, as ``pretrain_gpt.py`` does."""
 
 
 def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add our flags to Megatron's parser, which has its own already, and return it."""
+    """Add our flags to Megatron's parser, which already has Megatron's own, and return it."""
     group = parser.add_argument_group(title="air_moe_megatron")
     group.add_argument("--cpu", action="store_true", help="Train on CPU with the gloo backend; no GPU is needed.")
     group.add_argument(
@@ -67,25 +67,25 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     )
     parser.error = _refuse_command_line
     parser = repair_help(add_air_arguments(parser))
-    if "--air-moe" in sys.argv:  # a flag that is given, at its default or not, comes before a parser's defaults
+    if "--air-moe" in sys.argv:  # a given flag, even at its default value, overrides these
         parser.set_defaults(**RECOMMENDED)
     return parser
 
 
 def _refuse_command_line(message: str) -> NoReturn:
-    """Replaces argparse's own, with which every rank prints the usage of all of Megatron's flags."""
+    """Replaces argparse's ``error``, which would print the usage of all of Megatron's flags on every rank."""
     raise ValueError(message)
 
 
 def parse() -> tuple[argparse.Namespace, Ranks]:
     """Parse the command line. With ``--use-checkpoint-args`` our fields come from the checkpoint too.
 
-    A flag of ours on the command line keeps its value. The checks of the checkpoint refuse it if it does not fit.
+    A flag of ours on the command line keeps its value. The later check of the checkpoint refuses it if it does not fit.
 
     Returns:
         Megatron's parsed and validated arguments, and the ranks of this start.
     Raises:
-        ValueError: for a checkpoint whose arguments cannot be read.
+        ValueError: if the checkpoint's arguments cannot be read.
     """
     ranks, fields = None, {}
     if "--use-checkpoint-args" in sys.argv:  # Megatron reads the checkpoint while it parses: check it before
@@ -100,7 +100,7 @@ def parse() -> tuple[argparse.Namespace, Ranks]:
 
 
 def provider_with(fields: dict[str, Any]) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """As :func:`extra_args_provider`, with other defaults of our fields."""
+    """Make a provider like :func:`extra_args_provider`, with these defaults of our fields."""
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = extra_args_provider(parser)
@@ -136,13 +136,13 @@ def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridM
 
 
 def leave_out(names: list[str], model: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Have the AIR routers of a model not ask the checkpoint for what it lacks.
+    """Tell the AIR routers of a model which tensors the checkpoint lacks, so that they do not request them.
 
     Args:
-        names: beginnings of its names.
+        names: prefixes of the missing names in a router's state.
         model: Megatron's list of model chunks.
     Returns:
-        The same list, as Megatron's hooks must.
+        The same list, as Megatron's hooks must return it.
     """
     for router in find_routers(model, AIRRouter):
         router.left_out = names
@@ -162,8 +162,8 @@ def run(
         config: everything Megatron configures, the model included.
         pretrain_func: ``megatron.training.pretrain``, wrapped where in-process restart is on.
         store: the ``torch.distributed`` store of in-process restart, or None.
-        adapted: whether a layer is ours; otherwise Megatron runs without any of our adaptations of it.
-        screen: where losses go too when standard output is a file, or None.
+        adapted: whether any layer is ours; otherwise Megatron runs without our adaptations.
+        screen: stream that also gets the losses if standard output is a file, or None.
     """
     with contextlib.ExitStack() as adaptations:
         if screen is not None:
@@ -186,10 +186,10 @@ def train(program_start: float | None = None, screen: TextIO | None = None) -> N
 
     Args:
         program_start: when the program began, in seconds since the epoch, for Megatron's report of start-up times.
-        screen: where losses go too when standard output is a file, or None.
+        screen: stream that also gets the losses if standard output is a file, or None.
     Raises:
-        SystemExit: for a combination of flags, data or a checkpoint that cannot work; one line says why.
-        ImportError: for a Megatron that this package is not tested with.
+        SystemExit: if flags, data or checkpoint cannot work; one line says why.
+        ImportError: if this package is not tested with the installed Megatron.
     """
     main_start = time.time()
     require_entry_megatron()

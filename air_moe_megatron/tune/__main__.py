@@ -10,7 +10,7 @@ def main() -> None:
     """Choose the device, then hand over to ``tune.command.run``.
 
     Raises:
-        SystemExit: where a check refuses the start; one line says why.
+        SystemExit: if a check refuses the start; one line says why.
     """
     screen = run_quietly()
     from air_moe_megatron.tune import command

@@ -1,7 +1,7 @@
-"""What the structures of the baselines would find of the same exact routing, fitted to the same expert centers.
+"""Recall of the baselines' structures, fitted to the same expert centers, against the same exact routing.
 
-They are fitted afterwards, to centers that were not trained in them. A router that is trained with its structure may
-do better; these figures say how much of a given routing the structure can express.
+They are fitted afterwards to centers that were trained without them. A router that is trained with its structure may do
+better. These figures say how much of a given routing the structure can express.
 
 Legend: E experts, H hidden, G groups, n1 and n2 sub-keys of a half; others as in ``recall.py``.
 """
@@ -21,13 +21,13 @@ _STEPS = 15  # of k-means over halves of the centers
 def measure_groups(layer: Layer, num_groups: int, searched: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Recall of hierarchical routing: equal groups of similar centers, of which the best are searched.
 
-    The groups are a balanced inverted file of the centers. A token takes the groups whose mean center it scores
+    The groups are a balanced inverted file of the centers. A token searches the groups whose mean center scores
     highest.
 
     Args:
         layer: with its held-out tokens.
         num_groups: G, a divisor of E.
-        searched: numbers of groups.
+        searched: numbers of groups to search; each is measured.
     Returns:
         top-k and mass recall, [len(searched)] fp64 each.
     """
@@ -45,9 +45,9 @@ def measure_groups(layer: Layer, num_groups: int, searched: Sequence[int]) -> tu
 
 @torch.no_grad()
 def measure_product_keys(layer: Layer, num_keys: tuple[int, int]) -> tuple[float, float]:
-    """Recall of product keys: each half of a center is replaced by the mean of the halves like it.
+    """Recall of product keys: each half of a center is replaced by the mean of its cluster of halves.
 
-    Unlike in a product-key router several experts may share a pair of sub-keys; ties then fall to the lower id.
+    Unlike in a product-key router, several experts may share a pair of sub-keys; the lower id then wins ties.
 
     Args:
         layer: with its held-out tokens.
@@ -75,7 +75,7 @@ def measure_product_keys(layer: Layer, num_keys: tuple[int, int]) -> tuple[float
 
 
 def _kmeans(points: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lloyd's steps from points spread over the ids: [number, H] means of points [E, H], and the mean of each, [E]."""
+    """K-means of points [E, H] from evenly spread ids: [number, H] means, and [E] the index of each point's mean."""
     centers = points[torch.arange(number, device=points.device) * points.shape[0] // number].clone()
     for _ in range(_STEPS):
         nearest = (points @ centers.t() - centers.square().sum(dim=1) / 2).argmax(dim=1)

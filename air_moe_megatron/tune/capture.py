@@ -1,4 +1,4 @@
-"""Collect the tokens that the routers of a model score, by forwards on data."""
+"""Collect the tokens that a model's routers score, by forwards on data."""
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
@@ -14,10 +14,10 @@ from air_moe_megatron.tune.recall import Layer
 
 
 class TokenCollector:
-    """Keeps what one router scores: tokens after the input norm, without padding. The router is not changed.
+    """Keeps the tokens that one router scores, after the input norm and without padding. The router does not change.
 
     Args:
-        router: of plain top-k or AIR, in evaluation mode.
+        router: Megatron's, our top-k or AIR, in evaluation mode.
     """
 
     def __init__(self, router: TopKRouter) -> None:
@@ -39,7 +39,7 @@ class TokenCollector:
         self.kept[self.part].append((hidden if norm is None else norm(hidden)).float())
 
     def layer(self, name: str, num_fit: int, num_test: int) -> Layer:
-        """The router's tokens, at most so many, with its centers; and its lists, where training has made some."""
+        """The router's tokens, up to ``num_fit`` and ``num_test``, its centers, and its lists if training made some."""
         router = self.router
         fit, test = (torch.cat(self.kept[part])[:num] for part, num in (("fit", num_fit), ("test", num_test)))
         has_lists = isinstance(router, AIRRouter) and router.index.is_built and router.index.source == "tokens"
@@ -58,7 +58,7 @@ class TokenCollector:
 
 
 def collectors_of(model: Sequence[torch.nn.Module]) -> dict[str, TokenCollector]:
-    """A collector on each router that scores, by its place among all routers; first layers by hash score nothing."""
+    """Put a collector on each router that scores, by its place among all routers. First layers by hash do not score."""
     routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
     return {
         f"{number}": TokenCollector(router)
@@ -77,16 +77,16 @@ def collect(
     num_test: int,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[Layer]:
-    """Run a model on windows of data sets, and keep what its routers score.
+    """Run a model on windows of data sets, and keep the tokens that its routers score.
 
-    The held-out tokens come from the end of each data set, the others from what is before it.
+    The held-out tokens come from the end of each data set, the tokens of the fit from the part before it.
 
     Args:
-        model: one chunk in evaluation mode, on a world of one rank, as ``restore.build_and_load`` gives it.
-        streams: the data sets, which contribute alike.
+        model: one chunk in evaluation mode, in a world of one rank, as ``restore.build_and_load`` returns it.
+        streams: the data sets, which contribute equally.
         eod: id of the end of a document.
         args: as ``restore.parse`` returns them.
-        num_fit, num_test: tokens of a layer, at most; fewer where the data hold fewer.
+        num_fit, num_test: largest numbers of tokens per layer; fewer if the data hold fewer.
         progress: wraps the loop over microbatches, such as tqdm.
     Returns:
         the layers with routers that score, in their order, named by their place among all layers with routers.

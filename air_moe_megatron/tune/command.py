@@ -84,7 +84,7 @@ def run(screen: TextIO) -> None:
     Args:
         screen: where it is printed.
     Raises:
-        SystemExit: where the command line, the checkpoint or the data cannot work; one line says why.
+        SystemExit: if the command line, the checkpoint or the data cannot work; one line says why.
     """
     with contextlib.ExitStack() as stack:
         with console.refusals():

@@ -1,4 +1,4 @@
-"""Table, CSV file and plot of what was measured."""
+"""Table, CSV file and plot of the measurements."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +12,11 @@ from air_moe_megatron.tune.search import Result, Setting, frontier
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
-_COLORS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00")  # Okabe and Ito: told apart by the color-blind
+_COLORS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00")  # Okabe and Ito: distinguishable by the color-blind
 
 
 def state_bytes(setting: Setting, hidden_size: int, num_experts: int) -> int:
-    """Bytes of codebook and lists of one layer, as a rank holds and a checkpoint saves them.
+    """Bytes of codebook and lists of one layer, in a rank's memory and in a checkpoint.
 
     Codewords and running sums [C, H] and [C, H + 3] fp32, lists [C, L] and pools [C, 4L] int32, an int64 per expert.
     """
@@ -50,9 +50,9 @@ def plot(
 
     Args:
         path: of the PNG file.
-        results: all of them.
-        chosen: the cheapest that reaches the target.
-        target, metric: recall that is wanted.
+        results: all results.
+        chosen: the cheapest result that reaches the target; None if there is none.
+        target, metric: recall to reach, and "topk" or "mass".
         exact: FLOPs per token of an exact router.
     """
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")

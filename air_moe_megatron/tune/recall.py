@@ -17,9 +17,9 @@ from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.ops.ranking import Ranking, rank_experts
 from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
 
-DECAY = AIRFields.moe_air_codebook_ema  # that of a run without the flag
+DECAY = AIRFields.moe_air_codebook_ema  # the default of a run
 _BATCHES, _PASSES = 8, 4  # of the fit: its tokens are seen four times, in eight batches each time
-_SCORES = 2**25  # exact scores that are held at a time
+_SCORES = 2**25  # exact scores that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Layer:
 
     name: str
     fit: torch.Tensor  # [T, H] tokens as the router scores them, for the codebooks
-    test: torch.Tensor  # [T, H] held-out ones, for the recall
+    test: torch.Tensor  # [T, H] held-out tokens, for the recall
     weight: torch.Tensor  # [E, H]
     bias: torch.Tensor | None  # [E]
     topk: int
     score_function: str | None = None  # with an expert bias only
     expert_bias: torch.Tensor | None = None  # [E]
-    codewords: torch.Tensor | None = None  # [C, H] of the checkpoint, where it has them
+    codewords: torch.Tensor | None = None  # [C, H] of the checkpoint, if it has them
     lists: torch.Tensor | None = None  # [C, L] likewise
 
     @property
@@ -45,9 +45,9 @@ class Layer:
 
 @torch.no_grad()
 def fit_codebook(tokens: torch.Tensor, num_clusters: int) -> Codebook:
-    """Learn a codebook from tokens [T, H] as a run does: spherical k-means over several batches, several times.
+    """Learn a codebook from tokens [T, H] as training does: several passes of spherical k-means over several batches.
 
-    The order of the tokens and the seed are fixed: equal tokens give equal codewords.
+    The order of the tokens and the seed are fixed, so equal tokens give equal codewords.
     """
     codebook = Codebook(num_clusters, tokens.shape[1], DECAY).to(tokens.device)
     for _ in range(_PASSES):
@@ -61,7 +61,7 @@ def fit_codebook(tokens: torch.Tensor, num_clusters: int) -> Codebook:
 
 @torch.no_grad()
 def make_lists(layer: Layer, codebook: Codebook, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Lists [C, L] of several lengths L, each as a full rebuild makes it: the best experts, and those left over."""
+    """Lists [C, L] of several lengths L, each as by a full rebuild: the best experts, and those in no other list."""
     ranking = rank_experts(
         codebook.codewords, codebook.typical_projections(), layer.weight, layer.bias, max(sizes),
         layer.score_function, layer.expert_bias,
@@ -78,10 +78,10 @@ def make_lists(layer: Layer, codebook: Codebook, sizes: Sequence[int]) -> list[t
 
 @torch.no_grad()
 def exact(layer: Layer) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """The exact routing of the held-out tokens, some of them at a time, so that no [T, E] tensor of all is made.
+    """The exact routing of the held-out tokens, a few at a time, so that no [T, E] tensor is made.
 
     Yields:
-        which tokens; [n, E] softmax over all experts; [n, K] the exact top-k.
+        slice of the tokens; [n, E] softmax over all experts; [n, K] ids of the exact top-k.
     """
     weight = layer.weight.float()
     size = max(1, _SCORES // layer.num_experts)
@@ -105,11 +105,11 @@ def measure(
     Args:
         layer: with its held-out tokens.
         choices: [T, P] int64, the lists of each token, best first; P at least the largest of ``probes``.
-        lists: of each length, [C, L] int32 expert ids, distinct in a row.
-        probes: numbers of lists that are searched.
+        lists: for each length, [C, L] int32 expert ids, distinct within a row.
+        probes: numbers of lists to search; each is measured.
     Returns:
-        top-k recall, the share of the exact top-k that the lists hold, and mass recall, the exact softmax mass over all
-        experts that they hold: [lengths, probes] fp64 means over the tokens.
+        top-k recall (share of the exact top-k that the lists hold) and mass recall (exact softmax mass that they hold):
+        [lengths, probes] fp64 each, means over the tokens.
 
     Example: exact probabilities [0.5, 0.3, 0.2], K = 2 and a list of the experts 0 and 2: top-k 0.5, mass 0.7.
     """
@@ -140,7 +140,7 @@ def mass_of_candidates(
         layer: with its held-out tokens.
         choices: [T, P] int64, the lists that are searched.
         lists: [C, L].
-        numbers: of candidates; more than P * L count as P * L.
+        numbers: numbers M of candidates; more than P * L count as P * L.
     """
     found = torch.zeros(len(numbers), dtype=torch.float64, device=choices.device)
     for rows, probs, _ in exact(layer):
@@ -155,7 +155,7 @@ def mass_of_candidates(
 
 @torch.no_grad()
 def time_search(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor, num_probes: int, repeats: int = 3) -> float:
-    """Seconds per token of both stages of a forward, the least of some repeats: what runs beside it only adds."""
+    """Seconds per token of both stages of a forward: the least of some repeats, because other load only adds time."""
 
     def run() -> None:
         choices = assign(layer.test, codewords, num_probes)

@@ -31,7 +31,7 @@ from air_moe_megatron.tune.search import (
 
 METRICS = {"topk": "top-k", "mass": "mass"}
 _SHOWN = 10  # settings of the frontier in the table
-_SAMPLED = 256  # tokens whose bounds are computed
+_SAMPLED = 256  # tokens for which bounds are computed
 _FORMATS = {"C": "{:.0f}", "L": "{:.0f}", "P": "{:.0f}", "kFLOPs": "{:.1f}", "KiB": "{:.0f}", "us/token": "{:.2f}"}
 
 
@@ -44,14 +44,14 @@ def report(
     others: Sequence[Result],
     batch: int,
 ) -> str:
-    """The choice, the table, the candidates and the layers of the choice, and what was left out."""
+    """The report: the choice, the table, the choice's candidates and layers, and what was left out."""
     metric, target = args.target_metric, args.target_recall
     exact = flops_of(of_type(config, "topk"))
     chosen = cheapest(found.results, target, metric)
     shown = chosen or best(found.results, metric)
     candidates = measure_candidates(layers, config, shown, batch)
     lines = ["", _verdict(shown, chosen is not None, target, metric, exact)]
-    has_bias = config.moe_router_enable_expert_bias  # with it, all candidates are
+    has_bias = config.moe_router_enable_expert_bias  # then all candidates get gradients
     lines.append(
         f"  {shown.setting.flags()}" + ("" if metric == "topk" or has_bias else _candidates_flag(candidates, target))
     )
@@ -83,7 +83,7 @@ def _verdict(shown: Result, is_reached: bool, target: float, metric: str, exact:
 def measure_candidates(
     layers: Sequence[Layer], config: TransformerConfig, result: Result, batch: int
 ) -> pandas.DataFrame:
-    """Mass and cost of the best M candidates of a setting, for several M; "mass" is that of the worst layer."""
+    """Mass in the worst layer, and cost, of the best M candidates of a setting, for several M."""
     setting = result.setting
     automatic_number = resolve_sizes(air_config(config, setting)).num_candidates
     most = setting.num_probes * setting.shortlist_size
@@ -107,7 +107,7 @@ def measure_candidates(
 
 
 def _candidates_flag(candidates: pandas.DataFrame, target: float) -> str:
-    """The fewest candidates whose mass reaches the target; all of them where none do."""
+    """The flag with the fewest candidates whose mass reaches the target; all of them if none does."""
     reaching = candidates[candidates["mass"] >= target]
     number = int((reaching if len(reaching) else candidates.tail(1))["M"].iloc[0])
     return f" --moe-air-num-candidates {number}"
@@ -123,7 +123,7 @@ def _table(
     metric: str,
     exact: float,
 ) -> tuple[str, Layer]:
-    """The table, and the layer that its bounds and times are of."""
+    """The table, and the layer in which its bounds and times were measured."""
     line, usual = frontier(found.results, metric), automatic(config)
     kept = [*line[:: max(1, -(-len(line) // _SHOWN))], shown, *(one for one in found.results if one.setting == usual)]
     kept = sorted({one.setting: one for one in kept}.values(), key=lambda one: one.flops)
@@ -190,7 +190,7 @@ def _details(layer: Layer, results: Sequence[Result]) -> list[dict[str, float]]:
 
 
 def _as_router(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor, sample: TokenSample) -> SimpleNamespace:
-    """What :func:`air_moe_megatron.diagnostics.recall.measure` reads of a router."""
+    """An object with the attributes of a router that :func:`air_moe_megatron.diagnostics.recall.measure` reads."""
     return SimpleNamespace(
         center_group=None,
         first_expert=0,

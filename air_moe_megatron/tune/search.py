@@ -30,7 +30,7 @@ CLUSTERS = (4.0, 2.0, 8.0, 1.0, 16.0)  # over sqrt(E), in the order in which the
 LENGTHS = (0.25, 0.375, 0.5, 9 / 16, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # over sqrt(E)
 PROBES = (1, 2, 4, 8, 16)
 _SEARCHED_GROUPS = (1, 2, 4, 8, 16, 32)
-_MOST_SIMILARITIES = 2**28  # of centers and groups: beyond that, groups are not fitted
+_MOST_SIMILARITIES = 2**28  # between centers and groups; beyond that, groups are not fitted
 _KEPT = (
     "moe_air_codebook_ema",
     "moe_air_refresh_interval",
@@ -38,7 +38,7 @@ _KEPT = (
     "moe_granular_experts",
     "moe_router_input_norm",
 )
-_TOKENS_PER_CLUSTER = 8  # of the fit, at least: codewords of fewer tokens are no means
+_TOKENS_PER_CLUSTER = 8  # least tokens of the fit per codeword: fewer do not give a meaningful mean
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Setting:
     num_probes: int
 
     def flags(self) -> str:
-        """The flags that ask for it."""
+        """The flags that select these sizes."""
         return (
             f"--moe-router-type air --moe-air-num-clusters {self.num_clusters} --moe-air-shortlist-size "
             f"{self.shortlist_size} --moe-air-num-probes {self.num_probes}"
@@ -59,7 +59,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Result:
-    """What a setting, or another structure, costs and finds."""
+    """Cost and recall of a setting, or of another structure."""
 
     name: str
     setting: Setting | None  # None for a structure that is not AIR's
@@ -81,7 +81,7 @@ class Search:
 
 
 def of_type(config: TransformerConfig, router_type: str, **fields: object) -> TransformerConfig:
-    """A model's config with another router: of our fields as given, those of experts and rebuilds as they are."""
+    """Copy a config for another router: our fields are as given, except that those of experts and rebuilds stay."""
     changed = copy.copy(config)
     kept = {name: getattr(config, name) for name in _KEPT if hasattr(config, name)}
     set_fields(changed, AIRFields(**{**kept, "moe_router_type": router_type, **fields}))
@@ -89,13 +89,13 @@ def of_type(config: TransformerConfig, router_type: str, **fields: object) -> Tr
 
 
 def air_config(config: TransformerConfig, setting: Setting | None = None) -> TransformerConfig:
-    """A model's config with AIR routing of these sizes; None for the automatic ones."""
+    """Copy a config for AIR routing with these sizes; None means the automatic ones."""
     sizes = {} if setting is None else {f"moe_air_{name}": size for name, size in asdict(setting).items()}
     return of_type(config, "air", **sizes)
 
 
 def flops_of(config: TransformerConfig, tokens_per_batch: int | None = None) -> float:
-    """FLOPs of a router per token; with tokens of a batch, of rebuilds too, as this machine makes them."""
+    """FLOPs of a router per token. Given the tokens of a batch, they include rebuilds as on this device."""
     rebuilds = None
     if tokens_per_batch is not None:
         rebuilds = Rebuilds(tokens_per_batch, on_gpu=torch.cuda.is_available())
@@ -103,7 +103,7 @@ def flops_of(config: TransformerConfig, tokens_per_batch: int | None = None) -> 
 
 
 def automatic(config: TransformerConfig) -> Setting:
-    """The sizes that a run chooses by itself."""
+    """The sizes that a run chooses automatically."""
     sizes = resolve_sizes(air_config(config))
     return Setting(sizes.num_clusters, sizes.shortlist_size, sizes.num_probes)
 
@@ -112,8 +112,8 @@ def grid(config: TransformerConfig, num_tokens: int) -> dict[int, list[Setting]]
     """The valid settings that cost less than exact scores, by their number of clusters, in the order of trial.
 
     Args:
-        config: of the model.
-        num_tokens: of the fit of a layer; codebooks that are too large for them are left out.
+        config: the model's config.
+        num_tokens: tokens of a layer's fit; codebooks that are too large for them are left out.
     """
     num_experts, root = config.num_moe_experts, math.sqrt(config.num_moe_experts)
     lengths = sorted({_round_up(root * factor) for factor in LENGTHS})
@@ -152,16 +152,16 @@ def search(
 ) -> Search:
     """Measure the grid, one number of clusters after another.
 
-    A number of clusters is left out where even its cheapest setting costs more than one that reaches the target, and
-    where the time is up; the first is always measured.
+    A number of clusters is left out if even its cheapest setting costs more than one that reaches the target, or if the
+    time is up. The first is always measured.
 
     Args:
-        layers: of the model; the recall of a setting is that of its worst layer.
-        config: of the model.
-        target, metric: recall that is wanted, by "topk" or "mass".
-        tokens_per_batch: of a global batch, which a rebuild is shared by; None leaves rebuilds out of the FLOPs.
-        seconds: after which no other number of clusters is begun.
-        tick: called with the number of pairs of layer and number of clusters that are done with.
+        layers: the model's layers; the recall of a setting is that of its worst layer.
+        config: the model's config.
+        target, metric: recall to reach, by "topk" or "mass".
+        tokens_per_batch: tokens of a global batch, over which a rebuild is spread; None leaves rebuilds out of FLOPs.
+        seconds: time after which no other number of clusters is begun.
+        tick: called with the number of newly finished pairs of layer and number of clusters.
     """
     found, start = Search(), time.monotonic()
     for number, (clusters, settings) in enumerate(grid(config, layers[0].fit.shape[0]).items()):
@@ -195,18 +195,18 @@ def _measure_clusters(layer: Layer, settings: Sequence[Setting]) -> dict[Setting
 
 
 def cheapest(results: Sequence[Result], target: float, metric: str) -> Result | None:
-    """The result with the fewest FLOPs that reaches the target in every layer; None where there is none."""
+    """The result with the fewest FLOPs that reaches the target in every layer; None if there is none."""
     reaching = [result for result in results if result.recall(metric) >= target]
     return min(reaching, key=lambda result: (result.flops, -result.recall(metric)), default=None)
 
 
 def best(results: Sequence[Result], metric: str) -> Result:
-    """The result that finds most, and of equals the one with the fewest FLOPs."""
+    """The result with the highest recall; of equal ones, the one with the fewest FLOPs."""
     return max(results, key=lambda result: (result.recall(metric), -result.flops))
 
 
 def frontier(results: Sequence[Result], metric: str) -> list[Result]:
-    """The results that none finds more than at the same cost or less, cheapest first."""
+    """The results whose recall no other result exceeds at the same or lower cost, cheapest first."""
     kept: list[Result] = []
     for result in sorted(results, key=lambda one: (one.flops, -one.recall(metric))):
         if not kept or result.recall(metric) > kept[-1].recall(metric):
@@ -217,7 +217,7 @@ def frontier(results: Sequence[Result], metric: str) -> list[Result]:
 def measure_loaded(
     layers: Sequence[Layer], config: TransformerConfig, routers: Sequence[AIRRouter], batch: int
 ) -> list[Result]:
-    """The recall of the checkpoint's own codebooks and lists; nothing where it has none."""
+    """The recall of the checkpoint's own codebooks and lists; empty if it has none."""
     if not routers or any(layer.lists is None for layer in layers):
         return []
     sizes = routers[0].sizes
@@ -233,7 +233,7 @@ def measure_loaded(
 
 
 def measure_others(layers: Iterable[Layer], config: TransformerConfig) -> list[Result]:
-    """The recall of groups, of which more and more are searched, and of product keys, fitted to the same centers."""
+    """The recall of groups, for growing numbers of searched ones, and of product keys, fitted to the same centers."""
     groups = resolve_groups(of_type(config, "hierarchical"))
     keys = resolve_product_keys(of_type(config, "product_key")).num_keys
     searched = [number for number in _SEARCHED_GROUPS if number < groups.num_groups]
@@ -248,7 +248,7 @@ def measure_others(layers: Iterable[Layer], config: TransformerConfig) -> list[R
             fields = {"moe_hierarchical_num_groups": groups.num_groups, "moe_hierarchical_topk_groups": number}
             flops = flops_of(of_type(config, "hierarchical", **fields))
             found.append(Result(f"groups: {number} of {groups.num_groups}", None, flops, *zip(*recalls, strict=True)))
-    # Two products of half a token with the sub-keys of a half, and twice that backward.
+    # Forward, each half of a token is multiplied with the sub-keys of this half; backward costs twice that.
     flops = 3.0 * config.hidden_size * sum(keys)
     found.append(Result(f"product keys: {keys[0]} x {keys[1]}", None, flops, *zip(*of_keys, strict=True)))
     return found

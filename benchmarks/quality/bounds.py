@@ -19,7 +19,7 @@ from benchmarks.quality.data import prepare  # noqa: E402
 from benchmarks.quality.study import CPU_ENVIRONMENT, Run, command, load_runs, origin  # noqa: E402
 
 STEPS = (1, 10, 20, 40, 80, 120, 160, 200, 300, 400)
-KEPT_STEPS = (40, 200, 400)  # constants of all codewords take longer to make
+KEPT_STEPS = (40, 200, 400)  # only a few, because constants of all codewords take longer to make
 NUM_TOKENS = 512
 ENTRY = "air_moe_megatron.pretrain"
 
@@ -36,7 +36,7 @@ def find_run(experts: int) -> Run:
 
 
 def train(experts: int, data_dir: Path, out: Path, threads: int) -> Path:
-    """Train one model in a process of its own; returns the CSV of its rows."""
+    """Train one model in a process of its own; returns the path of the CSV file with its rows."""
     run, folder = find_run(experts), out / f"bounds-{experts}"
     folder.mkdir(parents=True, exist_ok=True)
     prepare(run.corpus, run.vocabulary, data_dir, out / "data" / run.prepared)
@@ -52,7 +52,7 @@ def train(experts: int, data_dir: Path, out: Path, threads: int) -> Path:
 
 def train_inside(rows: Path, words: list[str]) -> None:
     """Train in this process, and measure after some of the steps."""
-    sys.argv = [ENTRY, *words, "--moe-air-diagnostics-interval", "0"]  # which would take the samples
+    sys.argv = [ENTRY, *words, "--moe-air-diagnostics-interval", "0"]  # diagnostics would consume the samples
     from air_moe_megatron import cpu
 
     cpu.enable()  # before Megatron is imported
@@ -104,7 +104,7 @@ def measure_step(router: "air.AIRRouter", iteration: int) -> dict[str, float]:  
 
 
 def plot(table: "pandas.DataFrame", path: Path) -> None:  # noqa: F821
-    """Recall, bounds and certified share over the steps: a column per size, a line style per layer."""
+    """Plot recall, bounds and certified share over the steps: a column per size, a line style per layer."""
     import matplotlib
 
     matplotlib.use("Agg")

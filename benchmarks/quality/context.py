@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def shuffled(data: list[dict[str, torch.Tensor]], seed: int) -> list[dict[str, torch.Tensor]]:
-    """Batches of the same sequences in random order: in that of the text, a batch is one passage."""
+    """Batches of the same sequences in random order. In the order of the text, a batch would be one passage."""
     generator = torch.Generator().manual_seed(seed)
     size = data[0]["tokens"].shape[0]
     order = torch.randperm(len(data) * size, generator=generator).split(size)
@@ -53,7 +53,7 @@ class Counts:
     """
 
     def __init__(self, vocabulary: int, experts: int) -> None:
-        self.tokens = torch.zeros(vocabulary, experts)  # [V, E] that have the expert
+        self.tokens = torch.zeros(vocabulary, experts)  # [V, E] tokens of the id that have the expert
         self.probs = torch.zeros(vocabulary, experts)  # [V, E] sums of their probs
 
     def add(self, token_ids: torch.Tensor, topk_ids: torch.Tensor, probs: torch.Tensor) -> None:
@@ -68,11 +68,12 @@ class Counts:
         return experts.int(), self.probs.gather(1, experts) / tokens.clamp(min=1.0)
 
     def information(self, topk: int) -> float:
-        """Mutual information of token id and expert, as a share of the most that it can be.
+        """Mutual information of token id and expert, as a share of its largest possible value.
 
-        K experts of an id leave log K of the entropy of the experts, even where the id fixes them.
+        With K experts per token, log K of the experts' entropy remains even if the id determines the experts.
 
-        Example: K = 1, ids 0 and 1, equally frequent, with an expert each give 1; with both experts equally 0.
+        Example: with K = 1 and two equally frequent ids, one expert for each id gives 1, and both experts equally
+        often for both ids give 0.
         """
         total = self.tokens.sum()
         joint, of_ids, of_experts = (
@@ -83,7 +84,7 @@ class Counts:
 
 
 def _entropy(counts: torch.Tensor, total: torch.Tensor) -> float:
-    """In nats, with the Miller-Madow correction."""
+    """Entropy in nats, with the Miller-Madow correction."""
     counts = counts[counts > 0].double()
     shares = counts / total
     return float(-(shares * shares.log()).sum() + (counts.numel() - 1) / (2 * total))
@@ -135,7 +136,7 @@ class Meter:
 
 
 def rows_of(trainer: Trainer, train: list, count: list, test: list, vocabulary: int, label: str) -> list[dict]:
-    """Train a model on batches, count on others, measure on the rest; a row for each layer."""
+    """Train a model on some batches, count on others, and measure on the rest; returns a row for each layer."""
     for batch in tqdm(train, unit="step", desc=label):
         trainer.step(batch)
     trainer.model.eval()
@@ -171,7 +172,7 @@ def rows_of(trainer: Trainer, train: list, count: list, test: list, vocabulary: 
 
 
 def _overlap(meter: Meter, router: torch.nn.Module, experts: torch.Tensor, shares: list[float]):
-    """A context in which the share of the router's experts that are among those of the token's id is kept."""
+    """A context that records the share of the router's experts that are among those of the token's id."""
     choose = router._choose
 
     def compare(*args):
@@ -185,7 +186,7 @@ def _overlap(meter: Meter, router: torch.nn.Module, experts: torch.Tensor, share
 
 
 def table(rows: pandas.DataFrame) -> str:
-    """The rows in words, in bits per token."""
+    """The rows as a table, in bits per token."""
     lines = ["| model | layer | fixed by the id | information | loss without context | with all layers before |"]
     lines.append(f"|{'---|' * 6}")
     for row in rows.itertuples():

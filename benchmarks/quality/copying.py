@@ -50,7 +50,7 @@ def kept_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def twice(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch with the first half of each sequence in place of its second half, labels accordingly."""
+    """The batch with the second half of each sequence replaced by its first half, and with labels to match."""
     half = batch["tokens"][:, : batch["tokens"].shape[1] // 2]
     text = torch.cat((half, half, half[:, :1]), dim=1)
     return batch | {"tokens": text[:, :-1], "labels": text[:, 1:]}
@@ -59,7 +59,7 @@ def twice(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def seen_before(tokens: torch.Tensor, length: int) -> torch.Tensor:
     """[B, S] bool: whether the last ``length`` tokens up to each position have occurred before in its sequence.
 
-    Example: of 5 1 2 1 2 only the last position has, with ``length`` 2.
+    Example: with ``length`` 2, in 5 1 2 1 2 this holds at the last position only.
     """
     ends = tokens.unfold(1, length, 1)  # [B, S - length + 1, length]
     equal = (ends.unsqueeze(2) == ends.unsqueeze(1)).all(dim=3)
@@ -68,9 +68,9 @@ def seen_before(tokens: torch.Tensor, length: int) -> torch.Tensor:
 
 @torch.no_grad()
 def measure(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Losses of a model in bits per token, see above, and the share of tokens whose last three were seen before.
+    """Losses of a model in bits per token (see above), and the share of tokens whose last three were seen before.
 
-    The first token of a passage is not counted, nor is that of its repetition: nothing says that one begins.
+    The first tokens of a passage and of its repetition do not count, because nothing predicts that one begins.
     """
     parts = {name: [] for name in ("loss", "where_seen", "elsewhere", "first", "again", "share_seen")}
     for batch in data:
@@ -91,7 +91,7 @@ def measure(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> dict
 
 @contextmanager
 def shares_kept(router: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Within this context the list that it gives gets the shares [T] of each token's best expert."""
+    """Within this context the share of each token's best expert is recorded, as [T] tensors in the yielded list."""
     choose, shares = router._choose, []
 
     def keep(*args):
@@ -129,9 +129,9 @@ def rows_of(
 
 
 def table(rows: pandas.DataFrame) -> str:
-    """What is copied, and the loss elsewhere, in bits per token, and the best expert's share in the last layer.
+    """A table of *copied* and *elsewhere* in bits per token, and of the best expert's share in the last layer.
 
-    A line for each run and a column for each step.
+    It has a line for each run and a column for each step.
     """
     steps = sorted(rows.step.unique())
     last = f"best_{max(int(name.removeprefix('best_')) for name in rows if name.startswith('best_'))}"
@@ -148,7 +148,7 @@ def table(rows: pandas.DataFrame) -> str:
 
 
 def plot(rows: pandas.DataFrame, file: Path) -> None:
-    """What is copied, and the losses where a model can copy and elsewhere, over the steps."""
+    """Plot *copied*, and the losses where a model can copy and elsewhere, over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")

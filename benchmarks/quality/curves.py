@@ -9,11 +9,11 @@ Curves = dict[str, list[list[float]]]
 
 
 def begin(folder: Path, iteration: int) -> None:
-    """Remove what no longer counts when a run starts at ``iteration``.
+    """Remove the files of starts that a start at ``iteration`` supersedes.
 
     Args:
-        folder: of the run's TensorBoard files. What was written from ``iteration`` on by earlier starts is superseded.
-        iteration: of the checkpoint that the run loads, 0 without one.
+        folder: folder of the run's TensorBoard files. Earlier starts' values from ``iteration`` on are superseded.
+        iteration: iteration of the checkpoint that the run loads, 0 without one.
     """
     for path in folder.iterdir() if folder.exists() else ():
         if int(path.name) >= iteration:
@@ -21,7 +21,7 @@ def begin(folder: Path, iteration: int) -> None:
 
 
 def read(folder: Path) -> Curves:
-    """TensorBoard's scalars of all starts; of each start those up to the iteration of the next."""
+    """TensorBoard's scalars of all starts; each start counts up to the iteration of the next one."""
     starts = sorted(int(path.name) for path in folder.iterdir())
     curves: Curves = {}
     for start, end in zip(starts, [*starts[1:], math.inf], strict=True):

@@ -1,7 +1,8 @@
-"""The corpora of the quality study as Megatron data sets: their splits, in bytes or by a BPE of the training text.
+"""The corpora of the quality study as Megatron data sets, in bytes or by a BPE that is trained on the training text.
 
 Each corpus becomes a folder with {train,valid,test}.{bin,idx}, tokenizer.json and meta.json. The sizes in meta.json
-turn Megatron's loss, nats per token, into figures that no tokenizer changes: perplexity per word and bits per byte.
+convert Megatron's loss, in nats per token, to figures that are comparable across tokenizers: perplexity per word and
+bits per byte.
 """
 
 import json
@@ -34,20 +35,20 @@ class Meta:
     vocabulary: int  # token ids; the last one ends a document
     tokens: dict[str, int]  # of each split, ends of documents included
     bytes: dict[str, int]  # of text
-    words: dict[str, int] | None  # separated by white space, and one for each end of a line; None for code and bytes
+    words: dict[str, int] | None  # words between white space, and one per line end; None for code and bytes
 
 
 def prepare(corpus: str, vocabulary: int, source: Path, out: Path) -> Meta:
-    """Make a corpus' data sets, or find them made.
+    """Make a corpus' data sets, unless they exist already.
 
     Args:
         corpus: "stdlib", "wikitext-2" or "gutenberg-100m".
-        vocabulary: token ids, the end of a document included. 257 are the bytes, without a tokenizer.
+        vocabulary: number of token ids, the end of a document included. 257 means bytes without a tokenizer.
         source: for "stdlib" the folder that ``make data`` fills; else the folder that holds the unpacked corpora.
         out: folder for the data sets.
     Raises:
-        ValueError: for an unknown corpus, a vocabulary that is no number of ids, a source that lacks its files, or a
-            folder that holds other things than a prepared corpus.
+        ValueError: if the corpus is unknown, the vocabulary is invalid, files are missing in the source, or the folder
+            holds anything but a prepared corpus.
     """
     if corpus not in _READERS:
         raise ValueError(f"corpus ({corpus!r}) must be one of {', '.join(_READERS)}")
@@ -70,13 +71,13 @@ def prepare(corpus: str, vocabulary: int, source: Path, out: Path) -> Meta:
     sizes = {split: _write(read(source, split), encode, vocabulary, out / split) for split in SPLITS}
     tokens, num_bytes, words = ({split: sizes[split][i] for split in SPLITS} for i in range(3))
     meta = Meta(corpus, vocabulary, tokens, num_bytes, words if is_prose and vocabulary != BYTES else None)
-    meta_file.write_text(json.dumps(asdict(meta), indent=2) + "\n")  # last: where it is, the data sets are whole
+    meta_file.write_text(json.dumps(asdict(meta), indent=2) + "\n")  # last, as a mark that all is complete
     logger.info("%s: %s tokens of %s in %s", corpus, f"{tokens['train']:,}", vocabulary, out)
     return meta
 
 
 def _remove(out: Path) -> None:
-    """Remove what this module has written into a folder earlier, and only that."""
+    """Remove only those files from a folder that this module has written earlier."""
     if not out.exists():
         return
     foreign = [path.name for path in out.iterdir() if path.name not in _OWN_FILES and path.name not in SPLITS]
@@ -99,7 +100,7 @@ def _train_tokenizer(texts, num_ids):
     trainer = trainers.BpeTrainer(
         vocab_size=num_ids,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<unk>"],  # WikiText's own word for rare ones; elsewhere it never occurs
+        special_tokens=["<unk>"],  # WikiText's own mark of rare words; it occurs in no other corpus
         show_progress=False,
     )
     tokenizer.train_from_iterator(_first_bytes(texts, _TOKENIZER_BYTES), trainer)
@@ -127,7 +128,7 @@ def _bytes(text: str) -> list[int]:
 def _write(
     texts: Iterator[str], encode: Callable[[str], list[int]], vocabulary: int, prefix: Path
 ) -> tuple[int, int, int]:
-    """Write one split; its tokens, bytes and words. A document of several ends with the last id."""
+    """Write one split; returns its tokens, bytes and words. If it has several documents, each ends with the last id."""
     dtype = DType.optimal_dtype(vocabulary)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     texts = list(texts)
@@ -153,7 +154,7 @@ def _stdlib(source: Path, split: str) -> Iterator[str]:
 def _wikitext(source: Path, split: str) -> Iterator[str]:
     path = _require(source / "wikitext-2" / f"wiki.{split}.tokens", "unpack wikitext-2 there")
     text = path.read_text(encoding="utf-8")
-    # Articles are documents for training; the text that is measured stays whole, as others measure it.
+    # For training, each article is a document. Measured text is one document, as is usual.
     yield from [part for part in _WIKI_TITLE.split(text) if part.strip()] if split == "train" else [text]
 
 

@@ -46,7 +46,7 @@ _RESET_AGE = 8  # updates
 
 
 def _learn_nothing(codebooks: Sequence[Codebook], sums: torch.Tensor) -> None:
-    """What frozen codebooks do in place of ``Codebook.learn``."""
+    """Replaces ``Codebook.learn`` while codebooks are frozen."""
     for codebook, own in zip(codebooks, sums, strict=True):
         codebook.last_health.copy_(health_of(own))
         codebook.count_update()
@@ -54,12 +54,12 @@ def _learn_nothing(codebooks: Sequence[Codebook], sums: torch.Tensor) -> None:
 
 @dataclass
 class Rule:
-    """A rule at work on one router.
+    """A rule applied to one router.
 
     Attributes:
-        name: of ``RULES``.
-        router: whose codebook it steers.
-        age: updates that decay and rebuilds go by.
+        name: name of the rule in ``RULES``.
+        router: router whose codebook the rule steers.
+        age: number of updates by which decay and rebuilds are chosen.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Rule:
         self._steer()
 
     def after_step(self) -> None:
-        """Act on what the step has shown."""
+        """Act on the figures of the step."""
         error = self.router.codebook.health().quantization_error
         self.age += 1
         if self.name == "drift" and len(self.errors) >= 20:
@@ -95,19 +95,19 @@ class Rule:
             self.router.index.refresh_interval = min(max(1, 2 * self.age // self.interval), self.interval)
 
     def end(self) -> None:
-        """Undo what steered the router."""
+        """Undo all changes to the router."""
         self.router.codebook.decay, self.router.index.refresh_interval = self.decay, self.interval
         self.router.codebook.__dict__.pop("_learn", None)
 
 
 def other_corpus(tokenizer: Path, other: Path, out: Path, num_tokens: int) -> Path:
-    """A data set of another prepared corpus in a tokenizer's ids; made where it is missing.
+    """A data set of another prepared corpus in a tokenizer's ids; created if missing.
 
     Args:
         tokenizer: file of the tokenizer.
         other: folder of the prepared corpus.
         out: folder of the data set.
-        num_tokens: at least so many.
+        num_tokens: least number of tokens.
     Returns:
         the prefix of its files.
     """
@@ -132,7 +132,7 @@ def other_corpus(tokenizer: Path, other: Path, out: Path, num_tokens: int) -> Pa
 
 
 def train(trainer: Trainer, data: list, rules: list[Rule], label: dict, on_step: tqdm) -> list[dict]:
-    """Train on every batch once; a row for each step, with recall, a mean over the layers, every ten steps."""
+    """Train on every batch once; returns a row per step, every ten steps with recall as a mean over the layers."""
     rows = []
     for number, batch in enumerate(data):
         trainer.step(batch)
@@ -168,7 +168,7 @@ def rows_of_seed(run, first: list, second: list, seed: int, pg_collection, devic
 
 
 def table(rows: pandas.DataFrame) -> str:
-    """Perplexity and recall after the change, by rule: differences are of runs of one seed."""
+    """Perplexity and recall after the change, by rule. Differences are between runs of the same seed."""
     after = rows[rows.rule != "before"]
     parts = ((0, 20), (20, 60), (60, 120), (120, 10**9))
     last = int(after.step.max()) + 1
@@ -194,7 +194,7 @@ def table(rows: pandas.DataFrame) -> str:
 
 
 def plot(rows: pandas.DataFrame, file: Path) -> None:
-    """Loss against `as it is`, top-k recall and quantization error over the steps after the change."""
+    """Plot loss relative to `as it is`, top-k recall and quantization error over the steps after the change."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -220,7 +220,7 @@ def plot(rows: pandas.DataFrame, file: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make what is missing of the seeds, one after the other; then the table and the plot of all."""
+    """Run the missing seeds one after the other; then make the table and the plot of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="TOML file of the study")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of the unpacked corpora")

@@ -1,6 +1,6 @@
-"""Floating-point operations per token of a study's model, in training: what its results are plotted against.
+"""Floating-point operations per token of a study's model in training, against which its results are plotted.
 
-The formula of a router stands on its class.
+The formula of a router is in its class.
 """
 
 from dataclasses import fields
@@ -19,14 +19,13 @@ def flops_per_token(flags: dict, vocabulary: int, on_gpu: bool = False) -> dict[
     """Operations per token, forward and backward, of all layers.
 
     Args:
-        flags: of a run, without dashes in front.
-        vocabulary: token ids of the output layer.
+        flags: flags of a run, without leading dashes.
+        vocabulary: number of token ids of the output layer.
         on_gpu: whether the run is on a GPU, which rebuilds lists in another way.
     Returns:
-        "router" (scores, norm and rebuilds; first layers by hash have none), "rebuilds" (of the lists, as often as this
-        run makes them; in "router" too),
-        "router_with_dispatch" (with the constant of Krajewski et al.), "experts",
-        "other" (attention and output layer), "total" (without dispatch) and "total_with_dispatch".
+        "router" (scores, norm and rebuilds; none for first layers by hash), "rebuilds" (those of the lists, as often as
+        this run makes them; included in "router"), "router_with_dispatch" (with the constant of Krajewski et al.),
+        "experts", "other" (attention and output layer), "total" (without dispatch) and "total_with_dispatch".
     """
     config = config_of(flags)
     tokens = flags["global-batch-size"] * flags["seq-length"]
@@ -46,9 +45,8 @@ def flops_per_token(flags: dict, vocabulary: int, on_gpu: bool = False) -> dict[
 
 
 def with_dispatch(router: RouterFlops) -> float:
-    """Refresh and norm, and 14 operations for each 2 of the forward (Krajewski et al.), which stand for both
-    directions and the dispatch. It charges the dispatch by what is scored, so nothing to the hash, whatever the
-    dispatch costs."""
+    """Refresh and norm, and 14 operations for each 2 of the forward (Krajewski et al.), which cover both directions
+    and the dispatch. Dispatch is charged by the scored rows, so the hash router is charged nothing."""
     return DISPATCH_CONSTANT / 2 * router.forward + router.refresh + router.norm
 
 
@@ -59,7 +57,7 @@ def expert_flops(config) -> int:
 
 
 def config_of(flags: dict):
-    """The transformer config of a run's flags, as far as they are fields of it."""
+    """The transformer config of a run, made from those flags that are fields of it."""
     from air_moe_megatron import AIRMoEConfig
 
     renamed = {"num-experts": "num_moe_experts"}
@@ -67,5 +65,5 @@ def config_of(flags: dict):
     values = {renamed.get(flag, flag.replace("-", "_")): value for flag, value in flags.items()}
     given = {name: value for name, value in values.items() if name in known}
     if flags.get("moe-router-type") == "hash" or flags.get("moe-num-hash-layers"):
-        given.setdefault("moe_hash_vocab_size", 1)  # costs nothing whatever it is
+        given.setdefault("moe_hash_vocab_size", 1)  # its value does not change the cost
     return AIRMoEConfig(**{"add_bias_linear": not flags.get("disable-bias-linear", False), **given})

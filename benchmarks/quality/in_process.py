@@ -1,4 +1,4 @@
-"""A study's models in this process, to be stepped one by one: `step_time.py` and `drift.py` use them."""
+"""Build a study's models in this process, to make single steps with them, as in `step_time.py` and `drift.py`."""
 
 import dataclasses
 import logging
@@ -13,13 +13,14 @@ from benchmarks.quality.study import CPU_ENVIRONMENT, Run, load_runs
 from benchmarks.train import Trainer
 
 CONSTANT_RATE = {"lr": 2e-3, "weight_decay": 0.1, "adam_beta2": 0.95}
-"""Fields of an optimizer. The rate is between the study's highest and lowest: a schedule would mix its effect in."""
+"""Fields of an optimizer. The learning rate lies between the study's highest and lowest, without a schedule, whose
+effect would mix in."""
 
 
 def begin(threads: int) -> None:
-    """Set up the process of a command that trains a study's models: memory, threads, and what it logs.
+    """Set up memory, threads and logging of a process that trains a study's models.
 
-    On a CPU the process starts anew with the environment of the study's runs, which glibc reads when a process starts.
+    On a CPU the process restarts itself with the environment of the study's runs, which glibc reads at the start.
     """
     if not torch.cuda.is_available() and not CPU_ENVIRONMENT.items() <= os.environ.items():
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **CPU_ENVIRONMENT})
@@ -30,7 +31,7 @@ def begin(threads: int) -> None:
 
 
 def models(config: dict, experts: int) -> dict[str, Run]:
-    """The first run of each variant with so many experts, in the study's main shape."""
+    """The first run of each variant with ``experts`` experts, in the study's main shape."""
     shape = tuple(config["runs"][0]["shapes"][0])
     found: dict[str, Run] = {}
     for run in load_runs(config):
@@ -58,7 +59,7 @@ def batches(prefix: Path, flags: dict, device: torch.device) -> list[dict[str, t
 
 
 def trainer_of(run: Run, pg_collection, device: torch.device, optimizer: dict | None = None, seed: int = 0) -> Trainer:
-    """The model of a run and its optimizer, with the plugin's layers in Megatron's own; others as Trainer's."""
+    """The model of a run, which has the plugin's layers, and its optimizer; other arguments as those of Trainer."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     from air_moe_megatron.routers.hashing import hand_over_token_ids

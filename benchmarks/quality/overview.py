@@ -25,8 +25,8 @@ from benchmarks.quality.study import read_results  # noqa: E402
 
 
 def regimes(rows: list[dict], subject: str) -> dict[tuple, dict[str, list[dict]]]:
-    """The groups in which ``subject`` and the reference have three seeds or more and K = 16, and of these the variants
-    that two groups have.
+    """The groups with K = 16 in which ``subject`` and the reference have three seeds or more. Of their variants, only
+    those that two groups have are kept.
     """
     found = {
         place: variants
@@ -44,7 +44,7 @@ def comparison(rows: list[dict], subject: str = "air") -> str:
     """A table of one variant against the others, a column for each of its :func:`regimes`.
 
     A cell says by how much the subject is better or worse, and its share of the other's FLOPs: "1.2 +- 1.1% worse, at
-    0.17". Differences are of runs of one seed; their number stands behind where it is not three.
+    0.17". Differences are between runs of the same seed; their number follows if it is not three.
     """
     found = regimes(rows, subject)
     names = list(dict.fromkeys(name for variants in found.values() for name in variants if name != subject))
@@ -72,7 +72,7 @@ def _short_title(place):
 
 
 def plot(rows: list[dict], file: Path, subject: str = "air") -> Path:
-    """Draw all :func:`regimes`: quality against exact top-k's over all training FLOPs, with error bars."""
+    """Draw all :func:`regimes`: quality relative to exact top-k over all training FLOPs, with error bars."""
     import matplotlib
 
     matplotlib.use("Agg")

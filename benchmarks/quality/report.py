@@ -19,10 +19,10 @@ _USED, _IMBALANCE, _RECALL, _TOPK_RECALL = "experts-used", "imbalance-factor", "
 
 
 def groups(rows: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
-    """Rows that may be compared: (corpus, tokens, precision, E, K, F) -> variant -> rows of its seeds.
+    """Group comparable rows: (corpus, tokens, precision, E, K, F) -> variant -> rows of its seeds.
 
     Raises:
-        ValueError: if two rows of a variant have one seed: they are runs with different flags, and no two seeds.
+        ValueError: if two rows of a variant have the same seed: they are then runs with different flags.
     """
     found: dict[tuple, dict[str, list[dict]]] = {}
     for row in sorted(rows, key=lambda row: (*_place(row), row["seed"])):
@@ -50,7 +50,7 @@ def _title(corpus, tokens, precision, experts, topk, ffn):
 
 
 def quality(row: dict) -> float:
-    """The figure that a run is judged by: perplexity per word where the corpus has words, else bits per byte."""
+    """The figure by which a run is judged: perplexity per word if the corpus has words, else bits per byte."""
     return row.get("word_perplexity", row["bits_per_byte"])
 
 
@@ -60,13 +60,13 @@ def quality_name(rows: list[dict]) -> str:
 
 
 def last(row: dict, name: str) -> float | None:
-    """A health figure at the end, over the last log interval; None where the router has no such figure."""
+    """A health figure over the last log interval; None if the router has no such figure."""
     values = row["health"].get(name)
     return values[-1][1] if values else None
 
 
 def spread(values: list[float], form: str) -> str:
-    """Mean and, of several values, standard deviation.
+    """Mean and, if there are several values, standard deviation.
 
     Example: [1.0, 3.0] with ".1f" gives "2.0 +- 1.4".
     """
@@ -75,20 +75,20 @@ def spread(values: list[float], form: str) -> str:
 
 
 def changes(rows: list[dict], reference: list[dict]) -> list[float]:
-    """Per cent by which the quality figures of runs differ from those of the reference's runs with the same seed.
+    """Differences in percent of the quality figures of runs from those of the reference's runs with the same seed.
 
-    Example: 99 where the reference has 90 gives [10.0].
+    Example: 99 against a reference of 90 gives [10.0].
     """
     by_seed = {row["seed"]: quality(row) for row in reference}
     return [100 * (quality(row) / by_seed[row["seed"]] - 1) for row in rows if row["seed"] in by_seed]
 
 
 def table(variants: dict[str, list[dict]], step_ms: dict[tuple, float] | None = None) -> str:
-    """A table of one group, best first; differences to the reference are of runs of the same seed.
+    """A table of one group, best first. Differences from the reference are between runs of the same seed.
 
     Args:
-        variants: of a group, with the rows of their seeds.
-        step_ms: milliseconds of a step by :func:`_model`; without those of this group there is no column.
+        variants: variants of a group, with the rows of their seeds.
+        step_ms: milliseconds of a step by :func:`_model`; the column is left out if this group has none.
     """
     times = {name: (step_ms or {}).get(_model(rows[0])) for name, rows in variants.items()}
     is_timed = any(times.values())
@@ -120,7 +120,7 @@ def table(variants: dict[str, list[dict]], step_ms: dict[tuple, float] | None = 
 
 
 def read_step_times(path: Path) -> dict[tuple, float]:
-    """Milliseconds of a step of each model in a CSV file of step_time.py."""
+    """Milliseconds of a step of each model, from a CSV file of step_time.py."""
     return {_model(row): row["step_ms"] for row in pandas.read_csv(path).to_dict("records")}
 
 
@@ -139,7 +139,7 @@ def _percent(rows, name):
 
 
 def tables(rows: list[dict], step_ms: dict[tuple, float] | None = None) -> str:
-    """All tables, with what they were measured on; ``step_ms`` as in :func:`table`."""
+    """All tables, with the hardware and versions that they were measured on; ``step_ms`` as in :func:`table`."""
     parts = []
     for place, variants in groups(rows).items():
         of_group = [row for of_variant in variants.values() for row in of_variant]
@@ -180,7 +180,7 @@ def plots(rows: list[dict], out: Path) -> list[Path]:
 
 
 def styles_of(rows):
-    """How each variant is drawn: a color per type of router, black for exact top-k; variants by marker and dash."""
+    """Style of each variant: a color per router type, black for exact top-k; markers and dashes tell variants apart."""
     types = {row["variant"]: row["flags"]["moe-router-type"] for row in rows}
     names = sorted(types, key=lambda name: (types[name] != "topk", types[name], len(name), name))
     families = list(dict.fromkeys(types[name] for name in names if types[name] != "topk"))
@@ -193,7 +193,7 @@ def styles_of(rows):
 
 
 def _over_experts(found):
-    """Groups that differ in nothing but E, joined: (corpus, tokens, precision, None, K, F) -> E -> variant -> rows."""
+    """Join groups that differ in E only: (corpus, tokens, precision, None, K, F) -> E -> variant -> rows."""
     joined: dict[tuple, dict] = {}
     for (corpus, tokens, precision, experts, topk, ffn), variants in found.items():
         joined.setdefault((corpus, tokens, precision, None, topk, ffn), {})[experts] = variants
@@ -207,7 +207,7 @@ def _draw_against_flops(styles, kinds, axis, variants, column):
         points(axis, styles[name], [of_variant[0]["flops_per_token"][kind] / 1e6], [values], joined=False)
     if axis.dataLim.x0 > 0:
         axis.set_xscale("log")
-    else:  # a router that costs nothing: a narrow linear part beside the logarithmic one
+    else:  # a router without cost gets a narrow linear part beside the logarithmic one
         costs = [cost for rows in variants.values() if (cost := rows[0]["flops_per_token"][kind] / 1e6) > 0]
         axis.set_xscale("symlog", linthresh=min(costs, default=1.0) / 1.5, linscale=0.15)
         axis.set_xlim(-min(costs, default=1.0) / 6, 1.5 * max(costs, default=1.0))
@@ -230,7 +230,7 @@ def _draw_over_experts(styles, axis, by_experts, column):
         flops = [rows[0]["flops_per_token"]["router"] / 1e6 for rows in of_name.values()]
         if all(flops):
             axis.plot(list(of_name), flops, **style)
-        else:  # has no place on a logarithmic axis
+        else:  # it cannot be shown on a logarithmic axis
             axis.annotate(f"{name}: 0", (0.98, 0.03), xycoords="axes fraction", horizontalalignment="right")
     axis.set_xscale("log", base=2)
     axis.set_xticks(list(by_experts), [f"{experts:,}" for experts in by_experts])
@@ -243,7 +243,7 @@ def _draw_over_experts(styles, axis, by_experts, column):
 
 
 def points(axis, style, places, values, joined):
-    """Mean and standard deviation of the values at each place; hollow where there is but one value."""
+    """Draw mean and standard deviation of the values at each place; the marker is hollow for a single value."""
     means = [statistics.mean(figures) for figures in values]
     errors = [statistics.stdev(figures) if len(figures) > 1 else math.nan for figures in values]  # NaN draws no bar
     line = style | ({} if joined else {"linestyle": "none"})
@@ -259,7 +259,7 @@ def _draw_training(styles, axis, variants, column):
     for name, of_variant in variants.items():
         if what is not None:
             series = [dict(row["health"].get(what, [])) for row in of_variant]
-        else:  # to the reference of the same seed: a hundredth is what counts, and the fall of both hides it
+        else:  # relative to the reference of the same seed: otherwise the fall of both would hide small differences
             series = [
                 {
                     step: loss - losses[row["seed"]][step]
@@ -288,7 +288,7 @@ def quality_name_of(variants):
 
 
 def number_ticks(axis):
-    """Plain numbers at 1, 2, 5 of each decade of a logarithmic axis, and zero: few decades leave no room for powers."""
+    """Put plain numbers at 1, 2, 5 of each decade of a logarithmic axis, and at zero; powers would be too sparse."""
     from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     low, high = axis.get_view_interval()
@@ -301,7 +301,7 @@ def number_ticks(axis):
 
 
 def _grid(pyplot, found, columns: int, draw: Callable, styles: dict, file: Path) -> Path:
-    """One row of axes per group, titled by its place, one legend for all above them."""
+    """Draw one row of axes per group, with the group as title and one legend for all above them."""
     from matplotlib.lines import Line2D
 
     figure, axes = pyplot.subplots(

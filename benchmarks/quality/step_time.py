@@ -35,13 +35,13 @@ KEY = ["corpus", "variant", "experts", "topk", "ffn"]
 def time_steps(
     trainers: dict[str, Trainer], data: list[dict[str, torch.Tensor]], warmup: int, repetitions: int
 ) -> dict[str, list[float]]:
-    """Seconds of each counted step of each model: of the processor on a CPU, by the clock on a GPU.
+    """Seconds of each counted step of each model: processor time on a CPU, wall-clock time on a GPU.
 
     Args:
-        trainers: by variant.
+        trainers: variant -> trainer.
         data: global batches; all models see the same ones in the same order.
         warmup: uncounted steps of each model before the first counted one. They also age the codebooks.
-        repetitions: counted steps of each; the models take turns, each with an uncounted step before a counted one.
+        repetitions: counted steps of each model. The models take turns, with an uncounted step before each counted one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     numbers = dict.fromkeys(trainers, 0)
@@ -64,7 +64,7 @@ def time_steps(
 
 
 def rows_of(runs: dict[str, Run], seconds: dict[str, list[float]], warmup: int, device: torch.device) -> list[dict]:
-    """A row for each variant: its median, least and largest step, and how many times exact top-k's median it is."""
+    """A row for each variant: its median, least and largest step, and its median relative to exact top-k's."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return [
         {
@@ -82,7 +82,7 @@ def rows_of(runs: dict[str, Run], seconds: dict[str, list[float]], warmup: int, 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Time the models of the sizes asked for; rows of other sizes in the file are kept."""
+    """Time the models of the given sizes. Rows of other sizes in the file are kept."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path, help="TOML file of the study")
     parser.add_argument("--data", type=Path, required=True, help="a data set of the study, such as OUT/data/NAME/train")

@@ -34,8 +34,9 @@ sys.path.insert(0, str(ROOT))
 logger = logging.getLogger(__name__)
 
 _CPU_FLAGS = {"cpu": True}
-# glibc gives large tensors back to the kernel and takes them again page by page. With these it keeps them: a step of
-# an exact router over 65,536 experts takes 3.5 s instead of 8.2 (docs/log.md). No number depends on it.
+# By default glibc returns the memory of large tensors to the kernel and gets it again page by page. With these values
+# it keeps the memory: a step of an exact router over 65,536 experts takes 3.5 s instead of 8.2 (docs/log.md). No result
+# depends on it.
 CPU_ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 # Megatron's own layers, as Transformer Engine and Apex may be missing.
 _GPU_FLAGS = {
@@ -62,8 +63,8 @@ _RULES = {
     "variants": ("a list of names of variants", lambda value: _is_list(value, lambda name: isinstance(name, str))),
     "flags": ("a table of numbers, texts and booleans", lambda value: _is_flags(value)),
 }
-"""What the entries of a study must be: the rule in words, and its check."""
-_LOSS_POINTS = 50  # of the training loss in a result; each is a mean over its share of the steps
+"""Entry of a study -> the rule for its value in words, and its check."""
+_LOSS_POINTS = 50  # points of the training loss in a result; each is a mean over its share of the steps
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,11 @@ class Run:
     seed: int
     corpus: str
     vocabulary: int
-    flags: dict  # Megatron's and ours, without dashes in front; True for a flag that takes no value
+    flags: dict  # Megatron's and ours, without leading dashes; True for a flag that takes no value
 
     @property
     def key(self) -> str:
-        """Names the run: equal for equal flags and data."""
+        """A key of the run, equal for equal flags and data."""
         given = json.dumps([self.corpus, self.vocabulary, self.flags], sort_keys=True)
         return hashlib.sha256(given.encode()).hexdigest()[:12]
 
@@ -100,9 +101,9 @@ def load_runs(config: dict) -> list[Run]:
     """The runs of a study, in the order in which they are made: all of one seed before the next.
 
     Args:
-        config: a parsed study file; benchmarks/quality/README.md says what stands in it.
+        config: a parsed study file; benchmarks/quality/README.md documents its entries.
     Raises:
-        ValueError: naming an entry that is missing, unknown or does not fit.
+        ValueError: naming an entry that is missing, unknown or invalid.
     """
     for entry in ("corpus", "vocabulary", "seeds", "flags", "variants", "runs"):
         if entry not in config:
@@ -173,7 +174,7 @@ def _is_flags(value: object) -> bool:
 
 
 def start_of(run: Run, folder: Path, checkpoint_interval: int) -> int:
-    """The iteration at which a run goes on: that of its checkpoint in ``folder``, 0 where it has none."""
+    """The iteration from which a run continues: that of its checkpoint in ``folder``, 0 if it has none."""
     tracker = folder / "checkpoint/latest_checkpointed_iteration.txt"
     return int(tracker.read_text()) if checkpoint_interval and tracker.is_file() else 0
 
@@ -187,15 +188,15 @@ def command(
     checkpoint_interval: int = 0,
     keeps_checkpoints: bool = False,
 ) -> list[str]:
-    """The command line of a run, or of what is left of it.
+    """The command line that starts or continues a run.
 
     Args:
         data: folder of the data sets.
-        folder: of the run.
-        eval_iters: those of the whole test split, for a study that names no "eval-iters".
+        folder: folder of the run.
+        eval_iters: iterations over the whole test split, for a study without "eval-iters".
         on_gpu: whether it runs on a GPU, in bf16.
-        checkpoint_interval: steps between two checkpoints; 0, and a run of no more steps, make none.
-        keeps_checkpoints: whether all of them stay, instead of the last.
+        checkpoint_interval: steps between two checkpoints. With 0, or in a run without more steps, none are made.
+        keeps_checkpoints: whether all checkpoints are kept, instead of the last one.
     """
     start, num_steps = start_of(run, folder, checkpoint_interval), run.flags["train-iters"]
     saving = {}
@@ -228,16 +229,16 @@ def command(
 
 
 class Study:
-    """What all runs of a study share: data, places, and the file of results.
+    """What all runs of a study share: data, folders, and the file of results.
 
     Args:
-        runs: those to be made.
-        data_dir: where the corpora are.
+        runs: runs to make.
+        data_dir: folder of the corpora.
         out: folder for logs, TensorBoard files and, under "data", the corpora's data sets.
-        results: file of JSON lines, which may hold results already.
-        threads: of a run on a CPU.
+        results: file of JSON lines, which may already hold results.
+        threads: threads of a run on a CPU.
         checkpoint_interval: steps between two checkpoints of a longer run.
-        keeps_checkpoints: whether all of them stay, after the run's end too.
+        keeps_checkpoints: whether all checkpoints are kept, even after the end of the run.
     """
 
     def __init__(
@@ -268,7 +269,7 @@ class Study:
         return {row["key"]: row for row in read_results(self.results) if row["precision"] == self.precision}
 
     def make(self, jobs: int) -> list[Run]:
-        """Prepare the data of the pending runs and make these, ``jobs`` at a time; returns those that failed."""
+        """Prepare the data of the pending runs and make these runs, ``jobs`` at a time; returns those that failed."""
         from benchmarks.quality.data import prepare
 
         pending, failed = self.pending(), []
@@ -330,7 +331,7 @@ class Study:
         from benchmarks.quality.flops import flops_per_token
 
         scalars = curves.read(folder / "tensorboard")
-        # After the evaluations during training come those of the validation and the test split, under the same name.
+        # The evaluations during training are followed by those of the validation and test split, under the same name.
         *valid_losses, (_, valid_loss), (_, test_loss) = scalars["lm loss validation"]
         row = {
             "key": run.key,
@@ -356,10 +357,10 @@ class Study:
 
 
 def read_results(path: Path) -> list[dict]:
-    """The rows of a file of JSON lines; none where it does not exist.
+    """The rows of a file of JSON lines; empty if it does not exist.
 
     Raises:
-        ValueError: naming the line that is no JSON.
+        ValueError: naming the line that is not JSON.
     """
     if not path.is_file():
         return []
@@ -373,14 +374,14 @@ def read_results(path: Path) -> list[dict]:
 
 
 def describe(row: dict) -> str:
-    """The figure that a result is judged by, in words."""
+    """The figure by which a result is judged, in words."""
     if "word_perplexity" in row:
         return f"{row['word_perplexity']:.1f} per word"
     return f"{row['bits_per_byte']:.4f} bits per byte"
 
 
 def origin(on_gpu: bool) -> dict[str, str]:
-    """What every result carries: commit, versions, device."""
+    """Fields of every result: commit, versions, device."""
     import torch
 
     from benchmarks.measure import environment
@@ -390,7 +391,7 @@ def origin(on_gpu: bool) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prepare the data, make what is missing, and say where the results are."""
+    """Prepare the data, make the missing runs, and print where the results are."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("benchmarks").setLevel(logging.INFO)
     logger.setLevel(logging.INFO)

@@ -23,25 +23,25 @@ __all__ = ["check_checkpoint", "fields_of_checkpoint", "saved_arguments", "unfit
 
 
 def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks: Ranks) -> list[str]:
-    """Check what the run will load and where it will save, and say what will become of the codebooks.
+    """Check what the run will load and where it will save, and print what will become of the codebooks.
 
     Returns:
         as :func:`unfit_checkpoint`.
     Raises:
-        ValueError: on every rank, the first of :func:`unfit_checkpoint`.
+        ValueError: on every rank, with the message of the first problem of :func:`unfit_checkpoint`.
     """
     report = _report(args) | {"write problem": _write_problem(args)}
     return ranks.agree("checkpoint", report, lambda reports: raise_first(_unfit(args, config, reports)))
 
 
 def unfit_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Problems[list[str]]:
-    """What is wrong with the checkpoint to load and the folder to save to, as this process sees them.
+    """Yield the problems of the checkpoint to load and the folder to save to, as this process sees them.
 
-    A ValueError each: a checkpoint that is damaged, not seen by some rank or unfit for the run, a folder where nothing
-    can be saved.
+    Each is a ValueError: a checkpoint that is damaged, missing or unfit for the run, or a folder where nothing can be
+    saved.
 
     Returns:
-        as :func:`unfit_contents`; nothing where no checkpoint is loaded.
+        as :func:`unfit_contents`; empty if no checkpoint is loaded.
     """
     return (yield from _unfit(args, config, [_report(args) | {"write problem": _write_problem(args)}]))
 
@@ -52,7 +52,7 @@ def _write_problem(args: argparse.Namespace) -> str | None:
 
 
 def _unfit(args: argparse.Namespace, config: TransformerConfig, reports: list[dict[str, Any]]) -> Problems[list[str]]:
-    """As :func:`unfit_checkpoint`, of what all ranks report."""
+    """Like :func:`unfit_checkpoint`, for the reports of all ranks."""
     location, checkpoint, lacking = None, None, []
     try:
         location = _agreed_location(args, reports)
@@ -81,7 +81,7 @@ def fields_of_checkpoint(args: argparse.Namespace, ranks: Ranks) -> dict[str, An
         args: Megatron's parsed arguments, not yet validated.
         ranks: the ranks of this start.
     Returns:
-        field -> value, on every rank; empty where there is no checkpoint, or none with arguments.
+        field -> value, on every rank; empty if there is no checkpoint or it holds no arguments.
     Raises:
         ValueError: on every rank, if the checkpoint is damaged or not seen by some rank.
     """
@@ -99,13 +99,13 @@ def fields_of_checkpoint(args: argparse.Namespace, ranks: Ranks) -> dict[str, An
 
 
 def saved_arguments(args: argparse.Namespace, ranks: Ranks) -> argparse.Namespace:
-    """Read the arguments that a checkpoint was saved with, all of them.
+    """Read all arguments that a checkpoint was saved with.
 
     Args:
         args: Megatron's parsed arguments, not yet validated; they must name a checkpoint.
         ranks: the ranks of this start.
     Raises:
-        ValueError: on every rank, if the checkpoint is damaged, not seen by some rank, or without arguments.
+        ValueError: on every rank, if the checkpoint is damaged, not seen by some rank, or has no arguments.
     """
 
     def judge(reports: list[dict[str, Any]]) -> None:
@@ -135,7 +135,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _agreed_location(args: argparse.Namespace, reports: list[dict[str, Any]]) -> Location | None:
-    """The checkpoint's location, which every rank must see as rank 0 does."""
+    """The checkpoint's location. Raises unless every rank sees the same one as rank 0."""
     location = locate(args)
     if location is not None and reports[0]["problem"] is not None:
         with _naming(location):
@@ -152,7 +152,7 @@ def _agreed_location(args: argparse.Namespace, reports: list[dict[str, Any]]) ->
 
 @contextlib.contextmanager
 def _naming(location: Location) -> Iterator[None]:
-    """Within this context, an error about damage names the checkpoint and what to load instead."""
+    """Within this context, :class:`Damaged` becomes a ValueError that names the checkpoint and what to load instead."""
     try:
         yield
     except Damaged as error:

@@ -1,4 +1,4 @@
-"""Check that a checkpoint fits the run that will load it. Each check raises one ValueError."""
+"""Check that a checkpoint fits the run that will load it. Each check raises at most one ValueError."""
 
 import argparse
 import dataclasses
@@ -27,28 +27,28 @@ _GIVEN_SIZES = (
 """Arguments that shape the model."""
 
 _DERIVED_SIZES = ("moe_layer_freq", "ffn_hidden_size", "kv_channels", "num_query_groups")
-"""Arguments that shape it too. They are compared by layer, or follow from the others where they are not given."""
+"""Arguments that shape it too. They are compared by layer, or derived from the others if they are not given."""
 
 _LEGACY_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
-"""The layout that the legacy format is bound to."""
+"""The parallel sizes that the legacy format depends on."""
 
 _OF_SCHEDULE = (
     *("train_iters", "train_samples", "global_batch_size", "lr", "min_lr", "lr_decay_style", "lr_decay_iters"),
     *("lr_decay_samples", "lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples"),
     *("start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
 )
-"""Arguments that the schedule of learning rate and weight decay follows from."""
+"""Arguments that determine the schedule of learning rate and weight decay."""
 
 
 def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: TransformerConfig) -> Problems[list[str]]:
-    """What keeps a run from loading a checkpoint: a ValueError each, with our flag, its value and what is needed.
+    """Yield a ValueError for each reason that a run cannot load a checkpoint, with the flag, its value and the remedy.
 
-    Between top-k and AIR only the codebooks differ, so either loads into the other. A missing codebook is learned anew,
-    an unwanted one is left. Routers of other types have parameters of their own. A checkpoint of AIR may come from
-    before rebuilds of the lists were saved: the one under way begins anew.
+    Top-k and AIR differ only in the codebooks, so each loads into the other. A missing codebook is learned anew, an
+    unneeded one is not loaded. Routers of other types have parameters of their own. Older checkpoints of AIR do not
+    hold an unfinished rebuild of the lists; it then begins anew.
 
     Returns:
-        what the AIR routers of the run have and the checkpoint lacks: beginnings of names, as in a router's state.
+        what the run's AIR routers have and the checkpoint lacks: prefixes of names in a router's state.
     """
     router_type = getattr(config, "moe_router_type", "topk")
     if checkpoint.is_legacy:
@@ -86,7 +86,7 @@ def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
 
 
 def loads_optimizer(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
-    """Whether Megatron will load the optimizer's state from a checkpoint; it then fails without one."""
+    """Whether Megatron will load the optimizer's state from a checkpoint. It then fails if there is none."""
     starts_anew = args.finetune or checkpoint.location.flag == "--pretrained-checkpoint"
     is_whole = checkpoint.location.name != "release"
     return is_whole and not (starts_anew or args.no_load_optim or args.skip_train)
@@ -105,7 +105,7 @@ def _demand(name: str, own: Any, found: Any) -> str:
 
 
 def _check_layout(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """The legacy format has one file per rank, which only the same layout finds."""
+    """Require the same parallel sizes: the legacy format has one file per rank."""
     sizes = [(name, getattr(args, name), getattr(checkpoint.args, name, getattr(args, name))) for name in _LEGACY_SIZES]
     demands = [_demand(name, own, found) for name, own, found in sizes if own != found]
     if demands:
@@ -114,7 +114,7 @@ def _check_layout(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
             + ", ".join(demands)
         )
     if args.use_tp_pp_dp_mapping:
-        return  # ranks are numbered otherwise
+        return  # it numbers ranks in another way
     for folder in sorted({_legacy_folder(rank, args) for rank in range(args.world_size)}):
         path = checkpoint.location.directory / folder / LEGACY_FILE
         if not path.is_file():
@@ -139,7 +139,7 @@ def _check_sizes(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
                 found.pop(name, None)  # Megatron pairs the layers of a GPT checkpoint with those of a hybrid model
     else:  # a rank's file of the legacy format holds only a part of the experts
         found = {} if checkpoint.is_legacy else _sizes_of_tensors(checkpoint.shapes)
-    for names in (_GIVEN_SIZES, _DERIVED_SIZES):  # a derived size is not named beside the one it follows from
+    for names in (_GIVEN_SIZES, _DERIVED_SIZES):  # a derived size is not reported beside those that determine it
         demands = [
             _demand(name, _shown(own[name], args, name), _shown(found[name], checkpoint.args, name))
             for name in names
@@ -150,14 +150,14 @@ def _check_sizes(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
 
 
 def _shown(value: Any, args: argparse.Namespace | None, name: str) -> Any:
-    """A value as its flag was given; the layers with experts are compared one by one."""
+    """The value of a flag as it was given, because layers with experts are compared one by one."""
     return args.moe_layer_freq if name == "moe_layer_freq" and args is not None else value
 
 
 def _sizes_of_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that shape a model, without those that have no effect."""
     sizes = {name: getattr(args, name) for name in (*_GIVEN_SIZES, *_DERIVED_SIZES) if hasattr(args, name)}
-    # Older checkpoints hold Megatron's older name of the pattern.
+    # Older checkpoints use an older name of the pattern.
     pattern = sizes.get("hybrid_layer_pattern") or getattr(args, "hybrid_override_pattern", None)
     sizes["hybrid_layer_pattern"] = None if pattern is None else bare_pattern(pattern)
     layers = moe_layers(argparse.Namespace(**vars(args) | {"hybrid_layer_pattern": pattern}))
@@ -177,7 +177,7 @@ def _sizes_of_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sizes_of_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """The sizes that tensors show, for a checkpoint without arguments."""
+    """The sizes that follow from the shapes of tensors, for a checkpoint without arguments."""
     sizes = {}
     for key, shape in shapes.items():
         if key.startswith("decoder.layers.mlp.router."):  # layers of one form are stacked
@@ -192,7 +192,7 @@ def _sizes_of_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def _check_experts(checkpoint: Checkpoint, granular: bool) -> None:
-    """The two forms of experts have different parameters and do not load into each other."""
+    """Require the same form of experts: the two forms have different parameters."""
     has_granular = checkpoint.has("mlp.experts.weight1")
     has_modules = any(".mlp.experts." in key for key in checkpoint.shapes) and not has_granular
     if granular and has_modules:
@@ -204,7 +204,7 @@ def _check_experts(checkpoint: Checkpoint, granular: bool) -> None:
 
 
 def _check_router(checkpoint: Checkpoint, router_type: str) -> None:
-    """Routers of different types have different parameters. Only top-k and AIR load into each other."""
+    """Require the same router type, because parameters differ by type. Only top-k and AIR load into each other."""
     hashed = _hashed_layers(checkpoint)
     routers = {
         name
@@ -224,13 +224,13 @@ def _check_router(checkpoint: Checkpoint, router_type: str) -> None:
 
 
 def _hashed_layers(checkpoint: Checkpoint) -> set[str]:
-    """The beginnings of the names of layers with a hash router; one name where all layers are stacked."""
+    """Name prefixes of the layers with a hash router; a single one if all layers are stacked."""
     ending = ".router." + ROUTERS["hash"].checkpoint_key
     return {key.removesuffix(ending) for key in checkpoint.shapes if key.endswith(ending)}
 
 
 def _check_hash_layers(checkpoint: Checkpoint, config: TransformerConfig) -> None:
-    """The first layers by hash have no centers, and layers with them are saved one by one."""
+    """Require the same number of first layers by hash: they have no centers and are saved layer by layer."""
     is_stacked = any(key.startswith("decoder.layers.mlp.router.") for key in checkpoint.shapes)
     has_routers = any(".router." in key for key in checkpoint.shapes)
     if not has_routers or getattr(config, "moe_router_type", "topk") == "hash":
@@ -244,7 +244,7 @@ def _check_hash_layers(checkpoint: Checkpoint, config: TransformerConfig) -> Non
 
 
 def _check_input_norm(checkpoint: Checkpoint, norm: str) -> None:
-    """Centers are of no use for tokens that are normalized otherwise than those that they were trained on."""
+    """Require the same input norm: centers do not fit tokens that are normalized in another way."""
     has_routers = any(".router." in key for key in checkpoint.shapes)
     found = "running" if checkpoint.has("router.input_norm.mean") else "none"
     if checkpoint.has("router.input_norm.covariance"):
@@ -257,7 +257,7 @@ def _check_input_norm(checkpoint: Checkpoint, norm: str) -> None:
 
 
 def _check_expert_bias(checkpoint: Checkpoint, config: TransformerConfig) -> None:
-    """Megatron cannot load a bias that is absent. It leaves one that is not wanted."""
+    """Require an expert bias if the run uses one: Megatron cannot load a missing bias, but ignores an unneeded one."""
     has_bias = checkpoint.has("router.expert_bias")
     if config.moe_router_enable_expert_bias and not has_bias:
         raise ValueError(
@@ -271,7 +271,7 @@ def _check_expert_bias(checkpoint: Checkpoint, config: TransformerConfig) -> Non
 
 
 def _check_optimizer(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """The state of an optimizer fits only one of the same kind, for weights of the same precision."""
+    """Require the same kind of optimizer and precision of the weights if the optimizer's state is loaded."""
     if not loads_optimizer(args, checkpoint):
         return
     location, remedy = checkpoint.location, "or add --no-load-optim to start with a new optimizer"
@@ -283,7 +283,7 @@ def _check_optimizer(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         was = getattr(saved_by, "use_distributed_optimizer", False)
     else:
         was = any(".distributed." in key for key in checkpoint.optimizer_keys)
-    # In its own format, Megatron gives the state of a plain optimizer to a distributed one too.
+    # In torch_dist, Megatron also loads the state of a plain optimizer into a distributed one.
     if own != was and (was or checkpoint.is_legacy):
         demand = _demand("use_distributed_optimizer", own, was)
         raise ValueError(f"{location} holds the state of another kind of optimizer: {demand}, {remedy}")
@@ -300,7 +300,7 @@ def _check_optimizer(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
 
 
 def check_schedule(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Megatron goes on with the schedule of learning rate and weight decay that was saved, or with none.
+    """Require the saved schedule of learning rate and weight decay, unless a flag chooses between both schedules.
 
     Raises:
         ValueError: naming the flags that differ, and those that choose between the schedules.
@@ -322,9 +322,9 @@ def check_schedule(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
 
 
 def _schedule(args: argparse.Namespace) -> dict[str, Any]:
-    """What Megatron compares of the schedules, as ``get_optimizer_param_scheduler`` makes it; steps are samples.
+    """The values by which Megatron compares schedules, as ``get_optimizer_param_scheduler`` makes them.
 
-    Empty where it cannot be told.
+    Steps are counted in samples. Empty if the values cannot be determined.
     """
     unit = "iters" if getattr(args, "train_samples", None) is None else "samples"
     length, batch = getattr(args, f"train_{unit}", None), getattr(args, "global_batch_size", None)
@@ -348,7 +348,7 @@ def _low_precision(args: argparse.Namespace) -> str | None:
 
 
 def _check_fields(checkpoint: Checkpoint, config: TransformerConfig, router: type[CompactRouter]) -> None:
-    """Require fields that a router's parameters depend on to be as when they were trained."""
+    """Require the saved values of the fields that a router's parameters depend on."""
     if checkpoint.args is None:
         return
     defaults = {field.name: field.default for field in dataclasses.fields(AIRFields)}
@@ -383,7 +383,7 @@ def _check_codebooks(checkpoint: Checkpoint, config: TransformerConfig) -> None:
 
 
 def _automatic(name: str, config: TransformerConfig, saved_by: argparse.Namespace | None) -> str:
-    """A note on a size that was chosen automatically: by which argument, if that differs."""
+    """A note on a size that was chosen automatically, naming the argument that caused the difference, if any."""
     if getattr(config, name) != 0 or name == "moe_hash_seed":
         return ""
     topk = getattr(saved_by, "moe_router_topk", config.moe_router_topk)

@@ -23,10 +23,10 @@ TRACKER = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _NON_PERSISTENT = "non_persistent"
-"""Folder within that of ``--load``; Megatron keeps only the latest checkpoint in it."""
+"""Folder within that of ``--load`` in which Megatron keeps only the latest checkpoint."""
 
 _UNCHECKED_FORMATS = ("torch_dcp", "fsdp_dtensor")
-"""Formats of FSDP, which only plain top-k models train with (``entry_refusals.py``)."""
+"""Formats of FSDP, which is refused except for plain top-k models (``entry_refusals.py``)."""
 
 _METADATA = ".metadata"
 _COMMON_FILE = "common.pt"
@@ -59,7 +59,7 @@ _METADATA_CLASSES = {
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),
 }
-"""The classes of a checkpoint's metadata, beside dtypes, named as in a pickle."""
+"""The classes of a checkpoint's metadata as a pickle names them; dtypes are also admitted."""
 
 
 class Damaged(Exception):
@@ -76,7 +76,7 @@ class Location:
 
     @property
     def directory(self) -> Path:
-        """The iteration's own folder; in object storage a path of that client's."""
+        """The iteration's own folder; in object storage a path object of the storage client."""
         return maybe_msc.Path(self.folder) / self.name
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class Location:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint says of itself."""
+    """What a checkpoint holds, without the values of its tensors."""
 
     location: Location
     is_legacy: bool  # Megatron's `torch` format: one file per rank, layers one by one
@@ -94,7 +94,7 @@ class Checkpoint:
     args: argparse.Namespace | None  # of the run that saved it; None where it holds none that is safe to read
 
     def has(self, ending: str) -> bool:
-        """Whether the name of some tensor of the model ends so."""
+        """Whether the name of any tensor of the model ends with ``ending``."""
         return any(key.endswith(ending) for key in self.shapes)
 
 
@@ -102,10 +102,10 @@ def locate(args: argparse.Namespace) -> Location | None:
     """Find the checkpoint that Megatron will load.
 
     Returns:
-        its location; None for a run that starts from scratch (without ``--load``, or with one that names the new or
-        empty folder of ``--save``), and for formats that are not checked.
+        its location; None for formats that are not checked, and for a run that starts from scratch (no ``--load``, or
+        one that names the new or empty folder of ``--save``).
     Raises:
-        ValueError: if there is no checkpoint where a flag says, or the file that names the latest iteration is garbled.
+        ValueError: if a flag names a place without a checkpoint, or the tracker file is missing or garbled.
     """
     if args.ckpt_format in _UNCHECKED_FORMATS:
         return None
@@ -143,9 +143,9 @@ def locate(args: argparse.Namespace) -> Location | None:
 
 
 def read(location: Location) -> Checkpoint:
-    """Read what a checkpoint says of itself, and check that its files are there and long enough.
+    """Read what a checkpoint holds, and check that its files exist and are long enough.
 
-    Tensors are not read, and nothing in the files is run.
+    Values of tensors are not read, and no code in the files is run.
 
     Raises:
         Damaged: naming the file and what is wrong with it.
@@ -165,7 +165,7 @@ def read(location: Location) -> Checkpoint:
 
 
 def advice(folder: str, damaged: str | None = None) -> str:
-    """Name the newest whole iteration of a folder and the flag that loads it, if possible before the damaged one."""
+    """Name the newest undamaged iteration of a folder, if possible before ``damaged``, and the flag that loads it."""
     names = [name for name in _iterations(folder) if name != damaged]
     limit = None if damaged is None else _number_of(damaged)
     names.sort(key=lambda name: (limit is None or _number_of(name) < limit, _number_of(name)), reverse=True)
@@ -177,7 +177,7 @@ def advice(folder: str, damaged: str | None = None) -> str:
 
 
 def holds_checkpoint(folder: str) -> str | None:
-    """The name of a checkpoint, or of a part of one, in a folder that need not exist; None where there is none."""
+    """The name of a checkpoint, or of a part of one, in a folder; None if it holds none or does not exist."""
     return next(iter(sorted(_iterations(folder))), None) or _part_of_checkpoint(folder)
 
 
@@ -193,7 +193,7 @@ def _latest(flag: str, folder: str) -> str | None:
     if content == _RELEASE:
         return _RELEASE
     if not re.fullmatch(r"\+?\d+", content, re.ASCII):
-        # Megatron ends at such a file whatever --ckpt-step says.
+        # Megatron stops at such a file whatever --ckpt-step says.
         raise ValueError(
             f"{flag} '{folder}' is damaged: '{tracker}' holds {content[:40]!r} instead of an iteration; "
             f"{advice(folder)}, and remove that file"
@@ -210,7 +210,7 @@ def _number_of(name: str) -> int:
 
 
 def _iterations(folder: str) -> list[str]:
-    """Names of the iterations in a folder, which need not exist."""
+    """Names of the iterations in a folder; empty if it does not exist."""
     path = maybe_msc.Path(folder)
     return [entry.name for entry in path.iterdir() if _ITERATION.fullmatch(entry.name)] if path.is_dir() else []
 
@@ -224,7 +224,7 @@ def _part_of_checkpoint(folder: str) -> str | None:
 
 
 def _starts_here(args: argparse.Namespace) -> bool:
-    """Whether ``--load`` names the folder of ``--save``, where nothing is saved yet."""
+    """Whether ``--load`` names the folder of ``--save``, so that the run may start from scratch there."""
     if args.save is None or args.skip_train or args.exit_on_missing_checkpoint:
         return False
     return args.load == args.save or Path(args.load).resolve() == Path(args.save).resolve()
@@ -245,7 +245,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Admits only the classes of metadata, so that reading them runs no code of the checkpoint."""
+    """Admits only the classes of metadata, so that reading it runs no code of the checkpoint."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -292,14 +292,14 @@ def _is_of_optimizer(key: str) -> bool:
 
 
 def _common_state(directory: Path, metadata: Metadata) -> dict[str, Any]:
-    """The state saved once for all ranks, arguments included; empty where it is not safe to read."""
+    """The state saved once for all ranks, arguments included; empty if it is not safe to read."""
     infos = [info for index, info in metadata.storage_data.items() if index.fqn == _COMMON_KEY]
     path = directory / (infos[0].relative_path if infos else _COMMON_FILE)
     with _reading(path), path.open("rb") as file:
         if infos:
             file.seek(infos[0].offset)
         content = BytesIO(file.read(infos[0].length if infos else -1))
-        # Megatron would run code to make such objects.
+        # Loading such objects would run code.
         if torch.serialization.get_unsafe_globals_in_checkpoint(content):
             return {}
         content.seek(0)
@@ -308,12 +308,12 @@ def _common_state(directory: Path, metadata: Metadata) -> dict[str, Any]:
 
 
 def _read_legacy(location: Location) -> Checkpoint:
-    """Read the file of one rank, after checking that those of all ranks are whole."""
+    """Read the file of one rank, after checking that the files of all ranks are complete."""
     folders = sorted(path for path in location.directory.iterdir() if path.name.startswith("mp_rank_"))
     paths = [folder / LEGACY_FILE for folder in folders]
     for path in paths:
         with _reading(path), path.open("rb") as file:
-            zipfile.ZipFile(file).close()  # its directory is at the end, which a truncated file lacks
+            zipfile.ZipFile(file).close()  # the directory of a zip file is at its end: a truncated file has none
     with _reading(paths[0]):
         mmap = not is_object_storage_path(str(paths[0]))
         state = maybe_msc.torch.load(str(paths[0]), map_location="cpu", weights_only=True, mmap=mmap)

@@ -24,7 +24,7 @@ def will_save(args: argparse.Namespace) -> bool:
 
 
 def find_write_problem(args: argparse.Namespace) -> str | None:
-    """Try to write where the run will save; say what is wrong, or None. Leaves nothing behind."""
+    """Try to write where the run will save. Returns the problem, or None; leaves nothing behind."""
     if not will_save(args):
         return None
     folder = _existing(args.save)
@@ -40,7 +40,7 @@ def check_room(args: argparse.Namespace, config: TransformerConfig) -> None:
     """Refuse a folder whose file system has no room for one checkpoint.
 
     Raises:
-        ValueError: with the bytes that are needed at least, and those that are free.
+        ValueError: naming the space that is needed at least, and the free space.
     """
     if not will_save(args):
         return
@@ -53,10 +53,10 @@ def check_room(args: argparse.Namespace, config: TransformerConfig) -> None:
 
 
 def check_optimizer_resumes(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
-    """Refuse the distributed optimizer where Megatron could not load its state.
+    """Refuse the distributed optimizer if Megatron could not load its state.
 
     Raises:
-        ValueError: if the run would save or load that state, and neither Transformer Engine nor Apex is there.
+        ValueError: if the run would save or load that state without Transformer Engine or Apex installed.
     """
     if HAVE_APEX_OR_TE or not args.use_distributed_optimizer:
         return
@@ -71,7 +71,7 @@ def check_optimizer_resumes(args: argparse.Namespace, checkpoint: Checkpoint | N
 
 
 def estimate_bytes(args: argparse.Namespace, config: TransformerConfig) -> int:
-    """Count the bytes of one checkpoint, from below: embeddings, experts, centers and their optimizer state.
+    """Lower bound on the bytes of one checkpoint: embeddings, experts, centers and their optimizer state.
 
     Example: E = 16, H = 32, F = 8, SwiGLU, two layers, vocabulary 64 untied, fp32 with Adam: 29,696 values of 12 bytes.
     """
