@@ -15,6 +15,7 @@ router keeps the ids of microbatches until then (:class:`WaitingIds`). ``config/
 """
 
 import argparse
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,15 +42,15 @@ class WaitingIds:
     """
 
     def __init__(self) -> None:
-        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # token ids, and a fingerprint [T]
+        self._kept: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=_MOST_WAITING)  # ids and fingerprint
         self._num_found = 0
 
     def keep(self, token_ids: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Keep the token ids [batch, sequence] of a microbatch with hidden states [T, H]."""
-        self._kept = [*self._kept, (token_ids, _fingerprint(hidden))][-_MOST_WAITING:]
+        """Keep the token ids [T] of a microbatch with hidden states [T, H]."""
+        self._kept.append((token_ids, _fingerprint(hidden)))
 
     def find(self, hidden: torch.Tensor, is_last_time: bool) -> torch.Tensor:
-        """[batch, sequence] ids of the microbatch whose forward had these hidden states.
+        """[T] ids of the microbatch whose forward had these hidden states.
 
         Args:
             hidden: [T, H].
@@ -57,13 +58,12 @@ class WaitingIds:
         Raises:
             ValueError: if no microbatch of T tokens is kept.
         """
-        fitting = [one for one in self._kept if one[1].shape[0] == hidden.shape[0]]
+        fitting = [one for one in self._kept if one[0].shape[0] == hidden.shape[0]]
         if not fitting:
             raise ValueError(
                 f"{hidden.shape[0]} tokens are recomputed, and no forward of this step had so many: recompute a "
                 "microbatch in the step of its forward"
             )
-        fitting = [one for one in fitting if one[0].shape == fitting[-1][0].shape]
         ids = fitting[0][0]
         if len(fitting) > 1:
             own = _fingerprint(hidden)
@@ -76,7 +76,8 @@ class WaitingIds:
 
     def clear(self) -> None:
         """Forget all microbatches."""
-        self._kept, self._num_found = [], 0
+        self._kept.clear()
+        self._num_found = 0
 
 
 @torch.no_grad()
@@ -164,7 +165,7 @@ class HashRouter(CompactRouter):
         return Routes(topk_ids, hidden.new_full(topk_ids.shape, weight, dtype=self._router_dtype(hidden)))
 
     def _ids_of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T] token ids in the order of the hidden states [T, H]."""
+        """[T] token ids in the order of the hidden states [T, H]; a recomputed forward looks them up."""
         num_tokens = hidden.shape[0]
         if self.layer_number is None:
             raise ValueError("layer_number (None) must be set before a hash router is used: it chooses the table")
@@ -179,23 +180,19 @@ class HashRouter(CompactRouter):
                 f"layer {self.layer_number}: the router has been given no token ids; call hand_over_token_ids(model) "
                 "after the model is built, as the entry point does"
             )
-        ids = ids_in_order(self._ids_of_microbatch(hidden), self)
+        is_kept = self.training and recomputes_routers(self.config)
+        if is_kept and is_in_backward():
+            # The first pass of a checkpoint within a checkpoint has no gradients. It is repeated later in the backward.
+            return self._waiting.find(hidden, is_last_time=torch.is_grad_enabled())
+        ids = ids_in_order(self.token_ids, self)
         if ids.numel() != num_tokens:
             raise ValueError(
                 f"layer {self.layer_number}: {num_tokens} tokens, but {ids.numel()} token ids (of "
                 f"{tuple(self.token_ids.shape)} [batch, sequence]) came from the embedding"
             )
+        if is_kept:
+            self._waiting.keep(ids, hidden)
         return ids
-
-    def _ids_of_microbatch(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[batch, sequence] token ids of the current forward's microbatch; a recomputed forward looks them up."""
-        if not self.training or not recomputes_routers(self.config):
-            return self.token_ids
-        if not is_in_backward():
-            self._waiting.keep(self.token_ids, hidden)
-            return self.token_ids
-        # The first pass of a checkpoint within a checkpoint has no gradients and is repeated later in this backward.
-        return self._waiting.find(hidden, is_last_time=torch.is_grad_enabled())
 
     def discard(self) -> None:
         """See the base class; also forgets token ids, because earlier forwards will not be recomputed any more."""

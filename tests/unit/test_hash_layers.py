@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils.checkpoint import checkpoint
 
 from air_moe_megatron import AIRMoELayer
 from air_moe_megatron.config import (
@@ -23,7 +24,7 @@ from air_moe_megatron.routers import ROUTERS, HashRouter, find_routers
 from air_moe_megatron.routers.hashing import WaitingIds, hand_over_token_ids
 from air_moe_megatron.specs import air_hybrid_stack_spec, require_routers, with_air_layers
 from air_moe_megatron.sync import discard_statistics
-from tests.builders import HIDDEN, STOCK, VOCABULARY, make_config, make_router, tell_ids
+from tests.builders import HIDDEN, STOCK, VOCABULARY, make_config, make_layer, make_router, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 
@@ -268,12 +269,28 @@ def test_ids_are_found_by_tokens_that_are_not_finite_too():
     waiting = WaitingIds()
     hidden = [torch.randn(6, 4) for _ in range(3)]
     hidden[0][2], hidden[1][3], hidden[2][0, 1] = torch.nan, torch.inf, -torch.inf
-    ids = [torch.full((2, 3), number) for number in range(3)]
+    ids = [torch.full((6,), number) for number in range(3)]
     for one in zip(ids, hidden, strict=True):
         waiting.keep(*one)
     for number in (1, 0, 0, 2):
         found = waiting.find(hidden[number] + 1e-6 * torch.randn(6, 4), is_last_time=False)
         assert torch.equal(found, ids[number])
+
+
+def test_microbatches_of_other_shapes_and_as_many_tokens_are_told_apart(megatron_cpu):
+    fields = dict(moe_router_type="hash", recompute_granularity="full", recompute_method="uniform")
+    layer = make_layer(megatron_cpu, **fields, recompute_num_layers=1)
+    ids = [torch.arange(12).view(3, 4), torch.arange(12, 24).view(2, 6)]
+    routes = []
+    layer.router.register_forward_hook(lambda module, args, output: routes.append(output[1]))
+    losses = []
+    for one in ids:
+        layer.router.token_ids = one
+        hidden = torch.randn(*one.t().shape, HIDDEN, requires_grad=True)
+        losses.append(checkpoint(lambda tokens: layer(tokens)[0], hidden, use_reentrant=True).sum())
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(routes[2], routes[0]) and torch.equal(routes[3], routes[1])
 
 
 def test_a_microbatch_of_another_step_is_not_recomputed(megatron_cpu):
