@@ -56,13 +56,13 @@ train: install data  ## Train the demo on two CPU processes and write $(OUT), wi
 	PYTHON=$(abspath $(BIN)/python) DATA=$(abspath $(DATA)) OUT=$(abspath $(OUT)) bash examples/pretrain_demo.sh
 
 test: install  ## Run the tests that need no GPU (12 to 15 minutes on two quiet cores)
-	@echo "The tests take 12 to 15 minutes on two quiet cores. 'make test-fast' leaves out those marked slow: 3 minutes."
+	@echo "The tests take 12 to 15 minutes on two quiet cores. 'make test-fast' leaves out those marked slow: 5 minutes."
 	$(PYTEST_PARALLEL)
 
 test-all: install  ## Run the long tests too: layouts, faults, command lines at random (an hour)
 	$(BIN)/python -m pytest -m "not gpu"
 
-test-fast: install  ## Run those that are not slow either (3 minutes)
+test-fast: install  ## Run those that are not slow either (5 minutes)
 	$(PYTEST_PARALLEL) -m "not gpu and not slow and not long"
 
 test-versions: install  ## Test each supported Megatron in a folder of its own under out/versions (ten minutes, downloads)
