@@ -60,7 +60,7 @@ test: install  ## Run the tests that need no GPU (12 to 15 minutes on two quiet 
 	$(PYTEST_PARALLEL)
 
 test-all: install  ## Run the long tests too: layouts, faults, command lines at random (an hour)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST_PARALLEL) -m "not gpu"
 
 test-fast: install  ## Run those that are not slow either (5 minutes)
 	$(PYTEST_PARALLEL) -m "not gpu and not slow and not long"
