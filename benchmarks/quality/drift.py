@@ -97,7 +97,7 @@ class Rule:
     def end(self) -> None:
         """Undo all changes to the router."""
         self.router.codebook.decay, self.router.index.refresh_interval = self.decay, self.interval
-        self.router.codebook.__dict__.pop("_learn", None)
+        self.router.codebook.__dict__.pop("learn", None)
 
 
 def other_corpus(tokenizer: Path, other: Path, out: Path, num_tokens: int) -> Path:

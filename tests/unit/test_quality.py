@@ -420,9 +420,14 @@ def test_every_rule_of_the_drift_study_does_what_it_says(tmp_path, megatron_cpu)
     assert len(first) == 1  # all go on from one state
     assert after["as it is"].age.tolist() == list(range(26, 38))
     assert after["reset"].age.tolist() == list(range(9, 21))
-    assert after["as it is"].quantization_error.iloc[-1] != after["frozen"].quantization_error.iloc[-1]
+    assert len({part.quantization_error.iloc[-1] for part in after.values()}) >= 3  # 'drift' may do nothing
     assert drift.table(rows).count("\n") == 1 + len(drift.RULES)
     router = in_process.trainer_of(run, megatron_cpu, device).routers[0]
+    frozen = drift.Rule("frozen", router, 400)
+    frozen.begin()
+    assert router.codebook.learn is not type(router.codebook).learn
+    frozen.end()
+    assert router.codebook.learn is type(router.codebook).learn
     rule = drift.Rule("drift", router, 400, [0.1, 0.2] * 10)
     rule.begin()
     assert (router.codebook.decay, router.index.refresh_interval) == (0.99, 20)
