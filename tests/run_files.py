@@ -94,18 +94,11 @@ def diagnostics(iteration, end, router="air", num_layers=2, num_bins=64, seed=0,
     }
 
 
-def validation(iteration):
-    """A line of kind validation."""
-    return {"kind": "validation", "iteration": iteration, "tokens": iteration * STEP_TOKENS, "loss": 1.9}
-
-
 def lines(router="air", num_layers=2, end=200, interval=20, seed=0, **changed):
     """The lines of a run from its start; ``changed`` are figures of all layers."""
     found = [header(router, num_layers)]
     for iteration in range(interval, end + 1, interval):
         found += [step(iteration), diagnostics(iteration, end, router, num_layers, seed=seed, **changed)]
-        if iteration == end // 2:
-            found.append(validation(iteration))
     return found
 
 

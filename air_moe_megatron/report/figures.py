@@ -59,7 +59,6 @@ class Curve:
         run: index of the run, which determines the color if there are several runs.
         series: index of the series in the panel, which determines the dashes.
         low, high: [n] a band around the line, or None.
-        is_points: whether to draw marks instead of a line.
     """
 
     x: numpy.ndarray
@@ -68,7 +67,6 @@ class Curve:
     series: int
     low: numpy.ndarray | None = None
     high: numpy.ndarray | None = None
-    is_points: bool = False
 
 
 def thinned(x: numpy.ndarray, y: numpy.ndarray, most: int) -> tuple[numpy.ndarray, ...]:
@@ -131,8 +129,7 @@ def panels(
         axes.set_xlabel(axis.x_label)
         axes.set_ylabel(axis.y_label)
         if len(names) > 1:
-            points = {curve.series for curve in every if curve.is_points}
-            _legend(axes, [_handle(series, series in points, num_runs) for series in range(len(names))], names)
+            _legend(axes, [_handle(series, num_runs) for series in range(len(names))], names)
         if axis.right_label:
             right = axes.secondary_yaxis("right")
             right.yaxis.set_major_locator(_ticks(5))
@@ -151,8 +148,6 @@ def panels(
 
 def _draw(axes: Axes, curve: Curve, num_runs: int) -> list[Artist]:
     color = COLORS[curve.run] if num_runs > 1 else COLORS[curve.series]
-    if curve.is_points:
-        return axes.plot(curve.x, curve.y, "o", color=color, markersize=4, markerfacecolor="white")
     drawn: list[Artist] = []
     if curve.low is not None and curve.high is not None:
         drawn.append(axes.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.18, linewidth=0))
@@ -161,11 +156,9 @@ def _draw(axes: Axes, curve: Curve, num_runs: int) -> list[Artist]:
     return drawn
 
 
-def _handle(series: int, is_points: bool, num_runs: int) -> Line2D:
+def _handle(series: int, num_runs: int) -> Line2D:
     """Legend handle of a series."""
     color = "#333333" if num_runs > 1 else COLORS[series]
-    if is_points:
-        return Line2D([], [], linestyle="", marker="o", markersize=4, markerfacecolor="white", color=color)
     return Line2D([], [], linestyle=_DASHES[series], color=color)
 
 

@@ -131,20 +131,17 @@ class Builder:
 
     def loss(self) -> list[Drawn]:
         """Loss and perplexity over tokens and over time."""
-        has_validation = any(len(run.validation) for run in self.runs)
-        names = ["training", "validation"] if has_validation else ["training"]
         return [
-            self._loss("tokens", "tokens", "Loss over tokens", names, ""),
+            self._loss("tokens", "tokens", "Loss over tokens", ""),
             self._loss(
                 "seconds",
                 "training time in seconds",
                 "Loss over time",
-                names,
                 " Time counts training steps alone, without pauses, evaluation and saving.",
             ),
         ]
 
-    def _loss(self, x: str, x_label: str, title: str, names: list[str], more: str) -> Drawn:
+    def _loss(self, x: str, x_label: str, title: str, more: str) -> Drawn:
         caption = (
             "Language model loss; on the right perplexity, which is e to the power of the loss. A band shows least and "
             "largest where several records make one point." + more
@@ -156,16 +153,12 @@ class Builder:
                 continue
             points = figures.thinned(steps[x].to_numpy(), steps["loss"].to_numpy(), 2 * _POINTS)
             curves.append(figures.Curve(*points[:2], place, 0, *points[2:]))
-            if len(run.validation):
-                where = numpy.interp(run.validation["tokens"], steps["tokens"], steps[x])
-                losses = run.validation["loss"].to_numpy()
-                curves.append(figures.Curve(where, losses, place, 1, is_points=True))
             resumed = [resume.tokens for resume in run.resumes]
             marks += [(float(where), place) for where in numpy.interp(resumed, steps["tokens"], steps[x])]
         if not curves:
             return Drawn(title, caption, None)
         axis = figures.Axis(x_label, "nats per token", right_label="perplexity per token")
-        (svg,) = figures.panels([(title, curves)], names, axis, len(self.runs), marks)
+        (svg,) = figures.panels([(title, curves)], ["training"], axis, len(self.runs), marks)
         return Drawn(title, caption, svg)
 
     def glance(self) -> list[Drawn]:

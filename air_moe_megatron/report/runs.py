@@ -20,7 +20,6 @@ MOST_RUNS = 7
 _NUMBERS = {
     "run": ("format", "iteration"),
     "step": ("iteration", "tokens"),  # the loss is absent if it was not finite
-    "validation": ("iteration", "tokens", "loss"),
     "diagnostics": ("iteration", "tokens"),
 }
 _BINS = ("load_bins", "max_bins")
@@ -69,7 +68,6 @@ class Run:
         header: the newest line of kind "run".
         steps: a row per logged step: iteration, tokens, step_seconds, loss, grad_norm, and seconds, which is the
             training time so far without pauses, evaluation and saving.
-        validation: iteration, tokens, loss.
         totals: a row per diagnostics line: iteration, tokens, routing_seconds, routing_share.
         layers: a row per layer and diagnostics line: iteration, tokens, layer, router, the figures, and derived ones:
             unused, unlisted, idle, drift.
@@ -81,7 +79,6 @@ class Run:
     folder: Path
     header: dict[str, Any]
     steps: pandas.DataFrame
-    validation: pandas.DataFrame
     totals: pandas.DataFrame
     layers: pandas.DataFrame
     bins: dict[int, dict[str, numpy.ndarray]]
@@ -173,7 +170,6 @@ def read_run(folder: Path, name: str) -> Run:
         folder=folder,
         header=header,
         steps=steps,
-        validation=pandas.DataFrame(kept["validation"]).reindex(columns=["iteration", "tokens", "loss"]).astype(float),
         totals=totals,
         layers=layers,
         bins=bins,
@@ -266,7 +262,7 @@ def _superseded(
     records: list[dict[str, Any]],
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]], list[tuple[int, int, dict[str, tuple[Any, Any]]]]]:
     """Valid lines by kind, valid headers, and (iteration, lines left out, changed flags) of each resume."""
-    kept: dict[str, list[dict[str, Any]]] = {"step": [], "validation": [], "diagnostics": []}
+    kept: dict[str, list[dict[str, Any]]] = {"step": [], "diagnostics": []}
     headers: list[dict[str, Any]] = []
     resumes: list[tuple[int, int, dict[str, tuple[Any, Any]]]] = []
     for record in records:

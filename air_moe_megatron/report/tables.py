@@ -20,7 +20,7 @@ def number(value: Any, form: str = ".3g", scale: float = 1.0) -> str:
 def summary(run: Run) -> dict[str, str]:
     """A run in one row: its setup and its progress."""
     sizes = list(run.sizes.values())
-    steps, validation = run.steps, run.validation
+    steps = run.steps
     last = steps["loss"].iloc[-1] if len(steps) else None
     row = {
         "router": ", ".join(run.routers),
@@ -43,7 +43,6 @@ def summary(run: Run) -> dict[str, str]:
         "training time": _duration(steps["seconds"].iloc[-1]) if len(steps) else "–",
         "loss, nats per token": number(last, ".3f"),
         "perplexity": number(math.exp(min(last, 700)) if last is not None else None, ".4g"),
-        "validation loss": number(validation["loss"].iloc[-1] if len(validation) else None, ".3f"),
         "device": str(run.header.get("device", "–")),
         "versions": ", ".join(f"{name} {version}" for name, version in (run.header.get("versions") or {}).items()),
     }

@@ -9,7 +9,7 @@ import pytest
 from air_moe_megatron.report import __main__ as command
 from air_moe_megatron.report.runs import names_of, read_run, read_runs
 from tests import run_files
-from tests.run_files import STEP_TOKENS, codebook, diagnostics, header, lines, step, validation, write
+from tests.run_files import STEP_TOKENS, codebook, diagnostics, header, lines, step, write
 
 
 def read(folder, records, snapshot=None):
@@ -44,14 +44,14 @@ def test_a_step_without_a_loss_is_a_gap(tmp_path):
 
 
 def test_lines_beyond_a_resume_are_superseded(tmp_path):
-    before = [header(), step(20, 3.0), diagnostics(20, 60), step(40, 2.5), validation(40), diagnostics(40, 60)]
+    before = [header(), step(20, 3.0), diagnostics(20, 60), step(40, 2.5), diagnostics(40, 60)]
     after = [header(iteration=30, lr=0.001), step(40, 2.4), diagnostics(40, 60, topk_recall=0.5), step(60, 2.0)]
     run = read(tmp_path, before + after)
     assert run.steps[["iteration", "loss"]].to_numpy().tolist() == [[20, 3.0], [40, 2.4], [60, 2.0]]
     assert run.layers["iteration"].tolist() == [20, 20, 40, 40]
-    assert run.layers["topk_recall"].tolist()[2:] == [0.5, 0.5] and run.validation.empty
+    assert run.layers["topk_recall"].tolist()[2:] == [0.5, 0.5]
     (resume,) = run.resumes
-    assert (resume.iteration, resume.tokens, resume.num_superseded) == (30, 30 * STEP_TOKENS, 3)
+    assert (resume.iteration, resume.tokens, resume.num_superseded) == (30, 30 * STEP_TOKENS, 2)
     assert resume.changed == {"lr": (0.003, 0.001)} and run.argument("lr") == 0.001
 
 
@@ -95,7 +95,7 @@ def test_a_cut_line_before_a_resume_is_left_out_with_a_note(tmp_path):
         ([header(), step(20), "garbage", "more"], "line 3 is not JSON"),
         (["garbage"], "line 1 is not JSON"),
         ([step(20)], "line 1: the first line must be of kind run"),
-        ([header(), [1, 2], step(20)], "line 2: kind (None) must be one of run, step, validation, diagnostics"),
+        ([header(), [1, 2], step(20)], "line 2: kind (None) must be one of run, step, diagnostics"),
         ([header(), {**step(20), "kind": "stop"}], "line 2: kind (stop) must be one of"),
         ([{**header(), "format": 2}, step(20)], "line 1: format (2) must be 1"),
         ([header(), step(20), {**header(), "format": 7}], "line 3: format (7) must be 1"),
