@@ -19,6 +19,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import AIRFields, resolve_sizes, set_fields
+from air_moe_megatron.learned.codebook import Codebook
+from air_moe_megatron.learned.index import ShortlistIndex
 from air_moe_megatron.routers import AIRRouter
 from air_moe_megatron.routers.base import INPUT_NORMS
 from air_moe_megatron.routers.flops import Rebuilds
@@ -99,54 +101,46 @@ def config_of(args: argparse.Namespace) -> TransformerConfig:
     return config
 
 
-def _arguments(args: argparse.Namespace, expert_parallel: int, tensor_bytes: torch.dtype) -> argparse.Namespace:
-    """Megatron's arguments that ``training/memory.py`` reads, without tensor and pipeline parallelism."""
-    world = args.nodes * args.gpus_per_node
+def _training_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """Megatron's arguments that :func:`parameter_bytes` reads."""
     return argparse.Namespace(
-        moe_router_type="air", moe_granular_experts=True, moe_dispatch="compact", num_experts=args.experts,
-        hidden_size=args.hidden, moe_ffn_hidden_size=args.ffn, ffn_hidden_size=args.ffn, moe_latent_size=None,
-        swiglu=args.swiglu, quick_geglu=False, num_layers=args.layers, moe_layer_freq=1, hybrid_layer_pattern=None,
-        expert_model_parallel_size=expert_parallel, expert_tensor_parallel_size=1, expert_gtp_weight_remat_size=1,
-        tensor_model_parallel_size=1, pipeline_model_parallel_size=1, context_parallel_size=1,
-        data_parallel_size=world, world_size=world, sequence_parallel=False, micro_batch_size=1,
-        seq_length=args.tokens, params_dtype=tensor_bytes, accumulate_allreduce_grads_in_fp32=not args.bf16_gradients,
-        optimizer="adam", use_precision_aware_optimizer=False,
-        use_distributed_optimizer=args.distributed_optimizer, skip_train=False,
-        moe_num_hash_layers=0, moe_air_shard_experts=False,
-    )  # fmt: skip
+        params_dtype=_DTYPES[args.dtype],
+        accumulate_allreduce_grads_in_fp32=not args.bf16_gradients,
+        optimizer="adam",
+        use_precision_aware_optimizer=False,
+        use_distributed_optimizer=args.distributed_optimizer,
+        skip_train=False,
+    )
 
 
-def norm_bytes(args: argparse.Namespace) -> tuple[int, int]:
-    """Bytes of a layer's input norm on a rank, and how many of them are statistics, which are all-reduced."""
-    norm = INPUT_NORMS[args.input_norm]
-    if norm is None:
-        return 0, 0
-    with torch.device("meta"):
-        built = norm(args.hidden)
-    return sum(one.nbytes for one in (*built.buffers(), built.statistics)), built.statistics.nbytes
+def learned_bytes(args: argparse.Namespace, config: TransformerConfig, shards: int) -> tuple[dict[str, int], int]:
+    """Bytes per rank of the state that one layer learns without gradients, and of its statistics.
 
-
-def learned_bytes(args: argparse.Namespace, config: TransformerConfig, shards: int) -> dict[str, int]:
-    """Bytes per rank of the state that one layer learns without gradients: purpose -> bytes.
-
-    Codewords [C, H], moving averages and statistics [C, H + 3] are fp32, and every rank holds all of them. Lists [C, L]
-    and pools [C, 4L] are int32. There is an int64 key per expert. Two int64 counters per expert are kept by every rank
-    for all experts.
+    The state is counted by purpose. Every rank holds codebook and input norm, their statistics, and two counters for
+    each of all experts. The statistics are all-reduced.
     """
-    sizes = resolve_sizes(config)
-    lists = sizes.num_clusters * sizes.shortlist_size
-    return {
-        "codebooks and input norms": 4 * sizes.num_clusters * (args.hidden + 2 * (args.hidden + 3))
-        + norm_bytes(args)[0],
-        "lists": (4 * 5 * lists + 8 * args.experts) // shards + 2 * 8 * args.experts,
-    }
+    sizes, norm = resolve_sizes(config), INPUT_NORMS[args.input_norm]
+    with torch.device("meta"):
+        learners = [Codebook(sizes.num_clusters, args.hidden, config.moe_air_codebook_ema)]
+        learners += [] if norm is None else [norm(args.hidden)]
+        index = ShortlistIndex(
+            args.experts // shards,
+            sizes.num_clusters,
+            sizes.shortlist_size // shards,
+            config.moe_air_codebook_source,
+            config.moe_air_refresh_interval,
+        )
+    statistics = sum(learner.statistics.nbytes for learner in learners)
+    buffers = sum(buffer.nbytes for learner in learners for buffer in learner.buffers())
+    lists = sum(buffer.nbytes for buffer in index.buffers()) + 2 * torch.int64.itemsize * args.experts
+    return {"codebooks and input norms": buffers + statistics, "lists": lists}, statistics
 
 
 def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     """Predict memory, FLOPs and communication of one layout, replicated or sharded."""
     config, dtype = config_of(args), _DTYPES[args.dtype]
     sizes, ranks, world = resolve_sizes(config), args.ep, args.nodes * args.gpus_per_node
-    theirs = _arguments(args, ranks, dtype)
+    theirs = _training_arguments(args)
     shards = ranks if is_sharded else 1
     number = dtype.itemsize
     router = args.layers * args.experts * args.hidden // shards
@@ -159,7 +153,8 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
         for who, count, per in (("experts", experts, of_experts), ("routers", router, of_router))
         for what in ("weights", "gradients", "optimizer state")
     }
-    memory |= {name: float(args.layers * size) for name, size in learned_bytes(args, config, shards).items()}
+    learned, statistics = learned_bytes(args, config, shards)
+    memory |= {name: float(args.layers * size) for name, size in learned.items()}
     distinct = rows_per_token(args.experts, args.topk, ranks)
     sent = ranks if is_sharded else distinct
     rows, pairs = args.tokens * sent, args.tokens * args.topk
@@ -174,7 +169,6 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     memory["dispatch buffers"] = float(2 * rows * args.hidden * number + 2 * pairs * (_PAIR_ID + 4))
     steps, away = args.microbatches, (ranks - 1) / ranks
     gradient = of_router["gradients"]
-    statistics = 4 * sizes.num_clusters * (args.hidden + 3) + norm_bytes(args)[1]
     row_bytes = steps * rows * away * args.hidden * number
     collectives = [
         Collective("rows to the experts and back, forward and backward", 4 * row_bytes, ranks, outward=row_bytes),
