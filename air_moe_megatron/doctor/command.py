@@ -228,18 +228,18 @@ def examine(flags: Sequence[str]) -> tuple[argparse.Namespace | None, Findings]:
 
 
 def _examine(found: Findings) -> argparse.Namespace | None:
-    """Run the checks in the order of ``training.training.train``."""
+    """Run the checks in the order of ``training.run.train``."""
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import parse_args
 
     from air_moe_megatron.config import problem_of, unused
-    from air_moe_megatron.training.arguments import unfit_fields
+    from air_moe_megatron.training.arguments import extra_args_provider, unfit_fields
     from air_moe_megatron.training.checkpoints import unfit_checkpoint
     from air_moe_megatron.training.entry_refusals import refused_flags
     from air_moe_megatron.training.memory import check_memory
+    from air_moe_megatron.training.model import model_config_from_args
     from air_moe_megatron.training.preflight import unfit_data
     from air_moe_megatron.training.token_counts import counts_of
-    from air_moe_megatron.training.training import extra_args_provider, model_config_from_args
 
     try:
         args = parse_args(extra_args_provider)
@@ -285,8 +285,8 @@ def _complete(args: argparse.Namespace, found: Findings) -> tuple[argparse.Names
     from megatron.training.checkpointing import load_args_from_checkpoint
 
     from air_moe_megatron.training.agreement import Ranks
+    from air_moe_megatron.training.arguments import ARGS_DEFAULTS, provider_with
     from air_moe_megatron.training.checkpoints import fields_of_checkpoint
-    from air_moe_megatron.training.training import ARGS_DEFAULTS, provider_with
 
     if args.use_checkpoint_args:
         try:

@@ -30,11 +30,12 @@ from air_moe_megatron.config import LAYOUT_FIELDS, AIRMoEConfig, is_plain_topk, 
 from air_moe_megatron.inference.text import check_tokenizer_files
 from air_moe_megatron.specs import mtp_specs_with_air_layers
 from air_moe_megatron.training.agreement import Ranks, check_agreement, meet
+from air_moe_megatron.training.arguments import extra_args_provider
 from air_moe_megatron.training.batches import get_embedding_ranks
 from air_moe_megatron.training.checkpoints import check_checkpoint, saved_arguments
 from air_moe_megatron.training.entry_refusals import check_flags
 from air_moe_megatron.training.memory import check_memory
-from air_moe_megatron.training.training import extra_args_provider, leave_out, model_config_from_args
+from air_moe_megatron.training.model import leave_out, model_config_from_args
 
 _CONFIGS = (AIRMoEConfig, MLATransformerConfig, HeterogeneousTransformerConfig)
 

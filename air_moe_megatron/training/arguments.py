@@ -1,7 +1,9 @@
-"""Command-line flags, generated from the fields of ``config/fields.py``, and the config made from them."""
+"""Our command-line flags, generated from the fields of ``config/fields.py``, and the config made from them."""
 
 import argparse
-from typing import Any
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -9,7 +11,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory, core_transfor
 from megatron.training.utils import print_rank_0
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from air_moe_megatron.compat import megatron_has_our_fields
+from air_moe_megatron.compat import megatron_has_our_fields, repair_help
 from air_moe_megatron.config import (
     AIRFields,
     AIRMoEConfig,
@@ -35,10 +37,50 @@ RECOMMENDED = {
 """Defaults that ``--air-moe`` sets; flags on the command line override them. :func:`transformer_config_from_args` adds
 :func:`recommended_scale`. The balancing loss ``aux_loss`` is Megatron's own default."""
 
+ARGS_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
+"""Defaults that this entry passes to Megatron's argument validation, as ``pretrain_gpt.py`` does."""
+
 
 def recommended_scale(topk: int) -> float:
     """The ``moe_router_topk_scaling_factor`` of ``--air-moe``: half of the top-k, and at least 1."""
     return max(1.0, topk / 2)
+
+
+def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add our flags to Megatron's parser, which already has Megatron's own, and return it."""
+    group = parser.add_argument_group(title="air_moe_megatron")
+    group.add_argument("--cpu", action="store_true", help="Train on CPU with the gloo backend; no GPU is needed.")
+    group.add_argument(
+        "--air-moe",
+        action="store_true",
+        help="AIR routing of granular experts on the compact path, with the recommended settings where none are given.",
+    )
+    group.add_argument(
+        "--log-file",
+        help="Append all output to this file; the screen gets losses, routing health, warnings and errors. "
+        "Default: all output goes to the screen.",
+    )
+    parser.error = _refuse_command_line
+    parser = repair_help(add_air_arguments(parser))
+    if "--air-moe" in sys.argv:  # a given flag, even at its default value, overrides these
+        parser.set_defaults(**RECOMMENDED)
+    return parser
+
+
+def _refuse_command_line(message: str) -> NoReturn:
+    """Replaces argparse's ``error``, which would print the usage of all of Megatron's flags on every rank."""
+    raise ValueError(message)
+
+
+def provider_with(fields: dict[str, Any]) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
+    """Make a provider like :func:`extra_args_provider`, with these defaults of our fields."""
+
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = extra_args_provider(parser)
+        parser.set_defaults(**fields)
+        return parser
+
+    return provider
 
 
 def add_air_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -66,7 +66,7 @@ def main() -> None:
     import air_moe_megatron.inference.conversion
     import air_moe_megatron.inference.evaluation
     import air_moe_megatron.inference.generation
-    import air_moe_megatron.training.training
+    import air_moe_megatron.training.run
     import air_moe_megatron.tune.command  # noqa: F401
 
     for line in sys.stdin:

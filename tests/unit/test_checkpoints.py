@@ -31,7 +31,7 @@ def parsed() -> argparse.Namespace:
     from megatron.training.arguments import parse_args, validate_args
 
     from air_moe_megatron import cpu
-    from air_moe_megatron.training.training import extra_args_provider
+    from air_moe_megatron.training.arguments import extra_args_provider
 
     cpu.enable()
     argv, sys.argv = sys.argv, cpu.with_required_flags(["pretrain", "--cpu", *map(str, MODEL), "--mock-data"])

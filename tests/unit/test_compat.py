@@ -73,10 +73,10 @@ def test_megatron_compiles_only_the_helpers_that_are_missing(monkeypatch, is_com
 def test_a_run_on_a_gpu_takes_the_helpers_of_the_wheel(monkeypatch):
     from megatron.core.datasets import utils
 
-    from air_moe_megatron import pretrain
+    from air_moe_megatron.training import start
 
     monkeypatch.setattr(utils, "compile_helpers", lambda: pytest.fail("make was called: the wheel has no Makefile"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("sys.argv", ["pretrain"])
-    pretrain.choose_device()
+    start.choose_device()
     utils.compile_helpers()

@@ -113,7 +113,7 @@ def parser(megatron_cpu) -> argparse.ArgumentParser:
     """Megatron's parser with our flags, as our entry makes it."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from air_moe_megatron.training.training import extra_args_provider
+    from air_moe_megatron.training.arguments import extra_args_provider
 
     return extra_args_provider(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
 
@@ -179,7 +179,7 @@ def test_commands_that_use_a_checkpoint_parse(tmp_path, megatron_cpu):
 
     from air_moe_megatron import plan
     from air_moe_megatron.inference import conversion, evaluation, generation
-    from air_moe_megatron.training.training import extra_args_provider
+    from air_moe_megatron.training.arguments import extra_args_provider
     from air_moe_megatron.tune import command as tuning
 
     modules = {"convert": conversion, "generate": generation, "evaluate": evaluation, "tune": tuning}

@@ -59,11 +59,12 @@ def first_error(monkeypatch, flags):
     from megatron.training.arguments import parse_args, validate_args
 
     from air_moe_megatron.training.agreement import Ranks
+    from air_moe_megatron.training.arguments import extra_args_provider
     from air_moe_megatron.training.checkpoints import check_checkpoint
     from air_moe_megatron.training.entry_refusals import check_flags
+    from air_moe_megatron.training.model import model_config_from_args
     from air_moe_megatron.training.preflight import check_data
     from air_moe_megatron.training.token_counts import agreed_counts
-    from air_moe_megatron.training.training import extra_args_provider, model_config_from_args
 
     monkeypatch.setattr(sys, "argv", cpu.with_required_flags(["pretrain", *flags]))
     args = parse_args(extra_args_provider)

@@ -16,13 +16,13 @@ NAME = PACKAGE.name
 LAYERS = (
     {"ops", "config", "compat", "patch", "process_groups", "training", "training.console", "training.agreement"},
     {"learned", "cpu"},
-    {"doctor", "doctor.source_tree", "routers"},
+    {"doctor", "doctor.source_tree", "routers", "training.start"},
     {"doctor.fit", "layer"},
     {"specs", "training.arguments", "diagnostics"},
-    {"sync", "training.batches", "training.preflight", "training.memory"},
+    {"sync", "training.batches", "training.preflight", "training.memory", "training.model"},
     {"training.entry_refusals", "training.checkpoints"},
     {"training.token_counts"},
-    {"training.training"},
+    {"training.run"},
     {"pretrain", "inference", "doctor.command"},
     {"convert", "evaluate", "generate", "plan", "report", "tune", "doctor.__main__"},
 )

@@ -28,7 +28,7 @@ def test_every_cause_has_rows_and_a_place_on_the_page():
 def test_flags_are_megatrons(monkeypatch):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.training.training import extra_args_provider
+    from air_moe_megatron.training.arguments import extra_args_provider
 
     monkeypatch.setattr("sys.argv", ["pretrain"])
     args = vars(parse_args(extra_args_provider))

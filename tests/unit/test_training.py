@@ -45,8 +45,8 @@ REFUSED = {
 def test_flags_that_cannot_be_honored_are_refused_by_name(monkeypatch, flags, words):
     from megatron.training.arguments import parse_args
 
+    from air_moe_megatron.training.arguments import extra_args_provider
     from air_moe_megatron.training.entry_refusals import check_flags
-    from air_moe_megatron.training.training import extra_args_provider
 
     monkeypatch.setattr(sys, "argv", ["pretrain"])
     check_flags(parse_args(extra_args_provider))
@@ -69,8 +69,8 @@ def test_flags_that_cannot_be_honored_are_refused_by_name(monkeypatch, flags, wo
 def test_packed_data_without_a_loss_per_sequence_is_not_refused(monkeypatch, flags):
     from megatron.training.arguments import parse_args
 
+    from air_moe_megatron.training.arguments import extra_args_provider
     from air_moe_megatron.training.entry_refusals import check_flags
-    from air_moe_megatron.training.training import extra_args_provider
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *flags.split()])
     check_flags(parse_args(extra_args_provider))
@@ -95,8 +95,8 @@ BAD_VALUES = {
 def test_values_that_would_end_the_run_later_are_refused_by_name(monkeypatch, flags, words):
     from megatron.training.arguments import parse_args
 
+    from air_moe_megatron.training.arguments import extra_args_provider
     from air_moe_megatron.training.entry_refusals import check_flags
-    from air_moe_megatron.training.training import extra_args_provider
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *RUN])
     check_flags(parse_args(extra_args_provider))
@@ -109,8 +109,8 @@ def test_values_that_would_end_the_run_later_are_refused_by_name(monkeypatch, fl
 def test_a_missing_interval_of_evaluations_is_refused_where_it_counts(monkeypatch):
     from megatron.training.arguments import parse_args
 
+    from air_moe_megatron.training.arguments import extra_args_provider
     from air_moe_megatron.training.entry_refusals import check_flags
-    from air_moe_megatron.training.training import extra_args_provider
 
     monkeypatch.setattr(sys, "argv", ["pretrain", "--train-iters", "3"])
     with pytest.raises(ValueError, match="--eval-interval .None. must be given"):
@@ -131,7 +131,7 @@ def test_a_missing_interval_of_evaluations_is_refused_where_it_counts(monkeypatc
 def test_a_command_line_that_cannot_be_parsed_is_refused_without_the_usage(monkeypatch, capsys, flags, words):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.training.training import extra_args_provider
+    from air_moe_megatron.training.arguments import extra_args_provider
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *flags])
     with pytest.raises(ValueError) as error:
@@ -156,8 +156,7 @@ def config_of(monkeypatch, megatron_cpu):
     from megatron.training.arguments import parse_args, validate_args
 
     from air_moe_megatron import cpu
-    from air_moe_megatron.training.arguments import transformer_config_from_args
-    from air_moe_megatron.training.training import extra_args_provider
+    from air_moe_megatron.training.arguments import extra_args_provider, transformer_config_from_args
 
     def config_of(*flags):
         monkeypatch.setattr(sys, "argv", cpu.with_required_flags(["pretrain", "--cpu", *SHAPE, *flags]))

@@ -1,4 +1,4 @@
-"""A training run: Megatron's ``pretrain`` with our flags, model configuration, checks and step boundary."""
+"""A training run: parses and checks the command line, then hands over to Megatron's ``pretrain``."""
 
 import argparse
 import contextlib
@@ -6,75 +6,32 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn, TextIO
+from typing import TextIO
 
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.package_info import __version__ as megatron_core_version
 from megatron.core.utils import get_te_version, get_torch_version
 from megatron.training import inprocess_restart, pretrain, print_rank_0, set_startup_timestamps
-from megatron.training.argument_utils import (
-    gpt_config_from_args,
-    hybrid_config_from_args,
-    pretrain_cfg_container_from_args,
-)
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.config import PretrainConfigContainer
-from megatron.training.models import GPTModelConfig, HybridModelConfig
+from megatron.training.models import GPTModelConfig
 
-from air_moe_megatron.compat import process_groups_released, repair_help, require_entry_megatron
-from air_moe_megatron.config import is_plain_topk, uses_hash
-from air_moe_megatron.routers import AIRRouter, find_routers
-from air_moe_megatron.routers.hashing import balance_hash_tables, hand_over_token_ids
-from air_moe_megatron.specs import (
-    air_hybrid_stack_spec,
-    air_layer_spec,
-    mtp_specs_with_air_layers,
-    require_routers,
-)
+from air_moe_megatron.compat import process_groups_released, require_entry_megatron
+from air_moe_megatron.config import is_plain_topk
+from air_moe_megatron.routers.hashing import balance_hash_tables
+from air_moe_megatron.specs import mtp_specs_with_air_layers
 from air_moe_megatron.sync import codebook_updates
 from air_moe_megatron.training import console, preflight
 from air_moe_megatron.training.agreement import Ranks, check_agreement, meet
-from air_moe_megatron.training.arguments import (
-    RECOMMENDED,
-    add_air_arguments,
-    moe_layers,
-    transformer_config_from_args,
-)
+from air_moe_megatron.training.arguments import ARGS_DEFAULTS, extra_args_provider, provider_with
 from air_moe_megatron.training.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.training.checkpoints import check_checkpoint, fields_of_checkpoint
 from air_moe_megatron.training.entry_refusals import check_flags
 from air_moe_megatron.training.memory import check_memory
+from air_moe_megatron.training.model import leave_out, model_config_from_args
 from air_moe_megatron.training.token_counts import agreed_counts
-
-ARGS_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
-"""Defaults that this entry passes to Megatron's argument validation, as ``pretrain_gpt.py`` does."""
-
-
-def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add our flags to Megatron's parser, which already has Megatron's own, and return it."""
-    group = parser.add_argument_group(title="air_moe_megatron")
-    group.add_argument("--cpu", action="store_true", help="Train on CPU with the gloo backend; no GPU is needed.")
-    group.add_argument(
-        "--air-moe",
-        action="store_true",
-        help="AIR routing of granular experts on the compact path, with the recommended settings where none are given.",
-    )
-    group.add_argument(
-        "--log-file",
-        help="Append all output to this file; the screen gets losses, routing health, warnings and errors. "
-        "Default: all output goes to the screen.",
-    )
-    parser.error = _refuse_command_line
-    parser = repair_help(add_air_arguments(parser))
-    if "--air-moe" in sys.argv:  # a given flag, even at its default value, overrides these
-        parser.set_defaults(**RECOMMENDED)
-    return parser
-
-
-def _refuse_command_line(message: str) -> NoReturn:
-    """Replaces argparse's ``error``, which would print the usage of all of Megatron's flags on every rank."""
-    raise ValueError(message)
 
 
 def parse() -> tuple[argparse.Namespace, Ranks]:
@@ -97,56 +54,6 @@ def parse() -> tuple[argparse.Namespace, Ranks]:
             print_rank_0(f"> --use-checkpoint-args: from the checkpoint {listed}")
     args = parse_and_validate_args(extra_args_provider=provider_with(fields), args_defaults=ARGS_DEFAULTS)
     return args, ranks or meet(args)
-
-
-def provider_with(fields: dict[str, Any]) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """Make a provider like :func:`extra_args_provider`, with these defaults of our fields."""
-
-    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = extra_args_provider(parser)
-        parser.set_defaults(**fields)
-        return parser
-
-    return provider
-
-
-def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridModelConfig:
-    """Build the configuration of the model: hybrid where ``--hybrid-layer-pattern`` is given, GPT otherwise.
-
-    Raises:
-        ValueError: naming the field, value and rule that the arguments break.
-    """
-    transformer_config = transformer_config_from_args(args)
-    if args.hybrid_layer_pattern is not None:
-        config = hybrid_config_from_args(args, transformer_config)
-    else:
-        config = gpt_config_from_args(args, transformer_config)
-    if is_plain_topk(args):
-        return config
-    # A spec may be given by --spec; None means Megatron's own choice.
-    if args.hybrid_layer_pattern is not None:
-        numbers = [number for number, has_experts in enumerate(moe_layers(args), 1) if has_experts]
-        config.hybrid_stack_spec = air_hybrid_stack_spec(transformer_config, config.hybrid_stack_spec, numbers)
-    else:
-        config.transformer_layer_spec = partial(air_layer_spec, given=config.transformer_layer_spec)
-    config.pre_wrap_hooks.append(require_routers)
-    if uses_hash(args):
-        config.pre_wrap_hooks.append(hand_over_token_ids)
-    return config
-
-
-def leave_out(names: list[str], model: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Tell the AIR routers of a model which tensors the checkpoint lacks, so that they do not request them.
-
-    Args:
-        names: prefixes of the missing names in a router's state.
-        model: Megatron's list of model chunks.
-    Returns:
-        The same list, as Megatron's hooks must return it.
-    """
-    for router in find_routers(model, AIRRouter):
-        router.left_out = names
-    return model
 
 
 def run(

@@ -1,0 +1,68 @@
+"""The start of a command: the device, and where output goes. Both are settled before Megatron is imported."""
+
+import logging
+import os
+import sys
+import warnings
+from typing import TextIO
+
+
+def run_quietly() -> TextIO:
+    """Begin a command that prints only results: Megatron's output goes to ``--log-file``, or nowhere.
+
+    Returns:
+        the screen, as a stream: what standard output was before the call.
+    Raises:
+        SystemExit: as :func:`choose_device`.
+    """
+    from air_moe_megatron.training import console
+
+    screen, log_file = sys.stdout, console.log_file_of(sys.argv[1:])
+    if not {"-h", "--help"} & set(sys.argv):
+        with console.refusals():
+            screen = console.write_log_file(log_file or os.devnull)
+    if not log_file:
+        logging.getLogger("air_moe_megatron").setLevel(logging.WARNING)
+    choose_device()
+    from air_moe_megatron import cpu
+
+    cpu.set_rendezvous_defaults()
+    return screen
+
+
+def choose_device() -> None:
+    """Turn on CPU mode if the command line has ``--cpu``, and add the flags that a CPU run needs to ``sys.argv``.
+
+    Call it before Megatron is imported, because Megatron binds names of ``torch.cuda`` at import.
+
+    Raises:
+        SystemExit: if there is neither a GPU nor ``--cpu``, or both, or if the commands do not run on this Megatron.
+    """
+    from air_moe_megatron.training import console
+
+    if os.environ.get("RANK", "0") != "0":
+        warnings.filterwarnings("ignore", category=UserWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+
+    if "--cpu" in sys.argv:
+        # Use large pages if the system grants them on request: each gathered expert is on another page.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    import torch
+
+    from air_moe_megatron import cpu
+
+    if "--cpu" in sys.argv:
+        if torch.cuda.is_available() and not cpu.is_enabled():
+            console.refuse(console.CPU_ON_A_GPU)
+        cpu.enable()
+        cpu.set_rendezvous_defaults()
+        sys.argv = cpu.with_required_flags(sys.argv)
+    elif not torch.cuda.is_available() and not {"-h", "--help"} & set(sys.argv):
+        console.refuse(console.NO_GPU)
+    from air_moe_megatron.compat import require_entry_megatron, use_compiled_helpers
+
+    try:
+        require_entry_megatron()
+    except ImportError as error:
+        console.refuse(str(error))
+    use_compiled_helpers()
