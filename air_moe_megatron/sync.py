@@ -70,6 +70,9 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
         if sum(num_failed):
             _raise_failures(listing, group)
         _require_every_rank(listing, num_ran, group)
+        for router, count in zip(listing, num_ran, strict=True):
+            if count:
+                router.commit_lists(group)
         lost = set()
         for batch, sums_of_batch, states_of_batch in zip(batches, sums, states, strict=True):
             lost.update(apply_updates(batch, sums_of_batch, states_of_batch))
@@ -131,7 +134,7 @@ def _raise_failures(listing: list[CompactRouter], group: torch.distributed.Proce
 def _require_every_rank(
     listing: list[CompactRouter], num_ran: list[int], group: torch.distributed.ProcessGroup | None
 ) -> None:
-    """Raise if only some ranks ran a router; call ``count_step`` of each router that all ranks ran.
+    """Raise if only some ranks ran a router.
 
     Lists are made in the first forward after an update. A rank without a forward would make its lists from later
     centers than the other ranks.
@@ -144,8 +147,6 @@ def _require_every_rank(
                 f"{num_ranks - count} of {num_ranks} ranks had no training forward of it; give a rank that has no "
                 "tokens an empty batch"
             )
-        if count:
-            router.count_step(group)
 
 
 def begin_step(model: list[torch.nn.Module], iteration: int) -> None:

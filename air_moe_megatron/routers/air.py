@@ -340,8 +340,11 @@ class AIRRouter(CompactRouter):
         if self.observer is not None:
             self.observer.discard()
 
-    def count_step(self, group: torch.distributed.ProcessGroup | None) -> None:
-        """Commit the lists. A codebook of source 'experts' counts the step, but learns only when lists are rebuilt."""
+    def commit_lists(self, group: torch.distributed.ProcessGroup | None) -> None:
+        """End a successful step in which every rank of the group has run the router; may communicate over the group.
+
+        A codebook of source 'experts' counts the step, but learns only when lists are rebuilt.
+        """
         if self.index.source == "experts":
             self.codebook.count_update()
         self.index.commit(group)

@@ -253,9 +253,6 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         self.has_learned = False
         self._forwards.reset()
 
-    def count_step(self, group: torch.distributed.ProcessGroup | None) -> None:
-        """End a successful step in which every rank of the group has run the router; may communicate over the group."""
-
     def end_step(self) -> None:
         """End a step, successful or not: keep what its forwards have added to the logs."""
         self.logged_before.copy_(torch.cat((self.expert_load, self.num_routed)))

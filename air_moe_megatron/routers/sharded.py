@@ -199,9 +199,9 @@ class ShardedAIRRouter(AIRRouter):
         best, width = scores.flatten(1).topk(number, dim=1, sorted=False).indices, scores.shape[2]
         return best // width * stride + best % width
 
-    def count_step(self, group: torch.distributed.ProcessGroup | None) -> None:
+    def commit_lists(self, group: torch.distributed.ProcessGroup | None) -> None:
         """See the base class; the ranks that hold the same experts share the rebuild of their lists."""
-        super().count_step(self.expt_dp_group)
+        super().commit_lists(self.expt_dp_group)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
