@@ -3,9 +3,13 @@
 A dense gradient [V, H] per microbatch is as large as the weight, however few rows were used. Megatron's data-parallel
 wrapper gives each parameter a ``main_grad`` that outlives the microbatch. As in Megatron's fused linear layers, the
 sums are added there directly. They touch only the rows that were used.
+
+Megatron then ignores what autograd has accumulated for the weight. So :class:`_MainGradHook` finds out whether other
+terms of the loss have contributed to it. A gradient that is not only accumulated is dense (:func:`main_grad_of`).
 """
 
 import warnings
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -14,20 +18,60 @@ from torch.nn.functional import embedding_bag
 _CHUNK_ELEMENTS = 2**26  # elements of the products that are added to main_grad at a time on a GPU: 256 MiB in fp32
 
 
+class _MainGradHook:
+    """Hook of a weight's gradient that tells Megatron whether all of the gradient has been added to ``main_grad``.
+
+    It sees the sum over all terms of the loss. A backward that has added its part to ``main_grad`` contributes
+    :attr:`zeros` instead, so the sum is the contribution of the other terms. Without other terms the sum is ``zeros``
+    itself. Megatron does not read it then, and gets a tensor that is never written: on a CPU it takes no memory.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weakref.ref(weight)
+        self.zeros = weight.new_zeros(()).expand_as(weight)
+
+    def __call__(self, grad: torch.Tensor) -> torch.Tensor:
+        weight = self._weight()
+        weight.grad_added_to_main_grad = grad.data_ptr() == self.zeros.data_ptr()
+        return torch.empty_like(weight) if weight.grad_added_to_main_grad else grad
+
+
 def main_grad_of(weight: torch.Tensor) -> torch.Tensor | None:
-    """[V, H] view of ``weight.main_grad``, which accumulates the gradient over microbatches; None if it has none."""
+    """[V, H] view of ``weight.main_grad``, which accumulates the gradient over microbatches; call it in a backward.
+
+    Returns:
+        None if there is none, or if its gradient must not be added to it in parts: because ``torch.autograd.grad``
+        computes it, or because hooks of other code must see all of it.
+    """
     main_grad = getattr(weight, "main_grad", None)
-    return None if main_grad is None else main_grad.view(-1, weight.shape[-1])
+    if main_grad is None or not weight.requires_grad or _has_other_hooks(weight) or not _is_accumulated(weight):
+        return None
+    return main_grad.view(-1, weight.shape[-1])
+
+
+def _has_other_hooks(weight: torch.Tensor) -> bool:
+    hooks = (weight._backward_hooks or {}).values()
+    return bool(weight._post_accumulate_grad_hooks) or any(not isinstance(hook, _MainGradHook) for hook in hooks)
+
+
+def _is_accumulated(weight: torch.Tensor) -> bool:
+    """Whether the running backward accumulates the gradient of a leaf, instead of returning it."""
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
+    except RuntimeError:  # raised for a leaf in torch.autograd.grad
+        return False
 
 
 def added_to_main_grad(weight: torch.Tensor) -> torch.Tensor:
-    """What a backward returns for a weight whose gradient has been added to ``main_grad``.
-
-    Autograd needs a tensor of the right shape to run Megatron's hooks, which do not read it. It is never written, so on
-    a CPU it takes no physical memory.
-    """
-    weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight)
+    """What a backward returns for a weight whose gradient it has added to ``main_grad``: zeros without memory."""
+    hooks = (weight._backward_hooks or {}).values()
+    hook = next((hook for hook in hooks if isinstance(hook, _MainGradHook)), None)
+    if hook is None:
+        hook = _MainGradHook(weight)
+        weight.register_hook(hook)
+    if (hook.zeros.device, hook.zeros.dtype) != (weight.device, weight.dtype):  # the module was moved or cast
+        hook.zeros = weight.new_zeros(()).expand_as(weight)
+    return hook.zeros
 
 
 def add_weight_gradient(weight: torch.Tensor, add: Callable[[torch.Tensor], None]) -> torch.Tensor:
