@@ -12,20 +12,31 @@ class HoldsProcessGroups:
 
     A deep copy shares the groups. A pickle holds Megatron's name of each group. Loading it looks the group up by that
     name, and gives None if Megatron's parallel state is not initialized or did not make the group.
+
+    A module's parameters keep Megatron's marks, such as ``allreduce`` and ``sequence_parallel``, which torch drops from
+    a deep copy. They lose their ``main_grad``, which belongs to the data-parallel wrapper of the original.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HoldsProcessGroups":
         memo |= {id(value): value for value in vars(self).values() if isinstance(value, ProcessGroup)}
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(vars(self), memo))
+        if isinstance(self, torch.nn.Module):
+            for name, parameter in self.named_parameters():
+                vars(copied.get_parameter(name)).update(_marks_of(parameter))
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
         names = {id(group): name for name, group in _megatron_groups().items()}
-        return {
+        state = {
             name: _GroupName(names.get(id(value))) if isinstance(value, ProcessGroup) else value
             for name, value in vars(self).items()
         }
+        if isinstance(self, torch.nn.Module):
+            state["_parameters"] = {
+                name: None if one is None else _without_main_grad(one) for name, one in self._parameters.items()
+            }
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         groups = _megatron_groups()
@@ -36,6 +47,22 @@ class HoldsProcessGroups:
             torch.nn.Module.__setstate__(self, state)
         else:
             self.__dict__.update(state)
+
+
+def _marks_of(parameter: torch.nn.Parameter) -> dict[str, bool | int | str]:
+    """What Megatron has noted on a parameter about its layout."""
+    return {
+        name: value
+        for name, value in vars(parameter).items()
+        if isinstance(value, (bool, int, str)) and name != "grad_added_to_main_grad"
+    }
+
+
+def _without_main_grad(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """A parameter with the same memory and marks."""
+    bare = torch.nn.Parameter(parameter.data, parameter.requires_grad)
+    vars(bare).update(_marks_of(parameter))
+    return bare
 
 
 class _GroupName:

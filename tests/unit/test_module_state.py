@@ -352,9 +352,15 @@ def test_a_copy_of_a_layer_works_as_the_layer(megatron_cpu, name, duplicate):
     """On the compact path; Megatron's own dispatchers hold process groups, which cannot be copied."""
     layer = make_layer(megatron_cpu, **fields_of(name))
     give_ids(layer)
-    layer(microbatches(1)[0])
+    for parameter in layer.parameters():  # as Megatron's data-parallel wrapper
+        parameter.main_grad, parameter.grad_added_to_main_grad = torch.zeros_like(parameter), False
+    layer(microbatches(1)[0])[0].sum().backward()
     update_codebooks(layer)
     copied = duplicate(layer)
+    assert layer.experts.weight1.allreduce is False
+    for parameter, original in zip(copied.parameters(), layer.parameters(), strict=True):
+        del original.main_grad, original.grad_added_to_main_grad
+        assert vars(parameter) == vars(original)  # Megatron's marks
     assert copied.router.tp_dp_cp_group is layer.router.tp_dp_cp_group
     assert_same_state(state_of(copied), state_of(layer))
     for actual, expected in zip(results(copied), results(layer), strict=True):
