@@ -23,6 +23,7 @@ from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.diagnostics import Diagnostics
 from air_moe_megatron.diagnostics.health import expert_loads, is_due, log_health
 from air_moe_megatron.learned.learner import Learner, apply_updates, batches_of
+from air_moe_megatron.learned.module_state import reread
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers import find_routers
 from air_moe_megatron.routers.base import CompactRouter
@@ -32,9 +33,14 @@ logger = logging.getLogger(__name__)
 
 
 def discard_statistics(modules: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
-    """Forget what the routers have accumulated since the last update; call it before each attempt at a step."""
-    for router in find_routers(modules):
+    """Begin an attempt at a step: forget what the routers have accumulated since the last update.
+
+    What other code has written to the routers' buffers takes effect. Waits for the device once.
+    """
+    routers = find_routers(modules)
+    for router in routers:
         router.discard()
+    reread(one for router in routers for one in router.host_copies())
 
 
 @torch.no_grad()
@@ -66,7 +72,7 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
     dropped = []
     if learning or listing:
         batches = batches_of([learner for _, learner in learning])
-        sums, states, num_ran, num_failed = _sum_over_ranks(batches, listing, group)
+        sums, states, num_ran, num_failed = _sum_over_ranks(batches, listing, routers, group)
         if sum(num_failed):
             _raise_failures(listing, group)
         _require_every_rank(listing, num_ran, group)
@@ -92,7 +98,10 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
 
 
 def _sum_over_ranks(
-    batches: list[list[Learner]], listing: list[CompactRouter], group: torch.distributed.ProcessGroup | None
+    batches: list[list[Learner]],
+    listing: list[CompactRouter],
+    routers: list[CompactRouter],
+    group: torch.distributed.ProcessGroup | None,
 ) -> tuple[list[torch.Tensor], list[list[tuple[bool, bool]]], list[int], list[int]]:
     """Sum all statistics over the ranks in one all-reduce; waits for the device once.
 
@@ -101,6 +110,8 @@ def _sum_over_ranks(
         - for each learner, whether its statistics are finite, and whether they have a token
         - for each router of ``listing``, the number of ranks that ran it
         - for each router of ``listing``, the number of ranks that failed to rank its codewords
+    Raises:
+        ValueError: if other code has written to a router of ``routers`` in the step, so that forwards missed it.
     """
     device = batches[0][0].statistics.device if batches else listing[0].expert_load.device
     ran = [router.has_learned for router in listing] + [router.index.failure is not None for router in listing]
@@ -113,10 +124,18 @@ def _sum_over_ranks(
         torch.stack((part.isfinite().flatten(1).all(dim=1), batch[0].num_tokens(part) > 0), dim=1).flatten()
         for batch, part in zip(batches, sums, strict=True)
     ]
-    figures = iter(torch.cat([*states, ran]).int().tolist())
+    copies = [(router, one) for router in routers for one in router.host_copies() if not one.is_on_host()]
+    written = [buffer.flatten() for _, one in copies for buffer in one.buffers]
+    figures = iter(torch.cat([part.long() for part in (*states, ran, *written)]).tolist())
     states = [[(bool(next(figures)), bool(next(figures))) for _ in batch] for batch in batches]
-    counts = list(figures)
-    return sums, states, counts[: len(listing)], counts[len(listing) :]
+    num_ran, num_failed = ([next(figures) for _ in listing] for _ in range(2))
+    for router, one in copies:
+        if not one.holds([next(figures) for buffer in one.buffers for _ in range(buffer.numel())]):
+            raise ValueError(
+                f"layer {router.layer_number}: the router's buffers were written after the step began, which its "
+                "forwards did not notice; call discard_statistics(model) after a broadcast or another write"
+            )
+    return sums, states, num_ran, num_failed
 
 
 def _raise_failures(listing: list[CompactRouter], group: torch.distributed.ProcessGroup | None) -> None:

@@ -169,14 +169,14 @@ class ShortlistIndex(torch.nn.Module):
         staged_keys = torch.full((is_spread * num_experts,), _UNTRIED, dtype=torch.int64)
         self.register_buffer("staged_keys", staged_keys, persistent=is_spread)
         self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))  # finished rebuilds; codewords ranked
-        self._on_host = HostCopy("built_at", "progress")
-        self._on_host.note(self, [-1, 0, 0])
+        self.on_host = HostCopy(self, "built_at", "progress")
+        self.on_host.note([-1, 0, 0])
         self._share: Share | None = None
         self._provisional = None  # what the provisional lists were made from, see _made_of
 
     @property
     def is_built(self) -> bool:
-        """Whether training has made the lists; waits for the device only if other code has written the buffers."""
+        """Whether training has made the lists; waits for the device only after other code has written the buffers."""
         return self._state()[0] >= 0
 
     @property
@@ -186,12 +186,12 @@ class ShortlistIndex(torch.nn.Module):
 
     def _state(self) -> list[int]:
         """Update that made the lists, number of rebuilds so far, and number of codewords ranked for the next lists."""
-        return self._on_host.read(self)
+        return self.on_host.read()
 
     def _set_state(self, built_at: int, num_rebuilds: int, num_ranked: int) -> None:
         self.built_at.fill_(built_at)
         self.progress[0], self.progress[1] = num_rebuilds, num_ranked
-        self._on_host.note(self, [built_at, num_rebuilds, num_ranked])
+        self.on_host.note([built_at, num_rebuilds, num_ranked])
 
     @torch.no_grad()
     def refresh(

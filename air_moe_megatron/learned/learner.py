@@ -33,19 +33,19 @@ class Learner(PreservedState):
         super().__init__()
         self.register_buffer("num_updates", torch.zeros(1, dtype=torch.int64))
         self.add_accumulator("statistics", torch.zeros(shape, dtype=torch.float32))
-        self._on_host = HostCopy("num_updates")
-        self._on_host.note(self, [0])
+        self.on_host = HostCopy(self, "num_updates")
+        self.on_host.note([0])
 
     @property
     def updates_on_host(self) -> int:
-        """Number of updates so far; waits for the device only if other code has written the buffer."""
-        return self._on_host.read(self)[0]
+        """Number of updates so far; waits for the device only after other code has written the buffer."""
+        return self.on_host.read()[0]
 
     def count_update(self) -> None:
         """Add one to the number of updates."""
         num_updates = self.updates_on_host + 1
         self.num_updates += 1
-        self._on_host.note(self, [num_updates])
+        self.on_host.note([num_updates])
 
     def discard(self) -> None:
         """Forget what was accumulated since the last update."""

@@ -1,6 +1,6 @@
 """Module state that keeps its dtype and values when a model is cast, moved or wrapped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -35,34 +35,67 @@ class PreservedState(torch.nn.Module):
 
 
 class HostCopy:
-    """A copy on the host of integer buffers of a module.
+    """A copy on the host of integer buffers of a module, so that reading them does not wait for the device.
 
-    :meth:`read` waits for the device only if other code has written a buffer since the last :meth:`note`: a loaded
-    checkpoint, a broadcast, an averaged model.
+    Other code may write the buffers: a loaded checkpoint, a broadcast, an averaged model. Not every such write can be
+    noticed, so :func:`reread` reads them again at the start of each step, and :meth:`forget` when a module changes
+    between training and evaluation. Buffers on the CPU are always read.
 
     Args:
+        module: module that holds the buffers.
         names: names of the buffers.
     """
 
-    def __init__(self, *names: str) -> None:
-        self._names = names
+    def __init__(self, module: torch.nn.Module, *names: str) -> None:
+        self._module, self._names = module, names
         self._written: tuple | None = None
         self._values: list[int] = []
 
-    def read(self, module: torch.nn.Module) -> list[int]:
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """The buffers, in their order."""
+        return [self._module._buffers[name] for name in self._names]
+
+    def read(self) -> list[int]:
         """The values of all buffers, one after another."""
-        if self._written != self._writes(module):
-            self.note(module, [number for name in self._names for number in module._buffers[name].tolist()])
+        if self._written != self._writes():
+            self.note([number for buffer in self.buffers for number in buffer.tolist()])
         return self._values
 
-    def note(self, module: torch.nn.Module, values: list[int]) -> None:
-        """Record that the buffers hold these values now."""
-        self._written, self._values = self._writes(module), values
+    def holds(self, values: list[int]) -> bool:
+        """Whether the copy, as last read, has these values."""
+        return values == self._values
 
-    def _writes(self, module: torch.nn.Module) -> tuple:
-        """A value that changes when a buffer is replaced or written in place; inference tensors do not count writes."""
-        buffers = [module._buffers[name] for name in self._names]
-        return tuple((buffer.data_ptr(), None if buffer.is_inference() else buffer._version) for buffer in buffers)
+    def note(self, values: list[int]) -> None:
+        """Record that the buffers hold these values now."""
+        self._written, self._values = self._writes(), values
+
+    def forget(self) -> None:
+        """Make the next read wait for the device."""
+        self._written = None
+
+    def is_on_host(self) -> bool:
+        """Whether the buffers themselves are on the CPU."""
+        return all(buffer.device.type == "cpu" for buffer in self.buffers)
+
+    def _writes(self) -> object:
+        """A value that changes when a buffer is replaced or written by most of torch's operations.
+
+        Collectives and writes to ``.data`` do not count, nor any write to an inference tensor.
+        """
+        if self.is_on_host():
+            return object()
+        return tuple((one.data_ptr(), None if one.is_inference() else one._version) for one in self.buffers)
+
+
+def reread(copies: Iterable[HostCopy]) -> None:
+    """Read the buffers of several modules again; waits for the device once."""
+    copies = [one for one in copies if not one.is_on_host()]
+    if not copies:
+        return
+    numbers = iter(torch.cat([buffer.flatten() for one in copies for buffer in one.buffers]).tolist())
+    for one in copies:
+        one.note([next(numbers) for buffer in one.buffers for _ in range(buffer.numel())])
 
 
 def _with_dtype(value: torch.Tensor, original: torch.Tensor) -> torch.Tensor:

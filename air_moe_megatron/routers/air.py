@@ -24,6 +24,7 @@ from air_moe_megatron.learned.codebook import FIRST_LLOYD_STEPS, Codebook
 from air_moe_megatron.learned.index import NUM_FULL_REBUILDS, ShortlistIndex, num_rebuilds, rebuild_products
 from air_moe_megatron.learned.learner import Learner
 from air_moe_megatron.learned.lists import balanced_lists, draw_slots, reserved_slots, without_repeats
+from air_moe_megatron.learned.module_state import HostCopy
 from air_moe_megatron.learned.recomputation import hidden_from_checkpoints
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_topk
@@ -332,6 +333,11 @@ class AIRRouter(CompactRouter):
     def learners(self) -> list[Learner]:
         """List the base's learners, and the codebook if it learns from tokens."""
         return super().learners() + ([self.codebook] if self.index.source == "tokens" else [])
+
+    def host_copies(self) -> list[HostCopy]:
+        """List those of the base, of the codebook, and of the lists."""
+        others = [] if self.codebook in self.learners() else [self.codebook.on_host]
+        return [*super().host_copies(), *others, self.index.on_host]
 
     def discard(self) -> None:
         """Forget what the base class forgets, and what was ranked for the next lists."""

@@ -9,7 +9,7 @@ maps, for Megatron's own dispatchers.
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import validate
 from air_moe_megatron.learned.learner import Learner
-from air_moe_megatron.learned.module_state import PreservedState
+from air_moe_megatron.learned.module_state import HostCopy, PreservedState
 from air_moe_megatron.learned.recomputation import ForwardCounter, hidden_from_checkpoints
 from air_moe_megatron.learned.running_norm import RunningNorm
 from air_moe_megatron.learned.whitening_norm import WhiteningNorm
@@ -240,6 +240,17 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     def learners(self) -> list[Learner]:
         """List the modules that learn from each global batch without gradients."""
         return [] if self.input_norm is None else [self.input_norm]
+
+    def host_copies(self) -> list[HostCopy]:
+        """List the copies on the host of what the router has learned, or counted of it."""
+        return [learner.on_host for learner in self.learners()]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as torch does. What other code has written to the router's buffers takes effect."""
+        if mode != self.training:
+            for one in self.host_copies():
+                one.forget()
+        return super().train(mode)
 
     def discard(self) -> None:
         """Begin an attempt at a step: forget what forwards have added since the last step."""

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from air_moe_megatron.learned.module_state import HostCopy
 from air_moe_megatron.routers import ROUTERS, find_routers
 from air_moe_megatron.sync import discard_statistics, update_codebooks
 from tests.builders import HIDDEN, VOCABULARY, make_layer, make_router, tell_ids
@@ -399,15 +400,28 @@ def trained(groups, name, steps=3, **fields):
     return router
 
 
+def through_copy(own, others):
+    own.copy_(others)
+
+
+def through_data(own, others):
+    """As a broadcast or an average of models writes: torch does not count the write."""
+    version = own._version
+    own.data.copy_(others)
+    assert own._version == version
+
+
+@pytest.mark.parametrize("on_host", (True, False), ids=("cpu", "device"))
+@pytest.mark.parametrize("write", (through_copy, through_data), ids=lambda function: function.__name__)
 @pytest.mark.parametrize("name", ("air", "air-experts", "product_key", "hierarchical"))
-def test_buffers_that_another_has_written_are_read_again(megatron_cpu, name):
-    """As by an average of models, or a broadcast from the rank that has loaded a checkpoint."""
+def test_buffers_that_another_has_written_are_read_again(megatron_cpu, monkeypatch, name, write, on_host):
+    monkeypatch.setattr(HostCopy, "is_on_host", lambda _: on_host)
     source, copied = trained(megatron_cpu, name), make_router(megatron_cpu, **fields_of(name), seed=5)
     with torch.no_grad():
         for own, others in zip(
             (*copied.parameters(), *copied.buffers()), (*source.parameters(), *source.buffers()), strict=True
         ):
-            own.copy_(others)
+            write(own, others)
     assert_same_state({**state_of(copied), **accumulators(source)}, state_of(source))
     copied.eval()
     copied(microbatches(1, seed=9)[0])
@@ -418,6 +432,16 @@ def test_buffers_that_another_has_written_are_read_again(megatron_cpu, name):
         router(microbatches(1, seed=7)[0])
         update_codebooks(router)
     assert_same_state({**state_of(copied), **accumulators(source)}, state_of(source))
+
+
+def test_a_write_that_forwards_have_missed_is_refused(megatron_cpu, monkeypatch):
+    monkeypatch.setattr(HostCopy, "is_on_host", lambda _: False)
+    router = trained(megatron_cpu, "air")
+    discard_statistics(router)
+    router.codebook.num_updates.data.fill_(40)
+    router(microbatches(1)[0])
+    with pytest.raises(ValueError, match=r"layer 1: .* call discard_statistics\(model\) after a broadcast"):
+        update_codebooks(router)
 
 
 def accumulators(module):
