@@ -1,5 +1,7 @@
 """Small configs, routers and layers of every router type: what all tests build theirs with."""
 
+import io
+
 import torch
 
 from air_moe_megatron import AIRMoEConfig, AIRMoELayer
@@ -59,3 +61,11 @@ def naive_layer(layer, hidden, routes):
                 inner = torch.nn.functional.gelu(layer.experts.weight1[expert] @ hidden[token])
                 out[token] = out[token] + prob * (inner @ layer.experts.weight2[expert])
     return out
+
+
+def pickled(module):
+    """A copy of a module through ``torch.save`` and ``torch.load``."""
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)

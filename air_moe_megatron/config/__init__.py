@@ -21,7 +21,7 @@ from air_moe_megatron.config.fields import (
     router_type_of,
     uses_hash,
 )
-from air_moe_megatron.config.hash_layers import hash_layer_config, hash_layer_numbers, recomputes_routers
+from air_moe_megatron.config.hash_layers import hash_layer_config, hash_layer_numbers
 from air_moe_megatron.config.problems import Problems, passed_on, problem_of, raise_first
 from air_moe_megatron.config.refusals import CAUSES, REFUSALS
 from air_moe_megatron.config.rules import invalid, refuse_unused, unused, validate
@@ -57,7 +57,6 @@ __all__ = [
     "passed_on",
     "problem_of",
     "raise_first",
-    "recomputes_routers",
     "refuse_unused",
     "resolve_groups",
     "resolve_product_keys",

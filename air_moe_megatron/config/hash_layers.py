@@ -59,12 +59,6 @@ def num_layers_of_first_chunk(config: TransformerConfig) -> int:
     return get_num_layers_to_build(config, vp_stage=0, pp_rank=0)
 
 
-def recomputes_routers(config: TransformerConfig) -> bool:
-    """Whether the forward of a router runs again in the backward."""
-    modules = config.recompute_modules or []
-    return config.recompute_granularity == "full" or (config.recompute_granularity == "selective" and "moe" in modules)
-
-
 def hash_layer_config(config: TransformerConfig) -> TransformerConfig:
     """Make the config of a hash router among other routers: a copy of theirs, without what they do with scores.
 

@@ -23,6 +23,11 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def may_be_repeated() -> bool:
+    """Whether the forward that is running may be repeated in a backward: in a checkpoint, and in some other cases."""
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def hidden_from_checkpoints() -> AbstractContextManager:
     """A context in which selective checkpointing stores and replaces no results; no effect without checkpointing."""
     selective = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)

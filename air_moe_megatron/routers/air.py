@@ -25,7 +25,7 @@ from air_moe_megatron.learned.index import NUM_FULL_REBUILDS, ShortlistIndex, nu
 from air_moe_megatron.learned.learner import Learner
 from air_moe_megatron.learned.lists import balanced_lists, draw_slots, reserved_slots, without_repeats
 from air_moe_megatron.learned.module_state import HostCopy
-from air_moe_megatron.learned.recomputation import hidden_from_checkpoints
+from air_moe_megatron.learned.recomputation import hidden_from_checkpoints, is_in_backward
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.ops.selected_scores import selected_scores
@@ -130,6 +130,8 @@ class AIRRouter(CompactRouter):
 
     def _token_ids(self, num_tokens: int, batch_size: int) -> torch.Tensor | None:
         """[T] token ids of this forward; None if the observer has none, or none that match the tokens one by one."""
+        if is_in_backward() and self.config.pipeline_model_parallel_size > 1:  # those of a later microbatch
+            return None
         ids = self.observer.token_ids
         if ids is None or ids.shape[0] != batch_size:  # packed microbatches are flattened after the embedding
             return None

@@ -10,8 +10,8 @@ instead of one, and by default balance over ids instead of over their frequencie
 Cost per token: no FLOPs, only a look-up of one row of the table.
 
 Routers see hidden states, not token ids. :func:`hand_over_token_ids` makes the model's embedding, which must be on the
-same rank, pass them on. With pipeline stages a forward may be recomputed after the forwards of later microbatches. So a
-router keeps the ids of microbatches until then (:class:`WaitingIds`). ``config/refusals.py`` refuses other cases.
+same rank, pass them on. A forward may be recomputed after the forwards of later microbatches, as with pipeline stages.
+So a router keeps the ids of microbatches until then (:class:`WaitingIds`). ``config/refusals.py`` refuses other cases.
 """
 
 import argparse
@@ -24,8 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.config import recomputes_routers
-from air_moe_megatron.learned.recomputation import is_in_backward
+from air_moe_megatron.learned.recomputation import is_in_backward, may_be_repeated
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.token_ids import embedding_of, ids_in_order, tell_token_ids
@@ -47,6 +46,8 @@ class WaitingIds:
 
     def keep(self, token_ids: torch.Tensor, hidden: torch.Tensor) -> None:
         """Keep the token ids [T] of a microbatch with hidden states [T, H]."""
+        if len(self._kept) == _MOST_WAITING:  # the oldest goes; it has been found if any has
+            self._num_found = max(0, self._num_found - 1)
         self._kept.append((token_ids, _fingerprint(hidden)))
 
     def find(self, hidden: torch.Tensor, is_last_time: bool) -> torch.Tensor:
@@ -180,17 +181,16 @@ class HashRouter(CompactRouter):
                 f"layer {self.layer_number}: the router has been given no token ids; call hand_over_token_ids(model) "
                 "after the model is built, as the entry point does"
             )
-        is_kept = self.training and recomputes_routers(self.config)
-        if is_kept and is_in_backward():
-            # The first pass of a checkpoint within a checkpoint has no gradients. It is repeated later in the backward.
-            return self._waiting.find(hidden, is_last_time=torch.is_grad_enabled())
+        if self.training and is_in_backward():
+            # A checkpoint within a checkpoint is repeated once more, later in the backward.
+            return self._waiting.find(hidden, is_last_time=not may_be_repeated())
         ids = ids_in_order(self.token_ids, self)
         if ids.numel() != num_tokens:
             raise ValueError(
                 f"layer {self.layer_number}: {num_tokens} tokens, but {ids.numel()} token ids (of "
                 f"{tuple(self.token_ids.shape)} [batch, sequence]) came from the embedding"
             )
-        if is_kept:
+        if self.training and may_be_repeated():
             self._waiting.keep(ids, hidden)
         return ids
 

@@ -28,10 +28,16 @@ def embedding_of(chunk: torch.nn.Module) -> torch.nn.Module | None:
 
 def tell_token_ids(embedding: torch.nn.Module, receivers: Sequence[Any]) -> RemovableHandle:
     """Make an embedding set ``receiver.token_ids`` in each forward, until the returned handle is removed."""
+    return embedding.register_forward_pre_hook(_TellTokenIds(receivers), with_kwargs=True)
 
-    def tell(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+
+class _TellTokenIds:
+    """Forward hook of an embedding. In a copy of the model it tells the receivers of the copy."""
+
+    def __init__(self, receivers: Sequence[Any]) -> None:
+        self._receivers = list(receivers)
+
+    def __call__(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         token_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        for receiver in receivers:
+        for receiver in self._receivers:
             receiver.token_ids = token_ids
-
-    return embedding.register_forward_pre_hook(tell, with_kwargs=True)

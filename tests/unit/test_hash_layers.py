@@ -1,5 +1,6 @@
 """First layers by hash: which layers they are, what routers layers get, and what cannot be."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -24,7 +25,7 @@ from air_moe_megatron.routers import ROUTERS, HashRouter, find_routers
 from air_moe_megatron.routers.hashing import WaitingIds, hand_over_token_ids
 from air_moe_megatron.specs import air_hybrid_stack_spec, require_routers, with_air_layers
 from air_moe_megatron.sync import discard_statistics
-from tests.builders import HIDDEN, STOCK, VOCABULARY, make_config, make_layer, make_router, tell_ids
+from tests.builders import HIDDEN, STOCK, VOCABULARY, make_config, make_layer, make_router, pickled, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 
@@ -275,6 +276,55 @@ def test_ids_are_found_by_tokens_that_are_not_finite_too():
     for number in (1, 0, 0, 2):
         found = waiting.find(hidden[number] + 1e-6 * torch.randn(6, 4), is_last_time=False)
         assert torch.equal(found, ids[number])
+
+
+def test_ids_are_found_in_steps_of_very_many_microbatches():
+    """As with pipeline stages: three microbatches are on their way."""
+    waiting, most, ahead = WaitingIds(), 1300, 3
+    hidden = torch.randn(most, 4, 8, generator=torch.Generator().manual_seed(1))
+    for number in range(most + ahead):
+        if number < most:
+            waiting.keep(torch.arange(4) + 10 * number, hidden[number])
+        if number >= ahead:
+            found = waiting.find(hidden[number - ahead], is_last_time=True)
+            assert torch.equal(found, torch.arange(4) + 10 * (number - ahead))
+
+
+@pytest.mark.parametrize("use_reentrant", (True, False), ids=("reentrant", "non-reentrant"))
+def test_a_layer_in_a_checkpoint_of_ones_own_finds_its_ids(megatron_cpu, use_reentrant):
+    """Two microbatches go forward before one backward, as for a loss over pairs of sequences."""
+    found = []
+    for repeated in (False, True):
+        layer = make_layer(megatron_cpu, moe_router_type="hash")
+        generator = torch.Generator().manual_seed(1)
+        hidden = [torch.randn(8, 1, HIDDEN, generator=generator).requires_grad_() for _ in range(2)]
+        loss = 0.0
+        for number, tokens in enumerate(hidden):
+            layer.router.token_ids = torch.arange(8).view(1, 8) + 8 * number
+            out = checkpoint(layer, tokens, use_reentrant=use_reentrant) if repeated else layer(tokens)
+            loss = loss + out[0].square().sum()
+        loss.backward()
+        found.append([one.grad for one in (*hidden, *layer.parameters())])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("duplicate", (copy.deepcopy, pickled), ids=("deepcopy", "pickle"))
+def test_a_copy_of_a_model_routes_by_its_own_ids(megatron_cpu, duplicate):
+    model = torch.nn.ModuleDict({
+        "embedding": torch.nn.Embedding(VOCABULARY, HIDDEN), "moe": make_layer(megatron_cpu, moe_router_type="hash"),
+    }).eval()  # fmt: skip
+    hand_over_token_ids([model])
+
+    def run(of, ids):
+        return of["moe"](of["embedding"](ids).transpose(0, 1))[0]
+
+    first, second = torch.arange(16).view(2, 8) % VOCABULARY, torch.arange(16, 32).view(2, 8) % VOCABULARY
+    run(model, first)
+    copied = duplicate(model)
+    expected = run(model, second)
+    run(model, first)
+    assert torch.equal(run(copied, second), expected)
 
 
 def test_microbatches_of_other_shapes_and_as_many_tokens_are_told_apart(megatron_cpu):

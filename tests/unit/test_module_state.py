@@ -1,7 +1,6 @@
 """What our modules keep when a model is cast, recomputed, evaluated, frozen, copied, pickled, or built elsewhere."""
 
 import copy
-import io
 from functools import partial
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from air_moe_megatron.learned.module_state import HostCopy
 from air_moe_megatron.routers import ROUTERS, find_routers
 from air_moe_megatron.sync import discard_statistics, update_codebooks
-from tests.builders import HIDDEN, VOCABULARY, make_layer, make_router, tell_ids
+from tests.builders import HIDDEN, VOCABULARY, make_layer, make_router, pickled, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 
@@ -338,13 +337,6 @@ def results(layer):
     output = layer(hidden)[0]
     output.square().sum().backward()
     return [output, hidden.grad, *(parameter.grad for parameter in layer.parameters())]
-
-
-def pickled(layer):
-    buffer = io.BytesIO()
-    torch.save(layer, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
 
 
 @ALL_TYPES
