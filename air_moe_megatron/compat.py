@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import gc
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ VERSIONED = {
 }
 """Text in the description of a mismatch with Megatron -> the versions on which the mismatch matters, from the first to
 below the second. On other versions our code does not need what is missing."""
+
+
+def is_normal(init_method: Callable[[torch.Tensor], object]) -> bool:
+    """Whether a method is one of Megatron's that draw each number alike, whatever the tensor's shape."""
+    return isinstance(init_method, functools.partial) and init_method.func is torch.nn.init.normal_
 
 
 @functools.cache

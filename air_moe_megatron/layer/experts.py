@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from air_moe_megatron.compat import is_normal
 from air_moe_megatron.config import validate
 from air_moe_megatron.ops.granular_experts import granular_experts
 from air_moe_megatron.ops.pair_products import Pairs, make_pairs
@@ -58,7 +59,7 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         self.ffn_hidden_size = config.moe_ffn_hidden_size
         num_inputs = 2 * self.ffn_hidden_size if config.gated_linear_unit else self.ffn_hidden_size
         self.weight1 = self._make_weight(num_inputs, config.init_method)
-        self.weight2 = self._make_weight(self.ffn_hidden_size, config.output_layer_init_method)
+        self.weight2 = self._make_weight(self.ffn_hidden_size, config.output_layer_init_method, is_transposed=True)
 
     def forward(
         self, hidden_states: torch.Tensor, pairs: Pairs | torch.Tensor, probs: torch.Tensor
@@ -104,7 +105,9 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         ids = torch.searchsorted(ends, rows, right=True)
         return make_pairs(rows, ids, num_rows, self.num_local_experts)
 
-    def _make_weight(self, num_rows: int, init_method: Callable[[torch.Tensor], object]) -> torch.nn.Parameter:
+    def _make_weight(
+        self, num_rows: int, init_method: Callable[[torch.Tensor], object], is_transposed: bool = False
+    ) -> torch.nn.Parameter:
         config = self.config
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         shape = (self.num_local_experts, num_rows, config.hidden_size)
@@ -112,7 +115,8 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
         if config.perform_initialization:
             # The seed is equal on all ranks of a pipeline stage, because Megatron seeds their host generators alike.
             seed = int(torch.randint(2**31, ()))
-            _initialize(weight.data, init_method, seed, first=self.ep_group.rank() * self.num_local_experts)
+            first = self.ep_group.rank() * self.num_local_experts
+            _initialize(weight.data, init_method, seed, first, is_transposed)
         # allreduce=False: the gradient must not be summed over the data-parallel group of the dense layers. The
         # tensor-parallel marks keep the optimizer from taking the weight for a copy of another tensor-parallel rank's.
         weight.allreduce = False
@@ -142,13 +146,22 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
 
 
 @torch.no_grad()
-def _initialize(weight: torch.Tensor, init_method: Callable[[torch.Tensor], object], seed: int, first: int) -> None:
-    """Initialize experts ``first, first + 1, ...``; each block of 256 global ids has a seed of its own."""
+def _initialize(
+    weight: torch.Tensor, init_method: Callable[[torch.Tensor], object], seed: int, first: int, is_transposed: bool
+) -> None:
+    """Initialize experts ``first, first + 1, ...``; each block of 256 global ids has a seed of its own.
+
+    A method that looks at the shape gets one expert's matrix at a time, as in Megatron's projection.
+    """
     end = first + weight.shape[0]
     with torch.random.fork_rng(devices=[]):
         for block in range(first // _BLOCK, -(-end // _BLOCK)):
             values = torch.empty(_BLOCK, *weight.shape[1:], dtype=torch.float32)
             torch.default_generator.manual_seed(seed + block)  # torch.manual_seed would reseed GPUs too
-            init_method(values)
+            if is_normal(init_method):
+                init_method(values)
+            else:
+                for matrix in values.unbind():
+                    init_method(matrix.t() if is_transposed else matrix)
             start, stop = max(first, block * _BLOCK), min(end, (block + 1) * _BLOCK)
             weight[start - first : stop - first] = values[start - block * _BLOCK : stop - block * _BLOCK]

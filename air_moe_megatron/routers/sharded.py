@@ -26,6 +26,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from air_moe_megatron.compat import is_normal
 from air_moe_megatron.learned.index import ShortlistIndex
 from air_moe_megatron.learned.lists import without_repeats
 from air_moe_megatron.ops.fine_scores import fine_topk
@@ -65,12 +66,16 @@ class ShardedAIRRouter(AIRRouter):
         self._chosen: tuple[ShardedRows, torch.Tensor, torch.Tensor] | None = None
 
     def reset_parameters(self) -> None:
-        """Initialize this rank's centers to those that a replicated router would have, a block at a time."""
+        """Initialize this rank's centers to those that a replicated router would have.
+
+        They are made a block at a time. A method that looks at the shape gets the whole weight [E, H].
+        """
         weight = torch.empty(self.num_local_experts, self.config.hidden_size, dtype=self.config.params_dtype)
         if self.config.perform_initialization:
             own = range(self.first_expert, self.first_expert + self.num_local_experts)
-            for first in range(0, self.num_experts, _BLOCK):
-                block = torch.empty(min(_BLOCK, self.num_experts - first), weight.shape[1], dtype=torch.float32)
+            size = _BLOCK if is_normal(self.config.init_method) else self.num_experts
+            for first in range(0, self.num_experts, size):
+                block = torch.empty(min(size, self.num_experts - first), weight.shape[1], dtype=torch.float32)
                 self.config.init_method(block)
                 start, stop = max(first, own.start), min(first + len(block), own.stop)
                 if start < stop:

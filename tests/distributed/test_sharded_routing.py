@@ -280,6 +280,11 @@ def worker(ep_size, rank, world_size, directory):
         os.environ.pop("AIR_MOE_BACKEND", None)
         if name in OF_ONE_RANK and rank == 0:
             results[name]["one rank"] = train(layer_of(alone, name), name, range(world_size), None, False)
+    xavier = [
+        layer_of(groups, "losses", init_method=torch.nn.init.xavier_uniform_, **fields, **EP(groups)).router.weight
+        for fields in (SHARDED, {})
+    ]
+    results["xavier"] = whole(xavier[0].detach(), groups.ep), xavier[1].detach().clone()
     results["bitwise"] = bitwise(groups, alone, rank)
     results["refusals"] = refusals(groups)
     results["sampled"] = sampled(groups, rank)
@@ -306,6 +311,11 @@ def assert_alike(found, expected, name):
         assert error <= 0.02 * expected.float().square().mean().sqrt() + 1e-6
     else:
         torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_a_method_that_looks_at_the_shape_makes_the_centers_of_a_replicated_router(ranks):
+    for results in ranks:
+        assert torch.equal(*results["xavier"])
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

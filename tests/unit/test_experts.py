@@ -150,6 +150,23 @@ def test_output_projection_is_initialized_by_its_own_rule(megatron_cpu):
     assert bare.weight1.shape == (4, 2, HIDDEN)
 
 
+def test_a_method_that_looks_at_the_shape_gets_the_matrix_of_one_expert(megatron_cpu):
+    shapes = []
+
+    def method(matrix):
+        shapes.append(tuple(matrix.shape))
+        torch.nn.init.xavier_uniform_(matrix)
+
+    config = make_config(num_moe_experts=300, init_method=method, output_layer_init_method=method)
+    experts = GranularExperts(300, config, pg_collection=megatron_cpu)
+    rows = experts.weight1.shape[1]
+    assert set(shapes) == {(rows, HIDDEN), (HIDDEN, rows)}  # as those of Megatron's two projections
+    largest = (6 / (rows + HIDDEN)) ** 0.5
+    for weight in (experts.weight1, experts.weight2):
+        assert 0.95 * largest < weight.abs().amax() <= largest
+        assert weight[0].ne(weight[1]).all() and weight[0].ne(weight[256]).all()
+
+
 def test_initialization_leaves_the_generators_of_gpus_alone(megatron_cpu, monkeypatch):
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
