@@ -71,7 +71,8 @@ class WhiteningNorm(Learner):
         rows = torch.nn.functional.pad(hidden.float() - self.mean, (0, 1), value=1.0)
         if padding_mask is not None:
             rows = rows.masked_fill(padding_mask.unsqueeze(1), 0.0)
-        self.statistics += rows.t() @ rows
+        with torch.autocast(rows.device.type, enabled=False):  # the sums also count the tokens
+            self.statistics += rows.t() @ rows
 
     @staticmethod
     def num_tokens(statistics: torch.Tensor) -> torch.Tensor:

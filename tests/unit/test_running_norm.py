@@ -119,6 +119,17 @@ def test_padding_and_batches_without_tokens_do_not_count(name):
     assert torch.equal(norm.mean, before) and int(norm.num_updates) == 1
 
 
+@every_norm
+def test_every_token_counts_under_autocast(name):
+    hidden, found = torch.randn(3001, 4), []
+    for enabled in (False, True):
+        norm = NORMS[name](4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            norm.accumulate(hidden, None)
+        found.append(norm.statistics)
+    assert float(norm.num_tokens(found[1])) == 3001 and torch.equal(*found)
+
+
 def test_statistics_keep_their_dtypes_and_results_keep_the_dtype_of_the_tokens():
     norm = RunningNorm(HIDDEN).bfloat16()
     assert norm.mean.dtype == norm.statistics.dtype == torch.float32
