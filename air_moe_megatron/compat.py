@@ -33,9 +33,6 @@ WRAPPED = {
 }
 """Megatron's functions that we wrap: name -> the parameters that they must take, and our file that wraps them."""
 
-OWN_SIGNATURES = ()
-"""Methods that only our code calls, whose parameters may differ from those of Megatron's method of the same name."""
-
 VERSIONED = {
     "precomputed_indices": ("0.19", "1"),  # before, probs_of_selected works without it
     "moe_logging": ("0.18", "1"),  # before, get_moe_metrics_tracker returns a stand-in

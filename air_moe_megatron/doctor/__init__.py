@@ -1,5 +1,5 @@
 """All that would stop a command line, and whether a Megatron has what we use; see docs/tools.md.
 
-``command.py`` runs the checks of a start, ``fit.py`` compares our use of Megatron with its sources, which
+``command.py`` runs the checks of a start, ``mismatches.py`` compares our use of Megatron with its sources, which
 ``source_tree.py`` reads.
 """

@@ -352,7 +352,7 @@ def report(flags: Sequence[str], world_size: int) -> tuple[str, bool]:
 
 
 def _check_megatron(path: Path) -> NoReturn:
-    from air_moe_megatron.doctor.fit import report as report_on
+    from air_moe_megatron.doctor.mismatches import report as report_on
     from air_moe_megatron.patch import UnknownTreeError
 
     try:

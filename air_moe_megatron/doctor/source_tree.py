@@ -1,4 +1,4 @@
-"""Look up Python sources by dotted names, and the signatures in them, without importing. Used by ``fit.py``."""
+"""Look up Python sources by dotted names, and the signatures in them, without importing. Used by ``mismatches.py``."""
 
 import ast
 import functools

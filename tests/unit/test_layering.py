@@ -17,7 +17,7 @@ LAYERS = (
     {"ops", "config", "compat", "patch", "process_groups", "training", "training.console", "training.agreement"},
     {"learned", "cpu"},
     {"doctor", "doctor.source_tree", "routers", "training.start"},
-    {"doctor.fit", "layer"},
+    {"doctor.mismatches", "layer"},
     {"specs", "training.arguments", "diagnostics"},
     {"sync", "training.batches", "training.preflight", "training.memory", "training.model"},
     {"training.entry_refusals", "training.checkpoints"},

@@ -2,7 +2,7 @@
 
 Nothing of that tree is imported. Our own sources show what we use: names imported from Megatron, attributes of imported
 modules and classes, calls of imported functions and classes, inherited attributes, overridden methods, and fields of
-configs. ``compat.py`` lists what they do not show: ``WRAPPED``, ``OWN_SIGNATURES`` and ``VERSIONED``. Not checked:
+configs. ``compat.py`` lists what they do not show: ``WRAPPED`` and ``VERSIONED``. Not checked:
 flags in ``args``, attributes of objects that Megatron's functions return, and what a function does with its arguments.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from packaging.version import Version
 
-from air_moe_megatron.compat import OWN_SIGNATURES, VERSIONED, WRAPPED
+from air_moe_megatron.compat import VERSIONED, WRAPPED
 from air_moe_megatron.cpu.adaptations import ADAPTATIONS
 from air_moe_megatron.doctor.source_tree import Signature, Tree, members_of, signature_of
 from air_moe_megatron.patch import find_root, version_of
@@ -27,7 +27,7 @@ _MODEL = ("specs.py", "sync.py")  # the files that patches/ call; all that they 
 
 
 @dataclass(frozen=True)
-class Misfit:
+class Mismatch:
     """One of our uses of Megatron that a tree does not support."""
 
     file: str
@@ -87,25 +87,25 @@ def model_files() -> frozenset[str]:
     return frozenset(found)
 
 
-def misfits(root: Path, version: str) -> list[Misfit]:
+def find_mismatches(root: Path, version: str) -> list[Mismatch]:
     """All uses that the tree under a folder does not support, sorted by file and line."""
     tree, found = Tree(root), set()
     for source in sources().values():
         for line, words in (*_names(tree, source), *_classes(tree, source), *_configs(tree, source)):
             if not any(name in words and not _holds(bounds, version) for name, bounds in VERSIONED.items()):
-                found.add(Misfit(source.file, line, words))
+                found.add(Mismatch(source.file, line, words))
     for adaptation in ADAPTATIONS:
         name = adaptation.name
         if name.startswith("megatron.") and not adaptation.optional and not _exists(tree, name):
-            found.add(Misfit("cpu/adaptations.py", 1, f"{name} does not exist"))
+            found.add(Mismatch("cpu/adaptations.py", 1, f"{name} does not exist"))
     for name, (expected, file) in WRAPPED.items():
         place = tree.find(name)
         signature = place and signature_of(tree, *place)
         if signature is None:
-            found.add(Misfit(file, 1, f"{name}, which we wrap, does not exist"))
+            found.add(Mismatch(file, 1, f"{name}, which we wrap, does not exist"))
         elif not set(expected) <= signature.keywords:
             lacking = ", ".join(one for one in expected if one not in signature.keywords)
-            found.add(Misfit(file, 1, f"{name}, which we wrap, takes no {lacking}"))
+            found.add(Mismatch(file, 1, f"{name}, which we wrap, takes no {lacking}"))
     return sorted(found, key=lambda one: (one.file, one.line, one.words))
 
 
@@ -215,8 +215,7 @@ def _classes(tree: Tree, source: Source) -> Iterator[tuple[int, str]]:
                 if ast.unparse(one.func.value) == "super()":
                     yield from _refused_super(tree, bases, one)
         for method in (one for one in node.body if isinstance(one, ast.FunctionDef)):
-            if f"{node.name}.{method.name}" not in OWN_SIGNATURES:
-                yield from _override(tree, bases, node, method)
+            yield from _override(tree, bases, node, method)
 
 
 def _refused_super(tree: Tree, bases: list[tuple[str, ast.ClassDef]], call: ast.Call) -> Iterator[tuple[int, str]]:
@@ -283,7 +282,7 @@ def report(path: Path) -> tuple[str, bool]:
 
     root = find_root(path)
     version = version_of(root)
-    found = misfits(root, version)
+    found = find_mismatches(root, version)
     lines = [f"Megatron {version} in {root}"]
     fits = True
     parts = (

@@ -9,7 +9,7 @@ import pytest
 
 from air_moe_megatron import compat
 from air_moe_megatron.doctor import command as doctor
-from air_moe_megatron.doctor import fit
+from air_moe_megatron.doctor import mismatches
 from tests.processes import run
 
 ROOT = Path(__file__).parents[2]
@@ -91,11 +91,11 @@ def different(installed, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(different) -> list[tuple[str, str]]:
-    return [(one.file, one.words) for one in fit.misfits(different, "0.19.2")]
+    return [(one.file, one.words) for one in mismatches.find_mismatches(different, "0.19.2")]
 
 
 def test_the_installed_megatron_fits(installed):
-    text, fits = fit.report(installed)
+    text, fits = mismatches.report(installed)
     assert fits and text.count("every name and signature that we use is there") == 2, text
 
 
@@ -106,20 +106,20 @@ def test_a_difference_is_found_and_placed(found, kind):
 
 
 def test_what_our_code_does_without_on_a_version_counts_only_elsewhere(different):
-    words = [one.words for one in fit.misfits(different, "0.18.2")]
+    words = [one.words for one in mismatches.find_mismatches(different, "0.18.2")]
     assert words and not [one for one in words if "precomputed_indices" in one]
 
 
 def test_layers_are_told_from_commands():
-    files = fit.model_files()
+    files = mismatches.model_files()
     assert {"specs.py", "routers/air.py", "layer/dispatcher.py", "diagnostics/health.py"} <= files
     assert not {"training/training.py", "training/batches.py", "doctor/command.py", "inference/restore.py"} & files
 
 
 def test_the_tables_beside_the_check_are_used():
-    assert {file for _, file in compat.WRAPPED.values()} <= fit.sources().keys()
-    every = "\n".join((fit.PACKAGE / file).read_text() for file in fit.sources() if file != "compat.py")
-    every += (fit.PACKAGE / "compat.py").read_text().partition("def megatron_version")[2]
+    assert {file for _, file in compat.WRAPPED.values()} <= mismatches.sources().keys()
+    every = "\n".join((mismatches.PACKAGE / file).read_text() for file in mismatches.sources() if file != "compat.py")
+    every += (mismatches.PACKAGE / "compat.py").read_text().partition("def megatron_version")[2]
     for part in compat.VERSIONED:
         assert part.rpartition(".")[2] in every
 
