@@ -52,7 +52,9 @@ def measure(router: AIRRouter, num_verified: int | None = None) -> SampleFigures
     number, all-to-alls of ``D * n * (32 * K + 56)`` bytes, and all-reduces of ``H + 3`` fp32 numbers. The host waits
     for the device once more.
 
-    Every figure allows for rounding: no bound exceeds the measured mass recall, and no token is certified by rounding.
+    The selection is that of scores in fp32. A router that scores in bf16 may choose otherwise among nearly equal
+    scores. Every figure allows for the rounding of fp32: no bound exceeds the measured mass recall, and no token is
+    certified by rounding.
     If scores tie at the K-th place, each choice among them is an exact top-k, so ``topk_recall`` may be less than 1 for
     a certified token.
 
