@@ -65,24 +65,26 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
         tokens //= args.tensor_model_parallel_size
     map_bytes = args.params_dtype.itemsize + 1  # a prob and a boolean
     return {
-        "experts": layers * experts * expert_size // expert_shards * _bytes_per_parameter(args, expert_replicas),
-        "routers": scored_layers
-        * (experts // router_shards)
-        * (router_size * _bytes_per_parameter(args, router_replicas) + (args.moe_router_type == "air") * _KEY_BYTES),
+        "experts": round(layers * experts * expert_size // expert_shards * _bytes_per_parameter(args, expert_replicas)),
+        "routers": round(
+            scored_layers
+            * (experts // router_shards)
+            * (router_size * _bytes_per_parameter(args, router_replicas) + (args.moe_router_type == "air") * _KEY_BYTES)
+        ),
         f"maps of {tokens} tokens times {experts} experts, which --moe-dispatch compact avoids": (
             tokens * experts * map_bytes if args.moe_dispatch == "stock" else 0
         ),
     }
 
 
-def _bytes_per_parameter(args: argparse.Namespace, replicas: int) -> int:
+def _bytes_per_parameter(args: argparse.Namespace, replicas: int) -> float:
     return sum(parameter_bytes(args, replicas).values())
 
 
-def parameter_bytes(args: argparse.Namespace, replicas: int) -> dict[str, int]:
+def parameter_bytes(args: argparse.Namespace, replicas: int) -> dict[str, float]:
     """Bytes per parameter of weight, gradient and optimizer state: the least that the flags allow.
 
-    Example: fp32 with Adam takes 4, 4 and 8 bytes.
+    Example: fp32 with Adam takes 4, 4 and 8 bytes. A distributed optimizer over 16 replicas takes 8 / 16 = 0.5 of them.
     """
     weight = args.params_dtype.itemsize
     if args.skip_train:
@@ -92,7 +94,7 @@ def parameter_bytes(args: argparse.Namespace, replicas: int) -> dict[str, int]:
     if args.optimizer == "adam" and not args.use_precision_aware_optimizer:
         state = 8 if weight == 4 else 12  # two moments; 16-bit weights also have an fp32 copy
         if args.use_distributed_optimizer:
-            state //= replicas
+            state /= replicas
     return {"weights": weight, "gradients": gradient, "optimizer state": state}
 
 

@@ -80,6 +80,17 @@ def test_bytes_of_a_rank(changes, expected):
     assert needed(**changes) == expected
 
 
+@pytest.mark.parametrize("replicas", (1, 5, 8, 16, 256))
+@pytest.mark.parametrize(("dtype", "state"), [(torch.bfloat16, 12), (torch.float32, 8)], ids=("bf16", "fp32"))
+def test_replicas_share_all_of_the_optimizer_state(dtype, state, replicas):
+    changes = dict(params_dtype=dtype, use_distributed_optimizer=True)
+    per_parameter = memory.parameter_bytes(arguments(**changes), replicas)
+    assert per_parameter["optimizer state"] * replicas == pytest.approx(state)
+    both = 2 * dtype.itemsize  # a weight and its gradient
+    of_experts, _, _ = needed(**changes, world_size=replicas, data_parallel_size=replicas)
+    assert of_experts == round(EXPERTS * (both + state / replicas))
+
+
 @pytest.mark.parametrize("router_type", CLASSES)
 def test_parameters_are_at_most_those_of_a_layer(megatron_cpu, router_type):
     """Experts exactly; of the routers' parameters those that there are per expert."""
