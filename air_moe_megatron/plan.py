@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.config import AIRFields, resolve_sizes, set_fields
+from air_moe_megatron.config import AIRMoEConfig, resolve_sizes
 from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.index import ShortlistIndex
 from air_moe_megatron.routers import AIRRouter
@@ -57,6 +56,11 @@ class Plan:
     collectives: list[Collective]
 
     @property
+    def name(self) -> str:
+        """The layout in a word."""
+        return "sharded" if self.is_sharded else "replicated"
+
+    @property
     def total(self) -> float:
         """Bytes per rank."""
         return sum(self.memory.values())
@@ -72,33 +76,48 @@ def rows_per_token(num_experts: int, topk: int, ranks: int) -> float:
     return ranks * (1.0 - max(missed, 0.0))
 
 
-def config_of(args: argparse.Namespace) -> TransformerConfig:
-    """The transformer config of the planned layers, with our fields."""
-    config = TransformerConfig(
+def config_of(args: argparse.Namespace, is_sharded: bool) -> AIRMoEConfig:
+    """The config of the planned layers, replicated or sharded.
+
+    Raises:
+        ValueError: naming the field, value and rule, as the start of such a run would.
+    """
+    return AIRMoEConfig(
         moe_router_dtype="fp32",  # no formula depends on it; without it Megatron warns
         num_layers=args.layers,
         hidden_size=args.hidden,
         num_attention_heads=1,
         num_moe_experts=args.experts,
+        expert_model_parallel_size=args.ep,
+        moe_ffn_hidden_size=args.ffn,
+        gated_linear_unit=args.swiglu,
         moe_router_topk=args.topk,
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=0.01,
         add_bias_linear=False,
-    )
-    fields = AIRFields(
         moe_router_type="air",
         moe_granular_experts=True,
         moe_dispatch="compact",
         moe_router_input_norm=args.input_norm,
         moe_air_num_clusters=args.clusters,
         moe_air_shortlist_size=args.shortlist,
+        moe_air_list_parts=args.list_parts or (args.ep if is_sharded else 1),
+        moe_air_shard_experts=is_sharded,
         moe_air_num_probes=args.probes,
         moe_air_num_candidates=args.candidates,
         moe_air_num_explored=args.explored,
         moe_air_refresh_interval=args.refresh_interval,
     )
-    set_fields(config, fields)
-    return config
+
+
+def words_of_sizes(config: AIRMoEConfig) -> str:
+    """The sizes of a router, for the header."""
+    sizes, parts = resolve_sizes(config), config.moe_air_list_parts
+    words = [f"{sizes.num_clusters} codewords", f"lists of {sizes.shortlist_size}"]
+    words[1] += f" in {parts} parts" if parts > 1 else ""
+    words += [f"{sizes.num_probes} probes", f"{sizes.num_candidates} candidates"]
+    words += [f"{sizes.num_explored} explored"] if sizes.num_explored else []
+    return ", ".join(words)
 
 
 def _training_arguments(args: argparse.Namespace) -> argparse.Namespace:
@@ -113,7 +132,7 @@ def _training_arguments(args: argparse.Namespace) -> argparse.Namespace:
     )
 
 
-def learned_bytes(args: argparse.Namespace, config: TransformerConfig, shards: int) -> tuple[dict[str, int], int]:
+def learned_bytes(args: argparse.Namespace, config: AIRMoEConfig, shards: int) -> tuple[dict[str, int], int]:
     """Bytes per rank of the state that one layer learns without gradients, and of its statistics.
 
     The state is counted by purpose. Every rank holds codebook and input norm, their statistics, and two counters for
@@ -137,8 +156,12 @@ def learned_bytes(args: argparse.Namespace, config: TransformerConfig, shards: i
 
 
 def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
-    """Predict memory, FLOPs and communication of one layout, replicated or sharded."""
-    config, dtype = config_of(args), _DTYPES[args.dtype]
+    """Predict memory, FLOPs and communication of one layout, replicated or sharded.
+
+    Raises:
+        ValueError: as :func:`config_of`.
+    """
+    config, dtype = config_of(args, is_sharded), _DTYPES[args.dtype]
     sizes, ranks, world = resolve_sizes(config), args.ep, args.nodes * args.gpus_per_node
     theirs = _training_arguments(args)
     shards = ranks if is_sharded else 1
@@ -191,11 +214,10 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     group = world // ranks if is_sharded else world
     collectives.append(Collective("gradients of the centers", _ring(group) * share, group, stride=shards))
     if is_sharded:
-        width = min(sizes.num_candidates, sizes.num_probes * max(1, sizes.shortlist_size // ranks))
-        explored = -(-sizes.num_explored // ranks)  # per owner
-        width += explored
+        width = min(sizes.num_candidates, sizes.num_probes * sizes.shortlist_size // ranks)
+        width += sizes.num_explored // ranks
         outward = steps * args.tokens * (ranks - 1) * (width * (4 + _PAIR_ID + 1) + 4 * sizes.num_probes)
-        gradients = steps * args.tokens * away * 4 * (sizes.num_candidates + explored * ranks)
+        gradients = steps * args.tokens * away * 4 * (sizes.num_candidates + sizes.num_explored)
         name = "scores of the candidates, codewords, marks and gradients"
         collectives.append(Collective(name, outward + gradients, ranks, outward=outward))
     tokens = world * args.tokens * args.microbatches
@@ -231,41 +253,51 @@ def remedies(args: argparse.Namespace) -> list[str]:
                 )
                 if args.experts % expert_parallel or world % expert_parallel:
                     continue
-                total = predict(changed, is_sharded).total
-                if total <= args.memory_gib * _GIB:
+                try:
+                    plan = predict(changed, is_sharded)
+                except ValueError:  # the lists do not divide into so many parts
+                    continue
+                if plan.total <= args.memory_gib * _GIB:
                     words = [f"--ep {expert_parallel}"] if expert_parallel != args.ep else []
                     words += ["--distributed-optimizer"] if distributed != args.distributed_optimizer else []
-                    words += ["sharded" if is_sharded else "replicated"]
-                    found.append(f"{', '.join(words)}: {total / _GIB:.1f} GiB")
+                    words += [plan.name]
+                    found.append(f"{', '.join(words)}: {plan.total / _GIB:.1f} GiB")
         expert_parallel *= 2
     return sorted(found, key=lambda line: line.count(","))[:4]
 
 
 def report(args: argparse.Namespace) -> tuple[str, bool]:
-    """The prediction as text, and whether any of the layouts fits into the memory."""
-    plans = [predict(args, is_sharded) for is_sharded in (False, True)]
-    sizes, world = resolve_sizes(config_of(args)), args.nodes * args.gpus_per_node
+    """The prediction as text, and whether any of the layouts fits into the memory.
+
+    Raises:
+        ValueError: as :func:`config_of`, for the replicated layout. The text says why a sharded one is invalid.
+    """
+    plans, sizes, refusal = [predict(args, False)], [words_of_sizes(config_of(args, False))], None
+    try:
+        plans.append(predict(args, True))
+        sizes.append(words_of_sizes(config_of(args, True)))
+    except ValueError as error:
+        refusal = error
     lines = [
         f"{args.layers} {'layer' if args.layers == 1 else 'layers'} of {args.experts} experts, K = {args.topk}, "
-        f"H = {args.hidden}, on {world} ranks, EP {args.ep}",
-        f"AIR: {sizes.num_clusters} codewords, lists of {sizes.shortlist_size}, {sizes.num_probes} probes, "
-        f"{sizes.num_candidates} candidates" + (f", {sizes.num_explored} explored" if sizes.num_explored else ""),
-        "",
-        f"{'GiB per rank':52}{'replicated':>12}{'sharded':>12}",
+        f"H = {args.hidden}, on {args.nodes * args.gpus_per_node} ranks, EP {args.ep}",
+        f"AIR: {sizes[0]}",
     ]
-    rows = [(name, *(plan.memory[name] / _GIB for plan in plans)) for name in plans[0].memory]
-    lines += [f"  {name:50}{one:12.3f}{other:12.3f}" for name, one, other in rows]
-    lines.append(f"  {'all':50}{plans[0].total / _GIB:12.3f}{plans[1].total / _GIB:12.3f}")
-    lines += ["", f"{'kFLOPs':52}{'replicated':>12}{'sharded':>12}"]
-    lines.append(
-        f"  {'router, per token and layer':50}" + "".join(f"{plan.router_flops / 1e3:12.1f}" for plan in plans)
-    )
-    lines.append(
-        f"  {'a rebuild of the lists, per rank and layer':50}"
-        + "".join(f"{p.rebuild_flops / 1e3:12.3g}" for p in plans)
-    )
+    lines += [f"AIR, sharded: {sizes[-1]}"] if sizes[-1] != sizes[0] else []
+
+    def row(name: str, values: list[float], form: str) -> str:
+        return f"  {name:50}" + "".join(format(value, f"12{form}") for value in values)
+
+    headings = "".join(f"{plan.name:>12}" for plan in plans)
+    lines += ["", f"{'GiB per rank':52}{headings}"]
+    lines += [row(name, [plan.memory[name] / _GIB for plan in plans], ".3f") for name in plans[0].memory]
+    lines.append(row("all", [plan.total / _GIB for plan in plans], ".3f"))
+    lines += ["", f"{'kFLOPs':52}{headings}"]
+    lines.append(row("router, per token and layer", [plan.router_flops / 1e3 for plan in plans], ".1f"))
+    rebuilds = [plan.rebuild_flops / 1e3 for plan in plans]
+    lines.append(row("a rebuild of the lists, per rank and layer", rebuilds, ".3g"))
     for plan in plans:
-        lines += ["", f"{'sharded' if plan.is_sharded else 'replicated'}: sent by a rank, per layer and step"]
+        lines += ["", f"{plan.name}: sent by a rank, per layer and step"]
         for one in plan.collectives:
             lines.append(
                 f"  {one.name:62}{one.num_bytes / 1e6:12.1f} MB{seconds(args, one) * 1e3:10.2f} ms{one.group:6} ranks"
@@ -275,8 +307,9 @@ def report(args: argparse.Namespace) -> tuple[str, bool]:
     lines.append("")
     fits = [plan.total <= args.memory_gib * _GIB for plan in plans]
     for plan, is_small in zip(plans, fits, strict=True):
-        name = "sharded" if plan.is_sharded else "replicated"
-        lines.append(f"{name}: {'fits' if is_small else 'does not fit'} into {args.memory_gib:g} GiB")
+        lines.append(f"{plan.name}: {'fits' if is_small else 'does not fit'} into {args.memory_gib:g} GiB")
+    if refusal is not None:
+        lines.append(f"sharded: not possible: {refusal}")
     if not all(fits):
         found = remedies(args)
         lines.append("what would fit:" if found else "nothing of --ep, --distributed-optimizer and sharding fits: use")
@@ -304,6 +337,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("--microbatches", 1, "microbatches of a step"),
         ("--clusters", 0, "codewords; 0 is automatic"),
         ("--shortlist", 0, "experts of a list; 0 is automatic"),
+        ("--list-parts", 0, "parts of a list; 0 is --ep where it is sharded, otherwise 1"),
         ("--probes", 0, "lists searched; 0 is automatic"),
         ("--candidates", 0, "candidates with gradients; 0 is automatic"),
         ("--explored", 0, "explored candidates of the balancing loss"),
@@ -351,12 +385,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} ({getattr(args, name)}) must be at least 1")
+    for name in ("memory_gib", "node_gbytes", "network_gbytes"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} ({getattr(args, name)}) must be positive")
     if args.topk > args.experts:
         parser.error(f"--topk ({args.topk}) must not exceed --experts ({args.experts})")
     for name, whole in (("--experts", args.experts), ("--nodes times --gpus-per-node", world)):
         if whole % args.ep:
             parser.error(f"{name} ({whole}) must be divisible by --ep ({args.ep})")
-    text, fits = report(args)
+    try:
+        text, fits = report(args)
+    except ValueError as error:
+        parser.error(str(error))
     sys.stdout.write(text)
     sys.exit(0 if fits else 1)
 

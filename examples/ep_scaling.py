@@ -119,8 +119,9 @@ def predict(argument: Callable[[str], str], node_gbytes: float) -> Planned:
         "--dtype": "fp32" if argument("params_dtype") == "torch.float32" else "bf16",  # fp16 has as many bytes
         "--node-gbytes": node_gbytes,
     }
-    sizes = {"clusters": "num_clusters", "shortlist": "shortlist_size", "probes": "num_probes"}
-    sizes |= {"candidates": "num_candidates", "explored": "num_explored", "refresh-interval": "refresh_interval"}
+    sizes = {"clusters": "num_clusters", "shortlist": "shortlist_size", "list-parts": "list_parts"}
+    sizes |= {"probes": "num_probes", "candidates": "num_candidates", "explored": "num_explored"}
+    sizes |= {"refresh-interval": "refresh_interval"}
     for flag, name in sizes.items():
         values[f"--{flag}"] = argument(f"moe_air_{name}")
     words = [str(word) for pair in values.items() for word in pair]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from air_moe_megatron import plan
-from tests.builders import make_layer
+from tests.builders import make_config, make_layer
 
 GIB = 2**30
 SMALL = ["--experts", "256", "--hidden", "16", "--topk", "4", "--ep", "1", "--gpus-per-node", "1", "--dtype", "fp32"]
@@ -127,14 +127,44 @@ def test_time_is_that_of_the_slower_link():
     assert plan.seconds(args, strided) == pytest.approx(0.1)
 
 
-def test_router_flops_are_the_routers_own():
+@pytest.mark.parametrize("norm", ("running", "whitening"))
+@pytest.mark.parametrize("explored", (0, 8))
+@pytest.mark.parametrize("ep", (8, 64, 256))
+@pytest.mark.parametrize("is_sharded", (False, True), ids=("replicated", "sharded"))
+def test_router_flops_and_sizes_are_those_of_the_router_that_would_be_built(is_sharded, ep, explored, norm):
+    from air_moe_megatron.config import resolve_sizes
     from air_moe_megatron.routers import AIRRouter
     from air_moe_megatron.routers.flops import Rebuilds
 
-    args = parsed(*LARGE)
-    tokens = 256 * 8192
-    expected = AIRRouter.flops(plan.config_of(args), Rebuilds(tokens, on_gpu=True)).total
-    assert plan.predict(args, False).router_flops == expected
+    args = parsed("--experts", 65536, "--hidden", 1024, "--topk", 16, "--ep", ep, "--nodes", 32, "--explored", explored)
+    args.input_norm = norm
+    config = make_config(
+        moe_router_type="air", num_moe_experts=65536, hidden_size=1024, moe_router_topk=16,
+        expert_model_parallel_size=ep, moe_air_shard_experts=is_sharded, moe_air_list_parts=ep if is_sharded else 1,
+        moe_air_num_explored=explored, moe_router_input_norm=norm, moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=0.01,
+    )  # fmt: skip
+    predicted = plan.predict(args, is_sharded)
+    assert predicted.router_flops == AIRRouter.flops(config, Rebuilds(256 * 8192, on_gpu=True)).total
+    sizes = resolve_sizes(config)
+    assert resolve_sizes(plan.config_of(args, is_sharded)) == sizes
+    assert f"lists of {sizes.shortlist_size}{f' in {ep} parts' if is_sharded else ''}, " in plan.report(args)[0]
+
+
+def test_lists_that_cannot_be_sharded_leave_the_replicated_layout():
+    flags = ("--experts", 65536, "--hidden", 1024, "--topk", 16, "--ep", 64, "--shortlist", 100)
+    text, fits = plan.report(parsed(*flags, "--nodes", 8))
+    assert fits and "replicated: fits into 80 GiB" in text
+    assert "sharded: not possible: moe_air_list_parts (64) must divide moe_air_shortlist_size (100)" in text
+    text, _ = plan.report(parsed(*flags, "--nodes", 8, "--memory-gib", 1.5))
+    assert "what would fit:\n  --distributed-optimizer, replicated: " in text
+
+
+def test_a_model_may_have_more_parts_than_ranks():
+    args = parsed(*LARGE, "--list-parts", 256)
+    for is_sharded in (False, True):
+        assert plan.config_of(args, is_sharded).moe_air_list_parts == 256
+    assert "in 256 parts" in plan.report(args)[0] and "AIR, sharded" not in plan.report(args)[0]
 
 
 def test_the_document_shows_what_the_command_prints():
@@ -161,6 +191,18 @@ def test_what_does_not_fit_is_said_with_what_would(capsys):
         (["--ep", "3"], r"--experts \(256\) must be divisible by --ep \(3\)"),
         (["--ep", "2"], r"--nodes times --gpus-per-node \(1\) must be divisible by --ep \(2\)"),
         (["--tokens", "0"], r"--tokens \(0\) must be at least 1"),
+        (["--refresh-interval", "0"], r"refresh_interval \(0\) must be at least 1"),
+        (["--clusters", "-1"], r"num_clusters \(-1\) must be positive"),
+        (["--clusters", "300"], r"num_clusters \(300\) must not exceed"),
+        (["--shortlist", "-8"], r"shortlist_size \(-8\) must be positive"),
+        (["--shortlist", "4"], r"shortlist_size \(4\) must exceed moe_router_topk \(4\)"),
+        (["--probes", "100"], r"num_probes \(100\) must not exceed"),
+        (["--candidates", "2"], r"num_candidates \(2\) must be between"),
+        (["--explored", "-1"], r"num_explored \(-1\) must be at least 0"),
+        (["--list-parts", "3"], r"list_parts \(3\) must divide"),
+        (["--network-gbytes", "0"], r"--network-gbytes \(0.0\) must be positive"),
+        (["--node-gbytes", "-1"], r"--node-gbytes \(-1.0\) must be positive"),
+        (["--memory-gib", "nan"], r"--memory-gib \(nan\) must be positive"),
     ],
 )
 def test_values_that_cannot_be_are_refused_by_name(flags, words, capsys):
