@@ -22,6 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.diagnostics import Diagnostics
 from air_moe_megatron.diagnostics.health import expert_loads, is_due, log_health
+from air_moe_megatron.layer import find_compact_layers
+from air_moe_megatron.layer.dispatcher import CompactTokenDispatcher
 from air_moe_megatron.learned.learner import Learner, apply_updates, batches_of
 from air_moe_megatron.learned.module_state import reread
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
@@ -33,14 +35,23 @@ logger = logging.getLogger(__name__)
 
 
 def discard_statistics(modules: torch.nn.Module | Iterable[torch.nn.Module]) -> None:
-    """Begin an attempt at a step: forget what the routers have accumulated since the last update.
+    """Begin an attempt at a step: forget what routers and dispatchers have counted since the last step.
 
     What other code has written to the routers' buffers takes effect. Waits for the device once.
     """
-    routers = find_routers(modules)
-    for router in routers:
-        router.discard()
-    reread(one for router in routers for one in router.host_copies())
+    parts = _with_counts(_chunks(modules))
+    for part in parts:
+        part.discard()
+    reread(one for part in parts if isinstance(part, CompactRouter) for one in part.host_copies())
+
+
+def _chunks(modules: torch.nn.Module | Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+    return [modules] if isinstance(modules, torch.nn.Module) else list(modules)
+
+
+def _with_counts(chunks: list[torch.nn.Module]) -> list[CompactRouter | CompactTokenDispatcher]:
+    """All that counts what its forwards do in a step."""
+    return [*find_routers(chunks), *(layer.token_dispatcher for layer in find_compact_layers(chunks))]
 
 
 @torch.no_grad()
@@ -63,7 +74,11 @@ def update_codebooks(
         ValueError: on every rank, if an AIR router had a training forward on some ranks only.
         RuntimeError: on every rank, if a rank failed to rank its share of the codewords.
     """
-    return _update(find_routers(modules), group)
+    chunks = _chunks(modules)
+    num_dropped = _update(find_routers(chunks), group)
+    for part in _with_counts(chunks):
+        part.end_step()
+    return num_dropped
 
 
 def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup | None) -> int:
@@ -85,8 +100,6 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
         dropped = [(router, learner) for router, learner in learning if learner in lost]
         for _, learner in learning:
             learner.discard()
-    for router in routers:
-        router.end_step()
     for router, learner in dropped:
         logger.warning(
             "layer %s: a token of this global batch was NaN or infinite; its %s stays as it was%s",
@@ -214,8 +227,8 @@ def _finish_step(
     routers = find_routers(model)
     if routers and successful:
         _update(routers, routers[0].tp_dp_cp_group)
-    for router in routers if not successful else ():
-        router.end_step()
+    for part in _with_counts(model):
+        part.end_step()
     is_health_due = is_due(iteration)
     counts = expert_loads(routers) if is_health_due and routers else None
     diagnostics = Diagnostics.of(model, iteration)

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 
 from air_moe_megatron.config import is_plain_topk
-from air_moe_megatron.layer import AIRMoELayer
-from air_moe_megatron.layer.dispatcher import Traffic
+from air_moe_megatron.layer import AIRMoELayer, find_compact_layers
 from air_moe_megatron.process_groups import gather_from_stages, group_size, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter, HashRouter, VQRouter
 from air_moe_megatron.routers.base import CompactRouter
@@ -105,8 +104,7 @@ def log_health(
 
     if is_plain_topk(get_args()):
         return
-    modules = (module for chunk in model for module in chunk.modules())
-    layers = [module for module in modules if isinstance(module, AIRMoELayer) and module.is_compact]
+    layers = find_compact_layers(model)
     stages = gather_from_stages(None if counts is None else stage_health(routers, layers, *counts))
     stages = [stage for stage in stages if stage is not None]
     if stages:
@@ -275,7 +273,7 @@ def dispatch_sums(
     sums = torch.tensor(sums, dtype=torch.float64, device=next(layers[0].parameters()).device).sum(dim=0)
     sum_over_ranks(sums, group)
     for dispatcher in dispatchers:
-        dispatcher.traffic, dispatcher.recomputed_traffic = Traffic(), Traffic()
+        dispatcher.reset_log()
     names = ("dispatch-bytes-per-token", "remote-bytes-per-token", "recomputed-bytes-per-token")
     return {name: (total, num_routed) for name, total in zip(names, sums.tolist(), strict=True)}
 

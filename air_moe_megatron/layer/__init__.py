@@ -1,7 +1,7 @@
 """AIRMoELayer: Megatron's MoE layer on compact routes."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -90,6 +90,12 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
         if self.is_compact:
             self.token_dispatcher.training = mode
         return super().train(mode)
+
+
+def find_compact_layers(modules: Iterable[torch.nn.Module]) -> list[AIRMoELayer]:
+    """Find all layers with a compact dispatcher in several modules, such as Megatron's model chunks."""
+    found = (module for chunk in modules for module in chunk.modules())
+    return [module for module in found if isinstance(module, AIRMoELayer) and module.is_compact]
 
 
 class _UnnumberedRouter(torch.nn.Module):

@@ -19,7 +19,7 @@ The host waits for the device once per forward, for the counts, even with one ex
 not wait. (With torch operations ``fine_scores`` waits once more per layer and forward.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -74,7 +74,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         self.num_experts = num_local_experts * self.ep_size
         self.layer_number: int | None = None
         self.training = True
-        self.traffic, self.recomputed_traffic = Traffic(), Traffic()
+        self.reset_log()
         self._have_ranks_agreed = False
         self._mismatch = None
         self._release()
@@ -180,6 +180,19 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
     def set_shared_experts(self, shared_experts: torch.nn.Module) -> NoReturn:
         """Not supported: the layer adds the shared experts itself."""
         raise ValueError("moe_shared_expert_overlap (True) is not supported with moe_dispatch 'compact'")
+
+    def discard(self) -> None:
+        """Begin an attempt at a step: forget the traffic since the end of the last step."""
+        self.traffic, self.recomputed_traffic = map(replace, self._logged_before)
+
+    def end_step(self) -> None:
+        """End a step, successful or not: keep the traffic of its forwards."""
+        self._logged_before = replace(self.traffic), replace(self.recomputed_traffic)
+
+    def reset_log(self) -> None:
+        """Reset the traffic for the next log line."""
+        self.traffic, self.recomputed_traffic = Traffic(), Traffic()
+        self.end_step()
 
     def _require_valid(self, received: list[list[int]]) -> None:
         for rank, (_, _, invalid_ids, invalid_probs, mismatches) in enumerate(received):

@@ -271,6 +271,15 @@ def test_a_frozen_router_and_a_repeated_or_skipped_step_are_measured(megatron_cp
         assert "loss" not in step and "grad_norm" not in step  # no number that is not finite
 
 
+def test_bytes_of_a_token_are_those_of_one_attempt_in_skipped_steps_too(megatron_cpu, monkeypatch):
+    layer = make_layer(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
+    run = Run([torch.nn.ModuleList([layer])], monkeypatch, log_interval=4, moe_air_diagnostics_interval=0)
+    for iteration, attempts, successful in ((1, 2, True), (2, 3, True), (3, 2, False), (4, 1, True)):
+        run.step(iteration, forward_of([layer], iteration, None), attempts, successful)
+    assert len(run.printed) == 2  # after the first step, and of the three others
+    assert all(f"dispatched bytes per token: {4 * HIDDEN} (" in line for line in run.printed)
+
+
 def test_a_model_without_tokens_or_routers_is_no_error(megatron_cpu, monkeypatch, tmp_path):
     layer = make_layer(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
     run = Run([torch.nn.ModuleList([layer])], monkeypatch, save=str(tmp_path), moe_air_diagnostics_interval=1)

@@ -15,7 +15,8 @@ from air_moe_megatron.diagnostics.health import (
     load_sums,
     sizes_of,
 )
-from air_moe_megatron.layer.dispatcher import Traffic
+from air_moe_megatron.layer.dispatcher import CompactTokenDispatcher, Traffic
+from air_moe_megatron.sync import discard_statistics, update_codebooks
 
 
 def load_figures(load, num_ranks=1):
@@ -180,7 +181,8 @@ def test_listed_share_counts_each_expert_once_and_no_empty_place():
 
 def layer_with(*traffics):
     layer = torch.nn.Linear(1, 1)
-    layer.token_dispatcher = types.SimpleNamespace(traffic=traffics[0], recomputed_traffic=traffics[1])
+    layer.token_dispatcher = CompactTokenDispatcher.__new__(CompactTokenDispatcher)
+    layer.token_dispatcher.traffic, layer.token_dispatcher.recomputed_traffic = traffics
     return layer
 
 
@@ -217,6 +219,26 @@ def test_neither_evaluation_nor_padding_changes_the_bytes_of_a_token(megatron_cp
         stage = health.stage_health([layer.router], [layer], *health.expert_loads([layer.router]))
         found.append(health_figures([stage])["dispatch-bytes-per-token"])
     assert found == [4 * HIDDEN, 4 * HIDDEN]
+
+
+@pytest.mark.parametrize("attempts", (1, 2, 3))
+def test_a_step_that_is_attempted_again_counts_its_bytes_once(megatron_cpu, attempts):
+    from air_moe_megatron.diagnostics import health
+    from tests.builders import HIDDEN, make_layer
+
+    layer = make_layer(megatron_cpu, moe_router_type="air").train()
+    for number in range(2):  # steps of one log line
+        for _ in range(attempts):
+            discard_statistics([layer])
+            hidden = torch.randn(20, 1, HIDDEN)
+            torch.utils.checkpoint.checkpoint(lambda h: layer(h)[0], hidden, use_reentrant=False).sum().backward()
+        update_codebooks(module for module in [layer])
+        assert layer.token_dispatcher.traffic.row_bytes == (number + 1) * 20 * 4 * HIDDEN
+    stage = health.stage_health([layer.router], [layer], *health.expert_loads([layer.router]))
+    assert stage.sums["dispatch-bytes-per-token"] == (2 * 20 * 4 * HIDDEN, 40)
+    assert stage.sums["recomputed-bytes-per-token"] == (2 * 20 * 4 * HIDDEN, 40)
+    discard_statistics(layer)  # the next step, of the next line
+    assert vars(layer.token_dispatcher.traffic) == vars(Traffic())
 
 
 def naive_recall(router):
