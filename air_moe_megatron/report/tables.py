@@ -115,10 +115,14 @@ def last_figures(run: Run) -> tuple[list[str], list[tuple[int, str, list[str]]]]
 def cost_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     """For each run, FLOPs and time of its routers against exact ones. Times are means over the newest records."""
     times = [float(run.totals["routing_seconds"].tail(RECORDS).mean()) for run in runs]
-    exact_time = next((time for run, time in zip(runs, times, strict=True) if run.routers == ["topk"]), None)
+    exact_times: dict[tuple, float] = {}  # of the first exact run with such steps
+    for run, time in zip(runs, times, strict=True):
+        if run.routers == ["topk"]:
+            exact_times.setdefault(_step_of(run), time)
     rows = []
     for run, time in zip(runs, times, strict=True):
         own, exact = flops(run)
+        exact_time = exact_times.get(_step_of(run))
         rows.append(
             {
                 "run": run.name,
@@ -133,6 +137,12 @@ def cost_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _step_of(run: Run) -> tuple:
+    """What decides the work of a rank in a step, beside its routers; only where it is the same are times compared."""
+    names = ("global_batch_size", "seq_length", "world_size")
+    return run.header.get("device"), len(run.sizes), *(run.argument(name) for name in names)
 
 
 def flops(run: Run) -> tuple[float | None, float | None]:

@@ -16,6 +16,7 @@ from air_moe_megatron.report.page import MOST_BYTES, render
 from air_moe_megatron.report.panels import GLANCE, PANELS, Budget, Builder
 from air_moe_megatron.report.rules import RULES
 from air_moe_megatron.report.runs import read_runs
+from air_moe_megatron.report.tables import cost_rows
 from air_moe_megatron.report.tokens import texts_of, visible
 from tests.processes import run as run_command
 from tests.run_files import codebook, diagnostics, header, lines, step, write
@@ -183,6 +184,26 @@ def test_runs_stand_side_by_side(three_runs):
 def test_exact_routing_beside_another_gives_the_ratio_of_times(three_runs):
     cells = "air air 0.210 4.194 5.00% 20.0 4.0% 250 0.25"
     assert cells in " ".join(three_runs[0].text.split())
+
+
+def test_times_are_compared_only_where_the_steps_are_alike(tmp_path):
+    def run_of(name, router, seconds, num_layers=2, device="CPU", **arguments):
+        record = diagnostics(20, 20, router, num_layers) | {"routing_seconds": seconds}
+        first = header(router, num_layers, **arguments) | {"device": device}
+        return write(tmp_path / name, [first, step(20), record])
+
+    alike = dict(global_batch_size=32, seq_length=256, world_size=2)
+    folders = [
+        run_of("air", "air", 0.1, **alike),
+        run_of("small-topk", "topk", 0.1, **alike | {"global_batch_size": 8}),
+        run_of("topk", "topk", 0.4, **alike),
+        run_of("batch", "air", 0.1, **alike | {"global_batch_size": 16}),
+        run_of("sequence", "air", 0.1, **alike | {"seq_length": 128}),
+        run_of("ranks", "air", 0.1, **alike | {"world_size": 4}),
+        run_of("others", "air", 0.1, num_layers=3, device="NVIDIA H100", **alike),
+    ]
+    ratios = [row["time against exact"] for row in cost_rows(read_runs(folders))]
+    assert ratios == ["0.25", "1.00", "1.00", "–", "–", "–", "–"]
 
 
 def test_resumes_and_cut_lines_are_named(eventful):
