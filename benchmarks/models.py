@@ -94,7 +94,6 @@ def make_config(sizes: Sizes, router: str, compact: bool = False, **more):
         "moe_ffn_hidden_size": sizes.ffn,
         "moe_router_topk": sizes.topk,
         "moe_router_topk_scaling_factor": recommended_scale(sizes.topk),
-        "moe_router_load_balancing_type": "aux_loss",
         "moe_router_dtype": "fp32" if sizes.routing_dtype == torch.float32 else None,
         "moe_token_dispatcher_type": "allgather" if compact else "alltoall",
         "add_bias_linear": False,

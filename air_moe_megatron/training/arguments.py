@@ -32,10 +32,11 @@ RECOMMENDED = {
     "moe_dispatch": "compact",
     "moe_router_input_norm": "running",
     "moe_router_dtype": "fp32",
+    "moe_router_load_balancing_type": "aux_loss",
     "moe_aux_loss_coeff": 0.01,
 }
 """Defaults that ``--air-moe`` sets; flags on the command line override them. :func:`transformer_config_from_args` adds
-:func:`recommended_scale`. The balancing loss ``aux_loss`` is Megatron's own default."""
+:func:`recommended_scale`."""
 
 ARGS_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
 """Defaults that this entry passes to Megatron's argument validation, as ``pretrain_gpt.py`` does."""
@@ -73,7 +74,7 @@ def _refuse_command_line(message: str) -> NoReturn:
 
 
 def provider_with(fields: dict[str, Any]) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """Make a provider like :func:`extra_args_provider`, with these defaults of our fields."""
+    """Make a provider like :func:`extra_args_provider`, with these defaults; they override those of ``--air-moe``."""
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = extra_args_provider(parser)

@@ -35,9 +35,9 @@ from air_moe_megatron.training.token_counts import agreed_counts
 
 
 def parse() -> tuple[argparse.Namespace, Ranks]:
-    """Parse the command line. With ``--use-checkpoint-args`` our fields come from the checkpoint too.
+    """Parse the command line. With ``--use-checkpoint-args`` the defaults of :func:`fields_of_checkpoint` hold.
 
-    A flag of ours on the command line keeps its value. The later check of the checkpoint refuses it if it does not fit.
+    A flag on the command line keeps its value. The later check of the checkpoint refuses it if it does not fit.
 
     Returns:
         Megatron's parsed and validated arguments, and the ranks of this start.

@@ -11,6 +11,7 @@ from tests.megatron.conftest import (
     AIR,
     EP2,
     GLOBAL_BATCH,
+    MODEL,
     OURS,
     SEQUENCE,
     read_checkpoint,
@@ -269,6 +270,25 @@ def test_a_checkpoint_brings_our_fields(pretrain, air_checkpoint, tmp_path):
     assert updates_and_counts(tmp_path, 5)[0] == [3, 3]
     other = pretrain(*EP2, *load, "--moe-air-shortlist-size", "4", "--train-iters", "5", succeeds=False)
     assert refused(other, "index.shortlist is [4, 8], so --moe-air-shortlist-size (4) must be 8")
+
+
+def test_a_checkpoint_of_the_one_flag_brings_its_settings(forkserver, data_prefix, tmp_path):
+    """With neither ``--air-moe`` nor any of its settings, the step after the checkpoint is that of the whole run."""
+    words = list(map(str, MODEL))
+    for flag in ("--moe-router-dtype", "--moe-router-load-balancing-type", "--moe-aux-loss-coeff"):
+        place = words.index(flag)
+        del words[place : place + 2]
+    words += ["--cpu", "--data-path", data_prefix, "--split", "8,1,1", "--data-cache-path", str(tmp_path / "cache")]
+    words += ["--train-iters", "3", "--save-interval", "2"]
+    saved = tmp_path / "whole"
+    whole = forkserver([*words, "--air-moe", "--save", str(saved)], 1, {})
+    (saved / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = forkserver([*words, "--use-checkpoint-args", "--load", str(saved)], 1, {})
+    assert list(resumed.steps) == [3] and resumed.steps[3] == whole.steps[3]
+    losses = [re.findall(r"iteration +3/.* load_balancing_loss: ([0-9.E+-]+)", run.output) for run in (whole, resumed)]
+    assert losses[0] == losses[1] and float(losses[0][0]) > 0
+    restored = re.search(r"> --use-checkpoint-args: from the checkpoint (.*)", resumed.output)[1]
+    assert "moe_router_dtype fp32" in restored and "moe_aux_loss_coeff 0.01" in restored
 
 
 @pytest.mark.long

@@ -641,18 +641,23 @@ def test_every_rank_ends_with_the_same_message(save, check, tmp_path):
 
 def test_the_fields_of_a_checkpoint_are_read(save, parsed, megatron_cpu, tmp_path, is_legacy):
     from air_moe_megatron.config import LAYOUT_FIELDS, AIRFields
+    from air_moe_megatron.training.arguments import RECOMMENDED
     from air_moe_megatron.training.checkpoints import fields_of_checkpoint
 
     def fields(**changes):
         return fields_of_checkpoint(argparse.Namespace(**vars(parsed) | changes), ALONE)
 
-    folder = save(is_legacy=is_legacy, **AIR, **GRANULAR)
+    losses = dict(moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"], moe_aux_loss_coeff=[0.01, 0.02])
+    of_megatron = losses | dict(moe_router_dtype="fp32")
+    folder = save(is_legacy=is_legacy, **AIR, **GRANULAR, **of_megatron)
     found = fields(load=str(folder))
-    assert found.keys() == {name for name in vars(AIRFields())} - set(LAYOUT_FIELDS)
-    assert {name: found[name] for name in AIR | GRANULAR} == AIR | GRANULAR
+    assert found.keys() == ({name for name in vars(AIRFields())} - set(LAYOUT_FIELDS)) | RECOMMENDED.keys()
+    assert found.items() >= (AIR | GRANULAR | of_megatron).items()
     assert json.loads(json.dumps(found)) == found
     new = str(tmp_path / "new")
     assert fields(load=new, save=new) == {}
+    save(4, is_legacy=is_legacy, **of_megatron)
+    assert fields(load=str(folder), ckpt_step=4) == {}  # of Megatron's own router
     (folder / "latest_checkpointed_iteration.txt").write_text("")
     with pytest.raises(ValueError, match="instead of an iteration"):
         fields(load=str(folder))

@@ -12,9 +12,10 @@ from typing import Any
 
 from megatron.core.transformer import TransformerConfig
 
-from air_moe_megatron.config import LAYOUT_FIELDS, AIRFields, Problems, problem_of, raise_first
+from air_moe_megatron.config import LAYOUT_FIELDS, AIRFields, Problems, is_plain_topk, problem_of, raise_first
 from air_moe_megatron.diagnostics.files import find_write_problem as find_diagnostics_problem
 from air_moe_megatron.training.agreement import Ranks
+from air_moe_megatron.training.arguments import RECOMMENDED
 from air_moe_megatron.training.checkpoints.checks import check_schedule, unfit_contents
 from air_moe_megatron.training.checkpoints.reader import Damaged, Location, advice, locate, read
 from air_moe_megatron.training.checkpoints.saving import check_optimizer_resumes, check_room, find_write_problem
@@ -75,13 +76,17 @@ def _unfit(args: argparse.Namespace, config: TransformerConfig, reports: list[di
 
 
 def fields_of_checkpoint(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    """Read our fields from the arguments that the checkpoint was saved with, for ``--use-checkpoint-args``.
+    """Read what ``--use-checkpoint-args`` restores beyond Megatron's own list, from the checkpoint's arguments.
+
+    These are our fields and all that ``--air-moe`` sets. Megatron restores neither the dtype of the router nor the
+    balancing loss, which every router of ours uses.
 
     Args:
         args: Megatron's parsed arguments, not yet validated.
         ranks: the ranks of this start.
     Returns:
-        field -> value, on every rank; empty if there is no checkpoint or it holds no arguments.
+        argument -> value, on every rank; empty if there is no checkpoint, it holds no arguments, or it is of Megatron's
+        own router with Megatron's own experts.
     Raises:
         ValueError: on every rank, if the checkpoint is damaged or not seen by some rank.
     """
@@ -92,7 +97,10 @@ def fields_of_checkpoint(args: argparse.Namespace, ranks: Ranks) -> dict[str, An
             return {}
         with _naming(location):
             saved_by = read(location).args
-        names = [field.name for field in dataclasses.fields(AIRFields) if field.name not in LAYOUT_FIELDS]
+        if is_plain_topk(saved_by):
+            return {}
+        ours = [field.name for field in dataclasses.fields(AIRFields) if field.name not in LAYOUT_FIELDS]
+        names = dict.fromkeys([*ours, *RECOMMENDED])
         return {name: getattr(saved_by, name) for name in names if hasattr(saved_by, name)}
 
     return ranks.agree("arguments of the checkpoint", _report(args), judge)
