@@ -71,7 +71,8 @@ def update_codebooks(
     Returns:
         the number of routers of which an update was dropped because a token was NaN or infinite.
     Raises:
-        ValueError: on every rank, if an AIR router had a training forward on some ranks only.
+        ValueError: on every rank, if an AIR router had a training forward on some ranks only; or if other code has
+            written to a router's buffers since the step began.
         RuntimeError: on every rank, if a rank failed to rank its share of the codewords.
     """
     chunks = _chunks(modules)
