@@ -14,7 +14,7 @@ import numpy
 import torch
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
-from air_moe_megatron.inference.text import ByteTokenizer, Tokenizer, num_bytes
+from air_moe_megatron.inference.text import ByteTokenizer, IdTokenizer, Tokenizer, num_bytes
 from air_moe_megatron.training.arguments import padded_vocab_size
 from air_moe_megatron.training.preflight import check_token_ids, read_indexed_dataset
 
@@ -56,19 +56,19 @@ def read(path: str, tokenizer: Tokenizer, args: argparse.Namespace) -> TokenStre
     """
     name = f"--data-path entry '{path}'"
     if os.path.isfile(path) and not path.endswith((".bin", ".idx")):
-        tokens = _tokenize(_documents(path, name), tokenizer, has_ends=path.endswith(".jsonl"))
+        documents = _documents(path, name)
+        tokens, size = _tokenize(documents, tokenizer, path.endswith(".jsonl"), args.max_tokens)
     else:
         dataset = read_indexed_dataset(path, name)
         check_token_ids(dataset, name, padded_vocab_size(args), _SCANNED_BLOCKS)
-        tokens = dataset.tokens[: int(dataset.lengths.sum(dtype=numpy.int64))]
-    if args.max_tokens is not None:
-        tokens = tokens[: args.max_tokens]
+        tokens = dataset.tokens[: int(dataset.lengths.sum(dtype=numpy.int64))][: args.max_tokens]
+        size = _bytes_of(tokens, tokenizer)
     if len(tokens) < args.seq_length + 1:
         raise ValueError(
             f"{name} holds {len(tokens)} tokens, and a window of --seq-length ({args.seq_length}) takes "
             f"{args.seq_length + 1}: give more data, or a smaller --seq-length"
         )
-    return TokenStream(path, tokens, _bytes_of(tokens, tokenizer))
+    return TokenStream(path, tokens, None if size is None else size - num_bytes(tokenizer, tokens[:1]))
 
 
 def _documents(path: str, name: str) -> Iterator[str]:
@@ -86,16 +86,34 @@ def _documents(path: str, name: str) -> Iterator[str]:
             raise ValueError(f'{name}: {line.strip()[:40]!r} is no JSON object with a string under "text"') from error
 
 
-def _tokenize(documents: Iterator[str], tokenizer: Tokenizer, has_ends: bool) -> numpy.ndarray:
+def _tokenize(
+    documents: Iterator[str], tokenizer: Tokenizer, has_ends: bool, max_tokens: int | None
+) -> tuple[numpy.ndarray, int | None]:
+    """The first tokens of documents, and the bytes of their text as it was read; None if the ids have no text.
+
+    A tokenizer may add tokens to the text and lose parts of it, so the bytes are not counted in its tokens. Only a
+    document that ``max_tokens`` cuts counts in proportion to the text of its tokens.
+    """
     end = [tokenizer.eod] if has_ends else []
-    parts = [numpy.array([*tokenizer.tokenize(text), *end], dtype=numpy.int64) for text in documents]
-    return numpy.concatenate(parts) if parts else numpy.empty(0, dtype=numpy.int64)
+    parts, num_tokens, size = [numpy.empty(0, dtype=numpy.int64)], 0, 0
+    for text in documents:
+        ids = [*tokenizer.tokenize(text), *end]
+        kept = ids if max_tokens is None else ids[: max_tokens - num_tokens]
+        parts.append(numpy.array(kept, dtype=numpy.int64))
+        num_tokens += len(kept)
+        if not isinstance(tokenizer, IdTokenizer):
+            is_cut = len(kept) < len(ids)
+            share = num_bytes(tokenizer, kept) / max(1, num_bytes(tokenizer, ids)) if is_cut else 1
+            size += round(share * len(text.encode()))
+        if num_tokens == max_tokens:
+            break
+    return numpy.concatenate(parts), None if isinstance(tokenizer, IdTokenizer) else size
 
 
 def _bytes_of(tokens: numpy.ndarray, tokenizer: Tokenizer) -> int | None:
-    """Bytes of the text of all tokens but the first; None if unknown. Documents are detokenized one by one."""
+    """Bytes of the text of tokens; None if unknown. Documents are detokenized one by one."""
     if isinstance(tokenizer, ByteTokenizer):
-        blocks = range(1, len(tokens), _BLOCK)
+        blocks = range(0, len(tokens), _BLOCK)
         return sum(int((tokens[start : start + _BLOCK] < ByteTokenizer.vocab_size - 1).sum()) for start in blocks)
     ends = (numpy.flatnonzero(numpy.asarray(tokens) == tokenizer.eod) + 1).tolist()
     total = 0
@@ -104,7 +122,7 @@ def _bytes_of(tokens: numpy.ndarray, tokenizer: Tokenizer) -> int | None:
         if found is None:
             return None
         total += found
-    return total - num_bytes(tokenizer, tokens[:1])
+    return total
 
 
 class Windows(torch.utils.data.Dataset):

@@ -106,12 +106,13 @@ def tokenizer_of(args: argparse.Namespace) -> Tokenizer:
 
 
 def num_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> int | None:
-    """Number of bytes of the text of tokens, without ends of documents; None if ids have no text.
+    """Number of bytes of the text of tokens, without special ones; None if ids have no text.
 
     Example: [104, 105, 256] of byte-level data have 2.
     """
     if isinstance(tokenizer, IdTokenizer):
         return None
     if isinstance(tokenizer, ByteTokenizer):
-        return sum(token < _NUM_BYTES for token in ids)
-    return len(tokenizer.detokenize([int(token) for token in ids if token != tokenizer.eod]).encode())
+        return sum(int(token) < _NUM_BYTES for token in ids)
+    ids = [int(token) for token in ids if token != tokenizer.eod]
+    return len(tokenizer.detokenize(ids, skip_special_tokens=True).encode())

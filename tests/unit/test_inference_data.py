@@ -111,20 +111,23 @@ def test_bytes_go_to_ids_and_back():
     assert IdTokenizer(10, 9).tokenize("3 9") == [3, 9] and IdTokenizer(10, 9).detokenize([3, 9]) == "3 9"
 
 
-@pytest.fixture
-def trained_tokenizer(tmp_path):
-    """A byte-level BPE as a folder for HuggingFaceTokenizer, made by Megatron."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+@pytest.fixture(params=["plain", "begin"])
+def trained_tokenizer(tmp_path, request):
+    """A byte-level BPE as a folder for HuggingFaceTokenizer, by Megatron; "begin": it adds a token to each text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=270, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=271, special_tokens=["<end>", "<begin>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(["the cat, the hat and the mat"] * 4, trainer)
+    if request.param == "begin":
+        template = {"single": "<begin> $A", "special_tokens": [("<begin>", 1)]}
+        tokenizer.post_processor = processors.TemplateProcessing(**template)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "bos_token": "<begin>"}
     write(tmp_path, "tokenizer_config.json", json.dumps(settings))
     names = ("special_tokens", "vocab_file", "merge_file", "chat_template", "metadata_path")
     args = argparse.Namespace(
@@ -139,13 +142,58 @@ def trained_tokenizer(tmp_path):
     return build_tokenizer(args)
 
 
+def write_lines(folder, texts):
+    return write(folder, "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
 def test_a_trained_tokenizer_tells_the_bytes_of_its_tokens(trained_tokenizer, tmp_path):
     text = "the cät and the hat"
     ids = trained_tokenizer.tokenize(text)
-    assert len(ids) < len(text.encode()) and trained_tokenizer.detokenize(ids) == text
+    assert len(ids) < len(text.encode()) and trained_tokenizer.detokenize(ids, skip_special_tokens=True) == text
     assert num_bytes(trained_tokenizer, [*ids, trained_tokenizer.eod]) == len(text.encode())
+    first = num_bytes(trained_tokenizer, ids[:1])
+    assert first == (0 if ids[0] == trained_tokenizer.bos else len("the"))
     stream = read(write(tmp_path, "a.txt", text), trained_tokenizer, make_args())
-    assert stream.num_bytes == len(text.encode()) - num_bytes(trained_tokenizer, ids[:1])
+    assert stream.num_bytes == len(text.encode()) - first
+    texts = [text, "a mat", "", "the hat"] * 5
+    size = sum(len(one.encode()) for one in texts) - first
+    stream = read(write_lines(tmp_path, texts), trained_tokenizer, make_args())
+    assert stream.num_bytes == size
+    documents = [[*trained_tokenizer.tokenize(one), trained_tokenizer.eod] for one in texts]
+    indexed = read(write_indexed(tmp_path, documents), trained_tokenizer, make_args(padded_vocab_size=512))
+    assert indexed.tokens.tolist() == stream.tokens.tolist() and indexed.num_bytes == size
+
+
+def test_documents_that_max_tokens_cuts_count_by_what_is_read(trained_tokenizer, tmp_path):
+    path = write_lines(tmp_path, ["the hat", "the hat and the cat"])
+    for number in range(4, 10):
+        stream = read(path, trained_tokenizer, make_args(max_tokens=number))
+        assert len(stream.tokens) == number
+        assert stream.num_bytes == num_bytes(trained_tokenizer, stream.tokens[1:])
+
+
+@pytest.mark.parametrize("text", ["the cat  and\n\tthe hat", "the zebra: a xyz"], ids=["spaces", "unknown"])
+def test_bytes_are_those_of_the_text_also_if_the_tokens_lose_some(tmp_path, text):
+    import sentencepiece
+
+    corpus = write(tmp_path, "corpus.txt", "the cat and the hat and the mat sat\n" * 200)
+    sentencepiece.SentencePieceTrainer.train(
+        input=corpus, model_prefix=str(tmp_path / "model"), vocab_size=30, hard_vocab_limit=False, minloglevel=2
+    )
+    names = ("special_tokens", "vocab_file", "metadata_path", "vocab_size", "tokenizer_prompt_format", "chat_template")
+    tokenizer = build_tokenizer(
+        argparse.Namespace(
+            **dict.fromkeys(names),
+            tokenizer_type="SentencePieceTokenizer",
+            tokenizer_model=str(tmp_path / "model.model"),
+            tokenizer_sentencepiece_legacy=False,
+            tokenizer_sentencepiece_ignore_extra_whitespaces=True,
+            trust_remote_code=False,
+            pad_vocab_size=False,
+        )
+    )
+    stream = read(write_lines(tmp_path, [text] * 50), tokenizer, make_args())
+    assert stream.num_bytes == 50 * len(text.encode()) - num_bytes(tokenizer, stream.tokens[:1])
 
 
 def test_files_of_a_tokenizer_that_are_not_here_are_named(tmp_path):
