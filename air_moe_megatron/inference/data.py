@@ -131,7 +131,8 @@ class Windows(torch.utils.data.Dataset):
     Args:
         tokens: [N] ids, more than ``args.seq_length``.
         eod: id of the end of a document.
-        args: with ``seq_length`` and Megatron's settings of positions, masks and losses within a sample.
+        args: with ``seq_length`` and Megatron's settings of positions and attention masks within a sample. Every token
+            counts in the loss, whatever ``eod_mask_loss`` says.
 
     Example: with 8 tokens, windows of 3 predict the tokens 1 to 3, 4 to 6, and 7. The last window holds 4, 5 and 6.
     """
@@ -141,7 +142,7 @@ class Windows(torch.utils.data.Dataset):
         self.settings = (
             args.reset_position_ids,
             args.reset_attention_mask,
-            args.eod_mask_loss,
+            False,  # eod_mask_loss
             args.create_attention_mask_in_dataloader,
         )
 

@@ -145,7 +145,8 @@ def evaluate(
 ) -> Figures:
     """Measure a model on a data set; each token but the first is predicted once.
 
-    The loss is that of training without the balancing losses. Communicates; every rank must call it.
+    The loss is that of training without the balancing losses and ``eod_mask_loss``. Communicates; every rank must call
+    it.
 
     Args:
         model: in evaluation mode, as ``restore.build_and_load`` returns it.
@@ -221,6 +222,8 @@ def check(args: argparse.Namespace) -> None:
     ):
         if given:
             raise ValueError(f"{flag} of the checkpoint is not supported: its samples are documents, not windows")
+    if args.eod_mask_loss:
+        raise ValueError("--eod-mask-loss must be left out: every token but the first of the data counts")
     if args.max_tokens is not None and args.max_tokens < 2:
         raise ValueError(f"--max-tokens ({args.max_tokens}) must be at least 2")
     if args.json and not Path(args.json).absolute().parent.is_dir():

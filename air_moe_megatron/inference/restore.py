@@ -73,8 +73,8 @@ MODEL_ARGUMENTS = frozenset(
         *("use_rope_scaling", "rope_scaling_factor", "untie_embeddings_and_output_weights"),
         *("make_vocab_size_divisible_by", "fp8_param_gather", "fp4_param_gather"),
         *("te_precision_config_file", "kitchen_config_file", "kitchen_recipe_number"),
-        # context and loss of a token
-        *("reset_position_ids", "reset_attention_mask", "eod_mask_loss", "create_attention_mask_in_dataloader"),
+        # context of a token
+        *("reset_position_ids", "reset_attention_mask", "create_attention_mask_in_dataloader"),
         *("sft", "dataloader_inter_document_masking"),
         *("ckpt_format",),
     }

@@ -50,9 +50,9 @@ def test_the_last_window_begins_earlier_and_counts_what_is_new():
 
 
 def test_samples_follow_megatrons_settings():
-    args = make_args(reset_position_ids=True, eod_mask_loss=True, create_attention_mask_in_dataloader=True)
+    args = make_args(reset_position_ids=True, create_attention_mask_in_dataloader=True)
     window = Windows(numpy.array([1, 256, 3, 4]), 256, args)[0]
-    assert window["position_ids"].tolist() == [0, 1, 0] and window["loss_mask"].tolist() == [1, 0, 1]
+    assert window["position_ids"].tolist() == [0, 1, 0] and window["loss_mask"].tolist() == [1, 1, 1]
     assert window["attention_mask"].shape == (1, 3, 3)
 
 
@@ -61,14 +61,28 @@ def write(folder, name, text):
     return str(folder / name)
 
 
+def write_lines(folder, texts):
+    return write(folder, "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
 def test_texts_are_read_with_their_bytes(tmp_path):
     stream = read(write(tmp_path, "a.txt", "äbc"), ByteTokenizer(), make_args())
     assert stream.tokens.tolist() == [*"äbc".encode()] and stream.num_bytes == 3  # the first byte is not predicted
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("ab", "c"))
-    stream = read(write(tmp_path, "a.jsonl", lines), ByteTokenizer(), make_args())
+    stream = read(write_lines(tmp_path, ["ab", "c"]), ByteTokenizer(), make_args())
     assert stream.tokens.tolist() == [97, 98, 256, 99, 256] and stream.num_bytes == 2
     stream = read(str(tmp_path / "a.jsonl"), ByteTokenizer(), make_args(max_tokens=4))
     assert len(stream.tokens) == 4
+
+
+@pytest.mark.parametrize("eod_mask_loss", (False, True))
+def test_the_bytes_are_those_of_the_tokens_that_count(tmp_path, eod_mask_loss):
+    args = make_args(eod_mask_loss=eod_mask_loss)
+    stream = read(write_lines(tmp_path, ["ab", "cde", "f"] * 5), ByteTokenizer(), args)
+    windows = Windows(stream.tokens, 256, args)
+    windows = [windows[index] for index in range(len(windows))]
+    counted = torch.cat([window["labels"][window["loss_mask"] > 0] for window in windows]).tolist()
+    assert counted == stream.tokens[1:].tolist()
+    assert sum(token < 256 for token in counted) == stream.num_bytes
 
 
 def write_indexed(folder, documents):
@@ -140,10 +154,6 @@ def trained_tokenizer(tmp_path, request):
         pad_vocab_size=False,
     )
     return build_tokenizer(args)
-
-
-def write_lines(folder, texts):
-    return write(folder, "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def test_a_trained_tokenizer_tells_the_bytes_of_its_tokens(trained_tokenizer, tmp_path):
@@ -256,13 +266,17 @@ def test_a_prompt_of_ids_is_refused_where_it_holds_none():
     [
         ({"data_path": None}, "--data-path must name the data"),
         ({"sft": True}, "--sft of the checkpoint is not supported"),
+        ({"eod_mask_loss": True}, "--eod-mask-loss must be left out: every token"),
         ({"max_tokens": 1}, r"--max-tokens \(1\) must be at least 2"),
         ({"json": "no/such/folder/x.json"}, "--json 'no/such/folder/x.json': the folder does not exist"),
     ],
-    ids=["no-data", "sft", "max-tokens", "json"],
+    ids=["no-data", "sft", "mask", "max-tokens", "json"],
 )
 def test_what_cannot_be_measured_is_refused(values, message):
-    base = dict(data_path=["x"], sft=False, dataloader_inter_document_masking=False, max_tokens=None, json=None)
+    base = dict(
+        data_path=["x"], sft=False, dataloader_inter_document_masking=False, eod_mask_loss=False, max_tokens=None,
+        json=None,
+    )  # fmt: skip
     evaluation.check(argparse.Namespace(**base))
     with pytest.raises(ValueError, match=message):
         evaluation.check(argparse.Namespace(**{**base, **values}))

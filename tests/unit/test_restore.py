@@ -38,7 +38,7 @@ MODELS = {
     "--disable-bias-linear",
 }  # fmt: skip
 # Arguments of the training run that must not come over.
-OF_THE_RUN = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --seed 3"
+OF_THE_RUN = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --seed 3 --eod-mask-loss"
 LEFT = {"recompute_granularity", "recompute_method", "recompute_num_layers", "inference_sampling_seed"}
 READ_OF_A_RUN = {
     "air_moe",
