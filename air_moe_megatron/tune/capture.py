@@ -16,6 +16,8 @@ from air_moe_megatron.tune.recall import Layer
 class TokenCollector:
     """Keeps the tokens that one router scores, after the input norm and without padding. The router does not change.
 
+    ``part`` and ``is_kept`` ([T], one window after the other) say where the tokens of a forward go, and which of them.
+
     Args:
         router: Megatron's, our top-k or AIR, in evaluation mode.
     """
@@ -23,7 +25,7 @@ class TokenCollector:
     def __init__(self, router: TopKRouter) -> None:
         self.router = router
         self.kept: dict[str, list[torch.Tensor]] = {"fit": [], "test": []}
-        self.part = "fit"
+        self.part, self.is_kept = "fit", torch.empty(0, dtype=torch.bool)
         self._hook = router.register_forward_pre_hook(self._keep)
 
     def remove(self) -> None:
@@ -33,20 +35,22 @@ class TokenCollector:
     @torch.no_grad()
     def _keep(self, router: TopKRouter, inputs: tuple) -> None:
         hidden = inputs[0].transpose(0, 1).flatten(0, 1)  # [T, H], one window after the other
+        is_kept = self.is_kept.to(hidden.device)
         if len(inputs) > 1 and inputs[1] is not None:
-            hidden = hidden[~inputs[1].transpose(0, 1).flatten()]
+            is_kept = is_kept & ~inputs[1].transpose(0, 1).flatten()
+        hidden = hidden[is_kept]
         norm = getattr(router, "input_norm", None)
         self.kept[self.part].append((hidden if norm is None else norm(hidden)).float())
 
-    def layer(self, name: str, num_fit: int, num_test: int) -> Layer:
-        """The router's tokens, up to ``num_fit`` and ``num_test``, its centers, and its lists if training made some."""
+    def layer(self, name: str) -> Layer:
+        """The router's tokens, its centers, and its lists if training made some."""
         router = self.router
-        fit, test = (torch.cat(self.kept[part])[:num] for part, num in (("fit", num_fit), ("test", num_test)))
+        fit, test = torch.cat(self.kept["fit"]), torch.cat(self.kept["test"])
         has_lists = isinstance(router, AIRRouter) and router.index.is_built and router.index.source == "tokens"
         return Layer(
             name,
-            fit.contiguous(),
-            test.contiguous(),
+            fit,
+            test,
             router.weight.detach().float(),
             None if router.bias is None else router.bias.detach().float(),
             router.topk,
@@ -93,32 +97,32 @@ def collect(
     """
     collectors = collectors_of(model)
     size = args.micro_batch_size
-    work: list[tuple[str, list[tuple[Windows, int]]]] = []
+    work: list[tuple[str, list[tuple[Windows, int, int]]]] = []
     for part, number in (("fit", num_fit), ("test", num_test)):
-        chosen = [
-            place
-            for stream in streams
-            for place in _windows(stream, eod, args, part, number / len(streams), num_test / (num_fit + num_test))
-        ]
-        work += [
-            (part, [chosen[(first + i) % len(chosen)] for i in range(size)]) for first in range(0, len(chosen), size)
-        ]
+        chosen = []
+        for place, stream in enumerate(streams):
+            share = number // len(streams) + (place < number % len(streams))
+            chosen += _windows(stream, eod, args, part, share, num_test / (num_fit + num_test))
+        chosen += [(*chosen[0][:2], 0)] * (-len(chosen) % size)  # fill the last microbatch
+        work += [(part, chosen[first : first + size]) for first in range(0, len(chosen), size)]
     for part, places in progress(work):
+        numbers = torch.tensor([[number] for *_, number in places])
+        is_kept = (torch.arange(args.seq_length) < numbers).flatten()
         for collector in collectors.values():
-            collector.part = part
-        batch = torch.utils.data.default_collate([windows[index] for windows, index in places])
+            collector.part, collector.is_kept = part, is_kept
+        batch = torch.utils.data.default_collate([windows[index] for windows, index, _ in places])
         forward_step(iter([batch]), model[0])
     for collector in collectors.values():
         collector.remove()
-    return [collector.layer(name, num_fit, num_test) for name, collector in collectors.items()]
+    return [collector.layer(name) for name, collector in collectors.items()]
 
 
 def _windows(
-    stream: TokenStream, eod: int, args: argparse.Namespace, part: str, num_tokens: float, held_out: float
-) -> list[tuple[Windows, int]]:
-    """Windows of one part of a data set, spread evenly over it, as (windows, index)."""
-    windows = Windows(stream.tokens, eod, args)
+    stream: TokenStream, eod: int, args: argparse.Namespace, part: str, num_tokens: int, held_out: float
+) -> list[tuple[Windows, int, int]]:
+    """Windows of one part of a data set, spread evenly over it, as (windows, index, number of tokens to keep)."""
+    windows, size = Windows(stream.tokens, eod, args), args.seq_length
     border = min(len(windows) - 1, max(1, round(len(windows) * (1 - held_out))))
     first, end = (0, border) if part == "fit" else (border, len(windows))
-    number = min(-(-int(num_tokens) // args.seq_length), end - first)
-    return [(windows, int(index)) for index in numpy.linspace(first, end - 1, max(1, number))]
+    indices = numpy.linspace(first, end - 1, min(-(-num_tokens // size), end - first))
+    return [(windows, int(index), min(size, num_tokens - place * size)) for place, index in enumerate(indices)]

@@ -3,16 +3,19 @@
 import argparse
 import math
 
+import numpy
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import invalid
 from air_moe_megatron.diagnostics.recall import measure as measure_sample
+from air_moe_megatron.inference.data import TokenStream
 from air_moe_megatron.learned.index import ShortlistIndex
 from air_moe_megatron.learned.lists import reserved_slots
 from air_moe_megatron.ops.coarse import assign
 from air_moe_megatron.routers.air import TokenSample
+from air_moe_megatron.tune import capture
 from air_moe_megatron.tune import search as searching
 from air_moe_megatron.tune.baselines import measure_groups, measure_product_keys
 from air_moe_megatron.tune.command import check, check_grid
@@ -155,6 +158,48 @@ def test_the_memory_is_that_of_a_routers_buffers(megatron_cpu):
     kept = ("codewords", "ema", "shortlist", "pool", "staged_keys")
     expected = sum(buffer.numel() * buffer.element_size() for name, buffer in buffers if name in kept)
     assert state_bytes(Setting(16, 8, 2), router.config.hidden_size, router.num_experts) == expected
+
+
+# The tokens.
+
+_APART = 10**6  # more than the tokens of a data set
+
+
+@pytest.fixture
+def collected(megatron_cpu, monkeypatch):
+    """A function that collects the tokens of data sets of given lengths, and returns their ids: data set and position.
+
+    In place of a model a router sees the ids.
+    """
+    router = make_router(megatron_cpu, moe_router_type="topk").eval()
+
+    def forward_step(batches, model):
+        tokens = next(batches)["tokens"].t()  # [S, B]
+        model[0](tokens.unsqueeze(2).expand(-1, -1, HIDDEN).float())
+
+    monkeypatch.setattr(capture, "forward_step", forward_step)
+
+    def run(lengths, seq_length, num_fit, num_test, micro_batch_size=1):
+        args = argparse.Namespace(
+            seq_length=seq_length, micro_batch_size=micro_batch_size, reset_position_ids=False,
+            reset_attention_mask=False, create_attention_mask_in_dataloader=False,
+        )  # fmt: skip
+        ids = [numpy.arange(length) + number * _APART for number, length in enumerate(lengths)]
+        streams = [TokenStream(f"set {number}", tokens, None) for number, tokens in enumerate(ids)]
+        (layer,) = capture.collect([torch.nn.ModuleList([router])], streams, -1, args, num_fit, num_test)
+        return [tokens[:, 0].long() for tokens in (layer.fit, layer.test)]
+
+    return run
+
+
+@pytest.mark.parametrize("seq_length", [3, 16, 64, 128])
+def test_each_data_set_gives_equally_many_tokens(collected, seq_length):
+    for num_fit, num_test in ((256, 32), (130, 65)):
+        for ids, number in zip(
+            collected([3000, 2000, 4000], seq_length, num_fit, num_test), (num_fit, num_test), strict=True
+        ):
+            counts = torch.bincount(ids // _APART, minlength=3)
+            assert counts.sum() == number and counts.max() - counts.min() <= 1
 
 
 # The grid and the choice.
