@@ -71,10 +71,26 @@ def collectors_of(model: Sequence[torch.nn.Module]) -> dict[str, TokenCollector]
     }
 
 
+def split(stream: TokenStream, seq_length: int, num_fit: int, num_test: int) -> dict[str, numpy.ndarray]:
+    """Split a data set into the tokens of the fit and, from its end, the held-out ones, in the ratio of their numbers.
+
+    Raises:
+        ValueError: if the data set is too short for a window of each.
+    """
+    length, least = len(stream.tokens), seq_length + 1  # the last token of a window has a label
+    if length < 2 * least:
+        raise ValueError(
+            f"--data-path entry '{stream.path}' holds {length} tokens, and a window of --seq-length ({seq_length}) to "
+            f"fit to and a held-out one take {2 * least}: give more data, or a smaller --seq-length"
+        )
+    border = min(max(least, round(length * num_fit / (num_fit + num_test))), length - least)
+    return {"fit": stream.tokens[:border], "test": stream.tokens[border:]}
+
+
 @torch.no_grad()
 def collect(
     model: Sequence[torch.nn.Module],
-    streams: Sequence[TokenStream],
+    data: Sequence[dict[str, numpy.ndarray]],
     eod: int,
     args: argparse.Namespace,
     num_fit: int,
@@ -83,11 +99,11 @@ def collect(
 ) -> list[Layer]:
     """Run a model on windows of data sets, and keep the tokens that its routers score.
 
-    The held-out tokens come from the end of each data set, the tokens of the fit from the part before it.
+    Every token that is kept is another token of the data. No token of the fit is held out.
 
     Args:
         model: one chunk in evaluation mode, in a world of one rank, as ``restore.build_and_load`` returns it.
-        streams: the data sets, which contribute equally.
+        data: the data sets, as :func:`split` returns them, which contribute equally.
         eod: id of the end of a document.
         args: as ``restore.parse`` returns them.
         num_fit, num_test: largest numbers of tokens per layer; fewer if the data hold fewer.
@@ -100,9 +116,9 @@ def collect(
     work: list[tuple[str, list[tuple[Windows, int, int]]]] = []
     for part, number in (("fit", num_fit), ("test", num_test)):
         chosen = []
-        for place, stream in enumerate(streams):
-            share = number // len(streams) + (place < number % len(streams))
-            chosen += _windows(stream, eod, args, part, share, num_test / (num_fit + num_test))
+        for place, parts in enumerate(data):
+            share = number // len(data) + (place < number % len(data))
+            chosen += _windows(parts[part], eod, args, share)
         chosen += [(*chosen[0][:2], 0)] * (-len(chosen) % size)  # fill the last microbatch
         work += [(part, chosen[first : first + size]) for first in range(0, len(chosen), size)]
     for part, places in progress(work):
@@ -118,11 +134,10 @@ def collect(
 
 
 def _windows(
-    stream: TokenStream, eod: int, args: argparse.Namespace, part: str, num_tokens: int, held_out: float
+    tokens: numpy.ndarray, eod: int, args: argparse.Namespace, num_tokens: int
 ) -> list[tuple[Windows, int, int]]:
-    """Windows of one part of a data set, spread evenly over it, as (windows, index, number of tokens to keep)."""
-    windows, size = Windows(stream.tokens, eod, args), args.seq_length
-    border = min(len(windows) - 1, max(1, round(len(windows) * (1 - held_out))))
-    first, end = (0, border) if part == "fit" else (border, len(windows))
-    indices = numpy.linspace(first, end - 1, min(-(-num_tokens // size), end - first))
+    """Windows spread evenly over tokens, as (windows, index, number of tokens to keep). They do not overlap."""
+    windows, size = Windows(tokens, eod, args), args.seq_length
+    num_whole = (len(tokens) - 1) // size  # one more would begin earlier
+    indices = numpy.linspace(0, num_whole - 1, min(-(-num_tokens // size), num_whole))
     return [(windows, int(index), min(size, num_tokens - place * size)) for place, index in enumerate(indices)]

@@ -21,7 +21,7 @@ from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.training import console
 from air_moe_megatron.training.checkpoints import saved_arguments
 from air_moe_megatron.tune import output
-from air_moe_megatron.tune.capture import collect
+from air_moe_megatron.tune.capture import collect, split
 from air_moe_megatron.tune.recall import Layer
 from air_moe_megatron.tune.report import METRICS, report
 from air_moe_megatron.tune.search import cheapest, flops_of, grid, measure_loaded, measure_others, of_type, search
@@ -93,6 +93,7 @@ def run(screen: TextIO) -> None:
             args.max_tokens = None
             tokenizer = tokenizer_of(args)
             streams = [read(path, tokenizer, args) for path in args.data_path]
+            data = [split(stream, args.seq_length, args.fit_tokens, args.test_tokens) for stream in streams]
             saved = saved_arguments(args, ranks)
             batch = args.batch_tokens or saved.global_batch_size * saved.seq_length
             stack.enter_context(process_groups_released())
@@ -103,7 +104,7 @@ def run(screen: TextIO) -> None:
             out.mkdir(parents=True, exist_ok=True)
         bar = partial(tqdm, delay=3, leave=False)
         layers = collect(
-            model, streams, tokenizer.eod, args, args.fit_tokens, args.test_tokens, partial(bar, desc="forwards")
+            model, data, tokenizer.eod, args, args.fit_tokens, args.test_tokens, partial(bar, desc="forwards")
         )
         screen.write(describe(args, config, layers, batch))
         screen.flush()

@@ -186,7 +186,8 @@ def collected(megatron_cpu, monkeypatch):
         )  # fmt: skip
         ids = [numpy.arange(length) + number * _APART for number, length in enumerate(lengths)]
         streams = [TokenStream(f"set {number}", tokens, None) for number, tokens in enumerate(ids)]
-        (layer,) = capture.collect([torch.nn.ModuleList([router])], streams, -1, args, num_fit, num_test)
+        data = [capture.split(stream, seq_length, num_fit, num_test) for stream in streams]
+        (layer,) = capture.collect([torch.nn.ModuleList([router])], data, -1, args, num_fit, num_test)
         return [tokens[:, 0].long() for tokens in (layer.fit, layer.test)]
 
     return run
@@ -200,6 +201,26 @@ def test_each_data_set_gives_equally_many_tokens(collected, seq_length):
         ):
             counts = torch.bincount(ids // _APART, minlength=3)
             assert counts.sum() == number and counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+@pytest.mark.parametrize(("num_fit", "num_test"), [(512, 64), (40, 40), (3, 9)])
+def test_no_held_out_token_is_one_of_the_fit_and_none_counts_twice(collected, num_fit, num_test, micro_batch_size):
+    seq_length = 8
+    for length in range(2 * (seq_length + 1), 10 * seq_length + 8):
+        fit, test = collected([length], seq_length, num_fit, num_test, micro_batch_size)
+        assert 0 < len(fit) <= num_fit and 0 < len(test) <= num_test
+        kept = torch.cat((fit, test))
+        assert kept.unique().numel() == kept.numel()
+        assert fit.max() < test.min() and test.max() < length
+
+
+def test_data_too_short_for_fit_and_held_out_tokens_are_refused(collected):
+    words = (
+        r"'set 1' holds 17 tokens, and a window of --seq-length \(8\) to fit to and a held-out one take 18: give more"
+    )
+    with pytest.raises(ValueError, match=words):
+        collected([100, 17], 8, 512, 64)
 
 
 # The grid and the choice.
