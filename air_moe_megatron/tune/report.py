@@ -30,6 +30,10 @@ from air_moe_megatron.tune.search import (
 )
 
 METRICS = {"topk": "top-k", "mass": "mass"}
+_COSTS = (
+    "the rows of AIR have the automatic M and R = 0, as a run without --moe-air-num-candidates and "
+    "--moe-air-num-explored; that of the checkpoint has its own"
+)
 _SHOWN = 10  # settings of the frontier in the table
 _SAMPLED = 256  # tokens for which bounds are computed
 _FORMATS = {"C": "{:.0f}", "L": "{:.0f}", "P": "{:.0f}", "kFLOPs": "{:.1f}", "KiB": "{:.0f}", "us/token": "{:.2f}"}
@@ -57,6 +61,7 @@ def report(
     )
     table, worst = _table(layers, config, found, shown, loaded, others, metric, exact)
     lines += ["", table]
+    lines += [_COSTS]
     lines += [f"bounds, certified tokens and time are those of layer {worst.name}, whose recall is the lowest"]
     lines += ["", "The chosen setting by layer:" if chosen is not None else "That setting by layer:"]
     by_layer = pandas.DataFrame({"layer": [layer.name for layer in layers], "top-k": shown.topk, "mass": shown.mass})

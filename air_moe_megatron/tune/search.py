@@ -217,7 +217,7 @@ def frontier(results: Sequence[Result], metric: str) -> list[Result]:
 def measure_loaded(
     layers: Sequence[Layer], config: TransformerConfig, routers: Sequence[AIRRouter], batch: int
 ) -> list[Result]:
-    """The recall of the checkpoint's own codebooks and lists; empty if it has none."""
+    """The recall of the checkpoint's own codebooks and lists, and the cost of its routers; empty if it has none."""
     if not routers or any(layer.lists is None for layer in layers):
         return []
     sizes = routers[0].sizes
@@ -228,8 +228,7 @@ def measure_loaded(
             layer, assign(layer.test, layer.codewords, setting.num_probes), [layer.lists], [setting.num_probes]
         )
         found.append((float(topk), float(mass)))
-    flops = flops_of(air_config(config, setting), batch)
-    return [Result("checkpoint", setting, flops, *zip(*found, strict=True))]
+    return [Result("checkpoint", setting, flops_of(config, batch), *zip(*found, strict=True))]
 
 
 def measure_others(layers: Iterable[Layer], config: TransformerConfig) -> list[Result]:

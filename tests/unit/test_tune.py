@@ -14,7 +14,9 @@ from air_moe_megatron.inference.data import TokenStream
 from air_moe_megatron.learned.index import ShortlistIndex
 from air_moe_megatron.learned.lists import reserved_slots
 from air_moe_megatron.ops.coarse import assign
+from air_moe_megatron.routers import AIRRouter
 from air_moe_megatron.routers.air import TokenSample
+from air_moe_megatron.routers.flops import Rebuilds
 from air_moe_megatron.tune import capture
 from air_moe_megatron.tune import search as searching
 from air_moe_megatron.tune.baselines import measure_groups, measure_product_keys
@@ -301,6 +303,27 @@ def test_lists_of_the_checkpoint_are_measured_as_they_are(megatron_cpu):
     assert result.setting == Setting(16, 8, 2)
     assert result.topk[0] == pytest.approx(naive_recall(layer, assign(layer.test, codebook.codewords, 2), lists)[0])
     assert searching.measure_loaded([layer], router.config, [router], 512) == []
+
+
+@pytest.mark.parametrize("fields", [{}, {"moe_air_num_candidates": 12}, {"moe_air_num_explored": 4}], ids=str)
+def test_the_checkpoints_router_costs_what_its_config_says(megatron_cpu, fields):
+    router = make_router(
+        megatron_cpu, moe_router_type="air", moe_air_num_clusters=16, moe_air_shortlist_size=8, moe_air_num_probes=2,
+        moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.01, **{"moe_air_num_candidates": 8} | fields,
+    )  # fmt: skip
+    layer = make_layer()
+    codebook = fit_codebook(layer.fit, 16)
+    (lists,) = make_lists(layer, codebook, [8])
+    loaded = Layer("1", layer.fit, layer.test, layer.weight, None, TOPK, None, None, codebook.codewords, lists)
+    (result,) = searching.measure_loaded([loaded], router.config, [router], 512)
+    on_gpu = torch.cuda.is_available()
+    assert result.flops == AIRRouter.flops(router.config, Rebuilds(512, on_gpu=on_gpu)).total
+    text = report(
+        make_args(), router.config, [loaded], search([loaded], router.config, 0.9, "topk", 512, 1e9), [result], [], 512
+    )
+    row = next(line for line in text.splitlines() if "AIR as in the checkpoint" in line)
+    assert f"{result.flops / 1e3:.1f}" in row.split()
+    assert "that of the checkpoint has its own" in text
 
 
 def test_other_structures_cost_what_their_formulas_say():
