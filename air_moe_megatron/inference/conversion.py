@@ -258,7 +258,7 @@ _KINDS = (("routers", r".*\.router\.(.*)"), ("experts", r".*\.experts\.(.*)"), (
 
 
 def describe(source: Checkpoint, target: Checkpoint, has_new_lists: bool) -> str:
-    """One line for each kind of layer, by comparing both checkpoints, and one for the optimizer.
+    """One line for each kind of layer, by comparing both checkpoints, and two for the state of training.
 
     Example: routers: weight kept; codebook, index made anew
     """
@@ -277,7 +277,10 @@ def describe(source: Checkpoint, target: Checkpoint, has_new_lists: bool) -> str
         said = [f"{_listed(kind, names)} {change}" for change, names in changes if names]
         if said:
             lines.append(f"  {kind}: {'; '.join(said)}\n")
-    lines.append("  optimizer and random states: not saved; train on with --no-load-optim, or anew with --finetune\n")
+    lines.append(
+        "  optimizer, learning-rate schedule and random states: not saved; all start anew if you train on with\n"
+    )
+    lines.append("  --no-load-optim, which keeps the iteration, or with --finetune, which starts at iteration 0\n")
     return "".join(lines)
 
 

@@ -70,7 +70,7 @@ def test_there_and_back_every_parameter_is_bitwise_what_it_was(trained, exact, a
     assert not [key for key in read_checkpoint(exact[0], STEPS) if ".codebook." in key or ".index." in key]
     assert "routers: input_norm, weight kept; codebook, index dropped" in exact[1]
     assert "routers: input_norm, weight kept; codebook, index made anew" in again[1]
-    assert "optimizer and random states: not saved" in again[1]
+    assert "optimizer, learning-rate schedule and random states: not saved" in again[1]
 
 
 def test_air_as_topk_has_the_logits_of_air_with_lists_of_all_experts(convert, trained, exact, forkserver, tmp_path):

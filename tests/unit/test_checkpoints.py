@@ -504,7 +504,8 @@ def test_the_optimizer_of_another_precision_is_refused(save, check, saved, wante
 @pytest.mark.parametrize("args", [True, False])
 def test_a_checkpoint_without_optimizer_state(save, check, args):
     folder = save(no_save_optim=True, args=args)
-    with pytest.raises(ValueError, match="holds no optimizer state: add --no-load-optim"):
+    words = "holds no optimizer state: add --no-load-optim to start optimizer and learning-rate schedule anew"
+    with pytest.raises(ValueError, match=words):
         check(load=folder)
     assert check(load=folder, no_load_optim=True) == []
 

@@ -88,4 +88,5 @@ def checkpoint(*names, index=(4, 8)):
 def test_one_line_for_each_kind_of_layer(source, target, has_new_lists, line):
     said = conversion.describe(checkpoint(*source), checkpoint(*target), has_new_lists).splitlines()
     assert said[:3] == [f"  routers: {line}", "  experts: 1 tensors kept", "  all other layers: 1 tensors kept"]
-    assert "optimizer and random states: not saved" in said[3]
+    assert "optimizer, learning-rate schedule and random states: not saved; all start anew" in said[3]
+    assert "--no-load-optim" in said[4] and "--finetune" in said[4]

@@ -274,9 +274,10 @@ def _check_optimizer(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
     """Require the same kind of optimizer and precision of the weights if the optimizer's state is loaded."""
     if not loads_optimizer(args, checkpoint):
         return
-    location, remedy = checkpoint.location, "or add --no-load-optim to start with a new optimizer"
+    location, anew = checkpoint.location, "add --no-load-optim to start optimizer and learning-rate schedule anew"
     if not checkpoint.optimizer_keys:
-        raise ValueError(f"{location} holds no optimizer state: add --no-load-optim")
+        raise ValueError(f"{location} holds no optimizer state: {anew}")
+    remedy = f"or {anew}"
     saved_by = checkpoint.args
     own = args.use_distributed_optimizer
     if checkpoint.is_legacy:
