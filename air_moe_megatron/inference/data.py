@@ -72,18 +72,29 @@ def read(path: str, tokenizer: Tokenizer, args: argparse.Namespace) -> TokenStre
 
 
 def _documents(path: str, name: str) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         try:
             if not path.endswith(".jsonl"):
                 yield file.read()
                 return
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield json.loads(line)["text"]
+                    yield _text_of(line, f"{name}, line {number}")
         except UnicodeDecodeError as error:
             raise ValueError(f"{name} is neither a text file in UTF-8 nor the prefix of an indexed data set") from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{name}: {line.strip()[:40]!r} is no JSON object with a string under "text"') from error
+
+
+def _text_of(line: str, name: str) -> str:
+    """The document of a line of a .jsonl file."""
+    try:
+        text = json.loads(line)["text"]
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = repr(text[error.start])
+        raise ValueError(f'{name}: the string under "text" must be UTF-8, without the surrogate {found}') from error
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{name}: {line.strip()[:40]!r} is no JSON object with a string under "text"') from error
+    return text
 
 
 def _tokenize(

@@ -74,6 +74,16 @@ def test_texts_are_read_with_their_bytes(tmp_path):
     assert len(stream.tokens) == 4
 
 
+def test_texts_keep_their_carriage_returns(tmp_path):
+    text = b"ab\r\ncd\re\n"
+    (tmp_path / "a.txt").write_bytes(text)
+    stream = read(str(tmp_path / "a.txt"), ByteTokenizer(), make_args())
+    assert stream.tokens.tolist() == list(text) and stream.num_bytes == len(text) - 1
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "ab"}\r\n{"text": "c"}\r\n')
+    stream = read(str(tmp_path / "a.jsonl"), ByteTokenizer(), make_args())
+    assert stream.tokens.tolist() == [97, 98, 256, 99, 256]
+
+
 @pytest.mark.parametrize("eod_mask_loss", (False, True))
 def test_the_bytes_are_those_of_the_tokens_that_count(tmp_path, eod_mask_loss):
     args = make_args(eod_mask_loss=eod_mask_loss)
@@ -108,9 +118,17 @@ def test_indexed_data_are_read_as_their_text_is(tmp_path):
         (lambda folder: write_indexed(folder, [[1, 2]]), r"holds 2 tokens, and a window of --seq-length \(3\) takes 4"),
         (lambda folder: write_indexed(folder, [[1, 300, 2, 3, 4]]), "holds the token id 300"),
         (lambda folder: write(folder, "a.jsonl", '{"body": 3}\n'), 'is no JSON object with a string under "text"'),
+        (
+            lambda folder: write(folder, "a.jsonl", '{"text": "a"}\n\n{"text": null}\n'),
+            r"""a.jsonl', line 3: '{"text": null}' is no JSON object with a string under "text"$""",
+        ),
+        (
+            lambda folder: write(folder, "a.jsonl", '{"text": "a"}\n{"text": "b\\udc80"}\n'),
+            r"""a.jsonl', line 2: the string under "text" must be UTF-8, without the surrogate '\\udc80'$""",
+        ),
         (lambda folder: write(folder, "a.txt", ""), "holds 0 tokens"),
     ],
-    ids=["absent", "no-document", "short", "foreign-id", "no-text", "empty"],
+    ids=["absent", "no-document", "short", "foreign-id", "no-text", "null", "surrogate", "empty"],
 )
 def test_data_that_cannot_be_measured_are_refused(tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
