@@ -8,6 +8,7 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from air_moe_megatron import update_codebooks
+from air_moe_megatron.learned.module_state import HostCopy
 from air_moe_megatron.ops import backend
 from air_moe_megatron.ops.backend import VARIABLE, use_kernels
 from tests.unit.test_layer import EVERY_LOSS, HIDDEN, Recorder, make_layer
@@ -112,6 +113,7 @@ def test_a_layer_of_kernels_equals_one_of_torch_operations(megatron_cpu, forced,
 def test_a_router_of_kernels_does_not_wait_for_the_device(megatron_cpu, forced, monkeypatch, fields):
     """Not even for the padding mask; what the interpreter itself reads is left out of the count."""
     forced("triton")
+    monkeypatch.setattr(HostCopy, "is_on_host", lambda _: False)  # as on a device
     router = make_layer(megatron_cpu, **fields).train().router
     hidden, padding = torch.randn(20, 1, HIDDEN), torch.zeros(1, 20, dtype=torch.bool)
     padding[0, 15:] = True

@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from air_moe_megatron import AIRMoELayer, AIRRouter, update_codebooks
 from air_moe_megatron.layer.experts import GranularExperts
+from air_moe_megatron.learned.module_state import HostCopy
 from air_moe_megatron.specs import require_routers
 from tests import builders
 
@@ -103,6 +104,7 @@ def test_nothing_is_as_large_as_tokens_times_experts(megatron_cpu, fields):
     ids=("softmax", "gated", "every-loss", "two-probes", "sigmoid-bias", "lists-of-experts", "sharded"),
 )
 def test_a_step_waits_for_the_device_twice(megatron_cpu, monkeypatch, fields):
+    monkeypatch.setattr(HostCopy, "is_on_host", lambda _: False)  # as on a device
     layer = make_layer(megatron_cpu, **fields)
     layer(torch.randn(20, 1, HIDDEN))
     lists = []

@@ -426,6 +426,16 @@ def test_buffers_that_another_has_written_are_read_again(megatron_cpu, monkeypat
     assert_same_state({**state_of(copied), **accumulators(source)}, state_of(source))
 
 
+def test_a_step_begins_with_one_wait_for_the_device(megatron_cpu, monkeypatch):
+    monkeypatch.setattr(HostCopy, "is_on_host", lambda _: False)
+    routers, lists, tolist = [trained(megatron_cpu, "air") for _ in range(3)], [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor.shape) or tolist(tensor))
+    discard_statistics(routers)
+    assert len(lists) == 1
+    assert all(router.index.is_built and router.codebook.updates_on_host == 3 for router in routers)
+    assert len(lists) == 1
+
+
 def test_a_write_that_forwards_have_missed_is_refused(megatron_cpu, monkeypatch):
     monkeypatch.setattr(HostCopy, "is_on_host", lambda _: False)
     router = trained(megatron_cpu, "air")
