@@ -52,7 +52,8 @@ class Plan:
     is_sharded: bool
     memory: dict[str, float]  # purpose -> bytes per rank, over all layers
     router_flops: float  # per token and layer: forward, backward, rebuilds and input norm
-    rebuild_flops: float  # per rank, layer and rebuild
+    first_rebuild_flops: float  # per rank and layer: each of the first two rebuilds, which ranks make alone
+    rebuild_flops: float  # per rank and layer: each later rebuild, which the ranks share
     collectives: list[Collective]
 
     @property
@@ -223,7 +224,8 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     tokens = world * args.tokens * args.microbatches
     flops = AIRRouter.flops(config, Rebuilds(tokens, on_gpu=True))
     rebuild = flops.refresh * tokens * args.refresh_interval
-    return Plan(is_sharded, memory, flops.total, rebuild / shards, [one for one in collectives if one.group > 1])
+    collectives = [one for one in collectives if one.group > 1]
+    return Plan(is_sharded, memory, flops.total, rebuild / shards, rebuild / world, collectives)
 
 
 def _ring(ranks: int) -> float:
@@ -294,8 +296,9 @@ def report(args: argparse.Namespace) -> tuple[str, bool]:
     lines.append(row("all", [plan.total / _GIB for plan in plans], ".3f"))
     lines += ["", f"{'kFLOPs':52}{headings}"]
     lines.append(row("router, per token and layer", [plan.router_flops / 1e3 for plan in plans], ".1f"))
-    rebuilds = [plan.rebuild_flops / 1e3 for plan in plans]
-    lines.append(row("a rebuild of the lists, per rank and layer", rebuilds, ".3g"))
+    rebuilds = [plan.first_rebuild_flops / 1e3 for plan in plans]
+    lines.append(row("each of the first two rebuilds, per rank and layer", rebuilds, ".3g"))
+    lines.append(row("each later rebuild", [plan.rebuild_flops / 1e3 for plan in plans], ".3g"))
     for plan in plans:
         lines += ["", f"{plan.name}: sent by a rank, per layer and step"]
         for one in plan.collectives:
