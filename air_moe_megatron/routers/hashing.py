@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.learned.recomputation import is_in_backward, may_be_repeated
+from air_moe_megatron.learned.recomputation import hidden_from_checkpoints, is_in_backward, may_be_repeated
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.token_ids import embedding_of, ids_in_order, tell_token_ids
@@ -183,7 +183,8 @@ class HashRouter(CompactRouter):
             )
         if self.training and is_in_backward():
             # A checkpoint within a checkpoint is repeated once more, later in the backward.
-            return self._waiting.find(hidden, is_last_time=not may_be_repeated())
+            with hidden_from_checkpoints():
+                return self._waiting.find(hidden, is_last_time=not may_be_repeated())
         ids = ids_in_order(self.token_ids, self)
         if ids.numel() != num_tokens:
             raise ValueError(
@@ -191,7 +192,8 @@ class HashRouter(CompactRouter):
                 f"{tuple(self.token_ids.shape)} [batch, sequence]) came from the embedding"
             )
         if self.training and may_be_repeated():
-            self._waiting.keep(ids, hidden)
+            with hidden_from_checkpoints():
+                self._waiting.keep(ids, hidden)
         return ids
 
     def discard(self) -> None:
