@@ -21,7 +21,7 @@ from air_moe_megatron.diagnostics.bounds import (
     split,
     spread,
 )
-from air_moe_megatron.routers.air import AIRRouter
+from air_moe_megatron.routers.air import AIRRouter, TokenSample
 from air_moe_megatron.routers.row_exchange import RowExchange
 
 _OUT = float("-inf")
@@ -39,8 +39,10 @@ class SampleFigures(NamedTuple):
 
 
 @torch.no_grad()
-def measure(router: AIRRouter, num_verified: int | None = None) -> SampleFigures | None:
-    """Compute recall, bounds and certificates of the tokens that a router kept from its last training forward.
+def measure(
+    router: AIRRouter, num_verified: int | None = None, sample: TokenSample | None = None
+) -> SampleFigures | None:
+    """Compute recall, bounds and certificates of tokens, by default those that a router kept from training.
 
     All figures refer to the current centers and lists. Bounds use constants of the nearest codeword, which are computed
     here for the sampled tokens' codewords only. Expert centers are read a chunk at a time, so that no tensor is larger
@@ -59,16 +61,17 @@ def measure(router: AIRRouter, num_verified: int | None = None) -> SampleFigures
     a certified token.
 
     Args:
-        router: with a sample, see ``AIRRouter.sample``.
+        router: whose lists and centers are measured.
         num_verified: how many unlisted experts, those that could score highest, a certificate may score; None means
             the length of a list. With 0 the certificate uses constants only.
+        sample: tokens as the router scores them; None means those of its last training forward, ``router.sample``.
     Returns:
         the figures of this rank's n tokens, on the router's device; None without a sample, or if all of it is padding.
 
     Example: exact probabilities [0.5, 0.3, 0.2], a shortlist of the experts 0 and 2, and K = 2 give mass recall 0.7,
     top-k recall 0.5, bounds of at most 0.7, and no certificate.
     """
-    sample = router.sample
+    sample = sample or router.sample
     if sample is None:  # the same on all ranks: they run a sharded router together
         return None
     hidden, codewords = sample.hidden, sample.codewords
@@ -193,9 +196,9 @@ def _scan(
     return masses.t(), counts, best.double(), _global_ids(router, best_ids)
 
 
-def recall(router: AIRRouter) -> tuple[float, float] | None:
+def recall(router: AIRRouter, sample: TokenSample | None = None) -> tuple[float, float] | None:
     """Mean mass and top-k recall by :func:`measure`, or None. Communicates as it does, and waits for the device."""
-    figures = measure(router)
+    figures = measure(router, sample=sample)
     if figures is None:
         return None
     return float(figures.mass_recall.mean()), float(figures.topk_recall.mean())

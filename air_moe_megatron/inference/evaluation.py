@@ -90,10 +90,7 @@ class RoutingMeter:
         codewords = router._route(hidden, None).codewords
         if router.input_norm is not None:
             hidden = router.input_norm(hidden)
-        kept = router.sample
-        router.sample = TokenSample(hidden, codewords, None)
-        self.recalls.append(recall(router))
-        router.sample = kept
+        self.recalls.append(recall(router, TokenSample(hidden, codewords, None)))
         self.num_sampled += _SAMPLE_SIZE
 
     def figures(self) -> dict[str, Any]:

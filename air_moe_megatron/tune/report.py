@@ -182,7 +182,7 @@ def _details(layer: Layer, results: Sequence[Result]) -> list[dict[str, float]]:
             codewords = codebooks[setting.num_clusters].codewords
             (lists,) = make_lists(layer, codebooks[setting.num_clusters], [setting.shortlist_size])
         sample = TokenSample(hidden, assign(hidden, codewords, setting.num_probes), None)
-        figures = measure_sample(_as_router(layer, codewords, lists, sample))
+        figures = measure_sample(_as_router(layer, codewords, lists), sample=sample)
         details.append(
             {
                 "bound": float(figures.mass_bound.mean()),
@@ -194,12 +194,11 @@ def _details(layer: Layer, results: Sequence[Result]) -> list[dict[str, float]]:
     return details
 
 
-def _as_router(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor, sample: TokenSample) -> SimpleNamespace:
+def _as_router(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor) -> SimpleNamespace:
     """An object with the attributes of a router that :func:`air_moe_megatron.diagnostics.recall.measure` reads."""
     return SimpleNamespace(
         center_group=None,
         first_expert=0,
-        sample=sample,
         weight=layer.weight,
         bias=layer.bias,
         topk=layer.topk,
