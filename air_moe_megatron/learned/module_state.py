@@ -58,7 +58,7 @@ class HostCopy:
 
     def read(self) -> list[int]:
         """The values of all buffers, one after another."""
-        if self._written != self._writes():
+        if self.is_on_host() or self._written != self._writes():
             self.note([number for buffer in self.buffers for number in buffer.tolist()])
         return self._values
 
@@ -78,13 +78,11 @@ class HostCopy:
         """Whether the buffers themselves are on the CPU."""
         return all(buffer.device.type == "cpu" for buffer in self.buffers)
 
-    def _writes(self) -> object:
+    def _writes(self) -> tuple:
         """A value that changes when a buffer is replaced or written by most of torch's operations.
 
         Collectives and writes to ``.data`` do not count, nor any write to an inference tensor.
         """
-        if self.is_on_host():
-            return object()
         return tuple((one.data_ptr(), None if one.is_inference() else one._version) for one in self.buffers)
 
 

@@ -24,7 +24,10 @@ def is_in_backward() -> bool:
 
 
 def may_be_repeated() -> bool:
-    """Whether the forward that is running may be repeated in a backward: in a checkpoint, and in some other cases."""
+    """Whether the forward that is running may be repeated in a backward.
+
+    True in every checkpoint, and also for other forwards without gradients or under other saved-tensor hooks.
+    """
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 

@@ -5,7 +5,7 @@ wrapper gives each parameter a ``main_grad`` that outlives the microbatch. As in
 sums are added there directly. They touch only the rows that were used.
 
 Megatron then ignores what autograd has accumulated for the weight. So :class:`_MainGradHook` finds out whether other
-terms of the loss have contributed to it. A gradient that is not only accumulated is dense (:func:`main_grad_of`).
+terms of the loss have contributed to it. Where other code needs the whole gradient, it is dense (:func:`main_grad_of`).
 """
 
 import warnings
