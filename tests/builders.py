@@ -69,3 +69,10 @@ def pickled(module):
     torch.save(module, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=False)
+
+
+def assert_says(error, words) -> None:
+    """The message of an error that ``pytest.raises`` caught holds every word."""
+    message = str(error.value)
+    for word in words:
+        assert word in message

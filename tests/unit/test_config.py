@@ -1,6 +1,5 @@
-"""AIRMoEConfig: what is refused and with which words, the automatic sizes, and the flags made from the fields."""
+"""AIRMoEConfig: what is refused, and with which words."""
 
-import argparse
 from dataclasses import fields
 
 import pytest
@@ -14,6 +13,7 @@ from air_moe_megatron.config import (
     resolve_sizes,
     validate,
 )
+from tests.builders import assert_says
 
 BASE = dict(
     num_layers=2,
@@ -273,12 +273,6 @@ NOT_WITH_COMPACT_DISPATCH = {
 }
 
 
-def assert_says(error, words):
-    message = str(error.value)
-    for word in words:
-        assert word in message
-
-
 @pytest.mark.parametrize("settings, words", REFUSED.values(), ids=REFUSED)
 def test_bad_values_are_refused_with_field_value_and_rule(settings, words):
     with pytest.raises(ValueError) as error:
@@ -389,7 +383,6 @@ def test_topk_is_the_default():
     assert AIRFields().moe_router_type == "topk"
 
 
-EXPERT_LISTS = dict(moe_air_codebook_source="experts")
 # What sharded routing does not take: the fields, and words of the message.
 NOT_SHARDED = {
     "fewer-parts-than-ranks": (
@@ -422,174 +415,7 @@ def test_what_sharded_routing_does_not_take_is_refused_with_the_reason(fields, w
     assert_says(error, [*words, "moe_air_shard_experts (True)"])
 
 
-# E, K, fields -> C, L, P, M
-AUTOMATIC = {
-    "16384": (16384, 32, {}, 512, 72, 8, 128),
-    "4096": (4096, 16, {}, 256, 40, 8, 64),
-    "65536": (65536, 64, {}, 1024, 144, 8, 256),
-    "1048576": (1048576, 512, {}, 4096, 1024, 8, 1024),
-    "rounded-up-to-8": (1000, 4, {}, 128, 24, 8, 32),
-    "two-times-topk": (1024, 100, {}, 128, 200, 6, 200),
-    "few-experts": (8, 2, {}, 8, 8, 1, 8),
-    "topk-all": (64, 64, {}, 32, 64, 1, 64),
-    "one-probe": (65536, 64, dict(moe_air_num_probes=1), 1024, 256, 1, 256),
-    "one-probe-of-few": (4096, 16, dict(moe_air_num_probes=1), 256, 64, 1, 64),
-    "parts-round-up": (4096, 16, dict(moe_air_list_parts=16), 256, 48, 8, 64),
-    "many-parts": (4096, 16, dict(moe_air_list_parts=32), 256, 64, 8, 64),
-    "full-lists": (64, 4, dict(moe_air_shortlist_size=64), 32, 64, 1, 16),
-    "fewer-codewords-than-probes": (4096, 16, dict(moe_air_num_clusters=3), 3, 40, 3, 64),
-    "experts-four-topk-in-the-mean-list": (16384, 32, EXPERT_LISTS, 128, 256, 1, 256),
-    "experts-small-topk": (16384, 4, EXPERT_LISTS, 512, 64, 1, 64),
-    "experts-rounded-down-to-8": (4096, 20, EXPERT_LISTS, 48, 171, 1, 171),
-    "experts-large-topk": (16384, 1000, EXPERT_LISTS, 4, 8192, 1, 8192),
-    "experts-few": (8, 2, EXPERT_LISTS, 1, 8, 1, 8),
-}
-
-
-@pytest.mark.parametrize(
-    "num_experts, topk, fields, expected", [(*case[:3], case[3:]) for case in AUTOMATIC.values()], ids=AUTOMATIC
-)
-def test_automatic_sizes(num_experts, topk, fields, expected):
-    sizes = resolve_sizes(make_config(num_moe_experts=num_experts, moe_router_topk=topk, **fields))
-    assert (sizes.num_experts, sizes.topk) == (num_experts, topk)
-    assert (sizes.num_clusters, sizes.shortlist_size, sizes.num_probes, sizes.num_candidates) == expected
-
-
-@pytest.mark.parametrize("source", ("tokens", "experts"))
-def test_given_sizes_are_kept(source):
-    config = make_config(
-        moe_air_num_clusters=9, moe_air_shortlist_size=11, moe_air_num_probes=2, moe_air_codebook_source=source
-    )
-    sizes = resolve_sizes(config)
-    num_candidates = 16 if source == "tokens" else 22
-    assert (sizes.num_clusters, sizes.shortlist_size, sizes.num_probes, sizes.num_candidates) == (
-        9,
-        11,
-        2,
-        num_candidates,
-    )
-    config.moe_air_num_candidates = 20
-    assert resolve_sizes(config).num_candidates == 20
-
-
-@pytest.mark.parametrize("source", ("tokens", "experts"))
-@pytest.mark.parametrize("num_experts", (1, 2, 3, 7, 16, 17, 100, 257, 5000))
-def test_automatic_sizes_are_always_valid(num_experts, source):
-    for topk in {1, -(-num_experts // 2), num_experts}:
-        config = make_config(
-            num_moe_experts=num_experts,
-            moe_router_topk=topk,
-            moe_router_pre_softmax=True,
-            moe_air_codebook_source=source,
-        )
-        sizes = resolve_sizes(config)
-        assert 1 <= sizes.num_clusters <= num_experts
-        assert topk < sizes.shortlist_size or sizes.shortlist_size == num_experts
-        if source == "experts":
-            assert sizes.num_clusters * sizes.shortlist_size >= num_experts
-            assert num_experts / sizes.num_clusters >= min(4 * topk, num_experts)
-
-
-@pytest.mark.parametrize(
-    "topk, num_probes, shortlist_size, num_clusters",
-    ((32, 8, 0, 256), (32, 2, 0, 64), (100, 16, 0, 160), (1024, 8, 0, 8), (32, 1, 64, 64)),
-    ids=("as-for-tokens", "two-probes", "sixteen-probes", "all-lists-probed", "enough-for-short-lists"),
-)
-def test_automatic_clusters_of_expert_lists(topk, num_probes, shortlist_size, num_clusters):
-    config = make_config(
-        num_moe_experts=4096, moe_router_topk=topk, moe_air_num_probes=num_probes,
-        moe_air_shortlist_size=shortlist_size, moe_air_codebook_source="experts",
-    )  # fmt: skip
-    assert resolve_sizes(config).num_clusters == num_clusters
-
-
-# Flags.
-
-
-def parsed(*flags):
-    from air_moe_megatron.training.arguments import add_air_arguments
-
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    assert add_air_arguments(parser) is parser
-    return parser, parser.parse_args(flags)
-
-
-def test_the_flags_are_the_fields_with_the_same_defaults():
-    parser, values = parsed()
-    assert vars(values) == vars(AIRFields())
-    flags = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"}
-    assert flags == {"--" + field.name.replace("_", "-") for field in fields(AIRFields)}
-
-
-def test_every_flag_has_a_help_text():
-    parser, _ = parsed()
-    for action in parser._actions:
-        assert action.help and len(action.help) > 20 or action.dest == "help", action.dest
-
-
-def test_every_help_text_ends_with_the_default():
-    parser, _ = parsed()
-    defaults = {field.name: field.default for field in fields(AIRFields)}
-    shown = {action.dest: action.help for action in parser._actions if action.dest != "help"}
-    assert shown.keys() == defaults.keys()
-    for name, text in shown.items():
-        assert text.endswith(f" Default: {defaults[name]}.")
-    assert "Default: 0.99." in parser.format_help()
-
-
-def test_flags_are_converted_to_the_types_of_the_fields():
-    _, values = parsed(
-        *("--moe-router-type", "air"),
-        *("--moe-router-input-norm", "running"),
-        *("--moe-air-num-clusters", "8"),
-        *("--moe-air-shortlist-size", "16"),
-        *("--moe-air-num-probes", "2"),
-        *("--moe-air-codebook-source", "experts"),
-        *("--moe-air-codebook-ema", "0.5"),
-        *("--moe-air-refresh-interval", "3"),
-        *("--moe-dispatch", "compact"),
-        "--moe-granular-experts",
-    )
-    expected = AIRFields(
-        moe_router_type="air",
-        moe_router_input_norm="running",
-        moe_air_num_clusters=8,
-        moe_air_shortlist_size=16,
-        moe_air_num_probes=2,
-        moe_air_codebook_source="experts",
-        moe_air_codebook_ema=0.5,
-        moe_air_refresh_interval=3,
-        moe_dispatch="compact",
-        moe_granular_experts=True,
-    )
-    assert vars(values) == vars(expected)
-
-
-@pytest.mark.parametrize("flag", ("--moe-router-type", "--moe-air-codebook-source", "--moe-dispatch"))
-def test_an_unknown_choice_is_refused_by_the_parser(flag, capsys):
-    with pytest.raises(SystemExit):
-        parsed(flag, "nonsense")
-    assert "nonsense" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "settings, words",
-    [
-        (dict(moe_product_key_heads=2), "--moe-product-key-heads (2)"),
-        (dict(moe_dispatch="compact"), "--moe-dispatch ('compact')"),
-        (dict(moe_air_num_probes=2), "--moe-air-num-probes (2)"),
-        (dict(moe_router_input_norm="running"), "--moe-router-input-norm ('running')"),
-    ],
-)
-def test_flags_that_the_topk_router_ignores_are_refused(settings, words):
-    from air_moe_megatron.training.arguments import transformer_config_from_args
-
-    with pytest.raises(ValueError) as error:
-        transformer_config_from_args(AIRFields(**settings))
-    assert_says(error, [words, "has no effect with --moe-router-type topk"])
-
-
-# Rivals.
+# Baselines.
 
 BASELINES_REFUSED = {
     "vocabulary": (dict(moe_router_type="hash"), ["moe_hash_vocab_size (0)", "number of token ids"]),
@@ -655,41 +481,6 @@ def test_settings_of_baselines_that_cannot_be_are_refused(settings, words):
     with pytest.raises(ValueError) as error:
         make_config(**settings)
     assert_says(error, words)
-
-
-@pytest.mark.parametrize("router_type", ("air", "hierarchical", "hash", "vq"))
-def test_flags_of_another_router_are_refused(router_type):
-    from air_moe_megatron.training.arguments import transformer_config_from_args
-
-    with pytest.raises(ValueError) as error:
-        transformer_config_from_args(AIRFields(moe_router_type=router_type, moe_product_key_dim=8))
-    words = ["--moe-product-key-dim (8)", f"--moe-router-type {router_type}", "add --moe-router-type product_key"]
-    assert_says(error, words)
-
-
-@pytest.mark.parametrize(
-    "padded, vocab, expected", [(640, 600, 640), (None, 600, 640), (None, None, 0)], ids=("given", "padded", "unknown")
-)
-def test_hash_takes_the_vocabulary_of_the_arguments(padded, vocab, expected):
-    from air_moe_megatron.training.arguments import padded_vocab_size
-
-    sizes = dict(padded_vocab_size=padded, vocab_size=vocab, make_vocab_size_divisible_by=64)
-    args = argparse.Namespace(**sizes, tensor_model_parallel_size=2)
-    assert padded_vocab_size(args) == expected
-
-
-def test_a_hash_vocabulary_below_the_padded_one_is_refused():
-    from air_moe_megatron.training.arguments import _hash_vocab_size
-
-    args = argparse.Namespace(padded_vocab_size=640, vocab_size=600)
-    for given, size in ((0, 640), (640, 640), (700, 700)):
-        args.moe_hash_vocab_size = given
-        assert _hash_vocab_size(args) == size
-    for given in (600, 639, -1):
-        args.moe_hash_vocab_size = given
-        with pytest.raises(ValueError) as error:
-            _hash_vocab_size(args)
-        assert_says(error, [f"--moe-hash-vocab-size ({given})", "at least the padded vocabulary size (640)"])
 
 
 FLOATS = [field.name for field in fields(AIRFields) if isinstance(field.default, float)]
