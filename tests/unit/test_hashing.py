@@ -4,13 +4,8 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from air_moe_megatron.routers.hashing import (
-    HashRouter,
-    balance_hash_tables,
-    balanced_table,
-    frequency_table,
-    hand_over_token_ids,
-)
+from air_moe_megatron.routers.hash_tables import balanced_table, frequency_table
+from air_moe_megatron.routers.hashing import HashRouter, balance_hash_tables, hand_over_token_ids
 from tests.builders import HIDDEN, VOCABULARY, make_config, make_router, tell_ids
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
