@@ -289,7 +289,7 @@ def expert_work(sizes: Sizes, num_used: int) -> dict[str, roofline.Work]:
 
 def rebuild_work(router, sizes: Sizes, in_full: bool = False) -> dict[str, roofline.Work]:
     """The least work of a rebuild of the router's lists, over all experts and codewords or over those that it tries."""
-    from air_moe_megatron.learned.index import rebuild_products
+    from air_moe_megatron.learned.rebuild_schedule import rebuild_products
 
     lists = (router.sizes.num_clusters, router.sizes.shortlist_size)
     num_products = None if in_full else rebuild_products(sizes.experts, *lists, router.weight.is_cuda)

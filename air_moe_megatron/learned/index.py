@@ -7,7 +7,7 @@ How lists of source 'tokens' are rebuilt, once there are some:
 2. A codeword keeps a *pool* of its best Q experts. In each rebuild one block in R has its *turn*: its codewords choose
    their pools from all experts. Any other codeword chooses from its pool, its list, and the pools of the nearest
    codewords that had their turn in the previous rebuild. On a GPU every codeword chooses from all experts in every
-   rebuild (:func:`schedule`).
+   rebuild (``rebuild_schedule.py``).
 3. At the end of the step the ranks exchange what they ranked (:meth:`ShortlistIndex.commit`). The old lists stay in
    force.
 4. When all codewords have been ranked, all lists are replaced at once. A list gets the best L experts of its pool, and
@@ -28,78 +28,10 @@ from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.lists import inverted_lists, list_every_expert
 from air_moe_megatron.learned.module_state import HostCopy
 from air_moe_megatron.learned.parts import Part, Span, pack, parts_of, spans, unpack
+from air_moe_megatron.learned.rebuild_schedule import NUM_NEIGHBORS, POOL, next_version, schedule
 from air_moe_megatron.ops.ranking import Ranking
 
 SOURCES = ("tokens", "experts")
-
-# docs/codebook.md#rebuilding-the-lists has the measured cost and recall of these values.
-NUM_TURNS = 8  # R
-NUM_NEIGHBORS = 2  # codewords whose pools a codeword chooses from
-POOL = 4  # Q / L
-BLOCK = 32  # codewords per matrix product; fixed, so that its bits do not depend on the number of ranks and steps
-_GPU_BLOCK = 128  # least number of codewords in a block on a GPU: a tile of the kernel
-_GPU_SCORES = 2**24  # scores per block on a GPU, enough to hide most of the time of kernel launches
-
-
-def next_version(version: int, interval: int) -> int:
-    """The update after which lists are due next, if the last ones were made after update ``version``.
-
-    Tokens and centers move faster while the codebook is young. So with an interval of 20 the lists are rebuilt whenever
-    the codebook's age has grown by a tenth, and at least every 20 updates.
-
-    Example: interval 20, from 18 on: 19, 20, 22, 24, 26, 28, 30, 33, ..., 196, 215, 235, 255.
-    """
-    return version + min(max(1, 2 * version // interval), interval)
-
-
-def num_rebuilds(num_steps: int, interval: int) -> int:
-    """How often lists are made in the first ``num_steps`` steps of a training, with one codebook update per step.
-
-    Example: interval 20: 29 in the first 40 steps, 57 in 400.
-    """
-    count, version = 0, 0
-    while version < num_steps:
-        count, version = count + 1, next_version(version, interval)
-    return count
-
-
-NUM_FULL_REBUILDS = 2
-"""Full rebuilds of lists of source 'tokens': the first, and the one after the first update, which replaces all
-codewords."""
-
-
-def num_turns(num_clusters: int) -> int:
-    """R, the number of rebuilds in which every codeword gets one turn; 1 if all codewords fit one block."""
-    return min(NUM_TURNS, -(-num_clusters // BLOCK))
-
-
-def schedule(num_experts: int, num_clusters: int, on_gpu: bool) -> tuple[int, int]:
-    """Codewords per block, and R.
-
-    A GPU scores all experts faster than it gathers a codeword's candidates. On an H100, with E = 65,536 and C = 1024, a
-    rebuild took 53 ms by turns in blocks of 32, and 4.4 ms with all experts in one block
-    (docs/performance.md#on-an-h100).
-
-    Example: E = 65,536, C = 1024: blocks of 32 and R = 8 on a CPU, of 256 and R = 1 on a GPU.
-    """
-    if not on_gpu:
-        return BLOCK, num_turns(num_clusters)
-    return max(_GPU_BLOCK, _GPU_SCORES // num_experts // _GPU_BLOCK * _GPU_BLOCK), 1
-
-
-def rebuild_products(num_experts: int, num_clusters: int, shortlist_size: int, on_gpu: bool = False) -> float:
-    """Mean number of dot products in a rebuild, over all ranks; of a codeword with a codeword or an expert center.
-
-    Example: with E = 65,536, C = 1024 and L = 128, 128 codewords are multiplied with all experts, and each of the other
-    896 with 128 codewords and 1664 experts. That is 15% of the C * E products that a GPU computes.
-    """
-    if on_gpu:
-        return num_clusters * num_experts
-    in_turn = num_clusters / num_turns(num_clusters)
-    pool_size = min(POOL * shortlist_size, num_experts)
-    num_candidates = min(shortlist_size + (1 + NUM_NEIGHBORS) * pool_size, num_experts)
-    return in_turn * num_experts + (num_clusters - in_turn) * (in_turn + num_candidates)
-
 
 _UNTRIED = int(pack(torch.tensor(-torch.inf), torch.tensor(0)))
 REBUILDING = ("pool", "staged_keys", "progress")
@@ -181,7 +113,7 @@ class ShortlistIndex(torch.nn.Module):
 
     @property
     def schedule(self) -> tuple[int, int]:
-        """Codewords per block, and R, on the device of the lists; see :func:`schedule`."""
+        """Codewords per block, and R, on the device of the lists; see ``rebuild_schedule.schedule``."""
         return schedule(self.num_experts * self.num_shards, self.shortlist.shape[0], self.shortlist.is_cuda)
 
     def _state(self) -> list[int]:

@@ -21,10 +21,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from air_moe_megatron.compat import probs_of_selected
 from air_moe_megatron.config import balancing_losses, resolve_sizes
 from air_moe_megatron.learned.codebook import FIRST_LLOYD_STEPS, Codebook
-from air_moe_megatron.learned.index import NUM_FULL_REBUILDS, ShortlistIndex, num_rebuilds, rebuild_products
+from air_moe_megatron.learned.index import ShortlistIndex
 from air_moe_megatron.learned.learner import Learner
 from air_moe_megatron.learned.lists import balanced_lists, draw_slots, reserved_slots, without_repeats
 from air_moe_megatron.learned.module_state import HostCopy
+from air_moe_megatron.learned.rebuild_schedule import NUM_FULL_REBUILDS, num_rebuilds, rebuild_products
 from air_moe_megatron.learned.recomputation import hidden_from_checkpoints, is_in_backward
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.fine_scores import fine_topk
@@ -294,8 +295,8 @@ class AIRRouter(CompactRouter):
         With balancing losses, R explored candidates add 2HR forward and 4HR backward.
 
         Source 'tokens': the ranks share a rebuild of the lists. It takes ``2CEH`` on a GPU, and on a CPU at most
-        ``2CH(E/R + C/R + 13L)`` with R turns (``learned/index.py``). The first two rebuilds of a training are full,
-        ``2CEH``, and every rank makes them alone.
+        ``2CH(E/R + C/R + 13L)`` with R turns (``learned/rebuild_schedule.py``). The first two rebuilds of a training
+        are full, ``2CEH``, and every rank makes them alone.
 
         Source 'experts': every rank makes all rebuilds alone. One takes ``2CEH`` for the lists, and as much for each
         step of k-means: ten steps in the first rebuild, one in each later one.

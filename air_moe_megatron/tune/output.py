@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import pandas
 
-from air_moe_megatron.learned.index import POOL
+from air_moe_megatron.learned.rebuild_schedule import POOL
 from air_moe_megatron.tune.search import Result, Setting, frontier
 
 matplotlib.use("Agg")

@@ -7,16 +7,10 @@ from hypothesis import strategies as st
 
 from air_moe_megatron.learned import index as index_module
 from air_moe_megatron.learned.codebook import Codebook
-from air_moe_megatron.learned.index import (
-    REBUILDING,
-    ShortlistIndex,
-    next_version,
-    num_rebuilds,
-    pack,
-    schedule,
-    unpack,
-)
+from air_moe_megatron.learned.index import REBUILDING, ShortlistIndex
 from air_moe_megatron.learned.lists import balanced_lists, inverted_lists, list_every_expert, reserved_slots
+from air_moe_megatron.learned.parts import pack, unpack
+from air_moe_megatron.learned.rebuild_schedule import next_version, num_rebuilds, schedule
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.ranking import Ranking, rank_experts
 from air_moe_megatron.ops.ranking import eager as eager_ranking

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from air_moe_megatron.config import resolve_sizes
-from air_moe_megatron.learned.index import num_rebuilds, rebuild_products
+from air_moe_megatron.learned.rebuild_schedule import num_rebuilds, rebuild_products
 from air_moe_megatron.learned.whitening_norm import WhiteningNorm
 from air_moe_megatron.ops.fine_scores import eager
 from air_moe_megatron.routers import ROUTERS

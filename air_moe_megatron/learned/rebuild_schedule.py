@@ -1,0 +1,74 @@
+"""When lists are rebuilt, in which turns, and how many dot products a rebuild takes.
+
+``index.py`` says how lists of source 'tokens' are rebuilt. Those of source 'experts' are due at the same updates, and
+are made all at once.
+
+Legend: E experts, C clusters, L shortlist, Q pool, R turns.
+"""
+
+# docs/codebook.md#rebuilding-the-lists has the measured cost and recall of these values.
+NUM_TURNS = 8  # R
+NUM_NEIGHBORS = 2  # codewords whose pools a codeword chooses from
+POOL = 4  # Q / L
+BLOCK = 32  # codewords per matrix product; fixed, so that its bits do not depend on the number of ranks and steps
+_GPU_BLOCK = 128  # least number of codewords in a block on a GPU: a tile of the kernel
+_GPU_SCORES = 2**24  # scores per block on a GPU, enough to hide most of the time of kernel launches
+
+NUM_FULL_REBUILDS = 2
+"""Full rebuilds of lists of source 'tokens': the first, and the one after the first update, which replaces all
+codewords."""
+
+
+def next_version(version: int, interval: int) -> int:
+    """The update after which lists are due next, if the last ones were made after update ``version``.
+
+    Tokens and centers move faster while the codebook is young. So with an interval of 20 the lists are rebuilt whenever
+    the codebook's age has grown by a tenth, and at least every 20 updates.
+
+    Example: interval 20, from 18 on: 19, 20, 22, 24, 26, 28, 30, 33, ..., 196, 215, 235, 255.
+    """
+    return version + min(max(1, 2 * version // interval), interval)
+
+
+def num_rebuilds(num_steps: int, interval: int) -> int:
+    """How often lists are made in the first ``num_steps`` steps of a training, with one codebook update per step.
+
+    Example: interval 20: 29 in the first 40 steps, 57 in 400.
+    """
+    count, version = 0, 0
+    while version < num_steps:
+        count, version = count + 1, next_version(version, interval)
+    return count
+
+
+def num_turns(num_clusters: int) -> int:
+    """R, the number of rebuilds in which every codeword gets one turn; 1 if all codewords fit one block."""
+    return min(NUM_TURNS, -(-num_clusters // BLOCK))
+
+
+def schedule(num_experts: int, num_clusters: int, on_gpu: bool) -> tuple[int, int]:
+    """Codewords per block, and R.
+
+    A GPU scores all experts faster than it gathers a codeword's candidates. On an H100, with E = 65,536 and C = 1024, a
+    rebuild took 53 ms by turns in blocks of 32, and 4.4 ms with all experts in one block
+    (docs/performance.md#on-an-h100).
+
+    Example: E = 65,536, C = 1024: blocks of 32 and R = 8 on a CPU, of 256 and R = 1 on a GPU.
+    """
+    if not on_gpu:
+        return BLOCK, num_turns(num_clusters)
+    return max(_GPU_BLOCK, _GPU_SCORES // num_experts // _GPU_BLOCK * _GPU_BLOCK), 1
+
+
+def rebuild_products(num_experts: int, num_clusters: int, shortlist_size: int, on_gpu: bool = False) -> float:
+    """Mean number of dot products in a rebuild, over all ranks; of a codeword with a codeword or an expert center.
+
+    Example: with E = 65,536, C = 1024 and L = 128, 128 codewords are multiplied with all experts, and each of the other
+    896 with 128 codewords and 1664 experts. That is 15% of the C * E products that a GPU computes.
+    """
+    if on_gpu:
+        return num_clusters * num_experts
+    in_turn = num_clusters / num_turns(num_clusters)
+    pool_size = min(POOL * shortlist_size, num_experts)
+    num_candidates = min(shortlist_size + (1 + NUM_NEIGHBORS) * pool_size, num_experts)
+    return in_turn * num_experts + (num_clusters - in_turn) * (in_turn + num_candidates)
