@@ -171,8 +171,8 @@ def test_worked_example(kernel_device):
         ({"score_function": "sigmoid", "expert_bias": torch.zeros(8)}, "expert_bias"),
         ({"shortlist_size": 10}, r"shortlist_size \(10\)"),
         ({"score_function": "softmax"}, "softmax"),
-        ({"score_function": "sigmoid"}, "go together"),
-        ({"expert_bias": torch.zeros(9)}, "go together"),
+        ({"score_function": "sigmoid"}, "given together"),
+        ({"expert_bias": torch.zeros(9)}, "given together"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )

@@ -705,7 +705,7 @@ def test_lists_rank_by_what_the_top_k_ranks_by():
 
 
 def test_a_score_function_needs_an_expert_bias():
-    with pytest.raises(ValueError, match="score_function \\('sigmoid'\\) and expert_bias \\(None\\) go together"):
+    with pytest.raises(ValueError, match="score_function \\('sigmoid'\\) and expert_bias \\(None\\) must be given together"):
         rank_experts(torch.eye(2), torch.ones(2), torch.eye(2), None, 1, score_function="sigmoid")
 
 

@@ -4,14 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from air_moe_megatron.ops import score_functions
 from air_moe_megatron.ops.backend import use_kernels
 from air_moe_megatron.ops.ranking import eager
+from air_moe_megatron.ops.score_functions import validate_expert_bias
 
-__all__ = ["SCORE_FUNCTIONS", "CandidateRanking", "Ranking", "rank_candidates", "rank_experts"]
-
-SCORE_FUNCTIONS = (None, *score_functions.SCORE_FUNCTIONS)
-"""Score functions that Megatron combines with an expert bias; None ranks by the score itself."""
+__all__ = ["CandidateRanking", "Ranking", "rank_candidates", "rank_experts"]
 
 
 @dataclass(frozen=True)
@@ -133,15 +130,8 @@ def _validate(
         raise ValueError(f"codewords ({codewords.dtype}) must be fp32")
     if scale.shape != codewords.shape[:1]:
         raise ValueError(f"scale {tuple(scale.shape)} must be [C] with C = {codewords.shape[0]}")
-    for name, values in (("bias", bias), ("expert_bias", expert_bias)):
-        if values is not None and values.shape != weight.shape[:1]:
-            raise ValueError(f"{name} {tuple(values.shape)} must be [E] with E = {weight.shape[0]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} must be [E] with E = {weight.shape[0]}")
+    validate_expert_bias(score_function, expert_bias, weight.shape[0])
     if not 1 <= shortlist_size <= weight.shape[0]:
         raise ValueError(f"shortlist_size ({shortlist_size}) must be from 1 to E = {weight.shape[0]}")
-    if score_function not in SCORE_FUNCTIONS:
-        raise ValueError(f"score_function ({score_function!r}) must be one of {SCORE_FUNCTIONS}")
-    if (score_function is None) != (expert_bias is None):
-        raise ValueError(
-            f"score_function ({score_function!r}) and expert_bias ({'None' if expert_bias is None else 'given'}) "
-            "go together"
-        )
