@@ -147,8 +147,8 @@ def learned_bytes(args: argparse.Namespace, config: AIRMoEConfig, shards: int) -
             args.experts // shards,
             sizes.num_clusters,
             sizes.shortlist_size // shards,
-            config.moe_air_codebook_source,
-            config.moe_air_refresh_interval,
+            source=config.moe_air_codebook_source,
+            refresh_interval=config.moe_air_refresh_interval,
         )
     statistics = sum(learner.statistics.nbytes for learner in learners)
     buffers = sum(buffer.nbytes for learner in learners for buffer in learner.buffers())

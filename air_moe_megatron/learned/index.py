@@ -76,6 +76,7 @@ class ShortlistIndex(torch.nn.Module):
         num_experts: int,
         num_clusters: int,
         shortlist_size: int,
+        *,
         source: str,
         refresh_interval: int,
         num_reserved: int = 0,

@@ -96,12 +96,12 @@ class AIRRouter(CompactRouter):
             sizes.num_experts // num_shards,
             sizes.num_clusters,
             sizes.shortlist_size // num_shards,
-            self.config.moe_air_codebook_source,
-            self.config.moe_air_refresh_interval,
-            reserved_slots(*part_sizes, -(-self.topk // num_parts)),
-            num_parts // num_shards,
-            shard,
-            num_shards,
+            source=self.config.moe_air_codebook_source,
+            refresh_interval=self.config.moe_air_refresh_interval,
+            num_reserved=reserved_slots(*part_sizes, -(-self.topk // num_parts)),
+            num_parts=num_parts // num_shards,
+            shard=shard,
+            num_shards=num_shards,
         )
 
     def _list_group(self) -> torch.distributed.ProcessGroup | None:

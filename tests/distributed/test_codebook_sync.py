@@ -32,7 +32,7 @@ def make_layers(num_layers, source="tokens"):
         for name, size in (("expert_load", 1), ("num_routed", 1), ("logged_before", 2)):
             layer.add_accumulator(name, torch.zeros(size, dtype=torch.int64))
         layer.codebook = Codebook(CLUSTERS, HIDDEN, 0.8)
-        layer.index = ShortlistIndex(48, CLUSTERS, 4, source, 1)
+        layer.index = ShortlistIndex(48, CLUSTERS, 4, source=source, refresh_interval=1)
         norm = (RunningNorm, WhiteningNorm)[number % 2]
         layer.input_norm = norm(HIDDEN) if source == "tokens" else None
         layers.append(layer)

@@ -20,7 +20,7 @@ def train(group, function, interval, num_steps=STEPS, fails_at=None):
     from air_moe_megatron.ops.coarse import assign_with_statistics
 
     codebook = Codebook(CLUSTERS, HIDDEN, 0.8)
-    index = ShortlistIndex(EXPERTS, CLUSTERS, SHORTLIST, "tokens", interval, 3)
+    index = ShortlistIndex(EXPERTS, CLUSTERS, SHORTLIST, source="tokens", refresh_interval=interval, num_reserved=3)
     weight, bias = randn(EXPERTS, HIDDEN, seed=0), 0.1 * randn(EXPERTS, seed=1)
     expert_bias = None if function is None else 0.1 * randn(EXPERTS, seed=2)
     history = []

@@ -271,7 +271,9 @@ class Setup:
 
     def __init__(self, source, interval=3, num_experts=90, shortlist_size=9, num_clusters=80):
         self.codebook = Codebook(num_clusters, 6, 0.8)
-        self.index = ShortlistIndex(num_experts, num_clusters, shortlist_size, source, interval, 3)
+        self.index = ShortlistIndex(
+            num_experts, num_clusters, shortlist_size, source=source, refresh_interval=interval, num_reserved=3
+        )
         self.weight = randn(num_experts, 6)
 
     def forward(self):
@@ -476,9 +478,9 @@ def test_a_checkpoint_with_half_an_index_is_an_error(missing):
 
 @pytest.mark.parametrize("shape", ((5, 7), (4, 6)), ids=str)
 def test_a_checkpoint_of_another_shape_is_refused(shape):
-    other = ShortlistIndex(20, *shape, "tokens", 3).state_dict()
+    other = ShortlistIndex(20, *shape, source="tokens", refresh_interval=3).state_dict()
     with pytest.raises(ValueError) as error:
-        ShortlistIndex(20, 5, 6, "tokens", 3).load_state_dict(other)
+        ShortlistIndex(20, 5, 6, source="tokens", refresh_interval=3).load_state_dict(other)
     message = str(error.value)
     assert "moe_air_num_clusters" in message and "moe_air_shortlist_size" in message
     assert str(shape) in message and "(5, 6)" in message
@@ -500,7 +502,9 @@ def fixed(selection, num_experts=600, num_clusters=100, shortlist_size=40, num_r
     codebook = Codebook(num_clusters, 8, 0.8)
     codebook.accumulate(assign_with_statistics(2.0 * randn(500, 8, seed=5), codebook.codewords, 1)[1])
     codebook.apply_update(codebook.statistics.clone(), True)
-    index = ShortlistIndex(num_experts, num_clusters, shortlist_size, "tokens", interval, num_reserved)
+    index = ShortlistIndex(
+        num_experts, num_clusters, shortlist_size, source="tokens", refresh_interval=interval, num_reserved=num_reserved
+    )
     bias = 0.3 * randn(num_experts, seed=3) if with_bias else None
     expert_bias = None if function is None else 0.1 * randn(num_experts, seed=4)
     arguments = (randn(num_experts, 8, seed=2), bias, function, expert_bias)
@@ -570,11 +574,13 @@ def test_lists_in_parts_are_bitwise_the_lists_of_an_index_for_each_part(selectio
     bias = 0.3 * randn(num_experts, seed=3) if with_bias else None
     expert_bias = None if function is None else 0.1 * randn(num_experts, seed=4)
     whole = Setup("tokens", 3, num_experts, size)
-    whole.index = ShortlistIndex(num_experts, 80, size, "tokens", 3, 1, num_parts)
+    options = dict(source="tokens", refresh_interval=3, num_reserved=1)
+    whole.index = ShortlistIndex(num_experts, 80, size, num_parts=num_parts, **options)
     each = num_experts // num_parts
     parts = [slice(first, first + each) for first in range(0, num_experts, each)]
     indices = [
-        ShortlistIndex(each, 80, size // num_parts, "tokens", 3, 1, 1, shard, num_parts) for shard in range(num_parts)
+        ShortlistIndex(each, 80, size // num_parts, shard=shard, num_shards=num_parts, **options)
+        for shard in range(num_parts)
     ]
     for step in range(24):
         arguments = (whole.weight, bias, function, expert_bias)
@@ -597,12 +603,13 @@ def test_lists_in_parts_are_bitwise_the_lists_of_an_index_for_each_part(selectio
 
 
 def test_a_part_is_saved_with_the_ids_of_the_model_and_loaded_from_them():
-    index = ShortlistIndex(40, 80, 4, "tokens", 3, 1, shard=1, num_shards=2)
+    options = dict(source="tokens", refresh_interval=3, num_reserved=1, shard=1, num_shards=2)
+    index = ShortlistIndex(40, 80, 4, **options)
     codebook = Codebook(80, 6, 0.8)
     index.refresh(codebook, randn(40, 6), None)
     state = {name: value.clone() for name, value in index.state_dict().items()}
     assert torch.equal(state["shortlist"], index.shortlist + 40) and torch.equal(state["pool"], index.pool + 40)
-    again = ShortlistIndex(40, 80, 4, "tokens", 3, 1, shard=1, num_shards=2)
+    again = ShortlistIndex(40, 80, 4, **options)
     again.load_state_dict(state)
     assert torch.equal(again.shortlist, index.shortlist) and torch.equal(again.pool, index.pool)
 
@@ -610,7 +617,9 @@ def test_a_part_is_saved_with_the_ids_of_the_model_and_loaded_from_them():
 def test_a_shard_that_fails_says_so_at_the_end_of_the_step_where_the_other_ranks_learn_of_it():
     def after(num_steps, num_shards):
         setup = Setup("tokens", interval=1)
-        setup.index = ShortlistIndex(90, 80, 9, "tokens", 1, 3, num_shards=num_shards)
+        setup.index = ShortlistIndex(
+            90, 80, 9, source="tokens", refresh_interval=1, num_reserved=3, num_shards=num_shards
+        )
         for step in range(num_steps):
             setup.forward()
             setup.step(step)
@@ -625,7 +634,7 @@ def test_a_shard_that_fails_says_so_at_the_end_of_the_step_where_the_other_ranks
 @pytest.mark.parametrize("saved, loading", ((1, 3), (2, 3)))
 def test_lists_in_other_parts_are_refused(saved, loading):
     def index_of(num_parts):
-        return ShortlistIndex(120, 80, 12, "tokens", 3, 1, num_parts)
+        return ShortlistIndex(120, 80, 12, source="tokens", refresh_interval=3, num_reserved=1, num_parts=num_parts)
 
     index = index_of(saved)
     index.refresh(Codebook(80, 6, 0.8), randn(120, 6), None)
@@ -654,7 +663,9 @@ def test_every_expert_stands_in_a_list_after_every_swap(num_experts, num_cluster
     size = min(topk + -(-num_experts // num_clusters) + spare, num_experts)
     reserved = reserved_slots(num_experts, num_clusters, size, topk)
     codebook = Codebook(num_clusters, 4, 0.8)
-    index = ShortlistIndex(num_experts, num_clusters, size, "tokens", interval, reserved)
+    index = ShortlistIndex(
+        num_experts, num_clusters, size, source="tokens", refresh_interval=interval, num_reserved=reserved
+    )
     weight = randn(num_experts, 4, seed=seed)
     for step in range(26):
         index.refresh(codebook, weight, None)
@@ -705,12 +716,14 @@ def test_lists_rank_by_what_the_top_k_ranks_by():
 
 
 def test_a_score_function_needs_an_expert_bias():
-    with pytest.raises(ValueError, match="score_function \\('sigmoid'\\) and expert_bias \\(None\\) must be given together"):
+    with pytest.raises(
+        ValueError, match="score_function \\('sigmoid'\\) and expert_bias \\(None\\) must be given together"
+    ):
         rank_experts(torch.eye(2), torch.ones(2), torch.eye(2), None, 1, score_function="sigmoid")
 
 
 @pytest.mark.parametrize("saved, loading", [("tokens", "experts"), ("experts", "tokens")])
 def test_lists_of_the_other_source_are_refused(saved, loading):
-    state = ShortlistIndex(9, 4, 3, saved, 10).state_dict()
+    state = ShortlistIndex(9, 4, 3, source=saved, refresh_interval=10).state_dict()
     with pytest.raises(ValueError, match=f"moe_air_codebook_source \\('{loading}'\\) must be .* '{saved}'"):
-        ShortlistIndex(9, 4, 3, loading, 10).load_state_dict(state)
+        ShortlistIndex(9, 4, 3, source=loading, refresh_interval=10).load_state_dict(state)

@@ -115,7 +115,8 @@ def test_a_full_list_finds_everything():
 def test_lists_are_those_of_a_full_rebuild():
     layer = make_layer()
     codebook = fit_codebook(layer.fit, 16)
-    index = ShortlistIndex(EXPERTS, 16, 8, "tokens", 20, reserved_slots(EXPERTS, 16, 8, TOPK))
+    reserved = reserved_slots(EXPERTS, 16, 8, TOPK)
+    index = ShortlistIndex(EXPERTS, 16, 8, source="tokens", refresh_interval=20, num_reserved=reserved)
     index.refresh(codebook, layer.weight, None)
     (lists,) = make_lists(layer, codebook, [8])
     assert torch.equal(lists, index.shortlist)
