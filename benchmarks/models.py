@@ -331,7 +331,7 @@ def rebuild_run(router, in_full: bool = False):
         if in_full:
             index.load_state_dict({**index.state_dict(), "built_at": torch.full_like(index.built_at, -1)})
         start = clock(router.weight.device)
-        index.refresh(codebook, router.weight, router.bias)
+        index.refresh(codebook, router.centers)
         index.commit()
         if int(index.built_at) != codebook.updates_on_host:
             raise AssertionError("the lists were not rebuilt")

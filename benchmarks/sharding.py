@@ -153,7 +153,7 @@ class _Rebuild:
         if in_full:
             index.load_state_dict({**index.state_dict(), "built_at": torch.full_like(index.built_at, -1)})
         start = _seconds(router.weight.device)
-        index.refresh(self.codebook, router.weight, router.bias, group=group)
+        index.refresh(self.codebook, router.centers, group=group)
         index.commit(group)
         seconds = _seconds(router.weight.device) - start
         if int(index.built_at) != self.codebook.updates_on_host:

@@ -14,7 +14,7 @@ import torch
 
 from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk
-from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
+from air_moe_megatron.ops.score_functions import selection_ranks
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers.air import AIRRouter
 
@@ -134,17 +134,6 @@ def spread(
     return Spread(center, longest * (1.0 + rounding), radius * (1.0 + rounding), rounding, largest_bias)
 
 
-def selection_ranks(scores: torch.Tensor, score_function: str | None, expert_bias: torch.Tensor | None) -> torch.Tensor:
-    """The values that experts are selected by: scores, or ``function(score) + expert_bias`` (biases broadcast)."""
-    return scores if score_function is None else SCORE_FUNCTIONS[score_function](scores) + expert_bias
-
-
-def own_expert_bias(router: AIRRouter) -> torch.Tensor | None:
-    """The expert bias of the experts whose centers this rank holds."""
-    bias, first = router.expert_bias, router.first_expert
-    return None if bias is None else bias[first : first + router.weight.shape[0]]
-
-
 def selected(router: AIRRouter, hidden: torch.Tensor, codewords: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the top-k of each token in this rank's lists, and the values that it is selected by.
 
@@ -155,22 +144,10 @@ def selected(router: AIRRouter, hidden: torch.Tensor, codewords: torch.Tensor) -
         [T, w] fp64 selection ranks, -inf where fewer experts are listed; [T, w] int32 expert ids that count from this
         rank's first expert, -1 for none. w is K, or the number of slots in the token's lists if it is smaller.
     """
-    expert_bias = own_expert_bias(router)
-    lists = router.index.shortlist
-    function = None if router.expert_bias is None else router.score_function
-    scores, found = fine_topk(
-        hidden,
-        router.weight,
-        router.bias,
-        lists,
-        codewords,
-        min(router.topk, codewords.shape[1] * lists.shape[1]),
-        torch.float32,
-        function,
-        expert_bias,
-    )
-    bias = None if function is None else expert_bias[found.clamp(min=0)]
-    return selection_ranks(scores.double(), function, bias).masked_fill(found < 0, _OUT), found
+    centers, lists = router.centers, router.index.shortlist
+    width = min(router.topk, codewords.shape[1] * lists.shape[1])
+    scores, found = centers.fine_topk(hidden, lists, codewords, width, torch.float32)
+    return centers.selection_ranks(scores.double(), found).masked_fill(found < 0, _OUT), found
 
 
 class _Constants(NamedTuple):
@@ -212,7 +189,6 @@ class FrozenBounds:
             raise ValueError(f"num_verified ({num_verified}) must be at least 0")
         self.router, self.with_mass = router, with_mass
         self._made_of = self._state()
-        self._function = None if router.expert_bias is None else router.score_function
         with torch.no_grad():
             self._build(min(size, router.num_experts))
 
@@ -234,8 +210,8 @@ class FrozenBounds:
         directions = torch.nn.functional.normalize(directions, dim=1, eps=1e-300)
         self._directions, self._length = directions, length  # [C, H], [C, 1] fp64
         self._angles = torch.linspace(0.0, math.pi / 2, _NUM_ANGLES, dtype=torch.float64, device=weight.device)
-        if self._function is None:
-            bins = [slice(None)]
+        if router.expert_bias is None:
+            bins, self._bin_bias = [slice(None)], None
         else:
             bins = [ids for ids in router.expert_bias.argsort().chunk(_NUM_BINS) if ids.numel()]
             self._bin_bias = torch.stack([router.expert_bias[ids].amax() for ids in bins]).double()
@@ -270,9 +246,7 @@ class FrozenBounds:
         reach = orthogonal_lengths(squares, from_center, rounding * longest)
         lists = self.router.index.shortlist[rows]
         is_outside = _without(torch.ones_like(reach, dtype=torch.bool), lists)
-        key = selection_ranks(
-            length * projections + typical_distance[rows] * reach, self._function, self.router.expert_bias
-        )
+        key = self.router.centers.selection_ranks(length * projections + typical_distance[rows] * reach)
         verified = key.masked_fill(~is_outside, _OUT).topk(num_verified, dim=1).indices
         verified = verified.masked_fill(~is_outside.gather(1, verified), -1)
         is_outside = _without(is_outside, verified)
@@ -358,13 +332,10 @@ class FrozenBounds:
         most = most + parts.residual @ self._spread.center.double().unsqueeze(1) + error
         most = most.masked_fill(angle > math.pi / 2, math.inf)
         is_empty = support[:, :, 0] == _OUT
-        listed_bias = bin_bias = None
-        rank_error = 0.0
-        if self._function is not None:
-            listed_bias, bin_bias = router.expert_bias[ids.clamp(min=0)], self._bin_bias
-            rank_error = RANK_ERROR * (1.0 + router.expert_bias.abs().amax())
-        most = selection_ranks(most, self._function, bin_bias).masked_fill(is_empty, _OUT)
-        ranks = selection_ranks(scores + error, self._function, listed_bias)
+        centers = router.centers
+        rank_error = 0.0 if centers.expert_bias is None else RANK_ERROR * (1.0 + centers.expert_bias.abs().amax())
+        most = selection_ranks(most, centers.score_function, self._bin_bias).masked_fill(is_empty, _OUT)
+        ranks = centers.selection_ranks(scores + error, ids)
         counts = (ids >= 0) & ~self._are_candidates(codewords, ids)
         return (torch.cat((most, ranks.masked_fill(~counts, _OUT)), dim=1) + rank_error <= lowest).all(dim=1)
 

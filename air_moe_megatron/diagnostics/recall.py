@@ -15,9 +15,7 @@ from air_moe_megatron.diagnostics.bounds import (
     Spread,
     log_growth,
     orthogonal_lengths,
-    own_expert_bias,
     selected,
-    selection_ranks,
     split,
     spread,
 )
@@ -89,8 +87,8 @@ def measure(
     lowest = exchange.gather(best.values.amin(dim=1, keepdim=True))
 
     num_listed = exchange.num_ranks * router.index.shortlist.shape[1]
-    centers = spread(router.weight, router.bias, router.center_group)
-    masses, counts, ranks, ids = _to_homes(exchange, *_scan(router, centers, rows, probed, lowest))  # [D, n, ...]
+    extent = spread(router.centers.weight, router.centers.bias, router.center_group)
+    masses, counts, ranks, ids = _to_homes(exchange, *_scan(router, extent, rows, probed, lowest))  # [D, n, ...]
     if hidden.shape[0] == 0:
         return None
     listed, unlisted, listed_at_anchor, unlisted_at_anchor, bounded = masses.logsumexp(dim=0).unbind(dim=1)
@@ -98,7 +96,7 @@ def measure(
     best_ids = ids.transpose(0, 1).flatten(1)
     best_ids = best_ids.gather(1, ranks.transpose(0, 1).flatten(1).topk(router.topk, dim=1).indices)
     distance = split(hidden.float(), _directions(router, codewords)).distance
-    largest_gain = (2.0 * distance * centers.radius + 4.0 * centers.score_error(hidden.float())).squeeze(1)
+    largest_gain = (2.0 * distance * extent.radius + 4.0 * extent.score_error(hidden.float())).squeeze(1)
     return SampleFigures(
         codewords=codewords,
         mass_recall=torch.sigmoid(listed - unlisted).float(),
@@ -126,12 +124,12 @@ def _to_homes(exchange: RowExchange, *values: torch.Tensor) -> tuple[torch.Tenso
 
 
 def _scan(
-    router: AIRRouter, centers: Spread, hidden: torch.Tensor, codewords: torch.Tensor, lowest: torch.Tensor
+    router: AIRRouter, extent: Spread, hidden: torch.Tensor, codewords: torch.Tensor, lowest: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Score tokens [R, H] against this rank's centers, a chunk at a time.
 
     Args:
-        centers: location and extent of all centers.
+        extent: location and extent of all centers.
         codewords: [R, P] int64, the probed ones.
         lowest: [R, 1] fp64, the lowest selection rank among each token's selected experts.
     Returns:
@@ -139,14 +137,12 @@ def _scan(
         unlisted ones; [R, 2] numbers of unlisted experts that the constants do not exclude, and that their scores do
         not exclude; [R, K] each: selection ranks and ids of the best experts, -inf and -1 if there are fewer.
     """
-    lists = router.index.shortlist.long()
-    function = None if router.expert_bias is None else router.score_function
-    own_bias = own_expert_bias(router)
+    own, lists = router.centers, router.index.shortlist.long()
     hidden = hidden.float()
     direction = _directions(router, codewords)
     along, residual, distance = split(hidden, direction)
-    center, longest, _, rounding, _ = centers
-    error = centers.score_error(hidden)
+    center, longest, _, rounding, _ = extent
+    error = extent.score_error(hidden)
     shift = residual @ center.double().unsqueeze(1)  # [R, 1]
     center_along = direction @ center.unsqueeze(1)  # [R, 1]
 
@@ -156,13 +152,14 @@ def _scan(
     best_ids = ids.new_full(best.shape, -1)
     num_above = ids.new_zeros(hidden.shape[0])
     num_higher = torch.zeros_like(num_above)
-    rank_error = 0.0 if function is None else RANK_ERROR * (1.0 + router.expert_bias.abs().amax())
-    num_experts = router.weight.shape[0]
+    rank_error = 0.0 if router.expert_bias is None else RANK_ERROR * (1.0 + router.expert_bias.abs().amax())
+    num_experts = own.weight.shape[0]
     for first in range(0, num_experts, CHUNK):
         chunk = slice(first, min(first + CHUNK, num_experts))
-        weight = router.weight[chunk].float()
+        centers = own[chunk]
+        weight = centers.weight.float()
         logits, projections = hidden @ weight.t(), direction @ weight.t()  # [R, chunk]
-        bias = 0.0 if router.bias is None else router.bias[chunk].float()
+        bias = 0.0 if centers.bias is None else centers.bias.float()
         logits = logits + bias
         # Both masses use the same logits: the rounding of two products of large ones may differ by more than any mass.
         columns = (ids - chunk.start).clamp(-1, logits.shape[1]) + 1  # first and last column: not of this chunk
@@ -183,13 +180,11 @@ def _scan(
         )
         masses = torch.logaddexp(masses, torch.stack([part.logsumexp(dim=1) for part in parts]))
 
-        expert_bias = None if function is None else own_bias[chunk]
         for upper, excess in ((at_anchor + shift + limit, num_above), (logits.double(), num_higher)):
-            upper = selection_ranks(upper + 2.0 * error, function, expert_bias) + rank_error
+            upper = centers.selection_ranks(upper + 2.0 * error) + rank_error
             excess += ((upper > lowest) & ~is_listed).sum(dim=1)
         chunk_ids = torch.arange(chunk.start, chunk.stop, device=ids.device).expand_as(logits)
-        logits = selection_ranks(logits, function, expert_bias)
-        ranks = torch.cat((best, logits), dim=1)
+        ranks = torch.cat((best, centers.selection_ranks(logits)), dim=1)
         best, columns = ranks.topk(router.topk, dim=1)
         best_ids = torch.cat((best_ids, chunk_ids), dim=1).gather(1, columns)
     counts = torch.stack((num_above, num_higher), dim=1).double()

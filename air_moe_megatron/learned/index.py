@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
+from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.lists import inverted_lists, list_every_expert
 from air_moe_megatron.learned.module_state import HostCopy
-from air_moe_megatron.learned.parts import Part, Span, pack, parts_of, spans, unpack
+from air_moe_megatron.learned.parts import Span, pack, spans, unpack
 from air_moe_megatron.learned.rebuild_schedule import NUM_NEIGHBORS, POOL, next_version, schedule
 from air_moe_megatron.ops.ranking import Ranking
 
@@ -130,10 +131,8 @@ class ShortlistIndex(torch.nn.Module):
     def refresh(
         self,
         codebook: Codebook,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        score_function: str | None = None,
-        expert_bias: torch.Tensor | None = None,
+        centers: Centers,
+        *,
         training: bool = True,
         group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
@@ -145,15 +144,14 @@ class ShortlistIndex(torch.nn.Module):
 
         Args:
             codebook: its number of updates decides when lists are due. With source 'experts' it is fitted first.
-            weight, bias, score_function, expert_bias: as for ``ops.ranking.rank_experts``.
+            centers: of the experts of this shard.
             training: whether the forward is one of training.
             group: ranks with the same centers, which share the work; None means this rank alone.
         """
-        centers = (weight, bias, score_function, expert_bias)
         if not training:
-            if not self.is_built and self._provisional != _made_of(codebook, weight):
-                self._make_lists(codebook, *centers)
-                self._provisional = _made_of(codebook, weight)
+            if not self.is_built and self._provisional != _made_of(codebook, centers):
+                self._make_lists(codebook, centers)
+                self._provisional = _made_of(codebook, centers)
             return
         (built_at, num_rebuilds, num_ranked), updates = self._state(), codebook.updates_on_host
         due = 0 if built_at < 0 else next_version(built_at, self.refresh_interval)
@@ -161,24 +159,18 @@ class ShortlistIndex(torch.nn.Module):
         # pools useless; an older checkpoint holds no pools.
         is_at_once = self.source == "experts" or built_at < 1 or num_rebuilds == 0
         if updates >= due and is_at_once:
-            self._make_lists(codebook, *centers)
+            self._make_lists(codebook, centers)
             self._set_state(updates, num_rebuilds + 1, 0)
         elif self._share is None and not is_at_once:
             num_clusters, (block, _) = self.shortlist.shape[0], self.schedule
             share = num_clusters * (updates - built_at) // (due - built_at) // block * block
             rows = slice(num_ranked, num_clusters if updates >= due else share)
             if rows.start < rows.stop:
-                self._share = self._rank_share(rows, codebook, *centers, group)
+                self._share = self._rank_share(rows, codebook, centers, group)
 
-    def _make_lists(
-        self,
-        codebook: Codebook,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        score_function: str | None,
-        expert_bias: torch.Tensor | None,
-    ) -> None:
+    def _make_lists(self, codebook: Codebook, centers: Centers) -> None:
         """Make all lists at once, from the scores of all experts."""
+        weight = centers.weight
         if self.source == "experts":
             codebook.fit_experts(weight, is_first=not self.is_built)
             self.shortlist.copy_(inverted_lists(codebook.codewords, weight, self.shortlist.shape[1]))
@@ -186,10 +178,10 @@ class ShortlistIndex(torch.nn.Module):
         scale = codebook.typical_projections()
         nearest = torch.empty(weight.shape[0], dtype=torch.int64, device=weight.device)
         score = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-        for part in parts_of(self._spans(), weight, bias, score_function, expert_bias):
-            ranking = part.rank_experts(codebook.codewords, scale)
-            self.pool[:, part.span.pool] = (ranking.lists + part.span.experts.start).int()
-            nearest[part.span.experts], score[part.span.experts] = ranking.nearest, ranking.score
+        for span in self._spans():
+            ranking = centers[span.experts].rank_experts(codebook.codewords, scale, span.pool_size)
+            self.pool[:, span.pool] = (ranking.lists + span.experts.start).int()
+            nearest[span.experts], score[span.experts] = ranking.nearest, ranking.score
         self._list(nearest, score)
 
     def _spans(self) -> list[Span]:
@@ -205,21 +197,14 @@ class ShortlistIndex(torch.nn.Module):
             self.shortlist[:, span.lists] = list_every_expert(ranking, self.num_reserved, turn) + first
 
     def _rank_share(
-        self,
-        rows: slice,
-        codebook: Codebook,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        score_function: str | None,
-        expert_bias: torch.Tensor | None,
-        group: torch.distributed.ProcessGroup | None,
+        self, rows: slice, codebook: Codebook, centers: Centers, group: torch.distributed.ProcessGroup | None
     ) -> Share:
         """Rank the experts at this rank's blocks of the codewords ``rows``."""
         rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
-        pool = torch.full((rows.stop - rows.start, self.pool.shape[1]), -1, device=weight.device)
+        pool = torch.full((rows.stop - rows.start, self.pool.shape[1]), -1, device=centers.weight.device)
         share = Share(rows, codebook.updates_on_host, num_ranks, pool, torch.full_like(self.staged_keys, _UNTRIED))
         scale = codebook.typical_projections()
-        parts = parts_of(self._spans(), weight, bias, score_function, expert_bias)
+        parts = [(span, centers[span.experts]) for span in self._spans()]
         size, _ = self.schedule
         blocks = range(rows.start, rows.stop, size)
         try:
@@ -235,7 +220,12 @@ class ShortlistIndex(torch.nn.Module):
         return share
 
     def _rank_block(
-        self, block: slice, codewords: torch.Tensor, scale: torch.Tensor, parts: list[Part], keys: torch.Tensor
+        self,
+        block: slice,
+        codewords: torch.Tensor,
+        scale: torch.Tensor,
+        parts: list[tuple[Span, Centers]],
+        keys: torch.Tensor,
     ) -> torch.Tensor:
         """[n, Q] new pools of a block's codewords; updates the experts' ``keys`` [E] with their scores there."""
         num_rebuilds, (size, turns) = self._state()[1], self.schedule
@@ -247,15 +237,16 @@ class ShortlistIndex(torch.nn.Module):
             similarity = codewords[block] @ codewords[had_their_turn].t()
             neighbors = had_their_turn[similarity.topk(min(NUM_NEIGHBORS, had_their_turn.numel()), dim=1).indices]
         pools = []
-        for part in parts:
-            part_keys, start = keys[part.span.experts], part.span.experts.start
+        for span, centers in parts:
+            part_keys, start = keys[span.experts], span.experts.start
             if has_its_turn:
-                ranking = part.rank_experts(codewords[block], scale[block])
+                ranking = centers.rank_experts(codewords[block], scale[block], span.pool_size)
                 torch.maximum(part_keys, pack(ranking.score, ranking.nearest + block.start), out=part_keys)
             else:
-                pool, lists = self.pool[:, part.span.pool], self.shortlist[:, part.span.lists]
+                pool, lists = self.pool[:, span.pool], self.shortlist[:, span.lists]
                 candidates = torch.cat((pool[block], lists[block], pool[neighbors].flatten(1)), dim=1)
-                ranking = part.rank_candidates(codewords[block], scale[block], candidates.long() - start)
+                candidates = candidates.long() - start
+                ranking = centers.rank_candidates(codewords[block], scale[block], candidates, span.pool_size)
                 values = pack(ranking.scores, ids[block].unsqueeze(1))
                 part_keys.scatter_reduce_(0, ranking.candidates.flatten(), values.flatten(), "amax")
             pools.append(ranking.lists + start)
@@ -361,7 +352,8 @@ class ShortlistIndex(torch.nn.Module):
                 )
 
 
-def _made_of(codebook: Codebook, weight: torch.Tensor) -> tuple[int, int | None, int]:
+def _made_of(codebook: Codebook, centers: Centers) -> tuple[int, int | None, int]:
     """Identify what lists are made from: address and version of the weight, and the number of codebook updates."""
+    weight = centers.weight
     version = None if weight.is_inference() else weight._version  # a tensor of inference mode has none
     return weight.data_ptr(), version, codebook.updates_on_host

@@ -10,6 +10,11 @@ SCORE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def selection_ranks(scores: torch.Tensor, score_function: str | None, expert_bias: torch.Tensor | None) -> torch.Tensor:
+    """The values that experts are selected by: scores, or ``function(score) + expert_bias`` (biases broadcast)."""
+    return scores if score_function is None else SCORE_FUNCTIONS[score_function](scores) + expert_bias
+
+
 def validate_expert_bias(score_function: str | None, expert_bias: torch.Tensor | None, num_experts: int) -> None:
     """Check that a score function and an expert bias are given together or not at all.
 

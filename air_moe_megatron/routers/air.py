@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.compat import probs_of_selected
 from air_moe_megatron.config import balancing_losses, resolve_sizes
+from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.codebook import FIRST_LLOYD_STEPS, Codebook
 from air_moe_megatron.learned.index import ShortlistIndex
 from air_moe_megatron.learned.learner import Learner
@@ -28,7 +29,6 @@ from air_moe_megatron.learned.module_state import HostCopy
 from air_moe_megatron.learned.rebuild_schedule import NUM_FULL_REBUILDS, num_rebuilds, rebuild_products
 from air_moe_megatron.learned.recomputation import hidden_from_checkpoints, is_in_backward
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
-from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.ops.selected_scores import selected_scores
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops, of_norm
@@ -108,9 +108,10 @@ class AIRRouter(CompactRouter):
         """Ranks that hold the same lists and share the work of rebuilding them."""
         return self.tp_dp_cp_group
 
-    def _of_own_experts(self, values: torch.Tensor | None) -> torch.Tensor | None:
-        """Select from values [E] those of the experts whose centers this rank holds."""
-        return values
+    @property
+    def centers(self) -> Centers:
+        """The centers that this rank holds."""
+        return Centers.of(self)
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         with hidden_from_checkpoints():
@@ -187,16 +188,8 @@ class AIRRouter(CompactRouter):
 
         The last ``num_explored`` candidates are not the best, but drawn from the lists.
         """
-        best, best_ids = fine_topk(
-            hidden,
-            self.weight,
-            self.bias,
-            shortlist,
-            codewords,
-            num_candidates,
-            self._router_dtype(hidden),
-            score_function=None if self.expert_bias is None else self.score_function,
-            expert_bias=self.expert_bias,
+        best, best_ids = self.centers.fine_topk(
+            hidden, shortlist, codewords, num_candidates, self._router_dtype(hidden)
         )
         if not num_explored:
             return best, best_ids
@@ -270,15 +263,7 @@ class AIRRouter(CompactRouter):
     @torch.no_grad()
     def refresh_lists(self, training: bool) -> None:
         """Make the first lists, or rank this rank's share of the next ones; see ``ShortlistIndex.refresh``."""
-        self.index.refresh(
-            self.codebook,
-            self.weight,
-            self.bias,
-            score_function=None if self.expert_bias is None else self.score_function,
-            expert_bias=self._of_own_experts(self.expert_bias),
-            training=training,
-            group=self._list_group(),
-        )
+        self.index.refresh(self.codebook, self.centers, training=training, group=self._list_group())
 
     @staticmethod
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:

@@ -27,9 +27,9 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.compat import is_normal
+from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.index import ShortlistIndex
 from air_moe_megatron.learned.lists import without_repeats
-from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers.air import AIRRouter
@@ -95,8 +95,14 @@ class ShardedAIRRouter(AIRRouter):
     def _list_group(self) -> torch.distributed.ProcessGroup:
         return self.expt_dp_group
 
-    def _of_own_experts(self, values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else values[self.first_expert : self.first_expert + self.num_local_experts]
+    @property
+    def centers(self) -> Centers:
+        """See the base class; the expert bias is that of this rank's experts."""
+        centers = super().centers
+        if centers.expert_bias is None:
+            return centers
+        own = slice(self.first_expert, self.first_expert + self.num_local_experts)
+        return replace(centers, expert_bias=centers.expert_bias[own])
 
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -155,21 +161,11 @@ class ShardedAIRRouter(AIRRouter):
         tokens, self._tokens = self._tokens, None
         rows = exchange.gather(tokens)
         scored = super()._as_scored(rows)
-        function = None if self.expert_bias is None else self.score_function
         with torch.no_grad():
             codewords = exchange.gather(codewords.int()).long()  # [R, P]
             width = min(num_candidates, codewords.shape[1] * shortlist.shape[1])
-            scores, local_ids = fine_topk(
-                scored,
-                self.weight,
-                self.bias,
-                shortlist,
-                codewords,
-                width,
-                self._router_dtype(hidden),
-                score_function=function,
-                expert_bias=self._of_own_experts(self.expert_bias),
-            )
+            dtype = self._router_dtype(hidden)
+            scores, local_ids = self.centers.fine_topk(scored, shortlist, codewords, width, dtype)
             if num_explored:
                 drawn = self._draw(shortlist, codewords, num_explored // exchange.num_ranks)
                 scores = torch.cat((scores, self._scores_of(scored, drawn, scores.dtype)), dim=1)

@@ -31,13 +31,13 @@ def measure_groups(layer: Layer, num_groups: int, searched: Sequence[int]) -> tu
     Returns:
         top-k and mass recall, [len(searched)] fp64 each.
     """
-    weight = layer.weight.float()
+    centers, weight = layer.centers, layer.centers.weight.float()
     codebook = Codebook(num_groups, weight.shape[1], DECAY).to(weight.device)
     codebook.fit_experts(weight, is_first=True)
     groups = inverted_lists(codebook.codewords, weight, layer.num_experts // num_groups)  # [G, E/G]
     scores = layer.test.float() @ weight[groups.long()].mean(dim=1).t()
-    if layer.bias is not None:
-        scores += layer.bias.float()[groups.long()].mean(dim=1)
+    if centers.bias is not None:
+        scores += centers.bias.float()[groups.long()].mean(dim=1)
     choices = scores.topk(max(searched), dim=1).indices
     topk, mass = measure(layer, choices, [groups], searched)
     return topk[0], mass[0]
@@ -55,18 +55,19 @@ def measure_product_keys(layer: Layer, num_keys: tuple[int, int]) -> tuple[float
     Returns:
         the share of the exact top-k among the best K by sums of sub-key scores, and the exact mass of those K.
     """
-    half = layer.weight.shape[1] // 2
-    parts = (layer.weight[:, :half].float(), layer.weight[:, half:].float())
+    weight, bias = layer.centers.weight.float(), layer.centers.bias
+    half = weight.shape[1] // 2
+    parts = (weight[:, :half], weight[:, half:])
     keys = [_kmeans(part, number) for part, number in zip(parts, num_keys, strict=True)]
-    found = torch.zeros(2, dtype=torch.float64, device=layer.weight.device)
+    found = torch.zeros(2, dtype=torch.float64, device=weight.device)
     for rows, probs, best in exact(layer):
         tokens = layer.test[rows].float()
         sums = sum(
             (part @ centers.t())[:, assigned]
             for part, (centers, assigned) in zip((tokens[:, :half], tokens[:, half:]), keys, strict=True)
         )
-        if layer.bias is not None:
-            sums += layer.bias.float()
+        if bias is not None:
+            sums += bias.float()
         ids = sums.topk(layer.topk, dim=1).indices
         found[0] += (ids.unsqueeze(2) == best.unsqueeze(1)).any(dim=2).double().mean(dim=1).sum()
         found[1] += probs.gather(1, ids).double().sum()

@@ -2,12 +2,14 @@
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
 from air_moe_megatron.inference.data import TokenStream, Windows
+from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.routers import AIRRouter, HashRouter
 from air_moe_megatron.training.batches import forward_step
 from air_moe_megatron.tune.recall import Layer
@@ -44,18 +46,16 @@ class TokenCollector:
 
     def layer(self, name: str) -> Layer:
         """The router's tokens, its centers, and its lists if training made some."""
-        router = self.router
+        router, centers = self.router, Centers.of(self.router)
+        weight, bias = (None if one is None else one.detach().float() for one in (centers.weight, centers.bias))
         fit, test = torch.cat(self.kept["fit"]), torch.cat(self.kept["test"])
         has_lists = isinstance(router, AIRRouter) and router.index.is_built and router.index.source == "tokens"
         return Layer(
             name,
             fit,
             test,
-            router.weight.detach().float(),
-            None if router.bias is None else router.bias.detach().float(),
+            replace(centers, weight=weight, bias=bias),
             router.topk,
-            None if router.expert_bias is None else router.score_function,
-            router.expert_bias,
             router.codebook.codewords if has_lists else None,
             router.index.shortlist if has_lists else None,
         )

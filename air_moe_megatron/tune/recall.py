@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from air_moe_megatron.config import AIRFields
+from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.lists import list_every_expert, reserved_slots
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
-from air_moe_megatron.ops.fine_scores import fine_topk
-from air_moe_megatron.ops.ranking import Ranking, rank_experts
-from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
+from air_moe_megatron.ops.ranking import Ranking
 
 DECAY = AIRFields.moe_air_codebook_ema  # the default of a run
 _BATCHES, _PASSES = 8, 4  # of the fit: its tokens are seen four times, in eight batches each time
@@ -29,18 +28,15 @@ class Layer:
     name: str
     fit: torch.Tensor  # [T, H] tokens as the router scores them, for the codebooks
     test: torch.Tensor  # [T, H] held-out tokens, for the recall
-    weight: torch.Tensor  # [E, H]
-    bias: torch.Tensor | None  # [E]
+    centers: Centers  # of all experts
     topk: int
-    score_function: str | None = None  # with an expert bias only
-    expert_bias: torch.Tensor | None = None  # [E]
     codewords: torch.Tensor | None = None  # [C, H] of the checkpoint, if it has them
     lists: torch.Tensor | None = None  # [C, L] likewise
 
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.weight.shape[0]
+        return self.centers.weight.shape[0]
 
 
 @torch.no_grad()
@@ -62,10 +58,7 @@ def fit_codebook(tokens: torch.Tensor, num_clusters: int) -> Codebook:
 @torch.no_grad()
 def make_lists(layer: Layer, codebook: Codebook, sizes: Sequence[int]) -> list[torch.Tensor]:
     """Lists [C, L] of several lengths L, each as by a full rebuild: the best experts, and those in no other list."""
-    ranking = rank_experts(
-        codebook.codewords, codebook.typical_projections(), layer.weight, layer.bias, max(sizes),
-        layer.score_function, layer.expert_bias,
-    )  # fmt: skip
+    ranking = layer.centers.rank_experts(codebook.codewords, codebook.typical_projections(), max(sizes))
     num_clusters = codebook.codewords.shape[0]
     return [
         list_every_expert(
@@ -83,17 +76,15 @@ def exact(layer: Layer) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     Yields:
         slice of the tokens; [n, E] softmax over all experts; [n, K] ids of the exact top-k.
     """
-    weight = layer.weight.float()
+    centers, weight = layer.centers, layer.centers.weight.float()
     size = max(1, _SCORES // layer.num_experts)
     for first in range(0, layer.test.shape[0], size):
         rows = slice(first, min(first + size, layer.test.shape[0]))
         logits = layer.test[rows].float() @ weight.t()
-        if layer.bias is not None:
-            logits += layer.bias.float()
-        scores = logits
-        if layer.expert_bias is not None:
-            scores = SCORE_FUNCTIONS[layer.score_function](logits) + layer.expert_bias
-        yield rows, logits.softmax(dim=1), scores.topk(layer.topk, dim=1).indices
+        if centers.bias is not None:
+            logits += centers.bias.float()
+        best = centers.selection_ranks(logits).topk(layer.topk, dim=1).indices
+        yield rows, logits.softmax(dim=1), best
 
 
 @torch.no_grad()
@@ -159,10 +150,7 @@ def time_search(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor, num_
 
     def run() -> None:
         choices = assign(layer.test, codewords, num_probes)
-        fine_topk(
-            layer.test, layer.weight, layer.bias, lists, choices, layer.topk, torch.float32, layer.score_function,
-            layer.expert_bias,
-        )  # fmt: skip
+        layer.centers.fine_topk(layer.test, lists, choices, layer.topk, torch.float32)
 
     return _least_seconds(run, layer.test, repeats)
 

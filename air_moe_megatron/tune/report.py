@@ -188,7 +188,7 @@ def _details(layer: Layer, results: Sequence[Result]) -> list[dict[str, float]]:
                 "bound": float(figures.mass_bound.mean()),
                 "certified": float(figures.certified.float().mean()),
                 "us/token": time_search(layer, codewords, lists, setting.num_probes) * 1e6,
-                "KiB": output.state_bytes(setting, layer.weight.shape[1], layer.num_experts) / 1024,
+                "KiB": output.state_bytes(setting, layer.test.shape[1], layer.num_experts) / 1024,
             }
         )
     return details
@@ -199,12 +199,9 @@ def _as_router(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor) -> Si
     return SimpleNamespace(
         center_group=None,
         first_expert=0,
-        weight=layer.weight,
-        bias=layer.bias,
+        centers=layer.centers,
+        expert_bias=layer.centers.expert_bias,
         topk=layer.topk,
-        num_experts=layer.num_experts,
-        score_function=layer.score_function,
-        expert_bias=layer.expert_bias,
         codebook=SimpleNamespace(codewords=codewords),
         index=SimpleNamespace(shortlist=lists),
     )

@@ -15,6 +15,7 @@ def randn(*shape, seed):
 
 def train(group, function, interval, num_steps=STEPS, fails_at=None):
     """Train codebook and centers, the same on all ranks; returns codebook, index and each step's buffers."""
+    from air_moe_megatron.learned.centers import Centers
     from air_moe_megatron.learned.codebook import Codebook
     from air_moe_megatron.learned.index import ShortlistIndex
     from air_moe_megatron.ops.coarse import assign_with_statistics
@@ -25,7 +26,8 @@ def train(group, function, interval, num_steps=STEPS, fails_at=None):
     expert_bias = None if function is None else 0.1 * randn(EXPERTS, seed=2)
     history = []
     for step in range(num_steps):
-        index.refresh(codebook, weight, bias[:-1] if step == fails_at else bias, function, expert_bias, group=group)
+        centers = Centers(weight, bias[:-1] if step == fails_at else bias, function, expert_bias)
+        index.refresh(codebook, centers, group=group)
         if step == num_steps - 1:
             break  # before the step's end
         index.commit(group)

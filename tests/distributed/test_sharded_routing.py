@@ -156,7 +156,7 @@ def bitwise(groups, alone, rank):
             update_codebooks(layer, group)
             noise = 0.2 * torch.randn(64, 16, generator=torch.Generator().manual_seed(step))
             with torch.no_grad():
-                router.weight += router._of_own_experts(noise)
+                router.weight += noise[router.first_expert :][: router.weight.shape[0]]
             index = {name: value.clone() for name, value in router.index.state_dict().items()}
             if group is not None:
                 index |= {name: whole(index[name], groups.ep, dim) for name, dim in AXES.items()}

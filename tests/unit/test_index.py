@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from air_moe_megatron.learned import index as index_module
+from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.index import REBUILDING, ShortlistIndex
 from air_moe_megatron.learned.lists import balanced_lists, inverted_lists, list_every_expert, reserved_slots
@@ -279,7 +280,7 @@ class Setup:
     def forward(self):
         """Tell whether it made lists or ranked codewords."""
         before = self.index.shortlist.clone()
-        self.index.refresh(self.codebook, self.weight, None)
+        self.index.refresh(self.codebook, Centers(self.weight))
         return self.index._share is not None or not torch.equal(before, self.index.shortlist)
 
     def step(self, seed):
@@ -393,7 +394,7 @@ def test_forwards_of_a_step_see_the_same_lists_and_work_once(source, interval):
         # The centers move between two forwards of one step only where a test moves them.
         setup.weight = setup.weight + randn(90, 6, seed=50 + step)
         setup.forward()
-        setup.index.refresh(setup.codebook, setup.weight, None, training=False)
+        setup.index.refresh(setup.codebook, Centers(setup.weight), training=False)
         assert setup.index._share is share
         assert_same_bits(setup.state(), before)
         setup.step(step)
@@ -431,7 +432,7 @@ def test_a_resumed_run_sees_the_lists_of_the_uninterrupted_one(source, saved_aft
         run.forward()
         run.step(step)
     if forward_between:
-        run.index.refresh(run.codebook, run.weight, None, training=False)
+        run.index.refresh(run.codebook, Centers(run.weight), training=False)
     other = run.resumed()
     for step in range(saved_after, saved_after + 8):
         assert run.forward() == other.forward()
@@ -497,7 +498,7 @@ SELECTIONS = {
 
 
 def fixed(selection, num_experts=600, num_clusters=100, shortlist_size=40, num_reserved=12, interval=1):
-    """Codebook, index and the centers' arguments, which stay as they are; the lists are those of all experts."""
+    """Codebook, index and centers, which stay as they are; the lists are those of all experts."""
     with_bias, function = SELECTIONS[selection]
     codebook = Codebook(num_clusters, 8, 0.8)
     codebook.accumulate(assign_with_statistics(2.0 * randn(500, 8, seed=5), codebook.codewords, 1)[1])
@@ -507,14 +508,14 @@ def fixed(selection, num_experts=600, num_clusters=100, shortlist_size=40, num_r
     )
     bias = 0.3 * randn(num_experts, seed=3) if with_bias else None
     expert_bias = None if function is None else 0.1 * randn(num_experts, seed=4)
-    arguments = (randn(num_experts, 8, seed=2), bias, function, expert_bias)
-    index.refresh(codebook, *arguments)
-    return codebook, index, arguments
+    centers = Centers(randn(num_experts, 8, seed=2), bias, function, expert_bias)
+    index.refresh(codebook, centers)
+    return codebook, index, centers
 
 
-def rebuild(codebook, index, arguments):
+def rebuild(codebook, index, centers):
     codebook.count_update()
-    index.refresh(codebook, *arguments)
+    index.refresh(codebook, centers)
     index.commit()
 
 
@@ -522,47 +523,45 @@ def as_sets(lists):
     return [set(row) for row in lists.tolist()]
 
 
-def full_ranking(codebook, index, arguments):
-    weight, bias, function, expert_bias = arguments
-    scale, size = codebook.typical_projections(), index.shortlist.shape[1]
-    return rank_experts(codebook.codewords, scale, weight, bias, size, function, expert_bias)
+def full_ranking(codebook, index, centers):
+    return centers.rank_experts(codebook.codewords, codebook.typical_projections(), index.shortlist.shape[1])
 
 
 def scrambled(selection):
     """The same, with lists of every expert, but in the wrong places, and pools to match; and the lists of before."""
-    codebook, index, arguments = fixed(selection)
+    codebook, index, centers = fixed(selection)
     expected = index.shortlist.clone()
     index.shortlist.copy_(balanced_lists(100, 40, 600, "cpu"))
     index.pool.copy_(balanced_lists(100, 160, 600, "cpu"))
-    return codebook, index, arguments, expected
+    return codebook, index, centers, expected
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("block", (32, 128))
 def test_a_rebuild_in_which_every_codeword_has_its_turn_is_a_full_one(selection, block, monkeypatch):
     """As on a GPU."""
-    codebook, index, arguments, expected = scrambled(selection)
+    codebook, index, centers, expected = scrambled(selection)
     monkeypatch.setattr(index_module, "schedule", lambda *_: (block, 1))
-    rebuild(codebook, index, arguments)
+    rebuild(codebook, index, centers)
     assert torch.equal(index.shortlist, expected)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_a_rebuild_that_chooses_from_all_experts_is_a_full_one(selection):
-    codebook, index, arguments, expected = scrambled(selection)
+    codebook, index, centers, expected = scrambled(selection)
     index.pool = torch.arange(600, dtype=torch.int32).expand(100, 600).contiguous()
-    rebuild(codebook, index, arguments)
+    rebuild(codebook, index, centers)
     assert torch.equal(index.shortlist, expected)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_after_a_turn_of_every_codeword_the_lists_keep_the_best_of_all_experts(selection):
     """Whatever stood there; experts that no list keeps are where they were tried last."""
-    codebook, index, arguments, _ = scrambled(selection)
+    codebook, index, centers, _ = scrambled(selection)
     assert index.schedule[1] == 4
     for _ in range(index.schedule[1]):
-        rebuild(codebook, index, arguments)
-    best = full_ranking(codebook, index, arguments).lists[:, :28]
+        rebuild(codebook, index, centers)
+    best = full_ranking(codebook, index, centers).lists[:, :28]
     assert all(kept <= listed for kept, listed in zip(as_sets(best), as_sets(index.shortlist), strict=True))
 
 
@@ -583,12 +582,10 @@ def test_lists_in_parts_are_bitwise_the_lists_of_an_index_for_each_part(selectio
         for shard in range(num_parts)
     ]
     for step in range(24):
-        arguments = (whole.weight, bias, function, expert_bias)
-        whole.index.refresh(whole.codebook, *arguments)
+        centers = Centers(whole.weight, bias, function, expert_bias)
+        whole.index.refresh(whole.codebook, centers)
         for index, part in zip(indices, parts, strict=True):
-            of_part = (None if values is None else values[part] for values in (whole.weight, bias, expert_bias))
-            weight, part_bias, part_expert_bias = of_part
-            index.refresh(whole.codebook, weight, part_bias, function, part_expert_bias)
+            index.refresh(whole.codebook, centers[part])
             index.commit()
         whole.step(step)
         states = [index.state_dict() for index in indices]
@@ -606,7 +603,7 @@ def test_a_part_is_saved_with_the_ids_of_the_model_and_loaded_from_them():
     options = dict(source="tokens", refresh_interval=3, num_reserved=1, shard=1, num_shards=2)
     index = ShortlistIndex(40, 80, 4, **options)
     codebook = Codebook(80, 6, 0.8)
-    index.refresh(codebook, randn(40, 6), None)
+    index.refresh(codebook, Centers(randn(40, 6)))
     state = {name: value.clone() for name, value in index.state_dict().items()}
     assert torch.equal(state["shortlist"], index.shortlist + 40) and torch.equal(state["pool"], index.pool + 40)
     again = ShortlistIndex(40, 80, 4, **options)
@@ -623,7 +620,7 @@ def test_a_shard_that_fails_says_so_at_the_end_of_the_step_where_the_other_ranks
         for step in range(num_steps):
             setup.forward()
             setup.step(step)
-        setup.index.refresh(setup.codebook, setup.weight, torch.zeros(3))
+        setup.index.refresh(setup.codebook, Centers(setup.weight, torch.zeros(3)))
         return setup.index.failure
 
     assert isinstance(after(4, num_shards=2), ValueError)
@@ -637,7 +634,7 @@ def test_lists_in_other_parts_are_refused(saved, loading):
         return ShortlistIndex(120, 80, 12, source="tokens", refresh_interval=3, num_reserved=1, num_parts=num_parts)
 
     index = index_of(saved)
-    index.refresh(Codebook(80, 6, 0.8), randn(120, 6), None)
+    index.refresh(Codebook(80, 6, 0.8), Centers(randn(120, 6)))
     index_of(saved).load_state_dict(index.state_dict())
     with pytest.raises(ValueError, match="another number of parts than moe_air_list_parts"):
         index_of(loading).load_state_dict(index.state_dict())
@@ -645,10 +642,10 @@ def test_lists_in_other_parts_are_refused(saved, loading):
 
 def test_every_expert_is_tried_in_every_rebuild():
     """At least where it stands: so the orphan rule knows a codeword for it."""
-    codebook, index, arguments = fixed("plain")
+    codebook, index, centers = fixed("plain")
     for _ in range(6):
         codebook.count_update()
-        index.refresh(codebook, *arguments)
+        index.refresh(codebook, centers)
         assert (index._share.keys > index_module._UNTRIED).all()
         index.commit()
 
@@ -668,7 +665,7 @@ def test_every_expert_stands_in_a_list_after_every_swap(num_experts, num_cluster
     )
     weight = randn(num_experts, 4, seed=seed)
     for step in range(26):
-        index.refresh(codebook, weight, None)
+        index.refresh(codebook, Centers(weight))
         assert set(index.shortlist.flatten().tolist()) == set(range(num_experts))
         assert (index.shortlist.diff(dim=1) > 0).all()  # sorted, and none twice
         index.commit()
@@ -692,9 +689,9 @@ def test_a_share_of_several_ranks_is_not_taken_for_all():
     class TwoRanks:
         rank, size = staticmethod(lambda: 1), staticmethod(lambda: 2)
 
-    codebook, index, arguments = fixed("plain")
+    codebook, index, centers = fixed("plain")
     codebook.count_update()
-    index.refresh(codebook, *arguments, group=TwoRanks)
+    index.refresh(codebook, centers, group=TwoRanks)
     with pytest.raises(ValueError, match="ranked by 2 ranks together.*not with one of 1"):
         index.commit()
 

@@ -30,7 +30,7 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 # The same within a folder, where the order of its files says more than the folder's place above.
 WITHIN = {
     "learned": (
-        {"module_state", "rebuild_schedule", "recomputation"},
+        {"centers", "module_state", "rebuild_schedule", "recomputation"},
         {"learner"},
         {"codebook", "lists", "parts"},
         {"index", "running_norm"},

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from air_moe_megatron.config import resolve_sizes
+from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.rebuild_schedule import num_rebuilds, rebuild_products
 from air_moe_megatron.learned.whitening_norm import WhiteningNorm
 from air_moe_megatron.ops.fine_scores import eager
@@ -112,7 +113,7 @@ def test_products_of_a_rebuild_equal_what_torch_counts(megatron_cpu, fields):
     weight = router.weight.bfloat16()  # the products with fp32 centers are sparse, which torch does not count
     for _ in range(2 + router.index.schedule[1]):
         with FlopCounterMode(display=False) as counter:
-            router.index.refresh(router.codebook, weight, None)
+            router.index.refresh(router.codebook, Centers(weight))
         router.index.commit()
         router.codebook.count_update()
         counts.append(counter.get_total_flops())
@@ -132,7 +133,7 @@ def test_products_with_source_experts_equal_what_torch_counts(megatron_cpu):
     weight, total = router.weight.bfloat16(), 0  # as above
     for num_steps in range(1, 5):
         with FlopCounterMode(display=False) as counter:
-            router.index.refresh(router.codebook, weight, None)
+            router.index.refresh(router.codebook, Centers(weight))
         router.codebook.count_update()
         total += counter.get_total_flops()
         assert router_flops(config, 1, num_steps).refresh * num_steps == pytest.approx(total)

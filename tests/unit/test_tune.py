@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -11,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from air_moe_megatron.config import invalid
 from air_moe_megatron.diagnostics.recall import measure as measure_sample
 from air_moe_megatron.inference.data import TokenStream
+from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.index import ShortlistIndex
 from air_moe_megatron.learned.lists import reserved_slots
 from air_moe_megatron.ops.coarse import assign
@@ -50,18 +52,18 @@ def make_layer(num_fit=256, num_test=33, bias=False, expert_bias=False) -> Layer
     tokens = directions[torch.arange(num_fit + num_test) % 8]
     tokens = tokens + 0.3 * torch.randn(tokens.shape, generator=generator)
     extra = torch.randn(2, EXPERTS, generator=generator)
-    return Layer(
-        "1", tokens[:num_fit], tokens[num_fit:], torch.randn(EXPERTS, HIDDEN, generator=generator),
-        extra[0] if bias else None, TOPK, "sigmoid" if expert_bias else None, extra[1] if expert_bias else None,
-    )  # fmt: skip
+    centers = Centers(torch.randn(EXPERTS, HIDDEN, generator=generator), extra[0] if bias else None)
+    if expert_bias:
+        centers = replace(centers, score_function="sigmoid", expert_bias=extra[1])
+    return Layer("1", tokens[:num_fit], tokens[num_fit:], centers, TOPK)
 
 
 def naive_recall(layer, choices, lists):
     """Top-k and mass recall in words."""
     topk = mass = 0.0
     for hidden, chosen in zip(layer.test, choices.tolist(), strict=True):
-        logits = layer.weight @ hidden + (0.0 if layer.bias is None else layer.bias)
-        scores = logits if layer.expert_bias is None else logits.sigmoid() + layer.expert_bias
+        logits = layer.centers.weight @ hidden + (0.0 if layer.centers.bias is None else layer.centers.bias)
+        scores = logits if layer.centers.expert_bias is None else logits.sigmoid() + layer.centers.expert_bias
         listed = {expert for one in chosen for expert in lists[one].tolist()}
         topk += len(listed & set(scores.topk(layer.topk).indices.tolist())) / layer.topk
         mass += logits.softmax(dim=0)[sorted(listed)].sum().item()
@@ -117,7 +119,7 @@ def test_lists_are_those_of_a_full_rebuild():
     codebook = fit_codebook(layer.fit, 16)
     reserved = reserved_slots(EXPERTS, 16, 8, TOPK)
     index = ShortlistIndex(EXPERTS, 16, 8, source="tokens", refresh_interval=20, num_reserved=reserved)
-    index.refresh(codebook, layer.weight, None)
+    index.refresh(codebook, layer.centers)
     (lists,) = make_lists(layer, codebook, [8])
     assert torch.equal(lists, index.shortlist)
     assert lists.unique().numel() == EXPERTS
@@ -132,7 +134,7 @@ def test_candidates_are_the_best_distinct_ones():
     for number, mass in zip((TOPK, 7, 1000), found.tolist(), strict=True):
         expected = 0.0
         for hidden, chosen in zip(layer.test, choices, strict=True):
-            probs = (layer.weight @ hidden).softmax(dim=0)[lists[chosen].long().unique()]
+            probs = (layer.centers.weight @ hidden).softmax(dim=0)[lists[chosen].long().unique()]
             expected += probs.sort(descending=True).values[:number].sum().item() / len(layer.test)
         assert mass == pytest.approx(expected, abs=1e-6)
 
@@ -149,7 +151,7 @@ def test_product_keys_find_everything_where_centers_are_pairs_of_sub_keys():
     first, second = ids // 8, (ids // 8 + ids) % 8  # all sub-keys stand where k-means starts, at every eighth id
     weight = torch.cat((halves[0, first], halves[1, second]), dim=1)
     layer = make_layer()
-    assert measure_product_keys(Layer("1", layer.fit, layer.test, weight, None, TOPK), (8, 8))[0] == 1.0
+    assert measure_product_keys(Layer("1", layer.fit, layer.test, Centers(weight), TOPK), (8, 8))[0] == 1.0
     assert measure_product_keys(layer, (8, 8))[0] < 1.0
 
 
@@ -299,7 +301,7 @@ def test_lists_of_the_checkpoint_are_measured_as_they_are(megatron_cpu):
     layer = make_layer()
     codebook = fit_codebook(layer.fit, 16)
     (lists,) = make_lists(layer, codebook, [8])
-    loaded = Layer("1", layer.fit, layer.test, layer.weight, None, TOPK, None, None, codebook.codewords, lists)
+    loaded = replace(layer, codewords=codebook.codewords, lists=lists)
     (result,) = searching.measure_loaded([loaded], router.config, [router], 512)
     assert result.setting == Setting(16, 8, 2)
     assert result.topk[0] == pytest.approx(naive_recall(layer, assign(layer.test, codebook.codewords, 2), lists)[0])
@@ -315,7 +317,7 @@ def test_the_checkpoints_router_costs_what_its_config_says(megatron_cpu, fields)
     layer = make_layer()
     codebook = fit_codebook(layer.fit, 16)
     (lists,) = make_lists(layer, codebook, [8])
-    loaded = Layer("1", layer.fit, layer.test, layer.weight, None, TOPK, None, None, codebook.codewords, lists)
+    loaded = replace(layer, codewords=codebook.codewords, lists=lists)
     (result,) = searching.measure_loaded([loaded], router.config, [router], 512)
     on_gpu = torch.cuda.is_available()
     assert result.flops == AIRRouter.flops(router.config, Rebuilds(512, on_gpu=on_gpu)).total
