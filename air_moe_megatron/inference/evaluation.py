@@ -26,7 +26,7 @@ from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers import AIRRouter
 from air_moe_megatron.routers.air import TokenSample
 from air_moe_megatron.routers.base import CompactRouter
-from air_moe_megatron.routers.row_exchange import ShardedRows
+from air_moe_megatron.routers.sharded_rows import ShardedRows
 from air_moe_megatron.training import console
 from air_moe_megatron.training.batches import forward_step
 

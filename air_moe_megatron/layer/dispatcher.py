@@ -32,7 +32,7 @@ from air_moe_megatron.learned.recomputation import is_in_backward
 from air_moe_megatron.ops.exchange import combine, make_plan, pack
 from air_moe_megatron.ops.pair_products import Pairs, make_pairs
 from air_moe_megatron.process_groups import HoldsProcessGroups
-from air_moe_megatron.routers.row_exchange import ShardedRows
+from air_moe_megatron.routers.sharded_rows import ShardedRows
 
 
 @dataclass
@@ -308,8 +308,8 @@ class ShardedTokenDispatcher(CompactTokenDispatcher):
         row_bytes = num_tokens * hidden_states.shape[1] * hidden_states.element_size()
         traffic.row_bytes += num_ranks * row_bytes
         traffic.remote_row_bytes += (num_ranks - 1) * row_bytes
-        to_owners = num_tokens * (4 * sharded.num_probes + sharded.width)  # int32 codewords, bytes of marks
-        per_row = sharded.width * (sharded.score_bytes + 4)  # scores and int32 ids
+        to_owners = num_tokens * (4 * sharded.num_probes + sharded.num_offers)  # int32 codewords, bytes of marks
+        per_row = sharded.num_offers * (sharded.score_bytes + 4)  # scores and int32 ids
         sent = sharded.selected.sent
         traffic.pair_bytes += num_ranks * to_owners + sharded.exchange.num_rows * per_row
         traffic.pair_bytes += sum(sent) * probs.element_size()

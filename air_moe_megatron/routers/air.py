@@ -116,7 +116,20 @@ class AIRRouter(CompactRouter):
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         with hidden_from_checkpoints():
             shortlist, codewords = self._coarse(hidden, padding_mask)  # [C, L], [T, P]
-        logits, ids = self._candidates(hidden, shortlist, codewords)
+        scores, ids = self._score(hidden, shortlist, codewords, *self._num_candidates(shortlist, codewords))
+        return self._choose_candidates(scores, ids, hidden, codewords, padding_mask, batch_size)
+
+    def _choose_candidates(
+        self,
+        scores: torch.Tensor,
+        ids: torch.Tensor,
+        hidden: torch.Tensor,
+        codewords: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        batch_size: int,
+    ) -> Routes:
+        """Choose among the candidates that :meth:`_score` returns, and record for logs what was searched."""
+        logits, ids = self._as_logits(scores, ids)
         if self._all_scores_matter():
             routes = self._choose_among(logits, ids.long(), padding_mask, batch_size, self._explored())
         else:  # the candidates are the top-k
@@ -140,30 +153,25 @@ class AIRRouter(CompactRouter):
         ids = ids_in_order(ids, self)
         return ids if ids.numel() == num_tokens else None
 
-    def _candidates(
-        self, hidden: torch.Tensor, shortlist: torch.Tensor, codewords: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score the probed lists, and keep the candidates that probabilities and losses use.
+    def _num_candidates(self, shortlist: torch.Tensor, codewords: torch.Tensor) -> tuple[int, int]:
+        """How many candidates of a token probabilities and losses use: of the best ones, and of explored ones.
 
-        These are the top-k if only the selected scores reach the loss. Otherwise they are the best M, followed by R
-        explored candidates for the balancing losses. In a load test they are all P*L slots, with random logits.
-
-        Returns:
-            [T, N] differentiable logits; [T, N] int32 expert ids, -1 for an empty slot.
+        The best are the top-k if only the selected scores reach the loss, and otherwise M. The balancing losses also
+        use R explored candidates. In a load test all P*L slots are candidates.
         """
-        is_load_test = self.config.moe_router_force_load_balancing
-        if is_load_test:
-            num_candidates = codewords.shape[1] * shortlist.shape[1]
-        else:
-            num_candidates = self.sizes.num_candidates if self._all_scores_matter() else self.topk
+        if self.config.moe_router_force_load_balancing:
+            return codewords.shape[1] * shortlist.shape[1], 0
         explored = self._explored()
-        logits, ids = self._score(hidden, shortlist, codewords, num_candidates, explored.number if explored else 0)
-        if is_load_test:
+        return self.sizes.num_candidates if self._all_scores_matter() else self.topk, explored.number if explored else 0
+
+    def _as_logits(self, scores: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, N] logits and ids of candidates, from their scores and ids; in a load test random, sorted by id."""
+        if self.config.moe_router_force_load_balancing:
             ids, order = ids.sort(dim=1)
-            logits = apply_random_logits(logits.gather(1, order)).masked_fill(ids < 0, float("-inf"))
+            scores = apply_random_logits(scores.gather(1, order)).masked_fill(ids < 0, float("-inf"))
         if self.score_function == "sqrtsoftplus":
-            logits = logits.masked_fill(ids < 0, _NEXT_TO_NOTHING)
-        return logits, ids
+            scores = scores.masked_fill(ids < 0, _NEXT_TO_NOTHING)
+        return scores, ids
 
     def _explored(self) -> Explored | None:
         """Describe the explored candidates, which are each token's last; None if there are none.

@@ -29,7 +29,7 @@ from air_moe_megatron.learned.whitening_norm import WhiteningNorm
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.losses import Explored, RouterLosses
-from air_moe_megatron.routers.row_exchange import ShardedRows
+from air_moe_megatron.routers.sharded_rows import ShardedRows
 
 INPUT_NORMS = {"none": None, "running": RunningNorm, "whitening": WhiteningNorm}
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -199,7 +199,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             if self.learns():
                 with hidden_from_checkpoints():
                     self.input_norm.accumulate(hidden, padding_mask)
-        routes = self._choose(self._as_scored(hidden), padding_mask, batch_size)
+        routes = self._norm_and_choose(hidden, padding_mask, batch_size)
         if self._is_counted:
             with hidden_from_checkpoints():
                 counts = self._count(routes.topk_ids, padding_mask)
@@ -209,6 +209,10 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             if self.config.moe_expert_capacity_factor is None:  # otherwise forward counts, after it has dropped tokens
                 self._count_for_bias(counts)
         return routes
+
+    def _norm_and_choose(self, tokens: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
+        """:meth:`_choose` for tokens [T, H] before the input norm; a router that sends tokens overrides it."""
+        return self._choose(self._as_scored(tokens), padding_mask, batch_size)
 
     def _as_scored(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] tokens as the router scores them: after the input norm, if there is one."""

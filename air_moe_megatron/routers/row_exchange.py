@@ -1,20 +1,14 @@
-"""The communication of sharded routing: rows of tokens to all expert-parallel ranks, and values of pairs.
+"""The collectives of sharded routing: rows of tokens to all expert-parallel ranks, and values of rows back home.
 
 A token's *home* is the rank that it comes from. Every rank holds the rows of all homes, those of rank 0 first. It is
-the *owner* of its experts, and keeps n candidates per row among them. So at home a token has D * n slots for
-candidates, n from each owner. A pair is a token and one of its candidates.
+the *owner* of its own experts.
 
-Legend: D ranks, T tokens of this rank, R rows (the tokens of all ranks), n candidates per row that an owner keeps,
-N pairs; others as in ``ops/__init__.py``.
+Legend: D ranks, T tokens of this rank, R rows (the tokens of all ranks); others as in ``ops/__init__.py``.
 """
 
-from dataclasses import dataclass, field
-
 import torch
-from megatron.core.tensor_parallel import all_to_all
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from air_moe_megatron.ops.pair_products import Pairs, make_pairs, pair_gradients
 from air_moe_megatron.process_groups import group_size
 
 
@@ -83,6 +77,14 @@ class RowExchange:
         self._all_to_all(received, values, self.counts, self._own_counts)
         return received
 
+    def gather_number(self, number: torch.Tensor) -> torch.Tensor:
+        """Gather one number [] of every rank, [D]. Not differentiable."""
+        gathered = number.new_empty(self.num_ranks)
+        if self.num_ranks == 1:
+            return number.view_as(gathered)
+        torch.distributed.all_gather_into_tensor(gathered, number.view(1), group=self.group)
+        return gathered
+
     @property
     def _own_counts(self) -> list[int]:
         return [self.num_tokens] * self.num_ranks
@@ -130,132 +132,3 @@ class _Sum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.exchange.all_rows(grad), None
-
-
-@dataclass(frozen=True)
-class PairExchange:
-    """Pairs of tokens and candidates, at their homes and at their owners, in the same order on both sides."""
-
-    group: torch.distributed.ProcessGroup | None
-    pairs: Pairs  # this owner's pairs of rows (of all homes) and local experts
-    sources: torch.Tensor  # [N] int64, indices of this home's pairs in a flat [T, K] or [T, M]
-    sent: list[int]  # numbers of pairs from this home to each owner
-    received: list[int]  # numbers of pairs that this owner gets from each home
-
-    def send(self, values: torch.Tensor) -> torch.Tensor:
-        """Send values of pairs to their owners, [T, K] or [T, M] -> [N']. Differentiable; one all-to-all each way."""
-        values = values.reshape(-1).index_select(0, self.sources)
-        return values if group_size(self.group) == 1 else all_to_all(self.group, values, self.received, self.sent)
-
-
-@dataclass
-class ShardedRows:
-    """The rows that a router has gathered for the experts, and the pairs that its tokens keep and select.
-
-    The home knows the scores before the owners know the pairs. So :meth:`attach` makes the scores differentiable first,
-    and :meth:`choose` must follow before the backward.
-    """
-
-    exchange: RowExchange
-    rows: torch.Tensor  # [R, H]
-    local_ids: torch.Tensor  # [R, n] int32, this owner's candidates of each row; -1 for none
-    num_local_experts: int
-    num_probes: int
-    score_bytes: int  # bytes per score that is sent
-    topk_ids: torch.Tensor | None = None  # [T, K] int32, as in the routes
-    selected: PairExchange | None = None  # the pairs of the top-k
-    kept: list[PairExchange] = field(default_factory=list)  # empty, then the one exchange of pairs that get gradients
-
-    @property
-    def width(self) -> int:
-        """n, the number of candidates per row that an owner keeps."""
-        return self.local_ids.shape[1]
-
-    def attach(self, scored: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the candidates' scores [T, N], differentiable: the owners compute the gradients of ``<w_e, h>``.
-
-        Args:
-            scored: [R, H], the rows as they were scored.
-            weight: [E / D, H].
-            scores: [T, N].
-        """
-        return _HomeScores.apply(scored, weight, scores, self.kept)
-
-    @torch.no_grad()
-    def choose(
-        self, slots: torch.Tensor, is_kept: torch.Tensor, columns: torch.Tensor, num_invalid: torch.Tensor
-    ) -> list[int]:
-        """Tell the owners which of their candidates this home keeps and selects; waits for the device once.
-
-        Communicates: one all-to-all of D * n bytes per token, and one all-gather of a number.
-
-        Args:
-            slots: [T, M] int64, slots of the candidates among the token's D * n, in the order of the scores.
-            is_kept: [T, M] bool, False where there is no candidate or the token is padding.
-            columns: [T, K] int64, columns of ``slots`` that are the top-k.
-            num_invalid: [] int64, number of probs on this rank that are not finite.
-        Returns:
-            ``num_invalid`` of every rank.
-        """
-        exchange, (num_tokens, num_kept) = self.exchange, slots.shape
-        num_ranks, device = exchange.num_ranks, slots.device
-        is_selected = torch.zeros_like(is_kept).scatter_(1, columns, True) & is_kept
-        codes = torch.zeros(num_tokens, num_ranks * self.width, dtype=torch.uint8, device=device)
-        codes.scatter_(1, slots, is_kept.to(torch.uint8) + is_selected)
-        codes = codes.view(num_tokens, num_ranks, self.width).transpose(0, 1).contiguous()  # [D, T, n]
-        received = exchange.to_owners(codes)  # [R, n]
-        invalid = num_invalid.view(1)
-        if num_ranks > 1:
-            invalid = invalid.new_empty(num_ranks)
-            torch.distributed.all_gather_into_tensor(invalid, num_invalid.view(1), group=exchange.group)
-        of_homes = received.split(exchange.counts)
-        counts = [invalid]
-        for code in (1, 2):
-            counts.append((codes >= code).sum(dim=(1, 2)))
-            counts.append(torch.stack([(part >= code).sum() for part in of_homes]))
-        invalid, *counts = torch.stack(counts).tolist()  # the one wait for the device
-        # For each candidate that a home keeps: its index in the flat [T, M] of scores, and in the flat [T, K] of top-k.
-        places = torch.arange(num_tokens * num_kept, device=device).view(num_tokens, num_kept)
-        in_topk = torch.arange(columns.numel(), device=device).view_as(columns)
-        in_topk = torch.zeros_like(places).scatter_(1, columns, in_topk)
-        of_kept, of_selected = (
-            torch.zeros(num_tokens, num_ranks * self.width, dtype=torch.int64, device=device)
-            .scatter_(1, slots, values)
-            .view(num_tokens, num_ranks, self.width)
-            .transpose(0, 1)
-            .flatten()
-            for values in (places, in_topk)
-        )
-        self.kept.append(self._pairs(codes >= 1, of_kept, received >= 1, *counts[:2]))
-        self.selected = self._pairs(codes >= 2, of_selected, received >= 2, *counts[2:])
-        return invalid
-
-    def _pairs(
-        self, codes: torch.Tensor, places: torch.Tensor, received: torch.Tensor, sent: list[int], got: list[int]
-    ) -> PairExchange:
-        at_home = torch.nonzero_static(codes.flatten(), size=sum(sent)).flatten()
-        at_owner = torch.nonzero_static(received.flatten(), size=sum(got)).flatten()
-        rows, ids = at_owner // self.width, self.local_ids.flatten()[at_owner]
-        pairs = make_pairs(rows, ids, self.exchange.num_rows, self.num_local_experts)
-        return PairExchange(self.exchange.group, pairs, places[at_home], sent, got)
-
-
-class _HomeScores(torch.autograd.Function):
-    """Scores whose centers and rows are at their owners. The backward sends the kept scores' gradients there."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, rows: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, kept: list[PairExchange]
-    ) -> torch.Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.weight, ctx.kept = weight, kept  # the parameter itself, for its main_grad
-        return scores.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, _ = ctx.saved_tensors
-        (kept,) = ctx.kept
-        need_rows, need_weight = ctx.needs_input_grad[:2]
-        grads = pair_gradients(rows, ctx.weight, kept.pairs, kept.send(grad), need_rows, need_weight)
-        return *grads, None, None

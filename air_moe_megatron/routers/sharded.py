@@ -5,16 +5,15 @@ the lists, and rebuilds these slots. The home does all work per token: coarse st
 forward over the D expert-parallel ranks:
 
 1. Each home finds its tokens' codewords. Rows and codewords go to all ranks (all-gathers).
-2. Each owner scores its parts of the lists, and keeps the best n candidates of every row. It also draws the explored
-   candidates from its parts.
-3. Scores and ids return to the homes (all-to-alls). The home chooses the best M of D * n candidates, and the top-k of
-   these.
-4. The owners learn which candidates were kept and selected (an all-to-all of bytes). The dispatcher sends the probs.
+2. Each owner scores its parts of the lists, and offers the best candidates of every row. It also draws its share of the
+   explored candidates from its parts.
+3. Scores and ids of these n offers return to the homes (all-to-alls). The home chooses the best M of all owners' offers
+   as candidates, and the top-k of these.
+4. The owners learn which offers were kept and selected (an all-to-all of bytes). The dispatcher sends the probs.
 
 For any D the candidates are those of a replicated router whose lists have as many parts.
 
-Legend: D ranks, R rows (the tokens of all ranks), n candidates per row that an owner keeps; others as in
-``ops/__init__.py``.
+Legend: D ranks, R rows (the tokens of all ranks), n offers per row and owner; others as in ``sharded_rows.py``.
 """
 
 from dataclasses import replace
@@ -30,11 +29,13 @@ from air_moe_megatron.compat import is_normal
 from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.index import ShortlistIndex
 from air_moe_megatron.learned.lists import without_repeats
+from air_moe_megatron.learned.recomputation import hidden_from_checkpoints
 from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers.air import AIRRouter
 from air_moe_megatron.routers.base import Routes
-from air_moe_megatron.routers.row_exchange import RowExchange, ShardedRows
+from air_moe_megatron.routers.row_exchange import RowExchange
+from air_moe_megatron.routers.sharded_rows import Candidates, GatheredRows, KeptPairs, Offers, ShardedRows
 
 _BLOCK = 256  # centers that are initialized at a time
 
@@ -61,9 +62,6 @@ class ShardedAIRRouter(AIRRouter):
         self.first_expert = self.ep_group.rank() * self.num_local_experts
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.center_group = self.ep_group if self.ep_group.size() > 1 else None
-        # State of the current forward: the tokens before the input norm; rows, slots, and which of these are kept.
-        self._tokens: torch.Tensor | None = None
-        self._chosen: tuple[ShardedRows, torch.Tensor, torch.Tensor] | None = None
 
     def reset_parameters(self) -> None:
         """Initialize this rank's centers to those that a replicated router would have.
@@ -112,93 +110,98 @@ class ShardedAIRRouter(AIRRouter):
         Args, raises: as :meth:`route`.
         """
         routes = self.route(input, padding_mask)
-        routes.sharded.topk_ids = routes.topk_ids
-        return routes.probs, routes.sharded
+        return routes.probs, replace(routes.sharded, topk_ids=routes.topk_ids)
 
-    def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
-        """Choose the experts, and tell the owners. Communicates over the expert-parallel group.
+    def _norm_and_choose(self, tokens: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
+        """Choose the experts in the steps at the top of this file. Communicates over the expert-parallel group.
 
         Raises:
-            ValueError: on every rank, if any has probs that are NaN or infinite.
+            ValueError: on every rank, if a size differs between ranks, or any has probs that are NaN or infinite.
         """
-        routes = super()._choose(hidden, padding_mask, batch_size)
-        (sharded, slots, is_kept), self._chosen = self._chosen, None
-        is_invalid = ~routes.probs.isfinite()
+        hidden = self._as_scored(tokens)
+        with hidden_from_checkpoints():
+            shortlist, codewords = self._coarse(hidden, padding_mask)  # [C, L / D], [T, P]
+        num_best, num_explored = self._num_candidates(shortlist, codewords)
+        rows = self._gather(tokens, codewords, num_best, num_explored)  # step 1
+        offers = self._score_rows(rows, shortlist, num_best, num_explored)  # step 2
+        candidates = self._choose_offers(rows, offers, num_best)  # step 3
+        del offers  # of all rows; the candidates hold what is still needed
+        routes = self._choose_candidates(candidates.scores, candidates.ids, hidden, codewords, padding_mask, batch_size)
+        return replace(routes, sharded=self._tell_owners(candidates, routes, padding_mask))  # step 4
+
+    def _gather(self, tokens: torch.Tensor, codewords: torch.Tensor, num_best: int, num_explored: int) -> GatheredRows:
+        """Step 1: send tokens and codewords to all ranks. Waits for each rank's number of tokens.
+
+        Tokens are sent without input norm, as the experts need them; owners normalize again.
+        """
+        sizes = {
+            "hidden size": tokens.shape[1],
+            "bytes per hidden number": tokens.element_size(),
+            "moe_air_num_probes": codewords.shape[1],
+            "candidates": num_best,
+            "explored candidates": num_explored,
+            "experts per rank": self.num_local_experts,
+        }
+        exchange = RowExchange(self.ep_group, tokens.shape[0], sizes, tokens.device)
+        rows = exchange.gather(tokens)
+        with torch.no_grad():
+            codewords = exchange.gather(codewords.int()).long()
+        return GatheredRows(exchange, rows, self._as_scored(rows), codewords)
+
+    @torch.no_grad()
+    def _score_rows(self, rows: GatheredRows, shortlist: torch.Tensor, num_best: int, num_explored: int) -> Offers:
+        """Step 2: score this rank's parts of the lists, keep the best candidates of every row, and draw some."""
+        num_best = min(num_best, rows.codewords.shape[1] * shortlist.shape[1])
+        dtype = self._router_dtype(rows.scored)
+        scores, ids = self.centers.fine_topk(rows.scored, shortlist, rows.codewords, num_best, dtype)
+        if num_explored:
+            drawn = self._draw(shortlist, rows.codewords, num_explored // rows.exchange.num_ranks)
+            scores = torch.cat((scores, self._scores_of(rows.scored, drawn, scores.dtype)), dim=1)
+            ids = torch.cat((ids, drawn), dim=1)
+        return Offers(scores, ids, num_best)
+
+    def _choose_offers(self, rows: GatheredRows, offers: Offers, num_best: int) -> Candidates:
+        """Step 3: return all offers to the homes. Of each token's, choose the best, and all that were drawn."""
+        exchange, (_, num_offers) = rows.exchange, offers.ids.shape
+        with torch.no_grad():
+            scores, ids = exchange.to_homes(offers.scores), exchange.to_homes(offers.ids)  # [D, T, n]
+            ranks = torch.arange(exchange.num_ranks, dtype=ids.dtype, device=ids.device)
+            ids = torch.where(ids < 0, ids, ids + (ranks * self.num_local_experts).view(-1, 1, 1))
+            scores, ids = (values.transpose(0, 1) for values in (scores, ids))  # [T, D, n]
+            slots = self._best_slots(scores, ids, offers.num_best, num_best)
+            scores, ids = scores.flatten(1), ids.flatten(1)  # [T, D * n]
+            chosen = ids.gather(1, slots)
+            if num_offers > offers.num_best:
+                columns = torch.arange(offers.num_best, num_offers, device=slots.device)
+                drawn = (ranks.long().unsqueeze(1) * num_offers + columns).flatten()
+                slots = torch.cat((slots, drawn.expand(slots.shape[0], -1)), dim=1)
+                chosen = torch.cat((chosen, without_repeats(ids[:, drawn], chosen)), dim=1)
+            scores = scores.gather(1, slots).masked_fill(chosen < 0, float("-inf"))
+        kept = KeptPairs()
+        return Candidates(rows, offers.ids, slots, chosen, kept.attach(rows.scored, self.weight, scores), kept)
+
+    def _best_slots(self, scores: torch.Tensor, ids: torch.Tensor, width: int, number: int) -> torch.Tensor:
+        """[T, number] slots of the best candidates in the first ``width`` offers [T, D, n] of all owners."""
+        stride, scores, ids = scores.shape[2], scores[:, :, :width], ids[:, :, :width]
+        if self.expert_bias is not None:
+            scores = SCORE_FUNCTIONS[self.score_function](scores) + self.expert_bias[ids.clamp(min=0)]
+            scores = scores.masked_fill(ids < 0, float("-inf"))
+        best = scores.flatten(1).topk(number, dim=1, sorted=False).indices
+        return best // width * stride + best % width
+
+    def _tell_owners(self, candidates: Candidates, routes: Routes, padding_mask: torch.Tensor | None) -> ShardedRows:
+        """Step 4: tell the owners which of their offers are kept and selected. Raises as :meth:`_norm_and_choose`."""
+        is_kept, is_invalid = candidates.ids >= 0, ~routes.probs.isfinite()
         if padding_mask is not None:
-            is_kept, is_invalid = is_kept & ~padding_mask.unsqueeze(1), is_invalid & ~padding_mask.unsqueeze(1)
-        num_invalid = sharded.choose(slots, is_kept, routes.columns, is_invalid.sum())
+            is_kept, is_invalid = (values & ~padding_mask.unsqueeze(1) for values in (is_kept, is_invalid))
+        sharded, num_invalid = candidates.tell_owners(is_kept, routes.columns, is_invalid.sum(), self.num_local_experts)
         for rank, number in enumerate(num_invalid):
             if number:
                 raise ValueError(
                     f"layer {self.layer_number}: {number} of the routing probs of expert-parallel rank {rank} are NaN "
                     "or infinite; the hidden states or the router's weights are not finite"
                 )
-        return replace(routes, sharded=sharded)
-
-    def _as_scored(self, hidden: torch.Tensor) -> torch.Tensor:
-        """See the base class. Tokens are sent without input norm, as the experts need them; owners normalize again."""
-        self._tokens = hidden
-        return super()._as_scored(hidden)
-
-    def _score(
-        self,
-        hidden: torch.Tensor,
-        shortlist: torch.Tensor,
-        codewords: torch.Tensor,
-        num_candidates: int,
-        num_explored: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score on all ranks; see the base class. Communicates, and waits for each rank's number of tokens."""
-        sizes = {
-            "hidden size": hidden.shape[1],
-            "bytes per hidden number": hidden.element_size(),
-            "moe_air_num_probes": codewords.shape[1],
-            "candidates": num_candidates,
-            "explored candidates": num_explored,
-            "experts per rank": self.num_local_experts,
-        }
-        exchange = RowExchange(self.ep_group, hidden.shape[0], sizes, hidden.device)
-        tokens, self._tokens = self._tokens, None
-        rows = exchange.gather(tokens)
-        scored = super()._as_scored(rows)
-        with torch.no_grad():
-            codewords = exchange.gather(codewords.int()).long()  # [R, P]
-            width = min(num_candidates, codewords.shape[1] * shortlist.shape[1])
-            dtype = self._router_dtype(hidden)
-            scores, local_ids = self.centers.fine_topk(scored, shortlist, codewords, width, dtype)
-            if num_explored:
-                drawn = self._draw(shortlist, codewords, num_explored // exchange.num_ranks)
-                scores = torch.cat((scores, self._scores_of(scored, drawn, scores.dtype)), dim=1)
-                local_ids = torch.cat((local_ids, drawn), dim=1)
-            sharded = ShardedRows(
-                exchange, rows, local_ids, self.num_local_experts, codewords.shape[1], scores.element_size()
-            )
-            scores, ids = exchange.to_homes(scores), exchange.to_homes(local_ids)  # [D, T, n]
-            first = torch.arange(exchange.num_ranks, dtype=ids.dtype, device=ids.device) * self.num_local_experts
-            ids = torch.where(ids < 0, ids, ids + first.view(-1, 1, 1))
-            scores, ids = (values.transpose(0, 1) for values in (scores, ids))  # [T, D, n]
-            slots = self._best_slots(scores[:, :, :width], ids[:, :, :width], num_candidates, sharded.width)
-            scores, ids = scores.flatten(1), ids.flatten(1)  # [T, D * n]
-            best_ids = ids.gather(1, slots)
-            if num_explored:
-                of_rank = torch.arange(width, sharded.width, device=slots.device)
-                of_ranks = (torch.arange(exchange.num_ranks, device=slots.device) * sharded.width).unsqueeze(1)
-                drawn = (of_ranks + of_rank).flatten()
-                slots = torch.cat((slots, drawn.expand(slots.shape[0], -1)), dim=1)
-                ids = torch.cat((best_ids, without_repeats(ids[:, drawn], best_ids)), dim=1)
-            else:
-                ids = best_ids
-            scores = scores.gather(1, slots).masked_fill(ids < 0, float("-inf"))
-        self._chosen = sharded, slots, ids >= 0
-        return sharded.attach(scored, self.weight, scores), ids
-
-    def _best_slots(self, scores: torch.Tensor, ids: torch.Tensor, number: int, stride: int) -> torch.Tensor:
-        """[T, number] slots of the best of all owners' candidates [T, D, n]; an owner has ``stride`` slots a token."""
-        if self.expert_bias is not None:
-            scores = SCORE_FUNCTIONS[self.score_function](scores) + self.expert_bias[ids.clamp(min=0)]
-            scores = scores.masked_fill(ids < 0, float("-inf"))
-        best, width = scores.flatten(1).topk(number, dim=1, sorted=False).indices, scores.shape[2]
-        return best // width * stride + best % width
+        return sharded
 
     def commit_lists(self, group: torch.distributed.ProcessGroup | None) -> None:
         """See the base class; the ranks that hold the same experts share the rebuild of their lists."""

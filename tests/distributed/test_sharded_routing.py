@@ -193,6 +193,55 @@ def refusals(groups):
     return messages
 
 
+def interrupted(groups, rank):
+    """A step after a forward that failed between scores and selection, the step alone, and what the failure left."""
+    from air_moe_megatron.sync import discard_statistics
+
+    class Failure(Exception):
+        pass
+
+    def fail(*args, **kwargs):
+        raise Failure
+
+    steps, left = [], set()
+    for is_interrupted in (True, False):
+        layer = layer_of(groups, "losses", **SHARDED, **EP(groups))
+        router, batches = layer.router, [batch_of("losses", rank, step) for step in range(2)]
+        router(batches[0][0])
+        if is_interrupted:
+            before = dict(vars(router))
+            router.apply_z_loss = fail
+            with pytest.raises(Failure):
+                router(batches[1][0].requires_grad_())
+            del router.apply_z_loss
+            left = {name for name, value in vars(router).items() if value is not before.get(name)}
+        discard_statistics(layer)
+        found = step_on(layer, "losses", batches)
+        steps.append([*(value for pair in found for value in pair), *(one.grad for one in layer.parameters())])
+    return {"interrupted": steps[0], "alone": steps[1], "left": left}
+
+
+def in_flight(groups, rank):
+    """Outputs and gradients of two microbatches: backwards after both forwards, as in a pipeline, and in turn."""
+    results = []
+    for name in ("losses", "recomputed", "recomputed-in-hooks"):
+        for order in ("in turn", "first in, first out", "last in, first out"):
+            layer = layer_of(groups, name, **SHARDED, **EP(groups))
+            batches = [batch_of(name, rank, step) for step in range(2)]
+            for hidden, _, _ in batches:
+                hidden.requires_grad_()
+            if order == "in turn":
+                outs = [out for out, _ in step_on(layer, name, batches)]
+            else:
+                outs = [forward(layer, name, hidden, None) for hidden, _, _ in batches]
+                pairs = list(zip(outs, batches, strict=True))
+                for out, (_, _, grad) in pairs if order.startswith("first") else reversed(pairs):
+                    out.backward(grad)
+            grads = [hidden.grad for hidden, _, _ in batches] + [one.grad for one in layer.parameters()]
+            results.append([*(out.detach() for out in outs), *grads])
+    return results
+
+
 def bytes_of(run, group):
     """What a function returns, and the bytes that this rank hands to each of its collectives."""
     sent = []
@@ -287,6 +336,8 @@ def worker(ep_size, rank, world_size, directory):
     results["xavier"] = whole(xavier[0].detach(), groups.ep), xavier[1].detach().clone()
     results["bitwise"] = bitwise(groups, alone, rank)
     results["refusals"] = refusals(groups)
+    results["interrupted"] = interrupted(groups, rank)
+    results["in flight"] = in_flight(groups, rank)
     results["sampled"] = sampled(groups, rank)
     layer = layer_of(groups, "losses", **SHARDED, **EP(groups))
     results["traffic"] = traffic(layer, rank, groups.ep)
@@ -371,6 +422,21 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_every_rank(ranks):
     for found in (results["refusals"] for results in ranks):
         last = ranks[0]["ep_size"] - 1
         assert f"of the routing probs of expert-parallel rank {last} are NaN or infinite" in found["nan"]
+
+
+def test_a_forward_that_fails_leaves_nothing_for_the_next_one(ranks):
+    for found in (results["interrupted"] for results in ranks):
+        assert found["left"] <= {"_is_counted"}
+        for value, wanted in zip(found["interrupted"], found["alone"], strict=True):
+            assert torch.equal(value, wanted)
+
+
+def test_forwards_before_their_backwards_are_those_of_microbatches_in_turn(ranks):
+    """Recomputed or not: the rows and pairs of a forward are its own. Gradients are summed in other orders."""
+    for found in (results["in flight"] for results in ranks):
+        for values in found[1:]:
+            for value, wanted in zip(values, found[0], strict=True):
+                torch.testing.assert_close(value, wanted, **CLOSE)
 
 
 def test_bytes_of_every_collective_are_those_of_the_formula(ranks):
