@@ -14,7 +14,7 @@ import torch
 
 from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.ops.fine_scores import fine_scores, fine_topk
-from air_moe_megatron.ops.score_functions import selection_ranks
+from air_moe_megatron.ops.score_functions import selection_scores
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers.air import AIRRouter
 
@@ -23,7 +23,7 @@ _OUT = float("-inf")
 _NUM_ANGLES = 33
 _NUM_BINS = 8  # of experts, by their expert bias
 CHUNK = 4096  # experts whose exact scores are held at a time
-RANK_ERROR = 2.0**-20  # rounding of score functions in fp32, relative to 1 plus the largest expert bias
+SELECTION_ERROR = 2.0**-20  # rounding of score functions in fp32, relative to 1 plus the largest expert bias
 _BLOCK = 2**22  # products of codewords and experts that are held at a time
 BOUND_SLACK = 1e-9  # margin of fp64 log masses: far above their rounding, far below that of fp32 scores
 
@@ -141,13 +141,13 @@ def selected(router: AIRRouter, hidden: torch.Tensor, codewords: torch.Tensor) -
         hidden: [T, H] tokens as the router scores them.
         codewords: [T, P] int64, the probed codewords.
     Returns:
-        [T, w] fp64 selection ranks, -inf where fewer experts are listed; [T, w] int32 expert ids that count from this
+        [T, w] fp64 selection scores, -inf where fewer experts are listed; [T, w] int32 expert ids that count from this
         rank's first expert, -1 for none. w is K, or the number of slots in the token's lists if it is smaller.
     """
     centers, lists = router.centers, router.index.shortlist
     width = min(router.topk, codewords.shape[1] * lists.shape[1])
     scores, found = centers.fine_topk(hidden, lists, codewords, width, torch.float32)
-    return centers.selection_ranks(scores.double(), found).masked_fill(found < 0, _OUT), found
+    return centers.selection_scores(scores.double(), found).masked_fill(found < 0, _OUT), found
 
 
 class _Constants(NamedTuple):
@@ -246,7 +246,7 @@ class FrozenBounds:
         reach = orthogonal_lengths(squares, from_center, rounding * longest)
         lists = self.router.index.shortlist[rows]
         is_outside = _without(torch.ones_like(reach, dtype=torch.bool), lists)
-        key = self.router.centers.selection_ranks(length * projections + typical_distance[rows] * reach)
+        key = self.router.centers.selection_scores(length * projections + typical_distance[rows] * reach)
         verified = key.masked_fill(~is_outside, _OUT).topk(num_verified, dim=1).indices
         verified = verified.masked_fill(~is_outside.gather(1, verified), -1)
         is_outside = _without(is_outside, verified)
@@ -333,11 +333,13 @@ class FrozenBounds:
         most = most.masked_fill(angle > math.pi / 2, math.inf)
         is_empty = support[:, :, 0] == _OUT
         centers = router.centers
-        rank_error = 0.0 if centers.expert_bias is None else RANK_ERROR * (1.0 + centers.expert_bias.abs().amax())
-        most = selection_ranks(most, centers.score_function, self._bin_bias).masked_fill(is_empty, _OUT)
-        ranks = centers.selection_ranks(scores + error, ids)
+        selection_error = (
+            0.0 if centers.expert_bias is None else SELECTION_ERROR * (1.0 + centers.expert_bias.abs().amax())
+        )
+        most = selection_scores(most, centers.score_function, self._bin_bias).masked_fill(is_empty, _OUT)
+        computed = centers.selection_scores(scores + error, ids)
         counts = (ids >= 0) & ~self._are_candidates(codewords, ids)
-        return (torch.cat((most, ranks.masked_fill(~counts, _OUT)), dim=1) + rank_error <= lowest).all(dim=1)
+        return (torch.cat((most, computed.masked_fill(~counts, _OUT)), dim=1) + selection_error <= lowest).all(dim=1)
 
     def _are_candidates(self, codewords: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """[T, V] bool: which of the experts ``ids`` [T, V] are in a list that the token searches."""

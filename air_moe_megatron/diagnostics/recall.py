@@ -11,7 +11,7 @@ import torch
 from air_moe_megatron.diagnostics.bounds import (
     BOUND_SLACK,
     CHUNK,
-    RANK_ERROR,
+    SELECTION_ERROR,
     Spread,
     log_growth,
     orthogonal_lengths,
@@ -80,21 +80,21 @@ def measure(
     exchange = RowExchange(router.center_group, hidden.shape[0], {}, hidden.device)
     rows, probed = exchange.gather(hidden), exchange.gather(codewords.int()).long()
 
-    ranks, found = selected(router, rows, probed)
-    ranks, found = _to_homes(exchange, ranks, _global_ids(router, found))  # [D, n, w]
-    best = ranks.transpose(0, 1).flatten(1).topk(router.topk, dim=1)
+    selection, found = selected(router, rows, probed)
+    selection, found = _to_homes(exchange, selection, _global_ids(router, found))  # [D, n, w]
+    best = selection.transpose(0, 1).flatten(1).topk(router.topk, dim=1)
     found = found.transpose(0, 1).flatten(1).gather(1, best.indices)
     lowest = exchange.gather(best.values.amin(dim=1, keepdim=True))
 
     num_listed = exchange.num_ranks * router.index.shortlist.shape[1]
     extent = spread(router.centers.weight, router.centers.bias, router.center_group)
-    masses, counts, ranks, ids = _to_homes(exchange, *_scan(router, extent, rows, probed, lowest))  # [D, n, ...]
+    masses, counts, selection, ids = _to_homes(exchange, *_scan(router, extent, rows, probed, lowest))  # [D, n, ...]
     if hidden.shape[0] == 0:
         return None
     listed, unlisted, listed_at_anchor, unlisted_at_anchor, bounded = masses.logsumexp(dim=0).unbind(dim=1)
     num_above, num_higher = counts.sum(dim=0).unbind(dim=1)
     best_ids = ids.transpose(0, 1).flatten(1)
-    best_ids = best_ids.gather(1, ranks.transpose(0, 1).flatten(1).topk(router.topk, dim=1).indices)
+    best_ids = best_ids.gather(1, selection.transpose(0, 1).flatten(1).topk(router.topk, dim=1).indices)
     distance = split(hidden.float(), _directions(router, codewords)).distance
     largest_gain = (2.0 * distance * extent.radius + 4.0 * extent.score_error(hidden.float())).squeeze(1)
     return SampleFigures(
@@ -131,11 +131,11 @@ def _scan(
     Args:
         extent: location and extent of all centers.
         codewords: [R, P] int64, the probed ones.
-        lowest: [R, 1] fp64, the lowest selection rank among each token's selected experts.
+        lowest: [R, 1] fp64, the lowest selection score among each token's selected experts.
     Returns:
         all fp64: [R, 5] log masses of the listed and of the unlisted experts, of both at the anchor, and a bound on the
         unlisted ones; [R, 2] numbers of unlisted experts that the constants do not exclude, and that their scores do
-        not exclude; [R, K] each: selection ranks and ids of the best experts, -inf and -1 if there are fewer.
+        not exclude; [R, K] each: selection scores and ids of the best experts, -inf and -1 if there are fewer.
     """
     own, lists = router.centers, router.index.shortlist.long()
     hidden = hidden.float()
@@ -152,7 +152,7 @@ def _scan(
     best_ids = ids.new_full(best.shape, -1)
     num_above = ids.new_zeros(hidden.shape[0])
     num_higher = torch.zeros_like(num_above)
-    rank_error = 0.0 if router.expert_bias is None else RANK_ERROR * (1.0 + router.expert_bias.abs().amax())
+    selection_error = 0.0 if router.expert_bias is None else SELECTION_ERROR * (1.0 + router.expert_bias.abs().amax())
     num_experts = own.weight.shape[0]
     for first in range(0, num_experts, CHUNK):
         chunk = slice(first, min(first + CHUNK, num_experts))
@@ -181,11 +181,11 @@ def _scan(
         masses = torch.logaddexp(masses, torch.stack([part.logsumexp(dim=1) for part in parts]))
 
         for upper, excess in ((at_anchor + shift + limit, num_above), (logits.double(), num_higher)):
-            upper = centers.selection_ranks(upper + 2.0 * error) + rank_error
+            upper = centers.selection_scores(upper + 2.0 * error) + selection_error
             excess += ((upper > lowest) & ~is_listed).sum(dim=1)
         chunk_ids = torch.arange(chunk.start, chunk.stop, device=ids.device).expand_as(logits)
-        ranks = torch.cat((best, centers.selection_ranks(logits)), dim=1)
-        best, columns = ranks.topk(router.topk, dim=1)
+        selection = torch.cat((best, centers.selection_scores(logits)), dim=1)
+        best, columns = selection.topk(router.topk, dim=1)
         best_ids = torch.cat((best_ids, chunk_ids), dim=1).gather(1, columns)
     counts = torch.stack((num_above, num_higher), dim=1).double()
     return masses.t(), counts, best.double(), _global_ids(router, best_ids)

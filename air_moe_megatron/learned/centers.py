@@ -10,7 +10,7 @@ import torch
 
 from air_moe_megatron.ops.fine_scores import fine_topk
 from air_moe_megatron.ops.ranking import CandidateRanking, Ranking, rank_candidates, rank_experts
-from air_moe_megatron.ops.score_functions import selection_ranks
+from air_moe_megatron.ops.score_functions import selection_scores
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Centers:
         selection = (self.score_function, self.expert_bias)
         return rank_candidates(codewords, scale, self.weight, self.bias, candidates, shortlist_size, *selection)
 
-    def selection_ranks(self, scores: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+    def selection_scores(self, scores: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """The values that experts with some scores are selected by.
 
         Args:
@@ -70,4 +70,4 @@ class Centers:
         expert_bias = self.expert_bias
         if expert_bias is not None and ids is not None:
             expert_bias = expert_bias[ids.clamp(min=0)]
-        return selection_ranks(scores, self.score_function, expert_bias)
+        return selection_scores(scores, self.score_function, expert_bias)

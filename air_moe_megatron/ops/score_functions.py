@@ -10,7 +10,9 @@ SCORE_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def selection_ranks(scores: torch.Tensor, score_function: str | None, expert_bias: torch.Tensor | None) -> torch.Tensor:
+def selection_scores(
+    scores: torch.Tensor, score_function: str | None, expert_bias: torch.Tensor | None
+) -> torch.Tensor:
     """The values that experts are selected by: scores, or ``function(score) + expert_bias`` (biases broadcast)."""
     return scores if score_function is None else SCORE_FUNCTIONS[score_function](scores) + expert_bias
 

@@ -83,7 +83,7 @@ def exact(layer: Layer) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         logits = layer.test[rows].float() @ weight.t()
         if centers.bias is not None:
             logits += centers.bias.float()
-        best = centers.selection_ranks(logits).topk(layer.topk, dim=1).indices
+        best = centers.selection_scores(logits).topk(layer.topk, dim=1).indices
         yield rows, logits.softmax(dim=1), best
 
 

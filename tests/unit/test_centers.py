@@ -55,7 +55,7 @@ def test_experts_are_selected_by_the_function_of_the_score_and_the_bias(function
     centers = Centers(weight, None, function, None if function is None else bias)
     functions = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda x: torch.log1p(x.exp()).sqrt()}
     expected = scores if function is None else functions[function](scores) + bias
-    torch.testing.assert_close(centers.selection_ranks(scores), expected)
+    torch.testing.assert_close(centers.selection_scores(scores), expected)
     ids = torch.tensor([[2, 0, -1]], dtype=torch.int32)
-    found = centers.selection_ranks(scores[:, [2, 0, 1]], ids)
+    found = centers.selection_scores(scores[:, [2, 0, 1]], ids)
     torch.testing.assert_close(found[:, :2], expected[:, [2, 0]])
