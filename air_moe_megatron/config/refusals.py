@@ -171,10 +171,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         MEGATRONS_OWN, "moe_router_input_norm", _not("none"),
-        "that is Megatron's own router; add --moe-granular-experts",
+        "Megatron's own router has no input norm; add --moe-granular-experts",
     ),
-    Refusal(PRODUCT_KEY, "moe_router_input_norm", _not("none"), "it has moe_product_key_query_norm"),
-    Refusal(HASH, "moe_router_input_norm", _not("none"), "it does not look at the tokens"),
+    Refusal(PRODUCT_KEY, "moe_router_input_norm", _not("none"), "product keys have moe_product_key_query_norm instead"),
+    Refusal(HASH, "moe_router_input_norm", _not("none"), "a hash router does not read hidden states"),
     Refusal(
         AIR_WITH_BIAS, "moe_air_num_candidates", _on,
         "balancing losses select by scores without the bias, so from all candidates; leave it at 0",
@@ -185,11 +185,11 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         AIR_OF_EXPERTS, "moe_air_num_explored", _on,
-        "each expert stands in the list of its own codeword, so none needs to be explored; leave it at 0",
+        "each expert is in the list of its own codeword, so none needs to be explored; leave it at 0",
     ),
     Refusal(
         AIR_OF_EXPERTS, "moe_air_list_parts", _above_one,
-        "each expert stands in one list, whatever its id; leave it at 1",
+        "each expert is in one list, whatever its id; leave it at 1",
     ),
     Refusal(
         SHARDED, "moe_dispatch", _not("compact"),
@@ -205,7 +205,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         SHARDED, "moe_num_hash_layers", _on,
-        "a hash layer gives ids, and the dispatcher of sharded routing takes the rows that a router gathers",
+        "the dispatcher of sharded routing takes rows that the router gathers, and a hash router gathers none",
     ),
     Refusal(
         SHARDED, "moe_router_force_load_balancing", _on,
@@ -227,7 +227,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(OURS, "moe_enable_routing_replay", _on, "a replay is recorded and given inside Megatron's own router"),
     Refusal(OURS, "moe_router_fusion", _on, "Transformer Engine's fused router takes dense logits"),
     Refusal(
-        OURS, "init_model_with_meta_device", _on, "codebooks and lists would come from memory that nothing has written"
+        OURS, "init_model_with_meta_device", _on, "codebooks and lists would be uninitialized memory"
     ),
     Refusal(OURS, "transformer_impl", _is("inference_optimized"), "it builds its own router and dispatcher"),
     Refusal(OURS, "moe_pad_experts_for_cuda_graph_inference", _on, "it switches the router to dropping while decoding"),
@@ -237,7 +237,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         SEARCHES, "moe_router_enable_expert_bias", _on,
-        "the search finds experts by its own scores, without a bias of each",
+        "the search finds experts by scores without a bias per expert",
     ),
     Refusal(
         SEARCHES, "moe_router_force_load_balancing", _on,
@@ -250,7 +250,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(HASH, "moe_aux_loss_coeff", _balancing, "there is nothing to learn"),
     Refusal(VQ, "moe_aux_loss_coeff", _balancing, "half of the experts are chosen by code, without scores"),
     Refusal(HASH, "moe_z_loss_coeff", _given, "there are no scores"),
-    Refusal(HASH, "moe_input_jitter_eps", _given, "the hidden states are not looked at"),
+    Refusal(HASH, "moe_input_jitter_eps", _given, "a hash router does not read hidden states"),
     Refusal(HASH, "moe_router_score_function", _not("softmax"), "there are no scores"),
     Refusal(HASH, "moe_router_pre_softmax", _on, "there are no scores"),
     Refusal(HASH_EVERYWHERE, "pipeline_model_parallel_size", _above_one, "only the first stage knows the token ids"),
@@ -266,7 +266,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(HASH_LAYERS, "moe_router_force_biased", _given, "the experts of a hash layer are fixed by the token ids"),
     Refusal(
         GRANULAR, "expert_tensor_parallel_size", _above_one,
-        "an expert of a few rows is not split; add --expert-tensor-parallel-size 1, which is otherwise that of "
+        "an expert of a few rows is not split; add --expert-tensor-parallel-size 1, whose default is "
         "--tensor-model-parallel-size",
     ),
     Refusal(
@@ -305,13 +305,13 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(GRANULAR, "overlap_dispatch_backward_with_experts_wgrad", _on, _ONE_PASS),
     Refusal(
         COMPACT, "moe_granular_experts", Values(lambda config, value: not value, "off"),
-        "the other experts want K copies of each token; add --moe-granular-experts",
+        "Megatron's own experts take K copies of each token; add --moe-granular-experts",
     ),
     Refusal(
         COMPACT, "num_moe_experts", Values(lambda config, value: value >= 2**31, "from 2^31"), "expert ids are int32"
     ),
     Refusal(COMPACT, "moe_expert_capacity_factor", _given, "tokens are dropped on Megatron's dense maps"),
-    Refusal(COMPACT, "moe_expert_rank_capacity_factor", _given, "no token is dropped"),
+    Refusal(COMPACT, "moe_expert_rank_capacity_factor", _given, "this dispatcher drops no token"),
     Refusal(
         COMPACT, "moe_shared_expert_overlap", _on,
         "only Megatron's own dispatchers run the shared expert between their steps",

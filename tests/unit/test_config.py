@@ -124,7 +124,7 @@ REFUSED = {
     ),
     "parts-of-inverted-lists": (
         dict(moe_air_codebook_source="experts", moe_air_list_parts=2),
-        ["moe_air_list_parts (2)", "moe_air_codebook_source 'experts'", "stands in one list"],
+        ["moe_air_list_parts (2)", "moe_air_codebook_source 'experts'", "is in one list"],
     ),
     "inverted-lists-too-small": (
         dict(moe_air_codebook_source="experts", moe_air_num_clusters=8, moe_air_shortlist_size=7),
@@ -250,7 +250,7 @@ NOT_WITH_COMPACT_DISPATCH = {
     "capacity": (dict(moe_expert_capacity_factor=1.5), ["moe_expert_capacity_factor (1.5)", "dense maps"]),
     "capacity-of-a-rank": (
         dict(moe_expert_rank_capacity_factor=2.0),
-        ["moe_expert_rank_capacity_factor (2.0)", "no token is dropped"],
+        ["moe_expert_rank_capacity_factor (2.0)", "drops no token"],
     ),
     "overlapped-shared-expert": (
         dict(moe_shared_expert_overlap=True),
@@ -396,7 +396,7 @@ NOT_SHARDED = {
     ),
     "hash-layers": (
         dict(moe_num_hash_layers=1, num_layers=2, moe_hash_vocab_size=10),
-        ["moe_num_hash_layers (1)", "a hash layer gives ids"],
+        ["moe_num_hash_layers (1)", "a hash router gathers none"],
     ),
     "jitter": (dict(moe_input_jitter_eps=0.1), ["moe_input_jitter_eps (0.1)", "without jitter"]),
     "load-test": (

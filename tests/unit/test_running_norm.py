@@ -236,7 +236,7 @@ def test_a_checkpoint_with_another_norm_is_refused(found, wanted):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"moe_router_type": "hash", "moe_hash_vocab_size": 9}, "does not look at the tokens"),
+        ({"moe_router_type": "hash", "moe_hash_vocab_size": 9}, "does not read hidden states"),
         ({"moe_router_type": "product_key"}, "moe_product_key_query_norm"),
         ({"moe_router_type": "product_key", "moe_router_input_norm": "whitening"}, "moe_product_key_query_norm"),
         ({"moe_router_input_norm": "batch"}, r"'batch'\) must be 'none', 'running' or 'whitening'"),
