@@ -330,17 +330,17 @@ def make_parser() -> argparse.ArgumentParser:
     for flag, default, text in (
         ("--experts", None, "experts of a layer"),
         ("--hidden", None, "hidden size"),
-        ("--topk", None, "experts of a token"),
-        ("--ep", None, "expert-parallel ranks"),
+        ("--topk", None, "experts per token"),
+        ("--ep", None, "expert-parallel size"),
         ("--nodes", 1, "nodes"),
-        ("--gpus-per-node", 8, "ranks of a node"),
-        ("--layers", 1, "MoE layers of a rank"),
+        ("--gpus-per-node", 8, "ranks per node"),
+        ("--layers", 1, "MoE layers per rank"),
         ("--ffn", 1, "hidden size of an expert"),
-        ("--tokens", 8192, "tokens of a rank and microbatch"),
-        ("--microbatches", 1, "microbatches of a step"),
+        ("--tokens", 8192, "tokens per rank and microbatch"),
+        ("--microbatches", 1, "microbatches per step"),
         ("--clusters", 0, "codewords; 0 is automatic"),
         ("--shortlist", 0, "experts of a list; 0 is automatic"),
-        ("--list-parts", 0, "parts of a list; 0 is --ep where it is sharded, otherwise 1"),
+        ("--list-parts", 0, "parts of a list; 0 is --ep in the sharded layout, otherwise 1"),
         ("--probes", 0, "lists searched; 0 is automatic"),
         ("--candidates", 0, "candidates with gradients; 0 is automatic"),
         ("--explored", 0, "explored candidates of the balancing loss"),
@@ -353,15 +353,23 @@ def make_parser() -> argparse.ArgumentParser:
             required=default is None,
             help=text if default is None else f"{text}; default {default}",
         )
-    parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of weights and activations; default bf16")
-    parser.add_argument("--input-norm", choices=INPUT_NORMS, default="running", help="of the tokens; default running")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="bf16", help="dtype of weights and activations; default bf16"
+    )
+    parser.add_argument(
+        "--input-norm", choices=INPUT_NORMS, default="running", help="norm before scoring; default running"
+    )
     parser.add_argument("--swiglu", action="store_true", help="experts with a gate")
     parser.add_argument("--bf16-gradients", action="store_true", help="gradients in the weights' dtype, not fp32")
     parser.add_argument("--distributed-optimizer", action="store_true", help="shard optimizer state over replicas")
     parser.add_argument("--recompute", action="store_true", help="keep the activations of one layer at a time")
     parser.add_argument("--memory-gib", type=float, default=80.0, help="memory of a rank; default 80")
-    parser.add_argument("--node-gbytes", type=float, default=300.0, help="GB/s of a rank inside a node; default 300")
-    parser.add_argument("--network-gbytes", type=float, default=40.0, help="GB/s of a rank to other nodes; default 40")
+    parser.add_argument(
+        "--node-gbytes", type=float, default=300.0, help="GB/s that a rank sends within a node; default 300"
+    )
+    parser.add_argument(
+        "--network-gbytes", type=float, default=40.0, help="GB/s that a rank sends to other nodes; default 40"
+    )
     return parser
 
 

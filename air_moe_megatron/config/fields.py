@@ -11,107 +11,108 @@ class AIRFields:
     """AIR-MoE: two-stage inverted-index routing for granular mixtures of experts."""
 
     moe_router_type: Literal["topk", "air", "product_key", "hierarchical", "hash", "vq"] = "topk"
-    """Router of the MoE layers: 'topk' is Megatron's own, untouched; 'air' scores only a shortlist of the experts,
-    looked up by the token's codeword; 'product_key' (PEER), 'hierarchical' (groups of experts), 'hash' (fixed, by token
-    id) and 'vq' (VQMoE) are baselines from the literature."""
+    """Router of the MoE layers. 'topk' is Megatron's own, untouched. 'air' scores only the experts on the shortlists of
+    the token's nearest codewords. 'product_key' (PEER), 'hierarchical' (groups of experts), 'hash' (fixed experts per
+    token id) and 'vq' (VQMoE) are baselines from the literature."""
 
     moe_router_input_norm: Literal["none", "running", "whitening"] = "none"
-    """Normalize the tokens before they are scored, by statistics of earlier global batches: per feature by the
-    'running' mean and variance, or 'whitening' with the covariance too, which decorrelates the features; for 'topk',
-    'air', 'hierarchical' and 'vq'."""
+    """Normalize the tokens before they are scored, with statistics of earlier global batches: 'running' centers and
+    scales each feature, 'whitening' also decorrelates the features. For 'air', 'hierarchical', 'vq', and 'topk' with
+    granular experts or first layers by hash."""
 
     moe_num_hash_layers: int = 0
-    """Number of MoE layers, the first of the model, whose experts are fixed by the token id, as those of
-    moe_router_type 'hash'; the other layers, and those of multi-token prediction, take moe_router_type."""
+    """Number of first MoE layers of the model that take the 'hash' router. The other layers, and those of multi-token
+    prediction, take moe_router_type."""
 
     moe_air_num_clusters: int = 0
-    """Number of codewords C in the codebook of one router; 0 chooses 4*sqrt(experts), up to a multiple of 8. For source
-    'experts' it chooses fewer where the probed lists would hold less than four times the top-k on average."""
+    """Number of codewords C in the codebook of one router. 0 chooses 4*sqrt(experts), rounded up to a multiple of 8.
+    With source 'experts' 0 chooses fewer if the probed lists would hold less than four times the top-k on average."""
 
     moe_air_shortlist_size: int = 0
-    """Number of experts L in the shortlist of one codeword, for source 'tokens'; the capacity of one inverted list for
-    source 'experts'. 0 chooses 9/16*sqrt(experts) for 'tokens' (sqrt(experts) with one probe), twice the mean list for
-    'experts', and never fewer than two times the top-k."""
+    """Number of experts L in the shortlist of one codeword; with source 'experts' the capacity of a list. 0 chooses
+    9/16*sqrt(experts) (sqrt(experts) with one probe), with source 'experts' twice the mean length of a list, and always
+    at least twice the top-k."""
 
     moe_air_list_parts: int = 1
-    """Number of parts S of every shortlist, for source 'tokens'. Each holds the best L/S experts of its own range of
-    E/S consecutive experts, so that ranks can make parts of the lists by themselves."""
+    """Number of parts S of every shortlist, for source 'tokens'. Each part holds the best L/S of its own E/S
+    consecutive experts, so ranks can make parts of the lists independently."""
 
     moe_air_shard_experts: bool = False
-    """Shard centers, lists and their rebuild over the expert-parallel ranks with the experts, instead of replicating
-    them. moe_air_list_parts must be a multiple of the expert-parallel size (needs moe_granular_experts and moe_dispatch
-    'compact')."""
+    """Shard centers, lists and their rebuild over the expert-parallel ranks, with the experts, instead of replicating
+    them. moe_air_list_parts must be a multiple of the expert-parallel size. Needs moe_granular_experts and moe_dispatch
+    'compact'."""
 
     moe_air_num_probes: int = 0
-    """Number of codewords P whose shortlists are searched for a token. 0 chooses 8 for source 'tokens', fewer where
-    that many lists could hold every expert, and 1 for 'experts'."""
+    """Number of codewords P whose shortlists are searched for a token. 0 chooses 8, or fewer if fewer lists could hold
+    every expert; with source 'experts' 1."""
 
     moe_air_num_candidates: int = 0
-    """Number of candidates M of a token, the best of those that its shortlists hold, which probabilities and losses are
-    computed over where they take more than the top-k; only these get gradients. 0 chooses sqrt(experts), never fewer
-    than two times the top-k, for source 'tokens', and all of them for 'experts'."""
+    """Number of candidates M of a token, the best on its shortlists. Losses, and a softmax before the top-k, see only
+    these, and only these get gradients. 0 chooses sqrt(experts), at least twice the top-k; with source 'experts' or an
+    expert bias all experts on the shortlists."""
 
     moe_air_num_explored: int = 0
-    """Number of candidates R of a token beside the best M, drawn from its shortlists whatever their scores. Only the
-    balancing losses see them, in place of all candidates behind the best M: so these losses reach every listed expert.
-    At most as many as the slots of those. Without a balancing loss none are drawn."""
+    """Number of further candidates R of a token, drawn from its shortlists whatever their scores. The balancing losses
+    alone see them, so these losses reach every listed expert. At most P*L - M. None are drawn without a balancing
+    loss."""
 
     moe_air_codebook_source: Literal["tokens", "experts"] = "tokens"
-    """What the codebook is learned from: the directions of the 'tokens' (a shortlist holds the experts that score
-    highest at the codeword), or of the 'experts' (an inverted file: each expert stands in one list)."""
+    """Vectors that the codebook is fitted to: the 'tokens' (a shortlist holds the experts that score highest at the
+    codeword), or the centers of the 'experts' (an inverted file: each expert is in one list)."""
 
     moe_air_codebook_ema: float = 0.99
-    """Decay, per global batch, of the running statistics from which the codewords are computed."""
+    """Decay of the codebook's statistics per global batch; lower while the codebook is young."""
 
     moe_air_refresh_interval: int = 20
-    """Rebuild the shortlists every this many codebook updates; while the codebook is young, more often."""
+    """Codebook updates between two rebuilds of the shortlists; fewer while the codebook is young."""
 
     moe_air_diagnostics_interval: int = 100
-    """Measure the routers of every layer every this many steps, for the log, TensorBoard, W&B and the file
-    air_diagnostics.jsonl; 0 turns it off. It is for every router type, not for 'air' alone."""
+    """Steps between two measurements of every layer's router, for the log, TensorBoard, W&B and the file
+    air_diagnostics.jsonl; 0 turns them off. For every router type."""
 
     moe_dispatch: Literal["stock", "compact"] = "stock"
-    """How tokens reach their experts: 'stock' is the dispatcher that moe_token_dispatcher_type names, 'compact' sends a
-    token once to each expert-parallel rank that holds any of its experts, without dense maps (needs
-    moe_granular_experts)."""
+    """Dispatch of tokens to their experts: 'stock' is the dispatcher that moe_token_dispatcher_type names. 'compact'
+    sends a token once to each expert-parallel rank that holds any of its experts, without a dense routing map; it needs
+    moe_granular_experts."""
 
     moe_granular_experts: bool = False
-    """Keep the experts of a rank in one tensor per projection, for very many tiny experts, instead of one module each;
+    """Keep the experts of a rank in one tensor per projection instead of one module each, for very many tiny experts;
     moe_ffn_hidden_size may be as small as 1."""
 
     moe_product_key_heads: int = 0
-    """Heads of the product keys, which find top-k / heads experts each; 0 chooses the largest divisor of the top-k up
-    to 8 that leaves each head at least two."""
+    """Number of heads of the product keys; each finds top-k / heads experts. 0 chooses the largest divisor of the top-k
+    up to 8 that leaves each head at least two experts."""
 
     moe_product_key_dim: int = 0
     """Size of a sub-key, and of each half of a head's query; 0 chooses 128, at most half of the hidden size."""
 
     moe_product_key_query_norm: Literal["auto", "batchnorm", "layernorm", "none"] = "auto"
-    """Normalization of the queries, by gain and bias of their own; 'auto' is 'batchnorm', over the tokens of all ranks,
-    as in PEER. With moe_product_key_on_tokens 'batchnorm' is one of the sub-keys' scores instead, without gain and
-    bias, as in OmniMoE."""
+    """Normalization of the queries, with gain and bias. 'auto' is 'batchnorm' over the tokens of all ranks, as in PEER.
+    With moe_product_key_on_tokens 'batchnorm' normalizes the scores of the sub-keys instead, without gain and bias, as
+    in OmniMoE."""
 
     moe_product_key_on_tokens: bool = False
-    """Compare sub-keys of the hidden size with the token itself, without a query projection: OmniMoE's router, with one
-    head and moe_router_pre_softmax."""
+    """Score the token itself against sub-keys of the hidden size, without a query projection. With one head and
+    moe_router_pre_softmax this is OmniMoE's router."""
 
     moe_hierarchical_num_groups: int = 0
-    """Number of groups of consecutive experts, a divisor of the experts; 0 chooses the smallest one from
-    sqrt(experts)."""
+    """Number of groups of consecutive experts, a divisor of the number of experts. 0 chooses the smallest divisor that
+    is at least sqrt(experts)."""
 
     moe_hierarchical_topk_groups: int = 0
-    """Groups whose experts are scored for a token; 0 chooses 2, or as many as hold twice the top-k."""
+    """Number of groups whose experts are scored for a token. 0 chooses 2, or as many as hold twice the top-k if that is
+    more."""
 
     moe_hash_vocab_size: int = 0
-    """Token ids that the 'hash' router has experts for; 0 takes the padded vocabulary size of the arguments."""
+    """Number of token ids in the tables of the 'hash' router; 0 chooses the padded vocabulary size."""
 
     moe_hash_seed: int = 0
-    """Seed of the tables of the 'hash' router; each layer draws its own from it."""
+    """Seed of the tables of the 'hash' router; each layer derives its own table from it."""
 
     moe_hash_balance: Literal["ids", "frequency"] = "ids"
-    """What the tables of the 'hash' router are balanced by: the number of token 'ids' of each expert, or the
-    'frequency' of the ids, so that frequent ones share their experts with fewer others. Frequencies are counted in the
-    training data, unless moe_hash_counts names a file; the tables are saved with the model."""
+    """Balance of the tables of the 'hash' router: 'ids' gives experts equal numbers of token ids, 'frequency' gives
+    them numbers of tokens as equal as the data allow. Frequencies are counted in the training data, unless
+    moe_hash_counts names a file. The tables are saved with the model."""
 
     moe_hash_counts: str | None = None
     """File with the frequency of each token id, one number per line from id 0 on, for moe_hash_balance 'frequency'."""
@@ -124,10 +125,10 @@ class AIRFields:
 
 
 _OF_EVERY_ROUTER = ("moe_air_diagnostics_interval",)
-"""Fields that are named like those of one router type, but that every router of ours uses."""
+"""Fields whose names begin like those of one router type, although every router of ours uses them."""
 
 LAYOUT_FIELDS = ("moe_air_shard_experts",)
-"""Fields that only say where parts of a model are kept. A checkpoint loads with any value of them."""
+"""Fields that only set the layout of a model over ranks. A checkpoint loads with any value of them."""
 
 ROUTER_TYPES: tuple[str, ...] = get_args(get_type_hints(AIRFields)["moe_router_type"])
 

@@ -367,12 +367,14 @@ def own_parser() -> argparse.ArgumentParser:
     """Parser of the doctor's own flags. Flags unknown to it form the command line to check."""
     words = __doc__.replace("``", "`")
     parser = argparse.ArgumentParser(prog="python -m air_moe_megatron.doctor", description=words, allow_abbrev=False)
-    parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="ranks in all")
+    parser.add_argument(
+        "--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="number of ranks"
+    )
     parser.add_argument(
         "--megatron",
         type=Path,
         metavar="PATH",
-        help="check every name and signature of Megatron that we use against this checkout or wheel, and no more",
+        help="only check this checkout or wheel for every name and signature of Megatron that we use",
     )
     parser.add_argument("--nproc-per-node", type=int, help="ranks on this host, which share its memory; default: all")
     return parser

@@ -202,8 +202,8 @@ def _gather(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``python -m air_moe_megatron.evaluate``."""
     group = parser.add_argument_group(title="evaluate")
-    group.add_argument("--json", metavar="FILE", help="Also write the figures to this file.")
-    group.add_argument("--max-tokens", type=int, help="Read only this many tokens of each data set.")
+    group.add_argument("--json", metavar="FILE", help="Also write the metrics to this file.")
+    group.add_argument("--max-tokens", type=int, help="Largest number of tokens to read of each data set.")
 
 
 def check(args: argparse.Namespace) -> None:

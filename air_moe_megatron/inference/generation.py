@@ -121,12 +121,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``python -m air_moe_megatron.generate``."""
     group = parser.add_argument_group(title="generate")
     group.add_argument("--prompt", nargs="+", required=True, help="The texts to continue, one argument each.")
-    group.add_argument("--num-tokens", type=int, default=128, help="Tokens of each continuation, at most.")
+    group.add_argument("--num-tokens", type=int, default=128, help="Largest number of tokens of a continuation.")
     group.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the most probable token; above 0 samples."
     )
-    group.add_argument("--top-k", type=int, default=0, help="Sample among this many tokens; 0 means all.")
-    group.add_argument("--top-p", type=float, default=0.0, help="Sample among the tokens of this share; 0 means all.")
+    group.add_argument("--top-k", type=int, default=0, help="Sample among this many most probable tokens; 0: all.")
+    group.add_argument(
+        "--top-p", type=float, default=0.0, help="Sample among the most probable tokens of this mass; 0: all."
+    )
 
 
 def check(args: argparse.Namespace, tokenizer: Tokenizer) -> None:

@@ -54,7 +54,7 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     group.add_argument(
         "--air-moe",
         action="store_true",
-        help="AIR routing of granular experts on the compact path, with the recommended settings where none are given.",
+        help="AIR routing of granular experts on the compact path, with the recommended value of each flag not given.",
     )
     group.add_argument(
         "--log-file",

@@ -30,12 +30,14 @@ from air_moe_megatron.tune.search import cheapest, flops_of, grid, measure_loade
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``python -m air_moe_megatron.tune``."""
     group = parser.add_argument_group(title="tune")
-    group.add_argument("--target-recall", type=float, default=0.9, help="Recall that every layer is to reach.")
-    group.add_argument("--target-metric", choices=list(METRICS), default="topk", help="Recall of what.")
-    group.add_argument("--fit-tokens", type=int, default=16384, help="Tokens of a layer that codebooks are fitted to.")
-    group.add_argument("--test-tokens", type=int, default=2048, help="Held-out tokens of a layer for the recall.")
-    group.add_argument("--batch-tokens", type=int, help="Tokens of a global batch. Default: of the checkpoint's run.")
-    group.add_argument("--time-limit", type=float, default=600.0, help="Seconds after which the search stops.")
+    group.add_argument("--target-recall", type=float, default=0.9, help="Recall that every layer must reach.")
+    group.add_argument(
+        "--target-metric", choices=list(METRICS), default="topk", help="Recall of the exact top-k or softmax mass."
+    )
+    group.add_argument("--fit-tokens", type=int, default=16384, help="Tokens per layer to fit codebooks to.")
+    group.add_argument("--test-tokens", type=int, default=2048, help="Held-out tokens per layer to measure on.")
+    group.add_argument("--batch-tokens", type=int, help="Tokens of a global batch. Default: as in the checkpoint.")
+    group.add_argument("--time-limit", type=float, default=600.0, help="Seconds after which no further C is tried.")
     group.add_argument("--out-dir", default="out/tune", help="Folder of tune.csv and tune.png.")
 
 
