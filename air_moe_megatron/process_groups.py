@@ -1,4 +1,4 @@
-"""Process groups: objects that hold them and can still be copied and pickled, and collectives over them."""
+"""Process groups: modules that hold them and can still be copied and pickled, and collectives over them."""
 
 import copy
 from typing import Any

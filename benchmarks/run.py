@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# All cases use large pages if the kernel gives them on request. torch reads this variable once, at its first
+# All cases use huge pages if the kernel gives them on request. torch reads this variable once, at its first
 # allocation, so it is set before anything imports torch.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

@@ -1,4 +1,4 @@
-"""Checks as generators of errors: a start raises the first of them, ``air_moe_megatron.doctor`` lists them all."""
+"""Checks as generators of errors: a run raises the first error, ``air_moe_megatron.doctor`` lists all of them."""
 
 from collections.abc import Callable, Generator
 

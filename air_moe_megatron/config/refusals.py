@@ -1,4 +1,4 @@
-"""The table of what cannot be combined, checked when a config is made. docs/limits.md is generated from it."""
+"""The table of fields that cannot be combined, checked when a config is made. docs/limits.md is generated from it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

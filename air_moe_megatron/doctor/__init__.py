@@ -1,4 +1,4 @@
-"""All that would stop a command line, and whether a Megatron has what we use; see docs/tools.md.
+"""What would stop a command line, and whether a version of Megatron has what we use; see docs/tools.md.
 
 ``command.py`` runs the checks of a start, ``mismatches.py`` compares our use of Megatron with its sources, which
 ``source_tree.py`` reads.

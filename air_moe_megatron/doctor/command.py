@@ -1,7 +1,7 @@
-"""Say what a run would find here: ``python -m air_moe_megatron.doctor [flags of air_moe_megatron.pretrain]``.
+"""Check a command line before it runs: ``python -m air_moe_megatron.doctor [flags of air_moe_megatron.pretrain]``.
 
 It prints versions, devices, and which path each operation takes and why. For a command line it lists all that would
-stop the start, in the words of the start. No process group is made, nothing is written, and no other rank is needed:
+stop it, in the words of a run's errors. No process group is made, nothing is written, and no other rank is needed:
 ``--world-size`` says how many there would be. The exit code is 0 if the command would start, otherwise 2.
 """
 

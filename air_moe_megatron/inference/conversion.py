@@ -1,7 +1,7 @@
 """Save the model of a checkpoint with another router: top-k as AIR and back, AIR with lists of another form.
 
 Expert centers are the same parameters in both routers. A codebook that a top-k checkpoint lacks is fitted to tokens of
-given data by the rule of training, and the lists are made from it. The saved model can route right away.
+given data by the rule of training, and the lists are made from it. So the saved model can be used without training.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Parts of the lists, ranges of consecutive experts that are ranked independently; and keys of best codewords.
+"""Parts of the lists, one for each range of consecutive experts, ranked independently; and keys of best codewords.
 
 Legend: E experts, C clusters, L shortlist, Q pool, S parts.
 """

@@ -1,9 +1,9 @@
 """Tensor operations of the router, one folder each. They import torch (and Triton) only.
 
-``__init__.py`` is the documented front door: it validates, then calls the Triton kernels or torch (``backend.py``).
+``__init__.py`` is the public interface: it validates, then calls the Triton kernels or torch (``backend.py``).
 ``naive.py`` is the reference that tests compare with. ``eager.py`` is the torch version, and ``kernels.py`` the Triton
-version. ``torch.compile`` breaks its graph at each front door, because operations read group sizes and the environment
-on the host, and write gradients into ``main_grad``.
+version. ``torch.compile`` breaks its graph at each public function, because operations read group sizes and the
+environment on the host, and write gradients into ``main_grad``.
 
 Legend of the whole package; a file's own legend adds to it or overrides it:
 

@@ -1,4 +1,4 @@
-"""Segments, which are runs of items sorted by the group that they belong to; and sizes of blocks.
+"""Segments: items sorted by group, so that each group is one contiguous run; and sizes of blocks.
 
 Legend: N items, Z segments; others as in ``ops/__init__.py``.
 """

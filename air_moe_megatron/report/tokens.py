@@ -1,4 +1,4 @@
-"""Token ids as a reader sees them, by the tokenizer that the run's own arguments name."""
+"""Token ids decoded for a reader, by the tokenizer that the run's own arguments name."""
 
 import warnings
 from argparse import Namespace

@@ -1,4 +1,4 @@
-"""Passes the token ids of each microbatch from the model's embedding to modules that route or count by them.
+"""Pass the token ids of each microbatch from the model's embedding to modules that route or count by them.
 
 Routers see hidden states, not token ids. So the embedding must be on the same rank. The ids that a module holds are
 those of the microbatch whose forward ran last. Legend: T tokens.

@@ -1,4 +1,4 @@
-"""The start of a command: the device, and where output goes. Both are settled before Megatron is imported."""
+"""The start of a command: the device, and where output goes. Both are chosen before Megatron is imported."""
 
 import logging
 import os
@@ -45,7 +45,7 @@ def choose_device() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning)
 
     if "--cpu" in sys.argv:
-        # Use large pages if the system grants them on request: each gathered expert is on another page.
+        # Use huge pages if the system grants them on request: each gathered expert is on another page.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
