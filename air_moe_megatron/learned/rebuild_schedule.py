@@ -51,7 +51,7 @@ def schedule(num_experts: int, num_clusters: int, on_gpu: bool) -> tuple[int, in
 
     A GPU scores all experts faster than it gathers a codeword's candidates. On an H100, with E = 65,536 and C = 1024, a
     rebuild took 53 ms by turns in blocks of 32, and 4.4 ms with all experts in one block
-    (docs/performance.md#on-an-h100).
+    (docs/results/h100.md).
 
     Example: E = 65,536, C = 1024: blocks of 32 and R = 8 on a CPU, of 256 and R = 1 on a GPU.
     """
