@@ -73,7 +73,7 @@ size HIDDEN_SIZE    1024    64
 size NUM_HEADS      16      2
 size SEQ_LENGTH     2048    64
 size NUM_EXPERTS    65536   256
-size EXPERT_SIZE    2       1     # rows of an expert, Megatron's --moe-ffn-hidden-size
+size EXPERT_SIZE    2       1     # hidden units of an expert, Megatron's --moe-ffn-hidden-size
 size TOPK           64      8
 size MICRO_BATCH    4       2
 size GLOBAL_BATCH   256     "$((MICRO_BATCH * RANKS * NNODES))"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrain a granular MoE on the GPUs of one machine: 65,536 experts of two rows, spread over all GPUs, 64 per token.
+# Pretrain a granular MoE on the GPUs of one machine: 65,536 experts of two hidden units, 64 per token.
 #
 #   DATA=/data/my_corpus TOKENIZER="--tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR" \
 #     bash examples/single_node.sh

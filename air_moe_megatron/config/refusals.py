@@ -266,7 +266,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(HASH_LAYERS, "moe_router_force_biased", _given, "the experts of a hash layer are fixed by the token ids"),
     Refusal(
         GRANULAR, "expert_tensor_parallel_size", _above_one,
-        "an expert of a few rows is not split; add --expert-tensor-parallel-size 1, whose default is "
+        "an expert of a few hidden units is not split; add --expert-tensor-parallel-size 1, whose default is "
         "--tensor-model-parallel-size",
     ),
     Refusal(

@@ -9,6 +9,7 @@ Legend of the whole package; a file's own legend adds to it or overrides it:
 
 - T tokens, H hidden, E experts (in the tensors of experts those of one rank), K top-k, D expert-parallel ranks
 - C clusters (codewords), L shortlist, P probes, M candidates whose scores reach probabilities and losses
-- R rows of tokens, N pairs of a row and an expert, V rows of a weight, F rows of an expert
+- R rows of tokens, N pairs of a row and an expert, V rows of a weight, F hidden units of an expert (rows of each
+  projection)
 - S summands of a codeword, B blocks of work
 """

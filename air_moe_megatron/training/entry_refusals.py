@@ -149,7 +149,7 @@ FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
         "--moe-granular-experts", lambda args: args.moe_granular_experts,
     ),
     FlagRefusal(
-        "--moe-use-upcycling", "an expert of a few rows is no copy of a dense MLP",
+        "--moe-use-upcycling", "an expert of a few hidden units is no copy of a dense MLP",
         "--moe-granular-experts", lambda args: args.moe_granular_experts,
     ),
     FlagRefusal("--perform-rl-step", "this entry only pretrains; Megatron-LM has train_rl.py"),

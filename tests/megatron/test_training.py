@@ -360,8 +360,8 @@ REFUSED = {
     "token-beyond-the-vocabulary": (["--vocab-size", "63"], "holds the token id 63, and the model's vocabulary"),
     "tensor-parallel": (
         ["--moe-granular-experts", "--tensor-model-parallel-size", "2", "--sequence-parallel"],
-        "expert_tensor_parallel_size (2) is not supported with moe_granular_experts (True): an expert of a few rows is "
-        "not split; add --expert-tensor-parallel-size 1",
+        "expert_tensor_parallel_size (2) is not supported with moe_granular_experts (True): an expert of a few hidden "
+        "units is not split; add --expert-tensor-parallel-size 1",
     ),
     "too-large-for-the-host": (["--num-experts", "1000000000"], "--num-experts (1000000000): a rank needs at least"),
     "log-interval": (["--log-interval", "0"], "--log-interval (0) must be at least 1"),
