@@ -43,7 +43,7 @@ PANELS = (
     ),
     Panel(
         "Experts used and listed",
-        "Share of experts that got a token since the last record, and that stand in some shortlist.",
+        "Share of experts that got a token since the last record, and that are in any shortlist.",
         (("experts_used", "used"), ("experts_listed", "listed")),
         "share of experts",
     ),

@@ -14,7 +14,7 @@ RECORDS = 3
 """Newest records, without a gap, in which a rule must hold: one sample of 64 tokens is noisy."""
 
 _BALANCE = "raise --moe-aux-loss-coeff"
-_NO_FLAG = "no flag mends this: report it with this page"
+_NO_FLAG = "no flag helps: report it with this page"
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ RULES = (
             "hash": "lower --num-experts: more experts than --moe-router-topk times the token ids stay unused",
             "": _BALANCE,
         },
-        reason="an expert learns only where the balance loss sees it: of 16,384 experts 87% are in use with eight "
+        reason="an expert learns only if the balancing loss sees it: of 16,384 experts 87% are in use with eight "
         "explored candidates, and 62% without",
     ),
     Rule(
         name="experts unlisted",
         figure="unlisted",
         above=0.01,
-        words="{:.1%} of the experts stand in no shortlist",
+        words="{:.1%} of the experts are in no shortlist",
         remedies={"": "raise --moe-air-shortlist-size"},
         reason="an expert in no list cannot be chosen and gets no gradient; with the automatic sizes all are listed",
     ),
@@ -113,7 +113,7 @@ RULES = (
         above=0.5,
         words="{:.0%} of the lists' entries changed between two records",
         remedies={"": "lower --moe-air-refresh-interval"},
-        reason="between two rebuilds tokens then search lists of which half is out of date",
+        reason="half of a list's entries are then out of date before the next rebuild",
     ),
     Rule(
         name="idle codewords",

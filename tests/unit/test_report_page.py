@@ -266,7 +266,7 @@ def test_a_page_that_grows_too_large_leaves_out_layers_but_none_with_a_warning(t
     monkeypatch.setattr("air_moe_megatron.report.page.MOST_BYTES", limit)
     page, text = page_of(folder)
     assert len(text.encode()) < limit and "layer-2" in page.ids and not {"layer-1", "layer-3"} & set(page.ids)
-    assert "Figures of 1 of 3 layers fit on the page: 2." in page.text
+    assert "The page has room for 1 of 3 layers: 2." in page.text
 
 
 def test_a_page_that_is_too_large_without_layers_is_refused(tmp_path, monkeypatch):
