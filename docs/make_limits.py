@@ -43,7 +43,7 @@ def page() -> str:
                 parts.append(f"| `{row.field}`{shown} | {row.reason} |\n")
     parts.append("\n## The training entry, `python -m air_moe_megatron.pretrain`\n")
     parts.append("| flag | refused with | reason |\n|---|---|---|\n")
-    names = {"router": "a layer of ours", "packed": "packed documents", "hash": "a hash router"}
+    names = {"router": "a layer of this package", "packed": "packed documents", "hash": "a hash router"}
     for row in FLAG_REFUSALS:
         parts.append(f"| `{row.flag}` | {row.cause.format(**names) or 'any run'} | {row.reason} |\n")
     return "".join(parts) + _END

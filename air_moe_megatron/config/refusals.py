@@ -110,7 +110,7 @@ MEGATRONS_OWN = Cause(
     lambda config: "moe_router_type 'topk' and Megatron's own experts",
 )
 OURS = Cause(
-    "Every router of ours, and `topk` with granular experts or first layers by hash",
+    "Every router of this package, and `topk` with granular experts or first layers by hash",
     lambda config: not is_plain_topk(config),
     lambda config: _by_ours(config),
 )
