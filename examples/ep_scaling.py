@@ -150,7 +150,8 @@ def read_run(folder: Path, warmup: int, node_gbytes: float) -> tuple[Setting, Ro
     """
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     texts = {tag.removesuffix("/text_summary"): tag for tag in events.Tags()["tensors"]}
-    tags = {tag.split("/")[-1]: tag for tag in events.Tags()["scalars"]}  # ours have a prefix
+    # Ours have a prefix; the diagnostics write figures of the same names, with another one, for each layer.
+    tags = {tag.removeprefix("air/"): tag for tag in events.Tags()["scalars"]}
 
     def argument(name: str) -> str:
         if name not in texts:

@@ -1,0 +1,51 @@
+"""The table of the scaling example, from TensorBoard folders that are written here."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples/ep_scaling.py"
+ARGUMENTS = {
+    **{name: 1 for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")},
+    **{"world_size": 2, "expert_model_parallel_size": 2, "num_layers": 2, "log_interval": 10, "seq_length": 32},
+    **{"micro_batch_size": 2, "global_batch_size": 4, "num_experts": 256, "moe_router_topk": 4, "hidden_size": 16},
+    **{"moe_ffn_hidden_size": 2, "moe_router_type": "air", "moe_num_hash_layers": 0, "params_dtype": "torch.bfloat16"},
+    **{"distributed_backend": "gloo", "swiglu": False, "accumulate_allreduce_grads_in_fp32": True},
+    **{f"moe_air_{name}": 0 for name in ("num_clusters", "shortlist_size", "num_probes", "num_candidates")},
+    **{"moe_air_list_parts": 1, "moe_air_num_explored": 0, "moe_air_refresh_interval": 20},
+    **{"moe_air_shard_experts": False},
+}
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("ep_scaling", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write(folder, **arguments):
+    """A run of twenty steps, whose last one was measured layer by layer."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for name, value in {**ARGUMENTS, **arguments}.items():
+            writer.add_text(name, str(value))
+        figures = {"imbalance-factor": 2.0, "rank-imbalance": 1.1}
+        figures |= {"dispatch-bytes-per-token": 60.0, "remote-bytes-per-token": 40.0}
+        for iteration in (10, 20):
+            writer.add_scalar("iteration-time", 0.5, iteration)
+            for name, value in figures.items():
+                writer.add_scalar(f"air/{name}", value, iteration)
+        for layer in (1, 2):
+            writer.add_scalar(f"air/layer_{layer}/imbalance-factor", 50.0, 20)
+            writer.add_scalar(f"air/layer_{layer}/rank-imbalance", 1.9, 20)
+    return folder
+
+
+def test_loads_are_those_of_all_layers_and_not_of_the_last_one(example, tmp_path):
+    _, row, _ = example.read_run(write(tmp_path), 0, 300.0)
+    assert (row.imbalance_factor, row.most_loaded_rank) == pytest.approx((2.0, 1.1))
+    assert (row.dispatched_bytes_per_token, row.remote_bytes_per_token, row.steps) == (60.0, 40.0, 20)
