@@ -102,9 +102,9 @@ class Run:
         return self.header["arguments"].get(name, default)
 
     def tokens_at(self, iteration: int) -> float:
-        """Tokens consumed up to an iteration, interpolated between logged ones."""
+        """Tokens consumed up to an iteration, interpolated between logged ones; none up to iteration 0."""
         known = pandas.concat([self.steps, self.totals])[["iteration", "tokens"]].sort_values("iteration")
-        return float(numpy.interp(iteration, known["iteration"], known["tokens"]))
+        return float(numpy.interp(iteration, [0, *known["iteration"]], [0, *known["tokens"]]))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -274,9 +274,11 @@ def _superseded(
         kept = {kind: [old for old in lines if old["iteration"] <= start] for kind, lines in kept.items()}
         num_superseded = before - sum(map(len, kept.values()))
         resumes = [resume for resume in resumes if resume[0] < start]
+        valid = [old for old in headers if old["iteration"] < start]
         if headers:
-            resumes.append((start, num_superseded, changes(headers[-1]["arguments"], record["arguments"])))
-        headers = [*(old for old in headers if old["iteration"] < start), record]
+            before = (valid or headers)[-1]
+            resumes.append((start, num_superseded, changes(before["arguments"], record["arguments"])))
+        headers = [*valid, record]
     return kept, headers, resumes
 
 

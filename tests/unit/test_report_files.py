@@ -63,7 +63,20 @@ def test_time_goes_on_after_a_resume(tmp_path):
 def test_a_run_started_anew_supersedes_all(tmp_path):
     run = read(tmp_path, [*lines(end=100), header(iteration=50), step(60), header(iteration=0), step(20)])
     assert run.steps["iteration"].tolist() == [20] and run.layers.empty
-    assert [resume.iteration for resume in run.resumes] == [0]
+    assert [(resume.iteration, resume.tokens) for resume in run.resumes] == [(0, 0)]
+
+
+def test_a_resume_before_the_first_log_line_counts_the_tokens_up_to_it(tmp_path):
+    (resume,) = read(tmp_path, [header(), header(iteration=10), step(20)]).resumes
+    assert resume.tokens == 10 * STEP_TOKENS
+
+
+def test_flags_of_a_superseded_resume_do_not_count_as_changed_back(tmp_path):
+    records = [header(), step(20), header(iteration=20, lr=0.001), step(40), header(iteration=20), step(40)]
+    (resume,) = read(tmp_path / "back", records).resumes
+    assert (resume.iteration, resume.num_superseded, resume.changed) == (20, 1, {})
+    (anew,) = read(tmp_path / "anew", [*records[:4], header(iteration=0), step(20)]).resumes
+    assert anew.changed == {"lr": (0.001, 0.003)}
 
 
 def test_a_run_from_a_checkpoint_of_another_starts_where_that_ended(tmp_path):
