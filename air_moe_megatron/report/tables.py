@@ -140,9 +140,11 @@ def cost_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 def _step_of(run: Run) -> tuple:
-    """What decides the work of a rank in a step, beside its routers; only where it is the same are times compared."""
-    names = ("global_batch_size", "seq_length", "world_size")
-    return run.header.get("device"), len(run.sizes), *(run.argument(name) for name in names)
+    """What decides the work of exact routers on a rank in a step; only where it is the same are times compared."""
+    names = ("global_batch_size", "seq_length", "world_size", "pipeline_model_parallel_size")
+    names += ("hidden_size", "bf16", "fp16", "moe_router_dtype")
+    sizes = tuple(tuple(size.get(name) for name in ("layer", "num_experts", "topk")) for size in run.header["layers"])
+    return run.header.get("device"), sizes, *(run.argument(name) for name in names)
 
 
 def flops(run: Run) -> tuple[float | None, float | None]:

@@ -204,6 +204,10 @@ def test_times_are_compared_only_where_the_steps_are_alike(tmp_path):
     ]
     ratios = [row["time against exact"] for row in cost_rows(read_runs(folders))]
     assert ratios == ["0.25", "1.00", "1.00", "–", "–", "–", "–"]
+    others = dict(num_experts=4096), dict(hidden_size=64), dict(bf16=True), dict(pipeline_model_parallel_size=2)
+    folders = [folders[2], *(run_of(f"other-{place}", "air", 0.1, **alike, **one) for place, one in enumerate(others))]
+    ratios = [row["time against exact"] for row in cost_rows(read_runs(folders))]
+    assert ratios == ["1.00", "–", "–", "–", "–"]
 
 
 def test_resumes_and_cut_lines_are_named(eventful):
