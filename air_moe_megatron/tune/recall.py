@@ -76,6 +76,13 @@ def exact(layer: Layer) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     Yields:
         slice of the tokens; [n, E] softmax over all experts; [n, K] ids of the exact top-k.
     """
+    for rows, logits, best in _exact_topk(layer):
+        yield rows, logits.softmax(dim=1), best
+
+
+@torch.no_grad()
+def _exact_topk(layer: Layer) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """As :func:`exact`, with the [n, E] logits in place of their softmax."""
     centers, weight = layer.centers, layer.centers.weight.float()
     size = max(1, _SCORES // layer.num_experts)
     for first in range(0, layer.test.shape[0], size):
@@ -83,8 +90,7 @@ def exact(layer: Layer) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         logits = layer.test[rows].float() @ weight.t()
         if centers.bias is not None:
             logits += centers.bias.float()
-        best = centers.selection_scores(logits).topk(layer.topk, dim=1).indices
-        yield rows, logits.softmax(dim=1), best
+        yield rows, logits, centers.selection_scores(logits).topk(layer.topk, dim=1).indices
 
 
 @torch.no_grad()
@@ -157,10 +163,10 @@ def time_search(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor, num_
 
 @torch.no_grad()
 def time_exact(layer: Layer, repeats: int = 3) -> float:
-    """Seconds per token of scoring all experts and of the top-k."""
+    """Seconds per token of scoring all experts and of the top-k, without probabilities, as in :func:`time_search`."""
 
     def run() -> None:
-        for _ in exact(layer):
+        for _ in _exact_topk(layer):
             pass
 
     return _least_seconds(run, layer.test, repeats)

@@ -24,7 +24,15 @@ from air_moe_megatron.tune import search as searching
 from air_moe_megatron.tune.baselines import measure_groups, measure_product_keys
 from air_moe_megatron.tune.command import check, check_grid
 from air_moe_megatron.tune.output import state_bytes
-from air_moe_megatron.tune.recall import Layer, fit_codebook, make_lists, mass_of_candidates, measure
+from air_moe_megatron.tune.recall import (
+    Layer,
+    fit_codebook,
+    make_lists,
+    mass_of_candidates,
+    measure,
+    time_exact,
+    time_search,
+)
 from air_moe_megatron.tune.report import _as_router, report
 from air_moe_megatron.tune.search import (
     Result,
@@ -335,6 +343,16 @@ def test_other_structures_cost_what_their_formulas_say():
     root = math.isqrt(EXPERTS)
     assert groups.name == f"groups: 1 of {root}" and groups.flops == 6 * HIDDEN * (root + root)
     assert keys.name == f"product keys: {root} x {root}" and keys.flops == 3 * HIDDEN * 2 * root
+
+
+def test_the_times_are_those_of_scores_and_top_k_alone():
+    layer = make_layer()
+    codebook = fit_codebook(layer.fit, 8)
+    (lists,) = make_lists(layer, codebook, [16])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        assert time_exact(layer) > 0 and time_search(layer, codebook.codewords, lists, 2) > 0
+    names = {event.name for event in profile.events()}
+    assert "aten::topk" in names and not [name for name in names if "softmax" in name]
 
 
 def make_args(**changes) -> argparse.Namespace:
