@@ -22,7 +22,7 @@ from air_moe_megatron.config import (
 )
 from air_moe_megatron.ops.coarse import assign
 from air_moe_megatron.routers import ROUTERS, AIRRouter
-from air_moe_megatron.routers.flops import Rebuilds
+from air_moe_megatron.routers.flops import Rebuilds, of_norm
 from air_moe_megatron.tune.baselines import measure_groups, measure_product_keys
 from air_moe_megatron.tune.recall import Layer, fit_codebook, make_lists, measure
 
@@ -247,7 +247,8 @@ def measure_others(layers: Iterable[Layer], config: TransformerConfig) -> list[R
             fields = {"moe_hierarchical_num_groups": groups.num_groups, "moe_hierarchical_topk_groups": number}
             flops = flops_of(of_type(config, "hierarchical", **fields))
             found.append(Result(f"groups: {number} of {groups.num_groups}", None, flops, *zip(*recalls, strict=True)))
-    # Forward, each half of a token is multiplied with the sub-keys of this half; backward costs twice that.
-    flops = 3.0 * config.hidden_size * sum(keys)
+    # Forward, each half of a token is multiplied with the sub-keys of this half; backward costs twice that. The keys
+    # are fitted to tokens after the input norm, and need it as the others do.
+    flops = 3.0 * config.hidden_size * sum(keys) + of_norm(config)
     found.append(Result(f"product keys: {keys[0]} x {keys[1]}", None, flops, *zip(*of_keys, strict=True)))
     return found

@@ -343,6 +343,10 @@ def test_other_structures_cost_what_their_formulas_say():
     root = math.isqrt(EXPERTS)
     assert groups.name == f"groups: 1 of {root}" and groups.flops == 6 * HIDDEN * (root + root)
     assert keys.name == f"product keys: {root} x {root}" and keys.flops == 3 * HIDDEN * 2 * root
+    config = make_config(moe_router_type="air", num_moe_experts=EXPERTS, moe_router_input_norm="whitening")
+    whitened = searching.measure_others([make_layer()], config)
+    for one, other in ((whitened[0], groups), (whitened[-1], keys)):
+        assert one.flops - other.flops == 6 * HIDDEN**2
 
 
 def test_the_times_are_those_of_scores_and_top_k_alone():
