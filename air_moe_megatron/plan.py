@@ -192,7 +192,6 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     memory["activations of the routed path"] = float(kept * (1 if args.recompute else args.layers))
     memory["dispatch buffers"] = float(2 * rows * args.hidden * number + 2 * pairs * (_PAIR_ID + 4))
     steps, away = args.microbatches, (ranks - 1) / ranks
-    gradient = of_router["gradients"]
     row_bytes = steps * rows * away * args.hidden * number
     collectives = [
         Collective("rows to the experts and back, forward and backward", 4 * row_bytes, ranks, outward=row_bytes),
@@ -204,16 +203,16 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
             outward=steps * pairs * away * (4 if is_sharded else 4 + _PAIR_ID),
         ),
         Collective(
-            "gradients of the experts",
-            _ring(world // ranks) * experts / args.layers * gradient,
+            _reduced("experts", theirs),
+            experts / args.layers * _bytes_of_reduction(theirs, of_experts, world // ranks),
             world // ranks,
             stride=ranks,
         ),
         Collective("statistics of codebook and input norm", _ring(world) * statistics, world),
     ]
-    share = router / args.layers * gradient
     group = world // ranks if is_sharded else world
-    collectives.append(Collective("gradients of the centers", _ring(group) * share, group, stride=shards))
+    share = router / args.layers * _bytes_of_reduction(theirs, of_router, group)
+    collectives.append(Collective(_reduced("centers", theirs), share, group, stride=shards))
     if is_sharded:
         width = min(sizes.num_candidates, sizes.num_probes * sizes.shortlist_size // ranks)
         width += sizes.num_explored // ranks
@@ -231,6 +230,26 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
 def _ring(ranks: int) -> float:
     """Bytes that a rank sends in a ring all-reduce, per byte of the reduced tensor."""
     return 2 * (ranks - 1) / ranks
+
+
+def _reduced(what: str, theirs: argparse.Namespace) -> str:
+    """Name of the collectives after a backward, as :func:`_bytes_of_reduction` counts them."""
+    return f"gradients{' and updated weights' if theirs.use_distributed_optimizer else ''} of the {what}"
+
+
+def _bytes_of_reduction(theirs: argparse.Namespace, per: dict[str, float], ranks: int) -> float:
+    """Bytes per parameter that a rank sends to sum up gradients over replicas.
+
+    They are all-reduced. A distributed optimizer scatters the sums instead, and gathers the updated weights.
+
+    Args:
+        theirs: Megatron's arguments.
+        per: bytes of a parameter, as :func:`parameter_bytes` gives them.
+        ranks: number of replicas.
+    """
+    if theirs.use_distributed_optimizer:
+        return _ring(ranks) / 2 * (per["gradients"] + per["weights"])
+    return _ring(ranks) * per["gradients"]
 
 
 def seconds(args: argparse.Namespace, collective: Collective) -> float:

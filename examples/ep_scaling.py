@@ -126,6 +126,7 @@ def predict(argument: Callable[[str], str], node_gbytes: float) -> Planned:
         values[f"--{flag}"] = argument(f"moe_air_{name}")
     words = [str(word) for pair in values.items() for word in pair]
     words += ["--swiglu"] if argument("swiglu") == "True" else []
+    words += ["--distributed-optimizer"] if argument("use_distributed_optimizer") == "True" else []
     words += [] if argument("accumulate_allreduce_grads_in_fp32") == "True" else ["--bf16-gradients"]
     args = plan.make_parser().parse_args(words)
     collectives = plan.predict(args, argument("moe_air_shard_experts") == "True").collectives

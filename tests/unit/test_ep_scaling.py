@@ -14,7 +14,7 @@ ARGUMENTS = {
     **{"distributed_backend": "gloo", "swiglu": False, "accumulate_allreduce_grads_in_fp32": True},
     **{f"moe_air_{name}": 0 for name in ("num_clusters", "shortlist_size", "num_probes", "num_candidates")},
     **{"moe_air_list_parts": 1, "moe_air_num_explored": 0, "moe_air_refresh_interval": 20},
-    **{"moe_air_shard_experts": False},
+    **{"moe_air_shard_experts": False, "use_distributed_optimizer": False},
 }
 
 
@@ -49,3 +49,12 @@ def test_loads_are_those_of_all_layers_and_not_of_the_last_one(example, tmp_path
     _, row, _ = example.read_run(write(tmp_path), 0, 300.0)
     assert (row.imbalance_factor, row.most_loaded_rank) == pytest.approx((2.0, 1.1))
     assert (row.dispatched_bytes_per_token, row.remote_bytes_per_token, row.steps) == (60.0, 40.0, 20)
+
+
+def test_a_distributed_optimizer_is_planned_as_one(example, tmp_path):
+    plain, distributed = (
+        example.read_run(write(tmp_path / str(given), use_distributed_optimizer=given), 0, 300.0)[2].mb_per_step
+        for given in (False, True)
+    )
+    # Over two ranks: an fp32 gradient all-reduced, or scattered with its bf16 weight gathered. No expert has a replica.
+    assert plain - distributed == pytest.approx(2 * 256 * 16 * (2 * 4 - (4 + 2)) / 2 / 1e6)

@@ -119,6 +119,20 @@ def test_sharding_divides_what_belongs_to_an_expert_and_moves_rows_to_every_rank
     assert (centers[False].group, centers[True].group) == (256, 4)
 
 
+@pytest.mark.parametrize(("dtype", "weight"), [("bf16", 2), ("fp32", 4)])
+def test_a_distributed_optimizer_scatters_gradients_and_gathers_weights(dtype, weight):
+    def sent(*flags):
+        found = plan.predict(parsed(*LARGE, "--dtype", dtype, *flags), is_sharded=False).collectives
+        return [
+            one.num_bytes for what in ("experts", "centers") for one in found if one.name.endswith(f"of the {what}")
+        ]
+
+    experts, centers = 2**20 // 64 * 2 * 4096, 2**20 * 4096
+    assert sent() == pytest.approx([2 * 3 / 4 * 4 * experts, 2 * 255 / 256 * 4 * centers])
+    each = 4 + weight
+    assert sent("--distributed-optimizer") == pytest.approx([3 / 4 * each * experts, 255 / 256 * each * centers])
+
+
 def test_time_is_that_of_the_slower_link():
     args = parsed(*LARGE, "--node-gbytes", 100, "--network-gbytes", 10)
     inside = plan.Collective("", 1e9, 8)
