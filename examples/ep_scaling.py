@@ -15,7 +15,8 @@ The columns *planned* are predictions of `air_moe_megatron.plan`, which takes ex
 all that a rank sends in a step, in all layers and directions: rows, gradients of the centers, statistics. *Cost* is
 the time of a step over that of the smallest size. Its prediction is that the arithmetic of a rank stays the same, and
 that the collectives of the plan come on top of it, at the speed of `--node-gbytes`. Predictions are nan with tensor,
-pipeline or context parallelism, with routers other than `air` and with hash layers, which the plan does not know.
+pipeline or context parallelism, with routers other than `air`, codebooks of source `experts` and hash layers, which the
+plan does not know.
 """
 
 import argparse
@@ -99,6 +100,7 @@ def predict(argument: Callable[[str], str], node_gbytes: float) -> Planned:
     from air_moe_megatron import plan  # takes seconds to import, and a run that lacks something is named before
 
     is_known = argument("moe_router_type") == "air" and argument("moe_num_hash_layers") == "0"
+    is_known = is_known and argument("moe_air_codebook_source") == "tokens"
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         is_known = is_known and argument(name) == "1"
     if not is_known:
@@ -117,6 +119,7 @@ def predict(argument: Callable[[str], str], node_gbytes: float) -> Planned:
         "--tokens": microbatch * sequence,
         "--microbatches": microbatches,
         "--dtype": "fp32" if argument("params_dtype") == "torch.float32" else "bf16",  # fp16 has as many bytes
+        "--input-norm": argument("moe_router_input_norm"),
         "--node-gbytes": node_gbytes,
     }
     sizes = {"clusters": "num_clusters", "shortlist": "shortlist_size", "list-parts": "list_parts"}

@@ -1,6 +1,7 @@
 """The table of the scaling example, from TensorBoard folders that are written here."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ ARGUMENTS = {
     **{"distributed_backend": "gloo", "swiglu": False, "accumulate_allreduce_grads_in_fp32": True},
     **{f"moe_air_{name}": 0 for name in ("num_clusters", "shortlist_size", "num_probes", "num_candidates")},
     **{"moe_air_list_parts": 1, "moe_air_num_explored": 0, "moe_air_refresh_interval": 20},
+    **{"moe_router_input_norm": "running", "moe_air_codebook_source": "tokens"},
     **{"moe_air_shard_experts": False, "use_distributed_optimizer": False},
 }
 
@@ -58,3 +60,17 @@ def test_a_distributed_optimizer_is_planned_as_one(example, tmp_path):
     )
     # Over two ranks: an fp32 gradient all-reduced, or scattered with its bf16 weight gathered. No expert has a replica.
     assert plain - distributed == pytest.approx(2 * 256 * 16 * (2 * 4 - (4 + 2)) / 2 / 1e6)
+
+
+def test_the_input_norm_of_the_runs_is_planned(example, tmp_path):
+    sent = {
+        norm: example.read_run(write(tmp_path / norm, moe_router_input_norm=norm), 0, 300.0)[2].mb_per_step
+        for norm in ("none", "running", "whitening")
+    }
+    assert sent["none"] < sent["running"]
+    assert sent["whitening"] - sent["none"] == pytest.approx(2 * 4 * (16 + 1) ** 2 / 1e6)  # layers, fp32 sums
+
+
+def test_what_the_plan_does_not_know_is_not_predicted(example, tmp_path):
+    _, row, planned = example.read_run(write(tmp_path, moe_air_codebook_source="experts"), 0, 300.0)
+    assert math.isnan(planned.mb_per_step) and math.isnan(row.planned_mb_per_step)
