@@ -193,14 +193,17 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     memory["dispatch buffers"] = float(2 * rows * args.hidden * number + 2 * pairs * (_PAIR_ID + 4))
     steps, away = args.microbatches, (ranks - 1) / ranks
     row_bytes = steps * rows * away * args.hidden * number
+    forwards = 2 if args.recompute else 1  # a recomputed forward sends everything again
+    rows_sent = (2 * forwards + 2) * row_bytes
+    pair_bytes = steps * pairs * away * (4 if is_sharded else 4 + _PAIR_ID)
     collectives = [
-        Collective("rows to the experts and back, forward and backward", 4 * row_bytes, ranks, outward=row_bytes),
+        Collective("rows to the experts and back, forward and backward", rows_sent, ranks, outward=row_bytes),
         # With sharding no ids are sent: owners know the ids of their candidates.
         Collective(
             "pairs of expert and prob, and the gradients of the probs",
-            steps * pairs * away * (8 if is_sharded else 8 + _PAIR_ID),
+            forwards * pair_bytes + steps * pairs * away * 4,
             ranks,
-            outward=steps * pairs * away * (4 if is_sharded else 4 + _PAIR_ID),
+            outward=pair_bytes,
         ),
         Collective(
             _reduced("experts", theirs),
@@ -219,7 +222,7 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
         outward = steps * args.tokens * (ranks - 1) * (width * (4 + _PAIR_ID + 1) + 4 * sizes.num_probes)
         gradients = steps * args.tokens * away * 4 * (sizes.num_candidates + sizes.num_explored)
         name = "scores of the candidates, codewords, marks and gradients"
-        collectives.append(Collective(name, outward + gradients, ranks, outward=outward))
+        collectives.append(Collective(name, forwards * outward + gradients, ranks, outward=outward))
     tokens = world * args.tokens * args.microbatches
     flops = AIRRouter.flops(config, Rebuilds(tokens, on_gpu=True))
     rebuild = flops.refresh * tokens * args.refresh_interval
@@ -381,7 +384,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--swiglu", action="store_true", help="experts with a gate")
     parser.add_argument("--bf16-gradients", action="store_true", help="gradients in the weights' dtype, not fp32")
     parser.add_argument("--distributed-optimizer", action="store_true", help="shard optimizer state over replicas")
-    parser.add_argument("--recompute", action="store_true", help="keep the activations of one layer at a time")
+    parser.add_argument("--recompute", action="store_true", help="keep activations of one layer; forwards send twice")
     parser.add_argument("--memory-gib", type=float, default=80.0, help="memory of a rank; default 80")
     parser.add_argument(
         "--node-gbytes", type=float, default=300.0, help="GB/s that a rank sends within a node; default 300"

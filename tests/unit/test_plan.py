@@ -227,6 +227,20 @@ def test_values_that_cannot_be_are_refused_by_name(flags, words, capsys):
     assert re.search(words, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("is_sharded", (False, True), ids=("replicated", "sharded"))
+def test_a_recomputed_forward_sends_again(is_sharded):
+    once, twice = (
+        {one.name.split()[0]: one for one in plan.predict(parsed(*LARGE, *flags), is_sharded).collectives}
+        for flags in ((), ("--recompute",))
+    )
+    assert twice["rows"].num_bytes == 1.5 * once["rows"].num_bytes
+    for name in ("pairs", *(["scores"] if is_sharded else [])):
+        assert twice[name].num_bytes == pytest.approx(once[name].num_bytes + once[name].outward)
+    assert {name: one.outward for name, one in twice.items()} == {name: one.outward for name, one in once.items()}
+    for name in ("gradients", "statistics"):
+        assert twice[name] == once[name]
+
+
 @pytest.mark.parametrize("explored", (0, 100))
 def test_what_a_sharded_layout_sends_is_what_its_document_says(explored):
     """The formulas of docs/sharded-routing.md, without the share of the bytes that stays on the rank."""
