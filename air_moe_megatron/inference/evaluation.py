@@ -61,8 +61,10 @@ class RoutingMeter:
     def __init__(self, router: TopKRouter, layer: str) -> None:
         self.router, self.layer = router, layer
         self.num_experts = router.config.num_moe_experts
+        self.num_windows: int | None = None
+        """How many windows of the current microbatch count, the first ones; None means all."""
         self.loads: torch.Tensor | None = None  # [E] int64
-        self.recalls: list[tuple[float, float]] = []
+        self.recalls: list[tuple[float, float, int]] = []  # means over a sample of tokens, and their number
         self.num_sampled = 0
         self._hook = router.register_forward_hook(self._measure)
 
@@ -75,6 +77,9 @@ class RoutingMeter:
         chosen = output[1]  # [T, K] ids with compact dispatch, otherwise a routing map [T, E]
         if isinstance(chosen, ShardedRows):
             chosen = chosen.topk_ids
+        num_windows = args[0].shape[1]  # tokens are [sequence, windows, H]
+        counted = num_windows if self.num_windows is None else self.num_windows
+        chosen = chosen.unflatten(0, (-1, num_windows))[:, :counted].flatten(0, 1)
         if chosen.dtype == torch.bool:
             loads = chosen.sum(dim=0)
         else:
@@ -82,15 +87,15 @@ class RoutingMeter:
         self.loads = loads if self.loads is None else self.loads + loads
         # This depends on the number of forwards only, because the ranks of a sharded router must sample together.
         if isinstance(router, AIRRouter) and self.num_sampled < _MAX_SAMPLED:
-            self._sample(router, args[0])
+            self._sample(router, args[0][:, :counted] if counted else args[0], counted > 0)
 
-    def _sample(self, router: AIRRouter, hidden: torch.Tensor) -> None:
+    def _sample(self, router: AIRRouter, hidden: torch.Tensor, is_counted: bool) -> None:
         hidden = hidden.reshape(-1, hidden.shape[-1])
         hidden = hidden[:: -(-hidden.shape[0] // _SAMPLE_SIZE)]
         codewords = router._route(hidden, None).codewords
         if router.input_norm is not None:
             hidden = router.input_norm(hidden)
-        self.recalls.append(recall(router, TokenSample(hidden, codewords, None)))
+        self.recalls.append((*recall(router, TokenSample(hidden, codewords, None)), hidden.shape[0] * is_counted))
         self.num_sampled += _SAMPLE_SIZE
 
     def figures(self) -> dict[str, Any]:
@@ -111,8 +116,8 @@ class RoutingMeter:
             **{name.replace("-", "_"): load for name, load in zip(LOAD_FIGURES, loads, strict=True)},
         }
         if isinstance(router, AIRRouter):
-            sums = [sum(values) for values in zip(*self.recalls, strict=True)]
-            sums = torch.tensor([*sums, len(self.recalls)], dtype=torch.float64, device=self.loads.device)
+            mass, topk, counts = torch.tensor(self.recalls, dtype=torch.float64, device=self.loads.device).unbind(dim=1)
+            sums = torch.stack(((mass * counts).sum(), (topk * counts).sum(), counts.sum()))
             mass, topk, count = sum_over_ranks(sums, group).tolist()
             figures |= {
                 "experts_listed": float(listed_share_of(router)),
@@ -160,7 +165,10 @@ def evaluate(
     run = get_forward_backward_func()
     meters = meters_of(model)
     sums = torch.zeros(2, dtype=torch.float64, device=next(model[0].parameters()).device)  # nats, tokens
-    for _ in progress(range(num_microbatches(windows, args.micro_batch_size, num_ranks))):
+    for number in progress(range(num_microbatches(windows, args.micro_batch_size, num_ranks))):
+        for meter in meters:  # microbatches beyond the last window repeat windows, which do not count
+            first = (number * num_ranks + rank) * args.micro_batch_size
+            meter.num_windows = min(max(len(windows) - first, 0), args.micro_batch_size)
         losses = run(
             forward_step_func=forward_step,
             data_iterator=[batches] * len(model) if len(model) > 1 else batches,

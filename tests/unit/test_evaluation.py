@@ -1,0 +1,67 @@
+"""Routing while a model is evaluated: each window of the data counts once."""
+
+import argparse
+
+import numpy
+import pytest
+import torch
+
+from air_moe_megatron.inference import evaluation
+from air_moe_megatron.inference.data import TokenStream
+from tests.builders import make_router
+
+LENGTH, VOCABULARY = 8, 31
+
+
+class Model(torch.nn.Module):
+    """A router behind an embedding; its loss is one nat per token that counts."""
+
+    def __init__(self, router):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCABULARY, router.config.hidden_size)
+        self.router = router
+
+    def forward(self, batch):
+        self.router(self.embedding(batch["tokens"]).transpose(0, 1))
+        return batch["loss_mask"].sum() * torch.ones(2)
+
+
+@pytest.fixture
+def figures_of(megatron_cpu, monkeypatch):
+    def run(data_iterator, model, **_):
+        return [{"lm loss": model[0](next(data_iterator))}]
+
+    monkeypatch.setattr(evaluation, "get_forward_backward_func", lambda: run)
+    tokens = numpy.random.default_rng(0).integers(0, VOCABULARY, 3 * LENGTH + 1)
+
+    def figures_of(fields, micro_batch_size):
+        torch.manual_seed(0)
+        model = Model(make_router(megatron_cpu, num_moe_experts=64, moe_router_topk=4, **fields).eval())
+        args = argparse.Namespace(
+            seq_length=LENGTH, micro_batch_size=micro_batch_size, decoder_seq_length=None, reset_position_ids=False,
+            reset_attention_mask=False, create_attention_mask_in_dataloader=False,
+        )  # fmt: skip
+        return evaluation.evaluate([model], TokenStream("x", tokens, None), 0, args)
+
+    return figures_of
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(moe_router_type="air", moe_granular_experts=True, moe_dispatch="compact"),
+        dict(moe_router_type="air"),
+        dict(moe_router_type="topk"),
+    ],
+    ids=["air", "air-dense", "topk"],
+)
+def test_windows_that_fill_a_microbatch_do_not_count_in_the_routing(figures_of, fields):
+    expected = figures_of(fields, 1)
+    assert expected.tokens == 3 * LENGTH and expected.loss == 1
+    for micro_batch_size in (2, 3, 4, 8):
+        found = figures_of(fields, micro_batch_size)
+        assert (found.tokens, found.loss) == (expected.tokens, 1)
+        assert found.layers[0] == {
+            name: pytest.approx(value) if isinstance(value, float) else value
+            for name, value in expected.layers[0].items()
+        }
