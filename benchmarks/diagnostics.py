@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import checks, roofline
 from benchmarks.layer import layer_inputs, layer_step, layer_work
-from benchmarks.measure import clock, world
+from benchmarks.measure import clock, is_by_clock, world
 from benchmarks.models import Sizes, add_sizes, air_columns, make_layer, warm_up_codebook
 from benchmarks.roofline import Work
 from benchmarks.timing import Case, time_interleaved
@@ -63,7 +63,7 @@ def run(args) -> list[dict]:
             },
         }
         columns = sizes.columns() | {"ffn": args.ffn} | air_columns(layer.router)
-        return [outcome.row(name, columns, figures[name]) for name in cases]
+        return [outcome.row(name, columns, figures[name], by_clock=is_by_clock(device)) for name in cases]
 
 
 def _seconds(device, work) -> dict[str, float]:

@@ -45,6 +45,12 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def is_by_clock(device: torch.device) -> bool:
+    """Whether seconds are those of a clock where a benchmark takes processor seconds on a CPU: not with more threads
+    than one, whose seconds add up."""
+    return device.type != "cpu" or torch.get_num_threads() == 1
+
+
 @contextlib.contextmanager
 def world(rank: int = 0, ranks: int = 1, init_method: str | None = None, expert_parallel: int = 1):
     """Make Megatron's process groups, on the GPU if there is one, else in CPU mode; by default for this process alone.

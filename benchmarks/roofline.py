@@ -55,6 +55,10 @@ def bound(phases: dict[str, Work], ceilings: Ceilings) -> dict[str, float]:
     return {**seconds, "total": sum(seconds.values())}
 
 
+OF_CLOCK = ("times_bound", "tokens_per_s", "gflops_per_s", "gbytes_per_s")
+"""The columns of :func:`bound_columns` that depend on the time of the row."""
+
+
 def bound_columns(phases: dict[str, Work], ceilings: Ceilings, seconds: float, tokens: int | None) -> dict:
     """Columns about the bound, for a row whose total took ``seconds``.
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import roofline
 from benchmarks.checks import same
-from benchmarks.measure import accumulate_gradient, clock, give_main_grad, world
+from benchmarks.measure import accumulate_gradient, clock, give_main_grad, is_by_clock, world
 from benchmarks.models import Sizes, add_sizes, air_work, expert_work, make_config, usage
 from benchmarks.timing import Case, time_interleaved
 
@@ -206,7 +206,8 @@ def _measure(args, rank, ranks, pg_collection, device):
     for name in cases:
         times_faster = round(outcome.median(_REPLICATED) / outcome.median(name), 2)
         columns = sizes.columns() | {"ffn": sizes.ffn, "ranks": ranks}
-        rows.append(outcome.row(name, columns, {"times_faster": times_faster} | figures[name]))
+        own = {"times_faster": times_faster} | figures[name]
+        rows.append(outcome.row(name, columns, own, by_clock=is_by_clock(device)))
     return rows
 
 

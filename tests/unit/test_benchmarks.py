@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from air_moe_megatron.config import AIRSizes
-from benchmarks import measure, roofline, tables, targets
+from benchmarks import measure, roofline, tables, targets, timing
 from benchmarks.roofline import Ceilings, Work
 
 LOGGERS = ("benchmarks", "air_moe_megatron")
@@ -152,6 +152,32 @@ def main():
                 logging.getLogger(name).setLevel(level)
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_processor_seconds_of_several_threads_have_no_rates():
+    outcome = timing.Outcome(
+        {"x": timing.Case(dict, {"total": Work(100, 0)}, 50)},
+        {"x": {"total": measure.Timing([10.0])}},
+        Ceilings(10, 1),
+        torch.device("cpu"),
+        ("total",),
+    )
+    row = outcome.row("x", {}, {}, by_clock=measure.is_by_clock(torch.device("cpu")))
+    assert (row["times_bound"], row["tokens_per_s"], row["bound_ms"]) == (1.0, 5, 1e4)
+    torch.set_num_threads(2)
+    row = outcome.row("x", {}, {}, by_clock=measure.is_by_clock(torch.device("cpu")))
+    assert {row[name] for name in ("times_bound", "tokens_per_s", "gflops_per_s", "gbytes_per_s")} == {""}
+    assert (row["total_ms"], row["bound_ms"]) == (1e4, 1e4)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_checks_before_it_measures(main, name, tmp_path, caplog, capsys):
     flags, num_checks = NAMES[name]
