@@ -590,6 +590,8 @@ def test_the_estimate_counts_what_it_says(parsed, megatron_cpu):
     assert estimate(**BF16) == num_values * (2 + 4 + 8)
     assert estimate(no_save_optim=True) == num_values * 4
     assert estimate(moe_layer_freq=[0, 1]) == (num_values - EXPERTS * (3 * HIDDEN * FFN + HIDDEN)) * 12
+    latent = {"moe_latent_size": HIDDEN // 4, "moe_granular_experts": False, "moe_dispatch": "stock"}
+    assert estimate(**latent) == (num_values - LAYERS * EXPERTS * 3 * HIDDEN * FFN * 3 // 4) * 12
 
 
 def test_a_distributed_optimizer_that_cannot_resume_is_refused(save, check, is_legacy, tmp_path, monkeypatch):

@@ -78,7 +78,8 @@ def estimate_bytes(args: argparse.Namespace, config: TransformerConfig) -> int:
     hidden_size = config.hidden_size
     num_values = (args.padded_vocab_size or 0) * hidden_size * (2 if args.untie_embeddings_and_output_weights else 1)
     if config.num_moe_experts is not None:
-        per_expert = (3 if config.gated_linear_unit else 2) * hidden_size * config.moe_ffn_hidden_size
+        expert_input = config.moe_latent_size or hidden_size
+        per_expert = (3 if config.gated_linear_unit else 2) * expert_input * config.moe_ffn_hidden_size
         num_layers = sum(moe_layers(args))
         num_values += num_layers * config.num_moe_experts * per_expert
         if getattr(config, "moe_router_type", "topk") in ("topk", "air"):
