@@ -165,6 +165,9 @@ def read_run(folder: Path, name: str) -> Run:
     totals = totals.reindex(columns=["iteration", "tokens", "routing_seconds", "routing_share"]).astype(float)
     layers, bins = _layers(kept["diagnostics"], {layer["layer"]: layer for layer in header["layers"]})
     codebooks, codebook_iteration = _codebooks(folder / CODEBOOK)
+    if codebook_iteration in _iterations(records) - _iterations(kept["diagnostics"]):
+        notes.append(f"{CODEBOOK} is of step {codebook_iteration:,} before a resume, and is left out")
+        codebooks, codebook_iteration = {}, None
     run = Run(
         name=name,
         folder=folder,
@@ -280,6 +283,11 @@ def _superseded(
             resumes.append((start, num_superseded, changes(before["arguments"], record["arguments"])))
         headers = [*valid, record]
     return kept, headers, resumes
+
+
+def _iterations(records: list[dict[str, Any]]) -> set[int]:
+    """The iterations of the diagnostics lines."""
+    return {record["iteration"] for record in records if record["kind"] == "diagnostics"}
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

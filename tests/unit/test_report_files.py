@@ -71,6 +71,17 @@ def test_a_resume_before_the_first_log_line_counts_the_tokens_up_to_it(tmp_path)
     assert resume.tokens == 10 * STEP_TOKENS
 
 
+def test_a_codebook_of_superseded_steps_is_left_out(tmp_path):
+    records = [header(), diagnostics(20, 60), diagnostics(40, 60), header(iteration=30)]
+    snapshot = codebook(iteration=40, num_clusters=16)
+    run = read(tmp_path / "resumed", [*records, step(40)], snapshot)
+    assert not run.codebooks and run.codebook_iteration is None
+    assert run.notes == ("air_codebook.json is of step 40 before a resume, and is left out",)
+    for valid in (records[:3], [*records, diagnostics(40, 60)]):
+        run = read(tmp_path / f"{len(valid)}", valid, snapshot)
+        assert run.codebooks and run.codebook_iteration == 40 and not run.notes
+
+
 def test_flags_of_a_superseded_resume_do_not_count_as_changed_back(tmp_path):
     records = [header(), step(20), header(iteration=20, lr=0.001), step(40), header(iteration=20), step(40)]
     (resume,) = read(tmp_path / "back", records).resumes
