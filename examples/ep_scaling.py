@@ -15,8 +15,8 @@ The columns *planned* are predictions of `air_moe_megatron.plan`, which takes ex
 all that a rank sends in a step, in all layers and directions: rows, gradients of the centers, statistics. *Cost* is
 the time of a step over that of the smallest size. Its prediction is that the arithmetic of a rank stays the same, and
 that the collectives of the plan come on top of it, at the speed of `--node-gbytes`. Predictions are nan with tensor,
-pipeline or context parallelism, with routers other than `air`, codebooks of source `experts` and hash layers, which the
-plan does not know.
+pipeline or context parallelism, with routers other than `air`, codebooks of source `experts`, hash layers and layers
+without experts, which the plan does not know.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def predict(argument: Callable[[str], str], node_gbytes: float) -> Planned:
     from air_moe_megatron import plan  # takes seconds to import, and a run that lacks something is named before
 
     is_known = argument("moe_router_type") == "air" and argument("moe_num_hash_layers") == "0"
-    is_known = is_known and argument("moe_air_codebook_source") == "tokens"
+    is_known = is_known and argument("moe_air_codebook_source") == "tokens" and argument("moe_layer_freq") == "1"
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         is_known = is_known and argument(name) == "1"
     if not is_known:
@@ -129,6 +129,7 @@ def predict(argument: Callable[[str], str], node_gbytes: float) -> Planned:
         values[f"--{flag}"] = argument(f"moe_air_{name}")
     words = [str(word) for pair in values.items() for word in pair]
     words += ["--swiglu"] if argument("swiglu") == "True" else []
+    words += ["--recompute"] if _is_recomputed(argument) else []
     words += ["--distributed-optimizer"] if argument("use_distributed_optimizer") == "True" else []
     words += [] if argument("accumulate_allreduce_grads_in_fp32") == "True" else ["--bf16-gradients"]
     args = plan.make_parser().parse_args(words)
@@ -138,6 +139,12 @@ def predict(argument: Callable[[str], str], node_gbytes: float) -> Planned:
         mb_per_step=layers * sum(one.num_bytes for one in collectives) / 1e6,
         ms_per_step=layers * sum(plan.seconds(args, one) for one in collectives) * 1e3,
     )
+
+
+def _is_recomputed(argument: Callable[[str], str]) -> bool:
+    """Whether the backward repeats the forwards of the layers with experts."""
+    granularity = argument("recompute_granularity")
+    return granularity == "full" or (granularity == "selective" and "'moe'" in argument("recompute_modules"))
 
 
 def read_run(folder: Path, warmup: int, node_gbytes: float) -> tuple[Setting, Row, Planned]:

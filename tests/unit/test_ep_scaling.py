@@ -15,6 +15,7 @@ ARGUMENTS = {
     **{"distributed_backend": "gloo", "swiglu": False, "accumulate_allreduce_grads_in_fp32": True},
     **{f"moe_air_{name}": 0 for name in ("num_clusters", "shortlist_size", "num_probes", "num_candidates")},
     **{"moe_air_list_parts": 1, "moe_air_num_explored": 0, "moe_air_refresh_interval": 20},
+    **{"moe_layer_freq": 1, "recompute_granularity": None, "recompute_modules": ["core_attn"]},
     **{"moe_router_input_norm": "running", "moe_air_codebook_source": "tokens"},
     **{"moe_air_shard_experts": False, "use_distributed_optimizer": False},
 }
@@ -71,6 +72,19 @@ def test_the_input_norm_of_the_runs_is_planned(example, tmp_path):
     assert sent["whitening"] - sent["none"] == pytest.approx(2 * 4 * (16 + 1) ** 2 / 1e6)  # layers, fp32 sums
 
 
-def test_what_the_plan_does_not_know_is_not_predicted(example, tmp_path):
-    _, row, planned = example.read_run(write(tmp_path, moe_air_codebook_source="experts"), 0, 300.0)
+def test_recomputed_forwards_are_planned(example, tmp_path):
+    sent = [
+        example.read_run(
+            write(tmp_path / f"{place}", recompute_granularity=granularity, recompute_modules=modules), 0, 300.0
+        )[2].mb_per_step
+        for place, (granularity, modules) in enumerate(
+            [(None, ["core_attn"]), ("selective", ["core_attn"]), ("selective", ["core_attn", "moe"]), ("full", None)]
+        )
+    ]
+    assert sent[0] == sent[1] < sent[2] == sent[3]
+
+
+@pytest.mark.parametrize("other", [{"moe_air_codebook_source": "experts"}, {"moe_layer_freq": [0, 1]}])
+def test_what_the_plan_does_not_know_is_not_predicted(example, tmp_path, other):
+    _, row, planned = example.read_run(write(tmp_path, **other), 0, 300.0)
     assert math.isnan(planned.mb_per_step) and math.isnan(row.planned_mb_per_step)
