@@ -83,8 +83,12 @@ class WaitingIds:
 
 @torch.no_grad()
 def _fingerprint(hidden: torch.Tensor) -> torch.Tensor:
-    """[T] fp32, a finite number for each token that identifies it in practice."""
-    return hidden.float().sum(dim=1).nan_to_num(nan=1e30).clamp(-1e30, 1e30)
+    """[T] fp32, a finite number for each token that identifies it in practice, even if recomputing rounds otherwise.
+
+    It is a product with a fixed vector. The plain sum would be zero for every token after a layer norm.
+    """
+    direction = torch.arange(hidden.shape[1], dtype=torch.float32, device=hidden.device).cos()
+    return (hidden.float() * direction).sum(dim=1).nan_to_num(nan=1e30).clamp(-1e30, 1e30)
 
 
 class HashRouter(CompactRouter):

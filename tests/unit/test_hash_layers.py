@@ -278,6 +278,20 @@ def test_ids_are_found_by_tokens_that_are_not_finite_too():
         assert torch.equal(found, ids[number])
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+def test_ids_are_found_after_a_layer_norm_by_a_forward_that_rounds_otherwise(dtype):
+    """The numbers of a token that a layer norm has centered sum to zero, up to rounding."""
+    waiting, generator = WaitingIds(), torch.Generator().manual_seed(1)
+    hidden = [torch.randn(32, 64, generator=generator) for _ in range(8)]
+    hidden = [torch.nn.functional.layer_norm(tokens, tokens.shape[1:]) for tokens in hidden]
+    for number, tokens in enumerate(hidden):
+        waiting.keep(torch.full((32,), number), tokens.to(dtype))
+    noise = 4 * torch.finfo(dtype).eps
+    for number, tokens in enumerate(hidden):
+        again = tokens + noise * torch.randn(tokens.shape, generator=generator)
+        assert (waiting.find(again.to(dtype), is_last_time=False) == number).all()
+
+
 def test_ids_are_found_in_steps_of_very_many_microbatches():
     """As with pipeline stages: three microbatches are on their way."""
     waiting, most, ahead = WaitingIds(), 1300, 3
