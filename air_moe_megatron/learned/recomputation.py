@@ -23,6 +23,11 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def keeps_graph() -> bool:
+    """Whether the backward that is executing keeps its graph, so that a second backward may repeat its forwards."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def may_be_repeated() -> bool:
     """Whether the forward that is running may be repeated in a backward.
 

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.learned.recomputation import hidden_from_checkpoints, is_in_backward, may_be_repeated
+from air_moe_megatron.learned.recomputation import hidden_from_checkpoints, is_in_backward, keeps_graph, may_be_repeated
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.hash_tables import balanced_table, frequency_table
@@ -187,8 +187,9 @@ class HashRouter(CompactRouter):
             )
         if self.training and is_in_backward():
             # A checkpoint within a checkpoint is repeated once more, later in the backward.
+            is_last_time = not (may_be_repeated() or keeps_graph())
             with hidden_from_checkpoints():
-                return self._waiting.find(hidden, is_last_time=not may_be_repeated())
+                return self._waiting.find(hidden, is_last_time)
         ids = ids_in_order(self.token_ids, self)
         if ids.numel() != num_tokens:
             raise ValueError(

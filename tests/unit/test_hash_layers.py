@@ -323,6 +323,30 @@ def test_a_layer_in_a_checkpoint_of_ones_own_finds_its_ids(megatron_cpu, use_ree
         torch.testing.assert_close(actual, expected)
 
 
+def test_a_microbatch_with_two_backwards_leaves_the_others_their_ids(megatron_cpu):
+    """A loop of one's own may go back once for each of two losses; a third microbatch goes forward in between."""
+    found = []
+    for repeated in (False, True):
+        layer = make_layer(megatron_cpu, moe_router_type="hash")
+        generator = torch.Generator().manual_seed(1)
+        hidden = [torch.randn(8, 1, HIDDEN, generator=generator).requires_grad_() for _ in range(3)]
+
+        def forward(number, layer=layer, hidden=hidden, repeated=repeated):
+            layer.router.token_ids = torch.arange(8).view(1, 8) + 8 * number
+            out = checkpoint(layer, hidden[number], use_reentrant=True) if repeated else layer(hidden[number])
+            return out[0]
+
+        first, second = forward(0), forward(1)
+        first.square().sum().backward(retain_graph=True)
+        first.sum().backward()
+        third = forward(2)
+        for out in (second, third):
+            out.square().sum().backward()
+        found.append([one.grad for one in (*hidden, *layer.parameters())])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("duplicate", (copy.deepcopy, pickled), ids=("deepcopy", "pickle"))
 def test_a_copy_of_a_model_routes_by_its_own_ids(megatron_cpu, duplicate):
     model = torch.nn.ModuleDict({
