@@ -25,8 +25,8 @@ _END = """
 - Megatron's own dispatchers hold process groups. So a layer with `--moe-dispatch stock` can be neither deep-copied nor
   pickled, and neither can a whole Megatron model. Routers, granular experts and layers with
   compact dispatch can.
-- `torch.nn.parallel.DistributedDataParallel` and torch's `fully_shard` work around routers in a training loop of your
-  own. The training entry refuses FSDP.
+- `torch.nn.parallel.DistributedDataParallel` and torch's `fully_shard` and `FullyShardedDataParallel` work around
+  routers in a training loop of your own. The training entry refuses FSDP.
 - NCCL between GPUs and Transformer Engine have not been tried. Everything was tested on CPU with gloo. The
   [README](../README.md) says what has also run on a GPU.
 """

@@ -230,9 +230,11 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     def learns(self) -> bool:
         """Whether the current forward adds to what is learned without gradients.
 
-        Its tokens must count, and some parameter of the router must be trained.
+        Its tokens must count, and some parameter of the router must be trained. torch's ``FullyShardedDataParallel``
+        may have put plain tensors in the places of the parameters.
         """
-        return self._is_counted and any(parameter.requires_grad for parameter in self.parameters())
+        weights = list(self.parameters()) or [one for one in vars(self).values() if isinstance(one, torch.Tensor)]
+        return self._is_counted and any(weight.requires_grad for weight in weights)
 
     @torch.compiler.disable
     def _count_for_bias(self, counts: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ TYPES = {
     "hierarchical": NORM,
     "vq": {**NORM, "moe_vq_loss_coeff": 1e-9},  # its loss is a mean over the tokens of a rank
 }
+WRAPPERS = ("ddp", "fsdp", "flat-fsdp")
 # Sums over ranks and microbatches in another order, carried through three steps with a large rate.
 CLOSE = dict(rtol=1e-3, atol=1e-4)
 
@@ -63,7 +64,7 @@ def full(tensor):
 
 def run(groups, name, wrapper):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     from tests.builders import make_router
 
@@ -73,11 +74,14 @@ def run(groups, name, wrapper):
     model = Routed(router)
     if wrapper == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
+    elif wrapper == "flat-fsdp":
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
     else:
         fully_shard(router, mesh=init_device_mesh("cpu", (world_size,)))
     scale = world_size  # both wrappers take the mean of gradients over ranks
     counts = train(model, router, (groups.tp_dp_cp.rank(),), groups.tp_dp_cp, scale)
-    state = {key: full(value).clone() for key, value in router.state_dict().items()}
+    whole = model if wrapper == "flat-fsdp" else router  # only the wrapper gathers its parameters
+    state = {key.removeprefix("router."): full(value).clone() for key, value in whole.state_dict().items()}
     return state | {f"counts {step}": count for step, count in enumerate(counts)}
 
 
@@ -106,7 +110,7 @@ def worker(rank, world_size, directory):
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    results = {(name, wrapper): run(groups, name, wrapper) for name in TYPES for wrapper in ("ddp", "fsdp")}
+    results = {(name, wrapper): run(groups, name, wrapper) for name in TYPES for wrapper in WRAPPERS}
     if rank == 0:
         results |= {(name, "one rank"): reference(groups, name, world_size) for name in TYPES}
     torch.save(results, f"{directory}/{rank}.pt")
@@ -120,7 +124,7 @@ def ranks(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize("wrapper", ("ddp", "fsdp"))
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrapped_routers_learn_what_one_rank_learns_from_all_tokens(ranks, wrapper, name):
     """torch's DDP overwrites buffers with those of rank 0 in every forward, and so twice in a step here."""
     expected = ranks[0][name, "one rank"]
