@@ -187,6 +187,11 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
 
     @torch.compiler.disable  # the host reads group sizes, and the count of updates that decides when lists are rebuilt
     def _route(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None) -> Routes:
+        # Scores have the dtype that moe_router_dtype says, and what is learned is fp32, under autocast too.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self._route_as_given(hidden_states, padding_mask)
+
+    def _route_as_given(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None) -> Routes:
         self._is_counted = self.training and self._forwards.counts()
         self._maintain_float32_expert_bias()
         batch_size = hidden_states.shape[1] if hidden_states.dim() == 3 else 1

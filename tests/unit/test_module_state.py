@@ -119,6 +119,26 @@ def test_experts_are_the_same_under_any_default_dtype(megatron_cpu, name):
     assert torch.equal(*weights)
 
 
+@ALL_TYPES
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
+def test_a_router_scores_in_its_own_dtype_under_autocast(megatron_cpu, name, dtype):
+    found = []
+    for enabled in (False, True):
+        router = make_router(megatron_cpu, **fields_of(name))
+        give_ids(router)
+        for hidden in microbatches(3):  # the lists are rebuilt, too
+            with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+                routes = router.route(hidden.requires_grad_())
+            if routes.probs.requires_grad:
+                routes.probs.square().sum().backward()
+            update_codebooks(router)
+        grads = {name: parameter.grad for name, parameter in router.named_parameters()}
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            routes = router.eval().route(hidden)
+        found.append(state_of(router) | grads | {"ids": routes.topk_ids, "probs": routes.probs})
+    assert_same_state(found[1], found[0])
+
+
 # Recomputation.
 
 
