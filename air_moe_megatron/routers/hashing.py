@@ -32,20 +32,29 @@ from air_moe_megatron.routers.token_ids import embedding_of, ids_in_order, tell_
 _MOST_WAITING = 1024
 """Most microbatches whose ids are kept; a limit for training loops that never end a step."""
 
+_MOST_OF_EVALUATION = 32
+"""Most microbatches of evaluation whose ids are kept. Hardly any goes back, and no call ends a step of evaluation."""
+
 
 class WaitingIds:
     """Token ids of microbatches whose forward may be recomputed, looked up by the hidden states of that forward.
 
     Microbatches may be recomputed in any order, and some never. The look-up takes the kept microbatch whose hidden
     states are the nearest. It runs on the device and does not wait for it.
+
+    Microbatches of evaluation have their own places, so that they push out none of training.
     """
 
     def __init__(self) -> None:
         self._kept: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=_MOST_WAITING)  # ids and fingerprint
+        self._of_evaluation: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=_MOST_OF_EVALUATION)
         self._num_found = 0
 
-    def keep(self, token_ids: torch.Tensor, hidden: torch.Tensor) -> None:
+    def keep(self, token_ids: torch.Tensor, hidden: torch.Tensor, training: bool = True) -> None:
         """Keep the token ids [T] of a microbatch with hidden states [T, H]."""
+        if not training:
+            self._of_evaluation.append((token_ids, _fingerprint(hidden)))
+            return
         if len(self._kept) == _MOST_WAITING:  # the oldest goes; it has been found if any has
             self._num_found = max(0, self._num_found - 1)
         self._kept.append((token_ids, _fingerprint(hidden)))
@@ -55,11 +64,11 @@ class WaitingIds:
 
         Args:
             hidden: [T, H].
-            is_last_time: whether the microbatch will not be looked up again.
+            is_last_time: whether the microbatch is one of training and will not be looked up again.
         Raises:
             ValueError: if no microbatch of T tokens is kept.
         """
-        fitting = [one for one in self._kept if one[0].shape[0] == hidden.shape[0]]
+        fitting = [one for one in (*self._kept, *self._of_evaluation) if one[0].shape[0] == hidden.shape[0]]
         if not fitting:
             raise ValueError(
                 f"{hidden.shape[0]} tokens are recomputed, and no forward of this step had so many: recompute a "
@@ -72,11 +81,15 @@ class WaitingIds:
             ids = torch.stack([ids for ids, _ in fitting]).index_select(0, distances.argmin().unsqueeze(0)).squeeze(0)
         self._num_found += is_last_time
         if self._num_found == len(self._kept):
-            self.clear()
+            self._forget_training()
         return ids
 
     def clear(self) -> None:
         """Forget all microbatches."""
+        self._forget_training()
+        self._of_evaluation.clear()
+
+    def _forget_training(self) -> None:
         self._kept.clear()
         self._num_found = 0
 
@@ -185,9 +198,9 @@ class HashRouter(CompactRouter):
                 f"layer {self.layer_number}: the router has been given no token ids; call hand_over_token_ids(model) "
                 "after the model is built, as the entry point does"
             )
-        if self.training and is_in_backward():
+        if is_in_backward():
             # A checkpoint within a checkpoint is repeated once more, later in the backward.
-            is_last_time = not (may_be_repeated() or keeps_graph())
+            is_last_time = self.training and not (may_be_repeated() or keeps_graph())
             with hidden_from_checkpoints():
                 return self._waiting.find(hidden, is_last_time)
         ids = ids_in_order(self.token_ids, self)
@@ -196,9 +209,9 @@ class HashRouter(CompactRouter):
                 f"layer {self.layer_number}: {num_tokens} tokens, but {ids.numel()} token ids (of "
                 f"{tuple(self.token_ids.shape)} [batch, sequence]) came from the embedding"
             )
-        if self.training and may_be_repeated():
+        if may_be_repeated():
             with hidden_from_checkpoints():
-                self._waiting.keep(ids, hidden)
+                self._waiting.keep(ids, hidden, self.training)
         return ids
 
     def discard(self) -> None:

@@ -304,12 +304,13 @@ def test_ids_are_found_in_steps_of_very_many_microbatches():
             assert torch.equal(found, torch.arange(4) + 10 * (number - ahead))
 
 
+@pytest.mark.parametrize("mode", ("train", "eval", "train-then-eval"))
 @pytest.mark.parametrize("use_reentrant", (True, False), ids=("reentrant", "non-reentrant"))
-def test_a_layer_in_a_checkpoint_of_ones_own_finds_its_ids(megatron_cpu, use_reentrant):
+def test_a_layer_in_a_checkpoint_of_ones_own_finds_its_ids(megatron_cpu, use_reentrant, mode):
     """Two microbatches go forward before one backward, as for a loss over pairs of sequences."""
     found = []
     for repeated in (False, True):
-        layer = make_layer(megatron_cpu, moe_router_type="hash")
+        layer = make_layer(megatron_cpu, moe_router_type="hash").train(mode != "eval")
         generator = torch.Generator().manual_seed(1)
         hidden = [torch.randn(8, 1, HIDDEN, generator=generator).requires_grad_() for _ in range(2)]
         loss = 0.0
@@ -317,6 +318,7 @@ def test_a_layer_in_a_checkpoint_of_ones_own_finds_its_ids(megatron_cpu, use_ree
             layer.router.token_ids = torch.arange(8).view(1, 8) + 8 * number
             out = checkpoint(layer, tokens, use_reentrant=use_reentrant) if repeated else layer(tokens)
             loss = loss + out[0].square().sum()
+        layer.train(mode == "train")
         loss.backward()
         found.append([one.grad for one in (*hidden, *layer.parameters())])
     for actual, expected in zip(*found, strict=True):
