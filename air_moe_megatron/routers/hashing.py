@@ -198,21 +198,20 @@ class HashRouter(CompactRouter):
                 f"layer {self.layer_number}: the router has been given no token ids; call hand_over_token_ids(model) "
                 "after the model is built, as the entry point does"
             )
-        if is_in_backward():
-            # A checkpoint within a checkpoint is repeated once more, later in the backward.
-            is_last_time = self.training and not (may_be_repeated() or keeps_graph())
-            with hidden_from_checkpoints():
+        with hidden_from_checkpoints():
+            if is_in_backward():
+                # A checkpoint within a checkpoint is repeated once more, later in the backward.
+                is_last_time = self.training and not (may_be_repeated() or keeps_graph())
                 return self._waiting.find(hidden, is_last_time)
-        ids = ids_in_order(self.token_ids, self)
-        if ids.numel() != num_tokens:
-            raise ValueError(
-                f"layer {self.layer_number}: {num_tokens} tokens, but {ids.numel()} token ids (of "
-                f"{tuple(self.token_ids.shape)} [batch, sequence]) came from the embedding"
-            )
-        if may_be_repeated():
-            with hidden_from_checkpoints():
+            ids = ids_in_order(self.token_ids, self)
+            if ids.numel() != num_tokens:
+                raise ValueError(
+                    f"layer {self.layer_number}: {num_tokens} tokens, but {ids.numel()} token ids (of "
+                    f"{tuple(self.token_ids.shape)} [batch, sequence]) came from the embedding"
+                )
+            if may_be_repeated():
                 self._waiting.keep(ids, hidden, self.training)
-        return ids
+            return ids
 
     def discard(self) -> None:
         """See the base class; also forgets token ids, because earlier forwards will not be recomputed any more."""

@@ -140,8 +140,9 @@ class RouterLosses(TopKRouter):
                 counts, num_tokens = self._count_selections(selected, slots, columns, padded, num_groups, group)
                 if kind == "global_aux_loss":
                     if self._is_counted:
-                        self.global_tokens_per_expert += counts[0]
-                        self.ga_steps += 1
+                        with hidden_from_checkpoints():
+                            self.global_tokens_per_expert += counts[0]
+                            self.ga_steps += 1
                     counts = self.global_tokens_per_expert.unsqueeze(0)
                 shares = counts.to(scores.dtype) / counts.sum(dim=1, keepdim=True).clamp_min(1)
                 weights = shares * (coeff * self.num_experts / num_tokens.to(scores.dtype)).unsqueeze(1)
@@ -214,15 +215,14 @@ class RouterLosses(TopKRouter):
             loss = loss / config.mtp_num_layers  # the layer runs this many times per microbatch
         if self._is_counted and self.layer_number is not None:
             with hidden_from_checkpoints():
-                mean = loss.detach().mean() / coeff
-            get_moe_metrics_tracker().record(
-                name,
-                mean,
-                self.layer_number + (config.num_layers if self.is_mtp_layer else 0),
-                config.num_layers + (config.mtp_num_layers or 0),
-                reduce_group=group,
-                needs_dp_avg=group is self.tp_cp_group,
-            )
+                get_moe_metrics_tracker().record(
+                    name,
+                    loss.detach().mean() / coeff,
+                    self.layer_number + (config.num_layers if self.is_mtp_layer else 0),
+                    config.num_layers + (config.mtp_num_layers or 0),
+                    reduce_group=group,
+                    needs_dp_avg=group is self.tp_cp_group,
+                )
         if self.calculate_per_token_loss:
             loss = (loss * num_tokens).sum()
         else:  # undo the average over data-parallel ranks if the loss is spread over them

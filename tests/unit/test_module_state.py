@@ -208,6 +208,28 @@ def test_a_recomputed_forward_counts_once(megatron_cpu, name, dispatch, checkpoi
     assert_same_state(found[1], found[0], exact=False)
 
 
+@ALL_TYPES
+@BOTH_PATHS
+def test_a_selective_checkpoint_sees_the_same_operations_twice(megatron_cpu, name, dispatch):
+    """It gives the results of the first forward to the operations of the second one in their order."""
+    seen = {False: [], True: []}
+
+    def policy(context, operation, *args, **kwargs):
+        seen[context.is_recompute].append(str(operation))
+        return torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, policy)
+    layer = make_layer(megatron_cpu, **fields_of(name), moe_dispatch=dispatch)
+    give_ids(layer)
+    for hidden in microbatches(3):
+        hidden.requires_grad_()
+        with torch.utils.checkpoint.set_checkpoint_early_stop(False):
+            out = torch.utils.checkpoint.checkpoint(layer, hidden, use_reentrant=False, context_fn=contexts)[0]
+            out.sum().backward()
+        update_codebooks(layer)
+    assert seen[True] == seen[False]
+
+
 @pytest.mark.parametrize("checkpoint", ("reentrant", "non-reentrant", "megatron"))
 def test_forwards_without_gradients_that_nothing_repeats_do_not_confuse_the_count(megatron_cpu, checkpoint):
     layer = make_layer(megatron_cpu, **fields_of("air"))
