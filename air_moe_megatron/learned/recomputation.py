@@ -61,6 +61,10 @@ class ForwardCounter:
         # The first pass of a checkpoint within a checkpoint has no gradients and is repeated later in this backward.
         if not has_gradients or _is_repeated_by_torch() or self._num_waiting == 0:
             return False
+        # A checkpoint whose graph is kept may have several backwards; only its first one counts.
+        node, backward = torch._C._current_autograd_node(), torch._C._current_graph_task_id()
+        if node is not None and node.metadata.setdefault(self, backward) != backward:
+            return False
         self._num_waiting -= 1
         return True
 

@@ -240,6 +240,21 @@ def test_forwards_without_gradients_that_nothing_repeats_do_not_confuse_the_coun
     assert layer.router.codebook.statistics[:, HIDDEN].sum() == 3 * 20
 
 
+@pytest.mark.parametrize("checkpoint", ("reentrant", "non-reentrant", "megatron"))
+def test_a_microbatch_with_two_backwards_counts_once(megatron_cpu, checkpoint):
+    """As for two losses, while another microbatch is on its way."""
+    found = []
+    for run in (lambda layer, hidden: layer(hidden)[0], CHECKPOINTS[checkpoint]):
+        layer = make_layer(megatron_cpu, **fields_of("air"))
+        first, second = (run(layer, hidden.requires_grad_()) for hidden in microbatches(2))
+        first.square().sum().backward(retain_graph=True)
+        first.sum().backward()
+        second.sum().backward()
+        found.append(state_of(layer))
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, msg=name)
+
+
 def test_some_microbatches_may_be_recomputed_and_others_not(megatron_cpu):
     layer = make_layer(megatron_cpu, **fields_of("air"))
     runs = (megatrons, lambda layer, hidden: layer(hidden)[0], megatrons)
