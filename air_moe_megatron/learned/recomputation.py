@@ -79,4 +79,4 @@ def _is_repeated_by_torch() -> bool:
     The answer matters only after a training forward without gradients that nothing repeats.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__qualname__.startswith("_recomputation_hook")
+    return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_recomputation_hook")

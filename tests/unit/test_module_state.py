@@ -255,6 +255,15 @@ def test_a_microbatch_with_two_backwards_counts_once(megatron_cpu, checkpoint):
         torch.testing.assert_close(found[1][name], expected, msg=name)
 
 
+def test_a_checkpoint_may_run_under_hooks_of_any_kind(megatron_cpu):
+    """Hooks of saved tensors need no name, which tells those of torch's checkpoints from others."""
+    layer, hidden = make_layer(megatron_cpu, **fields_of("air")), microbatches(1)[0].requires_grad_()
+    keep = partial(lambda value: value)
+    with torch.autograd.graph.saved_tensors_hooks(keep, keep):
+        reentrant(layer, hidden).sum().backward()
+    assert layer.router.num_routed == 20
+
+
 def test_some_microbatches_may_be_recomputed_and_others_not(megatron_cpu):
     layer = make_layer(megatron_cpu, **fields_of("air"))
     runs = (megatrons, lambda layer, hidden: layer(hidden)[0], megatrons)
