@@ -1,6 +1,5 @@
-"""The doctor: what is installed, which path an operation takes, and all that would stop a command line."""
+"""The doctor: all that would stop a command line, in the words of the start."""
 
-import argparse
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from air_moe_megatron import cpu
 from air_moe_megatron.config import ROUTER_TYPES, AIRFields, invalid, validate
 from air_moe_megatron.doctor import command as doctor
+from air_moe_megatron.doctor import machine
 from tests.builders import make_config
 from tests.processes import run
 
@@ -128,7 +128,7 @@ def test_a_megatron_that_is_not_supported_is_the_one_problem(examine, monkeypatc
     monkeypatch.setattr("air_moe_megatron.compat.SUPPORTED_MEGATRON", ("0.1", "0.2"))
     args, found = examine("--log-interval", "0")
     assert args is None and len(found.problems) == 1 and "is not supported: air_moe_megatron needs" in found.problems[0]
-    assert "needs >= 0.1, < 0.2" in doctor.versions()["megatron-core"]
+    assert "needs >= 0.1, < 0.2" in machine.versions()["megatron-core"]
 
 
 def test_a_failing_check_is_unchecked_behind_a_problem_and_a_fault_without_one():
@@ -181,70 +181,6 @@ def test_every_problem_of_a_config_is_found_and_the_first_is_the_error(settings)
         assert str(error.value) == problems[0]
     else:
         validate(config)
-
-
-# Versions, devices, paths.
-
-
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """A function that puts a package on the path: name, files -> None."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    def install(name, *files):
-        for file in ("__init__.py", *files):
-            path = tmp_path / name / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("raise AssertionError('the doctor imports no Apex')\n")
-
-    return install
-
-
-def test_apex_of_pypi_is_not_taken_for_nvidias(installed):
-    assert doctor.apex() == "missing"
-    installed("apex", "models.py", "templates/base.pt")
-    assert doctor.apex().startswith("missing: the installed package `apex`") and "unrelated" in doctor.apex()
-
-
-def test_nvidias_apex_is_told_with_its_extensions(installed):
-    installed("apex", "multi_tensor_apply/__init__.py", "optimizers/fused_adam.py")
-    assert "without its CUDA extensions" in doctor.apex()
-    installed("amp_C")
-    assert doctor.apex() == "of unknown version"
-
-
-def test_versions_name_what_is_there():
-    found = doctor.versions()
-    assert found["torch"].startswith(torch.__version__) and found["megatron-core"].startswith("0.19")
-    assert found["Triton"][0].isdigit()
-    assert {"Triton", "Transformer Engine", "NVIDIA Apex", "NCCL"} <= set(found)
-
-
-def test_every_operation_has_a_path_and_a_reason(monkeypatch):
-    from tests.unit.test_layering import PACKAGE
-
-    assert set(doctor.OPERATIONS) == {path.parent.name for path in (PACKAGE / "ops").glob("*/kernels.py")}
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert set(doctor.paths(None).values()) == {("torch", "the tensors are not on a CUDA GPU")}
-    monkeypatch.setenv("AIR_MOE_BACKEND", "torch")
-    assert set(doctor.paths(None).values()) == {("torch", "AIR_MOE_BACKEND is 'torch'")}
-    monkeypatch.setenv("AIR_MOE_BACKEND", "triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert set(doctor.paths(None).values()) == {("Triton", "AIR_MOE_BACKEND is 'triton'")}
-
-
-def test_sizes_beyond_the_kernels_limits_are_named(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    fields = dict(num_experts=4096, moe_router_topk=4, expert_model_parallel_size=1, moe_ffn_hidden_size=1, cpu=True)
-    values = {name: field.default for name, field in AIRFields.__dataclass_fields__.items()}
-    args = argparse.Namespace(
-        **values | fields | dict(moe_router_type="air", moe_air_num_probes=16, moe_granular_experts=True),
-        moe_router_enable_expert_bias=False,
-    )
-    found = doctor.paths(args)
-    assert found["coarse"] == ("torch", "num_probes (16) exceeds 8")
-    assert found["fine_scores"] == ("torch", "probes (16) exceeds 8")
-    assert found["exchange"] == ("torch", "a single expert-parallel rank exchanges nothing")
 
 
 def test_the_command_ends_with_2_where_a_start_would_not_work_and_writes_nothing(tmp_path):

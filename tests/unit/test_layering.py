@@ -16,7 +16,7 @@ NAME = PACKAGE.name
 LAYERS = (
     {"ops", "config", "compat", "patch", "process_groups", "training", "training.console", "training.agreement"},
     {"learned", "cpu"},
-    {"doctor", "doctor.source_tree", "routers", "training.start"},
+    {"doctor", "doctor.machine", "doctor.source_tree", "routers", "training.start"},
     {"doctor.mismatches", "layer"},
     {"specs", "training.arguments", "diagnostics"},
     {"sync", "training.batches", "training.preflight", "training.memory", "training.model"},
