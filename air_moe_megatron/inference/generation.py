@@ -8,6 +8,7 @@ as the shortest one has. Each later forward reads one token per text: the next o
 
 import argparse
 import contextlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -150,8 +151,8 @@ def check(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
         )
     if args.num_tokens < 1:
         raise ValueError(f"--num-tokens ({args.num_tokens}) must be at least 1")
-    if args.temperature < 0:
-        raise ValueError(f"--temperature ({args.temperature}) must be at least 0")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"--temperature ({args.temperature}) must be at least 0 and finite")
     if not 0 <= args.top_k < tokenizer.vocab_size:
         raise ValueError(
             f"--top-k ({args.top_k}) must be from 0 to below the number of token ids, {tokenizer.vocab_size}"

@@ -259,6 +259,8 @@ GENERATES = dict(
         ({"prompt": ["\ud800x"]}, "--prompt '\\ud800x': 'utf-8' codec can't encode"),
         ({"num_tokens": 0}, "--num-tokens (0) must be at least 1"),
         ({"temperature": -1.0}, "--temperature (-1.0) must be at least 0"),
+        ({"temperature": float("nan")}, "--temperature (nan) must be at least 0 and finite"),
+        ({"temperature": float("inf")}, "--temperature (inf) must be at least 0 and finite"),
         ({"temperature": 1.0, "top_k": 257}, "--top-k (257) must be from 0 to below the number of token ids, 257"),
         ({"temperature": 1.0, "top_p": 1.5}, "--top-p (1.5) must be from 0 to 1"),
         ({"temperature": 1.0, "top_p": 0.5, "top_k": 3}, "--top-k (3) excludes --top-p (0.5)"),
