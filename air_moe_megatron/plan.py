@@ -93,6 +93,7 @@ def config_of(args: argparse.Namespace, is_sharded: bool) -> AIRMoEConfig:
         moe_ffn_hidden_size=args.ffn,
         gated_linear_unit=args.swiglu,
         moe_router_topk=args.topk,
+        moe_router_pre_softmax=args.topk == 1,  # no formula depends on it; without it Megatron refuses a single expert
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=0.01,
         add_bias_linear=False,

@@ -241,6 +241,12 @@ def test_a_recomputed_forward_sends_again(is_sharded):
         assert twice[name] == once[name]
 
 
+def test_a_single_expert_per_token_is_planned(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        plan.main("--experts 4096 --hidden 64 --topk 1 --ep 2 --gpus-per-node 2".split())
+    assert "4096 experts, K = 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("explored", (0, 100))
 def test_what_a_sharded_layout_sends_is_what_its_document_says(explored):
     """The formulas of docs/sharded-routing.md, without the share of the bytes that stays on the rank."""
