@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import platform
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def is_written(args: argparse.Namespace) -> bool:
 def find_write_problem(args: argparse.Namespace) -> str | None:
     """Say what keeps this rank from writing the diagnostics, or None. Leaves nothing behind.
 
-    The folder of ``--save`` is checked with the checkpoints.
+    The folder is checked with the checkpoints.
     """
     folder = folder_of(args)
     if not is_written(args) or folder is None or args.rank != args.world_size - 1:
@@ -63,13 +62,7 @@ def find_write_problem(args: argparse.Namespace) -> str | None:
     remedy = "choose another folder, or add --moe-air-diagnostics-interval 0"
     try:
         if path.exists():
-            with path.open("ab"):
-                return None
-        if folder == args.save:
-            return None
-        existing = next(parent for parent in path.resolve().parents if os.path.lexists(parent))
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(b"\0" * 4096)
+            path.open("ab").close()
     except OSError as error:
         return f"{flag} '{folder}': the diagnostics '{path}' cannot be written: {error.strerror}; {remedy}"
     return None

@@ -566,6 +566,10 @@ def test_a_folder_that_cannot_be_written_is_refused(check, tmp_path):
     assert check(save=tmp_path / "a" / "b") == []
     assert not (tmp_path / "a").exists()
     assert check(save=tmp_path / "file" / "run", skip_train=True) == []
+    with pytest.raises(ValueError, match=r"--tensorboard-dir '.*/file' cannot be written: Not a directory in .*/file'"):
+        check(tensorboard_dir=str(tmp_path / "file"))
+    assert check(tensorboard_dir=str(tmp_path / "a")) == []
+    assert check(tensorboard_dir=str(tmp_path / "file"), world_size=2) == []  # the last rank writes
 
 
 def test_a_file_system_without_room_is_refused(check, tmp_path):

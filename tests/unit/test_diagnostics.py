@@ -410,11 +410,11 @@ def test_what_cannot_be_written_is_said_before_the_start(tmp_path):
     def problem(**given):
         return find_write_problem(argparse.Namespace(**ARGUMENTS | given))
 
-    (tmp_path / "file").touch()
-    blocked = str(tmp_path / "file" / "run")
+    blocked = str(tmp_path / "run")
+    (tmp_path / "run" / "air_diagnostics.jsonl").mkdir(parents=True)
     message = f"--tensorboard-dir '{blocked}': the diagnostics '{blocked}/air_diagnostics.jsonl' cannot be written: "
     assert problem(tensorboard_dir=blocked) == (
-        message + "Not a directory; choose another folder, or add --moe-air-diagnostics-interval 0"
+        message + "Is a directory; choose another folder, or add --moe-air-diagnostics-interval 0"
     )
     for other in (dict(moe_air_diagnostics_interval=0), dict(world_size=2), dict(skip_train=True)):
         assert problem(tensorboard_dir=blocked, **other) is None
@@ -422,7 +422,7 @@ def test_what_cannot_be_written_is_said_before_the_start(tmp_path):
     assert problem() is None and problem(tensorboard_dir=str(tmp_path / "new")) is None
     (tmp_path / "air_diagnostics.jsonl").mkdir()
     assert "--save" in problem(save=str(tmp_path)) and "Is a directory" in problem(save=str(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == ["air_diagnostics.jsonl", "file"]
+    assert sorted(os.listdir(tmp_path)) == ["air_diagnostics.jsonl", "run"]
 
 
 # The flag.

@@ -1,4 +1,4 @@
-"""Check the folder that a run will save to, and that the run can resume from what it saves."""
+"""Check the folders that a run will write to, and that the run can resume from what it saves."""
 
 import argparse
 import os
@@ -24,16 +24,37 @@ def will_save(args: argparse.Namespace) -> bool:
 
 
 def find_write_problem(args: argparse.Namespace) -> str | None:
-    """Try to write where the run will save. Returns the problem, or None; leaves nothing behind."""
-    if not will_save(args):
-        return None
-    folder = _existing(args.save)
+    """Try to write where the run will save, and the last rank its TensorBoard files.
+
+    Returns the problem, or None; leaves nothing behind.
+    """
+    folders = {"--save": args.save} if will_save(args) else {}
+    board = args.tensorboard_dir
+    if board and args.rank == args.world_size - 1 and not is_object_storage_path(board):
+        folders["--tensorboard-dir"] = board
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
+        for flag, folder in folders.items():
+            check_writable(f"{flag} '{folder}'", folder)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_writable(name: str, folder: str) -> None:
+    """Refuse a folder in which no file can be made. A missing one counts as its nearest parent. Leaves nothing behind.
+
+    Args:
+        name: flag and value in the error.
+        folder: its path.
+    Raises:
+        ValueError: with the name, the folder that exists and the reason.
+    """
+    existing = _existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"\0" * 4096)
     except OSError as error:
-        return f"--save '{args.save}' cannot be written: {error.strerror} in '{folder}'"
-    return None
+        raise ValueError(f"{name} cannot be written: {error.strerror} in '{existing}'") from error
 
 
 def check_room(args: argparse.Namespace, config: TransformerConfig) -> None:
