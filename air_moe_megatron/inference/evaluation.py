@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.sharded_rows import ShardedRows
 from air_moe_megatron.training import console
 from air_moe_megatron.training.batches import forward_step
+from air_moe_megatron.training.checkpoints.saving import check_writable
 
 _SAMPLE_SIZE, _MAX_SAMPLED = 64, 4096
 """How many tokens of a microbatch, and of a data set, get exact scores, per layer and rank."""
@@ -231,8 +233,13 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--eod-mask-loss must be left out: every token but the first of the data counts")
     if args.max_tokens is not None and args.max_tokens < 2:
         raise ValueError(f"--max-tokens ({args.max_tokens}) must be at least 2")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise ValueError(f"--json '{args.json}': the folder does not exist")
+    if args.json:
+        folder = Path(args.json).absolute().parent
+        if not folder.is_dir():
+            raise ValueError(f"--json '{args.json}': the folder does not exist")
+        if os.path.isdir(args.json):
+            raise ValueError(f"--json '{args.json}' must name a file: it is a folder")
+        check_writable(f"--json '{args.json}'", str(folder))
 
 
 def run(screen: TextIO) -> None:

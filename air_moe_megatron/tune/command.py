@@ -20,6 +20,7 @@ from air_moe_megatron.inference.text import tokenizer_of
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.training import console
 from air_moe_megatron.training.checkpoints import saved_arguments
+from air_moe_megatron.training.checkpoints.saving import check_writable
 from air_moe_megatron.tune import output
 from air_moe_megatron.tune.capture import collect, split
 from air_moe_megatron.tune.recall import Layer
@@ -65,6 +66,7 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} ({value}) must be at least 1")
+    check_writable(f"--out-dir '{args.out_dir}'", args.out_dir)
 
 
 def check_grid(config: TransformerConfig, num_tokens: int) -> None:

@@ -310,3 +310,17 @@ def test_the_table_shows_data_sets_and_layers():
     assert lines[0] == "out, iteration 7"
     assert lines[3].split() == ["x", "1,000", "2.0000", "7.389", "-", "-"]
     assert lines[-1].split() == ["2", "hash", "16", "2", "50.0%", "1.250", "-"]
+
+
+def test_figures_that_cannot_be_written_are_refused_before_they_are_measured(tmp_path):
+    from air_moe_megatron.inference.evaluation import check
+
+    def problem(json):
+        given = dict(data_path=["x"], sft=False, dataloader_inter_document_masking=False, eod_mask_loss=False)
+        with pytest.raises(ValueError) as error:
+            check(argparse.Namespace(**given, max_tokens=None, json=str(json)))
+        return str(error.value)
+
+    assert problem(tmp_path) == f"--json '{tmp_path}' must name a file: it is a folder"
+    assert problem(tmp_path / "new" / "x") == f"--json '{tmp_path}/new/x': the folder does not exist"
+    assert problem("/proc/x") == "--json '/proc/x' cannot be written: No such file or directory in '/proc'"

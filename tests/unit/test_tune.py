@@ -362,7 +362,7 @@ def test_the_times_are_those_of_scores_and_top_k_alone():
 def make_args(**changes) -> argparse.Namespace:
     given = dict(
         load="folder", data_path=["text"], world_size=1, num_experts=EXPERTS, moe_router_type="air", target_recall=0.9,
-        target_metric="topk", time_limit=1.0, fit_tokens=1, test_tokens=1, batch_tokens=None,
+        target_metric="topk", time_limit=1.0, fit_tokens=1, test_tokens=1, batch_tokens=None, out_dir="out/tune",
     )  # fmt: skip
     return argparse.Namespace(**given | changes)
 
@@ -391,6 +391,10 @@ BAD = {
     "recall": (dict(target_recall=1.5), "--target-recall (1.5) must be above 0 and at most 1"),
     "time": (dict(time_limit=0.0), "--time-limit (0.0) must be a positive number of seconds"),
     "tokens": (dict(fit_tokens=0), "--fit-tokens (0) must be at least 1"),
+    "folder": (
+        dict(out_dir="/dev/null/x"),
+        "--out-dir '/dev/null/x' cannot be written: Not a directory in '/dev/null'",
+    ),
 }
 
 
