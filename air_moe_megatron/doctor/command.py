@@ -7,6 +7,7 @@ stop it, in the words of a run's errors. No process group is made, nothing is wr
 
 import argparse
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -117,7 +118,7 @@ def _examine(found: Findings) -> argparse.Namespace | None:
         found.unchecked += ["data", "model", "memory", "checkpoint"]
         return None
     if args.log_file:
-        found.walk("log file", problem_of(_check_writable, args.log_file))
+        found.walk("log file", problem_of(_check_log_file, args.log_file))
     args, is_valid = _complete(args, found)
     found.walk("flags", refused_flags(args))
     found.walk("data", unfit_data(args))
@@ -181,18 +182,20 @@ def _of_megatron(error: BaseException) -> str:
     return f"Megatron: {error}" if str(error).strip() else f"Megatron: {type(error).__name__} at {place.line}"
 
 
-def _check_writable(path: str) -> None:
-    """Refuse a log file that cannot be written. Leaves nothing behind."""
-    if os.path.exists(path):
-        open(path, "a").close()
-        return
+def _check_log_file(path: str) -> None:
+    """Refuse a log file that cannot be written, in the words of the start. Leaves nothing behind."""
     folder = os.path.dirname(os.path.abspath(path))
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     try:
-        tempfile.TemporaryFile(dir=folder).close()
+        if os.path.exists(path):
+            open(path, "a").close()
+        elif path.endswith(os.sep):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        else:
+            tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from error
+        raise console.log_file_error(path, error) from error
 
 
 def report(flags: Sequence[str], world_size: int) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ This module imports nothing heavy, because it is used before torch and Megatron 
 
 import argparse
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -92,10 +93,13 @@ def write_log_file(path: str) -> TextIO:
     Returns:
         A stream to the screen, which was standard output before.
     Raises:
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written; its message names the flag ``--log-file``.
     """
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    file = open(path, "a", buffering=1)  # open as long as the process lives
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        file = open(path, "a", buffering=1)  # open as long as the process lives
+    except OSError as error:
+        raise log_file_error(path, error) from error
     sys.stdout.flush()
     screen = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(file.fileno(), 1)
@@ -108,6 +112,13 @@ def write_log_file(path: str) -> TextIO:
     logging.captureWarnings(True)
     sys.stderr = _Tee(sys.stderr, file)
     return screen
+
+
+def log_file_error(path: str, error: OSError) -> OSError:
+    """The error of a log file that cannot be written, for the error of the file system."""
+    # Python says that the "folder" exists if it is a file.
+    reason = os.strerror(errno.ENOTDIR) if isinstance(error, FileExistsError) else error.strerror
+    return OSError(f"--log-file '{path}' cannot be written: {reason}")
 
 
 @contextlib.contextmanager

@@ -113,6 +113,18 @@ def test_an_assertion_without_words_is_named_by_its_code(examine):
     assert found.problems and all(len(problem) > len("Megatron: ") for problem in found.problems)
 
 
+@pytest.mark.parametrize("path", [".", "new/", "/dev/null/run.log"])
+def test_a_log_file_that_cannot_be_written_is_named_with_its_flag(examine, tmp_path, monkeypatch, path):
+    from air_moe_megatron.training import console
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError) as error:
+        console.write_log_file(path)
+    assert str(error.value).startswith(f"--log-file '{path}' cannot be written: ")
+    assert examine("--log-file", path)[1].problems == [str(error.value)]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_flags_that_cannot_be_parsed_are_the_one_problem(examine):
     args, found = examine("--no-such-flag", "--log-interval", "0")
     assert args is None and found.problems == ["unrecognized arguments: --no-such-flag"]
