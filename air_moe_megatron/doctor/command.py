@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import tempfile
-import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -100,10 +99,9 @@ def examine(flags: Sequence[str]) -> tuple[argparse.Namespace | None, Findings]:
 def _examine(found: Findings) -> argparse.Namespace | None:
     """Run the checks in the order of ``training.run.train``."""
     from megatron.training.argument_utils import core_transformer_config_from_args
-    from megatron.training.arguments import parse_args
 
     from air_moe_megatron.config import problem_of, unused
-    from air_moe_megatron.training.arguments import extra_args_provider, unfit_fields
+    from air_moe_megatron.training.arguments import extra_args_provider, parse_flags, unfit_fields
     from air_moe_megatron.training.checkpoints import unfit_checkpoint
     from air_moe_megatron.training.entry_refusals import refused_flags
     from air_moe_megatron.training.memory import check_memory
@@ -112,7 +110,7 @@ def _examine(found: Findings) -> argparse.Namespace | None:
     from air_moe_megatron.training.token_counts import counts_of
 
     try:
-        args = parse_args(extra_args_provider)
+        args = parse_flags(extra_args_provider)
     except ValueError as error:
         found.add(error)
         found.unchecked += ["data", "model", "memory", "checkpoint"]
@@ -129,7 +127,7 @@ def _examine(found: Findings) -> argparse.Namespace | None:
     try:
         config = core_transformer_config_from_args(args)
     except (ValueError, AssertionError) as error:
-        found.add(_of_megatron(error))
+        found.add(console.megatrons_words(error))
         found.walk("unused flags", unused(args))
         found.unchecked += ["model", "memory", "checkpoint"]
         return None
@@ -149,37 +147,19 @@ def _examine(found: Findings) -> argparse.Namespace | None:
 
 
 def _complete(args: argparse.Namespace, found: Findings) -> tuple[argparse.Namespace, bool]:
-    """Complete the arguments by checkpoint, Megatron's validation and tokenizer. Also returns whether all passed."""
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    from megatron.training.arguments import parse_args, validate_args
-    from megatron.training.checkpointing import load_args_from_checkpoint
-
+    """Complete the arguments as ``training.run.parse`` does. Also returns whether Megatron accepts them."""
     from air_moe_megatron.training.agreement import Ranks
-    from air_moe_megatron.training.arguments import ARGS_DEFAULTS, provider_with
+    from air_moe_megatron.training.arguments import complete, parse_flags, provider_with
     from air_moe_megatron.training.checkpoints import fields_of_checkpoint
 
-    if args.use_checkpoint_args:
-        try:
-            args = parse_args(provider_with(fields_of_checkpoint(args, Ranks(0, 1, None))))
-        except ValueError as error:
-            found.add(error)
-            return args, False
     try:
         if args.use_checkpoint_args:
-            load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
-            load_args_from_checkpoint(args)
-        validate_args(args, ARGS_DEFAULTS)
-        build_tokenizer(args)
-    except (Exception, SystemExit) as error:  # Megatron's checks raise assertions and errors of all kinds, or exit
-        found.add(_of_megatron(error))
+            args = parse_flags(provider_with(fields_of_checkpoint(args, Ranks(0, 1, None))))
+        complete(args)
+    except ValueError as error:
+        found.add(error)
         return args, False
     return args, True
-
-
-def _of_megatron(error: BaseException) -> str:
-    """The words of an error of Megatron. Many of its assertions have no message, so their code is quoted."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"Megatron: {error}" if str(error).strip() else f"Megatron: {type(error).__name__} at {place.line}"
 
 
 def _check_log_file(path: str) -> None:

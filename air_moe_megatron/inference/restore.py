@@ -20,9 +20,9 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.config.training_config import TokenizerConfig
+from megatron.training.global_vars import rebuild_tokenizer, set_global_variables
 from megatron.training.initialize import initialize_megatron
 from megatron.training.models import GPTModelConfig
 
@@ -30,7 +30,7 @@ from air_moe_megatron.config import LAYOUT_FIELDS, AIRMoEConfig, is_plain_topk, 
 from air_moe_megatron.inference.text import check_tokenizer_files
 from air_moe_megatron.specs import mtp_specs_with_air_layers
 from air_moe_megatron.training.agreement import Ranks, check_agreement, meet
-from air_moe_megatron.training.arguments import extra_args_provider
+from air_moe_megatron.training.arguments import complete, extra_args_provider, megatrons_errors, parse_flags
 from air_moe_megatron.training.batches import get_embedding_ranks
 from air_moe_megatron.training.checkpoints import check_checkpoint, saved_arguments
 from air_moe_megatron.training.entry_refusals import check_flags
@@ -122,7 +122,8 @@ def parse(
             the checkpoint and of the command line (``moe_router_type`` None if it was not given), and raises if the
             model cannot be saved with them.
     Returns:
-        Megatron's parsed and validated arguments, and the ranks of this start.
+        Megatron's parsed and validated arguments, and the ranks of this start. Of Megatron's global variables only the
+        tokenizer is set.
     Raises:
         ValueError: if there is no checkpoint, it does not hold its arguments, or flags do not fit it.
     """
@@ -133,7 +134,7 @@ def parse(
         parser.set_defaults(**(defaults or {}))
         return parser
 
-    given = parse_args(partial(provider, defaults={"moe_router_type": None}))
+    given = parse_flags(partial(provider, defaults={"moe_router_type": None}))
     if given.load is None:
         raise ValueError("--load must name the folder of a checkpoint")
     if given.save is not None and judge_saving is None:
@@ -151,7 +152,8 @@ def parse(
     defaults = {"micro_batch_size": saved.micro_batch_size} | kept | _NEVER_TRAINS
     if given.save is not None:
         defaults["save_interval"] = 1  # Megatron requires one
-    args = parse_and_validate_args(extra_args_provider=partial(provider, defaults=defaults))
+    args = parse_flags(partial(provider, defaults=defaults))
+    complete(args, rebuild_tokenizer)
     check_agreement(args, ranks)
     check_flags(args)
     if ranks.rank == 0:
@@ -209,6 +211,8 @@ def build_and_load(
         )
     if lacking:
         config.pre_wrap_hooks.append(partial(leave_out, lacking))
+    with megatrons_errors():
+        set_global_variables(args, build_tokenizer=False)
     initialize_megatron(
         allow_no_cuda=args.cpu,
         get_embedding_ranks=get_embedding_ranks if isinstance(config, GPTModelConfig) else None,

@@ -1,13 +1,17 @@
 """Our command-line flags, generated from the fields of ``config/fields.py``, and the config made from them."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import ArgumentGroupFactory, core_transformer_config_from_args
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.utils import print_rank_0
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
@@ -25,6 +29,7 @@ from air_moe_megatron.config import (
     unused,
     uses_hash,
 )
+from air_moe_megatron.training import console
 
 RECOMMENDED = {
     "moe_router_type": "air",
@@ -41,6 +46,9 @@ RECOMMENDED = {
 ARGS_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
 """Defaults that this entry passes to Megatron's argument validation, as ``pretrain_gpt.py`` does."""
 
+NO_YAML = "it replaces the whole command line, and its form has none of our flags"
+"""Why ``--yaml-cfg`` is refused."""
+
 
 def recommended_scale(topk: int) -> float:
     """The ``moe_router_topk_scaling_factor`` of ``--air-moe``: half of the top-k, and at least 1."""
@@ -48,7 +56,13 @@ def recommended_scale(topk: int) -> float:
 
 
 def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add our flags to Megatron's parser, which already has Megatron's own, and return it."""
+    """Add our flags to Megatron's parser, which already has Megatron's own, and return it.
+
+    Raises:
+        ValueError: if the command line has ``--yaml-cfg``: Megatron reads that file while it parses.
+    """
+    if any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv):
+        raise ValueError(f"--yaml-cfg is not supported: {NO_YAML}")
     group = parser.add_argument_group(title="air_moe_megatron")
     group.add_argument("--cpu", action="store_true", help="Train on CPU with the gloo backend; no GPU is needed.")
     group.add_argument(
@@ -82,6 +96,51 @@ def provider_with(fields: dict[str, Any]) -> Callable[[argparse.ArgumentParser],
         return parser
 
     return provider
+
+
+def parse_flags(provider: Callable[[argparse.ArgumentParser], argparse.ArgumentParser]) -> argparse.Namespace:
+    """Parse the command line by Megatron's parser, with the flags that ``provider`` adds.
+
+    Raises:
+        ValueError: if it cannot be parsed, whatever Megatron raises for the value of a flag.
+    """
+    try:
+        return parse_args(provider)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(console.megatrons_words(error)) from error
+
+
+def complete(args: argparse.Namespace, build: Callable[[argparse.Namespace], object] = build_tokenizer) -> None:
+    """Complete parsed arguments by Megatron: by the checkpoint of ``--use-checkpoint-args``, validation and tokenizer.
+
+    Sets no global variable of Megatron, unless ``build`` does.
+
+    Args:
+        args: changed in place.
+        build: Megatron's function that makes the tokenizer and sets the size of the vocabulary.
+    Raises:
+        ValueError: in Megatron's words, whatever it raises.
+    """
+    with megatrons_errors():
+        if args.use_checkpoint_args:
+            load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+            load_args_from_checkpoint(args)
+        validate_args(args, ARGS_DEFAULTS)
+        build(args)
+
+
+@contextlib.contextmanager
+def megatrons_errors() -> Iterator[None]:
+    """Within this context every error of Megatron becomes a ValueError in its words.
+
+    It is used where Megatron judges flags. Unfit flags make it raise errors of all kinds, or exit.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ValueError(console.megatrons_words(error)) from error
 
 
 def add_air_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

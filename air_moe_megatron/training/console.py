@@ -7,10 +7,12 @@ import argparse
 import contextlib
 import errno
 import importlib
+import linecache
 import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -62,15 +64,35 @@ def _program() -> str:
 def refusals() -> Iterator[None]:
     """Within this context a failed check ends the program with one line. It is used before a run starts.
 
-    A failed check raises ValueError, OSError or, in Megatron, AssertionError, with a message. Other errors keep their
-    traceback; if the environment variable AIR_MOE_TRACEBACK is set, these do too.
+    A failed check raises ValueError, OSError or, in Megatron, AssertionError. Other errors keep their traceback, and so
+    does an assertion of ours that has no message. If the environment variable AIR_MOE_TRACEBACK is set, all do.
     """
     try:
         yield
     except (ValueError, OSError, AssertionError) as error:
-        if os.environ.get(TRACEBACK_VARIABLE) or not str(error).strip():
+        message = str(error) if str(error).strip() else _code_of_megatron(error)
+        if os.environ.get(TRACEBACK_VARIABLE) or message is None:
             raise
-        refuse(str(error))
+        refuse(message)
+
+
+def megatrons_words(error: BaseException) -> str:
+    """The words of an error of Megatron in one line, marked as Megatron's.
+
+    Many of its assertions have no message, so their code is quoted. Example: Megatron: assert args.lr is not None
+    """
+    if str(error).strip():
+        return f"Megatron: {error}"
+    return _code_of_megatron(error) or f"Megatron: {type(error).__name__}"
+
+
+def _code_of_megatron(error: BaseException) -> str | None:
+    """The statement of Megatron that raised an error; None if the error is not Megatron's."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    if "megatron" not in Path(place.filename).parts:
+        return None
+    lines = (linecache.getline(place.filename, number) for number in range(place.lineno, place.end_lineno + 1))
+    return "Megatron: " + " ".join(line.strip() for line in lines)
 
 
 def log_file_of(arguments: Sequence[str]) -> str | None:

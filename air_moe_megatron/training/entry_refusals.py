@@ -18,7 +18,7 @@ from air_moe_megatron.config import (
     raise_first,
     uses_hash,
 )
-from air_moe_megatron.training.arguments import is_packed, moe_layers, value_of
+from air_moe_megatron.training.arguments import NO_YAML, is_packed, moe_layers, value_of
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
     FlagRefusal(
         "--overlap-moe-expert-parallel-comm", "its schedule plan drops the document boundaries", "{packed}", is_packed
     ),
+    FlagRefusal("--yaml-cfg", NO_YAML),  # refused before it is parsed; here for docs/limits.md
 )  # fmt: skip
 """Checked in this order. A start raises the error of the first row that applies."""
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,8 +13,8 @@ from megatron.core.package_info import __version__ as megatron_core_version
 from megatron.core.utils import get_te_version, get_torch_version
 from megatron.training import inprocess_restart, pretrain, print_rank_0, set_startup_timestamps
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args, parse_args
 from megatron.training.config import PretrainConfigContainer
+from megatron.training.global_vars import rebuild_tokenizer, set_global_variables
 from megatron.training.models import GPTModelConfig
 
 from air_moe_megatron.compat import process_groups_released, require_entry_megatron
@@ -25,7 +24,13 @@ from air_moe_megatron.specs import mtp_specs_with_air_layers
 from air_moe_megatron.sync import codebook_updates
 from air_moe_megatron.training import console, preflight
 from air_moe_megatron.training.agreement import Ranks, check_agreement, meet
-from air_moe_megatron.training.arguments import ARGS_DEFAULTS, extra_args_provider, provider_with
+from air_moe_megatron.training.arguments import (
+    complete,
+    extra_args_provider,
+    megatrons_errors,
+    parse_flags,
+    provider_with,
+)
 from air_moe_megatron.training.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.training.checkpoints import check_checkpoint, fields_of_checkpoint
 from air_moe_megatron.training.entry_refusals import check_flags
@@ -40,19 +45,20 @@ def parse() -> tuple[argparse.Namespace, Ranks]:
     A flag on the command line keeps its value. The later check of the checkpoint refuses it if it does not fit.
 
     Returns:
-        Megatron's parsed and validated arguments, and the ranks of this start.
+        Megatron's parsed and validated arguments, and the ranks of this start. Of Megatron's global variables only the
+        tokenizer is set.
     Raises:
-        ValueError: if the checkpoint's arguments cannot be read.
+        ValueError: if flags are invalid, or the checkpoint's arguments cannot be read.
     """
-    ranks, fields = None, {}
-    if "--use-checkpoint-args" in sys.argv:  # Megatron reads the checkpoint while it parses: check it before
-        given = parse_args(extra_args_provider)
-        ranks = meet(given)
-        fields = fields_of_checkpoint(given, ranks)
+    args, ranks = parse_flags(extra_args_provider), None
+    if args.use_checkpoint_args:  # Megatron reads the checkpoint to complete the arguments: check it before
+        ranks = meet(args)
+        fields = fields_of_checkpoint(args, ranks)
         if ranks.rank == 0 and fields:
             listed = ", ".join(f"{name} {value}" for name, value in fields.items())
             print_rank_0(f"> --use-checkpoint-args: from the checkpoint {listed}")
-    args = parse_and_validate_args(extra_args_provider=provider_with(fields), args_defaults=ARGS_DEFAULTS)
+        args = parse_flags(provider_with(fields))
+    complete(args, rebuild_tokenizer)
     return args, ranks or meet(args)
 
 
@@ -117,6 +123,8 @@ def train(program_start: float | None = None, screen: TextIO | None = None) -> N
         counts = agreed_counts(args, ranks)
         if counts is not None:
             model_config.pre_wrap_hooks.append(partial(balance_hash_tables, counts))
+        with megatrons_errors():  # TensorBoard and W&B begin here, so a refused start leaves nothing in either
+            set_global_variables(args, build_tokenizer=False)
     pretrain_func, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     with process_groups_released():
         run(pretrain_cfg_container_from_args(args, model_config), pretrain_func, store, not is_plain_topk(args), screen)

@@ -54,27 +54,28 @@ def examine():
         cpu.disable()
 
 
-def first_error(monkeypatch, flags):
-    """The words with which a start refuses a command line."""
-    from megatron.training.arguments import parse_args, validate_args
+@pytest.fixture
+def start(monkeypatch, capsys):
+    """A function that starts a training run up to Megatron's loop: flags -> the words of its refusal, None without."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    from air_moe_megatron.training.agreement import Ranks
-    from air_moe_megatron.training.arguments import extra_args_provider
-    from air_moe_megatron.training.checkpoints import check_checkpoint
-    from air_moe_megatron.training.entry_refusals import check_flags
-    from air_moe_megatron.training.model import model_config_from_args
-    from air_moe_megatron.training.preflight import check_data
-    from air_moe_megatron.training.token_counts import agreed_counts
+    from air_moe_megatron.training import run
 
-    monkeypatch.setattr(sys, "argv", cpu.with_required_flags(["pretrain", *flags]))
-    args = parse_args(extra_args_provider)
-    validate_args(args, {})
-    with pytest.raises(ValueError) as error:
-        check_flags(args)
-        check_data(args)
-        check_checkpoint(args, model_config_from_args(args).transformer, Ranks(0, 1, None))
-        agreed_counts(args, Ranks(0, 1, None))
-    return str(error.value)
+    monkeypatch.setattr(run, "rebuild_tokenizer", build_tokenizer)  # no global variable of Megatron is set
+    monkeypatch.setattr(run, "set_global_variables", lambda args, build_tokenizer: None)
+    monkeypatch.setattr(run, "run", lambda *given: None)
+
+    def start(*flags):
+        monkeypatch.setattr(sys, "argv", cpu.with_required_flags(["pretrain", *flags]))
+        capsys.readouterr()
+        try:
+            run.train()
+        except SystemExit as end:
+            assert end.code == 2
+            return capsys.readouterr().err.partition("air_moe_megatron.pretrain: error: ")[2].strip()
+        return None
+
+    return start
 
 
 def test_a_sound_command_line_has_no_problem(examine):
@@ -85,19 +86,18 @@ def test_a_sound_command_line_has_no_problem(examine):
 
 
 @pytest.mark.parametrize("flags, words", OF_HASH_LAYERS.values(), ids=OF_HASH_LAYERS)
-def test_hash_layers_that_cannot_be_are_named(examine, monkeypatch, flags, words):
+def test_hash_layers_that_cannot_be_are_named(examine, start, flags, words):
     _, found = examine(*flags)
     assert len(found.problems) == 1 and words in found.problems[0]
-    assert found.problems[0] == first_error(monkeypatch, [*FLAGS, *flags])
+    assert found.problems[0] == start(*FLAGS, *flags)
 
 
-def test_all_problems_of_a_command_line_are_listed_at_once_in_the_words_of_the_start(examine, monkeypatch):
+def test_all_problems_of_a_command_line_are_listed_at_once_in_the_words_of_the_start(examine, start):
     _, found = examine(*(flag for flags, _ in MISTAKES.values() for flag in flags))
     assert len(found.problems) == len(MISTAKES) and found.unchecked == []
     for flags, words in MISTAKES.values():
-        message = first_error(monkeypatch, [*FLAGS, *flags])
-        assert message.startswith(words)
-        assert " ".join(message.split()) in found.problems
+        message = start(*FLAGS, *flags)
+        assert message.startswith(words) and message in found.problems
 
 
 def test_megatrons_first_problem_is_named_as_its_own_and_ours_are_listed_beside_it(examine):
@@ -108,9 +108,23 @@ def test_megatrons_first_problem_is_named_as_its_own_and_ours_are_listed_beside_
     assert found.unchecked == ["model", "memory", "checkpoint"]
 
 
-def test_an_assertion_without_words_is_named_by_its_code(examine):
-    _, found = examine("--seq-length", "32")
-    assert found.problems and all(len(problem) > len("Megatron: ") for problem in found.problems)
+# Refused by Megatron, or before it: its flags, and words of the refusal.
+REFUSED_EARLY = {
+    "position": (["--seq-length", "32"], "Megatron: max_position_embeddings (16) must be"),
+    "no words": (["--save", "new"], "Megatron: assert args.save_interval is not None"),
+    "pattern": (["--moe-layer-freq", "[1,"], "Megatron: "),
+    "of the tokenizer": (["--tokenizer-type", "SentencePieceTokenizer"], "Megatron: "),
+    "batch": (["--global-batch-size", "3"], "Megatron: "),
+    "no checkpoint": (["--use-checkpoint-args"], "--use-checkpoint-args needs --load (or --pretrained-checkpoint)"),
+    "yaml": (["--yaml-cfg", "nowhere.yaml"], "--yaml-cfg is not supported: it replaces the whole command line"),
+    "board": (["--tensorboard-dir", "/dev/null/x"], "--tensorboard-dir '/dev/null/x' cannot be written: Not a dir"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, words", REFUSED_EARLY.values(), ids=REFUSED_EARLY)
+def test_the_start_and_the_doctor_refuse_in_the_same_line(examine, start, flags, words):
+    message = start(*FLAGS, *flags)
+    assert message.startswith(words) and message in examine(*flags)[1].problems
 
 
 @pytest.mark.parametrize("path", [".", "new/", "/dev/null/run.log"])

@@ -125,7 +125,7 @@ def test_a_command_needs_no_apex(parse, monkeypatch):
     monkeypatch.setattr(restore, "saved_arguments", lambda given, ranks: saved)
     monkeypatch.setattr(restore, "check_agreement", lambda args, ranks: None)
     monkeypatch.setattr(restore, "check_flags", lambda args: None)
-    monkeypatch.setattr(restore, "parse_and_validate_args", parse_args)  # without Megatron's global variables
+    monkeypatch.setattr(restore, "rebuild_tokenizer", lambda args: None)
     flags = [flag for flag in cpu.with_required_flags(["test", "--cpu", "--load", "checkpoint"]) if "accum" not in flag]
     monkeypatch.setattr(sys, "argv", flags)
     args, _ = restore.parse(lambda parser: None)
