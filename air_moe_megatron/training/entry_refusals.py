@@ -4,6 +4,7 @@ Refusals that follow from a config alone are in ``config/refusals.py``.
 """
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,6 +97,14 @@ def _below_one(flag: str) -> Callable[[argparse.Namespace], bool]:
     return lambda args: value_of(args, flag) is not None and value_of(args, flag) < 1
 
 
+def _is_importable(spec: list[str]) -> bool:
+    """Whether Megatron finds a spec. It would take its default instead of a module that it does not find."""
+    try:
+        return import_module(spec) is not None
+    except (KeyError, ValueError):  # no such name in the module, or not two words
+        return False
+
+
 def _counts_evaluations(args: argparse.Namespace) -> bool:
     return bool(args.train_iters or args.train_samples) and not (args.full_validation or args.skip_train)
 
@@ -167,12 +176,13 @@ FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
 FLAG_RULES: tuple[FlagRule, ...] = (
     FlagRule(
         "--spec",
-        lambda args: args.spec is not None and import_module(args.spec) is None,
-        "cannot be imported, and Megatron would use its default spec",
+        lambda args: args.spec is not None and not _is_importable(args.spec),
+        "cannot be imported: it takes a module and a name in it",
     ),
     *(
         FlagRule(flag, _below_one(flag), "must be at least 1")
-        for flag in ("--log-interval", "--tensorboard-log-interval", "--eval-interval", "--log-memory-interval")
+        for flag in ("--seed", "--log-interval", "--tensorboard-log-interval", "--eval-interval")
+        + ("--log-memory-interval",)
     ),
     FlagRule(
         "--eval-interval",
@@ -183,6 +193,21 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         "--full-validation",
         lambda args: args.full_validation and not args.multiple_validation_sets,
         "needs --multiple-validation-sets, with one set too: Megatron-Core 0.19 reads its number of steps as a list",
+    ),
+    FlagRule(
+        "--wandb-project",
+        lambda args: args.wandb_project and importlib.util.find_spec("wandb") is None,
+        "needs the package wandb, which is not installed",
+    ),
+    FlagRule(
+        "--wandb-project",
+        lambda args: args.wandb_project and not args.wandb_exp_name,
+        "needs --wandb-exp-name, the name of the run",
+    ),
+    FlagRule(
+        "--wandb-project",
+        lambda args: args.wandb_project and not (args.wandb_save_dir or args.save),
+        "needs --wandb-save-dir or --save, the folder of its files",
     ),
     FlagRule(
         "--hybrid-layer-pattern",

@@ -113,6 +113,7 @@ REFUSED_EARLY = {
     "position": (["--seq-length", "32"], "Megatron: max_position_embeddings (16) must be"),
     "no words": (["--save", "new"], "Megatron: assert args.save_interval is not None"),
     "pattern": (["--moe-layer-freq", "[1,"], "Megatron: "),
+    "seed": (["--seed", "0"], "--seed (0) must be at least 1"),
     "of the tokenizer": (["--tokenizer-type", "SentencePieceTokenizer"], "Megatron: "),
     "batch": (["--global-batch-size", "3"], "Megatron: "),
     "no checkpoint": (["--use-checkpoint-args"], "--use-checkpoint-args needs --load (or --pretrained-checkpoint)"),

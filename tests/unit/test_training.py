@@ -1,6 +1,8 @@
 """Flags that the entry point refuses, because it would accept and not honor them."""
 
+import importlib.machinery
 import sys
+import types
 
 import pytest
 
@@ -38,6 +40,11 @@ REFUSED = {
     "upcycling": ([*GRANULAR, "--moe-use-upcycling"], "--moe-use-upcycling"),
     "reinforcement": (["--perform-rl-step"], "--perform-rl-step"),
     "spec": (["--spec", "no.such.module", "layer"], "--spec (no.such.module layer) cannot be imported"),
+    "name-of-spec": (
+        ["--spec", "os", "layer"],
+        "--spec (os layer) cannot be imported: it takes a module and a name in it",
+    ),
+    "half-a-spec": (["--spec", "os"], "--spec (os) cannot be imported: it takes a module and a name in it"),
 }
 
 
@@ -104,6 +111,27 @@ def test_values_that_would_end_the_run_later_are_refused_by_name(monkeypatch, fl
     with pytest.raises(ValueError) as error:
         check_flags(parse_args(extra_args_provider))
     assert words in str(error.value)
+
+
+def test_wandb_needs_its_package_a_name_and_a_folder(monkeypatch):
+    from megatron.training.arguments import parse_args
+
+    from air_moe_megatron.training.arguments import extra_args_provider
+    from air_moe_megatron.training.entry_refusals import refused_flags
+
+    def problems(*flags):
+        monkeypatch.setattr(sys, "argv", ["pretrain", *RUN, "--wandb-project", "x", *flags])
+        return [str(problem) for problem in refused_flags(parse_args(extra_args_provider))]
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert problems()[0] == "--wandb-project (x) needs the package wandb, which is not installed"
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    sys.modules["wandb"].__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    assert problems() == [
+        "--wandb-project (x) needs --wandb-exp-name, the name of the run",
+        "--wandb-project (x) needs --wandb-save-dir or --save, the folder of its files",
+    ]
+    assert problems("--wandb-exp-name", "y", "--save", "z") == []
 
 
 def test_a_missing_interval_of_evaluations_is_refused_where_it_counts(monkeypatch):
