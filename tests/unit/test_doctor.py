@@ -1,5 +1,6 @@
 """The doctor: all that would stop a command line, in the words of the start."""
 
+import ast
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from air_moe_megatron.doctor import command as doctor
 from air_moe_megatron.doctor import machine
 from tests.builders import make_config
 from tests.processes import run
+from tests.unit.test_layering import PACKAGE
 
 FLAGS = (
     "--cpu --num-layers 2 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --seq-length 16 "
@@ -76,6 +78,53 @@ def start(monkeypatch, capsys):
         return None
 
     return start
+
+
+def checks_of(call):
+    """The functions of ours that look for a reason to refuse, among those that a call runs: file and name."""
+    found = set()
+
+    def record(frame, event, argument):
+        code = frame.f_code
+        if event == "call" and "ValueError" in code.co_names and code.co_filename.startswith(f"{PACKAGE}/"):
+            found.add((code.co_filename.removeprefix(f"{PACKAGE}/"), code.co_qualname))
+
+    sys.setprofile(record)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_the_doctor_makes_every_check_of_a_start(examine, start, tmp_path):
+    """A check that is added to ``train`` must be added to the doctor. Agreement takes several ranks."""
+    (tmp_path / "counts").write_text("1\n2\n")
+    flags = ["--moe-num-hash-layers", "1", "--moe-hash-balance", "frequency", "--moe-hash-counts", tmp_path / "counts"]
+    flags = [*map(str, flags), "--save", str(tmp_path), "--save-interval", "1", "--log-file", str(tmp_path / "log")]
+    of_a_start = checks_of(lambda: start(*FLAGS, *flags))
+    assert ("training/memory.py", "check_memory") in of_a_start
+    missing = of_a_start - checks_of(lambda: examine(*flags))
+    assert {file for file, _ in missing} <= {"training/agreement.py", "training/console.py"}, missing
+
+
+def calls_of(file, *functions):
+    """Names of all that the functions of a file call, without those of modules and objects."""
+    nodes = ast.parse((PACKAGE / file).read_text()).body
+    called = [node for own in nodes if getattr(own, "name", None) in functions for node in ast.walk(own)]
+    return {ast.unparse(node.func).rpartition(".")[2] for node in called if isinstance(node, ast.Call)}
+
+
+def test_a_checkpoint_that_is_used_is_checked_as_one_that_is_trained():
+    """A check that is added to ``train`` must be added to the start of the other commands, or be named here."""
+    checks = {"check", "complete", "meet", "model_config_from_args", "agreed_counts"}
+    of_a_start = {
+        name for name in calls_of("training/run.py", "parse", "train") if name in checks or name.startswith("check_")
+    }
+    assert {"check_flags", "check_memory", "complete"} <= of_a_start
+    missing = of_a_start - calls_of("inference/restore.py", "parse", "build_and_load")
+    # The commands read their own data, and a checkpoint brings the tables of its hash routers.
+    assert missing == {"check_data", "agreed_counts"}
 
 
 def test_a_sound_command_line_has_no_problem(examine):
