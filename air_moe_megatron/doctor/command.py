@@ -149,12 +149,19 @@ def _examine(found: Findings) -> argparse.Namespace | None:
 def _complete(args: argparse.Namespace, found: Findings) -> tuple[argparse.Namespace, bool]:
     """Complete the arguments as ``training.run.parse`` does. Also returns whether Megatron accepts them."""
     from air_moe_megatron.training.agreement import Ranks
-    from air_moe_megatron.training.arguments import complete, parse_flags, provider_with
+    from air_moe_megatron.training.arguments import (
+        NOT_GIVEN,
+        complete,
+        parse_flags,
+        provider_with,
+        without_fields_of_others,
+    )
     from air_moe_megatron.training.checkpoints import fields_of_checkpoint
 
     try:
         if args.use_checkpoint_args:
-            args = parse_flags(provider_with(fields_of_checkpoint(args, Ranks(0, 1, None))))
+            fields = fields_of_checkpoint(args, Ranks(0, 1, None))
+            args = parse_flags(provider_with(without_fields_of_others(fields, parse_flags(provider_with(NOT_GIVEN)))))
         complete(args)
     except ValueError as error:
         found.add(error)

@@ -26,11 +26,18 @@ from megatron.training.global_vars import rebuild_tokenizer, set_global_variable
 from megatron.training.initialize import initialize_megatron
 from megatron.training.models import GPTModelConfig
 
-from air_moe_megatron.config import LAYOUT_FIELDS, AIRMoEConfig, is_plain_topk, resolve_sizes, router_type_of
+from air_moe_megatron.config import LAYOUT_FIELDS, AIRMoEConfig, is_plain_topk, resolve_sizes
 from air_moe_megatron.inference.text import check_tokenizer_files
 from air_moe_megatron.specs import mtp_specs_with_air_layers
 from air_moe_megatron.training.agreement import Ranks, check_agreement, meet
-from air_moe_megatron.training.arguments import complete, extra_args_provider, megatrons_errors, parse_flags
+from air_moe_megatron.training.arguments import (
+    NOT_GIVEN,
+    complete,
+    extra_args_provider,
+    megatrons_errors,
+    parse_flags,
+    without_fields_of_others,
+)
 from air_moe_megatron.training.batches import get_embedding_ranks
 from air_moe_megatron.training.checkpoints import check_checkpoint, saved_arguments
 from air_moe_megatron.training.entry_refusals import check_flags
@@ -134,7 +141,7 @@ def parse(
         parser.set_defaults(**(defaults or {}))
         return parser
 
-    given = parse_flags(partial(provider, defaults={"moe_router_type": None}))
+    given = parse_flags(partial(provider, defaults=NOT_GIVEN))
     if given.load is None:
         raise ValueError("--load must name the folder of a checkpoint")
     if given.save is not None and judge_saving is None:
@@ -143,9 +150,7 @@ def parse(
     saved = saved_arguments(given, ranks)
     if judge_saving is not None:
         judge_saving(saved, given)
-    values = model_arguments(saved)
-    if given.moe_router_type is not None:
-        values = without_fields_of_others(values, given.moe_router_type)
+    values = without_fields_of_others(model_arguments(saved), given)
     _check_padding(values, given.tensor_model_parallel_size)
     check_tokenizer_files(values, given)
     kept = {name: value for name, value in values.items() if name not in left}
@@ -159,19 +164,6 @@ def parse(
     if ranks.rank == 0:
         _report_changes(args, values)
     return args, ranks
-
-
-def without_fields_of_others(values: dict[str, Any], router_type: str) -> dict[str, Any]:
-    """Drop fields that have no effect with ``router_type``: those of other router types, and those of a run.
-
-    Example: of moe_air_num_clusters 8 and moe_router_topk 2, 'topk' keeps the second.
-    """
-    kept = {None, router_type} | ({"hash"} if values.get("moe_num_hash_layers") else set())
-    return {
-        name: value
-        for name, value in values.items()
-        if router_type_of(name) in kept and (name != "moe_air_diagnostics_interval" or router_type == "air")
-    }
 
 
 def build_and_load(

@@ -25,6 +25,7 @@ from air_moe_megatron.config import (
     is_plain_topk,
     megatron_has_hash_layers,
     refuse_unused,
+    router_type_of,
     set_fields,
     unused,
     uses_hash,
@@ -45,6 +46,9 @@ RECOMMENDED = {
 
 ARGS_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
 """Defaults that this entry passes to Megatron's argument validation, as ``pretrain_gpt.py`` does."""
+
+NOT_GIVEN = {"moe_router_type": None, "moe_num_hash_layers": None}
+"""Defaults with which a parsed command line tells whether it gives routers other than its checkpoint's."""
 
 NO_YAML = "it replaces the whole command line, and its form has none of our flags"
 """Why ``--yaml-cfg`` is refused."""
@@ -141,6 +145,27 @@ def megatrons_errors() -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         raise ValueError(console.megatrons_words(error)) from error
+
+
+def without_fields_of_others(values: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
+    """Drop fields of a checkpoint that have no effect with the routers that a command line gives.
+
+    Example: of moe_air_num_clusters 8 and moe_router_topk 2, a given --moe-router-type topk keeps the second.
+
+    Args:
+        values: arguments of the checkpoint.
+        given: arguments of the command line, parsed with the defaults :data:`NOT_GIVEN`.
+    """
+    if given.moe_router_type is None and given.moe_num_hash_layers is None:
+        return values
+    router_type = given.moe_router_type or values.get("moe_router_type", "topk")
+    number = given.moe_num_hash_layers
+    number = values.get("moe_num_hash_layers", 0) if number is None else number
+    kept = {None, router_type} | ({"hash"} if number else set())
+    dropped = {"moe_num_hash_layers"} if router_type == "hash" else set()
+    if given.moe_router_type not in (None, "air"):
+        dropped.add("moe_air_diagnostics_interval")
+    return {name: value for name, value in values.items() if router_type_of(name) in kept and name not in dropped}
 
 
 def add_air_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

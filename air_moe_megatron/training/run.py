@@ -25,11 +25,13 @@ from air_moe_megatron.sync import codebook_updates
 from air_moe_megatron.training import console, preflight
 from air_moe_megatron.training.agreement import Ranks, check_agreement, meet
 from air_moe_megatron.training.arguments import (
+    NOT_GIVEN,
     complete,
     extra_args_provider,
     megatrons_errors,
     parse_flags,
     provider_with,
+    without_fields_of_others,
 )
 from air_moe_megatron.training.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
 from air_moe_megatron.training.checkpoints import check_checkpoint, fields_of_checkpoint
@@ -53,7 +55,7 @@ def parse() -> tuple[argparse.Namespace, Ranks]:
     args, ranks = parse_flags(extra_args_provider), None
     if args.use_checkpoint_args:  # Megatron reads the checkpoint to complete the arguments: check it before
         ranks = meet(args)
-        fields = fields_of_checkpoint(args, ranks)
+        fields = without_fields_of_others(fields_of_checkpoint(args, ranks), parse_flags(provider_with(NOT_GIVEN)))
         if ranks.rank == 0 and fields:
             listed = ", ".join(f"{name} {value}" for name, value in fields.items())
             print_rank_0(f"> --use-checkpoint-args: from the checkpoint {listed}")

@@ -177,6 +177,28 @@ def test_the_start_and_the_doctor_refuse_in_the_same_line(examine, start, flags,
     assert message.startswith(words) and message in examine(*flags)[1].problems
 
 
+OTHER_ROUTERS = {
+    "router": ["--moe-router-type", "topk", "--moe-num-hash-layers", "0"],
+    "layers": ["--moe-num-hash-layers", "0"],
+    "everywhere": ["--moe-router-type", "hash", "--moe-router-load-balancing-type", "none"],
+}
+
+
+@pytest.mark.parametrize("flags", OTHER_ROUTERS.values(), ids=OTHER_ROUTERS)
+def test_no_field_of_the_checkpoint_alone_is_refused_as_unused(examine, start, monkeypatch, flags):
+    """The command line gives another router: the user cannot leave out what only the checkpoint has."""
+    fields = dict(moe_router_type="air", moe_granular_experts=True, moe_air_num_clusters=8, moe_num_hash_layers=1)
+    fields |= dict(moe_hash_seed=3, moe_air_diagnostics_interval=5)
+    for module in ("training.run", "training.checkpoints"):
+        monkeypatch.setattr(f"air_moe_megatron.{module}.fields_of_checkpoint", lambda args, ranks: fields)
+    monkeypatch.setattr("air_moe_megatron.training.arguments.load_args_from_checkpoint", lambda args, load_arg="": None)
+    given = [flag for flag in FLAGS if flag not in ("--moe-router-type", "air")]
+    message = start(*given, *flags, "--use-checkpoint-args", "--load", "nowhere")
+    assert message.startswith("--load 'nowhere' holds no checkpoint")
+    words = [*given, *flags, "--use-checkpoint-args", "--load", "nowhere"]
+    assert doctor.examine(words)[1].problems == [message]
+
+
 @pytest.mark.parametrize("path", [".", "new/", "/dev/null/run.log"])
 def test_a_log_file_that_cannot_be_written_is_named_with_its_flag(examine, tmp_path, monkeypatch, path):
     from air_moe_megatron.training import console
