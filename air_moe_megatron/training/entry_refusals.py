@@ -42,7 +42,7 @@ class FlagRule:
     flag: str
     when: Callable[[argparse.Namespace], bool]
     rule: str
-    """Text of the error after the flag and its value; {router} as in :class:`FlagRefusal`."""
+    """Text of the error after the flag and its value; {router} as in :class:`FlagRefusal`, {args} for the arguments."""
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -64,7 +64,7 @@ def refused_flags(args: argparse.Namespace) -> Problems[None]:
             yield ValueError(f"{_shown(args, row.flag)} is not supported{cause}: {row.reason}")
     for row in FLAG_RULES:
         if row.when(args):
-            yield ValueError(f"{_shown(args, row.flag)} {row.rule.format(router=_router_flag(args))}")
+            yield ValueError(f"{_shown(args, row.flag)} {row.rule.format(router=_router_flag(args), args=args)}")
 
 
 def _router_flag(args: argparse.Namespace) -> str:
@@ -103,6 +103,12 @@ def _is_importable(spec: list[str]) -> bool:
         return import_module(spec) is not None
     except (KeyError, ValueError):  # no such name in the module, or not two words
         return False
+
+
+def _ranks_of_experts(args: argparse.Namespace) -> int:
+    """The number of ranks that hold all experts of all layers once."""
+    tensor_parallel = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    return args.expert_model_parallel_size * tensor_parallel * args.pipeline_model_parallel_size
 
 
 def _counts_evaluations(args: argparse.Namespace) -> bool:
@@ -183,6 +189,12 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         FlagRule(flag, _below_one(flag), "must be at least 1")
         for flag in ("--seed", "--log-interval", "--tensorboard-log-interval", "--eval-interval")
         + ("--log-memory-interval",)
+    ),
+    FlagRule(
+        "--expert-model-parallel-size",
+        lambda args: args.world_size % _ranks_of_experts(args),
+        "times --expert-tensor-parallel-size ({args.expert_tensor_parallel_size}) and --pipeline-model-parallel-size "
+        "({args.pipeline_model_parallel_size}) must divide the number of ranks ({args.world_size})",
     ),
     FlagRule(
         "--eval-interval",

@@ -162,6 +162,7 @@ REFUSED_EARLY = {
     "position": (["--seq-length", "32"], "Megatron: max_position_embeddings (16) must be"),
     "no words": (["--save", "new"], "Megatron: assert args.save_interval is not None"),
     "pattern": (["--moe-layer-freq", "[1,"], "Megatron: "),
+    "ranks": (["--expert-model-parallel-size", "2"], "--expert-model-parallel-size (2) times --expert-"),
     "seed": (["--seed", "0"], "--seed (0) must be at least 1"),
     "of the tokenizer": (["--tokenizer-type", "SentencePieceTokenizer"], "Megatron: "),
     "batch": (["--global-batch-size", "3"], "Megatron: "),

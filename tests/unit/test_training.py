@@ -90,6 +90,11 @@ BAD_VALUES = {
     "tensorboard-interval": (["--tensorboard-log-interval", "0"], "--tensorboard-log-interval (0) must be at least 1"),
     "memory-interval": (["--log-memory-interval", "0"], "--log-memory-interval (0) must be at least 1"),
     "eval-interval": (["--eval-interval", "0"], "--eval-interval (0) must be at least 1"),
+    "ranks": (
+        ["--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "3"],
+        "--expert-model-parallel-size (2) times --expert-tensor-parallel-size (3) and --pipeline-model-parallel-size "
+        "(1) must divide the number of ranks (1)",
+    ),
     "full-validation": (["--full-validation"], "--full-validation needs --multiple-validation-sets"),
     "no-moe-layer": (
         [*AIR, "--hybrid-layer-pattern", "M*-"],
