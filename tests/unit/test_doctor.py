@@ -167,6 +167,10 @@ REFUSED_EARLY = {
     "of the tokenizer": (["--tokenizer-type", "SentencePieceTokenizer"], "Megatron: "),
     "batch": (["--global-batch-size", "3"], "Megatron: "),
     "no checkpoint": (["--use-checkpoint-args"], "--use-checkpoint-args needs --load (or --pretrained-checkpoint)"),
+    "local": (
+        ["--use-checkpoint-args", "--load", "nowhere", "--non-persistent-ckpt-type", "local"],
+        "--non-persistent-ckpt-type ('local') is not supported with --use-checkpoint-args",
+    ),
     "yaml": (["--yaml-cfg", "nowhere.yaml"], "--yaml-cfg is not supported: it replaces the whole command line"),
     "board": (["--tensorboard-dir", "/dev/null/x"], "--tensorboard-dir '/dev/null/x' cannot be written: Not a dir"),
 }  # fmt: skip

@@ -88,10 +88,16 @@ def fields_of_checkpoint(args: argparse.Namespace, ranks: Ranks) -> dict[str, An
         argument -> value, on every rank; empty if there is no checkpoint, it holds no arguments, or it is of Megatron's
         own router with Megatron's own experts.
     Raises:
-        ValueError: on every rank, if no checkpoint is named, or if it is damaged or not seen by some rank.
+        ValueError: on every rank, if no checkpoint is named or local ones are used, or if it is damaged or not seen by
+            some rank.
     """
     if args.load is None and args.pretrained_checkpoint is None:
         raise ValueError("--use-checkpoint-args needs --load (or --pretrained-checkpoint), the folder of a checkpoint")
+    if args.non_persistent_ckpt_type == "local":
+        raise ValueError(
+            "--non-persistent-ckpt-type ('local') is not supported with --use-checkpoint-args: Megatron needs all "
+            "arguments before it can find local checkpoints"
+        )
 
     def judge(reports: list[dict[str, Any]]) -> dict[str, Any]:
         location = _agreed_location(args, reports)
