@@ -140,11 +140,11 @@ def _sum_over_ranks(
     ]
     copies = [(router, one) for router in routers for one in router.host_copies() if not one.is_on_host()]
     written = [buffer.flatten() for _, one in copies for buffer in one.buffers]
-    figures = iter(torch.cat([part.long() for part in (*states, ran, *written)]).tolist())
-    states = [[(bool(next(figures)), bool(next(figures))) for _ in batch] for batch in batches]
-    num_ran, num_failed = ([next(figures) for _ in listing] for _ in range(2))
+    numbers = iter(torch.cat([part.long() for part in (*states, ran, *written)]).tolist())
+    states = [[(bool(next(numbers)), bool(next(numbers))) for _ in batch] for batch in batches]
+    num_ran, num_failed = ([next(numbers) for _ in listing] for _ in range(2))
     for router, one in copies:
-        if not one.holds([next(figures) for buffer in one.buffers for _ in range(buffer.numel())]):
+        if not one.holds([next(numbers) for buffer in one.buffers for _ in range(buffer.numel())]):
             raise ValueError(
                 f"layer {router.layer_number}: the router's buffers were written after the step began, which its "
                 "forwards did not notice; call discard_statistics(model) after a broadcast or another write"

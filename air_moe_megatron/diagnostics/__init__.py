@@ -1,7 +1,7 @@
-"""Diagnostics of a training run: figures of every layer in some steps, for log, TensorBoard, W&B and a file.
+"""Diagnostics of a training run: metrics of every layer in some steps, for log, TensorBoard, W&B and a file.
 
-``watch.py`` watches the routers during a step, ``figures.py`` computes figures from what was seen, ``files.py`` writes
-them. docs/health.md documents the figures and the files.
+``watch.py`` watches the routers during a step, ``metrics.py`` computes metrics from what was seen, ``files.py`` writes
+them. docs/health.md documents the metrics and the files.
 
 Communication depends on the step's number only, so it is the same on all ranks. That of the health line is listed in
 ``health.py``. The diagnostics add:
@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from air_moe_megatron.diagnostics.figures import RouterSums, describe, layer_figures, layer_of, reduce_stage
 from air_moe_megatron.diagnostics.files import LINES, RunFiles, folder_of, run_line
 from air_moe_megatron.diagnostics.health import expert_loads, write_scalars
+from air_moe_megatron.diagnostics.metrics import RouterSums, describe, layer_metrics, layer_of, reduce_stage
 from air_moe_megatron.diagnostics.snapshot import CodewordRecall, codebook_snapshot, gather_pairs
 from air_moe_megatron.diagnostics.watch import StepWatch
 from air_moe_megatron.process_groups import gather_from_stages, is_in_writers_pipeline
@@ -164,7 +164,7 @@ class Diagnostics:
                 self._loads = [-load for load in unread]  # the next health line reads them again
             sums = reduce_stage(self._routers, seconds, counters)
             for router, total, load in zip(self._routers, sums, loads, strict=True):
-                layers.append(layer_figures(router, total, load, self._lists.get(router)))
+                layers.append(layer_metrics(router, total, load, self._lists.get(router)))
             codebooks = self._snapshots(dict(zip(self._routers, sums, strict=True)), counters)
             self._lists = {router: router.index.shortlist.clone() for router in self._air()}
         layers, codebooks = (_by_layer(gather_from_stages(found)) for found in (layers, codebooks))
@@ -190,7 +190,7 @@ class Diagnostics:
     def _report(
         self, iteration: int, step_seconds: float, layers: list[dict[str, Any]], codebooks: list[dict[str, Any]]
     ) -> None:
-        """Write the figures of all stages, on the rank that writes."""
+        """Write the metrics of all stages, on the rank that writes."""
         from megatron.core import parallel_state
 
         seconds = sum(layer["routing_seconds"] for layer in layers)

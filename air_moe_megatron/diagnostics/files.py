@@ -75,7 +75,7 @@ def run_line(args: argparse.Namespace, now: float, iteration: int, layers: list[
         args: Megatron's arguments, with our fields.
         now: seconds since the epoch.
         iteration: the last one before the first step of this process.
-        layers: those of all pipeline stages, see ``figures.describe``.
+        layers: those of all pipeline stages, see ``metrics.describe``.
     """
     names = (*_ARGUMENTS, *(field.name for field in dataclasses.fields(AIRFields)))
     return {

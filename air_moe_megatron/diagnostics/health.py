@@ -1,4 +1,4 @@
-"""Routing health: one line per log interval, and the same figures as TensorBoard and W&B scalars.
+"""Routing health: one line per log interval, and the same metrics as TensorBoard and W&B scalars.
 
 In each step that Megatron logs, all ranks communicate alike. Over ``tp_dp_cp`` of each pipeline stage they all-reduce
 the expert loads (E int64 for each router), three fp64 numbers if layers are compact, one number for vq routers, and one
@@ -17,9 +17,9 @@ from air_moe_megatron.process_groups import gather_from_stages, group_size, sum_
 from air_moe_megatron.routers import AIRRouter, HashRouter, VQRouter
 from air_moe_megatron.routers.base import CompactRouter
 
-LOAD_FIGURES = ("experts-used", "imbalance-factor", "rank-imbalance")
-"""Names of the figures of :func:`load_figures_of`."""
-_TOTALS = ("dropped-updates",)  # figures that are totals, not means
+LOAD_METRICS = ("experts-used", "imbalance-factor", "rank-imbalance")
+"""Names of the metrics of :func:`load_metrics_of`."""
+_TOTALS = ("dropped-updates",)  # metrics that are totals, not means
 
 
 @torch.no_grad()
@@ -42,14 +42,14 @@ def expert_loads(routers: Sequence[CompactRouter], reset: bool = True) -> tuple[
     return loads, num_routed
 
 
-def load_figures_of(load: torch.Tensor, num_ranks: int) -> torch.Tensor:
+def load_metrics_of(load: torch.Tensor, num_ranks: int) -> torch.Tensor:
     """How evenly the tokens of one router are spread.
 
     Args:
         load: [E] tokens of each expert.
         num_ranks: expert-parallel size.
     Returns:
-        [3] fp64, as ``LOAD_FIGURES`` names them: share of experts that got a token; imbalance factor of the experts,
+        [3] fp64, as ``LOAD_METRICS`` names them: share of experts that got a token; imbalance factor of the experts,
         ``E * sum(n^2) / sum(n)^2``, which is 1 if all get the same and E if one gets all (the term and formula are
         faiss's); load of the most loaded expert-parallel rank over the mean.
 
@@ -98,7 +98,7 @@ def log_health(
         routers: the routers in it.
         iteration: counted from 1.
         counts: as :func:`expert_loads` gives them; None without routers.
-        measured: figures that the diagnostics have measured since the last line; they are logged too.
+        measured: metrics that the diagnostics have measured since the last line; they are logged too.
     """
     from megatron.training import get_args, print_rank_last
 
@@ -108,17 +108,17 @@ def log_health(
     stages = gather_from_stages(None if counts is None else stage_health(routers, layers, *counts))
     stages = [stage for stage in stages if stage is not None]
     if stages:
-        figures = health_figures(stages) | measured
-        print_rank_last(health_line(figures, sizes_of(stages), iteration))
-        write_scalars(figures, "air", iteration)
+        metrics = health_metrics(stages) | measured
+        print_rank_last(health_line(metrics, sizes_of(stages), iteration))
+        write_scalars(metrics, "air", iteration)
 
 
-def write_scalars(figures: dict[str, float], prefix: str, iteration: int) -> None:
-    """Write figures by Megatron's TensorBoard and W&B writers, if they exist; only the last rank has them."""
+def write_scalars(metrics: dict[str, float], prefix: str, iteration: int) -> None:
+    """Write metrics by Megatron's TensorBoard and W&B writers, if they exist; only the last rank has them."""
     from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
     writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
-    scalars = {f"{prefix}/{name}": value for name, value in figures.items()}
+    scalars = {f"{prefix}/{name}": value for name, value in metrics.items()}
     if writer:
         for name, value in scalars.items():
             writer.add_scalar(name, value, iteration)
@@ -130,7 +130,7 @@ class StageHealth(NamedTuple):
     """What one pipeline stage adds to the health line."""
 
     sums: dict[str, tuple[float, float]]
-    """Figure -> its sum over routers, tokens or slots of the stage, and their number."""
+    """Metric -> its sum over routers, tokens or slots of the stage, and their number."""
     sizes: dict[str, list[int]]
     """Size -> its values in the routers of the stage."""
 
@@ -143,7 +143,7 @@ def stage_health(
 ) -> StageHealth:
     """The health of a pipeline stage. Communicates within it, and waits for the device.
 
-    Figures of codebooks and lists cover the AIR routers, the vq loss covers the vq routers. The names of load figures
+    Metrics of codebooks and lists cover the AIR routers, the vq loss covers the vq routers. The names of load metrics
     of hash routers begin with "hash-".
 
     Args:
@@ -171,10 +171,10 @@ def stage_health(
     return StageHealth(sums, sizes)
 
 
-def health_figures(stages: Sequence[StageHealth]) -> dict[str, float]:
-    """Figures of all pipeline stages: means over the routers, tokens or slots that have them.
+def health_metrics(stages: Sequence[StageHealth]) -> dict[str, float]:
+    """Metrics of all pipeline stages: means over the routers, tokens or slots that have them.
 
-    If there are hash layers beside others, load figures cover the others, and the names of those of the hash layers
+    If there are hash layers beside others, load metrics cover the others, and the names of those of the hash layers
     begin with "hash-".
     """
     sums: dict[str, tuple[float, float]] = {}
@@ -182,16 +182,16 @@ def health_figures(stages: Sequence[StageHealth]) -> dict[str, float]:
         for name, (total, count) in stage.sums.items():
             before = sums.get(name, (0.0, 0.0))
             sums[name] = before[0] + total, before[1] + count
-    figures = {name: total if name in _TOTALS else total / max(count, 1.0) for name, (total, count) in sums.items()}
-    hashed = {name: figures.pop(name) for name in list(figures) if name.startswith("hash-")}
-    if "experts-used" in figures:
+    metrics = {name: total if name in _TOTALS else total / max(count, 1.0) for name, (total, count) in sums.items()}
+    hashed = {name: metrics.pop(name) for name in list(metrics) if name.startswith("hash-")}
+    if "experts-used" in metrics:
         hashed.pop("hash-empty-slots", None)
-        figures |= hashed
+        metrics |= hashed
     else:
-        figures |= {name.removeprefix("hash-"): value for name, value in hashed.items()}
-    if not figures.get("recomputed-bytes-per-token"):
-        figures.pop("recomputed-bytes-per-token", None)
-    return figures
+        metrics |= {name.removeprefix("hash-"): value for name, value in hashed.items()}
+    if not metrics.get("recomputed-bytes-per-token"):
+        metrics.pop("recomputed-bytes-per-token", None)
+    return metrics
 
 
 def sizes_of(stages: Sequence[StageHealth]) -> dict[str, str]:
@@ -219,14 +219,14 @@ def load_sums(
         topks: for each router K.
         num_ranks: expert-parallel size.
     Returns:
-        figure -> (sum, number): those of :func:`load_figures_of` over routers, empty slots over all slots.
+        metric -> (sum, number): those of :func:`load_metrics_of` over routers, empty slots over all slots.
 
     Example: loads [[2, 0, 1, 1]] of 4 tokens with K = 2: 4 of 8 slots are empty.
     """
-    totals = torch.stack([load_figures_of(load, num_ranks) for load in loads]).sum(dim=0).tolist()
+    totals = torch.stack([load_metrics_of(load, num_ranks) for load in loads]).sum(dim=0).tolist()
     num_slots = int((num_routed * num_routed.new_tensor(topks)).sum())
     num_filled = int(torch.stack([load.sum() for load in loads]).sum())
-    sums = {name: (total, len(loads)) for name, total in zip(LOAD_FIGURES, totals, strict=True)}
+    sums = {name: (total, len(loads)) for name, total in zip(LOAD_METRICS, totals, strict=True)}
     return sums | {"empty-slots": (num_slots - num_filled, num_slots)}
 
 
@@ -258,7 +258,7 @@ def dispatch_sums(
         num_routed: tokens that their routers routed, over all layers and ranks, without padding.
         group: the ranks of the pipeline stage.
     Returns:
-        figure -> (bytes one way, tokens): bytes of all rows (Megatron's all-to-all would need K rows per token); bytes
+        metric -> (bytes one way, tokens): bytes of all rows (Megatron's all-to-all would need K rows per token); bytes
         sent to other ranks, ids and probs included; bytes of rows moved a second time by recomputation. Empty without
         compact dispatchers.
     """
@@ -300,9 +300,9 @@ def vq_loss(routers: Sequence[VQRouter]) -> float:
 class Item(NamedTuple):
     """One item of the health line."""
 
-    key: str  # name of the figure; without the figure the item is left out
+    key: str  # name of the metric; without the metric the item is left out
     label: str
-    format: str  # its field without a name is the figure; named ones are other figures and router sizes
+    format: str  # its field without a name is the metric; named ones are other metrics and router sizes
     scale: int = 1
     only_nonzero: bool = False
 
@@ -331,11 +331,11 @@ ITEMS = (
 )
 
 
-def health_line(figures: dict[str, float], sizes: dict[str, str], iteration: int) -> str:
-    """Format the figures of :func:`health_figures` as a line; empty slots appear only if there are any."""
+def health_line(metrics: dict[str, float], sizes: dict[str, str], iteration: int) -> str:
+    """Format the metrics of :func:`health_metrics` as a line; empty slots appear only if there are any."""
     items = [f"routing health at iteration {iteration:8d}"]
     for item in ITEMS:
-        value = figures.get(item.key)
+        value = metrics.get(item.key)
         if value is not None and (value or not item.only_nonzero):
-            items.append(f"{item.label}: " + item.format.format(item.scale * value, **figures, **sizes))
+            items.append(f"{item.label}: " + item.format.format(item.scale * value, **metrics, **sizes))
     return f" {' | '.join(items)} |"

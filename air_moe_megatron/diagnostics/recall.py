@@ -25,8 +25,8 @@ from air_moe_megatron.routers.row_exchange import RowExchange
 _OUT = float("-inf")
 
 
-class SampleFigures(NamedTuple):
-    """Figures of each token of a sample, padding left out."""
+class SampleMetrics(NamedTuple):
+    """Metrics of each token of a sample, padding left out."""
 
     codewords: torch.Tensor  # [n, P] int64, the probed ones, nearest first
     mass_recall: torch.Tensor  # [n] fp32, exact softmax mass of the listed experts
@@ -39,10 +39,10 @@ class SampleFigures(NamedTuple):
 @torch.no_grad()
 def measure(
     router: AIRRouter, num_verified: int | None = None, sample: TokenSample | None = None
-) -> SampleFigures | None:
+) -> SampleMetrics | None:
     """Compute recall, bounds and certificates of tokens, by default those that a router kept from training.
 
-    All figures refer to the current centers and lists. Bounds use constants of the nearest codeword, which are computed
+    All metrics refer to the current centers and lists. Bounds use constants of the nearest codeword, which are computed
     here for the sampled tokens' codewords only. Expert centers are read a chunk at a time, so that no tensor is larger
     than [n, chunk]: ``4 * n * E * H`` FLOPs. Source: derived in docs/theory.md.
 
@@ -53,7 +53,7 @@ def measure(
     for the device once more.
 
     The selection is that of scores in fp32. A router that scores in bf16 may choose otherwise among nearly equal
-    scores. Every figure allows for the rounding of fp32: no bound exceeds the measured mass recall, and no token is
+    scores. Every metric allows for the rounding of fp32: no bound exceeds the measured mass recall, and no token is
     certified by rounding.
     If scores tie at the K-th place, each choice among them is an exact top-k, so ``topk_recall`` may be less than 1 for
     a certified token.
@@ -64,7 +64,7 @@ def measure(
             the length of a list. With 0 the certificate uses constants only.
         sample: tokens as the router scores them; None means those of its last training forward, ``router.sample``.
     Returns:
-        the figures of this rank's n tokens, on the router's device; None without a sample, or if all of it is padding.
+        the metrics of this rank's n tokens, on the router's device; None without a sample, or if all of it is padding.
 
     Example: exact probabilities [0.5, 0.3, 0.2], a shortlist of the experts 0 and 2, and K = 2 give mass recall 0.7,
     top-k recall 0.5, bounds of at most 0.7, and no certificate.
@@ -97,7 +97,7 @@ def measure(
     best_ids = best_ids.gather(1, selection.transpose(0, 1).flatten(1).topk(router.topk, dim=1).indices)
     distance = split(hidden.float(), _directions(router, codewords)).distance
     largest_gain = (2.0 * distance * extent.radius + 4.0 * extent.score_error(hidden.float())).squeeze(1)
-    return SampleFigures(
+    return SampleMetrics(
         codewords=codewords,
         mass_recall=torch.sigmoid(listed - unlisted).float(),
         topk_recall=(found.unsqueeze(2) == best_ids.unsqueeze(1)).any(dim=2).float().mean(dim=1),
@@ -193,7 +193,7 @@ def _scan(
 
 def recall(router: AIRRouter, sample: TokenSample | None = None) -> tuple[float, float] | None:
     """Mean mass and top-k recall by :func:`measure`, or None. Communicates as it does, and waits for the device."""
-    figures = measure(router, sample=sample)
-    if figures is None:
+    metrics = measure(router, sample=sample)
+    if metrics is None:
         return None
-    return float(figures.mass_recall.mean()), float(figures.topk_recall.mean())
+    return float(metrics.mass_recall.mean()), float(metrics.topk_recall.mean())

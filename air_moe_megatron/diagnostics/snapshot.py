@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from air_moe_megatron.diagnostics.figures import RouterSums, layer_of
+from air_moe_megatron.diagnostics.metrics import RouterSums, layer_of
 from air_moe_megatron.diagnostics.watch import knows_token_ids
 from air_moe_megatron.process_groups import group_size
 from air_moe_megatron.routers import AIRRouter

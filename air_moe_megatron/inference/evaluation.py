@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from tqdm import tqdm
 
 from air_moe_megatron.compat import process_groups_released
-from air_moe_megatron.diagnostics.health import LOAD_FIGURES, listed_share_of, load_figures_of
+from air_moe_megatron.diagnostics.health import LOAD_METRICS, listed_share_of, load_metrics_of
 from air_moe_megatron.diagnostics.recall import recall
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import TokenStream, Windows, microbatches, num_microbatches, read, require_paths
@@ -37,7 +37,7 @@ _SAMPLE_SIZE, _MAX_SAMPLED = 64, 4096
 
 
 @dataclass(frozen=True)
-class Figures:
+class Metrics:
     """The measurements on one data set."""
 
     path: str
@@ -46,7 +46,7 @@ class Figures:
     perplexity: float
     bytes: int | None
     bits_per_byte: float | None
-    layers: list[dict[str, Any]]  # see :meth:`RoutingMeter.figures`
+    layers: list[dict[str, Any]]  # see :meth:`RoutingMeter.metrics`
 
 
 class RoutingMeter:
@@ -57,7 +57,7 @@ class RoutingMeter:
 
     Args:
         router: Megatron's or ours.
-        layer: its name in the figures.
+        layer: its name in the metrics.
     """
 
     def __init__(self, router: TopKRouter, layer: str) -> None:
@@ -100,8 +100,8 @@ class RoutingMeter:
         self.recalls.append((*recall(router, TokenSample(hidden, codewords, None)), hidden.shape[0] * is_counted))
         self.num_sampled += _SAMPLE_SIZE
 
-    def figures(self) -> dict[str, Any]:
-        """Figures over all ranks of the pipeline stage. Communicates within it, and waits for the device.
+    def metrics(self) -> dict[str, Any]:
+        """Metrics over all ranks of the pipeline stage. Communicates within it, and waits for the device.
 
         Returns:
             layer, router (its type), experts, topk; experts_used, a share; imbalance_factor, 1 if all experts get the
@@ -109,24 +109,24 @@ class RoutingMeter:
             the shares experts_listed, mass_recall and topk_recall.
         """
         router, group = self.router, self.router.tp_dp_cp_group
-        loads = load_figures_of(sum_over_ranks(self.loads, group), router.config.expert_model_parallel_size).tolist()
-        figures = {
+        loads = load_metrics_of(sum_over_ranks(self.loads, group), router.config.expert_model_parallel_size).tolist()
+        metrics = {
             "layer": self.layer,
             "router": router.router_type if isinstance(router, CompactRouter) else "topk",
             "experts": self.num_experts,
             "topk": router.topk,
-            **{name.replace("-", "_"): load for name, load in zip(LOAD_FIGURES, loads, strict=True)},
+            **{name.replace("-", "_"): load for name, load in zip(LOAD_METRICS, loads, strict=True)},
         }
         if isinstance(router, AIRRouter):
             mass, topk, counts = torch.tensor(self.recalls, dtype=torch.float64, device=self.loads.device).unbind(dim=1)
             sums = torch.stack(((mass * counts).sum(), (topk * counts).sum(), counts.sum()))
             mass, topk, count = sum_over_ranks(sums, group).tolist()
-            figures |= {
+            metrics |= {
                 "experts_listed": float(listed_share_of(router)),
                 "mass_recall": mass / count,
                 "topk_recall": topk / count,
             }
-        return figures
+        return metrics
 
 
 def meters_of(model: Sequence[torch.nn.Module]) -> list[RoutingMeter]:
@@ -146,7 +146,7 @@ def evaluate(
     eod: int,
     args: argparse.Namespace,
     progress: Callable[[Iterator], Iterator] = iter,
-) -> Figures:
+) -> Metrics:
     """Measure a model on a data set; each token but the first is predicted once.
 
     The loss is that of training without the balancing losses and ``eod_mask_loss``. Communicates; every rank must call
@@ -159,7 +159,7 @@ def evaluate(
         args: as ``restore.parse`` returns them.
         progress: wraps the loop over microbatches, such as tqdm.
     Returns:
-        the figures, the same on all ranks.
+        the metrics, the same on all ranks.
     """
     windows = Windows(stream.tokens, eod, args)
     rank, num_ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
@@ -186,11 +186,11 @@ def evaluate(
     if mpu.get_tensor_model_parallel_rank() != 0:
         sums.zero_()  # it is the same loss as on tensor-parallel rank 0
     nats, count = sum_over_ranks(sums, torch.distributed.group.WORLD).tolist()
-    layers = _gather([meter.figures() for meter in meters])
+    layers = _gather([meter.metrics() for meter in meters])
     for meter in meters:
         meter.remove()
     loss = nats / count
-    return Figures(
+    return Metrics(
         stream.path,
         int(count),
         loss,
@@ -264,7 +264,7 @@ def run(screen: TextIO) -> None:
             bar = tqdm if ranks.rank == 0 else iter
             found.append(evaluate(model, stream, tokenizer.eod, args, bar))
         if ranks.rank == 0:
-            screen.write(format_figures(args.load, args.iteration, found))
+            screen.write(format_metrics(args.load, args.iteration, found))
             screen.flush()
             if args.json:
                 content = {"checkpoint": args.load, "iteration": args.iteration, "data": [asdict(one) for one in found]}
@@ -274,7 +274,7 @@ def run(screen: TextIO) -> None:
 _SHARES = ("experts_used", "experts_listed", "mass_recall", "topk_recall")
 
 
-def format_figures(checkpoint: str, iteration: int, found: Sequence[Figures]) -> str:
+def format_metrics(checkpoint: str, iteration: int, found: Sequence[Metrics]) -> str:
     """Format tables: one row per data set, then for each data set one row per layer with experts."""
     rows = [
         {

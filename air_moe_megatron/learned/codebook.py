@@ -230,7 +230,7 @@ class Codebook(Learner):
             self.last_health.copy_(health_of(statistics))
 
     def health(self) -> CodebookHealth:
-        """Read the figures of the last update; waits for the device."""
+        """Read the metrics of the last update; waits for the device."""
         cosine, live = self.last_health.tolist()
         if math.isnan(cosine):
             return CodebookHealth(None, None, int(self.num_dropped))

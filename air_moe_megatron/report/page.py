@@ -92,7 +92,7 @@ def _render(runs: Sequence[Run], budget: Budget) -> str:
         records=RECORDS,
         loss=builder.loss(),
         glance=builder.glance(),
-        last=[(run, *tables.last_figures(run)) for run in runs],
+        last=[(run, *tables.last_metrics(run)) for run in runs],
         layers=builder.layers(detailed),
         token_notes=builder.token_notes,
         num_layers=len(layers),

@@ -19,20 +19,20 @@ _NO_FLAG = "no flag helps: report it with this page"
 
 @dataclass(frozen=True)
 class Rule:
-    """A limit for one figure, with the warning and its remedies.
+    """A limit for one metric, with the warning and its remedies.
 
     Attributes:
-        name: name of the figure for the reader.
-        figure: column of ``Run.layers`` or, for a rule of the whole run, a derived figure of :func:`run_figures`.
+        name: name of the metric for the reader.
+        metric: column of ``Run.layers`` or, for a rule of the whole run, a derived metric of :func:`run_metrics`.
         above, below: the limit; exactly one is given.
         words: the warning, with the newest value in the worst layer.
         remedies: router type -> flag and direction; "" stands for all others.
         reason: why the limit has this value.
-        of_run: whether the figure belongs to the run as a whole, not to its layers.
+        of_run: whether the metric belongs to the run as a whole, not to its layers.
     """
 
     name: str
-    figure: str
+    metric: str
     words: str
     remedies: dict[str, str]
     reason: str
@@ -57,7 +57,7 @@ class Rule:
         return re.sub(r"{[^}]*}", "…", self.words)
 
     def holds(self, values: pandas.Series) -> pandas.Series:
-        """[n] bool: where the figure is beyond the limit. A missing value is not."""
+        """[n] bool: where the metric is beyond the limit. A missing value is not."""
         return values > self.above if self.above is not None else values < self.below
 
     def worst(self, values: pandas.Series) -> float:
@@ -72,7 +72,7 @@ class Rule:
 RULES = (
     Rule(
         name="experts unused",
-        figure="unused",
+        metric="unused",
         above=0.25,
         words="{:.0%} of the experts unused",
         remedies={
@@ -85,7 +85,7 @@ RULES = (
     ),
     Rule(
         name="experts unlisted",
-        figure="unlisted",
+        metric="unlisted",
         above=0.01,
         words="{:.1%} of the experts are in no shortlist",
         remedies={"": "raise --moe-air-shortlist-size"},
@@ -93,7 +93,7 @@ RULES = (
     ),
     Rule(
         name="top-k recall",
-        figure="topk_recall",
+        metric="topk_recall",
         below=0.7,
         words="only {:.0%} of the exact top-k is found",
         remedies={"": "raise --moe-air-num-probes, then --moe-air-shortlist-size"},
@@ -101,7 +101,7 @@ RULES = (
     ),
     Rule(
         name="recall lost",
-        figure="recall_lost",
+        metric="recall_lost",
         above=0.1,
         words="top-k recall is {:.0%} below its best: codebook and lists do not keep up with the tokens",
         remedies={"": "lower --moe-air-refresh-interval, then --moe-air-codebook-ema"},
@@ -109,7 +109,7 @@ RULES = (
     ),
     Rule(
         name="list drift",
-        figure="drift",
+        metric="drift",
         above=0.5,
         words="{:.0%} of the lists' entries changed between two records",
         remedies={"": "lower --moe-air-refresh-interval"},
@@ -117,7 +117,7 @@ RULES = (
     ),
     Rule(
         name="idle codewords",
-        figure="idle",
+        metric="idle",
         above=0.5,
         words="{:.0%} of the codewords got no token",
         remedies={"": "lower --moe-air-num-clusters"},
@@ -125,7 +125,7 @@ RULES = (
     ),
     Rule(
         name="entropy of the codewords",
-        figure="codeword_entropy",
+        metric="codeword_entropy",
         below=0.6,
         words="few codewords take most tokens (entropy {:.2f} of 1)",
         remedies={"": "set --moe-router-input-norm running; where it is set, raise --moe-air-num-clusters"},
@@ -134,7 +134,7 @@ RULES = (
     ),
     Rule(
         name="quantization error",
-        figure="quantization_error",
+        metric="quantization_error",
         below=0.02,
         words="nearly all tokens have one direction (quantization error {:.3f})",
         remedies={"": "set --moe-router-input-norm running"},
@@ -143,7 +143,7 @@ RULES = (
     ),
     Rule(
         name="quantization error",
-        figure="quantization_error",
+        metric="quantization_error",
         above=0.6,
         words="codewords are far from their tokens (quantization error {:.2f})",
         remedies={"": "raise --moe-air-num-clusters"},
@@ -152,7 +152,7 @@ RULES = (
     ),
     Rule(
         name="imbalance of experts",
-        figure="imbalance_factor",
+        metric="imbalance_factor",
         above=10,
         words="the load is as uneven as if one expert in {:.0f} did all the work",
         remedies={"hash": "choose another --moe-router-type: a hash cannot balance", "": _BALANCE},
@@ -161,7 +161,7 @@ RULES = (
     ),
     Rule(
         name="imbalance of ranks",
-        figure="rank_imbalance",
+        metric="rank_imbalance",
         above=1.25,
         words="the most loaded expert-parallel rank gets {:.2f} times the mean",
         remedies={"hash": "change --moe-hash-seed", "": _BALANCE},
@@ -170,7 +170,7 @@ RULES = (
     ),
     Rule(
         name="broken bound",
-        figure="bound_broken",
+        metric="bound_broken",
         above=0.001,
         words="a lower bound is {:.1%} above the measured mass recall",
         remedies={"": _NO_FLAG},
@@ -178,7 +178,7 @@ RULES = (
     ),
     Rule(
         name="share of routing",
-        figure="routing_share",
+        metric="routing_share",
         above=0.5,
         words="routing takes {:.0%} of a step",
         remedies={
@@ -192,7 +192,7 @@ RULES = (
     ),
     Rule(
         name="loss",
-        figure="loss_rise",
+        metric="loss_rise",
         above=0.5,
         words="the loss is {:.2f} nats above its best",
         remedies={"": "lower --lr, or lower --clip-grad"},
@@ -202,7 +202,7 @@ RULES = (
     ),
     Rule(
         name="missing loss",
-        figure="no_loss",
+        metric="no_loss",
         above=0,
         words="the loss is no number, or steps are skipped",
         remedies={"": "lower --lr, or lower --clip-grad"},
@@ -256,25 +256,25 @@ def findings(run: Run) -> list[Finding]:
 
     Example: if layer 2 has experts used [0.9, 0.7, 0.6, 0.6] at steps 10, 20, 30, 40, there is a warning since step 20.
     """
-    figures = layer_figures(run)
+    metrics = layer_metrics(run)
     found = []
     for rule in RULES:
         if rule.of_run:
-            state = _state(rule, run_figures(run)[rule.figure])
+            state = _state(rule, run_metrics(run)[rule.metric])
             if state:
                 found.append(Finding(run, rule, run.routers[0] if run.routers else "", {0: state}))
             continue
         of_router: dict[str, Finding] = {}
-        for (layer, router), rows in figures.groupby(["layer", "router"]):
-            state = _state(rule, rows.set_index("iteration")[rule.figure])
+        for (layer, router), rows in metrics.groupby(["layer", "router"]):
+            state = _state(rule, rows.set_index("iteration")[rule.metric])
             if state:
                 of_router.setdefault(router, Finding(run, rule, router)).layers[int(layer)] = state
         found += of_router.values()
     return found
 
 
-def layer_figures(run: Run) -> pandas.DataFrame:
-    """``Run.layers`` with further figures that rules need: lost recall, broken bounds, and corrected unused shares.
+def layer_metrics(run: Run) -> pandas.DataFrame:
+    """``Run.layers`` with further metrics that rules need: lost recall, broken bounds, and corrected unused shares.
 
     Experts count as unused, and codewords as idle, only as far as the tokens could have reached them: n tokens that are
     spread over E experts at random reach ``1 - exp(-n / E)`` of them.
@@ -306,8 +306,8 @@ def _within_reach(unused: pandas.Series, mean: pandas.Series) -> pandas.Series:
     return 1 - (1 - unused) / reached
 
 
-def run_figures(run: Run) -> dict[str, pandas.Series]:
-    """Figures of the whole run by iteration: share of routing, loss above its best, and steps without a loss."""
+def run_metrics(run: Run) -> dict[str, pandas.Series]:
+    """Metrics of the whole run by iteration: share of routing, loss above its best, and steps without a loss."""
     loss = run.steps.set_index("iteration")["loss"].replace([numpy.inf, -numpy.inf], math.nan)
     return {
         "routing_share": run.totals.set_index("iteration")["routing_share"],

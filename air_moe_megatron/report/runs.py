@@ -24,12 +24,12 @@ _NUMBERS = {
 }
 _BINS = ("load_bins", "max_bins")
 _STEPS = ("iteration", "tokens", "time", "step_seconds", "loss", "grad_norm")
-FIGURES = (
+METRICS = (
     *("mass_recall", "paper_bound", "mass_bound", "certified", "topk_recall", "quantization_error"),
     *("codeword_entropy", "idle_codewords", "list_overlap", "experts_listed", "experts_used"),
     *("imbalance_factor", "rank_imbalance", "routing_seconds"),
 )
-"""Figures of a layer, as the file names them."""
+"""Metrics of a layer, as the file names them."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Run:
         steps: a row per logged step: iteration, tokens, step_seconds, loss, grad_norm, and seconds, which is the
             training time so far without pauses, evaluation and saving.
         totals: a row per diagnostics line: iteration, tokens, routing_seconds, routing_share.
-        layers: a row per layer and diagnostics line: iteration, tokens, layer, router, the figures, and derived ones:
+        layers: a row per layer and diagnostics line: iteration, tokens, layer, router, the metrics, and derived ones:
             unused, unlisted, idle, drift.
         bins: layer -> name -> [records, bins] fp32, with the tokens of the records under "tokens".
         notes: remarks on the files for the reader of the page.
@@ -156,7 +156,7 @@ def read_run(folder: Path, name: str) -> Run:
     records, notes = _records(path)
     kept, headers, resumes = _superseded(records)
     if not any(kept.values()):
-        raise ValueError(f"{path} has no figures yet: the run has not reached its first log interval")
+        raise ValueError(f"{path} has no metrics yet: the run has not reached its first log interval")
     header = headers[-1]
     steps = pandas.DataFrame(kept["step"]).reindex(columns=_STEPS).astype(float)
     counts = steps["iteration"].diff().fillna(steps["iteration"] - headers[0]["iteration"])
@@ -235,7 +235,7 @@ def _check(record: Any, where: str, is_first: bool) -> None:
         if not isinstance(layers, list) or not all(_is_layer(layer) for layer in layers):
             raise ValueError(f"{where}: layers must be a list of objects that each have layer and router")
     for layer in record["layers"] if kind == "diagnostics" else []:
-        for name in FIGURES:
+        for name in METRICS:
             if name in layer and layer[name] is not None and not _is_number(layer[name]):
                 raise ValueError(f"{where}: {name} ({layer[name]}) of layer {layer['layer']} must be a number")
         for name in _BINS:
@@ -306,8 +306,8 @@ def _layers(
             for name in _BINS:
                 if isinstance(layer.get(name), numpy.ndarray):
                     of_layer.setdefault(name, []).append((record["tokens"], layer[name]))
-    frame = pandas.DataFrame(rows).reindex(columns=["iteration", "tokens", "layer", "router", *FIGURES])
-    frame[["iteration", "tokens", *FIGURES]] = frame[["iteration", "tokens", *FIGURES]].astype(float)
+    frame = pandas.DataFrame(rows).reindex(columns=["iteration", "tokens", "layer", "router", *METRICS])
+    frame[["iteration", "tokens", *METRICS]] = frame[["iteration", "tokens", *METRICS]].astype(float)
     frame["unused"] = 1 - frame["experts_used"]
     frame["unlisted"] = 1 - frame["experts_listed"]
     clusters = frame["layer"].map({number: layer.get("num_clusters", math.nan) for number, layer in sizes.items()})

@@ -1,4 +1,4 @@
-"""The tables of the page: a summary of the runs, their newest figures, the cost of routing, and their flags."""
+"""The tables of the page: a summary of the runs, their newest metrics, the cost of routing, and their flags."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from air_moe_megatron.report.runs import Run, changes
 
 
 def number(value: Any, form: str = ".3g", scale: float = 1.0) -> str:
-    """A figure as text; a dash if it is missing."""
+    """A metric as text; a dash if it is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     return format(value * scale, form)
@@ -85,8 +85,8 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def last_figures(run: Run) -> tuple[list[str], list[tuple[int, str, list[str]]]]:
-    """Headings, and for each layer its number, router and figures in the last record."""
+def last_metrics(run: Run) -> tuple[list[str], list[tuple[int, str, list[str]]]]:
+    """Headings, and for each layer its number, router and metrics in the last record."""
     columns = (
         ("topk_recall", "top-k recall", ".1%", 1),
         ("certified", "proven exact", ".1%", 1),
@@ -148,7 +148,7 @@ def _step_of(run: Run) -> tuple:
 
 
 def flops(run: Run) -> tuple[float | None, float | None]:
-    """FLOPs per token of all layers' routers, and of exact ones; None if a layer lacks the figure."""
+    """FLOPs per token of all layers' routers, and of exact ones; None if a layer lacks the metric."""
     sums = []
     for name in ("router_flops_per_token", "exact_router_flops_per_token"):
         values = [layer.get(name) for layer in run.header["layers"]]

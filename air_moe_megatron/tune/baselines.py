@@ -1,7 +1,7 @@
 """Recall of the baselines' structures, fitted to the same expert centers, against the same exact routing.
 
 They are fitted afterwards to centers that were trained without them. A router that is trained with its structure may do
-better. These figures say how much of a given routing the structure can express.
+better. These numbers say how much of a given routing the structure can express.
 
 Legend: E experts, H hidden, G groups, n1 and n2 sub-keys of a half; others as in ``recall.py``.
 """

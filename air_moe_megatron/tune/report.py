@@ -182,11 +182,11 @@ def _details(layer: Layer, results: Sequence[Result]) -> list[dict[str, float]]:
             codewords = codebooks[setting.num_clusters].codewords
             (lists,) = make_lists(layer, codebooks[setting.num_clusters], [setting.shortlist_size])
         sample = TokenSample(hidden, assign(hidden, codewords, setting.num_probes), None)
-        figures = measure_sample(_as_router(layer, codewords, lists), sample=sample)
+        metrics = measure_sample(_as_router(layer, codewords, lists), sample=sample)
         details.append(
             {
-                "bound": float(figures.mass_bound.mean()),
-                "certified": float(figures.certified.float().mean()),
+                "bound": float(metrics.mass_bound.mean()),
+                "certified": float(metrics.certified.float().mean()),
                 "us/token": time_search(layer, codewords, lists, setting.num_probes) * 1e6,
                 "KiB": output.state_bytes(setting, layer.test.shape[1], layer.num_experts) / 1024,
             }

@@ -32,8 +32,8 @@ def make_routers(groups):
 
 def measure(routers, group, hidden, ids, num_ranks):
     """Figures and snapshots of routers that see these tokens in a step; the snapshots on the last rank alone."""
-    from air_moe_megatron.diagnostics.figures import layer_figures, reduce_stage
     from air_moe_megatron.diagnostics.health import expert_loads
+    from air_moe_megatron.diagnostics.metrics import layer_metrics, reduce_stage
     from air_moe_megatron.diagnostics.snapshot import CodewordRecall, codebook_snapshot, gather_pairs
     from air_moe_megatron.diagnostics.watch import StepWatch
     from air_moe_megatron.routers import AIRRouter
@@ -48,7 +48,7 @@ def measure(routers, group, hidden, ids, num_ranks):
     _, seconds, counters = watch.end()
     loads = expert_loads(routers)[0]
     sums = reduce_stage(routers, seconds, counters)
-    figures = [layer_figures(*parts, None) for parts in zip(routers, sums, loads, strict=True)]
+    figures = [layer_metrics(*parts, None) for parts in zip(routers, sums, loads, strict=True)]
     for one in figures:
         assert one.pop("routing_seconds") > 0
     pairs = gather_pairs(counters, num_ranks - 1, group)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from air_moe_megatron.report.runs import FIGURES, read_run
+from air_moe_megatron.report.runs import METRICS, read_run
 from tests.megatron.conftest import (
     AIR,
     EP2,
@@ -114,7 +114,7 @@ def check_diagnostics(folder, whole):
             assert len(layer["load_bins"]) == 16 and sum(layer["load_bins"]) == pytest.approx(16, rel=1e-4)
             assert layer["load_bins"] == layer["max_bins"]
             assert ("list_overlap" in layer) == (line["iteration"] > 2)
-            names = {*FIGURES, "layer", "router", "load_bins", "max_bins"}  # those that the report reads
+            names = {*METRICS, "layer", "router", "load_bins", "max_bins"}  # those that the report reads
             assert layer.keys() == (names if line["iteration"] > 2 else names - {"list_overlap"})
         assert 0.0 < line["routing_share"] < 1.0
     read = read_run(folder / "whole", "whole")

@@ -59,18 +59,18 @@ def lines_of(folder, kind=None):
 
 
 def test_codeword_figures_worked_example():
-    from air_moe_megatron.diagnostics.figures import codeword_figures
+    from air_moe_megatron.diagnostics.metrics import codeword_metrics
 
     loads = torch.tensor([2.0, 1.0, 1.0, 0.0])
-    assert codeword_figures(loads) == {"codeword_entropy": pytest.approx(0.75), "idle_codewords": 1}
-    assert codeword_figures(torch.ones(8))["codeword_entropy"] == pytest.approx(1.0)
-    assert codeword_figures(torch.tensor([3.0, 0.0]))["codeword_entropy"] == 0.0
-    assert codeword_figures(torch.zeros(4)) == {}
-    assert codeword_figures(torch.tensor([5.0])) == {"idle_codewords": 0}
+    assert codeword_metrics(loads) == {"codeword_entropy": pytest.approx(0.75), "idle_codewords": 1}
+    assert codeword_metrics(torch.ones(8))["codeword_entropy"] == pytest.approx(1.0)
+    assert codeword_metrics(torch.tensor([3.0, 0.0]))["codeword_entropy"] == 0.0
+    assert codeword_metrics(torch.zeros(4)) == {}
+    assert codeword_metrics(torch.tensor([5.0])) == {"idle_codewords": 0}
 
 
 def test_list_overlap_counts_entries_of_the_same_codeword():
-    from air_moe_megatron.diagnostics.figures import list_overlap
+    from air_moe_megatron.diagnostics.metrics import list_overlap
 
     assert list_overlap(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0, 5], [2, 3]])) == 0.75
     assert list_overlap(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[2, 3], [0, 1]])) == 0.0
@@ -83,7 +83,7 @@ def test_list_overlap_counts_entries_of_the_same_codeword():
 
 @pytest.mark.parametrize("num_experts", (1, 4, 64, 100, 257))
 def test_load_bins_are_means_and_maxima_of_equal_ranges(num_experts):
-    from air_moe_megatron.diagnostics.figures import load_bins
+    from air_moe_megatron.diagnostics.metrics import load_bins
 
     load = torch.randint(50, (num_experts,), generator=torch.Generator().manual_seed(0)) + 1
     means, largest = load_bins(load)
@@ -221,7 +221,7 @@ def test_figures_of_air_against_the_sample_and_the_routes(megatron_cpu, monkeypa
         samples.append(original(router))
         return samples[-1]
 
-    monkeypatch.setattr("air_moe_megatron.diagnostics.figures.measure", measure)
+    monkeypatch.setattr("air_moe_megatron.diagnostics.metrics.measure", measure)
     route = router.route
     monkeypatch.setattr(router, "route", lambda *args: seen.append(route(*args)) or seen[-1])
     run = Run([torch.nn.ModuleList([layer])], monkeypatch, save=str(tmp_path))

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from air_moe_megatron.diagnostics.health import (
-    LOAD_FIGURES,
+    LOAD_METRICS,
     StageHealth,
     dispatch_sums,
-    health_figures,
+    health_metrics,
     listed_share_of,
-    load_figures_of,
+    load_metrics_of,
     load_sums,
     sizes_of,
 )
@@ -20,7 +20,7 @@ from air_moe_megatron.sync import discard_statistics, update_codebooks
 
 
 def load_figures(load, num_ranks=1):
-    return dict(zip(LOAD_FIGURES, load_figures_of(load, num_ranks).tolist(), strict=True))
+    return dict(zip(LOAD_METRICS, load_metrics_of(load, num_ranks).tolist(), strict=True))
 
 
 def test_load_figures_worked_example():
@@ -56,7 +56,7 @@ def test_stages_weigh_by_what_they_sum_over():
             {"num_experts": [64], "num_clusters": [16]},
         ),
     ]
-    figures = health_figures(stages)
+    figures = health_metrics(stages)
     assert figures == pytest.approx(
         {
             "experts-used": 0.8, "empty-slots": 0.25, "dropped-updates": 3, "live-codewords": 10,
@@ -64,7 +64,7 @@ def test_stages_weigh_by_what_they_sum_over():
         }
     )  # fmt: skip
     assert sizes_of(stages) == {"num_experts": "64 to 128", "num_clusters": "16"}
-    assert health_figures(stages[:1]) == {"experts-used": 0.5, "empty-slots": 0.0}
+    assert health_metrics(stages[:1]) == {"experts-used": 0.5, "empty-slots": 0.0}
     assert sizes_of(stages[:1]) == {"num_experts": "32"}
 
 
@@ -105,7 +105,7 @@ def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatc
     empty = sum(int((r.topk_ids < 0).sum()) for r in routes) / sum(r.topk_ids.numel() for r in routes[1:])
     logged = float(get_moe_metrics_tracker().metrics["vq_loss"].values.sum())
     stage = health.stage_health(routers, [], *health.expert_loads(routers))
-    figures = health_figures([stage])
+    figures = health_metrics([stage])
     for name in alone[0]:
         assert figures[name] == pytest.approx(sum(one[name] for one in alone) / 3)
         assert figures[f"hash-{name}"] == pytest.approx(hashed[name])
@@ -118,7 +118,7 @@ def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatc
     assert f"experts used by hash layers: {hashed['experts-used']:.1%} | imbalance factor of hash layers: " in line
     # Everything was set back; without tokens and AIR routers there is less to tell.
     stage = health.stage_health(routers[:1], [], *health.expert_loads(routers[:1]))
-    line = health.health_line(health_figures([stage]), sizes_of([stage]), 8)
+    line = health.health_line(health_metrics([stage]), sizes_of([stage]), 8)
     assert "experts used: 0.0% of 32" in line
     for words in ("empty slots", "codewords", "listed", "vq loss", "recall", "hash layers"):
         assert words not in line
@@ -143,7 +143,7 @@ def test_the_line_of_a_dispatch_that_is_recomputed():
 
 
 def test_figures_are_the_same_under_any_default_dtype(megatron_cpu):
-    from air_moe_megatron.diagnostics.figures import layer_figures, reduce_stage
+    from air_moe_megatron.diagnostics.metrics import layer_metrics, reduce_stage
     from air_moe_megatron.routers.observation import CodewordCounter
     from tests.builders import HIDDEN, make_router
 
@@ -154,7 +154,7 @@ def test_figures_are_the_same_under_any_default_dtype(megatron_cpu):
     def figures():
         router.sample = sample
         (sums,) = reduce_stage([router], [0.1], {router: CodewordCounter(8, 0, torch.device("cpu"))})
-        return layer_figures(router, sums, router.expert_load, router.index.shortlist)
+        return layer_metrics(router, sums, router.expert_load, router.index.shortlist)
 
     expected = figures()
     assert 0 < expected["mass_recall"] < 1
@@ -191,7 +191,7 @@ def test_dispatch_figures_are_per_token_and_start_anew():
     other = layer_with(Traffic(2000, 1000, 800, 200), Traffic())
     sums = dispatch_sums([layer, other], 20, None)
     assert sums["dispatch-bytes-per-token"] == (6000.0, 20.0)
-    figures = health_figures([StageHealth(sums, {"num_experts": [4]})])
+    figures = health_metrics([StageHealth(sums, {"num_experts": [4]})])
     assert figures == {"dispatch-bytes-per-token": 300.0, "remote-bytes-per-token": 120.0}
     assert vars(layer.token_dispatcher.traffic) == vars(Traffic())
     assert dispatch_sums([], 20, None) == {}
@@ -199,7 +199,7 @@ def test_dispatch_figures_are_per_token_and_start_anew():
 
 def test_rows_that_a_recomputation_moves_again_are_told_apart():
     layer = layer_with(Traffic(4000, 1000, 800, 200), Traffic(1000, 100, 200, 20))
-    figures = health_figures([StageHealth(dispatch_sums([layer], 10, None), {"num_experts": [4]})])
+    figures = health_metrics([StageHealth(dispatch_sums([layer], 10, None), {"num_experts": [4]})])
     assert figures["dispatch-bytes-per-token"] == 400.0 and figures["recomputed-bytes-per-token"] == 100.0
     assert vars(layer.token_dispatcher.recomputed_traffic) == vars(Traffic())
 
@@ -217,7 +217,7 @@ def test_neither_evaluation_nor_padding_changes_the_bytes_of_a_token(megatron_cp
             layer(torch.randn(20, 1, HIDDEN))
         layer.train()
         stage = health.stage_health([layer.router], [layer], *health.expert_loads([layer.router]))
-        found.append(health_figures([stage])["dispatch-bytes-per-token"])
+        found.append(health_metrics([stage])["dispatch-bytes-per-token"])
     assert found == [4 * HIDDEN, 4 * HIDDEN]
 
 

@@ -41,7 +41,7 @@ WITHIN = {
     "diagnostics": (
         {"bounds", "files"},
         {"recall", "health"},
-        {"figures", "watch"},
+        {"metrics", "watch"},
         {"snapshot"},
         {"__init__"},
     ),

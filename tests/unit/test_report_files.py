@@ -114,7 +114,7 @@ def test_a_cut_line_before_a_resume_is_left_out_with_a_note(tmp_path):
     ("records", "message"),
     [
         ([], "is empty"),
-        ([header()], "no figures yet"),
+        ([header()], "no metrics yet"),
         ([header(), step(20), "garbage", step(40)], "line 3 is not JSON"),
         ([header(), step(20), "garbage", "more"], "line 3 is not JSON"),
         (["garbage"], "line 1 is not JSON"),
@@ -182,6 +182,6 @@ def test_too_many_runs_and_one_twice_are_refused(tmp_path):
 
 def test_made_up_files_have_the_form_of_the_loop(tmp_path):
     """A guard of the other tests: figures that the reader knows are those that the generator makes."""
-    from air_moe_megatron.report.runs import FIGURES
+    from air_moe_megatron.report.runs import METRICS
 
-    assert set(FIGURES) == set(run_files.OF_AIR) | set(run_files.OF_ALL)
+    assert set(METRICS) == set(run_files.OF_AIR) | set(run_files.OF_ALL)

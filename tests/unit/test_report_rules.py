@@ -7,7 +7,7 @@ import pandas
 import pytest
 
 from air_moe_megatron.config import AIRFields
-from air_moe_megatron.report.rules import RECORDS, RULES, Finding, findings, layer_figures, ranges
+from air_moe_megatron.report.rules import RECORDS, RULES, Finding, findings, layer_metrics, ranges
 from air_moe_megatron.report.runs import read_run
 from tests.run_files import diagnostics, header, lines, step, write
 
@@ -89,7 +89,7 @@ def test_experts_that_no_token_could_reach_are_not_missed(tmp_path):
         layer["num_experts"] = 16 * 16384  # half a slot for each expert between two records
     run = read_run(write(tmp_path, records), "run")
     assert not [finding for finding in findings(run) if finding.rule.name == "experts unused"]
-    assert (layer_figures(run)["unused"].dropna()[1:] < 0.25).any()
+    assert (layer_metrics(run)["unused"].dropna()[1:] < 0.25).any()
 
 
 @pytest.mark.parametrize(

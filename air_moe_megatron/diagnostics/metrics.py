@@ -1,4 +1,4 @@
-"""Figures of single layers, from what the ranks of one pipeline stage have seen in a step.
+"""Metrics of single layers, from what the ranks of one pipeline stage have seen in a step.
 
 Legend: n tokens of the sample; others as in ``ops/__init__.py``.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from air_moe_megatron.diagnostics.health import listed_share_of, load_figures_of
+from air_moe_megatron.diagnostics.health import listed_share_of, load_metrics_of
 from air_moe_megatron.diagnostics.recall import measure
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter, ExactRouter
@@ -18,7 +18,7 @@ from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.flops import Rebuilds
 from air_moe_megatron.routers.observation import CodewordCounter
 
-SAMPLE_FIGURES = ("mass_recall", "paper_bound", "mass_bound", "certified", "topk_recall")
+SAMPLE_METRICS = ("mass_recall", "paper_bound", "mass_bound", "certified", "topk_recall")
 _MOST_BINS = 64
 
 
@@ -27,7 +27,7 @@ class RouterSums:
     """Measurements of one router in a step, over all ranks of its pipeline stage. Tensors are fp64, on the CPU."""
 
     seconds: float  # in its forwards, mean over the ranks
-    sample: torch.Tensor | None = None  # AIR: [6] sums of SAMPLE_FIGURES, and the number of sampled tokens
+    sample: torch.Tensor | None = None  # AIR: [6] sums of SAMPLE_METRICS, and the number of sampled tokens
     codeword_load: torch.Tensor | None = None  # AIR: [C] tokens
     codeword_recall: torch.Tensor | None = None  # AIR: [2, C] sums of the sample's top-k recall, and sampled tokens
 
@@ -57,7 +57,7 @@ def reduce_stage(
     for router, total in zip(routers, spent.tolist(), strict=True):
         if isinstance(router, AIRRouter):
             num_clusters = router.sizes.num_clusters
-            sample, load, recall = parts.pop(0).split([len(SAMPLE_FIGURES) + 1, num_clusters, 2 * num_clusters])
+            sample, load, recall = parts.pop(0).split([len(SAMPLE_METRICS) + 1, num_clusters, 2 * num_clusters])
             sums.append(RouterSums(total / group_size(group), sample, load, recall.view(2, -1)))
         else:
             sums.append(RouterSums(total / group_size(group)))
@@ -67,23 +67,23 @@ def reduce_stage(
 @torch.no_grad()
 def _sums_of(router: AIRRouter, counter: CodewordCounter) -> torch.Tensor:
     """[6 + 3 * C] fp64: the sums of this rank, as :class:`RouterSums` holds them."""
-    sample = counter.load.new_zeros(len(SAMPLE_FIGURES) + 1, dtype=torch.float64)
+    sample = counter.load.new_zeros(len(SAMPLE_METRICS) + 1, dtype=torch.float64)
     recall = counter.load.new_zeros(2, router.sizes.num_clusters, dtype=torch.float64)
-    figures = measure(router)
+    metrics = measure(router)
     router.sample = None
-    if figures is not None:
-        values = torch.stack([getattr(figures, name).double() for name in SAMPLE_FIGURES])  # [5, n]
+    if metrics is not None:
+        values = torch.stack([getattr(metrics, name).double() for name in SAMPLE_METRICS])  # [5, n]
         sample[:-1], sample[-1] = values.sum(dim=1), values.shape[1]
-        nearest = figures.codewords[:, 0]
+        nearest = metrics.codewords[:, 0]
         recall[0].index_add_(0, nearest, values[-1])
         recall[1].index_add_(0, nearest, torch.ones_like(values[-1]))
     return torch.cat((sample, counter.load.double(), recall.flatten()))
 
 
-def layer_figures(
+def layer_metrics(
     router: CompactRouter, sums: RouterSums, load: torch.Tensor, last_lists: torch.Tensor | None
 ) -> dict[str, Any]:
-    """The figures of one layer, as far as its router has them.
+    """The metrics of one layer, as far as its router has them.
 
     Every rank of the stage must call it: a sharded router communicates over its expert-parallel group.
 
@@ -93,26 +93,26 @@ def layer_figures(
         load: [E] tokens of each expert on all ranks since the previous diagnostics.
         last_lists: [C, L] int32, AIR's lists at the previous diagnostics; None if there were none.
     """
-    figures: dict[str, Any] = {"layer": layer_of(router), "router": router.router_type}
+    metrics: dict[str, Any] = {"layer": layer_of(router), "router": router.router_type}
     if isinstance(router, AIRRouter):
         num_tokens = float(sums.sample[-1])
         if num_tokens:
             means = (sums.sample[:-1] / num_tokens).tolist()
-            figures |= dict(zip(SAMPLE_FIGURES, means, strict=True))
+            metrics |= dict(zip(SAMPLE_METRICS, means, strict=True))
         error = router.codebook.health().quantization_error
         if error is not None:
-            figures["quantization_error"] = error
-        figures |= codeword_figures(sums.codeword_load)
+            metrics["quantization_error"] = error
+        metrics |= codeword_metrics(sums.codeword_load)
         if last_lists is not None:
             overlap = list_overlap(last_lists, router.index.shortlist)
-            figures["list_overlap"] = float(router.mean_over_shards(load.new_tensor(overlap, dtype=torch.float64)))
-        figures["experts_listed"] = float(listed_share_of(router))
+            metrics["list_overlap"] = float(router.mean_over_shards(load.new_tensor(overlap, dtype=torch.float64)))
+        metrics["experts_listed"] = float(listed_share_of(router))
     names = ("experts_used", "imbalance_factor", "rank_imbalance")
-    values = load_figures_of(load, router.config.expert_model_parallel_size).tolist()
-    figures |= dict(zip(names, values, strict=True))
-    figures["routing_seconds"] = sums.seconds
-    figures["load_bins"], figures["max_bins"] = load_bins(load)
-    return figures
+    values = load_metrics_of(load, router.config.expert_model_parallel_size).tolist()
+    metrics |= dict(zip(names, values, strict=True))
+    metrics["routing_seconds"] = sums.seconds
+    metrics["load_bins"], metrics["max_bins"] = load_bins(load)
+    return metrics
 
 
 def layer_of(router: CompactRouter) -> int:
@@ -139,7 +139,7 @@ def describe(router: CompactRouter, tokens_per_batch: int) -> dict[str, Any]:
     return described
 
 
-def codeword_figures(load: torch.Tensor) -> dict[str, float]:
+def codeword_metrics(load: torch.Tensor) -> dict[str, float]:
     """Entropy of the loads [C] over its maximum, log C, and the number of codewords without a token.
 
     Empty without tokens; with one codeword there is no entropy.
@@ -149,11 +149,11 @@ def codeword_figures(load: torch.Tensor) -> dict[str, float]:
     if not load.any():
         return {}
     shares = load[load > 0] / load.sum()
-    figures: dict[str, float] = {"idle_codewords": int((load == 0).sum())}
+    metrics: dict[str, float] = {"idle_codewords": int((load == 0).sum())}
     if load.numel() > 1:
         entropy = float(-(shares * shares.log()).sum())
-        figures = {"codeword_entropy": entropy / math.log(load.numel())} | figures
-    return figures
+        metrics = {"codeword_entropy": entropy / math.log(load.numel())} | metrics
+    return metrics
 
 
 def list_overlap(before: torch.Tensor, now: torch.Tensor) -> float:
