@@ -8,17 +8,16 @@ from typing import NamedTuple
 
 import torch
 
-from air_moe_megatron.diagnostics.bounds import (
+from air_moe_megatron.diagnostics.splits import (
     BOUND_SLACK,
     CHUNK,
-    SELECTION_ERROR,
     Spread,
     log_growth,
     orthogonal_lengths,
-    selected,
     split,
     spread,
 )
+from air_moe_megatron.diagnostics.two_stages import TwoStages, selected
 from air_moe_megatron.routers.air import AIRRouter, TokenSample
 from air_moe_megatron.routers.row_exchange import RowExchange
 
@@ -70,32 +69,37 @@ def measure(
     top-k recall 0.5, bounds of at most 0.7, and no certificate.
     """
     sample = sample or router.sample
-    if sample is None:  # the same on all ranks: they run a sharded router together
-        return None
+    # All ranks that share the centers have a sample or none: they run a sharded router together.
+    return None if sample is None else measure_sample(TwoStages.of(router), sample, num_verified)
+
+
+@torch.no_grad()
+def measure_sample(stages: TwoStages, sample: TokenSample, num_verified: int | None = None) -> SampleMetrics | None:
+    """See :func:`measure`; of any codewords and lists, without a router."""
     hidden, codewords = sample.hidden, sample.codewords
     if sample.padding_mask is not None:
         hidden, codewords = hidden[~sample.padding_mask], codewords[~sample.padding_mask]
-    if router.center_group is None and hidden.shape[0] == 0:
+    if stages.group is None and hidden.shape[0] == 0:
         return None
-    exchange = RowExchange(router.center_group, hidden.shape[0], {}, hidden.device)
+    exchange = RowExchange(stages.group, hidden.shape[0], {}, hidden.device)
     rows, probed = exchange.gather(hidden), exchange.gather(codewords.int()).long()
 
-    selection, found = selected(router, rows, probed)
-    selection, found = _to_homes(exchange, selection, _global_ids(router, found))  # [D, n, w]
-    best = selection.transpose(0, 1).flatten(1).topk(router.topk, dim=1)
+    selection, found = selected(stages, rows, probed)
+    selection, found = _to_homes(exchange, selection, _global_ids(stages, found))  # [D, n, w]
+    best = selection.transpose(0, 1).flatten(1).topk(stages.topk, dim=1)
     found = found.transpose(0, 1).flatten(1).gather(1, best.indices)
     lowest = exchange.gather(best.values.amin(dim=1, keepdim=True))
 
-    num_listed = exchange.num_ranks * router.index.shortlist.shape[1]
-    extent = spread(router.centers.weight, router.centers.bias, router.center_group)
-    masses, counts, selection, ids = _to_homes(exchange, *_scan(router, extent, rows, probed, lowest))  # [D, n, ...]
+    num_listed = exchange.num_ranks * stages.lists.shape[1]
+    extent = spread(stages.centers.weight, stages.centers.bias, stages.group)
+    masses, counts, selection, ids = _to_homes(exchange, *_scan(stages, extent, rows, probed, lowest))  # [D, n, ...]
     if hidden.shape[0] == 0:
         return None
     listed, unlisted, listed_at_anchor, unlisted_at_anchor, bounded = masses.logsumexp(dim=0).unbind(dim=1)
     num_above, num_higher = counts.sum(dim=0).unbind(dim=1)
     best_ids = ids.transpose(0, 1).flatten(1)
-    best_ids = best_ids.gather(1, selection.transpose(0, 1).flatten(1).topk(router.topk, dim=1).indices)
-    distance = split(hidden.float(), _directions(router, codewords)).distance
+    best_ids = best_ids.gather(1, selection.transpose(0, 1).flatten(1).topk(stages.topk, dim=1).indices)
+    distance = split(hidden.float(), _directions(stages, codewords)).distance
     largest_gain = (2.0 * distance * extent.radius + 4.0 * extent.score_error(hidden.float())).squeeze(1)
     return SampleMetrics(
         codewords=codewords,
@@ -107,14 +111,14 @@ def measure(
     )
 
 
-def _directions(router: AIRRouter, codewords: torch.Tensor) -> torch.Tensor:
+def _directions(stages: TwoStages, codewords: torch.Tensor) -> torch.Tensor:
     """[n, H] unit vectors of the nearest codewords."""
-    return torch.nn.functional.normalize(router.codebook.codewords[codewords[:, 0]].float(), dim=1)
+    return torch.nn.functional.normalize(stages.codewords[codewords[:, 0]].float(), dim=1)
 
 
-def _global_ids(router: AIRRouter, ids: torch.Tensor) -> torch.Tensor:
+def _global_ids(stages: TwoStages, ids: torch.Tensor) -> torch.Tensor:
     """Ids that count from this rank's first expert, converted to ids of the model in fp64; -1 stays."""
-    return torch.where(ids < 0, ids, ids + router.first_expert).double()  # exact, and sent with other fp64 values
+    return torch.where(ids < 0, ids, ids + stages.first_expert).double()  # exact, and sent with other fp64 values
 
 
 def _to_homes(exchange: RowExchange, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -124,7 +128,7 @@ def _to_homes(exchange: RowExchange, *values: torch.Tensor) -> tuple[torch.Tenso
 
 
 def _scan(
-    router: AIRRouter, extent: Spread, hidden: torch.Tensor, codewords: torch.Tensor, lowest: torch.Tensor
+    stages: TwoStages, extent: Spread, hidden: torch.Tensor, codewords: torch.Tensor, lowest: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Score tokens [R, H] against this rank's centers, a chunk at a time.
 
@@ -137,9 +141,9 @@ def _scan(
         unlisted ones; [R, 2] numbers of unlisted experts that the constants do not exclude, and that their scores do
         not exclude; [R, K] each: selection scores and ids of the best experts, -inf and -1 if there are fewer.
     """
-    own, lists = router.centers, router.index.shortlist.long()
+    own, lists = stages.centers, stages.lists.long()
     hidden = hidden.float()
-    direction = _directions(router, codewords)
+    direction = _directions(stages, codewords)
     along, residual, distance = split(hidden, direction)
     center, longest, _, rounding, _ = extent
     error = extent.score_error(hidden)
@@ -148,11 +152,10 @@ def _scan(
 
     ids = lists[codewords].flatten(1)  # [R, P*L], with repetitions
     masses = hidden.new_full((5, hidden.shape[0]), _OUT, dtype=torch.float64)  # logarithms
-    best = hidden.new_full((hidden.shape[0], router.topk), _OUT)
+    best = hidden.new_full((hidden.shape[0], stages.topk), _OUT)
     best_ids = ids.new_full(best.shape, -1)
     num_above = ids.new_zeros(hidden.shape[0])
     num_higher = torch.zeros_like(num_above)
-    selection_error = 0.0 if router.expert_bias is None else SELECTION_ERROR * (1.0 + router.expert_bias.abs().amax())
     num_experts = own.weight.shape[0]
     for first in range(0, num_experts, CHUNK):
         chunk = slice(first, min(first + CHUNK, num_experts))
@@ -181,14 +184,14 @@ def _scan(
         masses = torch.logaddexp(masses, torch.stack([part.logsumexp(dim=1) for part in parts]))
 
         for upper, excess in ((at_anchor + shift + limit, num_above), (logits.double(), num_higher)):
-            upper = centers.selection_scores(upper + 2.0 * error) + selection_error
+            upper = centers.selection_scores(upper + 2.0 * error) + stages.selection_error
             excess += ((upper > lowest) & ~is_listed).sum(dim=1)
         chunk_ids = torch.arange(chunk.start, chunk.stop, device=ids.device).expand_as(logits)
         selection = torch.cat((best, centers.selection_scores(logits)), dim=1)
-        best, columns = selection.topk(router.topk, dim=1)
+        best, columns = selection.topk(stages.topk, dim=1)
         best_ids = torch.cat((best_ids, chunk_ids), dim=1).gather(1, columns)
     counts = torch.stack((num_above, num_higher), dim=1).double()
-    return masses.t(), counts, best.double(), _global_ids(router, best_ids)
+    return masses.t(), counts, best.double(), _global_ids(stages, best_ids)
 
 
 def recall(router: AIRRouter, sample: TokenSample | None = None) -> tuple[float, float] | None:

@@ -4,14 +4,14 @@ import argparse
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import pandas
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import resolve_sizes
-from air_moe_megatron.diagnostics.recall import measure as measure_sample
+from air_moe_megatron.diagnostics.recall import measure_sample
+from air_moe_megatron.diagnostics.two_stages import TwoStages
 from air_moe_megatron.ops.coarse import assign
 from air_moe_megatron.routers.air import TokenSample
 from air_moe_megatron.tune import output
@@ -182,7 +182,8 @@ def _details(layer: Layer, results: Sequence[Result]) -> list[dict[str, float]]:
             codewords = codebooks[setting.num_clusters].codewords
             (lists,) = make_lists(layer, codebooks[setting.num_clusters], [setting.shortlist_size])
         sample = TokenSample(hidden, assign(hidden, codewords, setting.num_probes), None)
-        metrics = measure_sample(_as_router(layer, codewords, lists), sample=sample)
+        stages = TwoStages(codewords, lists, layer.centers, layer.topk, layer.centers.expert_bias)
+        metrics = measure_sample(stages, sample)
         details.append(
             {
                 "bound": float(metrics.mass_bound.mean()),
@@ -192,16 +193,3 @@ def _details(layer: Layer, results: Sequence[Result]) -> list[dict[str, float]]:
             }
         )
     return details
-
-
-def _as_router(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor) -> SimpleNamespace:
-    """An object with the attributes of a router that :func:`air_moe_megatron.diagnostics.recall.measure` reads."""
-    return SimpleNamespace(
-        center_group=None,
-        first_expert=0,
-        centers=layer.centers,
-        expert_bias=layer.centers.expert_bias,
-        topk=layer.topk,
-        codebook=SimpleNamespace(codewords=codewords),
-        index=SimpleNamespace(shortlist=lists),
-    )

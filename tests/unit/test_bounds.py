@@ -292,7 +292,7 @@ def test_more_verified_experts_certify_more(routers):
 
 
 def test_chunks_and_blocks_change_nothing(routers, monkeypatch):
-    from air_moe_megatron.diagnostics import bounds, recall
+    from air_moe_megatron.diagnostics import bounds, recall, splits
 
     router = routers["sigmoid"]
     arrange(router, "best-lists", 11, 1.0)
@@ -303,8 +303,8 @@ def test_chunks_and_blocks_change_nothing(routers, monkeypatch):
         return (*recall.measure(router), kept.certified(*tokens), kept.mass_bound(*tokens))
 
     expected = figures()
-    monkeypatch.setattr(recall, "CHUNK", 10)
-    monkeypatch.setattr(bounds, "CHUNK", 10)
+    for module in (recall, bounds, splits):
+        monkeypatch.setattr(module, "CHUNK", 10)
     monkeypatch.setattr(bounds, "_BLOCK", 3 * EXPERTS)
     for value, other in zip(expected, figures(), strict=True):
         assert torch.allclose(value.double(), other.double(), atol=1e-5)
@@ -347,7 +347,7 @@ def test_constants_of_changed_routers_are_refused(routers):
 
 
 def test_the_inequality_behind_the_moments():
-    from air_moe_megatron.diagnostics.bounds import bennett, log_growth
+    from air_moe_megatron.diagnostics.splits import bennett, log_growth
 
     limit = torch.cat((torch.zeros(1), torch.logspace(-12, 2, 200))).double().unsqueeze(1)
     value = (limit * torch.linspace(-1, 1, 101).double()).double()
@@ -357,7 +357,7 @@ def test_the_inequality_behind_the_moments():
 
 
 def test_the_rounding_of_a_product():
-    from air_moe_megatron.diagnostics.bounds import relative_rounding
+    from air_moe_megatron.diagnostics.splits import relative_rounding
 
     generator = torch.Generator().manual_seed(0)
     rows, columns = torch.randn(300, 128, generator=generator), torch.randn(128, 300, generator=generator)

@@ -39,8 +39,8 @@ WITHIN = {
     ),
     "layer": ({"dispatcher", "experts"}, {"__init__"}),
     "diagnostics": (
-        {"bounds", "files"},
-        {"recall", "health"},
+        {"splits", "two_stages", "files"},
+        {"bounds", "recall", "health"},
         {"metrics", "watch"},
         {"snapshot"},
         {"__init__"},

@@ -10,7 +10,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import invalid
-from air_moe_megatron.diagnostics.recall import measure as measure_sample
+from air_moe_megatron.diagnostics.recall import measure_sample
+from air_moe_megatron.diagnostics.two_stages import TwoStages
 from air_moe_megatron.inference.data import TokenStream
 from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.index import ShortlistIndex
@@ -33,7 +34,7 @@ from air_moe_megatron.tune.recall import (
     time_exact,
     time_search,
 )
-from air_moe_megatron.tune.report import _as_router, report
+from air_moe_megatron.tune.report import report
 from air_moe_megatron.tune.search import (
     Result,
     Setting,
@@ -92,17 +93,17 @@ def test_recall_is_that_of_a_loop_over_tokens(biases):
     assert (topk.diff(dim=1) >= 0).all() and (mass.diff(dim=1) >= 0).all()
 
 
-def test_recall_is_that_of_the_routers_own_figures():
+def test_recall_is_that_of_the_routers_own_metrics():
     layer = make_layer()
     codebook = fit_codebook(layer.fit, 8)
     (lists,) = make_lists(layer, codebook, [8])
     choices = assign(layer.test, codebook.codewords, 2)
     topk, mass = measure(layer, choices, [lists], [2])
-    router = _as_router(layer, codebook.codewords, lists)
-    figures = measure_sample(router, sample=TokenSample(layer.test, choices, None))
-    assert float(topk) == pytest.approx(float(figures.topk_recall.mean()), abs=1e-6)
-    assert float(mass) == pytest.approx(float(figures.mass_recall.mean()), abs=1e-5)
-    assert (figures.mass_bound <= figures.mass_recall + 1e-5).all()
+    stages = TwoStages(codebook.codewords, lists, layer.centers, layer.topk, layer.centers.expert_bias)
+    metrics = measure_sample(stages, TokenSample(layer.test, choices, None))
+    assert float(topk) == pytest.approx(float(metrics.topk_recall.mean()), abs=1e-6)
+    assert float(mass) == pytest.approx(float(metrics.mass_recall.mean()), abs=1e-5)
+    assert (metrics.mass_bound <= metrics.mass_recall + 1e-5).all()
 
 
 def test_tokens_in_several_pieces_give_the_same_recall(monkeypatch):
