@@ -249,6 +249,6 @@ def measure_others(layers: Iterable[Layer], config: TransformerConfig) -> list[R
             found.append(Result(f"groups: {number} of {groups.num_groups}", None, flops, *zip(*recalls, strict=True)))
     # Forward, each half of a token is multiplied with the sub-keys of this half; backward costs twice that. The keys
     # are fitted to tokens after the input norm, and need it as the others do.
-    flops = 3.0 * config.hidden_size * sum(keys) + of_norm(config)
+    flops = 3.0 * config.hidden_size * sum(keys) + of_norm(of_type(config, "topk"))
     found.append(Result(f"product keys: {keys[0]} x {keys[1]}", None, flops, *zip(*of_keys, strict=True)))
     return found
