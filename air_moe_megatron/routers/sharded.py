@@ -30,7 +30,7 @@ from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.index import ShortlistIndex
 from air_moe_megatron.learned.lists import without_repeats
 from air_moe_megatron.learned.recomputation import hidden_from_checkpoints
-from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
+from air_moe_megatron.ops.score_functions import selection_scores
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers.air import AIRRouter
 from air_moe_megatron.routers.base import Routes
@@ -184,7 +184,7 @@ class ShardedAIRRouter(AIRRouter):
         """[T, number] slots of the best candidates in the first ``width`` offers [T, D, n] of all owners."""
         stride, scores, ids = scores.shape[2], scores[:, :, :width], ids[:, :, :width]
         if self.expert_bias is not None:
-            scores = SCORE_FUNCTIONS[self.score_function](scores) + self.expert_bias[ids.clamp(min=0)]
+            scores = selection_scores(scores, self.score_function, self.expert_bias[ids.clamp(min=0)])
             scores = scores.masked_fill(ids < 0, float("-inf"))
         best = scores.flatten(1).topk(number, dim=1, sorted=False).indices
         return best // width * stride + best % width

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
+from air_moe_megatron.ops.score_functions import selection_scores
 from air_moe_megatron.ops.weight_gradient import added_to_main_grad, main_grad_of
 
 _BATCH_ELEMENTS = 2**21  # elements of the gathered centers: 8 MiB in fp32, which fit a CPU's cache beside the tiles
@@ -325,7 +325,7 @@ def _best_distinct(
         is_repeated = table.scatter_(1, ids, probe).gather(1, ids) != probe
         ranked = scores[block]
         if expert_bias is not None:
-            ranked = SCORE_FUNCTIONS[score_function](ranked) + expert_bias[ids]
+            ranked = selection_scores(ranked, score_function, expert_bias[ids])
         ranked = ranked.masked_fill(is_repeated, float("-inf"))
         values, columns = ranked.topk(topk, dim=1, sorted=False)
         is_none = values == float("-inf")

@@ -2,7 +2,7 @@
 
 import torch
 
-from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
+from air_moe_megatron.ops.score_functions import selection_scores
 from air_moe_megatron.ops.weight_gradient import sparse_rows
 
 CHUNK_ELEMENTS = 2**26  # elements of the scores [C, n] of a chunk of experts: 256 MiB
@@ -100,7 +100,7 @@ def _ranked_by(
         products *= scale.unsqueeze(1)
     if bias is not None:
         products += bias[experts].float()
-    return products if score_function is None else SCORE_FUNCTIONS[score_function](products) + expert_bias[experts]
+    return selection_scores(products, score_function, None if expert_bias is None else expert_bias[experts])
 
 
 def _max_per_column(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
