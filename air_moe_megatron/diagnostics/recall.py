@@ -156,7 +156,7 @@ def _scan(
     best_ids = ids.new_full(best.shape, -1)
     num_above = ids.new_zeros(hidden.shape[0])
     num_higher = torch.zeros_like(num_above)
-    num_experts = own.weight.shape[0]
+    num_experts, selection_error = own.weight.shape[0], stages.selection_error
     for first in range(0, num_experts, CHUNK):
         chunk = slice(first, min(first + CHUNK, num_experts))
         centers = own[chunk]
@@ -184,7 +184,7 @@ def _scan(
         masses = torch.logaddexp(masses, torch.stack([part.logsumexp(dim=1) for part in parts]))
 
         for upper, excess in ((at_anchor + shift + limit, num_above), (logits.double(), num_higher)):
-            upper = centers.selection_scores(upper + 2.0 * error) + stages.selection_error
+            upper = centers.selection_scores(upper + 2.0 * error) + selection_error
             excess += ((upper > lowest) & ~is_listed).sum(dim=1)
         chunk_ids = torch.arange(chunk.start, chunk.stop, device=ids.device).expand_as(logits)
         selection = torch.cat((best, centers.selection_scores(logits)), dim=1)
