@@ -50,8 +50,7 @@ def schedule(num_experts: int, num_clusters: int, on_gpu: bool) -> tuple[int, in
     """Codewords per block, and R.
 
     A GPU scores all experts faster than it gathers a codeword's candidates. On an H100, with E = 65,536 and C = 1024, a
-    rebuild took 53 ms by turns in blocks of 32, and 4.4 ms with all experts in one block
-    (docs/results/h100.md).
+    rebuild took 53.0 ms by turns in blocks of 32, and 6.80 ms from all experts (docs/results/h100.md).
 
     Example: E = 65,536, C = 1024: blocks of 32 and R = 8 on a CPU, of 256 and R = 1 on a GPU.
     """
