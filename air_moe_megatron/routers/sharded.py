@@ -82,6 +82,7 @@ class ShardedAIRRouter(AIRRouter):
         # The marks that expert weights have.
         self.weight.allreduce = False
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+        self.weight.expert_tp = True  # Muon finds the tensor-parallel group of a weight by it
 
     def mean_over_shards(self, share: torch.Tensor) -> torch.Tensor:
         """Average over the shards; communicates over the expert-parallel group."""
