@@ -86,7 +86,7 @@ def _shown(args: argparse.Namespace, flag: str) -> str:
     value = value_of(args, flag)
     if value is True:
         return flag
-    return f"{flag} ({' '.join(value) if isinstance(value, list) else value})"
+    return f"{flag} ({' '.join(map(str, value)) if isinstance(value, list) else value})"
 
 
 def _ours(args: argparse.Namespace) -> bool:
@@ -113,6 +113,15 @@ def _ranks_of_experts(args: argparse.Namespace) -> int:
 
 def _counts_evaluations(args: argparse.Namespace) -> bool:
     return bool(args.train_iters or args.train_samples) and not (args.full_validation or args.skip_train)
+
+
+def _is_emerging(args: argparse.Namespace) -> bool:
+    """Whether the optimizer is one of the package emerging_optimizers, as Muon is."""
+    return args.optimizer not in ("adam", "sgd")
+
+
+def _is_emerging_and_distributed(args: argparse.Namespace) -> bool:
+    return _is_emerging(args) and (args.use_distributed_optimizer or args.optimizer == "dist_muon")
 
 
 def _hashes_hybrid(args: argparse.Namespace) -> bool:
@@ -175,6 +184,7 @@ FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
     FlagRefusal(
         "--overlap-moe-expert-parallel-comm", "its schedule plan drops the document boundaries", "{packed}", is_packed
     ),
+    FlagRefusal("--rampup-batch-size", "Megatron-Core 0.19 ignores it; use --step-batch-size-schedule"),
     FlagRefusal("--yaml-cfg", NO_YAML),  # refused before it is parsed; here for docs/limits.md
 )  # fmt: skip
 """Checked in this order. A start raises the error of the first row that applies."""
@@ -205,6 +215,31 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         "--full-validation",
         lambda args: args.full_validation and not args.multiple_validation_sets,
         "needs --multiple-validation-sets, with one set too: Megatron-Core 0.19 reads its number of steps as a list",
+    ),
+    FlagRule(
+        "--multiple-validation-sets",
+        lambda args: args.multiple_validation_sets and not args.full_validation,
+        "needs --full-validation: Megatron-Core 0.19 takes no samples of several sets",
+    ),
+    FlagRule(
+        "--optimizer",
+        lambda args: _is_emerging(args) and importlib.util.find_spec("emerging_optimizers") is None,
+        "needs the package emerging-optimizers, which is not installed",
+    ),
+    FlagRule(
+        "--optimizer",
+        lambda args: _is_emerging(args) and args.fp16,
+        "excludes --fp16: Megatron scales no loss for it",
+    ),
+    FlagRule(
+        "--optimizer",
+        lambda args: _is_emerging_and_distributed(args) and not args.bf16,
+        "needs --bf16 if it is distributed: in fp32 Megatron-Core 0.19 ends at the first loss",
+    ),
+    FlagRule(
+        "--optimizer",
+        lambda args: _is_emerging_and_distributed(args) and args.cpu,
+        "cannot be distributed with --cpu: it gathers tensors of different sizes, and gloo gathers equal ones only",
     ),
     FlagRule(
         "--wandb-project",

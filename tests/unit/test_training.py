@@ -1,6 +1,7 @@
 """Flags that the entry point refuses, because it would accept and not honor them."""
 
 import importlib.machinery
+import importlib.util
 import sys
 import types
 
@@ -39,6 +40,10 @@ REFUSED = {
     "saved-counts": ([*GRANULAR, "--save-tokens-per-expert-interval", "5"], "--save-tokens-per-expert-interval (5)"),
     "upcycling": ([*GRANULAR, "--moe-use-upcycling"], "--moe-use-upcycling"),
     "reinforcement": (["--perform-rl-step"], "--perform-rl-step"),
+    "ramp": (
+        ["--rampup-batch-size", "4", "4", "16"],
+        "--rampup-batch-size (4 4 16) is not supported: Megatron-Core 0.19 ignores it",
+    ),
     "spec": (["--spec", "no.such.module", "layer"], "--spec (no.such.module layer) cannot be imported"),
     "name-of-spec": (
         ["--spec", "os", "layer"],
@@ -96,6 +101,17 @@ BAD_VALUES = {
         "(1) must divide the number of ranks (1)",
     ),
     "full-validation": (["--full-validation"], "--full-validation needs --multiple-validation-sets"),
+    "validation-sets": (["--multiple-validation-sets"], "--multiple-validation-sets needs --full-validation"),
+    "muon-in-fp16": (["--optimizer", "muon", "--fp16"], "--optimizer (muon) excludes --fp16"),
+    "distributed-muon-in-fp32": (
+        ["--optimizer", "muon", "--use-distributed-optimizer"],
+        "--optimizer (muon) needs --bf16 if it is distributed",
+    ),
+    "distributed-muon-by-its-old-name": (["--optimizer", "dist_muon"], "--optimizer (dist_muon) needs --bf16"),
+    "distributed-muon-on-cpu": (
+        ["--optimizer", "lion", "--use-distributed-optimizer", "--bf16", "--cpu"],
+        "--optimizer (lion) cannot be distributed with --cpu",
+    ),
     "no-moe-layer": (
         [*AIR, "--hybrid-layer-pattern", "M*-"],
         "--hybrid-layer-pattern (M*-) must have a layer E: without an MoE layer --moe-router-type air has no effect",
@@ -116,6 +132,24 @@ def test_values_that_would_end_the_run_later_are_refused_by_name(monkeypatch, fl
     with pytest.raises(ValueError) as error:
         check_flags(parse_args(extra_args_provider))
     assert words in str(error.value)
+
+
+def test_muon_needs_its_package(monkeypatch):
+    from megatron.training.arguments import parse_args
+
+    from air_moe_megatron.training.arguments import extra_args_provider
+    from air_moe_megatron.training.entry_refusals import refused_flags
+
+    def problems(*flags):
+        monkeypatch.setattr(sys, "argv", ["pretrain", *RUN, *flags])
+        return [str(problem) for problem in refused_flags(parse_args(extra_args_provider))]
+
+    assert problems("--optimizer", "muon", "--cpu") == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert problems("--optimizer", "muon") == [
+        "--optimizer (muon) needs the package emerging-optimizers, which is not installed"
+    ]
+    assert problems("--optimizer", "sgd") == []
 
 
 def test_wandb_needs_its_package_a_name_and_a_folder(monkeypatch):
