@@ -306,6 +306,11 @@ def test_the_results_of_the_readme_stand_where_it_says():
 def test_the_figures_of_the_health_line_are_those_documented():
     from air_moe_megatron.diagnostics.health import ITEMS, health_line
 
+    table = (ROOT / "docs/health.md").read_text().partition("\n## ")[0]
+    keys = dict(re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", table, re.MULTILINE))
+    assert keys.pop("to other ranks") == "remote-bytes-per-token"  # in the item before it
+    assert keys == {item.label: item.key for item in ITEMS}
+
     def labels(line):
         parts = [part.strip() for part in line.strip().rstrip("|").split(" | ")[1:]]
         inner = re.findall(r"[\d.]+ ([a-z][a-z ]+)[,)]", line)
