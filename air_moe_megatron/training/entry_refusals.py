@@ -121,7 +121,9 @@ def _is_emerging(args: argparse.Namespace) -> bool:
 
 
 def _is_emerging_and_distributed(args: argparse.Namespace) -> bool:
-    return _is_emerging(args) and (args.use_distributed_optimizer or args.optimizer == "dist_muon")
+    """Before or after Megatron has completed the arguments: it then moves the flag to a field of its own."""
+    is_asked_for = args.use_distributed_optimizer or args.optimizer == "dist_muon"
+    return _is_emerging(args) and (is_asked_for or getattr(args, "use_layer_wise_distributed_optimizer", False))
 
 
 def _hashes_hybrid(args: argparse.Namespace) -> bool:
