@@ -18,9 +18,10 @@ from air_moe_megatron.routers import HashRouter, ShardedAIRRouter
 
 
 class AIRMoELayer(HoldsProcessGroups, MoELayer):
-    """Megatron's MoE layer: route, dispatch, apply the experts, combine; without tensors of size [tokens, experts].
+    """Megatron's MoE layer: route, dispatch, apply the experts, combine.
 
-    With ``moe_dispatch`` "compact" the routes go to a :class:`CompactTokenDispatcher` and :class:`GranularExperts`.
+    With ``moe_dispatch`` "compact" the routes go to a :class:`CompactTokenDispatcher` and :class:`GranularExperts`,
+    without tensors of size [tokens, experts].
     With ``moe_air_shard_experts`` the dispatcher is a :class:`ShardedTokenDispatcher`. With "stock" this is Megatron's
     layer. With ``moe_num_hash_layers`` the layer's number decides whether it gets a :class:`HashRouter`, so
     :meth:`set_layer_number` makes the router.

@@ -50,7 +50,7 @@ class Routes:
 class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     """A router that returns :class:`Routes`; a subclass defines how experts are chosen.
 
-    A subclass defines ``router_type``, ``flops`` and ``_choose``. One without a center per expert sets
+    A subclass defines ``router_type``, ``checkpoint_key``, ``flops`` and ``_choose``. One without a center per expert sets
     ``vectors_per_expert`` to 0: the [E, H] weight of ``TopKRouter`` is then never touched.
 
     A training forward with gradients counts its tokens, and counts them once even if activations are recomputed
