@@ -1,12 +1,8 @@
 """Version checks of Megatron, and workarounds for differences between its versions."""
 
-import argparse
-import contextlib
 import dataclasses
 import functools
-import gc
 import types
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,9 +41,10 @@ VERSIONED = {
 below the second. On other versions our code does not need what is missing."""
 
 
-def is_normal(init_method: Callable[[torch.Tensor], object]) -> bool:
-    """Whether a method is one of Megatron's that draw each number alike, whatever the tensor's shape."""
-    return isinstance(init_method, functools.partial) and init_method.func is torch.nn.init.normal_
+def version_range(versions: tuple[str, str]) -> str:
+    """Versions in words. Example: ``("0.17", "0.20")`` gives ">= 0.17, < 0.20"."""
+    first, end = versions
+    return f">= {first}, < {end}"
 
 
 @functools.cache
@@ -60,7 +57,9 @@ def megatron_version() -> Version:
     try:
         from megatron.core.package_info import __version__ as version
     except ImportError as error:
-        raise ImportError("air_moe_megatron needs megatron-core 0.19; install air_moe_megatron[train]") from error
+        raise ImportError(
+            f"air_moe_megatron needs megatron-core {version_range(SUPPORTED_MEGATRON)}; install air_moe_megatron[train]"
+        ) from error
     return Version(Version(version).base_version)
 
 
@@ -91,7 +90,7 @@ def _require(versions: tuple[str, str], why: str, remedy: str = "") -> None:
     version = megatron_version()
     first, end = (Version(bound) for bound in versions)
     if not first <= version < end:
-        raise ImportError(f"megatron-core {version} is not supported: {why} >= {first}, < {end}{remedy}")
+        raise ImportError(f"megatron-core {version} is not supported: {why} {version_range(versions)}{remedy}")
 
 
 def megatron_has_our_fields() -> bool:
@@ -99,58 +98,6 @@ def megatron_has_our_fields() -> bool:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return "moe_router_type" in {field.name for field in dataclasses.fields(TransformerConfig)}
-
-
-def release_process_groups() -> None:
-    """Destroy the process groups of a finished run, and end their threads; do nothing if there are none.
-
-    Megatron leaves this to the end of the process. There a gloo thread that frees its last tensor while Python shuts
-    down aborts the process ("terminate called without an active exception"), although all work is done.
-    """
-    from megatron.core import parallel_state
-
-    if torch.distributed.is_initialized():
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-        gc.collect()  # a group's threads are joined when the last reference to it is gone
-
-
-@contextlib.contextmanager
-def process_groups_released() -> Iterator[None]:
-    """A context that calls ``release_process_groups`` on exit, even if Megatron ends a run early.
-
-    ``--exit-interval``, ``--exit-duration-in-mins`` and the exit signals end Megatron's loop by SystemExit, on all
-    ranks. After other exceptions nothing is released, because a group may wait for a rank that has failed.
-    """
-    try:
-        yield
-    except SystemExit:
-        release_process_groups()
-        raise
-    release_process_groups()
-
-
-def use_compiled_helpers() -> None:
-    """Make Megatron compile its data-set helpers only if they are missing, as CPU mode does.
-
-    The replacement keeps Megatron's own function as ``__wrapped__``.
-    """
-    from megatron.core.datasets import utils
-
-    from air_moe_megatron.cpu.adaptations import unless_compiled
-
-    if not hasattr(utils.compile_helpers, "__wrapped__"):
-        utils.compile_helpers = unless_compiled(utils.compile_helpers)
-
-
-def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Escape stray percent signs in help texts: one in megatron-core 0.19 makes ``--help`` crash."""
-    for action in parser._actions:
-        try:
-            (action.help or "") % vars(action)
-        except (ValueError, TypeError, KeyError):
-            action.help = action.help.replace("%", "%%")
-    return parser
 
 
 def probs_of_selected(scores: torch.Tensor, **settings: Any) -> torch.Tensor:

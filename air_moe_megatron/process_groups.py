@@ -1,6 +1,9 @@
-"""Process groups: modules that hold them and can still be copied and pickled, and collectives over them."""
+"""Process groups: modules that hold them and can still be copied and pickled, collectives over them, and their end."""
 
+import contextlib
 import copy
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -119,3 +122,32 @@ def gather_from_stages(found: Any) -> list[Any]:
     stages = [None] * group.size()
     torch.distributed.all_gather_object(stages, found, group=group)
     return stages
+
+
+def release_process_groups() -> None:
+    """Destroy the process groups of a finished run, and end their threads; do nothing if there are none.
+
+    Megatron leaves this to the end of the process. There a gloo thread that frees its last tensor while Python shuts
+    down aborts the process ("terminate called without an active exception"), although all work is done.
+    """
+    from megatron.core import parallel_state
+
+    if torch.distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+        gc.collect()  # a group's threads are joined when the last reference to it is gone
+
+
+@contextlib.contextmanager
+def process_groups_released() -> Iterator[None]:
+    """A context that calls ``release_process_groups`` on exit, even if Megatron ends a run early.
+
+    ``--exit-interval``, ``--exit-duration-in-mins`` and the exit signals end Megatron's loop by SystemExit, on all
+    ranks. After other exceptions nothing is released, because a group may wait for a rank that has failed.
+    """
+    try:
+        yield
+    except SystemExit:
+        release_process_groups()
+        raise
+    release_process_groups()

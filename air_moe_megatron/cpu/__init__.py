@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from air_moe_megatron.compat import SUPPORTED_MEGATRON, version_range
 from air_moe_megatron.cpu.adaptations import ADAPTATIONS, Adaptation
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,9 @@ def _set(owner: Any, key: str, value: Any) -> None:
 
 
 def _missing(name: str) -> MissingNameError:
-    package, supported = ("torch", ">= 2.11") if name.startswith("torch.") else ("megatron-core", "0.19.x")
+    package, supported = "megatron-core", version_range(SUPPORTED_MEGATRON)
+    if name.startswith("torch."):
+        package, supported = "torch", ">= 2.11"
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

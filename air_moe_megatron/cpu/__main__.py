@@ -5,8 +5,8 @@ import os
 import runpy
 import sys
 
-from air_moe_megatron.compat import process_groups_released
 from air_moe_megatron.cpu import REQUIRED_FLAGS, enable, set_rendezvous_defaults
+from air_moe_megatron.process_groups import process_groups_released
 
 
 def main() -> None:

@@ -278,7 +278,7 @@ def report(path: Path) -> tuple[str, bool]:
     Raises:
         UnknownTreeError: if the path holds no Megatron.
     """
-    from air_moe_megatron.compat import ENTRY_MEGATRON, SUPPORTED_MEGATRON
+    from air_moe_megatron.compat import ENTRY_MEGATRON, SUPPORTED_MEGATRON, version_range
 
     root = find_root(path)
     version = version_of(root)
@@ -297,6 +297,6 @@ def report(path: Path) -> tuple[str, bool]:
         else:
             lines.append(f"  {title}: every name and signature that we use is there")
         if not is_meant:
-            lines.append(f"    (they are made for >= {bounds[0]}, < {bounds[1]})")
+            lines.append(f"    (they are made for {version_range(bounds)})")
         fits &= not problems or (not is_meant and title == "Our commands" and _holds(SUPPORTED_MEGATRON, version))
     return "\n".join(lines) + "\n", fits

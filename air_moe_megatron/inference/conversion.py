@@ -18,12 +18,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training.checkpointing import save_checkpoint
 from tqdm import tqdm
 
-from air_moe_megatron.compat import process_groups_released
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import TokenStream, Windows, read, require_paths
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
 from air_moe_megatron.ops.coarse import assign_with_statistics
-from air_moe_megatron.process_groups import sum_over_ranks
+from air_moe_megatron.process_groups import process_groups_released, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.training import console
 from air_moe_megatron.training.batches import forward_step

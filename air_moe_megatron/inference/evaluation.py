@@ -17,13 +17,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
 from tqdm import tqdm
 
-from air_moe_megatron.compat import process_groups_released
 from air_moe_megatron.diagnostics.health import LOAD_METRICS, listed_share_of, load_metrics_of
 from air_moe_megatron.diagnostics.recall import recall
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import TokenStream, Windows, microbatches, num_microbatches, read, require_paths
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
-from air_moe_megatron.process_groups import sum_over_ranks
+from air_moe_megatron.process_groups import process_groups_released, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter
 from air_moe_megatron.routers.air import TokenSample
 from air_moe_megatron.routers.base import CompactRouter

@@ -171,7 +171,7 @@ def build_and_load(
 ) -> list[torch.nn.Module]:
     """Make the process groups, build the model, and load the checkpoint into it.
 
-    Communicates. The caller destroys the process groups, as ``compat.process_groups_released`` does.
+    Communicates. The caller destroys the process groups, as ``process_groups.process_groups_released`` does.
 
     Args:
         args: as :func:`parse` returns them; their ``iteration`` becomes that of the checkpoint.

@@ -11,8 +11,8 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.compat import is_normal
 from air_moe_megatron.config import validate
+from air_moe_megatron.initialization import is_normal
 from air_moe_megatron.ops.granular_experts import granular_experts
 from air_moe_megatron.ops.pair_products import Pairs, make_pairs
 from air_moe_megatron.process_groups import HoldsProcessGroups

@@ -15,7 +15,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.utils import print_rank_0
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from air_moe_megatron.compat import megatron_has_our_fields, repair_help
+from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.config import (
     AIRFields,
     AIRMoEConfig,
@@ -83,6 +83,16 @@ def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     parser = repair_help(add_air_arguments(parser))
     if "--air-moe" in sys.argv:  # a given flag, even at its default value, overrides these
         parser.set_defaults(**RECOMMENDED)
+    return parser
+
+
+def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Escape stray percent signs in help texts: one in megatron-core 0.19 makes ``--help`` crash."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % vars(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
     return parser
 
 

@@ -17,8 +17,9 @@ from megatron.training.config import PretrainConfigContainer
 from megatron.training.global_vars import rebuild_tokenizer, set_global_variables
 from megatron.training.models import GPTModelConfig
 
-from air_moe_megatron.compat import process_groups_released, require_entry_megatron
+from air_moe_megatron.compat import require_entry_megatron
 from air_moe_megatron.config import is_plain_topk
+from air_moe_megatron.process_groups import process_groups_released
 from air_moe_megatron.routers.hashing import balance_hash_tables
 from air_moe_megatron.specs import mtp_specs_with_air_layers
 from air_moe_megatron.sync import codebook_updates

@@ -59,10 +59,23 @@ def choose_device() -> None:
         sys.argv = cpu.with_required_flags(sys.argv)
     elif not torch.cuda.is_available() and not {"-h", "--help"} & set(sys.argv):
         console.refuse(console.NO_GPU)
-    from air_moe_megatron.compat import require_entry_megatron, use_compiled_helpers
+    from air_moe_megatron.compat import require_entry_megatron
 
     try:
         require_entry_megatron()
     except ImportError as error:
         console.refuse(str(error))
     use_compiled_helpers()
+
+
+def use_compiled_helpers() -> None:
+    """Make Megatron compile its data-set helpers only if they are missing, as CPU mode does.
+
+    The replacement keeps Megatron's own function as ``__wrapped__``.
+    """
+    from megatron.core.datasets import utils
+
+    from air_moe_megatron.cpu.adaptations import unless_compiled
+
+    if not hasattr(utils.compile_helpers, "__wrapped__"):
+        utils.compile_helpers = unless_compiled(utils.compile_helpers)

@@ -12,11 +12,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from tqdm import tqdm
 
-from air_moe_megatron.compat import process_groups_released
 from air_moe_megatron.config import num_hash_layers
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import read, require_paths
 from air_moe_megatron.inference.text import tokenizer_of
+from air_moe_megatron.process_groups import process_groups_released
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.training import console
 from air_moe_megatron.training.checkpoints import saved_arguments

@@ -12,8 +12,8 @@ def main() -> None:
     import sys
 
     sys.argv = cpu.with_required_flags(sys.argv)
-    from air_moe_megatron.compat import process_groups_released
     from air_moe_megatron.inference import restore
+    from air_moe_megatron.process_groups import process_groups_released
     from tests.megatron.conftest import SEQUENCE, VOCABULARY
 
     args, ranks = restore.parse(lambda parser: parser.add_argument("--out"))

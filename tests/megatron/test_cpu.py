@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from air_moe_megatron import cpu
+from air_moe_megatron.compat import SUPPORTED_MEGATRON, version_range
 from tests.processes import run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -131,7 +132,8 @@ def test_missing_name_is_named_and_rolled_back(monkeypatch, no_cuda, name):
     with monkeypatch.context() as patch, pytest.raises(cpu.MissingNameError, match=name) as raised:
         patch.setattr(cpu, "ADAPTATIONS", table)
         cpu.enable()
-    assert ("0.19" if name.startswith("megatron") else "2.11") in str(raised.value)
+    megatron = f"megatron-core {version_range(SUPPORTED_MEGATRON)}"
+    assert f"supports {megatron if name.startswith('megatron') else 'torch >= 2.11'}" in str(raised.value)
     assert not cpu.is_enabled()
     assert changes(before, snapshot()) == set()
 
