@@ -112,7 +112,7 @@ MEGATRONS_OWN = Cause(
 OURS = Cause(
     "Every router of this package, and `topk` with granular experts or first layers by hash",
     lambda config: not is_plain_topk(config),
-    lambda config: _by_ours(config),
+    _by_ours,
 )
 NOT_TOPK = Cause("Every router but `topk`", lambda config: config.moe_router_type != "topk", _by_type)
 SEARCHES = Cause(

@@ -26,12 +26,12 @@ import torch
 from air_moe_megatron.diagnostics.files import LINES, RunFiles, folder_of, run_line
 from air_moe_megatron.diagnostics.health import expert_loads, write_scalars
 from air_moe_megatron.diagnostics.metrics import RouterSums, describe, layer_metrics, layer_of, reduce_stage
+from air_moe_megatron.diagnostics.observation import CodewordCounter
 from air_moe_megatron.diagnostics.snapshot import CodewordRecall, codebook_snapshot, gather_pairs
 from air_moe_megatron.diagnostics.watch import StepWatch
 from air_moe_megatron.process_groups import gather_from_stages, is_in_writers_pipeline
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.base import CompactRouter
-from air_moe_megatron.routers.observation import CodewordCounter
 
 _ATTRIBUTE = "_air_diagnostics"
 """Attribute of the first model chunk that holds its Diagnostics, so that a training loop passes the model only."""

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from air_moe_megatron.diagnostics.health import listed_share_of, load_metrics_of
+from air_moe_megatron.diagnostics.observation import CodewordCounter
 from air_moe_megatron.diagnostics.recall import measure
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter, ExactRouter
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.flops import Rebuilds
-from air_moe_megatron.routers.observation import CodewordCounter
 
 SAMPLE_METRICS = ("mass_recall", "paper_bound", "mass_bound", "certified", "topk_recall")
 _MOST_BINS = 64

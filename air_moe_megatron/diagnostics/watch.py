@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import torch
 
+from air_moe_megatron.diagnostics.observation import CodewordCounter
 from air_moe_megatron.process_groups import group_size
 from air_moe_megatron.routers import AIRRouter
 from air_moe_megatron.routers.base import CompactRouter
-from air_moe_megatron.routers.observation import CodewordCounter
 from air_moe_megatron.routers.token_ids import embedding_of, tell_token_ids
 
 _TOKEN_IDS = 2**16

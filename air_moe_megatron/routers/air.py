@@ -10,7 +10,7 @@ Legend: N candidates per token in a tensor (K, M, M + R or P*L), R explored cand
 
 import argparse
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -33,7 +33,6 @@ from air_moe_megatron.ops.selected_scores import selected_scores
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops, of_norm
 from air_moe_megatron.routers.losses import Explored
-from air_moe_megatron.routers.observation import CodewordCounter
 from air_moe_megatron.routers.token_ids import ids_in_order
 
 _SAMPLE_SIZE = 64  # tokens
@@ -48,6 +47,20 @@ class TokenSample:
     hidden: torch.Tensor  # [n, H]
     codewords: torch.Tensor  # [n, P] int64
     padding_mask: torch.Tensor | None  # [n] bool, True for padding; None if there is none
+
+
+class TokenObserver(Protocol):
+    """What takes the tokens of each counted forward for logs; ``diagnostics/observation.py`` has one."""
+
+    token_ids: torch.Tensor | None  # [batch, sequence] of the microbatch; None if not known
+
+    def observe(
+        self, codewords: torch.Tensor, padding_mask: torch.Tensor | None, token_ids: torch.Tensor | None
+    ) -> None:
+        """Take a microbatch: codewords [T, P], padding [T], token ids [T]."""
+
+    def discard(self) -> None:
+        """Begin an attempt at the step."""
 
 
 class AIRRouter(CompactRouter):
@@ -79,7 +92,7 @@ class AIRRouter(CompactRouter):
         # For logs only: ``sample`` has tokens of the last training forward; ``observer`` counts the tokens of a step.
         self.keeps_sample = config.moe_air_diagnostics_interval > 0
         self.sample: TokenSample | None = None
-        self.observer: CodewordCounter | None = None
+        self.observer: TokenObserver | None = None
 
     def mean_over_shards(self, share: torch.Tensor) -> torch.Tensor:
         """Turn a fraction [] of this rank's experts or slots into the fraction over all ranks of ``center_group``."""

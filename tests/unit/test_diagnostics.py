@@ -98,7 +98,7 @@ def test_load_bins_are_means_and_maxima_of_equal_ranges(num_experts):
 
 
 def test_most_frequent_ids_of_each_codeword():
-    from air_moe_megatron.routers.observation import CodewordCounter, most_frequent
+    from air_moe_megatron.diagnostics.observation import CodewordCounter, most_frequent
 
     assert most_frequent(torch.tensor([1 << 32 | 7, -1, 1 << 32 | 7, 1 << 32 | 3]), 2) == [[], [[7, 2], [3, 1]]]
     assert most_frequent(torch.tensor([-1, -1]), 2) == [[], []]
@@ -120,7 +120,7 @@ def test_most_frequent_ids_of_each_codeword():
 
 
 def test_a_counter_keeps_the_ids_that_fit_and_counts_all_tokens():
-    from air_moe_megatron.routers.observation import CodewordCounter
+    from air_moe_megatron.diagnostics.observation import CodewordCounter
 
     counter = CodewordCounter(2, 3, torch.device("cpu"))
     for _ in range(2):

@@ -144,7 +144,7 @@ def test_the_line_of_a_dispatch_that_is_recomputed():
 
 def test_figures_are_the_same_under_any_default_dtype(megatron_cpu):
     from air_moe_megatron.diagnostics.metrics import layer_metrics, reduce_stage
-    from air_moe_megatron.routers.observation import CodewordCounter
+    from air_moe_megatron.diagnostics.observation import CodewordCounter
     from tests.builders import HIDDEN, make_router
 
     router = make_router(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)

@@ -39,7 +39,7 @@ WITHIN = {
     ),
     "layer": ({"dispatcher", "experts"}, {"__init__"}),
     "diagnostics": (
-        {"splits", "two_stages", "files"},
+        {"splits", "two_stages", "files", "observation"},
         {"bounds", "recall", "health"},
         {"metrics", "watch"},
         {"snapshot"},
