@@ -21,17 +21,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from air_moe_megatron.compat import probs_of_selected
 from air_moe_megatron.config import balancing_losses, resolve_sizes
 from air_moe_megatron.learned.centers import Centers
-from air_moe_megatron.learned.codebook import FIRST_LLOYD_STEPS, Codebook
+from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.index import ShortlistIndex
 from air_moe_megatron.learned.learner import Learner
 from air_moe_megatron.learned.lists import balanced_lists, draw_slots, reserved_slots, without_repeats
 from air_moe_megatron.learned.module_state import HostCopy
-from air_moe_megatron.learned.rebuild_schedule import NUM_FULL_REBUILDS, num_rebuilds, rebuild_products
 from air_moe_megatron.learned.recomputation import hidden_from_checkpoints, is_in_backward
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.selected_scores import selected_scores
 from air_moe_megatron.routers.base import CompactRouter, Routes
-from air_moe_megatron.routers.flops import Rebuilds, RouterFlops, of_norm
+from air_moe_megatron.routers.flops import Rebuilds, RouterFlops, of_norm, of_rebuilds
 from air_moe_megatron.routers.losses import Explored
 from air_moe_megatron.routers.token_ids import ids_in_order
 
@@ -300,35 +299,17 @@ class AIRRouter(CompactRouter):
 
         With balancing losses, R explored candidates add 2HR forward and 4HR backward.
 
-        Source 'tokens': the ranks share a rebuild of the lists. It takes ``2CEH`` on a GPU, and on a CPU at most
-        ``2CH(E/R + C/R + 13L)`` with R turns (``learned/rebuild_schedule.py``). The first two rebuilds of a training
-        are full, ``2CEH``, and every rank makes them alone.
-
-        Source 'experts': every rank makes all rebuilds alone. One takes ``2CEH`` for the lists, and as much for each
-        step of k-means: ten steps in the first rebuild, one in each later one.
+        Rebuilds cost what ``flops.rebuild_flops`` says.
         """
         hidden, sizes = config.hidden_size, resolve_sizes(config)
-        refresh = 0.0
-        if rebuilds is not None:
-            interval, in_full = config.moe_air_refresh_interval, sizes.num_clusters * config.num_moe_experts
-            if config.moe_air_codebook_source == "experts":
-                num_first, first = 1, rebuilds.num_ranks * (1 + FIRST_LLOYD_STEPS) * in_full
-                rebuild = rebuilds.num_ranks * 2 * in_full
-            else:
-                num_first, first = NUM_FULL_REBUILDS, rebuilds.num_ranks * in_full
-                lists = sizes.num_clusters, sizes.shortlist_size
-                rebuild = rebuild_products(config.num_moe_experts, *lists, rebuilds.on_gpu)
-            products_per_step = rebuild / interval
-            if rebuilds.num_steps is not None:
-                num_first = min(rebuilds.num_steps, num_first)
-                num_others = num_rebuilds(rebuilds.num_steps, interval) - num_first
-                products_per_step = (num_first * first + num_others * rebuild) / rebuilds.num_steps
-            refresh = 2 * hidden * products_per_step / rebuilds.tokens_per_batch
         searched = sizes.num_clusters + sizes.num_probes * sizes.shortlist_size
         with_gradient = sizes.num_candidates if _all_scores_matter(config) else config.moe_router_topk
         explored = sizes.num_explored if balancing_losses(config) else 0
         return RouterFlops(
-            2 * hidden * (searched + explored), 4 * hidden * (with_gradient + explored), refresh, of_norm(config)
+            2 * hidden * (searched + explored),
+            4 * hidden * (with_gradient + explored),
+            of_rebuilds(config, rebuilds),
+            of_norm(config),
         )
 
     def sharded_state_dict(

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.config import is_sharded
+from air_moe_megatron.config import is_sharded, resolve_sizes
+from air_moe_megatron.learned.codebook import FIRST_LLOYD_STEPS
+from air_moe_megatron.learned.rebuild_schedule import NUM_FULL_REBUILDS, num_rebuilds, rebuild_products
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,47 @@ class RouterFlops:
     def total(self) -> float:
         """Sum of forward, backward, refresh and norm."""
         return self.forward + self.backward + self.refresh + self.norm
+
+
+@dataclass(frozen=True)
+class RebuildFlops:
+    """FLOPs of one rebuild of AIR's shortlists, summed over the ranks."""
+
+    num_first: int  # rebuilds at the start of a training that cost more than the others
+    first: float  # each of these
+    later: float  # each of the others; the mean, where they differ
+
+
+def rebuild_flops(config: TransformerConfig, on_gpu: bool = False, num_ranks: int = 1) -> RebuildFlops:
+    """FLOPs of one rebuild of AIR's shortlists; arguments as in :class:`Rebuilds`.
+
+    Source 'tokens': the ranks share a rebuild of the lists. It takes ``2CEH`` on a GPU, and on a CPU at most
+    ``2CH(E/R + C/R + 13L)`` with R turns (``learned/rebuild_schedule.py``). The first two rebuilds of a training are
+    full, ``2CEH``, and every rank makes them alone.
+
+    Source 'experts': every rank makes all rebuilds alone. One takes ``2CEH`` for the lists, and as much for each step
+    of k-means: ten steps in the first rebuild, one in each later one.
+    """
+    sizes = resolve_sizes(config)
+    in_full = 2 * config.hidden_size * sizes.num_clusters * config.num_moe_experts
+    if config.moe_air_codebook_source == "experts":
+        return RebuildFlops(1, num_ranks * (1 + FIRST_LLOYD_STEPS) * in_full, num_ranks * 2 * in_full)
+    products = rebuild_products(config.num_moe_experts, sizes.num_clusters, sizes.shortlist_size, on_gpu)
+    return RebuildFlops(NUM_FULL_REBUILDS, num_ranks * in_full, 2 * config.hidden_size * products)
+
+
+def of_rebuilds(config: TransformerConfig, rebuilds: Rebuilds | None) -> float:
+    """FLOPs per token of all rebuilds of AIR's shortlists; 0 for None."""
+    if rebuilds is None:
+        return 0.0
+    interval = config.moe_air_refresh_interval
+    one = rebuild_flops(config, rebuilds.on_gpu, rebuilds.num_ranks)
+    per_step = one.later / interval
+    if rebuilds.num_steps is not None:
+        num_first = min(rebuilds.num_steps, one.num_first)
+        num_later = num_rebuilds(rebuilds.num_steps, interval) - num_first
+        per_step = (num_first * one.first + num_later * one.later) / rebuilds.num_steps
+    return per_step / rebuilds.tokens_per_batch
 
 
 def of_norm(config: TransformerConfig) -> float:

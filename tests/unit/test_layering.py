@@ -38,6 +38,7 @@ WITHIN = {
         {"__init__"},
     ),
     "layer": ({"dispatcher", "experts"}, {"__init__"}),
+    "plan": ({"prediction"}, {"text"}, {"command"}, {"__init__", "__main__"}),
     "diagnostics": (
         {"splits", "two_stages", "files", "observation"},
         {"bounds", "recall", "health"},
