@@ -24,7 +24,7 @@ WRAPPED = {
             *("forward_step_func", "data_iterator", "model", "optimizer", "opt_param_scheduler", "config"),
             *("forward_backward_func", "iteration"),
         ),
-        "sync.py",
+        "step_hooks.py",
     ),
 }
 """Megatron's functions that we wrap: name -> the parameters that they must take, and our file that wraps them."""

@@ -23,7 +23,7 @@ from air_moe_megatron.patch import find_root, version_of
 PACKAGE = Path(__file__).parents[1]
 _CONFIG = "megatron.core.transformer.transformer_config.TransformerConfig"
 _OF_TORCH = frozenset(dir(torch.nn.Module())) | set(dir(torch.autograd.Function))
-_MODEL = ("specs.py", "sync.py")  # the files that patches/ call; all that they import is added
+_MODEL = ("specs.py", "step_hooks.py", "sync.py")  # the files that patches/ call; all that they import is added
 
 
 @dataclass(frozen=True)

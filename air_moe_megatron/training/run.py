@@ -22,7 +22,7 @@ from air_moe_megatron.config import is_plain_topk
 from air_moe_megatron.process_groups import process_groups_released
 from air_moe_megatron.routers.hashing import balance_hash_tables
 from air_moe_megatron.specs import mtp_specs_with_air_layers
-from air_moe_megatron.sync import codebook_updates
+from air_moe_megatron.step_hooks import codebook_updates
 from air_moe_megatron.training import console, preflight
 from air_moe_megatron.training.agreement import Ranks, check_agreement, meet
 from air_moe_megatron.training.arguments import (

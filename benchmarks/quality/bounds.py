@@ -58,11 +58,11 @@ def train_inside(rows: Path, words: list[str]) -> None:
     cpu.enable()  # before Megatron is imported
     import pandas
 
-    from air_moe_megatron import pretrain, sync
+    from air_moe_megatron import pretrain, step_hooks
     from air_moe_megatron.routers import AIRRouter, air, find_routers
 
     air._SAMPLE_SIZE = NUM_TOKENS
-    begin_step, finish_step, found = sync.begin_step, sync._finish_step, []
+    begin_step, finish_step, found = step_hooks.begin_step, step_hooks._finish_step, []
 
     def keep_samples(model: list, iteration: int) -> None:
         begin_step(model, iteration)
@@ -75,7 +75,7 @@ def train_inside(rows: Path, words: list[str]) -> None:
             found.extend(measure_step(router, iteration) for router in find_routers(model, AIRRouter))
             pandas.DataFrame(found).to_csv(rows, index=False)
 
-    sync.begin_step, sync._finish_step = keep_samples, measure_and_finish
+    step_hooks.begin_step, step_hooks._finish_step = keep_samples, measure_and_finish
     pretrain.main()
 
 

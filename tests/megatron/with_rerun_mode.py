@@ -11,10 +11,10 @@ if __name__ == "__main__":
     cpu.enable()
     from megatron.core.rerun_state_machine import RerunMode
 
-    from air_moe_megatron import sync
+    from air_moe_megatron import step_hooks
 
     attempts = 0
-    discard_statistics = sync.discard_statistics
+    discard_statistics = step_hooks.discard_statistics
 
     def counted_discard(modules):
         global attempts
@@ -22,6 +22,6 @@ if __name__ == "__main__":
         discard_statistics(modules)
 
     RerunMode._value2member_map_["report_stats"] = RerunMode.REPORT_DETERMINISM_STATS
-    sync.discard_statistics = counted_discard
+    step_hooks.discard_statistics = counted_discard
     pretrain.main()
     sys.stdout.write(f"attempts at a step: {attempts}\n")

@@ -31,22 +31,22 @@ class Run:
         import megatron.training
         from megatron.core import num_microbatches_calculator
 
-        from air_moe_megatron import sync
+        from air_moe_megatron import step_hooks
 
         self.model, self.args, self.printed = model, argparse.Namespace(**ARGUMENTS | arguments), []
         monkeypatch.setattr(megatron.training, "get_args", lambda: self.args)
         monkeypatch.setattr(megatron.training, "print_rank_last", self.printed.append)
         monkeypatch.setattr(num_microbatches_calculator, "get_num_microbatches", lambda: 2)
-        monkeypatch.setattr(sync, "require_routers", lambda model: model)  # no GPT model, but layers alone
+        monkeypatch.setattr(step_hooks, "require_routers", lambda model: model)  # no GPT model, but layers alone
 
     def step(self, iteration, forward, attempts=1, successful=True, **results):
-        from air_moe_megatron import sync
+        from air_moe_megatron import step_hooks
 
-        sync.begin_step(self.model, iteration)
+        step_hooks.begin_step(self.model, iteration)
         for _ in range(attempts):
-            sync.discard_statistics(self.model)
+            step_hooks.discard_statistics(self.model)
             forward()
-        sync.finish_step(self.model, iteration, successful, **results)
+        step_hooks.finish_step(self.model, iteration, successful, **results)
         self.args.consumed_train_samples += self.args.global_batch_size
 
 

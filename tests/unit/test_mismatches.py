@@ -63,7 +63,7 @@ FOUND = {
     "init": ("routers/base.py", "TopKRouter.__init__ takes layer, which CompactRouter does not"),
     "attribute": ("layer/dispatcher.py", "MoETokenDispatcher has no ep_group"),
     "field": ("routers/base.py", "TransformerConfig has no moe_router_topk_scaling_factor"),
-    "wrapped": ("sync.py", "train_step, which we wrap, takes no forward_backward_func"),
+    "wrapped": ("step_hooks.py", "train_step, which we wrap, takes no forward_backward_func"),
     "adapted": ("cpu/adaptations.py", "_warmup_jit_function does not exist"),
     "versioned": ("compat.py", "precomputed_indices"),
 }
