@@ -181,21 +181,21 @@ class FrozenBounds:
         return fine_scores(hidden, *weights, verified, nearest.unsqueeze(1), torch.float32).squeeze(1).double()
 
     @torch.no_grad()
-    def certified(self, hidden: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
+    def certified(self, hidden: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
         """Say for which tokens the top-k is proven to be that of an exact router.
 
         Args:
             hidden: [T, H], tokens as the router scores them, after its input norm.
-            codewords: [T, P] int64, as ``Routes.codewords``.
+            probes: [T, P] int64, as ``Routes.probes``.
         Returns:
             [T] bool.
         Raises:
             ValueError: if the router has changed since its constants were made.
         """
         self._require_unchanged()
-        router, nearest = self.router, codewords[:, 0]
+        router, nearest = self.router, probes[:, 0]
         stages = TwoStages.of(router)
-        lowest = selected(stages, hidden, codewords)[0].amin(dim=1, keepdim=True)
+        lowest = selected(stages, hidden, probes)[0].amin(dim=1, keepdim=True)
         ids = self.constants.verified[nearest]
         scores = self._verified_scores(hidden, nearest)
         lifted = self._lift(hidden.float(), router.bias, 1.0)
@@ -216,23 +216,23 @@ class FrozenBounds:
         centers = stages.centers
         most = selection_scores(most, centers.score_function, self._bin_bias).masked_fill(is_empty, _OUT)
         computed = centers.selection_scores(scores + error, ids)
-        counts = (ids >= 0) & ~self._are_candidates(codewords, ids)
+        counts = (ids >= 0) & ~self._are_candidates(probes, ids)
         return (torch.cat((most, computed.masked_fill(~counts, _OUT)), dim=1) + stages.selection_error <= lowest).all(
             dim=1
         )
 
-    def _are_candidates(self, codewords: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def _are_candidates(self, probes: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """[T, V] bool: which of the experts ``ids`` [T, V] are in a list that the token searches."""
-        listed = self.router.index.shortlist[codewords].flatten(1).sort(dim=1).values  # [T, P*L]
+        listed = self.router.index.shortlist[probes].flatten(1).sort(dim=1).values  # [T, P*L]
         slots = torch.searchsorted(listed, ids).clamp(max=listed.shape[1] - 1)
         return listed.gather(1, slots) == ids
 
     @torch.no_grad()
-    def mass_bound(self, hidden: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
+    def mass_bound(self, hidden: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
         """Lower bounds on the softmax mass that the lists hold.
 
         Args:
-            hidden, codewords: as in :meth:`certified`.
+            hidden, probes: as in :meth:`certified`.
         Returns:
             [T] fp32.
         Raises:
@@ -241,10 +241,10 @@ class FrozenBounds:
         if not self.with_mass:
             raise ValueError("FrozenBounds (with_mass=False) must be made with_mass=True to bound the mass")
         self._require_unchanged()
-        router, nearest = self.router, codewords[:, 0]
+        router, nearest = self.router, probes[:, 0]
         lists, weights = router.index.shortlist, (router.weight, router.bias)
-        num_listed = codewords.shape[1] * lists.shape[1]
-        candidates = fine_topk(hidden, *weights, lists, codewords, num_listed, torch.float32)[0].double()
+        num_listed = probes.shape[1] * lists.shape[1]
+        candidates = fine_topk(hidden, *weights, lists, probes, num_listed, torch.float32)[0].double()
         known = fine_scores(hidden, *weights, lists, nearest.unsqueeze(1), torch.float32).squeeze(1).double()
         known = torch.cat((known, self._verified_scores(hidden, nearest)), dim=1)
         lifted = self._lift(hidden.float(), router.bias, 1.0).double()

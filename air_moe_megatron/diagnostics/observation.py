@@ -25,17 +25,15 @@ class CodewordCounter:
         self._num_pairs = 0
 
     @torch.no_grad()
-    def observe(
-        self, codewords: torch.Tensor, padding_mask: torch.Tensor | None, token_ids: torch.Tensor | None
-    ) -> None:
+    def observe(self, probes: torch.Tensor, padding_mask: torch.Tensor | None, token_ids: torch.Tensor | None) -> None:
         """Count a microbatch.
 
         Args:
-            codewords: [T, P] int64, nearest first.
+            probes: [T, P] int64, nearest first.
             padding_mask: [T] bool, True for padding, which does not count; None if there is none.
             token_ids: [T] int64; None if not known.
         """
-        nearest = codewords[:, 0]
+        nearest = probes[:, 0]
         counted = torch.ones_like(nearest) if padding_mask is None else (~padding_mask).long()
         self.load.scatter_add_(0, nearest, counted)
         if token_ids is None:
@@ -68,11 +66,11 @@ def most_frequent(pairs: torch.Tensor, num_clusters: int, most: int = 5) -> list
     order = counts.argsort(descending=True, stable=True)
     order = order[(values[order] >> 32).argsort(stable=True)]
     values, counts = values[order], counts[order]
-    codewords = values >> 32
-    first = torch.searchsorted(codewords, codewords)  # where the codeword begins
+    nearest = values >> 32
+    first = torch.searchsorted(nearest, nearest)  # where the codeword begins
     is_kept = torch.arange(values.numel()) - first < most
     found: list[list[list[int]]] = [[] for _ in range(num_clusters)]
-    rows = torch.stack((codewords, values & (2**32 - 1), counts), dim=1)[is_kept]
+    rows = torch.stack((nearest, values & (2**32 - 1), counts), dim=1)[is_kept]
     for codeword, token_id, count in rows.tolist():
         found[codeword].append([token_id, count])
     return found

@@ -27,7 +27,7 @@ _OUT = float("-inf")
 class SampleMetrics(NamedTuple):
     """Metrics of each token of a sample, padding left out."""
 
-    codewords: torch.Tensor  # [n, P] int64, the probed ones, nearest first
+    probes: torch.Tensor  # [n, P] int64, the codewords whose lists are searched, nearest first
     mass_recall: torch.Tensor  # [n] fp32, exact softmax mass of the listed experts
     topk_recall: torch.Tensor  # [n] fp32, share of the exact top-k that the router found
     paper_bound: torch.Tensor  # [n] fp32, the paper's lower bound on the mass recall
@@ -76,15 +76,15 @@ def measure(
 @torch.no_grad()
 def measure_sample(stages: TwoStages, sample: TokenSample, num_verified: int | None = None) -> SampleMetrics | None:
     """See :func:`measure`; of any codewords and lists, without a router."""
-    hidden, codewords = sample.hidden, sample.codewords
+    hidden, probes = sample.hidden, sample.probes
     if sample.padding_mask is not None:
-        hidden, codewords = hidden[~sample.padding_mask], codewords[~sample.padding_mask]
+        hidden, probes = hidden[~sample.padding_mask], probes[~sample.padding_mask]
     if stages.group is None and hidden.shape[0] == 0:
         return None
     exchange = RowExchange(stages.group, hidden.shape[0], {}, hidden.device)
-    rows, probed = exchange.gather(hidden), exchange.gather(codewords.int()).long()
+    rows, row_probes = exchange.gather(hidden), exchange.gather(probes.int()).long()
 
-    selection, found = selected(stages, rows, probed)
+    selection, found = selected(stages, rows, row_probes)
     selection, found = _to_homes(exchange, selection, _global_ids(stages, found))  # [D, n, w]
     best = selection.transpose(0, 1).flatten(1).topk(stages.topk, dim=1)
     found = found.transpose(0, 1).flatten(1).gather(1, best.indices)
@@ -92,17 +92,18 @@ def measure_sample(stages: TwoStages, sample: TokenSample, num_verified: int | N
 
     num_listed = exchange.num_ranks * stages.lists.shape[1]
     extent = spread(stages.centers.weight, stages.centers.bias, stages.group)
-    masses, counts, selection, ids = _to_homes(exchange, *_scan(stages, extent, rows, probed, lowest))  # [D, n, ...]
+    scanned = _scan(stages, extent, rows, row_probes, lowest)
+    masses, counts, selection, ids = _to_homes(exchange, *scanned)  # [D, n, ...]
     if hidden.shape[0] == 0:
         return None
     listed, unlisted, listed_at_anchor, unlisted_at_anchor, bounded = masses.logsumexp(dim=0).unbind(dim=1)
     num_above, num_higher = counts.sum(dim=0).unbind(dim=1)
     best_ids = ids.transpose(0, 1).flatten(1)
     best_ids = best_ids.gather(1, selection.transpose(0, 1).flatten(1).topk(stages.topk, dim=1).indices)
-    distance = split(hidden.float(), _directions(stages, codewords)).distance
+    distance = split(hidden.float(), _directions(stages, probes)).distance
     largest_gain = (2.0 * distance * extent.radius + 4.0 * extent.score_error(hidden.float())).squeeze(1)
     return SampleMetrics(
-        codewords=codewords,
+        probes=probes,
         mass_recall=torch.sigmoid(listed - unlisted).float(),
         topk_recall=(found.unsqueeze(2) == best_ids.unsqueeze(1)).any(dim=2).float().mean(dim=1),
         paper_bound=torch.sigmoid(listed_at_anchor - unlisted_at_anchor - largest_gain - BOUND_SLACK).float(),
@@ -111,9 +112,9 @@ def measure_sample(stages: TwoStages, sample: TokenSample, num_verified: int | N
     )
 
 
-def _directions(stages: TwoStages, codewords: torch.Tensor) -> torch.Tensor:
+def _directions(stages: TwoStages, probes: torch.Tensor) -> torch.Tensor:
     """[n, H] unit vectors of the nearest codewords."""
-    return torch.nn.functional.normalize(stages.codewords[codewords[:, 0]].float(), dim=1)
+    return torch.nn.functional.normalize(stages.codewords[probes[:, 0]].float(), dim=1)
 
 
 def _global_ids(stages: TwoStages, ids: torch.Tensor) -> torch.Tensor:
@@ -128,13 +129,13 @@ def _to_homes(exchange: RowExchange, *values: torch.Tensor) -> tuple[torch.Tenso
 
 
 def _scan(
-    stages: TwoStages, extent: Spread, hidden: torch.Tensor, codewords: torch.Tensor, lowest: torch.Tensor
+    stages: TwoStages, extent: Spread, hidden: torch.Tensor, probes: torch.Tensor, lowest: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Score tokens [R, H] against this rank's centers, a chunk at a time.
 
     Args:
         extent: location and extent of all centers.
-        codewords: [R, P] int64, the probed ones.
+        probes: [R, P] int64, the codewords whose lists are searched.
         lowest: [R, 1] fp64, the lowest selection score among each token's selected experts.
     Returns:
         all fp64: [R, 5] log masses of the listed and of the unlisted experts, of both at the anchor, and a bound on the
@@ -143,14 +144,14 @@ def _scan(
     """
     own, lists = stages.centers, stages.lists.long()
     hidden = hidden.float()
-    direction = _directions(stages, codewords)
+    direction = _directions(stages, probes)
     along, residual, distance = split(hidden, direction)
     center, longest, _, rounding, _ = extent
     error = extent.score_error(hidden)
     shift = residual @ center.double().unsqueeze(1)  # [R, 1]
     center_along = direction @ center.unsqueeze(1)  # [R, 1]
 
-    ids = lists[codewords].flatten(1)  # [R, P*L], with repetitions
+    ids = lists[probes].flatten(1)  # [R, P*L], with repetitions
     masses = hidden.new_full((5, hidden.shape[0]), _OUT, dtype=torch.float64)  # logarithms
     best = hidden.new_full((hidden.shape[0], stages.topk), _OUT)
     best_ids = ids.new_full(best.shape, -1)

@@ -45,17 +45,17 @@ class TwoStages:
         return 0.0 if self.expert_bias is None else _SELECTION_ERROR * (1.0 + self.expert_bias.abs().amax())
 
 
-def selected(stages: TwoStages, hidden: torch.Tensor, codewords: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def selected(stages: TwoStages, hidden: torch.Tensor, probes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the top-k of each token in this rank's lists, and the values that it is selected by.
 
     Args:
         hidden: [T, H] tokens as the router scores them.
-        codewords: [T, P] int64, the probed codewords.
+        probes: [T, P] int64, the codewords whose lists are searched.
     Returns:
         [T, w] fp64 selection scores, -inf where fewer experts are listed; [T, w] int32 expert ids that count from this
         rank's first expert, -1 for none. w is K, or the number of slots in the token's lists if it is smaller.
     """
     centers, lists = stages.centers, stages.lists
-    width = min(stages.topk, codewords.shape[1] * lists.shape[1])
-    scores, found = centers.fine_topk(hidden, lists, codewords, width, torch.float32)
+    width = min(stages.topk, probes.shape[1] * lists.shape[1])
+    scores, found = centers.fine_topk(hidden, lists, probes, width, torch.float32)
     return centers.selection_scores(scores.double(), found).masked_fill(found < 0, float("-inf")), found

@@ -93,10 +93,10 @@ class RoutingMeter:
     def _sample(self, router: AIRRouter, hidden: torch.Tensor, is_counted: bool) -> None:
         hidden = hidden.reshape(-1, hidden.shape[-1])
         hidden = hidden[:: -(-hidden.shape[0] // _SAMPLE_SIZE)]
-        codewords = router._route(hidden, None).codewords
+        probes = router._route(hidden, None).probes
         if router.input_norm is not None:
             hidden = router.input_norm(hidden)
-        self.recalls.append((*recall(router, TokenSample(hidden, codewords, None)), hidden.shape[0] * is_counted))
+        self.recalls.append((*recall(router, TokenSample(hidden, probes, None)), hidden.shape[0] * is_counted))
         self.num_sampled += _SAMPLE_SIZE
 
     def metrics(self) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def inverted_lists(codewords: torch.Tensor, weight: torch.Tensor, capacity: int)
 
 
 @torch.no_grad()
-def draw_slots(codewords: torch.Tensor, shortlist_size: int, number: int, turn: int) -> torch.Tensor:
+def draw_slots(probes: torch.Tensor, shortlist_size: int, number: int, turn: int) -> torch.Tensor:
     """Draw R of the P * L slots that each token searches, equally spaced from a start that moves with every turn.
 
     The start depends on the token's codewords and not on its position in the batch. So tokens draw the same slots
@@ -120,18 +120,18 @@ def draw_slots(codewords: torch.Tensor, shortlist_size: int, number: int, turn: 
     above P * L. The hash and its constants are those of xxHash (github.com/Cyan4973/xxHash), shortened.
 
     Args:
-        codewords: [T, P] int64, the codewords of each token.
+        probes: [T, P] int64, the codewords whose lists each token searches.
         shortlist_size: L.
         number: R, at most P * L.
         turn: a count that increases, such as that of updates.
     Returns:
         [T, R] int64, slots from 0 to P * L - 1.
     """
-    total = codewords.shape[1] * shortlist_size
-    mixed = (codewords + 1) * 0x9E3779B1 % 2**32
+    total = probes.shape[1] * shortlist_size
+    mixed = (probes + 1) * 0x9E3779B1 % 2**32
     mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77 % 2**32
     offset = (mixed ^ (mixed >> 13)).sum(dim=1, keepdim=True) + turn * 0x27D4EB2F
-    first = torch.arange(number, device=codewords.device) * total // number
+    first = torch.arange(number, device=probes.device) * total // number
     return (first + offset) % total
 
 

@@ -44,7 +44,7 @@ class TokenSample:
     """A sample of tokens, with the codewords whose lists were searched for them."""
 
     hidden: torch.Tensor  # [n, H]
-    codewords: torch.Tensor  # [n, P] int64
+    probes: torch.Tensor  # [n, P] int64
     padding_mask: torch.Tensor | None  # [n] bool, True for padding; None if there is none
 
 
@@ -127,16 +127,16 @@ class AIRRouter(CompactRouter):
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         with hidden_from_checkpoints():
-            shortlist, codewords = self._coarse(hidden, padding_mask)  # [C, L], [T, P]
-        scores, ids = self._score(hidden, shortlist, codewords, *self._num_candidates(shortlist, codewords))
-        return self._choose_candidates(scores, ids, hidden, codewords, padding_mask, batch_size)
+            shortlist, probes = self._coarse(hidden, padding_mask)  # [C, L], [T, P]
+        scores, ids = self._score(hidden, shortlist, probes, *self._num_candidates(shortlist, probes))
+        return self._choose_candidates(scores, ids, hidden, probes, padding_mask, batch_size)
 
     def _choose_candidates(
         self,
         scores: torch.Tensor,
         ids: torch.Tensor,
         hidden: torch.Tensor,
-        codewords: torch.Tensor,
+        probes: torch.Tensor,
         padding_mask: torch.Tensor | None,
         batch_size: int,
     ) -> Routes:
@@ -150,10 +150,10 @@ class AIRRouter(CompactRouter):
         if self._is_counted and not self.config.moe_router_force_load_balancing:
             with hidden_from_checkpoints():
                 if self.keeps_sample:
-                    self.sample = _take_sample(hidden, codewords, padding_mask)
+                    self.sample = _take_sample(hidden, probes, padding_mask)
                 if self.observer is not None:
-                    self.observer.observe(codewords, padding_mask, self._token_ids(hidden.shape[0], batch_size))
-        return replace(routes, probs=probs, codewords=codewords)
+                    self.observer.observe(probes, padding_mask, self._token_ids(hidden.shape[0], batch_size))
+        return replace(routes, probs=probs, probes=probes)
 
     def _token_ids(self, num_tokens: int, batch_size: int) -> torch.Tensor | None:
         """[T] token ids of this forward; None if the observer has none, or none that match the tokens one by one."""
@@ -165,14 +165,14 @@ class AIRRouter(CompactRouter):
         ids = ids_in_order(ids, self)
         return ids if ids.numel() == num_tokens else None
 
-    def _num_candidates(self, shortlist: torch.Tensor, codewords: torch.Tensor) -> tuple[int, int]:
+    def _num_candidates(self, shortlist: torch.Tensor, probes: torch.Tensor) -> tuple[int, int]:
         """How many candidates of a token probabilities and losses use: of the best ones, and of explored ones.
 
         The best are the top-k if only the selected scores reach the loss, and otherwise M. The balancing losses also
         use R explored candidates. In a load test all P*L slots are candidates.
         """
         if self.config.moe_router_force_load_balancing:
-            return codewords.shape[1] * shortlist.shape[1], 0
+            return probes.shape[1] * shortlist.shape[1], 0
         explored = self._explored()
         return self.sizes.num_candidates if self._all_scores_matter() else self.topk, explored.number if explored else 0
 
@@ -200,7 +200,7 @@ class AIRRouter(CompactRouter):
         self,
         hidden: torch.Tensor,
         shortlist: torch.Tensor,
-        codewords: torch.Tensor,
+        probes: torch.Tensor,
         num_candidates: int,
         num_explored: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,23 +208,21 @@ class AIRRouter(CompactRouter):
 
         The last ``num_explored`` candidates are not the best, but drawn from the lists.
         """
-        best, best_ids = self.centers.fine_topk(
-            hidden, shortlist, codewords, num_candidates, self._router_dtype(hidden)
-        )
+        best, best_ids = self.centers.fine_topk(hidden, shortlist, probes, num_candidates, self._router_dtype(hidden))
         if not num_explored:
             return best, best_ids
         with torch.no_grad():
-            drawn = without_repeats(self._draw(shortlist, codewords, num_explored), best_ids)
+            drawn = without_repeats(self._draw(shortlist, probes, num_explored), best_ids)
             scores = self._scores_of(hidden, drawn, best.dtype)
         scores = selected_scores(hidden, self.weight, self.bias, drawn, scores)
         return torch.cat((best, scores), dim=1), torch.cat((best_ids, drawn), dim=1)
 
-    def _draw(self, shortlist: torch.Tensor, codewords: torch.Tensor, number: int) -> torch.Tensor:
+    def _draw(self, shortlist: torch.Tensor, probes: torch.Tensor, number: int) -> torch.Tensor:
         """[T, number] int32 experts drawn from the lists, equally many from each part of a list."""
         num_parts = self.config.moe_air_list_parts * shortlist.shape[1] // self.sizes.shortlist_size  # on this rank
         size = shortlist.shape[1] // num_parts
-        slots = draw_slots(codewords, size, number // num_parts, self.codebook.updates_on_host)
-        lists = codewords.gather(1, slots // size)
+        slots = draw_slots(probes, size, number // num_parts, self.codebook.updates_on_host)
+        lists = probes.gather(1, slots // size)
         first = torch.arange(num_parts, device=slots.device) * size
         return shortlist[lists.unsqueeze(2), (slots % size).unsqueeze(2) + first].flatten(1)
 
@@ -255,13 +253,13 @@ class AIRRouter(CompactRouter):
 
     @torch.no_grad()
     def _coarse(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """[C, L] int32 lists, and [T, P] int64 codewords whose lists each token searches."""
+        """[C, L] int32 lists, and [T, P] int64 probes, the codewords whose lists each token searches."""
         self.refresh_lists(self.training)
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
         num_probes = self.sizes.num_probes
         if self.learns() and self.index.source == "tokens":
-            codewords, statistics = assign_with_statistics(
+            probes, statistics = assign_with_statistics(
                 hidden,
                 self.codebook.codewords,
                 num_probes,
@@ -270,15 +268,15 @@ class AIRRouter(CompactRouter):
             )
             self.codebook.accumulate(statistics)
         else:
-            codewords = assign(hidden, self.codebook.codewords, num_probes, allowed)
+            probes = assign(hidden, self.codebook.codewords, num_probes, allowed)
         if self.config.moe_router_force_load_balancing:
             # A load test keeps the cost of the coarse stage, but replaces its results by some that favor no expert.
             num_clusters, shortlist_size = shortlist.shape
             shortlist = balanced_lists(num_clusters, shortlist_size, self.num_experts, hidden.device)
             tokens = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
-            probes = torch.arange(codewords.shape[1], device=hidden.device) * num_clusters // codewords.shape[1]
-            codewords = (tokens + probes) % num_clusters  # spread, so that a token's lists overlap little
-        return shortlist, codewords
+            offsets = torch.arange(probes.shape[1], device=hidden.device) * num_clusters // probes.shape[1]
+            probes = (tokens + offsets) % num_clusters  # spread, so that a token's lists overlap little
+        return shortlist, probes
 
     @torch.no_grad()
     def refresh_lists(self, training: bool) -> None:
@@ -366,11 +364,11 @@ def _columns(selected: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _take_sample(hidden: torch.Tensor, codewords: torch.Tensor, padding_mask: torch.Tensor | None) -> TokenSample:
+def _take_sample(hidden: torch.Tensor, probes: torch.Tensor, padding_mask: torch.Tensor | None) -> TokenSample:
     """Clone up to 64 tokens, spread evenly over [T, H]; a view would keep all of them in memory."""
     step = max(1, -(-hidden.shape[0] // _SAMPLE_SIZE))
     return TokenSample(
         hidden=hidden[::step].clone(),
-        codewords=codewords[::step].clone(),
+        probes=probes[::step].clone(),
         padding_mask=None if padding_mask is None else padding_mask[::step].clone(),
     )

@@ -121,16 +121,16 @@ class ShardedAIRRouter(AIRRouter):
         """
         hidden = self._as_scored(tokens)
         with hidden_from_checkpoints():
-            shortlist, codewords = self._coarse(hidden, padding_mask)  # [C, L / D], [T, P]
-        num_best, num_explored = self._num_candidates(shortlist, codewords)
-        rows = self._gather(tokens, codewords, num_best, num_explored)  # step 1
+            shortlist, probes = self._coarse(hidden, padding_mask)  # [C, L / D], [T, P]
+        num_best, num_explored = self._num_candidates(shortlist, probes)
+        rows = self._gather(tokens, probes, num_best, num_explored)  # step 1
         offers = self._score_rows(rows, shortlist, num_best, num_explored)  # step 2
         candidates = self._choose_offers(rows, offers, num_best)  # step 3
         del offers  # of all rows; the candidates hold what is still needed
-        routes = self._choose_candidates(candidates.scores, candidates.ids, hidden, codewords, padding_mask, batch_size)
+        routes = self._choose_candidates(candidates.scores, candidates.ids, hidden, probes, padding_mask, batch_size)
         return replace(routes, sharded=self._tell_owners(candidates, routes, padding_mask))  # step 4
 
-    def _gather(self, tokens: torch.Tensor, codewords: torch.Tensor, num_best: int, num_explored: int) -> GatheredRows:
+    def _gather(self, tokens: torch.Tensor, probes: torch.Tensor, num_best: int, num_explored: int) -> GatheredRows:
         """Step 1: send tokens and codewords to all ranks. Waits for each rank's number of tokens.
 
         Tokens are sent without input norm, as the experts need them; owners normalize again.
@@ -138,7 +138,7 @@ class ShardedAIRRouter(AIRRouter):
         sizes = {
             "hidden size": tokens.shape[1],
             "bytes per hidden number": tokens.element_size(),
-            "moe_air_num_probes": codewords.shape[1],
+            "moe_air_num_probes": probes.shape[1],
             "candidates": num_best,
             "explored candidates": num_explored,
             "experts per rank": self.num_local_experts,
@@ -146,17 +146,17 @@ class ShardedAIRRouter(AIRRouter):
         exchange = RowExchange(self.ep_group, tokens.shape[0], sizes, tokens.device)
         rows = exchange.gather(tokens)
         with torch.no_grad():
-            codewords = exchange.gather(codewords.int()).long()
-        return GatheredRows(exchange, rows, self._as_scored(rows), codewords)
+            probes = exchange.gather(probes.int()).long()
+        return GatheredRows(exchange, rows, self._as_scored(rows), probes)
 
     @torch.no_grad()
     def _score_rows(self, rows: GatheredRows, shortlist: torch.Tensor, num_best: int, num_explored: int) -> Offers:
         """Step 2: score this rank's parts of the lists, keep the best candidates of every row, and draw some."""
-        num_best = min(num_best, rows.codewords.shape[1] * shortlist.shape[1])
+        num_best = min(num_best, rows.probes.shape[1] * shortlist.shape[1])
         dtype = self._router_dtype(rows.scored)
-        scores, ids = self.centers.fine_topk(rows.scored, shortlist, rows.codewords, num_best, dtype)
+        scores, ids = self.centers.fine_topk(rows.scored, shortlist, rows.probes, num_best, dtype)
         if num_explored:
-            drawn = self._draw(shortlist, rows.codewords, num_explored // rows.exchange.num_ranks)
+            drawn = self._draw(shortlist, rows.probes, num_explored // rows.exchange.num_ranks)
             scores = torch.cat((scores, self._scores_of(rows.scored, drawn, scores.dtype)), dim=1)
             ids = torch.cat((ids, drawn), dim=1)
         return Offers(scores, ids, num_best)

@@ -38,8 +38,8 @@ def measure_groups(layer: Layer, num_groups: int, searched: Sequence[int]) -> tu
     scores = layer.test.float() @ weight[groups.long()].mean(dim=1).t()
     if centers.bias is not None:
         scores += centers.bias.float()[groups.long()].mean(dim=1)
-    choices = scores.topk(max(searched), dim=1).indices
-    topk, mass = measure(layer, choices, [groups], searched)
+    probes = scores.topk(max(searched), dim=1).indices
+    topk, mass = measure(layer, probes, [groups], searched)
     return topk[0], mass[0]
 
 

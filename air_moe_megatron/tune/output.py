@@ -57,14 +57,14 @@ def plot(
     """
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     air = [result for result in results if result.name == "air"]
-    for color, probes in zip(_COLORS, sorted({one.setting.num_probes for one in air}), strict=False):
-        chunk = [one for one in air if one.setting.num_probes == probes]
+    for color, num_probes in zip(_COLORS, sorted({one.setting.num_probes for one in air}), strict=False):
+        chunk = [one for one in air if one.setting.num_probes == num_probes]
         axes.scatter(
             [one.flops for one in chunk],
             [one.recall(metric) for one in chunk],
             s=14,
             color=color,
-            label=f"AIR, {probes} {'probe' if probes == 1 else 'probes'}",
+            label=f"AIR, {num_probes} {'probe' if num_probes == 1 else 'probes'}",
         )
     line = frontier(air, metric)
     axes.plot(

@@ -95,31 +95,32 @@ def _exact_topk(layer: Layer) -> Iterator[tuple[slice, torch.Tensor, torch.Tenso
 
 @torch.no_grad()
 def measure(
-    layer: Layer, choices: torch.Tensor, lists: Sequence[torch.Tensor], probes: Sequence[int]
+    layer: Layer, probes: torch.Tensor, lists: Sequence[torch.Tensor], probe_counts: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Measure what the lists of each held-out token hold, for several lengths and numbers of lists at once.
 
     Args:
         layer: with its held-out tokens.
-        choices: [T, P] int64, the lists of each token, best first; P at least the largest of ``probes``.
+        probes: [T, P] int64, the lists of each token, best first; P at least the largest of ``probe_counts``.
         lists: for each length, [C, L] int32 expert ids, distinct within a row.
-        probes: numbers of lists to search; each is measured.
+        probe_counts: numbers of lists to search; each is measured.
     Returns:
         top-k recall (share of the exact top-k that the lists hold) and mass recall (exact softmax mass that they hold):
-        [lengths, probes] fp64 each, means over the tokens.
+        [lengths, probe counts] fp64 each, means over the tokens.
 
     Example: exact probabilities [0.5, 0.3, 0.2], K = 2 and a list of the experts 0 and 2: top-k 0.5, mass 0.7.
     """
-    counted, order = torch.tensor(probes, device=choices.device), torch.arange(max(probes), device=choices.device)
-    found = torch.zeros(2, len(lists), len(probes), dtype=torch.float64, device=choices.device)
+    counted = torch.tensor(probe_counts, device=probes.device)
+    order = torch.arange(max(probe_counts), device=probes.device)
+    found = torch.zeros(2, len(lists), len(probe_counts), dtype=torch.float64, device=probes.device)
     for rows, probs, best in exact(layer):
         for number, listed in enumerate(lists):
-            ids = listed.long()[choices[rows, : max(probes)]]  # [n, P, L]
+            ids = listed.long()[probes[rows, : max(probe_counts)]]  # [n, P, L]
             # [n, E]: the first list that an expert is in
-            first = torch.full(probs.shape, max(probes), dtype=torch.uint8, device=ids.device)
-            for probe in reversed(range(ids.shape[1])):
-                first.scatter_(1, ids[:, probe], probe)
-            hits = first.gather(1, best).unsqueeze(2) < counted  # [n, K, probes]
+            first = torch.full(probs.shape, max(probe_counts), dtype=torch.uint8, device=ids.device)
+            for place in reversed(range(ids.shape[1])):
+                first.scatter_(1, ids[:, place], place)
+            hits = first.gather(1, best).unsqueeze(2) < counted  # [n, K, probe counts]
             is_new = first.gather(1, ids.flatten(1)).view_as(ids) == order.view(-1, 1)
             mass = (probs.gather(1, ids.flatten(1)).view_as(ids) * is_new).sum(dim=2).double().cumsum(dim=1)  # [n, P]
             found[0, number] += hits.double().mean(dim=1).sum(dim=0)
@@ -128,20 +129,18 @@ def measure(
 
 
 @torch.no_grad()
-def mass_of_candidates(
-    layer: Layer, choices: torch.Tensor, lists: torch.Tensor, numbers: Sequence[int]
-) -> torch.Tensor:
+def mass_of_candidates(layer: Layer, probes: torch.Tensor, lists: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
     """[len(numbers)] fp64: mean exact softmax mass of the best M candidates, for several M.
 
     Args:
         layer: with its held-out tokens.
-        choices: [T, P] int64, the lists that are searched.
+        probes: [T, P] int64, the lists that are searched.
         lists: [C, L].
         numbers: numbers M of candidates; more than P * L count as P * L.
     """
-    found = torch.zeros(len(numbers), dtype=torch.float64, device=choices.device)
+    found = torch.zeros(len(numbers), dtype=torch.float64, device=probes.device)
     for rows, probs, _ in exact(layer):
-        ids = lists.long()[choices[rows]].flatten(1).sort(dim=1).values
+        ids = lists.long()[probes[rows]].flatten(1).sort(dim=1).values
         mass = probs.gather(1, ids)
         mass[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], 0.0)
         mass = mass.sort(dim=1, descending=True).values.double().cumsum(dim=1)
@@ -155,8 +154,8 @@ def time_search(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor, num_
     """Seconds per token of both stages of a forward: the least of some repeats, because other load only adds time."""
 
     def run() -> None:
-        choices = assign(layer.test, codewords, num_probes)
-        layer.centers.fine_topk(layer.test, lists, choices, layer.topk, torch.float32)
+        probes = assign(layer.test, codewords, num_probes)
+        layer.centers.fine_topk(layer.test, lists, probes, layer.topk, torch.float32)
 
     return _least_seconds(run, layer.test, repeats)
 

@@ -118,7 +118,7 @@ def grid(config: TransformerConfig, num_tokens: int) -> dict[int, list[Setting]]
     num_experts, root = config.num_moe_experts, math.sqrt(config.num_moe_experts)
     lengths = sorted({_round_up(root * factor) for factor in LENGTHS})
     settings = {
-        clusters: [Setting(clusters, length, probes) for length in lengths for probes in PROBES]
+        clusters: [Setting(clusters, length, num_probes) for length in lengths for num_probes in PROBES]
         for clusters in dict.fromkeys(_round_up(root * factor) for factor in CLUSTERS)
         if clusters * _TOKENS_PER_CLUSTER <= num_tokens
     }
@@ -186,11 +186,12 @@ def search(
 
 def _measure_clusters(layer: Layer, settings: Sequence[Setting]) -> dict[Setting, tuple[float, float]]:
     """Top-k and mass recall of settings with the same number of clusters."""
-    lengths, probes = (sorted({getattr(one, name) for one in settings}) for name in ("shortlist_size", "num_probes"))
+    names = ("shortlist_size", "num_probes")
+    lengths, probe_counts = (sorted({getattr(one, name) for one in settings}) for name in names)
     codebook = fit_codebook(layer.fit, settings[0].num_clusters)
     lists = make_lists(layer, codebook, lengths)
-    topk, mass = measure(layer, assign(layer.test, codebook.codewords, probes[-1]), lists, probes)
-    places = {one: (lengths.index(one.shortlist_size), probes.index(one.num_probes)) for one in settings}
+    topk, mass = measure(layer, assign(layer.test, codebook.codewords, probe_counts[-1]), lists, probe_counts)
+    places = {one: (lengths.index(one.shortlist_size), probe_counts.index(one.num_probes)) for one in settings}
     return {one: (float(topk[place]), float(mass[place])) for one, place in places.items()}
 
 

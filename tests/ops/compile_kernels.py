@@ -130,9 +130,9 @@ def fine_topk():
 
 def fine_topk_of_lists(num_probes, topk, score_function=None):
     inputs = torch.zeros(T, H, dtype=BF16), torch.zeros(E, H, dtype=BF16), torch.zeros(E, dtype=BF16)
-    assignments = (torch.arange(T).view(T, 1) + torch.arange(num_probes)) % C
+    probes = (torch.arange(T).view(T, 1) + torch.arange(num_probes)) % C
     expert_bias = None if score_function is None else torch.zeros(E)
-    topk_kernels.fine_topk(*inputs, lists()[0], assignments, topk, torch.float32, score_function, expert_bias)
+    topk_kernels.fine_topk(*inputs, lists()[0], probes, topk, torch.float32, score_function, expert_bias)
 
 
 def pair_products():

@@ -51,12 +51,12 @@ def assert_statistics(statistics, expected):
 
 def assert_equals_naive(shape, dtype, device):
     hidden, codewords = make_inputs(shape, dtype, device)
-    assignments, statistics = kernels.assign_with_statistics(hidden, codewords, shape[3])
+    probes, statistics = kernels.assign_with_statistics(hidden, codewords, shape[3])
     expected, expected_statistics = naive_assign_with_statistics(hidden, codewords.double(), shape[3])
-    assert assignments.dtype == torch.int64
-    assert torch.equal(assignments, expected)
+    assert probes.dtype == torch.int64
+    assert torch.equal(probes, expected)
     assert_statistics(statistics, expected_statistics)
-    assert_statistics(kernels.token_statistics(hidden, codewords, assignments[:, 0]), expected_statistics)
+    assert_statistics(kernels.token_statistics(hidden, codewords, probes[:, 0]), expected_statistics)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -77,10 +77,10 @@ def test_masks_of_codewords_and_tokens(deterministic, kernel_device):
     generator = torch.Generator().manual_seed(1)
     allowed = (torch.rand(150, 2, generator=generator) < 0.1).to(kernel_device)[:, 0]
     keep = (torch.rand(21, 2, generator=generator) < 0.5).to(kernel_device)[:, 1]
-    assignments, statistics = kernels.assign_with_statistics(hidden, codewords, 3, allowed, keep, deterministic)
+    probes, statistics = kernels.assign_with_statistics(hidden, codewords, 3, allowed, keep, deterministic)
     expected, expected_statistics = naive_assign_with_statistics(hidden, codewords.double(), 3, allowed, keep)
-    assert torch.equal(assignments, expected)
-    assert allowed[assignments].all()
+    assert torch.equal(probes, expected)
+    assert allowed[probes].all()
     assert_statistics(statistics, expected_statistics)
     nobody = torch.zeros_like(keep)
     assert not kernels.assign_with_statistics(hidden, codewords, 1, None, nobody, deterministic)[1].any()
@@ -92,8 +92,8 @@ def test_the_lower_codeword_wins_a_tie(dtype, kernel_device):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randint(-1, 2, (37, 5), generator=generator).to(dtype).to(kernel_device)
     codewords = torch.randint(-1, 2, (200, 5), generator=generator).float().to(kernel_device)
-    assignments = kernels.assign(hidden, codewords, 8)
-    assert torch.equal(assignments, naive_assign(hidden, codewords, 8))
+    probes = kernels.assign(hidden, codewords, 8)
+    assert torch.equal(probes, naive_assign(hidden, codewords, 8))
 
 
 @pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "sorted"))
@@ -105,12 +105,12 @@ def test_the_lower_codeword_wins_a_tie(dtype, kernel_device):
 def test_a_token_that_is_not_finite_spoils_its_codeword_only(value, dtype, deterministic, kernel_device):
     hidden, codewords = make_inputs((9, 33, 6, 2), dtype, kernel_device)
     hidden[4, 5] = value
-    assignments, statistics = kernels.assign_with_statistics(hidden, codewords, 2, deterministic=deterministic)
-    assert ((assignments >= 0) & (assignments < 6)).all() and (assignments[:, 0] != assignments[:, 1]).all()
+    probes, statistics = kernels.assign_with_statistics(hidden, codewords, 2, deterministic=deterministic)
+    assert ((probes >= 0) & (probes < 6)).all() and (probes[:, 0] != probes[:, 1]).all()
     others = torch.arange(9, device=kernel_device) != 4
-    assert torch.equal(assignments[others], naive_assign(hidden[others], codewords.double(), 2))
+    assert torch.equal(probes[others], naive_assign(hidden[others], codewords.double(), 2))
     is_finite = statistics.isfinite().all(dim=1)
-    assert not is_finite[assignments[4, 0]]
+    assert not is_finite[probes[4, 0]]
     assert is_finite.sum() == 5
     # Padding does not count, whatever it holds.
     _, statistics = kernels.assign_with_statistics(hidden, codewords, 2, keep=others, deterministic=deterministic)
@@ -122,9 +122,9 @@ def test_every_token_on_one_codeword_and_tokens_of_length_zero(deterministic, ke
     hidden, codewords = make_inputs((70, 17, 5, 1), torch.float32, kernel_device)
     hidden[3] = 0.0
     allowed = torch.arange(5, device=kernel_device) == 2
-    assignments, statistics = kernels.assign_with_statistics(hidden, codewords, 1, allowed, deterministic=deterministic)
-    assert (assignments == 2).all()
-    expected = naive_token_statistics(hidden, codewords.double(), assignments[:, 0])
+    probes, statistics = kernels.assign_with_statistics(hidden, codewords, 1, allowed, deterministic=deterministic)
+    assert (probes == 2).all()
+    expected = naive_token_statistics(hidden, codewords.double(), probes[:, 0])
     assert_statistics(statistics, expected)
     assert not statistics[[0, 1, 3, 4]].any()
 
@@ -137,10 +137,10 @@ def test_fewer_codewords_allowed_than_probes(kernel_device):
 
 def test_sorted_statistics_of_a_fixed_assignment_have_equal_bits_in_every_run(kernel_device):
     hidden, codewords = make_inputs((26, 300, 4, 1), torch.bfloat16, kernel_device)
-    assignments = torch.arange(26, device=kernel_device).square() % 4
-    runs = [kernels.token_statistics(hidden, codewords, assignments) for _ in range(2)]
+    nearest = torch.arange(26, device=kernel_device).square() % 4
+    runs = [kernels.token_statistics(hidden, codewords, nearest) for _ in range(2)]
     assert torch.equal(*runs)
-    assert_statistics(runs[0], naive_token_statistics(hidden, codewords.double(), assignments))
+    assert_statistics(runs[0], naive_token_statistics(hidden, codewords.double(), nearest))
     assert not runs[0][[2, 3]].any()
 
 
@@ -157,8 +157,8 @@ def test_worked_examples(kernel_device):
     hidden = torch.tensor([[0.0, 2.0]], device=kernel_device)
     codewords = torch.eye(2, device=kernel_device)
     for deterministic in (False, True):
-        assignments, statistics = kernels.assign_with_statistics(hidden, codewords, 1, deterministic=deterministic)
-        assert assignments.tolist() == [[1]]
+        probes, statistics = kernels.assign_with_statistics(hidden, codewords, 1, deterministic=deterministic)
+        assert probes.tolist() == [[1]]
         assert statistics.tolist() == [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]]
 
 
@@ -188,11 +188,11 @@ def test_what_does_not_fit_is_refused(change, message, backend):
 def test_large(dtype, deterministic, cuda):
     """Similarities equal to those of the reference's choice: with so many tokens, some near ties fall otherwise."""
     hidden, codewords = make_inputs((16384, 2048, 1024, 2), dtype, cuda)
-    assignments, statistics = kernels.assign_with_statistics(hidden, codewords, 2, deterministic=deterministic)
+    probes, statistics = kernels.assign_with_statistics(hidden, codewords, 2, deterministic=deterministic)
     similarity = hidden.double() @ codewords.double().t()
     best = similarity.topk(2, dim=1).values
-    torch.testing.assert_close(similarity.gather(1, assignments), best, rtol=0, atol=1e-4)
-    assert_statistics(statistics, naive_token_statistics(hidden, codewords.double(), assignments[:, 0]))
+    torch.testing.assert_close(similarity.gather(1, probes), best, rtol=0, atol=1e-4)
+    assert_statistics(statistics, naive_token_statistics(hidden, codewords.double(), probes[:, 0]))
 
 
 @pytest.mark.gpu
@@ -202,7 +202,7 @@ def test_tokens_beyond_2_31_elements(deterministic, cuda):
     codewords = make_inputs((0, hidden_size, 8, 1), torch.float32, cuda)[1]
     chosen = torch.arange(num_tokens, device=cuda) % 8
     hidden = codewords.bfloat16()[chosen]
-    assignments, statistics = kernels.assign_with_statistics(hidden, codewords, 1, deterministic=deterministic)
-    assert torch.equal(assignments[:, 0], chosen)
+    probes, statistics = kernels.assign_with_statistics(hidden, codewords, 1, deterministic=deterministic)
+    assert torch.equal(probes[:, 0], chosen)
     assert torch.equal(statistics[:, hidden_size], chosen.bincount(minlength=8).float())
     assert (statistics[:, hidden_size + 1] / statistics[:, hidden_size] > 0.99).all()

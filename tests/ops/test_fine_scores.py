@@ -45,16 +45,16 @@ def make_inputs(shape, dtype, with_bias, padded, seed=0):
     if padded:
         lengths = torch.arange(num_clusters).unsqueeze(1) % (shortlist_size + 1)
         shortlist = shortlist.masked_fill(torch.arange(shortlist_size) >= lengths, -1)
-    probes = [torch.randperm(num_clusters, generator=generator)[:num_probes] for _ in range(num_tokens)]
-    assignments = torch.stack(probes) if probes else torch.zeros(0, num_probes, dtype=torch.int64)
-    return hidden, weight, bias, shortlist, assignments
+    rows = [torch.randperm(num_clusters, generator=generator)[:num_probes] for _ in range(num_tokens)]
+    probes = torch.stack(rows) if rows else torch.zeros(0, num_probes, dtype=torch.int64)
+    return hidden, weight, bias, shortlist, probes
 
 
 def scores_and_gradients(function, inputs, dtype, seed=1):
     """Scores, and the gradients of hidden, weight and bias for random gradients of the finite scores."""
-    hidden, weight, bias, shortlist, assignments = inputs
+    hidden, weight, bias, shortlist, probes = inputs
     leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias) if tensor is not None]
-    scores = function(*leaves[:2], leaves[2] if bias is not None else None, shortlist, assignments, dtype)
+    scores = function(*leaves[:2], leaves[2] if bias is not None else None, shortlist, probes, dtype)
     generator = torch.Generator().manual_seed(seed)
     grad_scores = torch.randn(scores.shape, generator=generator, dtype=torch.float64).to(scores.dtype)
     grad_scores = grad_scores.masked_fill(scores.isinf(), 0.0)
@@ -107,18 +107,18 @@ def test_equals_naive_over_several_batches(monkeypatch, limit):
 def test_padding_of_a_batch_changes_nothing(monkeypatch, min_fill):
     """Codewords with 1 to 9 rows, in one batch or in one for each number of rows."""
     monkeypatch.setattr(eager, "_MIN_FILL", min_fill)
-    assignments = torch.arange(9).repeat_interleave(torch.arange(1, 10)).unsqueeze(1)
-    num_tokens = assignments.shape[0]
+    probes = torch.arange(9).repeat_interleave(torch.arange(1, 10)).unsqueeze(1)
+    num_tokens = probes.shape[0]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_tokens, 16, generator=generator).requires_grad_()
     weight = torch.randn(30, 16, generator=generator).requires_grad_()
     shortlist = torch.rand(10, 30, generator=generator).argsort(dim=1)[:, :7]
     order = torch.randperm(num_tokens, generator=generator)
-    batches = eager._group(shortlist, assignments[order], 16).batches
+    batches = eager._group(shortlist, probes[order], 16).batches
     assert [batch.shape[1] for batch in batches] == ([9] if min_fill == 0.0 else list(range(9, 0, -1)))
     grad = torch.randn(num_tokens, 1, 7, generator=generator)
-    found = fine_scores(hidden, weight, None, shortlist, assignments[order], torch.float32)
-    expected = naive_fine_scores(hidden, weight, None, shortlist, assignments[order], torch.float32)
+    found = fine_scores(hidden, weight, None, shortlist, probes[order], torch.float32)
+    expected = naive_fine_scores(hidden, weight, None, shortlist, probes[order], torch.float32)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for got, wanted in zip(
         torch.autograd.grad(found, (hidden, weight), grad),
@@ -129,13 +129,13 @@ def test_padding_of_a_batch_changes_nothing(monkeypatch, min_fill):
 
 
 def test_gradients_of_the_centers_go_into_main_grad():
-    hidden, weight, _, shortlist, assignments, *_ = make_inputs(SHAPES["two-probes"], torch.float32, False, True)
+    hidden, weight, _, shortlist, probes, *_ = make_inputs(SHAPES["two-probes"], torch.float32, False, True)
     grads = []
     for fused in (False, True):
         centers = torch.nn.Parameter(weight.detach().clone())
         if fused:
             centers.main_grad = torch.ones_like(centers)
-        scores = fine_scores(hidden, centers, None, shortlist, assignments, torch.float32)
+        scores = fine_scores(hidden, centers, None, shortlist, probes, torch.float32)
         scores[scores.isfinite()].sum().backward()
         grads.append(centers.main_grad if fused else centers.grad)
     assert centers.grad_added_to_main_grad
@@ -155,10 +155,10 @@ def test_worked_example():
 
 
 def test_every_token_on_one_codeword_leaves_the_other_clusters_without_gradient():
-    hidden, weight, _, shortlist, assignments = make_inputs((9, 4, 20, 4, 5, 1), torch.float32, False, False)
-    assignments = torch.full_like(assignments, 2)
+    hidden, weight, _, shortlist, probes = make_inputs((9, 4, 20, 4, 5, 1), torch.float32, False, False)
+    probes = torch.full_like(probes, 2)
     scores, (grad_hidden, grad_weight) = scores_and_gradients(
-        fine_scores, (hidden, weight, None, shortlist, assignments), torch.float32
+        fine_scores, (hidden, weight, None, shortlist, probes), torch.float32
     )
     torch.testing.assert_close(scores.squeeze(1), hidden @ weight[shortlist[2]].t())
     untouched = torch.ones(20, dtype=torch.bool)
@@ -168,9 +168,9 @@ def test_every_token_on_one_codeword_leaves_the_other_clusters_without_gradient(
 
 
 def test_all_lists_empty_gives_no_scores_and_zero_gradients():
-    hidden, weight, bias, shortlist, assignments = make_inputs((5, 4, 6, 3, 2, 2), torch.float32, True, False)
+    hidden, weight, bias, shortlist, probes = make_inputs((5, 4, 6, 3, 2, 2), torch.float32, True, False)
     scores, gradients = scores_and_gradients(
-        fine_scores, (hidden, weight, bias, torch.full_like(shortlist, -1), assignments), torch.float32
+        fine_scores, (hidden, weight, bias, torch.full_like(shortlist, -1), probes), torch.float32
     )
     assert (scores == float("-inf")).all()
     assert [gradient.count_nonzero().item() for gradient in gradients] == [0, 0, 0]
@@ -187,11 +187,11 @@ def test_gradients_at_absent_experts_are_ignored():
 
 @pytest.mark.parametrize("wanted", ("hidden", "weight", "bias"))
 def test_only_the_gradient_that_is_asked_for(wanted):
-    hidden, weight, bias, shortlist, assignments = make_inputs(SHAPES["two-probes"], torch.float32, True, True)
-    _, everything = scores_and_gradients(fine_scores, (hidden, weight, bias, shortlist, assignments), torch.float32)
+    hidden, weight, bias, shortlist, probes = make_inputs(SHAPES["two-probes"], torch.float32, True, True)
+    _, everything = scores_and_gradients(fine_scores, (hidden, weight, bias, shortlist, probes), torch.float32)
     leaves = {"hidden": hidden, "weight": weight, "bias": bias}
     leaves[wanted].requires_grad_()
-    scores = fine_scores(*leaves.values(), shortlist, assignments, torch.float32)
+    scores = fine_scores(*leaves.values(), shortlist, probes, torch.float32)
     generator = torch.Generator().manual_seed(1)
     grad_scores = torch.randn(scores.shape, generator=generator, dtype=torch.float64).float()
     scores.backward(grad_scores.masked_fill(scores.isinf(), 0.0))
@@ -212,20 +212,20 @@ def test_arithmetic_in_the_router_dtype_not_in_that_of_the_inputs(dtype):
 
 @pytest.mark.parametrize("with_bias", (False, True), ids=("no-bias", "bias"))
 def test_gradcheck(with_bias):
-    hidden, weight, bias, shortlist, assignments = make_inputs((7, 3, 9, 4, 4, 2), torch.float64, with_bias, True)
+    hidden, weight, bias, shortlist, probes = make_inputs((7, 3, 9, 4, 4, 2), torch.float64, with_bias, True)
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias) if tensor is not None]
 
     def finite_scores(hidden, weight, bias=None):
-        scores = fine_scores(hidden, weight, bias, shortlist, assignments, torch.float64)
+        scores = fine_scores(hidden, weight, bias, shortlist, probes, torch.float64)
         return scores[scores.isfinite()]
 
     assert torch.autograd.gradcheck(finite_scores, leaves)
 
 
 def test_int32_lists_equal_int64_lists():
-    hidden, weight, bias, shortlist, assignments = make_inputs(SHAPES["two-probes"], torch.float32, True, True)
-    expected = scores_and_gradients(fine_scores, (hidden, weight, bias, shortlist, assignments), torch.float32)
-    actual = scores_and_gradients(fine_scores, (hidden, weight, bias, shortlist.int(), assignments), torch.float32)
+    hidden, weight, bias, shortlist, probes = make_inputs(SHAPES["two-probes"], torch.float32, True, True)
+    expected = scores_and_gradients(fine_scores, (hidden, weight, bias, shortlist, probes), torch.float32)
+    actual = scores_and_gradients(fine_scores, (hidden, weight, bias, shortlist.int(), probes), torch.float32)
     assert torch.equal(actual[0], expected[0])
     assert all(torch.equal(*pair) for pair in zip(actual[1], expected[1], strict=True))
 
@@ -247,12 +247,12 @@ def test_the_best_of_the_lists(shape, with_bias, padded, function, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: empty(*size, **kwargs).fill_(-7))
     monkeypatch.setattr(eager, "_TABLE_ROWS", (3, 5))
-    hidden, weight, bias, shortlist, assignments = make_inputs(SHAPES[shape], torch.float64, with_bias, padded)
-    num_candidates = assignments.shape[1] * shortlist.shape[1]
+    hidden, weight, bias, shortlist, probes = make_inputs(SHAPES[shape], torch.float64, with_bias, padded)
+    num_candidates = probes.shape[1] * shortlist.shape[1]
     monkeypatch.setattr(eager, "SCORES_OF_BLOCK", 11 * num_candidates)
     expert_bias = expert_bias_for(function, weight.shape[0])
     for topk in {1, min(3, num_candidates), shortlist.shape[1], num_candidates, num_candidates + 2}:
-        arguments = (hidden, weight, bias, shortlist.int(), assignments, topk, torch.float64, function, expert_bias)
+        arguments = (hidden, weight, bias, shortlist.int(), probes, topk, torch.float64, function, expert_bias)
         scores, ids = fine_topk(*arguments)
         expected_scores, expected_ids = naive_fine_topk(*arguments)
         assert ids.dtype == torch.int32 and scores.dtype == torch.float64
@@ -267,12 +267,12 @@ def test_the_best_of_the_lists(shape, with_bias, padded, function, monkeypatch):
 @pytest.mark.parametrize("shape", ("two-probes", "three-probes", "full-list"))
 @pytest.mark.parametrize("function", SCORE_FUNCTIONS_OF_BIAS)
 def test_gradients_of_the_best(shape, function):
-    hidden, weight, bias, shortlist, assignments = make_inputs(SHAPES[shape], torch.float64, True, False)
+    hidden, weight, bias, shortlist, probes = make_inputs(SHAPES[shape], torch.float64, True, False)
     leaves = [leaf.requires_grad_() for leaf in (hidden, weight, bias)]
     expert_bias = expert_bias_for(function, weight.shape[0])
     results = []
     for operation in (fine_topk, naive_fine_topk):
-        scores, ids = operation(*leaves, shortlist.int(), assignments, 4, torch.float64, function, expert_bias)
+        scores, ids = operation(*leaves, shortlist.int(), probes, 4, torch.float64, function, expert_bias)
         factors = torch.randn(weight.shape[0], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         results.append(torch.autograd.grad((scores * factors[ids.long()]).square().sum(), leaves))
     for found, expected in zip(*results, strict=True):
@@ -291,29 +291,29 @@ def test_gradients_of_the_best(shape, function):
     ids=["no-topk", "no-bias", "no-function", "unknown-function", "bias-of-others"],
 )
 def test_what_the_topk_cannot_do_is_refused(change, message):
-    hidden, weight, bias, shortlist, assignments = make_inputs(SHAPES["two-probes"], torch.float32, False, False)
+    hidden, weight, bias, shortlist, probes = make_inputs(SHAPES["two-probes"], torch.float32, False, False)
     with pytest.raises(ValueError, match=message):
-        fine_topk(hidden, weight, bias, shortlist, assignments, **{"topk": 2, "dtype": torch.float32} | change)
+        fine_topk(hidden, weight, bias, shortlist, probes, **{"topk": 2, "dtype": torch.float32} | change)
 
 
 BAD_SHAPES = {
     "hidden-not-a-matrix": ((2, 3, 4), (5, 4), (2, 3), (6, 1), "hidden"),
     "weight-not-a-matrix": ((6, 4), (5,), (2, 3), (6, 1), "weight"),
     "hidden-sizes-differ": ((6, 4), (5, 3), (2, 3), (6, 1), "same H"),
-    "assignments-not-a-matrix": ((6, 4), (5, 4), (2, 3), (6,), "assignments"),
-    "assignments-of-other-tokens": ((6, 4), (5, 4), (2, 3), (7, 1), "T = 6"),
+    "probes-not-a-matrix": ((6, 4), (5, 4), (2, 3), (6,), "probes"),
+    "probes-of-other-tokens": ((6, 4), (5, 4), (2, 3), (7, 1), "T = 6"),
     "shortlist-not-a-matrix": ((6, 4), (5, 4), (3,), (6, 1), "shortlist"),
 }
 
 
-@pytest.mark.parametrize("hidden, weight, shortlist, assignments, message", BAD_SHAPES.values(), ids=BAD_SHAPES)
-def test_bad_shapes_are_refused(hidden, weight, shortlist, assignments, message):
+@pytest.mark.parametrize("hidden, weight, shortlist, probes, message", BAD_SHAPES.values(), ids=BAD_SHAPES)
+def test_bad_shapes_are_refused(hidden, weight, shortlist, probes, message):
     with pytest.raises(ValueError, match=message):
         fine_scores(
             torch.zeros(hidden),
             torch.zeros(weight),
             None,
             torch.zeros(shortlist, dtype=torch.int64),
-            torch.zeros(assignments, dtype=torch.int64),
+            torch.zeros(probes, dtype=torch.int64),
             torch.float32,
         )

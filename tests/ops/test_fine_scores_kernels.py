@@ -28,7 +28,7 @@ SHAPES = {
 
 
 def make(shape, dtype, device, padded=True, integers=False):
-    """Leaves hidden, weight, bias; shortlist and assignments. ``padded``: lists of length 0, 1, 2, ..., then full.
+    """Leaves hidden, weight, bias; shortlist and probes. ``padded``: lists of length 0, 1, 2, ..., then full.
 
     With ``integers`` every sum is exact in any dtype, and many scores are equal.
     """
@@ -46,8 +46,8 @@ def make(shape, dtype, device, padded=True, integers=False):
     if padded and num_clusters > 1:
         lengths = torch.arange(num_clusters).unsqueeze(1) * max(1, shortlist_size // (num_clusters - 1))
         shortlist = shortlist.masked_fill(torch.arange(shortlist_size) >= lengths, -1)
-    assignments = torch.rand(num_tokens, num_clusters, generator=generator).argsort(dim=1)[:, :num_probes]
-    return leaves, shortlist.to(device), assignments.to(device)
+    probes = torch.rand(num_tokens, num_clusters, generator=generator).argsort(dim=1)[:, :num_probes]
+    return leaves, shortlist.to(device), probes.to(device)
 
 
 def ascending(shortlist):
@@ -72,10 +72,10 @@ def random_like(tensor, seed=1):
 
 
 def assert_scores_equal_naive(shape, input_dtype, dtype, device, **options):
-    leaves, shortlist, assignments = make(shape, input_dtype, device)
+    leaves, shortlist, probes = make(shape, input_dtype, device)
     wide = widened(leaves)
-    expected = naive_fine_scores(*wide, shortlist, assignments, torch.float64)
-    found = kernels.fine_scores(*leaves, shortlist, assignments, dtype, **options)
+    expected = naive_fine_scores(*wide, shortlist, probes, torch.float64)
+    found = kernels.fine_scores(*leaves, shortlist, probes, dtype, **options)
     assert found.dtype == dtype and found.shape == expected.shape
     assert torch.equal(found.isneginf(), expected.isneginf())
     present = expected.isfinite()
@@ -105,9 +105,9 @@ def test_arithmetic_is_that_of_the_router_dtype(input_dtype, kernel_device):
 
 
 def test_strided_biases_equal_contiguous_ones(kernel_device):
-    (hidden, weight, bias), shortlist, assignments = make((5, 8, 12, 2, 4, 1), torch.float32, kernel_device)
+    (hidden, weight, bias), shortlist, probes = make((5, 8, 12, 2, 4, 1), torch.float32, kernel_device)
     strided = bias.detach().unsqueeze(1).repeat(1, 3)[:, 1]
-    inputs = (shortlist, assignments, torch.float32)
+    inputs = (shortlist, probes, torch.float32)
     with torch.no_grad():
         scores = [kernels.fine_scores(hidden, weight, values, *inputs) for values in (bias, strided)]
         ids = [
@@ -118,16 +118,16 @@ def test_strided_biases_equal_contiguous_ones(kernel_device):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_fp32_gradients_of_16_bit_inputs_keep_16_bits(dtype, kernel_device):
-    leaves, shortlist, assignments = make(SHAPES["two-probes"], dtype, kernel_device)
+    leaves, shortlist, probes = make(SHAPES["two-probes"], dtype, kernel_device)
     weight = torch.nn.Parameter(leaves[1].detach())
     weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
     hidden, bias = leaves[0].detach(), leaves[2].detach()
     wide = widened([weight])[0]
-    expected = naive_fine_scores(hidden.double(), wide, bias.double(), shortlist, assignments, torch.float64)
+    expected = naive_fine_scores(hidden.double(), wide, bias.double(), shortlist, probes, torch.float64)
     present = expected.isfinite()
     grad = random_like(expected.float()).masked_fill(~present, 0.0)
     (expected,) = torch.autograd.grad(expected, wide, grad.double())
-    kernels.fine_scores(hidden, weight, bias, shortlist, assignments, torch.float32).backward(grad)
+    kernels.fine_scores(hidden, weight, bias, shortlist, probes, torch.float32).backward(grad)
     # The interpreter rounds the parts towards zero: both parts of fp16 inputs lose something.
     assert relative_error(weight.main_grad, expected) <= (2.0**-15 if dtype == torch.float16 else 2.0**-16)
 
@@ -146,11 +146,11 @@ def test_deterministic_gradients_equal_naive(chunk, monkeypatch, kernel_device):
 def test_codewords_without_tokens_leave_their_experts_alone(deterministic, monkeypatch, kernel_device):
     """Also where a whole chunk of codewords has none."""
     monkeypatch.setattr(kernels, "_TILE_ELEMENTS", 2 * 8 * 5)
-    leaves, shortlist, assignments = make((9, 8, 60, 7, 5, 1), torch.float32, kernel_device, padded=False)
-    assignments = assignments % 2 * 3  # codewords 0 and 3
-    scores = kernels.fine_scores(*leaves, shortlist, assignments, torch.float32, deterministic)
+    leaves, shortlist, probes = make((9, 8, 60, 7, 5, 1), torch.float32, kernel_device, padded=False)
+    probes = probes % 2 * 3  # codewords 0 and 3
+    scores = kernels.fine_scores(*leaves, shortlist, probes, torch.float32, deterministic)
     wide = widened(leaves)
-    expected = naive_fine_scores(*wide, shortlist, assignments, torch.float64)
+    expected = naive_fine_scores(*wide, shortlist, probes, torch.float64)
     assert relative_error(scores, expected) <= TOLERANCES[torch.float32]
     found = torch.autograd.grad(scores.sum(), leaves)
     assert_gradients_near(found, torch.autograd.grad(expected.sum(), wide), leaves, TOLERANCES[torch.float32])
@@ -165,7 +165,7 @@ def test_codewords_without_tokens_leave_their_experts_alone(deterministic, monke
     ids=("atomic", "deterministic", "bf16-main-grad"),
 )
 def test_main_grad_is_added_to_and_only_in_used_rows(dtype, deterministic, kernel_device):
-    (hidden, weight, _), shortlist, assignments = make((9, 16, 60, 4, 5, 1), torch.float32, kernel_device)
+    (hidden, weight, _), shortlist, probes = make((9, 16, 60, 4, 5, 1), torch.float32, kernel_device)
     unused = torch.ones(60, dtype=torch.bool, device=kernel_device)
     unused[shortlist[shortlist >= 0]] = False
     grads = []
@@ -173,7 +173,7 @@ def test_main_grad_is_added_to_and_only_in_used_rows(dtype, deterministic, kerne
         centers = torch.nn.Parameter(weight.detach().clone())
         if fused:
             centers.main_grad = torch.full_like(centers, 3.0, dtype=dtype)
-        scores = kernels.fine_scores(hidden, centers, None, shortlist, assignments, torch.float32, deterministic)
+        scores = kernels.fine_scores(hidden, centers, None, shortlist, probes, torch.float32, deterministic)
         scores[scores.isfinite()].sum().backward()
         grads.append(centers.main_grad if fused else centers.grad)
     assert centers.grad_added_to_main_grad
@@ -181,9 +181,9 @@ def test_main_grad_is_added_to_and_only_in_used_rows(dtype, deterministic, kerne
     assert relative_error(grads[1], 3.0 + grads[0].double()) <= TOLERANCES[dtype]
 
 
-def naive_topk(leaves, shortlist, assignments, topk, function=None, expert_bias=None):
+def naive_topk(leaves, shortlist, probes, topk, function=None, expert_bias=None):
     """Scores [T, K] and ids, best first; the first of equals wins."""
-    scores, ids = naive_fine_topk(*leaves, shortlist, assignments, topk, torch.float64, function, expert_bias)
+    scores, ids = naive_fine_topk(*leaves, shortlist, probes, topk, torch.float64, function, expert_bias)
     return scores, ids.long()
 
 
@@ -215,13 +215,13 @@ def deterministic(request) -> bool:
 )
 @pytest.mark.parametrize("function", (None, "sigmoid", "sqrtsoftplus"))
 def test_topk_is_exact_and_the_first_of_equals_wins(shape, topk, dtype, function, kernel_device):
-    leaves, shortlist, assignments = make(shape, dtype, kernel_device, integers=True)
+    leaves, shortlist, probes = make(shape, dtype, kernel_device, integers=True)
     shortlist = ascending(shortlist)
     # With a bias as large as this, equals are equal to the last bit in fp64 too.
     bias = () if function is None else (function, torch.arange(shape[2], device=kernel_device).float() % 5)
     with torch.no_grad():
-        expected = naive_topk(leaves, shortlist, assignments, topk, *bias)
-        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, topk, dtype, *bias)
+        expected = naive_topk(leaves, shortlist, probes, topk, *bias)
+        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, probes, topk, dtype, *bias)
     assert (scores.dtype, ids.dtype) == (dtype, torch.int32)
     assert torch.equal(ids.long(), expected[1])
     assert torch.equal(scores.double(), expected[0])
@@ -230,21 +230,21 @@ def test_topk_is_exact_and_the_first_of_equals_wins(shape, topk, dtype, function
 @pytest.mark.parametrize("tile", (512, 32), ids=("one-tile", "merged-tiles"))
 def test_the_best_of_one_tile_and_of_several(tile, monkeypatch, kernel_device):
     monkeypatch.setattr(topk_kernels, "_TILE_COLUMNS", tile)
-    leaves, shortlist, assignments = make((7, 8, 90, 2, 55, 1), torch.float32, kernel_device, integers=True)
+    leaves, shortlist, probes = make((7, 8, 90, 2, 55, 1), torch.float32, kernel_device, integers=True)
     with torch.no_grad():
         leaves[0].div_(4)
-        expected = naive_topk(leaves, shortlist, assignments, 11)
-        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, 11, torch.float32)
+        expected = naive_topk(leaves, shortlist, probes, 11)
+        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, probes, 11, torch.float32)
     assert torch.equal(ids.long(), expected[1])
     assert torch.equal(scores.double(), expected[0])
 
 
 @pytest.mark.long  # interpreted
 def test_the_largest_topk_of_a_list_of_two_full_tiles(kernel_device):
-    leaves, shortlist, assignments = make((2, 16, 1024, 1, 1024, 1), torch.float32, kernel_device, integers=True)
+    leaves, shortlist, probes = make((2, 16, 1024, 1, 1024, 1), torch.float32, kernel_device, integers=True)
     with torch.no_grad():
-        expected = naive_topk(leaves, shortlist, assignments, 512)
-        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, 512, torch.float32)
+        expected = naive_topk(leaves, shortlist, probes, 512)
+        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, probes, 512, torch.float32)
     assert torch.equal(ids.long(), expected[1])
     assert torch.equal(scores.double(), expected[0])
 
@@ -252,11 +252,11 @@ def test_the_largest_topk_of_a_list_of_two_full_tiles(kernel_device):
 @pytest.mark.parametrize("num_probes", (1, 3))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_topk_gradients_equal_naive(dtype, num_probes, deterministic, kernel_device):
-    leaves, shortlist, assignments = make((11, 17, 40, 3, 18, num_probes), dtype, kernel_device)
+    leaves, shortlist, probes = make((11, 17, 40, 3, 18, num_probes), dtype, kernel_device)
     shortlist = ascending(shortlist)
     wide = widened(leaves)
-    scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, 5, torch.float32, deterministic=deterministic)
-    expected_scores, expected_ids = naive_topk(wide, shortlist, assignments, 5)
+    scores, ids = topk_kernels.fine_topk(*leaves, shortlist, probes, 5, torch.float32, deterministic=deterministic)
+    expected_scores, expected_ids = naive_topk(wide, shortlist, probes, 5)
     assert torch.equal(ids.long(), expected_ids)
     results = []
     for found, inputs in ((scores, leaves), (expected_scores, wide)):
@@ -268,12 +268,12 @@ def test_topk_gradients_equal_naive(dtype, num_probes, deterministic, kernel_dev
 @pytest.mark.parametrize("num_probes", (1, 3))
 @pytest.mark.parametrize("topk", (5, 60))  # 60 is more than three lists have
 def test_topk_gradients_block_by_block_equal_those_of_all_tokens(num_probes, topk, monkeypatch, kernel_device):
-    leaves, shortlist, assignments = make((11, 17, 40, 3, 18, num_probes), torch.float32, kernel_device)
+    leaves, shortlist, probes = make((11, 17, 40, 3, 18, num_probes), torch.float32, kernel_device)
     shortlist = ascending(shortlist)
     results = []
     for size in (2**26, 4 * 18 * num_probes):  # four tokens at a time
         monkeypatch.setattr(topk_kernels, "SCORES_OF_BLOCK", size)
-        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, topk, torch.float32)
+        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, probes, topk, torch.float32)
         # A gradient that arrives where there is no candidate counts nothing.
         results.append((ids, *torch.autograd.grad(scores, leaves, random_like(scores))))
     assert torch.equal(results[0][0], results[1][0])
@@ -282,47 +282,45 @@ def test_topk_gradients_block_by_block_equal_those_of_all_tokens(num_probes, top
 
 
 def test_gradients_of_rows_in_parts_equal_those_at_once(monkeypatch, kernel_device):
-    leaves, shortlist, assignments = make((5, 300, 24, 3, 7, 2), torch.float32, kernel_device)
+    leaves, shortlist, probes = make((5, 300, 24, 3, 7, 2), torch.float32, kernel_device)
     results = []
     for elements in (2**27, 128 * 10):  # three parts of 128, 128 and 44 columns
         monkeypatch.setattr(kernels, "_ROW_ELEMENTS", elements)
-        scores = kernels.fine_scores(*leaves, shortlist, assignments, torch.float32)
+        scores = kernels.fine_scores(*leaves, shortlist, probes, torch.float32)
         grad = random_like(scores).masked_fill(scores.isinf(), 0.0)
         results.append(torch.autograd.grad(scores, leaves[0], grad)[0])
     assert torch.equal(*results)
 
 
 def test_topk_gradients_have_equal_bits_in_every_run(kernel_device):
-    leaves, shortlist, assignments = make((11, 17, 40, 3, 18, 1), torch.float32, kernel_device)
+    leaves, shortlist, probes = make((11, 17, 40, 3, 18, 1), torch.float32, kernel_device)
     runs = []
     for _ in range(2):
-        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, 5, torch.float32, deterministic=True)
+        scores, ids = topk_kernels.fine_topk(*leaves, shortlist, probes, 5, torch.float32, deterministic=True)
         runs.append(torch.autograd.grad(scores[ids >= 0].square().sum(), leaves))
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
 def test_only_the_gradients_asked_for_are_made(deterministic, kernel_device):
-    leaves, shortlist, assignments = make((4, 16, 24, 2, 7, 1), torch.float32, kernel_device)
+    leaves, shortlist, probes = make((4, 16, 24, 2, 7, 1), torch.float32, kernel_device)
     for wanted in range(3):
         inputs = [leaf.detach().requires_grad_(place == wanted) for place, leaf in enumerate(leaves)]
-        scores, ids = topk_kernels.fine_topk(
-            *inputs, shortlist, assignments, 2, torch.float32, deterministic=deterministic
-        )
+        scores, ids = topk_kernels.fine_topk(*inputs, shortlist, probes, 2, torch.float32, deterministic=deterministic)
         scores[ids >= 0].sum().backward()
-        all_scores = kernels.fine_scores(*inputs, shortlist, assignments, torch.float32)
+        all_scores = kernels.fine_scores(*inputs, shortlist, probes, torch.float32)
         all_scores[all_scores.isfinite()].sum().backward()
         assert [tensor.grad is not None for tensor in inputs] == [place == wanted for place in range(3)]
 
 
 def test_the_weight_gradient_of_the_topk_goes_into_main_grad(deterministic, kernel_device):
-    (hidden, weight, _), shortlist, assignments = make((5, 16, 60, 2, 5, 1), torch.float32, kernel_device)
+    (hidden, weight, _), shortlist, probes = make((5, 16, 60, 2, 5, 1), torch.float32, kernel_device)
     grads = []
     for fused in (False, True):
         centers = torch.nn.Parameter(weight.detach().clone())
         if fused:
             centers.main_grad = torch.full_like(centers, 3.0)
         scores, ids = topk_kernels.fine_topk(
-            hidden, centers, None, shortlist, assignments, 2, torch.float32, deterministic=deterministic
+            hidden, centers, None, shortlist, probes, 2, torch.float32, deterministic=deterministic
         )
         scores[ids >= 0].sum().backward()
         grads.append(centers.main_grad if fused else centers.grad)
@@ -332,9 +330,9 @@ def test_the_weight_gradient_of_the_topk_goes_into_main_grad(deterministic, kern
 
 def test_more_than_the_kernels_take_is_not_forced(monkeypatch):
     monkeypatch.setenv("AIR_MOE_BACKEND", "triton")
-    inputs, shortlist, assignments = make((9, 16, 24, 3, 7, 1), torch.float32, "cpu")
+    inputs, shortlist, probes = make((9, 16, 24, 3, 7, 1), torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"topk \(2049\) exceeds 2048"):
-        fine_topk(*inputs, shortlist, assignments, 2049, torch.float32)
+        fine_topk(*inputs, shortlist, probes, 2049, torch.float32)
 
 
 def test_worked_examples(kernel_device):
@@ -354,12 +352,12 @@ def test_scores_beyond_2_31_elements(cuda):
     hidden = torch.randn(num_tokens, 16, generator=generator, device=cuda).bfloat16().requires_grad_()
     weight = torch.randn(4096, 16, generator=generator, device=cuda).bfloat16().requires_grad_()
     shortlist = torch.rand(64, 4096, generator=generator, device=cuda).argsort(dim=1)[:, :shortlist_size]
-    assignments = torch.randint(64, (num_tokens, 1), generator=generator, device=cuda)
-    scores = kernels.fine_scores(hidden, weight, None, shortlist, assignments, torch.bfloat16)
-    topk_scores, topk_ids = topk_kernels.fine_topk(hidden, weight, None, shortlist, assignments, 64, torch.bfloat16)
+    probes = torch.randint(64, (num_tokens, 1), generator=generator, device=cuda)
+    scores = kernels.fine_scores(hidden, weight, None, shortlist, probes, torch.bfloat16)
+    topk_scores, topk_ids = topk_kernels.fine_topk(hidden, weight, None, shortlist, probes, 64, torch.bfloat16)
     last = slice(num_tokens - 100, num_tokens)
     wide = [leaf.detach().double() for leaf in (hidden[last], weight)]
-    expected = naive_fine_scores(*wide, None, shortlist, assignments[last], torch.float64)
+    expected = naive_fine_scores(*wide, None, shortlist, probes[last], torch.float64)
     rounded = TOLERANCES[torch.bfloat16]
     assert relative_error(scores[last], expected) <= rounded
     assert relative_error(topk_scores[last], expected.squeeze(1).topk(64, dim=1).values) <= rounded
@@ -368,7 +366,7 @@ def test_scores_beyond_2_31_elements(cuda):
     grad = torch.zeros_like(scores)
     grad[last] = random_like(grad[last])
     found = torch.autograd.grad(scores, (hidden, weight), grad)
-    centers = wide[1][shortlist[assignments[last].squeeze(1)]]
+    centers = wide[1][shortlist[probes[last].squeeze(1)]]
     expected = torch.einsum("tpl,tlh->th", grad[last].double(), centers)
     assert relative_error(found[0][last], expected) <= TOLERANCES[torch.bfloat16]
     assert found[0][: last.start].count_nonzero() == 0
@@ -380,10 +378,10 @@ def test_scores_beyond_2_31_elements(cuda):
 def test_large_shapes_equal_naive(shortlist_size, dtype, cuda):
     shape = (1000, 257, 4096, 48, shortlist_size, 1)
     assert_scores_equal_naive(shape, dtype, dtype, cuda)
-    leaves, shortlist, assignments = make(shape, dtype, cuda, integers=True)
+    leaves, shortlist, probes = make(shape, dtype, cuda, integers=True)
     with torch.no_grad():
         for topk in (1, 64, 512):
-            expected = naive_topk(leaves, shortlist, assignments, topk)
-            scores, ids = topk_kernels.fine_topk(*leaves, shortlist, assignments, topk, dtype)
+            expected = naive_topk(leaves, shortlist, probes, topk)
+            scores, ids = topk_kernels.fine_topk(*leaves, shortlist, probes, topk, dtype)
             assert torch.equal(ids.long(), expected[1])
             assert torch.equal(scores.double(), expected[0])

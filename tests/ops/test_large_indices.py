@@ -55,12 +55,10 @@ def fine_scores_of_many_rows(num_rows, hidden_size, device):
     hidden = random_rows(num_rows, hidden_size, last, device).requires_grad_()
     weight = random_rows(num_rows, hidden_size, last, device).requires_grad_()
     shortlist = torch.stack((torch.arange(16, device=device), last))  # the first experts, the last experts
-    assignments = (torch.arange(num_rows, device=device) >= num_rows - 16).long().unsqueeze(1)
-    scores = fine_scores(hidden, weight, None, shortlist, assignments, torch.float32)
-    best, ids = fine_topk(hidden, weight, None, shortlist, assignments, 4, torch.float32)
-    merged = fine_topk(
-        hidden, weight, None, shortlist, torch.cat((assignments, 1 - assignments), dim=1), 4, torch.float32
-    )
+    probes = (torch.arange(num_rows, device=device) >= num_rows - 16).long().unsqueeze(1)
+    scores = fine_scores(hidden, weight, None, shortlist, probes, torch.float32)
+    best, ids = fine_topk(hidden, weight, None, shortlist, probes, 4, torch.float32)
+    merged = fine_topk(hidden, weight, None, shortlist, torch.cat((probes, 1 - probes), dim=1), 4, torch.float32)
     wide_hidden, wide_weight = hidden.detach()[-16:].double(), weight.detach()[-16:].double()
     expected = wide_hidden @ wide_weight.t()
     assert relative_error(scores[-16:, 0], expected) <= 1e-5
@@ -96,8 +94,8 @@ def coarse_of_many_codewords(num_rows, hidden_size, device):
     codewords[chosen, 0] = codewords[chosen, 0].abs()
     hidden = (3.0 * codewords[chosen]).bfloat16()
     for deterministic in (False, True):
-        assignments, statistics = assign_with_statistics(hidden, codewords, 1, deterministic=deterministic)
-        assert torch.equal(assignments[:, 0], chosen)
+        probes, statistics = assign_with_statistics(hidden, codewords, 1, deterministic=deterministic)
+        assert torch.equal(probes[:, 0], chosen)
         unit = torch.nn.functional.normalize(hidden.double(), dim=1)
         assert relative_error(statistics[chosen, :hidden_size], unit) <= 1e-5
         assert statistics[:, hidden_size].sum() == 4 and (statistics[chosen, hidden_size] == 1).all()

@@ -1,4 +1,4 @@
-"""Tokens of every finite length: unit vectors, assignments and statistics of the coarse stage against fp64."""
+"""Tokens of every finite length: unit vectors, probes and statistics of the coarse stage against fp64."""
 
 import math
 
@@ -106,9 +106,9 @@ def test_unit_rows_tell_of_what_is_not_finite(value):
 def test_one_such_token_among_ordinary_ones(length, dtype, way, kernel_device):
     hidden = tokens_of_lengths([1.0] * 11 + [length] + [1.0] * 8, kernel_device, dtype)
     codewords = codewords_around(kernel_device)
-    assignments, statistics = way(hidden, codewords, 2)
-    assert torch.equal(assignments, naive_assign(hidden, codewords.double(), 2))
-    expected = naive_token_statistics(hidden, codewords.double(), assignments[:, 0])
+    probes, statistics = way(hidden, codewords, 2)
+    assert torch.equal(probes, naive_assign(hidden, codewords.double(), 2))
+    expected = naive_token_statistics(hidden, codewords.double(), probes[:, 0])
     assert_statistics_near(statistics, expected)
     assert cosine(statistics[0, :24], expected[0, :24]) > 1 - 1e-6
 
@@ -118,9 +118,9 @@ def test_one_such_token_among_ordinary_ones(length, dtype, way, kernel_device):
 def test_all_lengths_in_one_cluster(dtype, way, kernel_device):
     hidden = tokens_of_lengths(LENGTHS * 4, kernel_device, dtype)
     codewords = codewords_around(kernel_device)
-    assignments, statistics = way(hidden, codewords, 1)
-    assert (assignments == 0).all()
-    expected = naive_token_statistics(hidden, codewords.double(), assignments[:, 0])
+    probes, statistics = way(hidden, codewords, 1)
+    assert (probes == 0).all()
+    expected = naive_token_statistics(hidden, codewords.double(), probes[:, 0])
     assert expected[0, 24] == len(hidden)
     assert_statistics_near(statistics, expected)
     assert cosine(statistics[0, :24], expected[0, :24]) > 1 - 1e-6
@@ -142,8 +142,8 @@ def test_tokens_of_zeros_count_nothing(dtype, way, kernel_device):
     codewords = codewords_around(kernel_device)
     expected = way(hidden[1:6], codewords, 1)[1]
     hidden[[0, 6]] = 0.0
-    assignments, statistics = way(hidden, codewords, 1)
-    assert ((assignments >= 0) & (assignments < 9)).all()
+    probes, statistics = way(hidden, codewords, 1)
+    assert ((probes >= 0) & (probes < 9)).all()
     assert statistics[:, 24].sum() == 5
     torch.testing.assert_close(statistics, expected)
     assert not way(torch.zeros_like(hidden), codewords, 1)[1].any()
@@ -156,7 +156,7 @@ def test_tokens_that_are_not_finite_are_found_whatever_their_length(length, valu
     hidden = tokens_of_lengths([1.0, length, 1.0], kernel_device)
     hidden[1, 4] = value
     codewords = codewords_around(kernel_device)
-    assignments, statistics = way(hidden, codewords, 1)
-    assert not statistics[assignments[1, 0]].isfinite().all()
+    probes, statistics = way(hidden, codewords, 1)
+    assert not statistics[probes[1, 0]].isfinite().all()
     keep = torch.tensor([True, False, True], device=kernel_device)
     assert way(hidden, codewords, 1, keep)[1].isfinite().all()

@@ -110,15 +110,15 @@ def test_statistics_worked_example():
 def test_statistics_equal_a_loop_over_tokens(dtype):
     hidden = randn(40, 6).to(dtype)
     codewords = torch.nn.functional.normalize(randn(5, 6, seed=1), dim=1)
-    assignments = assign(hidden, codewords, 1).squeeze(1)
+    nearest = assign(hidden, codewords, 1).squeeze(1)
     expected = torch.zeros(5, 9)
-    for token, codeword in zip(hidden.float(), assignments.tolist(), strict=True):
+    for token, codeword in zip(hidden.float(), nearest.tolist(), strict=True):
         unit = token / token.norm()
         expected[codeword, :6] += unit
         expected[codeword, 6] += 1
         expected[codeword, 7] += unit @ codewords[codeword]
         expected[codeword, 8] += token.norm()
-    statistics = token_statistics(hidden, codewords, assignments)
+    statistics = token_statistics(hidden, codewords, nearest)
     assert statistics.dtype == torch.float32
     torch.testing.assert_close(statistics, expected, **CLOSE)
 
@@ -139,9 +139,9 @@ def test_padding_is_left_out_even_where_it_is_nan():
     keep = torch.arange(30) % 3 != 0
     alone, padded = Codebook(4, 8, 0.9), Codebook(4, 8, 0.9)
     alone.accumulate(assign_with_statistics(hidden[keep], alone.codewords, 1)[1])
-    assignments = assign(hidden, padded.codewords, 1).squeeze(1)
+    nearest = assign(hidden, padded.codewords, 1).squeeze(1)
     hidden[~keep] = float("nan")
-    padded.accumulate(token_statistics(hidden, padded.codewords, assignments, keep))
+    padded.accumulate(token_statistics(hidden, padded.codewords, nearest, keep))
     assert torch.equal(padded.statistics, alone.statistics)
 
 
@@ -179,13 +179,13 @@ def test_decayed_sums_equal_a_naive_reference():
     counts = [0.0] * num_clusters
     for step in range(5):
         hidden = codewords.repeat_interleave(10, dim=0) + 0.3 * randn(40, 6, seed=step)
-        assignments = torch.arange(num_clusters).repeat_interleave(10)
-        statistics = token_statistics(hidden, codewords, assignments)
+        nearest = torch.arange(num_clusters).repeat_interleave(10)
+        statistics = token_statistics(hidden, codewords, nearest)
         codewords, ema = (
             of_one[0] for of_one in update_from_tokens(codewords[None], ema[None], statistics[None], decay, step)
         )
         for cluster in range(num_clusters):
-            members = [[x / math.hypot(*row) for x in row] for row in hidden[assignments == cluster].tolist()]
+            members = [[x / math.hypot(*row) for x in row] for row in hidden[nearest == cluster].tolist()]
             new = [sum(column) for column in zip(*members, strict=True)]
             sums[cluster] = [decay * a + (1 - decay) * b for a, b in zip(sums[cluster], new, strict=True)]
             counts[cluster] = decay * counts[cluster] + (1 - decay) * len(members)

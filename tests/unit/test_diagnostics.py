@@ -103,15 +103,15 @@ def test_most_frequent_ids_of_each_codeword():
     assert most_frequent(torch.tensor([1 << 32 | 7, -1, 1 << 32 | 7, 1 << 32 | 3]), 2) == [[], [[7, 2], [3, 1]]]
     assert most_frequent(torch.tensor([-1, -1]), 2) == [[], []]
     draw = random.Random(0)
-    codewords = torch.tensor([[draw.randrange(6), 0] for _ in range(300)])
+    probes = torch.tensor([[draw.randrange(6), 0] for _ in range(300)])
     ids = torch.tensor([draw.randrange(20) for _ in range(300)])
     padding = torch.arange(300) % 7 == 0
     counter = CodewordCounter(6, 1000, torch.device("cpu"))
-    counter.observe(codewords, None, ids)
+    counter.observe(probes, None, ids)
     counter.discard()
     for part in (slice(0, 120), slice(120, 300)):
-        counter.observe(codewords[part], padding[part], ids[part])
-    counted = [(int(c), int(i)) for (c, _), i, out in zip(codewords, ids, padding, strict=True) if not out]
+        counter.observe(probes[part], padding[part], ids[part])
+    counted = [(int(c), int(i)) for (c, _), i, out in zip(probes, ids, padding, strict=True) if not out]
     loads = Counter(codeword for codeword, _ in counted)
     assert counter.load.tolist() == [loads[codeword] for codeword in range(6)]
     for codeword, found in enumerate(most_frequent(counter.pairs, 6)):
@@ -235,7 +235,7 @@ def test_figures_of_air_against_the_sample_and_the_routes(megatron_cpu, monkeypa
     sample = samples[-1]
     for name in ("mass_recall", "paper_bound", "mass_bound", "certified", "topk_recall"):
         assert figures[name] == pytest.approx(float(getattr(sample, name).float().mean()), rel=1e-4)
-    nearest = torch.cat([routes.codewords[:, 0] for routes in seen])
+    nearest = torch.cat([routes.probes[:, 0] for routes in seen])
     load = torch.bincount(nearest, minlength=8).double()
     shares = load[load > 0] / 40
     assert figures["codeword_entropy"] == pytest.approx(float(-(shares * shares.log()).sum()) / math.log(8), rel=1e-5)
@@ -249,7 +249,7 @@ def test_figures_of_air_against_the_sample_and_the_routes(megatron_cpu, monkeypa
     sums = torch.zeros(2, 8).double()
     for found in samples:
         sums *= 0.9
-        for codeword, value in zip(found.codewords[:, 0], found.topk_recall, strict=True):
+        for codeword, value in zip(found.probes[:, 0], found.topk_recall, strict=True):
             sums[:, codeword] += torch.tensor([float(value), 1.0])
     expected = [total / count if count else None for total, count in sums.t().tolist()]
     assert snapshot["recall"] == pytest.approx(expected, rel=1e-4)
@@ -303,7 +303,7 @@ def test_token_ids_come_from_the_embedding_in_measured_steps_only(megatron_cpu, 
         for _ in range(2):
             ids = torch.randint(VOCABULARY, (2, 10))
             layer(model["embedding"](ids).transpose(0, 1))
-            pairs.extend(zip(seen[-1].codewords[:, 0].tolist(), ids.t().flatten().tolist(), strict=True))
+            pairs.extend(zip(seen[-1].probes[:, 0].tolist(), ids.t().flatten().tolist(), strict=True))
 
     run.step(1, forward)
     assert layer.router.observer is None and not model["embedding"]._forward_pre_hooks

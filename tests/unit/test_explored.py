@@ -19,18 +19,18 @@ def make_hidden(num_tokens=20, seed=5):
 
 
 def test_every_slot_is_drawn_once_in_as_many_turns_as_there_are_slots():
-    codewords = torch.tensor([[3, 0, 7], [7, 3, 0], [1, 2, 4095]])
-    turns = torch.stack([draw_slots(codewords, 5, 4, turn) for turn in range(1000, 1015)])  # [15, T, R]
+    probes = torch.tensor([[3, 0, 7], [7, 3, 0], [1, 2, 4095]])
+    turns = torch.stack([draw_slots(probes, 5, 4, turn) for turn in range(1000, 1015)])  # [15, T, R]
     assert torch.equal(turns.sort(dim=0).values, torch.arange(15).view(15, 1, 1).expand(15, 3, 4))
     assert all(row.unique().numel() == 4 for turn in turns for row in turn)
 
 
 def test_the_draw_follows_from_the_codewords_alone():
-    codewords = torch.stack([torch.randperm(40)[:3] for _ in range(200)])
-    drawn, order = draw_slots(codewords, 16, 8, turn=3), torch.randperm(200)
-    assert torch.equal(draw_slots(codewords[order], 16, 8, turn=3), drawn[order])
+    probes = torch.stack([torch.randperm(40)[:3] for _ in range(200)])
+    drawn, order = draw_slots(probes, 16, 8, turn=3), torch.randperm(200)
+    assert torch.equal(draw_slots(probes[order], 16, 8, turn=3), drawn[order])
     assert drawn[:, 0].unique().numel() > 40  # of 48: tokens of different codewords draw different slots
-    assert not torch.equal(draw_slots(codewords, 16, 8, turn=4), drawn)
+    assert not torch.equal(draw_slots(probes, 16, 8, turn=4), drawn)
 
 
 def test_what_is_drawn_twice_or_is_a_candidate_already_is_left_out():
@@ -65,9 +65,9 @@ def test_the_loss_counts_each_of_them_for_the_slots_it_stands_for(megatron_cpu, 
     # The main loss leaves the centers alone: what they get comes from the balancing loss.
     found = torch.autograd.grad(0.0 * routes.probs.sum(), (hidden, router.weight))
 
-    lists = router.index.shortlist[routes.codewords].flatten(1).long()  # [T, P * L]
+    lists = router.index.shortlist[routes.probes].flatten(1).long()  # [T, P * L]
     scores = hidden @ router.weight.t()
-    drawn = router._draw(router.index.shortlist, routes.codewords, 6).long()
+    drawn = router._draw(router.index.shortlist, routes.probes, 6).long()
     counts = torch.zeros(EXPERTS).index_add_(0, routes.topk_ids.flatten().long(), torch.ones(routes.topk_ids.numel()))
     shares, loss, num_counted = counts / counts.sum(), 0.0, 0
     for token in range(hidden.shape[0]):
@@ -102,7 +102,7 @@ def test_experts_behind_the_best_candidates_get_gradients_in_time(megatron_cpu):
         router = make_router(megatron_cpu, **{**FIELDS, "moe_air_num_explored": number})
         gets = torch.zeros(EXPERTS, dtype=torch.bool)
         router.route(hidden)
-        searched = router.index.shortlist[router.route(hidden).codewords].unique().long()
+        searched = router.index.shortlist[router.route(hidden).probes].unique().long()
         for turn in range(36):
             router.codebook.load_state_dict({**router.codebook.state_dict(), "num_updates": torch.tensor([turn])})
             router.index.built_at.fill_(turn)

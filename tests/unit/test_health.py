@@ -246,8 +246,8 @@ def naive_recall(router):
     sample, lists = router.sample, router.index.shortlist.tolist()
     logits = sample.hidden @ router.weight.t()
     mass, topk = [], []
-    for token, codewords in enumerate(sample.codewords.tolist()):
-        listed = sorted({expert for codeword in codewords for expert in lists[codeword] if expert >= 0})
+    for token, probes in enumerate(sample.probes.tolist()):
+        listed = sorted({expert for codeword in probes for expert in lists[codeword] if expert >= 0})
         mass.append(logits[token].softmax(dim=0)[listed].sum().item())
         rank = logits[token]
         if router.expert_bias is not None:

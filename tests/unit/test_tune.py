@@ -67,10 +67,10 @@ def make_layer(num_fit=256, num_test=33, bias=False, expert_bias=False) -> Layer
     return Layer("1", tokens[:num_fit], tokens[num_fit:], centers, TOPK)
 
 
-def naive_recall(layer, choices, lists):
+def naive_recall(layer, probes, lists):
     """Top-k and mass recall in words."""
     topk = mass = 0.0
-    for hidden, chosen in zip(layer.test, choices.tolist(), strict=True):
+    for hidden, chosen in zip(layer.test, probes.tolist(), strict=True):
         logits = layer.centers.weight @ hidden + (0.0 if layer.centers.bias is None else layer.centers.bias)
         scores = logits if layer.centers.expert_bias is None else logits.sigmoid() + layer.centers.expert_bias
         listed = {expert for one in chosen for expert in lists[one].tolist()}
@@ -83,12 +83,12 @@ def naive_recall(layer, choices, lists):
 def test_recall_is_that_of_a_loop_over_tokens(biases):
     layer = make_layer(**biases)
     codebook = fit_codebook(layer.fit, 8)
-    choices = assign(layer.test, codebook.codewords, 4)
+    probes = assign(layer.test, codebook.codewords, 4)
     lists = make_lists(layer, codebook, [8, 16])
-    topk, mass = measure(layer, choices, lists, [1, 3, 4])
+    topk, mass = measure(layer, probes, lists, [1, 3, 4])
     for row, listed in enumerate(lists):
-        for column, probes in enumerate((1, 3, 4)):
-            expected = naive_recall(layer, choices[:, :probes], listed)
+        for column, num_probes in enumerate((1, 3, 4)):
+            expected = naive_recall(layer, probes[:, :num_probes], listed)
             assert (float(topk[row, column]), float(mass[row, column])) == pytest.approx(expected, abs=1e-6)
     assert (topk.diff(dim=1) >= 0).all() and (mass.diff(dim=1) >= 0).all()
 
@@ -97,10 +97,10 @@ def test_recall_is_that_of_the_routers_own_metrics():
     layer = make_layer()
     codebook = fit_codebook(layer.fit, 8)
     (lists,) = make_lists(layer, codebook, [8])
-    choices = assign(layer.test, codebook.codewords, 2)
-    topk, mass = measure(layer, choices, [lists], [2])
+    probes = assign(layer.test, codebook.codewords, 2)
+    topk, mass = measure(layer, probes, [lists], [2])
     stages = TwoStages(codebook.codewords, lists, layer.centers, layer.topk, layer.centers.expert_bias)
-    metrics = measure_sample(stages, TokenSample(layer.test, choices, None))
+    metrics = measure_sample(stages, TokenSample(layer.test, probes, None))
     assert float(topk) == pytest.approx(float(metrics.topk_recall.mean()), abs=1e-6)
     assert float(mass) == pytest.approx(float(metrics.mass_recall.mean()), abs=1e-5)
     assert (metrics.mass_bound <= metrics.mass_recall + 1e-5).all()
@@ -138,11 +138,11 @@ def test_candidates_are_the_best_distinct_ones():
     layer = make_layer()
     codebook = fit_codebook(layer.fit, 8)
     (lists,) = make_lists(layer, codebook, [8])
-    choices = assign(layer.test, codebook.codewords, 3)
-    found = mass_of_candidates(layer, choices, lists, [TOPK, 7, 1000])
+    probes = assign(layer.test, codebook.codewords, 3)
+    found = mass_of_candidates(layer, probes, lists, [TOPK, 7, 1000])
     for number, mass in zip((TOPK, 7, 1000), found.tolist(), strict=True):
         expected = 0.0
-        for hidden, chosen in zip(layer.test, choices, strict=True):
+        for hidden, chosen in zip(layer.test, probes, strict=True):
             probs = (layer.centers.weight @ hidden).softmax(dim=0)[lists[chosen].long().unique()]
             expected += probs.sort(descending=True).values[:number].sum().item() / len(layer.test)
         assert mass == pytest.approx(expected, abs=1e-6)

@@ -44,7 +44,7 @@ def assign(
 @torch.compiler.disable
 @torch.no_grad()
 def token_statistics(
-    hidden: torch.Tensor, codewords: torch.Tensor, assignments: torch.Tensor, keep: torch.Tensor | None = None
+    hidden: torch.Tensor, codewords: torch.Tensor, nearest: torch.Tensor, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Sum the statistics of the codebook update over the tokens of each codeword, in a deterministic order.
 
@@ -54,7 +54,7 @@ def token_statistics(
     Args:
         hidden: [T, H], any float dtype.
         codewords: [C, H] fp32, unit rows.
-        assignments: [T] int64, nearest codeword of each token.
+        nearest: [T] int64, nearest codeword of each token.
         keep: [T] bool, True for tokens that count (False for padding); None if all count.
     Returns:
         [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of lengths ``|h|``. Correct for
@@ -63,16 +63,16 @@ def token_statistics(
     Raises:
         ValueError: if shapes or dtypes do not fit.
 
-    Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], assignments [1] gives [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
+    Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], nearest [1] gives [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
     """
     _validate(hidden, codewords, 1, None, keep)
-    if assignments.shape != hidden.shape[:1]:
-        raise ValueError(f"assignments {tuple(assignments.shape)} must be [T] with T = {hidden.shape[0]}")
+    if nearest.shape != hidden.shape[:1]:
+        raise ValueError(f"nearest {tuple(nearest.shape)} must be [T] with T = {hidden.shape[0]}")
     if use_kernels("coarse", hidden, codewords):
         from air_moe_megatron.ops.coarse import kernels
 
-        return kernels.token_statistics(hidden, codewords, assignments, keep)
-    return eager.token_statistics(hidden, codewords, assignments, keep)
+        return kernels.token_statistics(hidden, codewords, nearest, keep)
+    return eager.token_statistics(hidden, codewords, nearest, keep)
 
 
 @torch.compiler.disable

@@ -29,17 +29,17 @@ def _assign_block(
 
 
 def token_statistics(
-    hidden: torch.Tensor, codewords: torch.Tensor, assignments: torch.Tensor, keep: torch.Tensor | None
+    hidden: torch.Tensor, codewords: torch.Tensor, nearest: torch.Tensor, keep: torch.Tensor | None
 ) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.coarse.token_statistics`. Waits for the device if ``keep`` is given."""
     if keep is not None:
-        hidden, assignments = hidden[keep], assignments[keep]
+        hidden, nearest = hidden[keep], nearest[keep]
     scaled, scale = scale_rows(hidden)
     norms = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
     counts = (norms != 0.0).float()  # a token of zeros has no direction and is not counted
     weights = torch.where(norms == 0.0, 0.0, 1.0 / norms)
     scalars = torch.cat((counts, (norms / scale).clamp(max=LONGEST)), dim=1)
-    order, first = sort_into_segments(assignments, codewords.shape[0])
+    order, first = sort_into_segments(nearest, codewords.shape[0])
     first = first[:-1]
     sums = embedding_bag(order, scaled, first, per_sample_weights=weights[order, 0], mode="sum")
     cosines = (sums * codewords).sum(dim=1)  # <sum of unit tokens, c> is the sum of their cosines
@@ -55,5 +55,5 @@ def assign_with_statistics(
     keep: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.coarse.assign_with_statistics`."""
-    assignments = assign(hidden, codewords, num_probes, allowed)
-    return assignments, token_statistics(hidden, codewords, assignments[:, 0], keep)
+    probes = assign(hidden, codewords, num_probes, allowed)
+    return probes, token_statistics(hidden, codewords, probes[:, 0], keep)

@@ -118,7 +118,7 @@ def _assign_fwd_kernel(
     codewords,  # [C, H] fp32
     allowed,  # [C] bool
     keep,  # [T] bool
-    assignments,  # [T, P] int64
+    probes,  # [T, P] int64
     statistics,  # [C, H + 3] fp32, zero
     T,
     C: tl.constexpr,
@@ -158,7 +158,7 @@ def _assign_fwd_kernel(
     nearest = id_of_key(tl.max(best, axis=0))  # [BLOCK_T] int64
     for p in tl.static_range(P):
         key = tl.max(best, axis=0)
-        tl.store(assignments + tokens * P + p, id_of_key(key), mask=is_token)
+        tl.store(probes + tokens * P + p, id_of_key(key), mask=is_token)
         best = tl.where(best == key[None, :], LOWEST_KEY, best)
 
     if WITH_STATISTICS:
@@ -262,7 +262,7 @@ def launch_assign(
     (num_tokens, hidden_size), num_clusters = hidden.shape, codewords.shape[0]
     hidden, codewords, allowed, keep = contiguous(hidden, codewords, allowed, keep)
     summands, _ = split_codewords(codewords, hidden.dtype)  # a common factor does not change an arg-max
-    assignments = torch.empty(num_tokens, num_probes, dtype=torch.int64, device=hidden.device)
+    probes = torch.empty(num_tokens, num_probes, dtype=torch.int64, device=hidden.device)
     statistics = None
     if with_statistics:
         shape = (num_clusters, hidden_size + NUM_SCALARS)
@@ -274,7 +274,7 @@ def launch_assign(
         codewords,
         allowed,
         keep,
-        assignments,
+        probes,
         statistics,
         num_tokens,
         C=num_clusters,
@@ -287,7 +287,7 @@ def launch_assign(
         WITH_STATISTICS=with_statistics,
         **blocks,
     )
-    return assignments, statistics
+    return probes, statistics
 
 
 def launch_lengths(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -309,7 +309,7 @@ def assign(
 
 
 def token_statistics(
-    hidden: torch.Tensor, codewords: torch.Tensor, assignments: torch.Tensor, keep: torch.Tensor | None = None
+    hidden: torch.Tensor, codewords: torch.Tensor, nearest: torch.Tensor, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.coarse.token_statistics`.
 
@@ -321,8 +321,8 @@ def token_statistics(
     counts = norms != 0.0  # a token of zeros has no direction
     if keep is not None:
         counts &= keep
-    assignments = assignments.masked_fill(~counts, num_clusters)  # sorted after all codewords, into no segment
-    order, first_slots = sort_into_segments(assignments, num_clusters)
+    nearest = nearest.masked_fill(~counts, num_clusters)  # sorted after all codewords, into no segment
+    order, first_slots = sort_into_segments(nearest, num_clusters)
     shape = (num_clusters, hidden_size + NUM_SCALARS)
     statistics = torch.empty(shape, dtype=torch.float32, device=hidden.device)
     block = min(triton.next_power_of_2(hidden_size), 256)
@@ -345,5 +345,5 @@ def assign_with_statistics(
     """As :func:`air_moe_megatron.ops.coarse.assign_with_statistics`, in one launch unless ``deterministic``."""
     if not deterministic:
         return launch_assign(hidden, codewords, num_probes, allowed, keep, with_statistics=True)
-    assignments = assign(hidden, codewords, num_probes, allowed)
-    return assignments, token_statistics(hidden, codewords, assignments[:, 0], keep)
+    probes = assign(hidden, codewords, num_probes, allowed)
+    return probes, token_statistics(hidden, codewords, probes[:, 0], keep)

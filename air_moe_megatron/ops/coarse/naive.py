@@ -16,21 +16,21 @@ def naive_assign(
 
 
 def naive_token_statistics(
-    hidden: torch.Tensor, codewords: torch.Tensor, assignments: torch.Tensor, keep: torch.Tensor | None = None
+    hidden: torch.Tensor, codewords: torch.Tensor, nearest: torch.Tensor, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
     """[C, H + 3] sums of unit tokens, counts, sums of cosines and of lengths, in the codewords' dtype.
 
     Tokens of zeros are not counted. Use fp64 codewords: only there are the squares of all fp32 numbers in range.
     """
     if keep is not None:
-        hidden, assignments = hidden[keep], assignments[keep]
+        hidden, nearest = hidden[keep], nearest[keep]
     hidden = hidden.to(codewords.dtype)
     lengths = hidden.norm(dim=1, keepdim=True)
     counts = (lengths != 0.0).to(hidden.dtype)
     unit = torch.where(lengths == 0.0, 0.0, hidden / lengths)
-    cosines = (unit * codewords[assignments]).sum(dim=1, keepdim=True)
+    cosines = (unit * codewords[nearest]).sum(dim=1, keepdim=True)
     rows = torch.cat((unit, counts, cosines, lengths.clamp(max=LONGEST)), dim=1)
-    return rows.new_zeros(codewords.shape[0], rows.shape[1]).index_add_(0, assignments, rows)
+    return rows.new_zeros(codewords.shape[0], rows.shape[1]).index_add_(0, nearest, rows)
 
 
 def naive_assign_with_statistics(
@@ -41,5 +41,5 @@ def naive_assign_with_statistics(
     keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.coarse.assign_with_statistics`."""
-    assignments = naive_assign(hidden, codewords, num_probes, allowed)
-    return assignments, naive_token_statistics(hidden, codewords, assignments[:, 0], keep)
+    probes = naive_assign(hidden, codewords, num_probes, allowed)
+    return probes, naive_token_statistics(hidden, codewords, probes[:, 0], keep)

@@ -16,7 +16,7 @@ def fine_scores(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
-    assignments: torch.Tensor,
+    probes: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Score every token against the experts of its codewords' shortlists: ``z_e = <w_e, h> + b_e``.
@@ -29,22 +29,22 @@ def fine_scores(
         weight: [E, H], expert centers.
         bias: [E] or None.
         shortlist: [C, L] integer expert ids, distinct in a row; -1 fills the end of a shorter list.
-        assignments: [T, P] int64, codewords of each token.
+        probes: [T, P] int64, codewords of each token.
         dtype: dtype of the arithmetic and of the result.
     Returns:
         [T, P, L] scores in ``dtype``; -inf where the shortlist holds -1.
     Raises:
         ValueError: if the shapes do not fit together.
 
-    Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2]], assignments [[0]] gives [[[1, 3]]].
+    Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2]], probes [[0]] gives [[[1, 3]]].
     """
-    _validate(hidden, weight, bias, shortlist, assignments)
+    _validate(hidden, weight, bias, shortlist, probes)
     if use_kernels("fine_scores", hidden, weight, dtype=dtype):
         from air_moe_megatron.ops.fine_scores import kernels
 
         deterministic = torch.are_deterministic_algorithms_enabled()
-        return kernels.fine_scores(hidden, weight, bias, shortlist, assignments, dtype, deterministic)
-    return eager.fine_scores(hidden, weight, bias, shortlist, assignments, dtype)
+        return kernels.fine_scores(hidden, weight, bias, shortlist, probes, dtype, deterministic)
+    return eager.fine_scores(hidden, weight, bias, shortlist, probes, dtype)
 
 
 @torch.compiler.disable
@@ -53,7 +53,7 @@ def fine_topk(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
-    assignments: torch.Tensor,
+    probes: torch.Tensor,
     topk: int,
     dtype: torch.dtype,
     score_function: str | None = None,
@@ -69,7 +69,7 @@ def fine_topk(
 
     Args:
         hidden, weight, bias, shortlist, dtype: as :func:`fine_scores`.
-        assignments: [T, P] int64, the codewords of each token, distinct in a row. An expert in several of their lists
+        probes: [T, P] int64, the codewords of each token, distinct in a row. An expert in several of their lists
             is one candidate.
         topk: K, at least 1; may exceed P * L.
         score_function, expert_bias: as for :func:`air_moe_megatron.ops.ranking.rank_experts`.
@@ -78,15 +78,15 @@ def fine_topk(
     Raises:
         ValueError: if the shapes or arguments do not fit together.
 
-    Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2], [1, 2]], assignments [[0, 1]] and
+    Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2], [1, 2]], probes [[0, 1]] and
     K = 2 gives the scores [[3, 2]] and the ids [[2, 1]].
     """
-    _validate(hidden, weight, bias, shortlist, assignments)
+    _validate(hidden, weight, bias, shortlist, probes)
     validate_expert_bias(score_function, expert_bias, weight.shape[0])
     if topk < 1:
         raise ValueError(f"topk ({topk}) must be at least 1")
-    inputs = (hidden, weight, bias, shortlist, assignments, topk, dtype, score_function, expert_bias)
-    if use_kernels("fine_scores", hidden, weight, dtype=dtype, topk=topk, probes=assignments.shape[1]):
+    inputs = (hidden, weight, bias, shortlist, probes, topk, dtype, score_function, expert_bias)
+    if use_kernels("fine_scores", hidden, weight, dtype=dtype, topk=topk, probes=probes.shape[1]):
         from air_moe_megatron.ops.fine_scores import topk_kernels
 
         return topk_kernels.fine_topk(*inputs, deterministic=torch.are_deterministic_algorithms_enabled())
@@ -99,7 +99,7 @@ def _validate(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
-    assignments: torch.Tensor,
+    probes: torch.Tensor,
 ) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -107,7 +107,7 @@ def _validate(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)} must be [E] with E = {weight.shape[0]}")
-    if assignments.dim() != 2 or assignments.shape[0] != hidden.shape[0]:
-        raise ValueError(f"assignments {tuple(assignments.shape)} must be [T, P] with T = {hidden.shape[0]}")
+    if probes.dim() != 2 or probes.shape[0] != hidden.shape[0]:
+        raise ValueError(f"probes {tuple(probes.shape)} must be [T, P] with T = {hidden.shape[0]}")
     if shortlist.dim() != 2:
         raise ValueError(f"shortlist {tuple(shortlist.shape)} must be [C, L]")

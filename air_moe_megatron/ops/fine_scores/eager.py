@@ -60,13 +60,13 @@ class _Grouping:
     width: int  # least list length over all batches; 0 if a batch is not full or a row is in no batch
 
 
-def _group(shortlist: torch.Tensor, assignments: torch.Tensor, hidden_size: int) -> _Grouping:
+def _group(shortlist: torch.Tensor, probes: torch.Tensor, hidden_size: int) -> _Grouping:
     """Group the rows by codeword; codewords without rows or experts are in no batch. Waits for the device once."""
-    num_probes, codewords = assignments.shape[1], assignments.reshape(-1)
-    num_rows, device = codewords.numel(), codewords.device
-    order = torch.argsort(codewords, stable=True)
+    num_probes, flat_probes = probes.shape[1], probes.reshape(-1)
+    num_rows, device = flat_probes.numel(), flat_probes.device
+    order = torch.argsort(flat_probes, stable=True)
     counts = torch.zeros(shortlist.shape[0], dtype=torch.int64, device=device)
-    counts.index_add_(0, codewords, torch.ones_like(codewords))
+    counts.index_add_(0, flat_probes, torch.ones_like(flat_probes))
     lengths = (shortlist >= 0).sum(dim=1)
     by_count = torch.argsort(counts, descending=True, stable=True)
     sizes = torch.stack((counts[by_count], lengths[by_count]), dim=1).tolist()
@@ -79,9 +79,9 @@ def _group(shortlist: torch.Tensor, assignments: torch.Tensor, hidden_size: int)
         starts[start:end] = range(offset, offset + (end - start) * count, count)
         offset += (end - start) * count
     first = torch.empty_like(counts).index_copy_(0, by_count, torch.tensor(starts, dtype=torch.int64, device=device))
-    sorted_codewords = codewords[order]
+    sorted_probes = flat_probes[order]
     shift = first - (counts.cumsum(0) - counts)
-    slots = (torch.arange(num_rows, device=device) + shift[sorted_codewords]).clamp(max=num_padded)
+    slots = (torch.arange(num_rows, device=device) + shift[sorted_probes]).clamp(max=num_padded)
     rows = torch.full((num_padded + 1,), num_rows, device=device).index_copy_(0, slots, order)
     tokens = rows.clamp(max=max(num_rows - 1, 0))
     tokens = tokens // num_probes if num_probes > 1 else tokens
@@ -157,19 +157,19 @@ def _scores(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
-    assignments: torch.Tensor,
+    probes: torch.Tensor,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, list[_Batch]]:
     """[T, P, L] scores of all candidates, -inf where a list is shorter; and the batches that made them."""
-    num_rows = assignments.numel()
-    grouping = _group(shortlist, assignments, hidden.shape[1])
+    num_rows = probes.numel()
+    grouping = _group(shortlist, probes, hidden.shape[1])
     # One extra row, to which padding is written.
     scores = torch.empty(num_rows + 1, shortlist.shape[1], dtype=dtype, device=hidden.device)
     if grouping.width < scores.shape[1]:
         scores.fill_(float("-inf"))
     for batch, tile in _tiles(grouping.batches, hidden, weight, bias, dtype):
         scores[:, : tile.shape[2]].index_copy_(0, batch.rows, tile.flatten(0, 1))
-    return scores[:num_rows].view(*assignments.shape, shortlist.shape[1]), grouping.batches
+    return scores[:num_rows].view(*probes.shape, shortlist.shape[1]), grouping.batches
 
 
 class _GroupedFineScores(torch.autograd.Function):
@@ -180,13 +180,13 @@ class _GroupedFineScores(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         shortlist: torch.Tensor,
-        assignments: torch.Tensor,
+        probes: torch.Tensor,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        scores, ctx.batches = _scores(hidden, weight, bias, shortlist, assignments, dtype)
+        scores, ctx.batches = _scores(hidden, weight, bias, shortlist, probes, dtype)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.weight = weight  # the parameter itself, for its main_grad
-        ctx.num_probes, ctx.dtype = assignments.shape[1], dtype
+        ctx.num_probes, ctx.dtype = probes.shape[1], dtype
         return scores
 
     @staticmethod
@@ -253,11 +253,11 @@ def fine_scores(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
-    assignments: torch.Tensor,
+    probes: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.fine_scores.fine_scores`."""
-    return _GroupedFineScores.apply(hidden, weight, bias, shortlist, assignments, dtype)
+    return _GroupedFineScores.apply(hidden, weight, bias, shortlist, probes, dtype)
 
 
 @torch.no_grad()
@@ -266,27 +266,25 @@ def fine_topk(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
-    assignments: torch.Tensor,
+    probes: torch.Tensor,
     topk: int,
     dtype: torch.dtype,
     score_function: str | None,
     expert_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`, without gradients."""
-    if assignments.shape[1] == 1 and expert_bias is None:
-        return _best_of_list(hidden, weight, bias, shortlist, assignments, topk, dtype)
-    num_tokens, num_candidates = hidden.shape[0], assignments.shape[1] * shortlist.shape[1]
+    if probes.shape[1] == 1 and expert_bias is None:
+        return _best_of_list(hidden, weight, bias, shortlist, probes, topk, dtype)
+    num_tokens, num_candidates = hidden.shape[0], probes.shape[1] * shortlist.shape[1]
     scores = torch.full((num_tokens, topk), float("-inf"), dtype=dtype, device=hidden.device)
     ids = torch.full((num_tokens, topk), -1, dtype=torch.int32, device=hidden.device)
     num_best = min(topk, num_candidates)
     size = max(1, SCORES_OF_BLOCK // num_candidates)
     for start in range(0, num_tokens, size):
         block = slice(start, start + size)
-        found, _ = _scores(hidden[block], weight, bias, shortlist, assignments[block], dtype)
+        found, _ = _scores(hidden[block], weight, bias, shortlist, probes[block], dtype)
         found = found.flatten(1)
-        best = _best_distinct(
-            found, shortlist, assignments[block], weight.shape[0], num_best, score_function, expert_bias
-        )
+        best = _best_distinct(found, shortlist, probes[block], weight.shape[0], num_best, score_function, expert_bias)
         scores[block, :num_best], ids[block, :num_best] = best
     return scores, ids
 
@@ -294,7 +292,7 @@ def fine_topk(
 def _best_distinct(
     scores: torch.Tensor,
     shortlist: torch.Tensor,
-    assignments: torch.Tensor,
+    probes: torch.Tensor,
     num_experts: int,
     topk: int,
     score_function: str | None,
@@ -302,27 +300,28 @@ def _best_distinct(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best K experts of each token by scores [T, P*L], an expert in several of its lists counted once.
 
-    A table [tokens of a block, E] holds the last probe in whose list an expert was found: one byte each, for up to 127
-    probes. Only the P*L entries of a token are written and read. Blocks are small, so that the table fits the cache.
+    A table [tokens of a block, E] holds the place of the last probe in whose list an expert was found: one byte each,
+    for up to 127 probes. Only the P*L entries of a token are written and read. Blocks are small, so that the table fits
+    the cache.
 
     Returns:
         [T, K] scores and ids, in no order.
     """
-    num_tokens, num_probes = assignments.shape
+    num_tokens, num_probes = probes.shape
     lists = torch.where(shortlist < 0, num_experts, shortlist).long()  # empty slots use an extra column of the table
     number = torch.int8 if num_probes <= 127 else torch.int32
-    probes = torch.arange(num_probes, dtype=number, device=scores.device).repeat_interleave(shortlist.shape[1])
+    places = torch.arange(num_probes, dtype=number, device=scores.device).repeat_interleave(shortlist.shape[1])
     size = min(_TABLE_ROWS[1], max(_TABLE_ROWS[0], _TABLE_BYTES // num_experts), max(num_tokens, 1))
-    last_probe = torch.empty(size, num_experts + 1, dtype=number, device=scores.device)
+    last_place = torch.empty(size, num_experts + 1, dtype=number, device=scores.device)
     if expert_bias is not None:
         expert_bias = torch.nn.functional.pad(expert_bias, (0, 1), value=float("-inf"))
     best_scores = scores.new_empty(num_tokens, topk)
-    best_ids = assignments.new_empty(num_tokens, topk)
+    best_ids = probes.new_empty(num_tokens, topk)
     for start in range(0, num_tokens, size):
         block = slice(start, start + size)
-        ids = lists.index_select(0, assignments[block].reshape(-1)).view(-1, scores.shape[1])
-        table, probe = last_probe[: ids.shape[0]], probes.expand_as(ids)
-        is_repeated = table.scatter_(1, ids, probe).gather(1, ids) != probe
+        ids = lists.index_select(0, probes[block].reshape(-1)).view(-1, scores.shape[1])
+        table, place = last_place[: ids.shape[0]], places.expand_as(ids)
+        is_repeated = table.scatter_(1, ids, place).gather(1, ids) != place
         ranked = scores[block]
         if expert_bias is not None:
             ranked = selection_scores(ranked, score_function, expert_bias[ids])
@@ -340,12 +339,12 @@ def _best_of_list(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
-    assignments: torch.Tensor,
+    probes: torch.Tensor,
     topk: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best K experts of one list per token; each tile is reduced to these while it is in the cache."""
-    grouping = _group(shortlist, assignments, hidden.shape[1])
+    grouping = _group(shortlist, probes, hidden.shape[1])
     num_padded, list_size = grouping.num_padded + 1, shortlist.shape[1]  # one row more, for rows in no batch
     scores = torch.empty(num_padded, topk, dtype=dtype, device=hidden.device)
     columns = torch.empty(num_padded, topk, dtype=torch.int64, device=hidden.device)
@@ -362,5 +361,5 @@ def _best_of_list(
             for values, best in zip((scores, columns), tile.topk(num_best, dim=2, sorted=False), strict=True):
                 values[batch.span, :num_best] = best.flatten(0, 1)
     scores, columns = scores.index_select(0, grouping.slots), columns.index_select(0, grouping.slots)
-    ids = shortlist.reshape(-1).index_select(0, (assignments * shortlist.shape[1] + columns).reshape(-1))
+    ids = shortlist.reshape(-1).index_select(0, (probes * shortlist.shape[1] + columns).reshape(-1))
     return scores, ids.int().view_as(columns)

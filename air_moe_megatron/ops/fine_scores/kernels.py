@@ -255,9 +255,9 @@ class Rows:
         return segment_blocks(self.row_first, self.num_rows, block_size)
 
 
-def sort_rows(assignments: torch.Tensor, num_clusters: int) -> Rows:
-    """The rows [R] of assignments [T, P], sorted by codeword."""
-    return Rows(*sort_into_segments(assignments.reshape(-1), num_clusters))
+def sort_rows(probes: torch.Tensor, num_clusters: int) -> Rows:
+    """The rows [R] of probes [T, P], sorted by codeword."""
+    return Rows(*sort_into_segments(probes.reshape(-1), num_clusters))
 
 
 def launch_fine_scores(
@@ -458,16 +458,16 @@ class _FineScoresKernel(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         shortlist: torch.Tensor,
-        assignments: torch.Tensor,
+        probes: torch.Tensor,
         dtype: torch.dtype,
         deterministic: bool,
     ) -> torch.Tensor:
-        ctx.rows = sort_rows(assignments, shortlist.shape[0])
+        ctx.rows = sort_rows(probes, shortlist.shape[0])
         ctx.dot_dtype, ctx.deterministic = dot_dtype_of(hidden, weight, dtype), deterministic
         ctx.weight = weight  # the parameter itself, for its main_grad
         hidden, weight, bias, shortlist = contiguous(hidden, weight, bias, shortlist)
-        scores = torch.empty(*assignments.shape, shortlist.shape[1], dtype=dtype, device=hidden.device)
-        launch_fine_scores(hidden, weight, bias, shortlist, ctx.rows, assignments.shape[1], ctx.dot_dtype, scores)
+        scores = torch.empty(*probes.shape, shortlist.shape[1], dtype=dtype, device=hidden.device)
+        launch_fine_scores(hidden, weight, bias, shortlist, ctx.rows, probes.shape[1], ctx.dot_dtype, scores)
         ctx.save_for_backward(hidden, weight, bias, shortlist)
         return scores
 
@@ -485,7 +485,7 @@ def fine_scores(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
-    assignments: torch.Tensor,
+    probes: torch.Tensor,
     dtype: torch.dtype,
     deterministic: bool = False,
 ) -> torch.Tensor:
@@ -493,4 +493,4 @@ def fine_scores(
 
     If ``deterministic``, the weight's gradients are added in a fixed order, which takes up to 256 MiB of memory.
     """
-    return _FineScoresKernel.apply(hidden, weight, bias, shortlist, assignments, dtype, deterministic)
+    return _FineScoresKernel.apply(hidden, weight, bias, shortlist, probes, dtype, deterministic)

@@ -8,11 +8,11 @@ def naive_fine_scores(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
-    assignments: torch.Tensor,
+    probes: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.fine_scores.fine_scores`, with [T, P, L, H] in memory and plain autograd."""
-    ids = shortlist[assignments].long()  # [T, P, L]
+    ids = shortlist[probes].long()  # [T, P, L]
     present = ids >= 0
     ids = ids.clamp(min=0)
     scores = torch.einsum("th,tplh->tpl", hidden.to(dtype), weight[ids].to(dtype))
@@ -26,22 +26,22 @@ def naive_fine_topk(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
-    assignments: torch.Tensor,
+    probes: torch.Tensor,
     topk: int,
     dtype: torch.dtype,
     score_function: str | None = None,
     expert_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`: token by token, best first."""
-    scores = naive_fine_scores(hidden, weight, bias, shortlist, assignments, dtype)
+    scores = naive_fine_scores(hidden, weight, bias, shortlist, probes, dtype)
     ranks = scores.detach()
     if expert_bias is not None:
         function = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda x: torch.nn.functional.softplus(x).sqrt()}
-        ranks = function[score_function](ranks) + expert_bias[shortlist[assignments].clamp(min=0)]
+        ranks = function[score_function](ranks) + expert_bias[shortlist[probes].clamp(min=0)]
     best_scores = torch.full((hidden.shape[0], topk), float("-inf"), dtype=dtype, device=hidden.device)
     best_ids = torch.full((hidden.shape[0], topk), -1, dtype=torch.int32, device=hidden.device)
-    for token, codewords in enumerate(assignments):
-        ids = shortlist[codewords].flatten().tolist()
+    for token, searched in enumerate(probes):
+        ids = shortlist[searched].flatten().tolist()
         slots = {expert: slot for slot, expert in reversed(list(enumerate(ids))) if expert >= 0}  # the first of each
         by_rank = sorted(slots.items(), key=lambda item: (-ranks[token].flatten()[item[1]].item(), item[1]))
         for place, (expert, slot) in enumerate(by_rank[:topk]):

@@ -161,7 +161,7 @@ def _is_listed(experts, candidates, L: tl.constexpr, STEPS: tl.constexpr):
 def _merge_lists_fwd_kernel(
     scores,  # [T, P * L] fp32
     shortlist,  # [C, L] int32
-    assignments,  # [T, P] int64
+    probes,  # [T, P] int64
     expert_bias,  # [E] or None
     topk_scores,  # [T, K] fp32, written
     topk_ids,  # [T, K] int32, written
@@ -176,18 +176,18 @@ def _merge_lists_fwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    codewords = assignments + token * P
+    own_probes = probes + token * P
     best = tl.full([BLOCK_K], LOWEST_KEY, tl.int64)
     for tile in range(NUM_TILES):
         columns = tile * BLOCK + tl.arange(0, BLOCK)
         inside = columns < P * L
-        probes = columns // L
-        codeword = tl.load(codewords + probes, mask=inside, other=0)
+        places = columns // L
+        codeword = tl.load(own_probes + places, mask=inside, other=0)
         experts = tl.load(shortlist + codeword * L + columns % L, mask=inside, other=-1)
         is_candidate = experts >= 0
-        for probe in range(min(P - 1, (tile * BLOCK + BLOCK - 1) // L)):  # lists before the tile's last one
-            earlier = shortlist + tl.load(codewords + probe) * L
-            is_candidate &= (probes <= probe) | (_is_listed(earlier, experts, L, STEPS) == 0)
+        for place in range(min(P - 1, (tile * BLOCK + BLOCK - 1) // L)):  # lists before the tile's last one
+            earlier = shortlist + tl.load(own_probes + place) * L
+            is_candidate &= (places <= place) | (_is_listed(earlier, experts, L, STEPS) == 0)
         ranks = tl.load(scores + token * P * L + columns, mask=inside, other=0.0)
         if FUNCTION is not None:
             ranks = apply_score_function(ranks, FUNCTION)
@@ -199,7 +199,7 @@ def _merge_lists_fwd_kernel(
             best = tl.bitonic_merge(tl.maximum(best, tl.flip(keys, 0)), dim=0, descending=True)
     present = best != LOWEST_KEY
     columns = id_of_key(best).to(tl.int32)
-    codeword = tl.load(codewords + columns // L, mask=present, other=0)
+    codeword = tl.load(own_probes + columns // L, mask=present, other=0)
     ids = tl.load(shortlist + codeword * L + columns % L, mask=present, other=-1)
     values = tl.load(scores + token * P * L + columns, mask=present, other=float("-inf"))
     choices = tl.arange(0, BLOCK_K)
@@ -211,7 +211,7 @@ def _merge_lists_fwd_kernel(
 def launch_merge_lists(
     scores: torch.Tensor,
     shortlist: torch.Tensor,
-    assignments: torch.Tensor,
+    probes: torch.Tensor,
     score_function: str | None,
     expert_bias: torch.Tensor | None,
     best: _Best,
@@ -223,12 +223,12 @@ def launch_merge_lists(
     num_tokens, topk = best.ids.shape
     if num_tokens == 0:
         return
-    shortlist_size, num_probes = shortlist.shape[1], assignments.shape[1]
+    shortlist_size, num_probes = shortlist.shape[1], probes.shape[1]
     num_candidates = num_probes * shortlist_size
     block_topk = block_of(topk, LIMITS["topk"])
     block = max(block_topk, block_of(num_candidates, 256))
     _merge_lists_fwd_kernel[(num_tokens,)](
-        scores, shortlist, assignments, expert_bias, *best, topk, num_probes, shortlist_size,
+        scores, shortlist, probes, expert_bias, *best, topk, num_probes, shortlist_size,
         FUNCTION=score_function, STEPS=shortlist_size.bit_length(), NUM_TILES=triton.cdiv(num_candidates, block),
         BLOCK=block, BLOCK_K=block_topk, num_warps=1 if block <= 256 else min(16, block // 128),
     )  # fmt: skip
@@ -245,26 +245,26 @@ def find_best(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
-    assignments: torch.Tensor,
+    probes: torch.Tensor,
     topk: int,
     dot_dtype: tl.dtype,
     score_function: str | None,
     expert_bias: torch.Tensor | None,
 ) -> _Best:
     """The best K candidates of each token, as :func:`fine_topk` chooses them; all tensors must be contiguous."""
-    (num_tokens, num_probes), (num_clusters, shortlist_size) = assignments.shape, shortlist.shape
+    (num_tokens, num_probes), (num_clusters, shortlist_size) = probes.shape, shortlist.shape
     dtypes = (torch.float32, torch.int32, torch.int32)
     best = _Best(*(torch.empty(num_tokens, topk, dtype=dtype, device=hidden.device) for dtype in dtypes))
     if num_probes == 1 and expert_bias is None and topk <= _FUSED_TOPK:
-        rows = sort_rows(assignments, num_clusters)
+        rows = sort_rows(probes, num_clusters)
         launch_fine_topk(hidden, weight, bias, shortlist, rows, dot_dtype, best)
         return best
     for block in _blocks(num_tokens, num_probes * shortlist_size):
-        found = hidden.new_empty(*assignments[block].shape, shortlist_size, dtype=torch.float32)
-        rows = sort_rows(assignments[block], num_clusters)
+        found = hidden.new_empty(*probes[block].shape, shortlist_size, dtype=torch.float32)
+        rows = sort_rows(probes[block], num_clusters)
         launch_fine_scores(hidden[block], weight, bias, shortlist, rows, num_probes, dot_dtype, found)
         of_block = _Best(*(tensor[block] for tensor in best))
-        launch_merge_lists(found, shortlist, assignments[block], score_function, expert_bias, of_block)
+        launch_merge_lists(found, shortlist, probes[block], score_function, expert_bias, of_block)
     return best
 
 
@@ -278,27 +278,27 @@ class _FineTopkKernel(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         shortlist: torch.Tensor,
-        assignments: torch.Tensor,
+        probes: torch.Tensor,
         dot_dtype: tl.dtype,
         best: _Best,
         dtype: torch.dtype,
     ) -> torch.Tensor:
         ctx.weight, ctx.dot_dtype = weight, dot_dtype  # the parameter itself, for its main_grad
-        ctx.save_for_backward(*contiguous(hidden, weight, bias), shortlist, assignments, best.ids, best.columns)
+        ctx.save_for_backward(*contiguous(hidden, weight, bias), shortlist, probes, best.ids, best.columns)
         return best.scores.to(dtype, copy=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_scores: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *inputs, shortlist, assignments, ids, columns = ctx.saved_tensors
-        num_probes, (num_clusters, shortlist_size) = assignments.shape[1], shortlist.shape
+        *inputs, shortlist, probes, ids, columns = ctx.saved_tensors
+        num_probes, (num_clusters, shortlist_size) = probes.shape[1], shortlist.shape
 
         def all_gradients() -> Iterator[Block]:
             for block in _blocks(ids.shape[0], num_probes * shortlist_size):
                 grad = grad_scores.new_zeros(ids[block].shape[0], num_probes * shortlist_size)
                 # An empty slot adds zero to the first column. Every other column gets at most one addend.
                 grad.scatter_add_(1, columns[block].long(), grad_scores[block].masked_fill(ids[block] < 0, 0.0))
-                yield Block(block, sort_rows(assignments[block], num_clusters), grad.view(-1, shortlist_size))
+                yield Block(block, sort_rows(probes[block], num_clusters), grad.view(-1, shortlist_size))
 
         settings = (shortlist, ctx.weight, num_probes, ctx.dot_dtype, False, ctx.needs_input_grad[:3])
         return *dense_gradients(all_gradients(), *inputs, *settings), *[None] * 5
@@ -309,7 +309,7 @@ def fine_topk(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
-    assignments: torch.Tensor,
+    probes: torch.Tensor,
     topk: int,
     dtype: torch.dtype,
     score_function: str | None = None,
@@ -326,11 +326,11 @@ def fine_topk(
     atomics.
     """
     parameter, dot_dtype = weight, dot_dtype_of(hidden, weight, dtype)
-    shortlist, assignments, expert_bias = contiguous(shortlist.int(), assignments, expert_bias)
+    shortlist, probes, expert_bias = contiguous(shortlist.int(), probes, expert_bias)
     with torch.no_grad():
-        inputs = (*contiguous(hidden, weight, bias), shortlist, assignments, topk, dot_dtype)
+        inputs = (*contiguous(hidden, weight, bias), shortlist, probes, topk, dot_dtype)
         best = find_best(*inputs, score_function, expert_bias)
-    if deterministic or topk * _SCORES_PER_CANDIDATE < assignments.shape[1] * shortlist.shape[1]:
+    if deterministic or topk * _SCORES_PER_CANDIDATE < probes.shape[1] * shortlist.shape[1]:
         return selected_scores(hidden, parameter, bias, best.ids, best.scores.to(dtype)), best.ids
-    lists = (shortlist, assignments, dot_dtype, best, dtype)
+    lists = (shortlist, probes, dot_dtype, best, dtype)
     return _FineTopkKernel.apply(hidden, parameter, bias, *lists), best.ids
