@@ -95,7 +95,7 @@ class FrozenBounds:
         else:
             bins = [ids for ids in router.expert_bias.argsort().chunk(_NUM_BINS) if ids.numel()]
             self._bin_bias = torch.stack([router.expert_bias[ids].amax() for ids in bins]).double()
-        squares = (weight - self._spread.center).square().sum(dim=1).double() * (1.0 + self._spread.rounding)
+        squares = (weight - self._spread.origin).square().sum(dim=1).double() * (1.0 + self._spread.rounding)
         size = max(1, _BLOCK // weight.shape[0])
         blocks = torch.arange(directions.shape[0], device=weight.device).split(size)
         parts = [self._constants(rows, weight, squares, length * ratio, bins, num_verified) for rows in blocks]
@@ -118,12 +118,12 @@ class FrozenBounds:
         num_verified: int,
     ) -> _Constants:
         """Constants of the codewords ``rows``."""
-        center, longest, _, rounding, _ = self._spread
+        origin, longest, _, rounding, _ = self._spread
         directions, length = self._directions[rows], self._length[rows]
         projections = directions.float() @ weight.t()  # [rows, E]
-        from_center = projections.double() - directions @ center.double().unsqueeze(1)
+        from_origin = projections.double() - directions @ origin.double().unsqueeze(1)
         projections = projections.double()
-        reach = orthogonal_lengths(squares, from_center, rounding * longest)
+        reach = orthogonal_lengths(squares, from_origin, rounding * longest)
         lists = self.router.index.shortlist[rows]
         is_outside = _without(torch.ones_like(reach, dtype=torch.bool), lists)
         key = self.router.centers.selection_scores(length * projections + typical_distance[rows] * reach)
@@ -145,22 +145,22 @@ class FrozenBounds:
             return _Constants(verified.int(), support, log_mass, none.unsqueeze(1), none, none)
         shares = (log_masses - log_mass.unsqueeze(1)).exp().nan_to_num(0.0)
         moments = self._moments(weight, shares)
-        offset = moments[:, :, -1]  # of the mean from the center
+        offset = moments[:, :, -1]  # of the mean from the origin
         covariance = moments[:, :, :-1] - offset.unsqueeze(2) * offset.unsqueeze(1)
         variance = torch.linalg.eigvalsh(covariance)[:, -1].clamp(min=0)
         # Even a variance far below the rounding of the moments matters: phi of a large residual may be exp(300).
         variance += BOUND_SLACK * moments.diagonal(dim1=1, dim2=2).sum(dim=1)
         distances = squares + offset.square().sum(dim=1, keepdim=True)
-        distances -= 2.0 * torch.cat([offset @ (x - center).double().t() for x in weight.split(CHUNK)], dim=1)
+        distances -= 2.0 * torch.cat([offset @ (x - origin).double().t() for x in weight.split(CHUNK)], dim=1)
         distances += 2.0 * rounding * longest.square()
         furthest = distances.masked_fill(~is_outside, 0.0).amax(dim=1).clamp(min=0).sqrt()
-        return _Constants(verified.int(), support, log_mass, center + offset, variance, furthest)
+        return _Constants(verified.int(), support, log_mass, origin + offset, variance, furthest)
 
     def _moments(self, weight: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-        """[rows, H, H + 1] fp64: second moments and means of the centers relative to ``center``, weighted by shares."""
+        """[rows, H, H + 1] fp64: second moments and means of the centers relative to the origin, weighted by shares."""
         moments = 0.0
         for x, share in zip(weight.split(CHUNK), shares.split(CHUNK, dim=1), strict=True):
-            x = (x - self._spread.center).double()
+            x = (x - self._spread.origin).double()
             ones = torch.cat((x, x.new_ones(len(x), 1)), dim=1)
             moments = moments + torch.stack([(x * one.unsqueeze(1)).t() @ ones for one in share])
         return moments
@@ -210,7 +210,7 @@ class FrozenBounds:
         support = self.constants.support[nearest]  # [T, B, G]
         place = place.unsqueeze(2).expand(-1, support.shape[1], 1)
         most = left * support.gather(2, place).squeeze(2) + right * support.gather(2, place + 1).squeeze(2)
-        most = most + parts.residual @ self._spread.center.double().unsqueeze(1) + error
+        most = most + parts.residual @ self._spread.origin.double().unsqueeze(1) + error
         most = most.masked_fill(angle > math.pi / 2, math.inf)
         is_empty = support[:, :, 0] == _OUT
         centers = stages.centers

@@ -146,10 +146,10 @@ def _scan(
     hidden = hidden.float()
     direction = _directions(stages, probes)
     along, residual, distance = split(hidden, direction)
-    center, longest, _, rounding, _ = extent
+    origin, longest, _, rounding, _ = extent
     error = extent.score_error(hidden)
-    shift = residual @ center.double().unsqueeze(1)  # [R, 1]
-    center_along = direction @ center.unsqueeze(1)  # [R, 1]
+    shift = residual @ origin.double().unsqueeze(1)  # [R, 1]
+    origin_along = direction @ origin.unsqueeze(1)  # [R, 1]
 
     ids = lists[probes].flatten(1)  # [R, P*L], with repetitions
     masses = hidden.new_full((5, hidden.shape[0]), _OUT, dtype=torch.float64)  # logarithms
@@ -171,8 +171,8 @@ def _scan(
         is_listed = is_listed.scatter_(1, columns, True)[:, 1:-1]
 
         at_anchor = along * projections + bias
-        squares = (weight - center).square().sum(dim=1).double() * (1.0 + rounding)
-        reach = orthogonal_lengths(squares, (projections - center_along).double(), rounding * longest)
+        squares = (weight - origin).square().sum(dim=1).double() * (1.0 + rounding)
+        reach = orthogonal_lengths(squares, (projections - origin_along).double(), rounding * longest)
         limit = distance * reach + 2.0 * error  # on what the residual adds
         growth = log_growth(logits.double() - at_anchor - shift, limit)
         parts = (

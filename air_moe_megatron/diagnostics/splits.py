@@ -87,9 +87,9 @@ def log_growth(value: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
 class Spread(NamedTuple):
     """Location and extent of a router's expert centers."""
 
-    center: torch.Tensor  # [H] fp32, near their mean
+    origin: torch.Tensor  # [H] fp32, a point near their mean
     longest: torch.Tensor  # [] fp32, the largest length of a center
-    radius: torch.Tensor  # [] fp32, at least the largest distance of a center from ``center``
+    radius: torch.Tensor  # [] fp32, at least the largest distance of a center from ``origin``
     rounding: float  # twice the relative rounding of a product
     largest_bias: torch.Tensor  # [] fp32, the largest absolute value of a bias
 
@@ -111,14 +111,14 @@ def spread(
         group: the D ranks that hold the other centers; None means that ``weight`` has all of them.
     """
     rounding = 2.0 * relative_rounding(weight.shape[1])
-    center = sum_over_ranks(weight.mean(dim=0, dtype=torch.float32), group) / group_size(group)
-    longest = radius = center.new_zeros(())
+    origin = sum_over_ranks(weight.mean(dim=0, dtype=torch.float32), group) / group_size(group)
+    longest = radius = origin.new_zeros(())
     for chunk in weight.split(CHUNK):
         longest = torch.maximum(longest, chunk.float().norm(dim=1).amax())
-        radius = torch.maximum(radius, (chunk.float() - center).norm(dim=1).amax())
-    largest_bias = center.new_zeros(()) if bias is None else bias.abs().amax().float()
+        radius = torch.maximum(radius, (chunk.float() - origin).norm(dim=1).amax())
+    largest_bias = origin.new_zeros(()) if bias is None else bias.abs().amax().float()
     if group_size(group) > 1:
         largest = torch.stack((longest, radius, largest_bias))
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
         longest, radius, largest_bias = largest.unbind()
-    return Spread(center, longest * (1.0 + rounding), radius * (1.0 + rounding), rounding, largest_bias)
+    return Spread(origin, longest * (1.0 + rounding), radius * (1.0 + rounding), rounding, largest_bias)

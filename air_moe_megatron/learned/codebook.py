@@ -82,9 +82,9 @@ def split_loaded(
     generators = None
     while True:  # ends: while a codeword is starved, another holds more than the mean and can be split
         counts = ema[:, :, hidden_size]
-        mean = counts.mean(dim=1, keepdim=True)
-        is_starved = counts < _STARVED * mean
-        num_splits = torch.minimum(is_starved.sum(dim=1), (counts >= mean).sum(dim=1))
+        mean_count = counts.mean(dim=1, keepdim=True)
+        is_starved = counts < _STARVED * mean_count
+        num_splits = torch.minimum(is_starved.sum(dim=1), (counts >= mean_count).sum(dim=1))
         splits_of = num_splits.tolist()
         if sum(splits_of) == 0:
             return codewords, ema
@@ -92,7 +92,7 @@ def split_loaded(
             generators = [torch.Generator().manual_seed(_SEED + num_updates) for _ in range(num_codebooks)]
             # Cut around the mean of this batch. A codeword averages over the past, and all tokens of this batch may
             # lie on one side of it. Rows of all codebooks are flattened, as in the indices below.
-            centers = _directions(statistics, codewords).flatten(0, 1)
+            means = _directions(statistics, codewords).flatten(0, 1)
             codewords, ema = (value.clone(memory_format=torch.contiguous_format) for value in (codewords, ema))
             flat_codewords, flat_ema = codewords.flatten(0, 1), ema.flatten(0, 1)  # views
             first_place = torch.arange(num_codebooks, device=device).unsqueeze(1) * num_clusters
@@ -107,16 +107,16 @@ def split_loaded(
                 for number, generator in zip(splits_of, generators, strict=True)
             ]
         ).to(device)
-        center = centers[loaded]
-        direction = direction - (direction * center).sum(dim=1, keepdim=True) * center
+        mean = means[loaded]
+        direction = direction - (direction * mean).sum(dim=1, keepdim=True) * mean
         direction = torch.nn.functional.normalize(direction, dim=1)
         cosine = (flat_ema[loaded, :hidden_size].norm(dim=1) / flat_ema[loaded, hidden_size]).clamp(0.1, 1.0 - 1e-4)
         offset = (1.0 / cosine.square() - 1.0).sqrt().unsqueeze(1) / hidden_size**0.5
         flat_ema[loaded] *= 0.5
         flat_ema[starved] = flat_ema[loaded]
         for rows, sign in ((loaded, 1.0), (starved, -1.0)):
-            halves = torch.nn.functional.normalize(center + sign * offset * direction, dim=1)
-            flat_codewords[rows] = centers[rows] = halves
+            halves = torch.nn.functional.normalize(mean + sign * offset * direction, dim=1)
+            flat_codewords[rows] = means[rows] = halves
             flat_ema[rows, :hidden_size] = halves * flat_ema[rows, :hidden_size].norm(dim=1, keepdim=True)
 
 
