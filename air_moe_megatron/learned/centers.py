@@ -42,11 +42,16 @@ class Centers:
         return type(self)(weight, bias, self.score_function, expert_bias)
 
     def fine_topk(
-        self, hidden: torch.Tensor, shortlist: torch.Tensor, probes: torch.Tensor, topk: int, dtype: torch.dtype
+        self,
+        hidden: torch.Tensor,
+        shortlist: torch.Tensor,
+        probes: torch.Tensor,
+        num_candidates: int,
+        dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the experts in each token's shortlists that are selected first; see ``ops.fine_scores.fine_topk``."""
         selection = (self.score_function, self.expert_bias)
-        return fine_topk(hidden, self.weight, self.bias, shortlist, probes, topk, dtype, *selection)
+        return fine_topk(hidden, self.weight, self.bias, shortlist, probes, num_candidates, dtype, *selection)
 
     def rank_experts(self, codewords: torch.Tensor, scale: torch.Tensor, shortlist_size: int) -> Ranking:
         """Rank all experts at some codewords; see ``ops.ranking.rank_experts``."""

@@ -2,21 +2,21 @@
 
 How lists of source 'tokens' are rebuilt, once there are some:
 
-1. In each step, the first training forward ranks the experts at the next few blocks of codewords
+1. In each step, the first training forward selects experts for the next few blocks of codewords
    (:meth:`ShortlistIndex.refresh`). Each rank takes a part of the blocks.
-2. A codeword keeps a *pool* of its best Q experts. In each rebuild one block in R has its *turn*: its codewords choose
+2. A codeword keeps a *pool* of its best Q experts. In each rebuild one block in B has its *turn*: its codewords choose
    their pools from all experts. Any other codeword chooses from its pool, its list, and the pools of the nearest
    codewords that had their turn in the previous rebuild. On a GPU every codeword chooses from all experts in every
    rebuild (``rebuild_schedule.py``).
-3. At the end of the step the ranks exchange what they ranked (:meth:`ShortlistIndex.commit`). The old lists stay in
+3. At the end of the step the ranks exchange what they selected (:meth:`ShortlistIndex.commit`). The old lists stay in
    force.
-4. When all codewords have been ranked, all lists are replaced at once. A list gets the best L experts of its pool, and
+4. When all codewords are done, all lists are replaced at once. A list gets the best L experts of its pool, and
    a share of the experts that no list would hold (:func:`list_every_expert`).
 
 Lists and pools have S parts, one for each range of E/S consecutive experts. Every part is made independently. So ranks
 that hold some of the experts make the same parts as a rank that holds all of them.
 
-Legend: H hidden, E experts, C clusters, L shortlist, Q pool, R turns, S parts.
+Legend: H hidden, E experts, C clusters, L shortlist, Q pool, B blocks of which one has its turn in a rebuild, S parts.
 """
 
 from dataclasses import dataclass
@@ -44,9 +44,9 @@ _OF_EXPERTS = ("shortlist", "pool")
 
 @dataclass
 class Share:
-    """What a rank has ranked in a step and not yet exchanged with the other ranks."""
+    """What a rank has selected in a step and not yet exchanged with the other ranks."""
 
-    rows: slice  # the codewords that all ranks together rank in this step
+    rows: slice  # the codewords for which all ranks together select experts in this step
     version: int  # number of codebook updates so far
     num_ranks: int
     pool: torch.Tensor  # [rows, Q] int64, best first; -1 at the codewords of other ranks
@@ -102,7 +102,7 @@ class ShortlistIndex(torch.nn.Module):
         self.register_buffer("pool", pool, persistent=is_spread)
         staged_keys = torch.full((is_spread * num_experts,), _UNTRIED, dtype=torch.int64)
         self.register_buffer("staged_keys", staged_keys, persistent=is_spread)
-        self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))  # finished rebuilds; codewords ranked
+        self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))  # finished rebuilds; codewords done
         self.on_host = HostCopy(self, "built_at", "progress")
         self.on_host.note([-1, 0, 0])
         self._share: Share | None = None
@@ -115,17 +115,17 @@ class ShortlistIndex(torch.nn.Module):
 
     @property
     def schedule(self) -> tuple[int, int]:
-        """Codewords per block, and R, on the device of the lists; see ``rebuild_schedule.schedule``."""
+        """Codewords per block, and B, on the device of the lists; see ``rebuild_schedule.schedule``."""
         return schedule(self.num_experts * self.num_shards, self.shortlist.shape[0], self.shortlist.is_cuda)
 
     def _state(self) -> list[int]:
-        """Update that made the lists, number of rebuilds so far, and number of codewords ranked for the next lists."""
+        """Update that made the lists, number of rebuilds so far, and number of codewords done for the next lists."""
         return self.on_host.read()
 
-    def _set_state(self, built_at: int, num_rebuilds: int, num_ranked: int) -> None:
+    def _set_state(self, built_at: int, num_rebuilds: int, num_done: int) -> None:
         self.built_at.fill_(built_at)
-        self.progress[0], self.progress[1] = num_rebuilds, num_ranked
-        self.on_host.note([built_at, num_rebuilds, num_ranked])
+        self.progress[0], self.progress[1] = num_rebuilds, num_done
+        self.on_host.note([built_at, num_rebuilds, num_done])
 
     @torch.no_grad()
     def refresh(
@@ -136,7 +136,7 @@ class ShortlistIndex(torch.nn.Module):
         training: bool = True,
         group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
-        """Begin a forward: make the first lists, or rank this rank's share of the next ones.
+        """Begin a forward: make the first lists, or select this rank's share of the next ones.
 
         Later forwards of the step and recomputed ones find nothing to do and see the same lists. Evaluation uses the
         lists in force. If there are none yet, it makes provisional lists, which training replaces by its own.
@@ -153,7 +153,7 @@ class ShortlistIndex(torch.nn.Module):
                 self._make_lists(codebook, centers)
                 self._provisional = _made_of(codebook, centers)
             return
-        (built_at, num_rebuilds, num_ranked), updates = self._state(), codebook.updates_on_host
+        (built_at, num_rebuilds, num_done), updates = self._state(), codebook.updates_on_host
         due = 0 if built_at < 0 else next_version(built_at, self.refresh_interval)
         # Without usable pools the rebuild is full. The first update replaces the random codewords, and so makes their
         # pools useless; an older checkpoint holds no pools.
@@ -164,9 +164,9 @@ class ShortlistIndex(torch.nn.Module):
         elif self._share is None and not is_at_once:
             num_clusters, (block, _) = self.shortlist.shape[0], self.schedule
             share = num_clusters * (updates - built_at) // (due - built_at) // block * block
-            rows = slice(num_ranked, num_clusters if updates >= due else share)
+            rows = slice(num_done, num_clusters if updates >= due else share)
             if rows.start < rows.stop:
-                self._share = self._rank_share(rows, codebook, centers, group)
+                self._share = self._select_share(rows, codebook, centers, group)
 
     def _make_lists(self, codebook: Codebook, centers: Centers) -> None:
         """Make all lists at once, from the scores of all experts."""
@@ -189,17 +189,17 @@ class ShortlistIndex(torch.nn.Module):
 
     def _list(self, nearest: torch.Tensor, score: torch.Tensor) -> None:
         """Replace the lists by those made from the pools, and from each expert's best codeword [E] and score [E]."""
-        turn = self._state()[1]
+        num_rebuilds = self._state()[1]
         for span in self._spans():
             first, length = span.experts.start, span.lists.stop - span.lists.start
             best = self.pool[:, span.pool][:, :length].long() - first
             ranking = Ranking(best, nearest[span.experts], score[span.experts])
-            self.shortlist[:, span.lists] = list_every_expert(ranking, self.num_reserved, turn) + first
+            self.shortlist[:, span.lists] = list_every_expert(ranking, self.num_reserved, num_rebuilds) + first
 
-    def _rank_share(
+    def _select_share(
         self, rows: slice, codebook: Codebook, centers: Centers, group: torch.distributed.ProcessGroup | None
     ) -> Share:
-        """Rank the experts at this rank's blocks of the codewords ``rows``."""
+        """Select the experts for this rank's blocks of the codewords ``rows``."""
         rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
         pool = torch.full((rows.stop - rows.start, self.pool.shape[1]), -1, device=centers.weight.device)
         share = Share(rows, codebook.updates_on_host, num_ranks, pool, torch.full_like(self.staged_keys, _UNTRIED))
@@ -210,7 +210,7 @@ class ShortlistIndex(torch.nn.Module):
         try:
             for first in blocks[len(blocks) * rank // num_ranks : len(blocks) * (rank + 1) // num_ranks]:
                 block = slice(first, min(first + size, rows.stop))
-                pool[block.start - rows.start : block.stop - rows.start] = self._rank_block(
+                pool[block.start - rows.start : block.stop - rows.start] = self._select_pools(
                     block, codebook.codewords, scale, parts, share.keys
                 )
         except Exception as error:
@@ -219,7 +219,7 @@ class ShortlistIndex(torch.nn.Module):
             share.failure = error  # the other ranks learn of it at the end of the step
         return share
 
-    def _rank_block(
+    def _select_pools(
         self,
         block: slice,
         codewords: torch.Tensor,
@@ -254,18 +254,18 @@ class ShortlistIndex(torch.nn.Module):
 
     @property
     def failure(self) -> Exception | None:
-        """The error that kept this rank from ranking its share in this step; None if there was none."""
+        """The error that kept this rank from selecting its share in this step; None if there was none."""
         return None if self._share is None else self._share.failure
 
     def discard(self) -> None:
-        """Forget what was ranked in this step."""
+        """Forget what was selected in this step."""
         self._share = None
 
     @torch.no_grad()
     def commit(self, group: torch.distributed.ProcessGroup | None = None) -> None:
-        """End a successful step: keep what the ranks have ranked, and replace the lists once everything is ranked.
+        """End a successful step: keep what the ranks have selected, and replace the lists once all codewords are done.
 
-        Every rank must call it. In steps that rank codewords it makes one all-reduce (maximum) of the E keys and of the
+        Every rank must call it. In steps that select experts it makes one all-reduce (maximum) of the E keys and of the
         pools of the step's codewords, 8 bytes per number. Waits for the device when the lists change.
 
         Args:
@@ -279,7 +279,7 @@ class ShortlistIndex(torch.nn.Module):
         num_ranks = 1 if group is None else group.size()
         if share.num_ranks != num_ranks:
             raise ValueError(
-                f"the lists were ranked by {share.num_ranks} ranks together, so the codebooks must be updated with "
+                f"the next lists were made by {share.num_ranks} ranks together, so the codebooks must be updated with "
                 f"their group, not with one of {num_ranks}"
             )
         keys, pool = share.keys, share.pool

@@ -1,6 +1,6 @@
 """The contents of shortlists: pure functions from scores to lists, and draws from lists.
 
-Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, R explored candidates.
+Legend: T tokens, H hidden, E experts, C clusters, L shortlist, P probes, X explored candidates.
 """
 
 import torch
@@ -21,19 +21,19 @@ def reserved_slots(num_experts: int, num_clusters: int, shortlist_size: int, top
 
 
 @torch.no_grad()
-def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0) -> torch.Tensor:
+def list_every_expert(ranking: Ranking, reserved: int, num_rebuilds: int = 0) -> torch.Tensor:
     """Make shortlists that together hold every expert: the *orphan rule*.
 
     The slots before the reserved ones go to the experts that score highest at the codeword. Experts that are then in no
     list are orphans. In the order of their scores, the best first, an orphan takes a reserved slot at its best
     codeword, or any free reserved slot if that list is full. Slots that no orphan takes go to the next-best experts. So
     an expert that no token selects any more is still scored, and can be selected again. If there are more orphans than
-    reserved slots, they take turns.
+    reserved slots, each rebuild gives them to other orphans.
 
     Args:
         ranking: its lists are [C, L], best first.
         reserved: slots per list, see :func:`reserved_slots`; 0 leaves the lists as they are.
-        turn: number of the rebuild, which decides whose turn it is.
+        num_rebuilds: number of rebuilds so far, which decides which orphans get reserved slots.
     Returns:
         [C, L] int32, ascending expert ids.
 
@@ -50,7 +50,7 @@ def list_every_expert(ranking: Ranking, reserved: int, turn: int = 0) -> torch.T
         return lists.sort(dim=1).values.int()
     room = num_clusters * reserved
     if orphans.numel() > room:
-        orphans = orphans.roll(-turn * room)[:room]
+        orphans = orphans.roll(-num_rebuilds * room)[:room]
     by_score = orphans[ranking.score[orphans].argsort(descending=True, stable=True)]
     codeword = ranking.nearest[by_score]
     order = codeword.argsort(stable=True)
@@ -101,8 +101,8 @@ def inverted_lists(codewords: torch.Tensor, weight: torch.Tensor, capacity: int)
         by_score = score.argsort(descending=True, stable=True)
         order = by_score[codeword[by_score].argsort(stable=True)]
         counts = torch.bincount(codeword, minlength=num_clusters)
-        rank = torch.arange(order.numel(), device=order.device) - (counts.cumsum(0) - counts)[codeword[order]]
-        slot = used[codeword[order]] + rank
+        place = torch.arange(order.numel(), device=order.device) - (counts.cumsum(0) - counts)[codeword[order]]
+        slot = used[codeword[order]] + place
         taken = slot < capacity
         lists[codeword[order][taken], slot[taken]] = outside[order[taken]]
         used = (used + counts).clamp(max=capacity)
@@ -112,32 +112,32 @@ def inverted_lists(codewords: torch.Tensor, weight: torch.Tensor, capacity: int)
 
 
 @torch.no_grad()
-def draw_slots(probes: torch.Tensor, shortlist_size: int, number: int, turn: int) -> torch.Tensor:
-    """Draw R of the P * L slots that each token searches, equally spaced from a start that moves with every turn.
+def draw_slots(probes: torch.Tensor, shortlist_size: int, number: int, num_updates: int) -> torch.Tensor:
+    """Draw X of the P * L slots that each token searches, equally spaced from a start that moves with every update.
 
     The start depends on the token's codewords and not on its position in the batch. So tokens draw the same slots
-    however a batch is spread over ranks. In P * L turns each draw visits every slot once, because its step is a prime
+    however a batch is spread over ranks. In P * L updates each draw visits every slot once, because its step is a prime
     above P * L. The hash and its constants are those of xxHash (github.com/Cyan4973/xxHash), shortened.
 
     Args:
         probes: [T, P] int64, the codewords whose lists each token searches.
         shortlist_size: L.
-        number: R, at most P * L.
-        turn: a count that increases, such as that of updates.
+        number: X, at most P * L.
+        num_updates: number of codebook updates so far.
     Returns:
-        [T, R] int64, slots from 0 to P * L - 1.
+        [T, X] int64, slots from 0 to P * L - 1.
     """
     total = probes.shape[1] * shortlist_size
     mixed = (probes + 1) * 0x9E3779B1 % 2**32
     mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA77 % 2**32
-    offset = (mixed ^ (mixed >> 13)).sum(dim=1, keepdim=True) + turn * 0x27D4EB2F
+    offset = (mixed ^ (mixed >> 13)).sum(dim=1, keepdim=True) + num_updates * 0x27D4EB2F
     first = torch.arange(number, device=probes.device) * total // number
     return (first + offset) % total
 
 
 @torch.no_grad()
 def without_repeats(drawn: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """[T, R] ids ``drawn``, with -1 for an id that is also in that row of ``others`` [T, M] or earlier in ``drawn``."""
+    """[T, X] ids ``drawn``, with -1 for an id that is also in that row of ``others`` [T, M] or earlier in ``drawn``."""
     kept = drawn.clone()
     for column in range(drawn.shape[1]):
         ids = drawn[:, column : column + 1]

@@ -3,11 +3,11 @@
 ``index.py`` says how lists of source 'tokens' are rebuilt. Those of source 'experts' are due at the same updates, and
 are made all at once.
 
-Legend: E experts, C clusters, L shortlist, Q pool, R turns.
+Legend: E experts, C clusters, L shortlist, Q pool, B blocks of which one has its turn in a rebuild.
 """
 
 # docs/codebook.md#rebuilding-the-lists has the measured cost and recall of these values.
-NUM_TURNS = 8  # R
+NUM_TURNS = 8  # B
 NUM_NEIGHBORS = 2  # codewords whose pools a codeword chooses from
 POOL = 4  # Q / L
 BLOCK = 32  # codewords per matrix product; fixed, so that its bits do not depend on the number of ranks and steps
@@ -42,17 +42,17 @@ def num_rebuilds(num_steps: int, interval: int) -> int:
 
 
 def num_turns(num_clusters: int) -> int:
-    """R, the number of rebuilds in which every codeword gets one turn; 1 if all codewords fit one block."""
+    """B, the number of rebuilds in which every codeword gets one turn; 1 if all codewords fit one block."""
     return min(NUM_TURNS, -(-num_clusters // BLOCK))
 
 
 def schedule(num_experts: int, num_clusters: int, on_gpu: bool) -> tuple[int, int]:
-    """Codewords per block, and R.
+    """Codewords per block, and B.
 
     A GPU scores all experts faster than it gathers a codeword's candidates. On an H100, with E = 65,536 and C = 1024, a
     rebuild took 53.0 ms by turns in blocks of 32, and 6.80 ms from all experts (docs/results/h100.md).
 
-    Example: E = 65,536, C = 1024: blocks of 32 and R = 8 on a CPU, of 256 and R = 1 on a GPU.
+    Example: E = 65,536, C = 1024: blocks of 32 and B = 8 on a CPU, of 256 and B = 1 on a GPU.
     """
     if not on_gpu:
         return BLOCK, num_turns(num_clusters)

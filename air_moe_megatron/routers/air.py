@@ -4,7 +4,7 @@ Megatron's own functions select the top-k and compute the probabilities, from a 
 experts. So with shortlists of all experts the router equals ``TopKRouter``. No tensor of size [T, E] is made up to
 ``Routes``; only ``_to_dense`` makes one, for Megatron's own dispatchers.
 
-Legend: N candidates per token in a tensor (K, M, M + R or P*L), R explored candidates; others as in
+Legend: N candidates per token in a tensor (K, M, M + X or P*L), X explored candidates; others as in
 ``ops/__init__.py``.
 """
 
@@ -169,7 +169,7 @@ class AIRRouter(CompactRouter):
         """How many candidates of a token probabilities and losses use: of the best ones, and of explored ones.
 
         The best are the top-k if only the selected scores reach the loss, and otherwise M. The balancing losses also
-        use R explored candidates. In a load test all P*L slots are candidates.
+        use X explored candidates. In a load test all P*L slots are candidates.
         """
         if self.config.moe_router_force_load_balancing:
             return probes.shape[1] * shortlist.shape[1], 0
@@ -280,7 +280,7 @@ class AIRRouter(CompactRouter):
 
     @torch.no_grad()
     def refresh_lists(self, training: bool) -> None:
-        """Make the first lists, or rank this rank's share of the next ones; see ``ShortlistIndex.refresh``."""
+        """Make the first lists, or select this rank's share of the next ones; see ``ShortlistIndex.refresh``."""
         self.index.refresh(self.codebook, self.centers, training=training, group=self._list_group())
 
     @staticmethod
@@ -295,7 +295,7 @@ class AIRRouter(CompactRouter):
     def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
         """See the base class: 2H(C + PL) forward; 4HK backward, or 4HM if all candidates get gradients.
 
-        With balancing losses, R explored candidates add 2HR forward and 4HR backward.
+        With balancing losses, X explored candidates add 2HX forward and 4HX backward.
 
         Rebuilds cost what ``flops.rebuild_flops`` says.
         """
@@ -328,7 +328,7 @@ class AIRRouter(CompactRouter):
         return [*super().host_copies(), *others, self.index.on_host]
 
     def discard(self) -> None:
-        """Forget what the base class forgets, and what was ranked for the next lists."""
+        """Forget what the base class forgets, and what was selected for the next lists."""
         super().discard()
         self.index.discard()
         if self.observer is not None:

@@ -60,8 +60,8 @@ def rebuild_flops(config: TransformerConfig, on_gpu: bool = False, num_ranks: in
     """FLOPs of one rebuild of AIR's shortlists; arguments as in :class:`Rebuilds`.
 
     Source 'tokens': the ranks share a rebuild of the lists. It takes ``2CEH`` on a GPU, and on a CPU at most
-    ``2CH(E/R + C/R + 13L)`` with R turns (``learned/rebuild_schedule.py``). The first two rebuilds of a training are
-    full, ``2CEH``, and every rank makes them alone.
+    ``2CH(E/B + C/B + 13L)``, where one block of codewords in B has its turn (``learned/rebuild_schedule.py``). The
+    first two rebuilds of a training are full, ``2CEH``, and every rank makes them alone.
 
     Source 'experts': every rank makes all rebuilds alone. One takes ``2CEH`` for the lists, and as much for each step
     of k-means: ten steps in the first rebuild, one in each later one.

@@ -16,7 +16,7 @@ average "global_aux_loss" over data-parallel ranks, although each rank holds onl
 Without ``calculate_per_token_loss`` every microbatch has the same weight, and so has every sequence in it. With it,
 every token has the same weight.
 
-Legend: N candidates per token (M, or M + R with R explored ones), U groups of tokens (1, or one per sequence); others
+Legend: N candidates per token (M, or M + X with X explored ones), U groups of tokens (1, or one per sequence); others
 as in ``ops/__init__.py``. Token t is in group t % U.
 """
 
@@ -44,7 +44,7 @@ _BALANCING_LOSSES = {
 class Explored:
     """The explored candidates, each token's last ones. They are drawn at random, for the balancing losses alone."""
 
-    number: int  # R
+    number: int  # X
     stands_for: float  # number of slots of the token's lists that each of them represents
 
 
@@ -85,7 +85,7 @@ class RouterLosses(TopKRouter):
         alone. ``columns`` [T, K] are the selected candidates if the router selected them by scores alone, so that this
         need not be repeated. They are None if an expert bias took part or all experts are candidates.
 
-        Explored candidates, the last R of N, are never selected. Each is weighted by the number of slots that it stands
+        Explored candidates, the last X of N, are never selected. Each is weighted by the number of slots that it stands
         for, so that sums over them estimate sums over all candidates beyond the best M.
         """
         if columns is None:

@@ -116,9 +116,9 @@ def test_a_step_that_ranks_codewords_takes_one_all_reduce_of_keys_and_pools(rank
         assert results["plain", 1][1] == [8 * EXPERTS + per_rebuild] * (STEPS - 3)  # without the two in full
         # Spread over the steps, no pool is sent twice.
         sizes, history = results["plain", 20][1], results["plain", 20][0]
-        num_rebuilds, num_ranked = history[-1]["progress"].tolist()
+        num_rebuilds, num_done = history[-1]["progress"].tolist()
         sent = sum(sizes) - 8 * EXPERTS * len(sizes)
-        assert sent == per_rebuild * (num_rebuilds - 2) + 8 * num_ranked * 4 * SHORTLIST and num_ranked > 0
+        assert sent == per_rebuild * (num_rebuilds - 2) + 8 * num_done * 4 * SHORTLIST and num_done > 0
 
 
 def test_a_rank_that_fails_is_named_on_all_ranks(ranks):

@@ -282,18 +282,18 @@ def test_gradients_of_the_best(shape, function):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"topk": 0}, r"topk \(0\) must be at least 1"),
+        ({"num_candidates": 0}, r"num_candidates \(0\) must be at least 1"),
         ({"score_function": "sigmoid"}, "must be given together"),
         ({"expert_bias": torch.zeros(24)}, "must be given together"),
         ({"score_function": "softmax", "expert_bias": torch.zeros(24)}, r"score_function \('softmax'\) must be None"),
         ({"score_function": "sigmoid", "expert_bias": torch.zeros(23)}, r"expert_bias \(23,\) must be \[E\]"),
     ],
-    ids=["no-topk", "no-bias", "no-function", "unknown-function", "bias-of-others"],
+    ids=["no-candidates", "no-bias", "no-function", "unknown-function", "bias-of-others"],
 )
 def test_what_the_topk_cannot_do_is_refused(change, message):
     hidden, weight, bias, shortlist, probes = make_inputs(SHAPES["two-probes"], torch.float32, False, False)
     with pytest.raises(ValueError, match=message):
-        fine_topk(hidden, weight, bias, shortlist, probes, **{"topk": 2, "dtype": torch.float32} | change)
+        fine_topk(hidden, weight, bias, shortlist, probes, **{"num_candidates": 2, "dtype": torch.float32} | change)
 
 
 BAD_SHAPES = {

@@ -18,19 +18,19 @@ def make_hidden(num_tokens=20, seed=5):
     return torch.randn(num_tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
 
-def test_every_slot_is_drawn_once_in_as_many_turns_as_there_are_slots():
+def test_every_slot_is_drawn_once_in_as_many_updates_as_there_are_slots():
     probes = torch.tensor([[3, 0, 7], [7, 3, 0], [1, 2, 4095]])
-    turns = torch.stack([draw_slots(probes, 5, 4, turn) for turn in range(1000, 1015)])  # [15, T, R]
-    assert torch.equal(turns.sort(dim=0).values, torch.arange(15).view(15, 1, 1).expand(15, 3, 4))
-    assert all(row.unique().numel() == 4 for turn in turns for row in turn)
+    drawn = torch.stack([draw_slots(probes, 5, 4, num_updates) for num_updates in range(1000, 1015)])  # [15, T, X]
+    assert torch.equal(drawn.sort(dim=0).values, torch.arange(15).view(15, 1, 1).expand(15, 3, 4))
+    assert all(row.unique().numel() == 4 for slots in drawn for row in slots)
 
 
 def test_the_draw_follows_from_the_codewords_alone():
     probes = torch.stack([torch.randperm(40)[:3] for _ in range(200)])
-    drawn, order = draw_slots(probes, 16, 8, turn=3), torch.randperm(200)
-    assert torch.equal(draw_slots(probes[order], 16, 8, turn=3), drawn[order])
+    drawn, order = draw_slots(probes, 16, 8, num_updates=3), torch.randperm(200)
+    assert torch.equal(draw_slots(probes[order], 16, 8, num_updates=3), drawn[order])
     assert drawn[:, 0].unique().numel() > 40  # of 48: tokens of different codewords draw different slots
-    assert not torch.equal(draw_slots(probes, 16, 8, turn=4), drawn)
+    assert not torch.equal(draw_slots(probes, 16, 8, num_updates=4), drawn)
 
 
 def test_what_is_drawn_twice_or_is_a_candidate_already_is_left_out():
@@ -103,9 +103,11 @@ def test_experts_behind_the_best_candidates_get_gradients_in_time(megatron_cpu):
         gets = torch.zeros(EXPERTS, dtype=torch.bool)
         router.route(hidden)
         searched = router.index.shortlist[router.route(hidden).probes].unique().long()
-        for turn in range(36):
-            router.codebook.load_state_dict({**router.codebook.state_dict(), "num_updates": torch.tensor([turn])})
-            router.index.built_at.fill_(turn)
+        for num_updates in range(36):
+            router.codebook.load_state_dict(
+                {**router.codebook.state_dict(), "num_updates": torch.tensor([num_updates])}
+            )
+            router.index.built_at.fill_(num_updates)
             router.zero_grad()
             router.route(hidden).probs.sum().backward()
             gets |= router.weight.grad.abs().sum(dim=1) > 0

@@ -456,7 +456,7 @@ def test_a_share_of_several_ranks_is_not_taken_for_all():
     codebook, index, centers = fixed("plain")
     codebook.count_update()
     index.refresh(codebook, centers, group=TwoRanks)
-    with pytest.raises(ValueError, match="ranked by 2 ranks together.*not with one of 1"):
+    with pytest.raises(ValueError, match="made by 2 ranks together.*not with one of 1"):
         index.commit()
 
 

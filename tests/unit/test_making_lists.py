@@ -141,7 +141,7 @@ def test_every_expert_stands_in_a_list(num_experts, num_clusters, topk, spare, i
         codewords = directions(num_clusters, 8, seed)
     ranking = rank_experts(codewords, torch.ones(num_clusters), weight, None, shortlist_size)
     reserved = reserved_slots(num_experts, num_clusters, shortlist_size, topk)
-    lists = list_every_expert(ranking, reserved, turn=seed % 5)
+    lists = list_every_expert(ranking, reserved, num_rebuilds=seed % 5)
     assert lists.shape == (num_clusters, shortlist_size) and lists.dtype == torch.int32
     assert set(lists.flatten().tolist()) == set(range(num_experts))
     for codeword in range(num_clusters):
@@ -165,14 +165,14 @@ def test_where_the_best_codeword_is_full_an_orphan_goes_where_there_is_room():
     assert list_every_expert(ranking, 2).tolist() == [[0, 1, 2], [0, 1, 3]]
 
 
-def test_more_orphans_than_places_take_turns():
+def test_more_orphans_than_places_get_them_one_after_another():
     codewords, weight = crowded(100, 4)
     ranking = rank_experts(codewords, torch.ones(4), weight, None, 10)
     reserved = reserved_slots(100, 4, 10, topk=7)
     assert reserved == 3  # 12 places for at least 72 orphans
     listed = set()
-    for turn in range(9):
-        lists = list_every_expert(ranking, reserved, turn)
+    for num_rebuilds in range(9):
+        lists = list_every_expert(ranking, reserved, num_rebuilds)
         assert all(len(set(row)) == 10 for row in lists.tolist())
         listed |= set(lists.flatten().tolist())
     assert listed == set(range(100))

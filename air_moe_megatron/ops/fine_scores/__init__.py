@@ -54,7 +54,7 @@ def fine_topk(
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
     probes: torch.Tensor,
-    topk: int,
+    num_candidates: int,
     dtype: torch.dtype,
     score_function: str | None = None,
     expert_bias: torch.Tensor | None = None,
@@ -63,30 +63,30 @@ def fine_topk(
 
     With an expert bias, experts are chosen by ``function(score_e) + expert_bias_e``, like Megatron's top-k, but their
     plain scores are returned. With one list per token, only the best scores are written to memory; with several lists,
-    all scores of a block of tokens are. Differentiable in hidden, weight and bias. The backward takes K rows per token
-    (``ops/selected_scores``). If K is a large part of the lists, the kernels' backward takes whole lists instead,
+    all scores of a block of tokens are. Differentiable in hidden, weight and bias. The backward takes M rows per token
+    (``ops/selected_scores``). If M is a large part of the lists, the kernels' backward takes whole lists instead,
     unless torch's deterministic algorithms are on. The torch version waits for the device, to read the sizes of groups.
 
     Args:
         hidden, weight, bias, shortlist, dtype: as :func:`fine_scores`.
         probes: [T, P] int64, the codewords of each token, distinct in a row. An expert in several of their lists
             is one candidate.
-        topk: K, at least 1; may exceed P * L.
+        num_candidates: M, at least 1; may exceed P * L.
         score_function, expert_bias: as for :func:`air_moe_megatron.ops.ranking.rank_experts`.
     Returns:
-        [T, K] scores in ``dtype``, in no order, and [T, K] int32 expert ids; -inf and -1 if a token has fewer.
+        [T, M] scores in ``dtype``, in no order, and [T, M] int32 expert ids; -inf and -1 if a token has fewer.
     Raises:
         ValueError: if the shapes or arguments do not fit together.
 
     Example: hidden [[1, 2]], weight [[1, 0], [0, 1], [1, 1]], shortlist [[0, 2], [1, 2]], probes [[0, 1]] and
-    K = 2 gives the scores [[3, 2]] and the ids [[2, 1]].
+    M = 2 gives the scores [[3, 2]] and the ids [[2, 1]].
     """
     _validate(hidden, weight, bias, shortlist, probes)
     validate_expert_bias(score_function, expert_bias, weight.shape[0])
-    if topk < 1:
-        raise ValueError(f"topk ({topk}) must be at least 1")
-    inputs = (hidden, weight, bias, shortlist, probes, topk, dtype, score_function, expert_bias)
-    if use_kernels("fine_scores", hidden, weight, dtype=dtype, topk=topk, probes=probes.shape[1]):
+    if num_candidates < 1:
+        raise ValueError(f"num_candidates ({num_candidates}) must be at least 1")
+    inputs = (hidden, weight, bias, shortlist, probes, num_candidates, dtype, score_function, expert_bias)
+    if use_kernels("fine_scores", hidden, weight, dtype=dtype, topk=num_candidates, probes=probes.shape[1]):
         from air_moe_megatron.ops.fine_scores import topk_kernels
 
         return topk_kernels.fine_topk(*inputs, deterministic=torch.are_deterministic_algorithms_enabled())

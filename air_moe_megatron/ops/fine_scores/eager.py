@@ -267,19 +267,19 @@ def fine_topk(
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
     probes: torch.Tensor,
-    topk: int,
+    num_candidates: int,
     dtype: torch.dtype,
     score_function: str | None,
     expert_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.fine_scores.fine_topk`, without gradients."""
     if probes.shape[1] == 1 and expert_bias is None:
-        return _best_of_list(hidden, weight, bias, shortlist, probes, topk, dtype)
-    num_tokens, num_candidates = hidden.shape[0], probes.shape[1] * shortlist.shape[1]
-    scores = torch.full((num_tokens, topk), float("-inf"), dtype=dtype, device=hidden.device)
-    ids = torch.full((num_tokens, topk), -1, dtype=torch.int32, device=hidden.device)
-    num_best = min(topk, num_candidates)
-    size = max(1, SCORES_OF_BLOCK // num_candidates)
+        return _best_of_list(hidden, weight, bias, shortlist, probes, num_candidates, dtype)
+    num_tokens, num_slots = hidden.shape[0], probes.shape[1] * shortlist.shape[1]
+    scores = torch.full((num_tokens, num_candidates), float("-inf"), dtype=dtype, device=hidden.device)
+    ids = torch.full((num_tokens, num_candidates), -1, dtype=torch.int32, device=hidden.device)
+    num_best = min(num_candidates, num_slots)
+    size = max(1, SCORES_OF_BLOCK // num_slots)
     for start in range(0, num_tokens, size):
         block = slice(start, start + size)
         found, _ = _scores(hidden[block], weight, bias, shortlist, probes[block], dtype)
@@ -294,18 +294,18 @@ def _best_distinct(
     shortlist: torch.Tensor,
     probes: torch.Tensor,
     num_experts: int,
-    topk: int,
+    num_best: int,
     score_function: str | None,
     expert_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best K experts of each token by scores [T, P*L], an expert in several of its lists counted once.
+    """The best M experts of each token by scores [T, P*L], an expert in several of its lists counted once.
 
     A table [tokens of a block, E] holds the place of the last probe in whose list an expert was found: one byte each,
     for up to 127 probes. Only the P*L entries of a token are written and read. Blocks are small, so that the table fits
     the cache.
 
     Returns:
-        [T, K] scores and ids, in no order.
+        [T, M] scores and ids, in no order.
     """
     num_tokens, num_probes = probes.shape
     lists = torch.where(shortlist < 0, num_experts, shortlist).long()  # empty slots use an extra column of the table
@@ -315,8 +315,8 @@ def _best_distinct(
     last_place = torch.empty(size, num_experts + 1, dtype=number, device=scores.device)
     if expert_bias is not None:
         expert_bias = torch.nn.functional.pad(expert_bias, (0, 1), value=float("-inf"))
-    best_scores = scores.new_empty(num_tokens, topk)
-    best_ids = probes.new_empty(num_tokens, topk)
+    best_scores = scores.new_empty(num_tokens, num_best)
+    best_ids = probes.new_empty(num_tokens, num_best)
     for start in range(0, num_tokens, size):
         block = slice(start, start + size)
         ids = lists.index_select(0, probes[block].reshape(-1)).view(-1, scores.shape[1])
@@ -326,7 +326,7 @@ def _best_distinct(
         if expert_bias is not None:
             ranked = selection_scores(ranked, score_function, expert_bias[ids])
         ranked = ranked.masked_fill(is_repeated, float("-inf"))
-        values, columns = ranked.topk(topk, dim=1, sorted=False)
+        values, columns = ranked.topk(num_best, dim=1, sorted=False)
         is_none = values == float("-inf")
         values = scores[block].gather(1, columns) if expert_bias is not None else values
         best_scores[block] = values.masked_fill(is_none, float("-inf"))
@@ -340,23 +340,23 @@ def _best_of_list(
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
     probes: torch.Tensor,
-    topk: int,
+    num_candidates: int,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best K experts of one list per token; each tile is reduced to these while it is in the cache."""
+    """The best M experts of one list per token; each tile is reduced to these while it is in the cache."""
     grouping = _group(shortlist, probes, hidden.shape[1])
     num_padded, list_size = grouping.num_padded + 1, shortlist.shape[1]  # one row more, for rows in no batch
-    scores = torch.empty(num_padded, topk, dtype=dtype, device=hidden.device)
-    columns = torch.empty(num_padded, topk, dtype=torch.int64, device=hidden.device)
-    if grouping.width < topk:
+    scores = torch.empty(num_padded, num_candidates, dtype=dtype, device=hidden.device)
+    columns = torch.empty(num_padded, num_candidates, dtype=torch.int64, device=hidden.device)
+    if grouping.width < num_candidates:
         scores.fill_(float("-inf"))
         columns.fill_(list_size)
         shortlist = torch.nn.functional.pad(shortlist, (0, 1), value=-1)
     for batch, tile in _tiles(grouping.batches, hidden, weight, bias, dtype):
-        num_best = min(topk, tile.shape[2])
-        if num_best == topk:
-            out = tuple(values[batch.span].view(*batch.shape, topk) for values in (scores, columns))
-            torch.topk(tile, topk, dim=2, sorted=False, out=out)
+        num_best = min(num_candidates, tile.shape[2])
+        if num_best == num_candidates:
+            out = tuple(values[batch.span].view(*batch.shape, num_candidates) for values in (scores, columns))
+            torch.topk(tile, num_candidates, dim=2, sorted=False, out=out)
         else:
             for values, best in zip((scores, columns), tile.topk(num_best, dim=2, sorted=False), strict=True):
                 values[batch.span, :num_best] = best.flatten(0, 1)

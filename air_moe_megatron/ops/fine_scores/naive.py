@@ -27,7 +27,7 @@ def naive_fine_topk(
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
     probes: torch.Tensor,
-    topk: int,
+    num_candidates: int,
     dtype: torch.dtype,
     score_function: str | None = None,
     expert_bias: torch.Tensor | None = None,
@@ -38,12 +38,12 @@ def naive_fine_topk(
     if expert_bias is not None:
         function = {"sigmoid": torch.sigmoid, "sqrtsoftplus": lambda x: torch.nn.functional.softplus(x).sqrt()}
         ranks = function[score_function](ranks) + expert_bias[shortlist[probes].clamp(min=0)]
-    best_scores = torch.full((hidden.shape[0], topk), float("-inf"), dtype=dtype, device=hidden.device)
-    best_ids = torch.full((hidden.shape[0], topk), -1, dtype=torch.int32, device=hidden.device)
+    best_scores = torch.full((hidden.shape[0], num_candidates), float("-inf"), dtype=dtype, device=hidden.device)
+    best_ids = torch.full((hidden.shape[0], num_candidates), -1, dtype=torch.int32, device=hidden.device)
     for token, searched in enumerate(probes):
         ids = shortlist[searched].flatten().tolist()
         slots = {expert: slot for slot, expert in reversed(list(enumerate(ids))) if expert >= 0}  # the first of each
         by_rank = sorted(slots.items(), key=lambda item: (-ranks[token].flatten()[item[1]].item(), item[1]))
-        for place, (expert, slot) in enumerate(by_rank[:topk]):
+        for place, (expert, slot) in enumerate(by_rank[:num_candidates]):
             best_scores[token, place], best_ids[token, place] = scores[token].flatten()[slot], expert
     return best_scores, best_ids

@@ -9,7 +9,8 @@ Several lists: the kernel of ``kernels.py`` writes the scores of a block of toke
 P * L scores, tile by tile. Lists are ascending, so a binary search tells whether an expert is in an earlier list of the
 token.
 
-Legend: B blocks of tokens; others as in ``ops/__init__.py``.
+Legend: K best candidates of a token (``num_candidates``, which is M outside of this file), B blocks of tokens; others
+as in ``ops/__init__.py``.
 """
 
 from collections.abc import Iterator
@@ -129,16 +130,16 @@ def launch_fine_topk(
     16 keys per thread. A longer list takes several tiles of half the width, which are merged into the best K so far.
     These need as much room again; with K above 256 they spill some hundred bytes of registers per thread.
     """
-    (num_tokens, topk), shortlist_size = best.ids.shape, shortlist.shape[1]
+    (num_tokens, num_best), shortlist_size = best.ids.shape, shortlist.shape[1]
     if num_tokens == 0:
         return
-    block_topk = block_of(topk, _FUSED_TOPK)
+    block_topk = block_of(num_best, _FUSED_TOPK)
     longest = _TILE_COLUMNS if shortlist_size <= _TILE_COLUMNS else _TILE_COLUMNS // 2
     block_list = max(block_topk, block_of(shortlist_size, longest))
     segments, starts = rows.blocks(16)
     _fine_topk_fwd_kernel[(segments.numel(),)](
         hidden, weight, bias, shortlist, rows.order, rows.row_first, segments, starts, *best,
-        rows.num_clusters, topk, hidden.shape[1], shortlist_size,
+        rows.num_clusters, num_best, hidden.shape[1], shortlist_size,
         HAS_BIAS=bias is not None, DOT_DTYPE=dot_dtype, NUM_TILES=triton.cdiv(shortlist_size, block_list),
         BLOCK_N=16, BLOCK_L=block_list, BLOCK_K=block_topk, BLOCK_H=step_of(hidden.shape[1], dot_dtype),
         num_warps=min(16, max(4, block_list // 32)), num_stages=3,
@@ -220,23 +221,23 @@ def launch_merge_lists(
 
     A tile is as wide as K, and at least 256; one warp holds it.
     """
-    num_tokens, topk = best.ids.shape
+    num_tokens, num_best = best.ids.shape
     if num_tokens == 0:
         return
     shortlist_size, num_probes = shortlist.shape[1], probes.shape[1]
-    num_candidates = num_probes * shortlist_size
-    block_topk = block_of(topk, LIMITS["topk"])
-    block = max(block_topk, block_of(num_candidates, 256))
+    num_slots = num_probes * shortlist_size
+    block_topk = block_of(num_best, LIMITS["topk"])
+    block = max(block_topk, block_of(num_slots, 256))
     _merge_lists_fwd_kernel[(num_tokens,)](
-        scores, shortlist, probes, expert_bias, *best, topk, num_probes, shortlist_size,
-        FUNCTION=score_function, STEPS=shortlist_size.bit_length(), NUM_TILES=triton.cdiv(num_candidates, block),
+        scores, shortlist, probes, expert_bias, *best, num_best, num_probes, shortlist_size,
+        FUNCTION=score_function, STEPS=shortlist_size.bit_length(), NUM_TILES=triton.cdiv(num_slots, block),
         BLOCK=block, BLOCK_K=block_topk, num_warps=1 if block <= 256 else min(16, block // 128),
     )  # fmt: skip
 
 
-def _blocks(num_tokens: int, num_candidates: int) -> list[slice]:
-    """Blocks of tokens; the scores of all candidates are written for one block at a time."""
-    size = max(1, SCORES_OF_BLOCK // num_candidates)
+def _blocks(num_tokens: int, num_slots: int) -> list[slice]:
+    """Blocks of tokens; the scores of all slots are written for one block at a time."""
+    size = max(1, SCORES_OF_BLOCK // num_slots)
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
 
@@ -246,7 +247,7 @@ def find_best(
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
     probes: torch.Tensor,
-    topk: int,
+    num_candidates: int,
     dot_dtype: tl.dtype,
     score_function: str | None,
     expert_bias: torch.Tensor | None,
@@ -254,8 +255,8 @@ def find_best(
     """The best K candidates of each token, as :func:`fine_topk` chooses them; all tensors must be contiguous."""
     (num_tokens, num_probes), (num_clusters, shortlist_size) = probes.shape, shortlist.shape
     dtypes = (torch.float32, torch.int32, torch.int32)
-    best = _Best(*(torch.empty(num_tokens, topk, dtype=dtype, device=hidden.device) for dtype in dtypes))
-    if num_probes == 1 and expert_bias is None and topk <= _FUSED_TOPK:
+    best = _Best(*(torch.empty(num_tokens, num_candidates, dtype=dtype, device=hidden.device) for dtype in dtypes))
+    if num_probes == 1 and expert_bias is None and num_candidates <= _FUSED_TOPK:
         rows = sort_rows(probes, num_clusters)
         launch_fine_topk(hidden, weight, bias, shortlist, rows, dot_dtype, best)
         return best
@@ -310,7 +311,7 @@ def fine_topk(
     bias: torch.Tensor | None,
     shortlist: torch.Tensor,
     probes: torch.Tensor,
-    topk: int,
+    num_candidates: int,
     dtype: torch.dtype,
     score_function: str | None = None,
     expert_bias: torch.Tensor | None = None,
@@ -328,9 +329,9 @@ def fine_topk(
     parameter, dot_dtype = weight, dot_dtype_of(hidden, weight, dtype)
     shortlist, probes, expert_bias = contiguous(shortlist.int(), probes, expert_bias)
     with torch.no_grad():
-        inputs = (*contiguous(hidden, weight, bias), shortlist, probes, topk, dot_dtype)
+        inputs = (*contiguous(hidden, weight, bias), shortlist, probes, num_candidates, dot_dtype)
         best = find_best(*inputs, score_function, expert_bias)
-    if deterministic or topk * _SCORES_PER_CANDIDATE < probes.shape[1] * shortlist.shape[1]:
+    if deterministic or num_candidates * _SCORES_PER_CANDIDATE < probes.shape[1] * shortlist.shape[1]:
         return selected_scores(hidden, parameter, bias, best.ids, best.scores.to(dtype)), best.ids
     lists = (shortlist, probes, dot_dtype, best, dtype)
     return _FineTopkKernel.apply(hidden, parameter, bias, *lists), best.ids
