@@ -29,7 +29,7 @@ from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.lists import inverted_lists, list_every_expert
 from air_moe_megatron.learned.module_state import HostCopy
 from air_moe_megatron.learned.parts import Span, pack, spans, unpack
-from air_moe_megatron.learned.rebuild_schedule import NUM_NEIGHBORS, POOL, next_version, schedule
+from air_moe_megatron.learned.rebuild_schedule import NUM_NEIGHBORS, POOL, next_rebuild, schedule
 from air_moe_megatron.ops.ranking import Ranking
 
 SOURCES = ("tokens", "experts")
@@ -47,7 +47,7 @@ class Share:
     """What a rank has selected in a step and not yet exchanged with the other ranks."""
 
     rows: slice  # the codewords for which all ranks together select experts in this step
-    version: int  # number of codebook updates so far
+    num_updates: int  # number of codebook updates so far
     num_ranks: int
     pool: torch.Tensor  # [rows, Q] int64, best first; -1 at the codewords of other ranks
     keys: torch.Tensor  # [E] int64, each expert's best score and its codeword, as made by pack
@@ -154,7 +154,7 @@ class ShortlistIndex(torch.nn.Module):
                 self._provisional = _made_of(codebook, centers)
             return
         (built_at, num_rebuilds, num_done), updates = self._state(), codebook.updates_on_host
-        due = 0 if built_at < 0 else next_version(built_at, self.refresh_interval)
+        due = 0 if built_at < 0 else next_rebuild(built_at, self.refresh_interval)
         # Without usable pools the rebuild is full. The first update replaces the random codewords, and so makes their
         # pools useless; an older checkpoint holds no pools.
         is_at_once = self.source == "experts" or built_at < 1 or num_rebuilds == 0
@@ -296,7 +296,7 @@ class ShortlistIndex(torch.nn.Module):
         score, nearest = unpack(self.staged_keys)
         self._list(nearest, score)
         self.staged_keys.fill_(_UNTRIED)
-        self._set_state(share.version, num_rebuilds + 1, 0)
+        self._set_state(share.num_updates, num_rebuilds + 1, 0)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -19,15 +19,15 @@ NUM_FULL_REBUILDS = 2
 codewords."""
 
 
-def next_version(version: int, interval: int) -> int:
-    """The update after which lists are due next, if the last ones were made after update ``version``.
+def next_rebuild(built_at: int, interval: int) -> int:
+    """The number of updates after which lists are due next, if the last ones were made after ``built_at`` updates.
 
     Tokens and centers move faster while the codebook is young. So with an interval of 20 the lists are rebuilt whenever
     the codebook's age has grown by a tenth, and at least every 20 updates.
 
     Example: interval 20, from 18 on: 19, 20, 22, 24, 26, 28, 30, 33, ..., 196, 215, 235, 255.
     """
-    return version + min(max(1, 2 * version // interval), interval)
+    return built_at + min(max(1, 2 * built_at // interval), interval)
 
 
 def num_rebuilds(num_steps: int, interval: int) -> int:
@@ -35,9 +35,9 @@ def num_rebuilds(num_steps: int, interval: int) -> int:
 
     Example: interval 20: 29 in the first 40 steps, 57 in 400.
     """
-    count, version = 0, 0
-    while version < num_steps:
-        count, version = count + 1, next_version(version, interval)
+    count, due = 0, 0
+    while due < num_steps:
+        count, due = count + 1, next_rebuild(due, interval)
     return count
 
 

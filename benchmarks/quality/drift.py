@@ -10,7 +10,7 @@ for each rule of the codebook below. Each step's loss is that of tokens which th
 | `reset` | at the change the codebook's age is set back to 8 updates: it is told what the others must notice |
 | `drift` | the age falls to a tenth after a step whose quantization error is far above its running mean |
 
-The age decides the decay and how often lists are rebuilt, as in ``window_decay`` and ``next_version``.
+The age decides the decay and how often lists are rebuilt, as in ``window_decay`` and ``next_rebuild``.
 """
 
 import argparse

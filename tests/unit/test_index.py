@@ -11,7 +11,7 @@ from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.index import REBUILDING, ShortlistIndex
 from air_moe_megatron.learned.lists import balanced_lists, inverted_lists, list_every_expert, reserved_slots
 from air_moe_megatron.learned.parts import pack, unpack
-from air_moe_megatron.learned.rebuild_schedule import next_version, num_rebuilds
+from air_moe_megatron.learned.rebuild_schedule import next_rebuild, num_rebuilds
 from air_moe_megatron.ops.coarse import assign_with_statistics
 from air_moe_megatron.ops.ranking import rank_experts
 
@@ -129,7 +129,7 @@ def test_codewords_are_ranked_step_by_step_and_the_lists_change_with_the_last():
             changed.append(step)
     due = [0]
     while due[-1] < 70:
-        due.append(next_version(due[-1], 20))
+        due.append(next_rebuild(due[-1], 20))
     assert changed == due[:-1]
     assert [step for step, rows in ranked if rows.stop == 80] == changed[2:]  # 0 and 1 at once, in the forward
     assert all(after.start == before.stop % 80 for (_, before), (_, after) in zip(ranked, ranked[1:], strict=False))
@@ -223,7 +223,7 @@ def test_a_checkpoint_from_before_there_were_pools_makes_the_next_lists_at_once(
         {name: value for name, value in run.index.state_dict().items() if name not in REBUILDING}
     )
     assert other.index.progress.tolist() == [0, 0] and (other.index.staged_keys == index_module._UNTRIED).all()
-    due = next_version(int(run.index.built_at), 20)
+    due = next_rebuild(int(run.index.built_at), 20)
     for step in range(50, due + 1):
         assert torch.equal(other.index.shortlist, before)
         other.forward()

@@ -4,26 +4,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from air_moe_megatron.learned.rebuild_schedule import next_version, schedule
+from air_moe_megatron.learned.rebuild_schedule import next_rebuild, schedule
 
 
-def versions(interval, number):
+def rebuilds(interval, number):
     """The updates of the codebook that the first lists of a training come from."""
     found = [0]
     while len(found) < number:
-        found.append(next_version(found[-1], interval))
+        found.append(next_rebuild(found[-1], interval))
     return found
 
 
-def test_versions_follow_a_young_codebook_closely_and_then_in_intervals():
-    assert versions(1, 8) == list(range(8))
-    assert versions(20, 31)[18:] == [18, 19, 20, 22, 24, 26, 28, 30, 33, 36, 39, 42, 46]
-    assert versions(20, 57)[-6:] == [295, 315, 335, 355, 375, 395]
+def test_rebuilds_follow_a_young_codebook_closely_and_then_in_intervals():
+    assert rebuilds(1, 8) == list(range(8))
+    assert rebuilds(20, 31)[18:] == [18, 19, 20, 22, 24, 26, 28, 30, 33, 36, 39, 42, 46]
+    assert rebuilds(20, 57)[-6:] == [295, 315, 335, 355, 375, 395]
 
 
 @pytest.mark.parametrize("interval", (1, 3, 10, 20))
 def test_lists_are_at_most_twice_the_share_of_an_interval_old(interval):
-    for before, after in zip(versions(interval, 200), versions(interval, 200)[1:], strict=False):
+    for before, after in zip(rebuilds(interval, 200), rebuilds(interval, 200)[1:], strict=False):
         assert 1 <= after - before <= max(1, min(interval, 2 * before / interval))
 
 
