@@ -264,7 +264,7 @@ class AIRRouter(CompactRouter):
                 self.codebook.codewords,
                 num_probes,
                 allowed,
-                keep=None if padding_mask is None else ~padding_mask,
+                padding_mask,
             )
             self.codebook.accumulate(statistics)
         else:

@@ -147,9 +147,11 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         routes = self._route(hidden_states, padding_mask)
         if padding_mask is None:
             return routes
-        padded = padding_mask.reshape(-1, 1)
+        is_padding = padding_mask.reshape(-1, 1)
         return replace(
-            routes, topk_ids=routes.topk_ids.masked_fill(padded, -1), probs=routes.probs.masked_fill(padded, 0.0)
+            routes,
+            topk_ids=routes.topk_ids.masked_fill(is_padding, -1),
+            probs=routes.probs.masked_fill(is_padding, 0.0),
         )
 
     def forward(
@@ -181,8 +183,8 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
         )
         if self.enable_expert_bias:  # dropped tokens do not count
-            padded = routing_map.new_zeros(()) if padding_mask is None else padding_mask.reshape(-1, 1)
-            self._count_for_bias(routing_map.masked_fill(padded, False).sum(dim=0))
+            is_padding = routing_map.new_zeros(()) if padding_mask is None else padding_mask.reshape(-1, 1)
+            self._count_for_bias(routing_map.masked_fill(is_padding, False).sum(dim=0))
         return probs, routing_map
 
     @torch.compiler.disable  # the host reads group sizes, and the count of updates that decides when lists are rebuilt

@@ -61,7 +61,7 @@ class RouterLosses(TopKRouter):
 
         Args:
             logits: [T, M].
-            padding_mask: [T] bool, True for tokens that do not count; None if all count.
+            padding_mask: [T] bool, True for padding, which does not count; None if there is none.
         Returns:
             [T, M], the logits with the loss attached.
         """
@@ -107,7 +107,7 @@ class RouterLosses(TopKRouter):
         probs: torch.Tensor,
         logits: torch.Tensor,
         ids: torch.Tensor | None,
-        padded: torch.Tensor | None,
+        padding_mask: torch.Tensor | None,
         batch_size: int,
         columns: torch.Tensor | None = None,
         explored: Explored | None = None,
@@ -118,15 +118,15 @@ class RouterLosses(TopKRouter):
             probs: [T, K], to which the losses are attached.
             logits: [T, N] logits of the candidates.
             ids: [T, N] int64 experts of the candidates, -1 for none; None if the candidates are all experts in order.
-            padded: [T] bool, True for tokens that do not count; None if all count.
+            padding_mask: [T] bool, True for padding, which does not count; None if there is none.
             batch_size: number of sequences.
             columns: [T, K] columns of the candidates selected by scores alone; None to select again.
             explored: describes the explored candidates; None if there are none.
         Returns:
             [T, K], the probs with the losses attached.
         """
-        selected, scores = self._aux_scores(_without(logits, padded), columns, explored)
-        selected, scores = _without(selected, padded), _without(scores, padded)
+        selected, scores = self._aux_scores(_without(logits, padding_mask), columns, explored)
+        selected, scores = _without(selected, padding_mask), _without(scores, padding_mask)
         if ids is not None:
             absent = ids < 0
             selected, scores = selected.masked_fill(absent, False), scores.masked_fill(absent, 0.0)
@@ -137,7 +137,7 @@ class RouterLosses(TopKRouter):
                 num_groups = batch_size if kind == "seq_aux_loss" else 1
                 group = self.tp_dp_cp_group if kind == "global_aux_loss" else self.tp_cp_group
                 slots = None if ids is None else _slots(ids, num_groups, self.num_experts)
-                counts, num_tokens = self._count_selections(selected, slots, columns, padded, num_groups, group)
+                counts, num_tokens = self._count_selections(selected, slots, columns, padding_mask, num_groups, group)
                 if kind == "global_aux_loss":
                     if self._is_counted:
                         with hidden_from_checkpoints():
@@ -156,7 +156,7 @@ class RouterLosses(TopKRouter):
         selected: torch.Tensor,
         slots: torch.Tensor | None,
         columns: torch.Tensor | None,
-        padded: torch.Tensor | None,
+        padding_mask: torch.Tensor | None,
         num_groups: int,
         group: torch.distributed.ProcessGroup | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,21 +169,21 @@ class RouterLosses(TopKRouter):
                 selected, slots = selected.gather(1, columns), slots.gather(1, columns)
             counts = torch.zeros(num_groups * self.num_experts, dtype=torch.int64, device=selected.device)
             counts.scatter_add_(0, slots.reshape(-1).long(), selected.reshape(-1).long())
-        if padded is None:
+        if padding_mask is None:
             num_tokens = torch.full((num_groups,), shape[0], device=selected.device)
         else:
-            num_tokens = (~padded).view(shape).sum(dim=0)
+            num_tokens = (~padding_mask).view(shape).sum(dim=0)
         both = torch.cat((counts.view(num_groups, -1), num_tokens.unsqueeze(1)), dim=1)
         both = sum_over_ranks(both, group)
         return both[:, :-1], both[:, -1].clamp_min(1)
 
     @torch.no_grad()
-    def _num_tokens(self, tokens: torch.Tensor, padded: torch.Tensor | None) -> torch.Tensor:
+    def _num_tokens(self, tokens: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """Number of counted tokens of this microbatch, at least 1, over the ranks that hold parts of its sequences."""
-        if padded is None:  # all ranks hold equally many
+        if padding_mask is None:  # all ranks hold equally many
             num_tokens = torch.full((), tokens.shape[0] * group_size(self.tp_cp_group), device=tokens.device)
         else:
-            num_tokens = sum_over_ranks((~padded).sum(), self.tp_cp_group)
+            num_tokens = sum_over_ranks((~padding_mask).sum(), self.tp_cp_group)
         return num_tokens.clamp_min(1)
 
     def _attach_loss(
@@ -271,11 +271,11 @@ def _slots(ids: torch.Tensor, num_groups: int, num_experts: int) -> torch.Tensor
     return ids + (groups * num_experts).unsqueeze(1)
 
 
-def _without(values: torch.Tensor, padded: torch.Tensor | None) -> torch.Tensor:
+def _without(values: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
     """Set the values [T, ...] of padding tokens to zero; multiplying by the mask would keep a NaN."""
-    if padded is None:
+    if padding_mask is None:
         return values
-    return values.masked_fill(padded.view(-1, *(1,) * (values.dim() - 1)), 0)
+    return values.masked_fill(padding_mask.view(-1, *(1,) * (values.dim() - 1)), 0)
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

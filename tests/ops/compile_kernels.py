@@ -88,8 +88,8 @@ def backward(outputs, leaves):
 
 def coarse(num_tokens, deterministic):
     hidden, codewords = torch.zeros(num_tokens, H, dtype=BF16), torch.zeros(256, H)
-    allowed, keep = torch.ones(256, dtype=torch.bool), torch.ones(num_tokens, dtype=torch.bool)
-    assign_with_statistics(hidden, codewords, 2, allowed, keep, deterministic)
+    allowed, padding_mask = torch.ones(256, dtype=torch.bool), torch.zeros(num_tokens, dtype=torch.bool)
+    assign_with_statistics(hidden, codewords, 2, allowed, padding_mask, deterministic)
 
 
 def ranking():

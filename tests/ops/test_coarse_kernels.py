@@ -76,14 +76,14 @@ def test_masks_of_codewords_and_tokens(deterministic, kernel_device):
     hidden, codewords = make_inputs((21, 33, 150, 3), torch.float32, kernel_device)
     generator = torch.Generator().manual_seed(1)
     allowed = (torch.rand(150, 2, generator=generator) < 0.1).to(kernel_device)[:, 0]
-    keep = (torch.rand(21, 2, generator=generator) < 0.5).to(kernel_device)[:, 1]
-    probes, statistics = kernels.assign_with_statistics(hidden, codewords, 3, allowed, keep, deterministic)
-    expected, expected_statistics = naive_assign_with_statistics(hidden, codewords.double(), 3, allowed, keep)
+    padding_mask = (torch.rand(21, 2, generator=generator) < 0.5).to(kernel_device)[:, 1]
+    probes, statistics = kernels.assign_with_statistics(hidden, codewords, 3, allowed, padding_mask, deterministic)
+    expected, expected_statistics = naive_assign_with_statistics(hidden, codewords.double(), 3, allowed, padding_mask)
     assert torch.equal(probes, expected)
     assert allowed[probes].all()
     assert_statistics(statistics, expected_statistics)
-    nobody = torch.zeros_like(keep)
-    assert not kernels.assign_with_statistics(hidden, codewords, 1, None, nobody, deterministic)[1].any()
+    all_padding = torch.ones_like(padding_mask)
+    assert not kernels.assign_with_statistics(hidden, codewords, 1, None, all_padding, deterministic)[1].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -113,7 +113,9 @@ def test_a_token_that_is_not_finite_spoils_its_codeword_only(value, dtype, deter
     assert not is_finite[probes[4, 0]]
     assert is_finite.sum() == 5
     # Padding does not count, whatever it holds.
-    _, statistics = kernels.assign_with_statistics(hidden, codewords, 2, keep=others, deterministic=deterministic)
+    _, statistics = kernels.assign_with_statistics(
+        hidden, codewords, 2, padding_mask=~others, deterministic=deterministic
+    )
     assert statistics.isfinite().all()
 
 
@@ -170,9 +172,9 @@ def test_worked_examples(kernel_device):
         (lambda inputs: inputs | {"num_probes": 0}, "num_probes"),
         (lambda inputs: inputs | {"num_probes": 7}, "C = 6"),
         (lambda inputs: inputs | {"allowed": torch.ones(5, dtype=torch.bool)}, r"allowed \(5,\)"),
-        (lambda inputs: inputs | {"keep": torch.ones(3)}, "keep"),
+        (lambda inputs: inputs | {"padding_mask": torch.ones(3)}, "padding_mask"),
     ],
-    ids=["hidden", "codewords", "no-probe", "probes", "allowed", "keep"],
+    ids=["hidden", "codewords", "no-probe", "probes", "allowed", "padding"],
 )
 def test_what_does_not_fit_is_refused(change, message, backend):
     inputs = {"hidden": torch.zeros(3, 4), "codewords": torch.zeros(6, 4), "num_probes": 2}

@@ -19,16 +19,16 @@ pytestmark = [
 LENGTHS = (1e-45, 1e-40, 1e-37, 1e-25, 1e-12, 1.0, 1e12, 1e20, 1e30, 1e38, 8e38)
 
 
-def eager(hidden, codewords, num_probes, keep=None):
-    return eager_coarse.assign_with_statistics(hidden, codewords, num_probes, None, keep)
+def eager(hidden, codewords, num_probes, padding_mask=None):
+    return eager_coarse.assign_with_statistics(hidden, codewords, num_probes, None, padding_mask)
 
 
-def atomic(hidden, codewords, num_probes, keep=None):
-    return kernels.assign_with_statistics(hidden, codewords, num_probes, keep=keep)
+def atomic(hidden, codewords, num_probes, padding_mask=None):
+    return kernels.assign_with_statistics(hidden, codewords, num_probes, padding_mask=padding_mask)
 
 
-def ordered(hidden, codewords, num_probes, keep=None):
-    return kernels.assign_with_statistics(hidden, codewords, num_probes, keep=keep, deterministic=True)
+def ordered(hidden, codewords, num_probes, padding_mask=None):
+    return kernels.assign_with_statistics(hidden, codewords, num_probes, padding_mask=padding_mask, deterministic=True)
 
 
 WAYS = pytest.mark.parametrize("way", (eager, atomic, ordered), ids=lambda way: way.__name__)
@@ -158,5 +158,5 @@ def test_tokens_that_are_not_finite_are_found_whatever_their_length(length, valu
     codewords = codewords_around(kernel_device)
     probes, statistics = way(hidden, codewords, 1)
     assert not statistics[probes[1, 0]].isfinite().all()
-    keep = torch.tensor([True, False, True], device=kernel_device)
-    assert way(hidden, codewords, 1, keep)[1].isfinite().all()
+    padding_mask = torch.tensor([False, True, False], device=kernel_device)
+    assert way(hidden, codewords, 1, padding_mask)[1].isfinite().all()

@@ -41,10 +41,10 @@ def split_one(codewords, ema, statistics, num_updates):
     return tuple(value.squeeze(0) for value in split_loaded(*alone, num_updates))
 
 
-def learn(codebook, *batches, keep=None):
+def learn(codebook, *batches, padding_mask=None):
     """One global batch: the microbatches accumulated, then the update of one rank."""
     for hidden in batches:
-        codebook.accumulate(assign_with_statistics(hidden, codebook.codewords, 1, keep=keep)[1])
+        codebook.accumulate(assign_with_statistics(hidden, codebook.codewords, 1, padding_mask=padding_mask)[1])
     statistics = codebook.statistics.clone()
     codebook.apply_update(statistics, bool(statistics.isfinite().all()))
     codebook.discard()
@@ -136,12 +136,12 @@ def test_microbatches_accumulate_to_one_batch(sizes):
 
 def test_padding_is_left_out_even_where_it_is_nan():
     hidden = randn(30, 8)
-    keep = torch.arange(30) % 3 != 0
+    padding_mask = torch.arange(30) % 3 == 0
     alone, padded = Codebook(4, 8, 0.9), Codebook(4, 8, 0.9)
-    alone.accumulate(assign_with_statistics(hidden[keep], alone.codewords, 1)[1])
+    alone.accumulate(assign_with_statistics(hidden[~padding_mask], alone.codewords, 1)[1])
     nearest = assign(hidden, padded.codewords, 1).squeeze(1)
-    hidden[~keep] = float("nan")
-    padded.accumulate(token_statistics(hidden, padded.codewords, nearest, keep))
+    hidden[padding_mask] = float("nan")
+    padded.accumulate(token_statistics(hidden, padded.codewords, nearest, padding_mask))
     assert torch.equal(padded.statistics, alone.statistics)
 
 

@@ -44,18 +44,18 @@ def assign(
 @torch.compiler.disable
 @torch.no_grad()
 def token_statistics(
-    hidden: torch.Tensor, codewords: torch.Tensor, nearest: torch.Tensor, keep: torch.Tensor | None = None
+    hidden: torch.Tensor, codewords: torch.Tensor, nearest: torch.Tensor, padding_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Sum the statistics of the codebook update over the tokens of each codeword, in a deterministic order.
 
     The order depends only on the tokens. So the bits are equal in every run, and on ranks that do not communicate. The
-    torch version waits for the device if ``keep`` is given.
+    torch version waits for the device if ``padding_mask`` is given.
 
     Args:
         hidden: [T, H], any float dtype.
         codewords: [C, H] fp32, unit rows.
         nearest: [T] int64, nearest codeword of each token.
-        keep: [T] bool, True for tokens that count (False for padding); None if all count.
+        padding_mask: [T] bool, True for padding, which does not count; None if there is none.
     Returns:
         [C, H + 3] fp32: sum of unit tokens, count, sum of cosines to the codeword, sum of lengths ``|h|``. Correct for
         every finite length, except that one above 2^96 is summed as 2^96. A token of zeros is not counted. A token that
@@ -65,14 +65,14 @@ def token_statistics(
 
     Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], nearest [1] gives [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
     """
-    _validate(hidden, codewords, 1, None, keep)
+    _validate(hidden, codewords, 1, None, padding_mask)
     if nearest.shape != hidden.shape[:1]:
         raise ValueError(f"nearest {tuple(nearest.shape)} must be [T] with T = {hidden.shape[0]}")
     if use_kernels("coarse", hidden, codewords):
         from air_moe_megatron.ops.coarse import kernels
 
-        return kernels.token_statistics(hidden, codewords, nearest, keep)
-    return eager.token_statistics(hidden, codewords, nearest, keep)
+        return kernels.token_statistics(hidden, codewords, nearest, padding_mask)
+    return eager.token_statistics(hidden, codewords, nearest, padding_mask)
 
 
 @torch.compiler.disable
@@ -82,7 +82,7 @@ def assign_with_statistics(
     codewords: torch.Tensor,
     num_probes: int,
     allowed: torch.Tensor | None = None,
-    keep: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the codewords of each token, and sum the statistics of the tokens nearest to each codeword.
 
@@ -90,7 +90,8 @@ def assign_with_statistics(
 
     Args:
         hidden, codewords, num_probes, allowed: as :func:`assign`.
-        keep: [T] bool, True for tokens that count in the statistics; None if all count. All tokens are assigned.
+        padding_mask: [T] bool, True for padding, which the statistics leave out; None if there is none. All tokens are
+            assigned.
     Returns:
         [T, P] int64 as :func:`assign`; [C, H + 3] fp32 as :func:`token_statistics`.
     Raises:
@@ -98,13 +99,13 @@ def assign_with_statistics(
 
     Example: hidden [[0, 2]], codewords [[1, 0], [0, 1]], one probe gives [[1]] and [[0, 0, 0, 0, 0], [0, 1, 1, 1, 2]].
     """
-    _validate(hidden, codewords, num_probes, allowed, keep)
+    _validate(hidden, codewords, num_probes, allowed, padding_mask)
     if use_kernels("coarse", hidden, codewords, num_probes=num_probes):
         from air_moe_megatron.ops.coarse import kernels
 
         deterministic = torch.are_deterministic_algorithms_enabled()
-        return kernels.assign_with_statistics(hidden, codewords, num_probes, allowed, keep, deterministic)
-    return eager.assign_with_statistics(hidden, codewords, num_probes, allowed, keep)
+        return kernels.assign_with_statistics(hidden, codewords, num_probes, allowed, padding_mask, deterministic)
+    return eager.assign_with_statistics(hidden, codewords, num_probes, allowed, padding_mask)
 
 
 def _validate(
@@ -112,7 +113,7 @@ def _validate(
     codewords: torch.Tensor,
     num_probes: int,
     allowed: torch.Tensor | None,
-    keep: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
 ) -> None:
     if hidden.dim() != 2 or codewords.dim() != 2 or hidden.shape[1] != codewords.shape[1]:
         raise ValueError(
@@ -123,6 +124,6 @@ def _validate(
         raise ValueError(f"codewords ({codewords.dtype}) must be fp32")
     if not 1 <= num_probes <= codewords.shape[0]:
         raise ValueError(f"num_probes ({num_probes}) must be from 1 to C = {codewords.shape[0]}")
-    for name, mask, size in (("allowed", allowed, codewords.shape[0]), ("keep", keep, hidden.shape[0])):
+    for name, mask, size in (("allowed", allowed, codewords.shape[0]), ("padding_mask", padding_mask, hidden.shape[0])):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (size,)):
             raise ValueError(f"{name} {tuple(mask.shape)} ({mask.dtype}) must be [{size}] bool")

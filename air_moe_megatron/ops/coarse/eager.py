@@ -29,11 +29,12 @@ def _assign_block(
 
 
 def token_statistics(
-    hidden: torch.Tensor, codewords: torch.Tensor, nearest: torch.Tensor, keep: torch.Tensor | None
+    hidden: torch.Tensor, codewords: torch.Tensor, nearest: torch.Tensor, padding_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """As :func:`air_moe_megatron.ops.coarse.token_statistics`. Waits for the device if ``keep`` is given."""
-    if keep is not None:
-        hidden, nearest = hidden[keep], nearest[keep]
+    """As :func:`air_moe_megatron.ops.coarse.token_statistics`. Waits for the device if ``padding_mask`` is given."""
+    if padding_mask is not None:
+        is_counted = ~padding_mask
+        hidden, nearest = hidden[is_counted], nearest[is_counted]
     scaled, scale = scale_rows(hidden)
     norms = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
     counts = (norms != 0.0).float()  # a token of zeros has no direction and is not counted
@@ -52,8 +53,8 @@ def assign_with_statistics(
     codewords: torch.Tensor,
     num_probes: int,
     allowed: torch.Tensor | None,
-    keep: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.coarse.assign_with_statistics`."""
     probes = assign(hidden, codewords, num_probes, allowed)
-    return probes, token_statistics(hidden, codewords, probes[:, 0], keep)
+    return probes, token_statistics(hidden, codewords, probes[:, 0], padding_mask)

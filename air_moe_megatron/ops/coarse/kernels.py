@@ -117,7 +117,7 @@ def _assign_fwd_kernel(
     summands,  # [S, C, H]
     codewords,  # [C, H] fp32
     allowed,  # [C] bool
-    keep,  # [T] bool
+    padding_mask,  # [T] bool
     probes,  # [T, P] int64
     statistics,  # [C, H + 3] fp32, zero
     T,
@@ -127,7 +127,7 @@ def _assign_fwd_kernel(
     P_PAD: tl.constexpr,
     S: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
     WITH_STATISTICS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -163,8 +163,8 @@ def _assign_fwd_kernel(
 
     if WITH_STATISTICS:
         counts = is_token
-        if HAS_KEEP:
-            counts = counts & (tl.load(keep + tokens, mask=is_token, other=0) != 0)
+        if HAS_PADDING:
+            counts = counts & (tl.load(padding_mask + tokens, mask=is_token, other=1) == 0)
         norms = _norms_of_rows(hidden, scales, tokens, counts, H, BLOCK_T, BLOCK_H)
         counts = counts & (norms != 0.0)  # a token of zeros has no direction
         cosines = tl.zeros([BLOCK_T], tl.float32)
@@ -255,12 +255,12 @@ def launch_assign(
     codewords: torch.Tensor,
     num_probes: int,
     allowed: torch.Tensor | None,
-    keep: torch.Tensor | None,
+    padding_mask: torch.Tensor | None,
     with_statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Codewords [T, P] int64, and statistics [C, H + 3] made by atomic additions, or None if not wanted."""
     (num_tokens, hidden_size), num_clusters = hidden.shape, codewords.shape[0]
-    hidden, codewords, allowed, keep = contiguous(hidden, codewords, allowed, keep)
+    hidden, codewords, allowed, padding_mask = contiguous(hidden, codewords, allowed, padding_mask)
     summands, _ = split_codewords(codewords, hidden.dtype)  # a common factor does not change an arg-max
     probes = torch.empty(num_tokens, num_probes, dtype=torch.int64, device=hidden.device)
     statistics = None
@@ -273,7 +273,7 @@ def launch_assign(
         summands,
         codewords,
         allowed,
-        keep,
+        padding_mask,
         probes,
         statistics,
         num_tokens,
@@ -283,7 +283,7 @@ def launch_assign(
         P_PAD=triton.next_power_of_2(num_probes),
         S=summands.shape[0],
         HAS_ALLOWED=allowed is not None,
-        HAS_KEEP=keep is not None,
+        HAS_PADDING=padding_mask is not None,
         WITH_STATISTICS=with_statistics,
         **blocks,
     )
@@ -309,7 +309,7 @@ def assign(
 
 
 def token_statistics(
-    hidden: torch.Tensor, codewords: torch.Tensor, nearest: torch.Tensor, keep: torch.Tensor | None = None
+    hidden: torch.Tensor, codewords: torch.Tensor, nearest: torch.Tensor, padding_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.coarse.token_statistics`.
 
@@ -318,10 +318,10 @@ def token_statistics(
     """
     hidden, (num_clusters, hidden_size) = hidden.contiguous(), codewords.shape
     scales, norms = launch_lengths(hidden)
-    counts = norms != 0.0  # a token of zeros has no direction
-    if keep is not None:
-        counts &= keep
-    nearest = nearest.masked_fill(~counts, num_clusters)  # sorted after all codewords, into no segment
+    is_left_out = norms == 0.0  # a token of zeros has no direction
+    if padding_mask is not None:
+        is_left_out |= padding_mask
+    nearest = nearest.masked_fill(is_left_out, num_clusters)  # sorted after all codewords, into no segment
     order, first_slots = sort_into_segments(nearest, num_clusters)
     shape = (num_clusters, hidden_size + NUM_SCALARS)
     statistics = torch.empty(shape, dtype=torch.float32, device=hidden.device)
@@ -339,11 +339,11 @@ def assign_with_statistics(
     codewords: torch.Tensor,
     num_probes: int,
     allowed: torch.Tensor | None = None,
-    keep: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.coarse.assign_with_statistics`, in one launch unless ``deterministic``."""
     if not deterministic:
-        return launch_assign(hidden, codewords, num_probes, allowed, keep, with_statistics=True)
+        return launch_assign(hidden, codewords, num_probes, allowed, padding_mask, with_statistics=True)
     probes = assign(hidden, codewords, num_probes, allowed)
-    return probes, token_statistics(hidden, codewords, probes[:, 0], keep)
+    return probes, token_statistics(hidden, codewords, probes[:, 0], padding_mask)

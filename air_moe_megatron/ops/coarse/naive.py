@@ -16,14 +16,15 @@ def naive_assign(
 
 
 def naive_token_statistics(
-    hidden: torch.Tensor, codewords: torch.Tensor, nearest: torch.Tensor, keep: torch.Tensor | None = None
+    hidden: torch.Tensor, codewords: torch.Tensor, nearest: torch.Tensor, padding_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """[C, H + 3] sums of unit tokens, counts, sums of cosines and of lengths, in the codewords' dtype.
 
     Tokens of zeros are not counted. Use fp64 codewords: only there are the squares of all fp32 numbers in range.
     """
-    if keep is not None:
-        hidden, nearest = hidden[keep], nearest[keep]
+    if padding_mask is not None:
+        is_counted = ~padding_mask
+        hidden, nearest = hidden[is_counted], nearest[is_counted]
     hidden = hidden.to(codewords.dtype)
     lengths = hidden.norm(dim=1, keepdim=True)
     counts = (lengths != 0.0).to(hidden.dtype)
@@ -38,8 +39,8 @@ def naive_assign_with_statistics(
     codewords: torch.Tensor,
     num_probes: int,
     allowed: torch.Tensor | None = None,
-    keep: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.coarse.assign_with_statistics`."""
     probes = naive_assign(hidden, codewords, num_probes, allowed)
-    return probes, naive_token_statistics(hidden, codewords, probes[:, 0], keep)
+    return probes, naive_token_statistics(hidden, codewords, probes[:, 0], padding_mask)
