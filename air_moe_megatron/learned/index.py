@@ -28,13 +28,13 @@ from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.lists import inverted_lists, list_every_expert
 from air_moe_megatron.learned.module_state import HostCopy
-from air_moe_megatron.learned.parts import Span, pack, spans, unpack
+from air_moe_megatron.learned.parts import Span, pack_keys, spans, unpack_keys
 from air_moe_megatron.learned.rebuild_schedule import NUM_NEIGHBORS, POOL, next_rebuild, schedule
 from air_moe_megatron.ops.ranking import Ranking
 
 SOURCES = ("tokens", "experts")
 
-_UNTRIED = int(pack(torch.tensor(-torch.inf), torch.tensor(0)))
+_UNTRIED = int(pack_keys(torch.tensor(-torch.inf), torch.tensor(0)))  # key of an expert tried at no codeword
 REBUILDING = ("pool", "staged_keys", "progress")
 """Buffers that only rebuilds read; checkpoints from before rebuilds were spread over steps lack them."""
 
@@ -50,7 +50,7 @@ class Share:
     num_updates: int  # number of codebook updates so far
     num_ranks: int
     pool: torch.Tensor  # [rows, Q] int64, best first; -1 at the codewords of other ranks
-    keys: torch.Tensor  # [E] int64, each expert's best score and its codeword, as made by pack
+    keys: torch.Tensor  # [E] int64, each expert's best score and its codeword, as made by pack_keys
     failure: Exception | None = None
 
 
@@ -241,13 +241,13 @@ class ShortlistIndex(torch.nn.Module):
             part_keys, start = keys[span.experts], span.experts.start
             if has_its_turn:
                 ranking = centers.rank_experts(codewords[block], scale[block], span.pool_size)
-                torch.maximum(part_keys, pack(ranking.score, ranking.nearest + block.start), out=part_keys)
+                torch.maximum(part_keys, pack_keys(ranking.score, ranking.nearest + block.start), out=part_keys)
             else:
                 pool, lists = self.pool[:, span.pool], self.shortlist[:, span.lists]
                 candidates = torch.cat((pool[block], lists[block], pool[neighbors].flatten(1)), dim=1)
                 candidates = candidates.long() - start
                 ranking = centers.rank_candidates(codewords[block], scale[block], candidates, span.pool_size)
-                values = pack(ranking.scores, ids[block].unsqueeze(1))
+                values = pack_keys(ranking.scores, ids[block].unsqueeze(1))
                 part_keys.scatter_reduce_(0, ranking.candidates.flatten(), values.flatten(), "amax")
             pools.append(ranking.lists + start)
         return torch.cat(pools, dim=1)
@@ -293,7 +293,7 @@ class ShortlistIndex(torch.nn.Module):
         if share.rows.stop < self.shortlist.shape[0]:
             self._set_state(built_at, num_rebuilds, share.rows.stop)
             return
-        score, nearest = unpack(self.staged_keys)
+        score, nearest = unpack_keys(self.staged_keys)
         self._list(nearest, score)
         self.staged_keys.fill_(_UNTRIED)
         self._set_state(share.num_updates, num_rebuilds + 1, 0)

@@ -12,7 +12,7 @@ import torch
 
 from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.lists import inverted_lists
-from air_moe_megatron.tune.recall import DECAY, Layer, exact, measure
+from air_moe_megatron.tune.recall import DECAY, Layer, exact, recall_of_lists
 
 _STEPS = 15  # of k-means over halves of the centers
 
@@ -39,7 +39,7 @@ def measure_groups(layer: Layer, num_groups: int, searched: Sequence[int]) -> tu
     if centers.bias is not None:
         scores += centers.bias.float()[groups.long()].mean(dim=1)
     probes = scores.topk(max(searched), dim=1).indices
-    topk, mass = measure(layer, probes, [groups], searched)
+    topk, mass = recall_of_lists(layer, probes, [groups], searched)
     return topk[0], mass[0]
 
 

@@ -94,7 +94,7 @@ def _exact_topk(layer: Layer) -> Iterator[tuple[slice, torch.Tensor, torch.Tenso
 
 
 @torch.no_grad()
-def measure(
+def recall_of_lists(
     layer: Layer, probes: torch.Tensor, lists: Sequence[torch.Tensor], probe_counts: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Measure what the lists of each held-out token hold, for several lengths and numbers of lists at once.

@@ -24,7 +24,7 @@ from air_moe_megatron.ops.coarse import assign
 from air_moe_megatron.routers import ROUTERS, AIRRouter
 from air_moe_megatron.routers.flops import Rebuilds, of_norm
 from air_moe_megatron.tune.baselines import measure_groups, measure_product_keys
-from air_moe_megatron.tune.recall import Layer, fit_codebook, make_lists, measure
+from air_moe_megatron.tune.recall import Layer, fit_codebook, make_lists, recall_of_lists
 
 CLUSTERS = (4.0, 2.0, 8.0, 1.0, 16.0)  # over sqrt(E), in the order in which they are tried
 LENGTHS = (0.25, 0.375, 0.5, 9 / 16, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # over sqrt(E)
@@ -190,7 +190,7 @@ def _measure_clusters(layer: Layer, settings: Sequence[Setting]) -> dict[Setting
     lengths, probe_counts = (sorted({getattr(one, name) for one in settings}) for name in names)
     codebook = fit_codebook(layer.fit, settings[0].num_clusters)
     lists = make_lists(layer, codebook, lengths)
-    topk, mass = measure(layer, assign(layer.test, codebook.codewords, probe_counts[-1]), lists, probe_counts)
+    topk, mass = recall_of_lists(layer, assign(layer.test, codebook.codewords, probe_counts[-1]), lists, probe_counts)
     places = {one: (lengths.index(one.shortlist_size), probe_counts.index(one.num_probes)) for one in settings}
     return {one: (float(topk[place]), float(mass[place])) for one, place in places.items()}
 
@@ -225,7 +225,7 @@ def measure_loaded(
     setting = Setting(sizes.num_clusters, sizes.shortlist_size, sizes.num_probes)
     found = []
     for layer in layers:
-        topk, mass = measure(
+        topk, mass = recall_of_lists(
             layer, assign(layer.test, layer.codewords, setting.num_probes), [layer.lists], [setting.num_probes]
         )
         found.append((float(topk), float(mass)))

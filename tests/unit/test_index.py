@@ -10,7 +10,7 @@ from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.index import REBUILDING, ShortlistIndex
 from air_moe_megatron.learned.lists import balanced_lists, inverted_lists, list_every_expert, reserved_slots
-from air_moe_megatron.learned.parts import pack, unpack
+from air_moe_megatron.learned.parts import pack_keys, unpack_keys
 from air_moe_megatron.learned.rebuild_schedule import next_rebuild, num_rebuilds
 from air_moe_megatron.ops.coarse import assign_with_statistics
 from air_moe_megatron.ops.ranking import rank_experts
@@ -443,10 +443,10 @@ def test_every_expert_stands_in_a_list_after_every_swap(num_experts, num_cluster
 def test_keys_order_scores_and_then_codewords():
     scores = torch.tensor([-torch.inf, -3.0, -1e-30, 0.0, 2.5, 2.5, torch.inf])
     codewords = torch.tensor([7, 2**31 - 1, 0, 4, 6, 5, 1])
-    keys = pack(scores, codewords)
+    keys = pack_keys(scores, codewords)
     assert torch.equal(keys.sort().values, keys)
-    assert all(torch.equal(*pair) for pair in zip(unpack(keys), (scores, codewords), strict=True))
-    assert torch.equal(pack(torch.tensor([torch.nan, -torch.nan]), codewords[-1:]), keys[-1:].expand(2))
+    assert all(torch.equal(*pair) for pair in zip(unpack_keys(keys), (scores, codewords), strict=True))
+    assert torch.equal(pack_keys(torch.tensor([torch.nan, -torch.nan]), codewords[-1:]), keys[-1:].expand(2))
 
 
 def test_a_share_of_several_ranks_is_not_taken_for_all():

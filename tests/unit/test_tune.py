@@ -30,7 +30,7 @@ from air_moe_megatron.tune.recall import (
     fit_codebook,
     make_lists,
     mass_of_candidates,
-    measure,
+    recall_of_lists,
     time_exact,
     time_search,
 )
@@ -85,7 +85,7 @@ def test_recall_is_that_of_a_loop_over_tokens(biases):
     codebook = fit_codebook(layer.fit, 8)
     probes = assign(layer.test, codebook.codewords, 4)
     lists = make_lists(layer, codebook, [8, 16])
-    topk, mass = measure(layer, probes, lists, [1, 3, 4])
+    topk, mass = recall_of_lists(layer, probes, lists, [1, 3, 4])
     for row, listed in enumerate(lists):
         for column, num_probes in enumerate((1, 3, 4)):
             expected = naive_recall(layer, probes[:, :num_probes], listed)
@@ -98,7 +98,7 @@ def test_recall_is_that_of_the_routers_own_metrics():
     codebook = fit_codebook(layer.fit, 8)
     (lists,) = make_lists(layer, codebook, [8])
     probes = assign(layer.test, codebook.codewords, 2)
-    topk, mass = measure(layer, probes, [lists], [2])
+    topk, mass = recall_of_lists(layer, probes, [lists], [2])
     stages = TwoStages(codebook.codewords, lists, layer.centers, layer.topk, layer.centers.expert_bias)
     metrics = measure_sample(stages, TokenSample(layer.test, probes, None))
     assert float(topk) == pytest.approx(float(metrics.topk_recall.mean()), abs=1e-6)
@@ -110,16 +110,16 @@ def test_tokens_in_several_pieces_give_the_same_recall(monkeypatch):
     layer = make_layer()
     codebook = fit_codebook(layer.fit, 8)
     arguments = layer, assign(layer.test, codebook.codewords, 2), make_lists(layer, codebook, [8]), [1, 2]
-    whole = measure(*arguments)
+    whole = recall_of_lists(*arguments)
     monkeypatch.setattr("air_moe_megatron.tune.recall._SCORES", 5 * EXPERTS)
-    assert torch.allclose(torch.stack(measure(*arguments)), torch.stack(whole), atol=1e-12)
+    assert torch.allclose(torch.stack(recall_of_lists(*arguments)), torch.stack(whole), atol=1e-12)
 
 
 def test_a_full_list_finds_everything():
     layer = make_layer()
     codebook = fit_codebook(layer.fit, 4)
     (lists,) = make_lists(layer, codebook, [EXPERTS])
-    topk, mass = measure(layer, assign(layer.test, codebook.codewords, 1), [lists], [1])
+    topk, mass = recall_of_lists(layer, assign(layer.test, codebook.codewords, 1), [lists], [1])
     assert float(topk) == 1.0 and float(mass) == pytest.approx(1.0, abs=1e-6)
 
 
