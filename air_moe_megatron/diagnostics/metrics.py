@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
 
 from air_moe_megatron.diagnostics.health import listed_share_of, load_metrics_of
 from air_moe_megatron.diagnostics.observation import CodewordCounter
@@ -115,8 +116,11 @@ def layer_metrics(
     return metrics
 
 
-def layer_of(router: CompactRouter) -> int:
-    """The layer's number, from 1. Multi-token-prediction layers follow the decoder's, as in Megatron's MoE metrics."""
+def layer_of(router: TopKRouter) -> int:
+    """The number, from 1, by which every command and file names the layer of a router, Megatron's or ours.
+
+    Multi-token-prediction layers follow the decoder's, as in Megatron's MoE metrics.
+    """
     return router.layer_number + (router.config.num_layers if router.is_mtp_layer else 0)
 
 

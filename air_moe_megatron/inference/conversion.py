@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training.checkpointing import save_checkpoint
 from tqdm import tqdm
 
+from air_moe_megatron.diagnostics.metrics import layer_of
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import TokenStream, Windows, read, require_paths
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
@@ -157,7 +158,7 @@ def fit(
             codebook = router.codebook
             statistics = sum_over_ranks(codebook.statistics, router.tp_dp_cp_group)
             if not bool(statistics.isfinite().all()):
-                raise ValueError(f"layer {router.layer_number}: a token that its router sees is NaN or infinite")
+                raise ValueError(f"layer {layer_of(router)}: a token that its router sees is NaN or infinite")
             codebook.apply_update(statistics, is_finite=True)
             codebook.discard()
     for hook in hooks:

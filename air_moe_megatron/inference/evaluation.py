@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from tqdm import tqdm
 
 from air_moe_megatron.diagnostics.health import LOAD_METRICS, listed_share_of, load_metrics_of
+from air_moe_megatron.diagnostics.metrics import layer_of
 from air_moe_megatron.diagnostics.recall import recall
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import TokenStream, Windows, microbatches, num_microbatches, read, require_paths
@@ -56,11 +57,10 @@ class RoutingMeter:
 
     Args:
         router: Megatron's or ours.
-        layer: its name in the metrics.
     """
 
-    def __init__(self, router: TopKRouter, layer: str) -> None:
-        self.router, self.layer = router, layer
+    def __init__(self, router: TopKRouter) -> None:
+        self.router = router
         self.num_experts = router.config.num_moe_experts
         self.num_windows: int | None = None
         """How many windows of the current microbatch count, the first ones; None means all."""
@@ -103,14 +103,14 @@ class RoutingMeter:
         """Metrics over all ranks of the pipeline stage. Communicates within it, and waits for the device.
 
         Returns:
-            layer, router (its type), experts, topk; experts_used, a share; imbalance_factor, 1 if all experts get the
-            same; rank_imbalance, the load of the most loaded expert-parallel rank over the mean; for AIR routers also
-            the shares experts_listed, mass_recall and topk_recall.
+            layer, as :func:`layer_of` numbers it; router (its type), experts, topk; experts_used, a share;
+            imbalance_factor, 1 if all experts get the same; rank_imbalance, the load of the most loaded expert-parallel
+            rank over the mean; for AIR routers also the shares experts_listed, mass_recall and topk_recall.
         """
         router, group = self.router, self.router.tp_dp_cp_group
         loads = load_metrics_of(sum_over_ranks(self.loads, group), router.config.expert_model_parallel_size).tolist()
         metrics = {
-            "layer": self.layer,
+            "layer": layer_of(router),
             "router": router.router_type if isinstance(router, CompactRouter) else "topk",
             "experts": self.num_experts,
             "topk": router.topk,
@@ -129,13 +129,8 @@ class RoutingMeter:
 
 
 def meters_of(model: Sequence[torch.nn.Module]) -> list[RoutingMeter]:
-    """Put a meter on each router of a model. The layer names mark those of multi-token prediction."""
-    return [
-        RoutingMeter(module, f"{'mtp ' if 'mtp' in name.split('.') else ''}{module.layer_number}")
-        for chunk in model
-        for name, module in chunk.named_modules()
-        if isinstance(module, TopKRouter)
-    ]
+    """Put a meter on each router of a model."""
+    return [RoutingMeter(module) for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
 
 
 @torch.no_grad()
@@ -205,7 +200,7 @@ def _gather(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     every_rank = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(every_rank, layers)
     found = {layer["layer"]: layer for layers_of_rank in every_rank for layer in layers_of_rank}
-    return sorted(found.values(), key=lambda layer: (layer["layer"].startswith("mtp"), int(layer["layer"].split()[-1])))
+    return [found[number] for number in sorted(found)]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import numpy
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
+from air_moe_megatron.diagnostics.metrics import layer_of
 from air_moe_megatron.inference.data import TokenStream, Windows
 from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.routers import AIRRouter, HashRouter
@@ -62,13 +63,9 @@ class TokenCollector:
 
 
 def collectors_of(model: Sequence[torch.nn.Module]) -> dict[str, TokenCollector]:
-    """Put a collector on each router that scores, by its place among all routers. First layers by hash do not score."""
+    """Put a collector on each router that scores, by the number of its layer. First layers by hash do not score."""
     routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
-    return {
-        f"{number}": TokenCollector(router)
-        for number, router in enumerate(routers, 1)
-        if not isinstance(router, HashRouter)
-    }
+    return {f"{layer_of(router)}": TokenCollector(router) for router in routers if not isinstance(router, HashRouter)}
 
 
 def split(stream: TokenStream, seq_length: int, num_fit: int, num_test: int) -> dict[str, numpy.ndarray]:
@@ -109,7 +106,7 @@ def collect(
         num_fit, num_test: largest numbers of tokens per layer; fewer if the data hold fewer.
         progress: wraps the loop over microbatches, such as tqdm.
     Returns:
-        the layers with routers that score, in their order, named by their place among all layers with routers.
+        the layers with routers that score, in their order, named by the numbers of these layers.
     """
     collectors = collectors_of(model)
     size = args.micro_batch_size

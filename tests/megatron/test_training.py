@@ -148,7 +148,7 @@ def test_a_plain_checkpoint_is_evaluated_as_it_was_trained(topk_run, use, valida
     use("evaluate", "--load", directory, "--data-path", validation[1], "--json", tmp_path / "x.json")
     (figures,) = json.loads((tmp_path / "x.json").read_text())["data"]
     assert figures["loss"] == pytest.approx(run.validation_loss, rel=1.1e-6)
-    assert [(layer["layer"], layer["router"]) for layer in figures["layers"]] == [("1", "topk"), ("2", "topk")]
+    assert [(layer["layer"], layer["router"]) for layer in figures["layers"]] == [(1, "topk"), (2, "topk")]
     assert all(0 < layer["experts_used"] <= 1 for layer in figures["layers"])
 
 

@@ -1,4 +1,4 @@
-"""Routing while a model is evaluated: each window of the data counts once."""
+"""Routing while a model is evaluated: each window of the data counts once, and layers have the numbers of the files."""
 
 import argparse
 
@@ -6,9 +6,11 @@ import numpy
 import pytest
 import torch
 
+from air_moe_megatron.diagnostics.metrics import describe
 from air_moe_megatron.inference import evaluation
 from air_moe_megatron.inference.data import TokenStream
-from tests.builders import make_router
+from air_moe_megatron.tune.capture import collectors_of
+from tests.builders import HIDDEN, make_router
 
 LENGTH, VOCABULARY = 8, 31
 
@@ -65,3 +67,18 @@ def test_windows_that_fill_a_microbatch_do_not_count_in_the_routing(figures_of, 
             name: pytest.approx(value) if isinstance(value, float) else value
             for name, value in expected.layers[0].items()
         }
+
+
+def test_every_command_and_file_has_the_same_number_of_a_layer(megatron_cpu):
+    """Layers 1 and 3 are dense; the last router is that of a multi-token-prediction layer."""
+    routers = [make_router(megatron_cpu, moe_router_type="air", num_layers=4).eval() for _ in range(3)]
+    for router, number in zip(routers, (2, 4, 1), strict=True):
+        router.set_layer_number(number)
+    routers[2].is_mtp_layer = True
+    model = torch.nn.ModuleList(routers)
+    meters = evaluation.meters_of([model])
+    for router in routers:
+        router(torch.randn(5, 1, HIDDEN))
+    assert [meter.metrics()["layer"] for meter in meters] == [2, 4, 5]
+    assert list(collectors_of([model])) == ["2", "4", "5"]
+    assert [describe(router, 5)["layer"] for router in routers] == [2, 4, 5]

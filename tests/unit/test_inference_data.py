@@ -303,8 +303,8 @@ def test_what_cannot_be_measured_is_refused(values, message):
 
 
 def test_the_table_shows_data_sets_and_layers():
-    layer = {"layer": "1", "router": "air", "experts": 16, "topk": 2, "experts_used": 0.5, "imbalance_factor": 1.25}
-    layers = [layer | {"mass_recall": 0.25}, layer | {"layer": "2", "router": "hash"}]
+    layer = {"layer": 1, "router": "air", "experts": 16, "topk": 2, "experts_used": 0.5, "imbalance_factor": 1.25}
+    layers = [layer | {"mass_recall": 0.25}, layer | {"layer": 2, "router": "hash"}]
     metrics = evaluation.Metrics("x", 1000, 2.0, math.e**2, None, None, layers)
     lines = evaluation.format_metrics("out", 7, [metrics]).splitlines()
     assert lines[0] == "out, iteration 7"
