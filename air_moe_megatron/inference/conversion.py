@@ -22,6 +22,7 @@ from air_moe_megatron.diagnostics.metrics import layer_of
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import TokenStream, Windows, read, require_paths
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
+from air_moe_megatron.learned.codebook import FIT_BATCHES, FIT_PASSES, FIT_TOKENS
 from air_moe_megatron.ops.coarse import assign_with_statistics
 from air_moe_megatron.process_groups import process_groups_released, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter, find_routers
@@ -30,14 +31,15 @@ from air_moe_megatron.training.batches import forward_step
 from air_moe_megatron.training.checkpoints.reader import Checkpoint, Location, holds_checkpoint, locate
 from air_moe_megatron.training.checkpoints.reader import read as read_checkpoint
 
-_BATCHES, _PASSES = 8, 4  # of the fit: its tokens are seen four times, in eight batches each time
 _CONVERTIBLE = ("topk", "air")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``python -m air_moe_megatron.convert``."""
     group = parser.add_argument_group(title="convert")
-    group.add_argument("--fit-tokens", type=int, help="Tokens that new codebooks are fitted to. Default: 16384.")
+    group.add_argument(
+        "--fit-tokens", type=int, help=f"Tokens that new codebooks are fitted to. Default: {FIT_TOKENS}."
+    )
 
 
 def router_type_of(saved: argparse.Namespace) -> str:
@@ -136,12 +138,12 @@ def fit(
     routers = find_routers(model, AIRRouter)
     hooks = [router.register_forward_pre_hook(_accumulate) for router in routers]
     rank, num_ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    num_windows = -(-(args.fit_tokens or 16384) // args.seq_length)
+    num_windows = -(-(args.fit_tokens or FIT_TOKENS) // args.seq_length)
     places = list(_places([Windows(stream.tokens, eod, args) for stream in streams], num_windows))
     size = args.micro_batch_size
-    num_microbatches = max(1, len(places) // (_BATCHES * size * num_ranks))  # per rank and update
+    num_microbatches = max(1, len(places) // (FIT_BATCHES * size * num_ranks))  # per rank and update
     run = get_forward_backward_func()
-    for number in progress(range(_PASSES * _BATCHES)):
+    for number in progress(range(FIT_PASSES * FIT_BATCHES)):
         first = (number * num_ranks + rank) * num_microbatches * size
         batches = _batches([places[(first + i) % len(places)] for i in range(num_microbatches * size)], size)
         run(

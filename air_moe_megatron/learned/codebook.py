@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _SEED = 20260504  # seeds the initial random codewords and the splits; the same on every rank, layer and run
 FIRST_LLOYD_STEPS = 10  # k-means steps of the first fit to expert centers
+# A fit to the tokens of a finished model: how many by default, and how often they are seen, in how many updates each.
+FIT_TOKENS, FIT_PASSES, FIT_BATCHES = 16384, 4, 8
 _STARVED = 0.1  # a codeword with less than this share of the mean load is revived
 
 

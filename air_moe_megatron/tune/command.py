@@ -16,6 +16,7 @@ from air_moe_megatron.config import num_hash_layers
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import read, require_paths
 from air_moe_megatron.inference.text import tokenizer_of
+from air_moe_megatron.learned.codebook import FIT_TOKENS
 from air_moe_megatron.process_groups import process_groups_released
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.training import console
@@ -35,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target-metric", choices=list(METRICS), default="topk", help="Recall of the exact top-k or softmax mass."
     )
-    group.add_argument("--fit-tokens", type=int, default=16384, help="Tokens per layer to fit codebooks to.")
+    group.add_argument("--fit-tokens", type=int, default=FIT_TOKENS, help="Tokens per layer to fit codebooks to.")
     group.add_argument("--test-tokens", type=int, default=2048, help="Held-out tokens per layer to measure on.")
     group.add_argument("--batch-tokens", type=int, help="Tokens of a global batch. Default: as in the checkpoint.")
     group.add_argument("--time-limit", type=float, default=600.0, help="Seconds after which no further C is tried.")

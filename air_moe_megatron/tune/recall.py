@@ -11,13 +11,12 @@ import torch
 
 from air_moe_megatron.config import AIRFields
 from air_moe_megatron.learned.centers import Centers
-from air_moe_megatron.learned.codebook import Codebook
+from air_moe_megatron.learned.codebook import FIT_BATCHES, FIT_PASSES, Codebook
 from air_moe_megatron.learned.lists import list_every_expert, reserved_slots
 from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.ranking import Ranking
 
 DECAY = AIRFields.moe_air_codebook_ema  # the default of a run
-_BATCHES, _PASSES = 8, 4  # of the fit: its tokens are seen four times, in eight batches each time
 _SCORES = 2**25  # exact scores that are in memory at a time
 
 
@@ -46,9 +45,9 @@ def fit_codebook(tokens: torch.Tensor, num_clusters: int) -> Codebook:
     The order of the tokens and the seed are fixed, so equal tokens give equal codewords.
     """
     codebook = Codebook(num_clusters, tokens.shape[1], DECAY).to(tokens.device)
-    for _ in range(_PASSES):
-        for batch in range(_BATCHES):  # every eighth token: neighbors in a text are alike
-            hidden = tokens[batch::_BATCHES]
+    for _ in range(FIT_PASSES):
+        for batch in range(FIT_BATCHES):  # every eighth token: neighbors in a text are alike
+            hidden = tokens[batch::FIT_BATCHES]
             codebook.discard()
             codebook.accumulate(assign_with_statistics(hidden, codebook.codewords, 1)[1])
             codebook.apply_update(codebook.statistics, bool(codebook.statistics.isfinite().all()), len(hidden) > 0)
