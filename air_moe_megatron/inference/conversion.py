@@ -181,9 +181,7 @@ def list_experts(model: list[torch.nn.Module]) -> bool:
 
 def _accumulate(router: AIRRouter, inputs: tuple) -> None:
     """Add the tokens of a forward, as the router scores them, to the statistics of the codebook."""
-    hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
-    if router.input_norm is not None:
-        hidden = router.input_norm(hidden)
+    hidden = router.as_scored(inputs[0].reshape(-1, inputs[0].shape[-1]))
     router.codebook.accumulate(assign_with_statistics(hidden, router.codebook.codewords, 1)[1])
 
 

@@ -25,7 +25,6 @@ from air_moe_megatron.inference.data import TokenStream, Windows, microbatches, 
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
 from air_moe_megatron.process_groups import process_groups_released, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter
-from air_moe_megatron.routers.air import TokenSample
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.sharded_rows import ShardedRows
 from air_moe_megatron.training import console
@@ -93,10 +92,7 @@ class RoutingMeter:
     def _sample(self, router: AIRRouter, hidden: torch.Tensor, is_counted: bool) -> None:
         hidden = hidden.reshape(-1, hidden.shape[-1])
         hidden = hidden[:: -(-hidden.shape[0] // _SAMPLE_SIZE)]
-        probes = router._route(hidden, None).probes
-        if router.input_norm is not None:
-            hidden = router.input_norm(hidden)
-        self.recalls.append((*recall(router, TokenSample(hidden, probes, None)), hidden.shape[0] * is_counted))
+        self.recalls.append((*recall(router, router.sample_of(hidden)), hidden.shape[0] * is_counted))
         self.num_sampled += _SAMPLE_SIZE
 
     def metrics(self) -> dict[str, Any]:

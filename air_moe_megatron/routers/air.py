@@ -125,6 +125,14 @@ class AIRRouter(CompactRouter):
         """The centers that this rank holds."""
         return Centers.of(self)
 
+    @torch.no_grad()
+    def sample_of(self, hidden: torch.Tensor) -> TokenSample:
+        """Route tokens [n, H], and return them as scored, with the codewords whose lists were searched.
+
+        In evaluation mode no state changes. A sharded router communicates as in any forward.
+        """
+        return TokenSample(self.as_scored(hidden), self._route(hidden, None).codewords, None)
+
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         with hidden_from_checkpoints():
             shortlist, probes = self._coarse(hidden, padding_mask)  # [C, L], [T, P]

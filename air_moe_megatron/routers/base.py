@@ -219,10 +219,10 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
 
     def _norm_and_choose(self, tokens: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         """:meth:`_choose` for tokens [T, H] before the input norm; a router that sends tokens overrides it."""
-        return self._choose(self._as_scored(tokens), padding_mask, batch_size)
+        return self._choose(self.as_scored(tokens), padding_mask, batch_size)
 
-    def _as_scored(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, H] tokens as the router scores them: after the input norm, if there is one."""
+    def as_scored(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Turn tokens [T, H] into what the router scores: [T, H] after the input norm, if there is one."""
         return hidden if self.input_norm is None else self.input_norm(hidden)
 
     def _without_padding(self, hidden: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:

@@ -119,7 +119,7 @@ class ShardedAIRRouter(AIRRouter):
         Raises:
             ValueError: on every rank, if a size differs between ranks, or any has probs that are NaN or infinite.
         """
-        hidden = self._as_scored(tokens)
+        hidden = self.as_scored(tokens)
         with hidden_from_checkpoints():
             shortlist, probes = self._coarse(hidden, padding_mask)  # [C, L / D], [T, P]
         num_best, num_explored = self._num_candidates(shortlist, probes)
@@ -147,7 +147,7 @@ class ShardedAIRRouter(AIRRouter):
         rows = exchange.gather(tokens)
         with torch.no_grad():
             probes = exchange.gather(probes.int()).long()
-        return GatheredRows(exchange, rows, self._as_scored(rows), probes)
+        return GatheredRows(exchange, rows, self.as_scored(rows), probes)
 
     @torch.no_grad()
     def _score_rows(self, rows: GatheredRows, shortlist: torch.Tensor, num_best: int, num_explored: int) -> Offers:

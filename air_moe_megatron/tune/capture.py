@@ -12,6 +12,7 @@ from air_moe_megatron.diagnostics.metrics import layer_of
 from air_moe_megatron.inference.data import TokenStream, Windows
 from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.routers import AIRRouter, HashRouter
+from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.training.batches import forward_step
 from air_moe_megatron.tune.recall import Layer
 
@@ -42,8 +43,9 @@ class TokenCollector:
         if len(inputs) > 1 and inputs[1] is not None:
             is_kept = is_kept & ~inputs[1].transpose(0, 1).flatten()
         hidden = hidden[is_kept]
-        norm = getattr(router, "input_norm", None)
-        self.kept[self.part].append((hidden if norm is None else norm(hidden)).float())
+        if isinstance(router, CompactRouter):  # Megatron's own scores tokens as they are
+            hidden = router.as_scored(hidden)
+        self.kept[self.part].append(hidden.float())
 
     def layer(self, name: str) -> Layer:
         """The router's tokens, its centers, and its lists if training made some."""
