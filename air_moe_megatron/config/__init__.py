@@ -21,7 +21,7 @@ from air_moe_megatron.config.fields import (
     router_type_of,
     uses_hash,
 )
-from air_moe_megatron.config.hash_layers import hash_layer_config, hash_layer_numbers
+from air_moe_megatron.config.hash_layers import hash_layer_config, hash_layer_numbers, layers_with_experts
 from air_moe_megatron.config.problems import Problems, passed_on, problem_of, raise_first
 from air_moe_megatron.config.refusals import CAUSES, REFUSALS
 from air_moe_megatron.config.rules import invalid, refuse_unused, unused, validate
@@ -52,6 +52,7 @@ __all__ = [
     "invalid",
     "is_plain_topk",
     "is_sharded",
+    "layers_with_experts",
     "megatron_has_hash_layers",
     "num_hash_layers",
     "passed_on",

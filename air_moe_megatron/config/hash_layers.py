@@ -25,15 +25,23 @@ _WITHOUT_SCORES = {
 """Values that turn off what routers do with scores: a hash router has none."""
 
 
+def layers_with_experts(frequency: int | Sequence[int], num_layers: int) -> list[bool]:
+    """Say for each decoder layer whether it has experts, by ``moe_layer_freq``.
+
+    Example: of four layers, a frequency of 2 gives the first and the third.
+    """
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(num_layers)]
+    return [bool(has_experts) for has_experts in frequency]
+
+
 def moe_layer_numbers(config: TransformerConfig) -> list[int]:
     """Numbers, from 1, of the decoder's layers with experts, by ``moe_layer_freq``.
 
     Example: of four layers, a frequency of 2 gives [1, 3], and [0, 1, 1, 0] gives [2, 3].
     """
-    frequency = config.moe_layer_freq
-    if isinstance(frequency, int):
-        return list(range(1, config.num_layers + 1, frequency))
-    return [number for number, has_experts in enumerate(frequency, 1) if has_experts]
+    layers = layers_with_experts(config.moe_layer_freq, config.num_layers)
+    return [number for number, has_experts in enumerate(layers, 1) if has_experts]
 
 
 def hash_layer_numbers(config: TransformerConfig, moe_layers: Sequence[int] | None = None) -> list[int]:

@@ -23,6 +23,7 @@ from air_moe_megatron.config import (
     attach,
     invalid,
     is_plain_topk,
+    layers_with_experts,
     megatron_has_hash_layers,
     refuse_unused,
     router_type_of,
@@ -270,10 +271,7 @@ def moe_layers(args: argparse.Namespace) -> list[bool]:
         return [False] * args.num_layers
     if args.hybrid_layer_pattern is not None:
         return [symbol == Symbols.MOE for symbol in bare_pattern(args.hybrid_layer_pattern)]
-    frequency = getattr(args, "moe_layer_freq", 1)
-    if isinstance(frequency, int):
-        return [layer % frequency == 0 for layer in range(args.num_layers)]
-    return [bool(has_experts) for has_experts in frequency]
+    return layers_with_experts(getattr(args, "moe_layer_freq", 1), args.num_layers)
 
 
 def bare_pattern(pattern: str) -> str:
