@@ -150,7 +150,7 @@ class AIRRouter(CompactRouter):
     ) -> Routes:
         """Choose among the candidates that :meth:`_score` returns, and record for logs what was searched."""
         logits, ids = self._as_logits(scores, ids)
-        if self._all_scores_matter():
+        if _all_scores_matter(self.config, self.training):
             routes = self._choose_among(logits, ids.long(), padding_mask, batch_size, self._explored())
         else:  # the candidates are the top-k
             routes = Routes(ids, self._probs_of(logits), columns=_columns(logits))
@@ -182,7 +182,8 @@ class AIRRouter(CompactRouter):
         if self.config.moe_router_force_load_balancing:
             return probes.shape[1] * shortlist.shape[1], 0
         explored = self._explored()
-        return self.sizes.num_candidates if self._all_scores_matter() else self.topk, explored.number if explored else 0
+        num_best = self.sizes.num_candidates if _all_scores_matter(self.config, self.training) else self.topk
+        return num_best, explored.number if explored else 0
 
     def _as_logits(self, scores: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, N] logits and ids of candidates, from their scores and ids; in a load test random, sorted by id."""
@@ -196,10 +197,10 @@ class AIRRouter(CompactRouter):
     def _explored(self) -> Explored | None:
         """Describe the explored candidates, which are each token's last; None if there are none.
 
-        As in :meth:`_all_scores_matter`, the answer does not depend on whether gradients are enabled.
+        As in :func:`_all_scores_matter`, the answer does not depend on whether gradients are enabled.
         """
-        is_seen = self.training and self.is_aux_loss_enabled() and not self.config.moe_router_force_load_balancing
-        if not is_seen or not self.sizes.num_explored:
+        is_seen = self.training and balancing_losses(self.config)
+        if not is_seen or self.config.moe_router_force_load_balancing or not self.sizes.num_explored:
             return None
         searched = self.sizes.num_probes * self.sizes.shortlist_size
         return Explored(self.sizes.num_explored, searched / self.sizes.num_explored)
@@ -245,19 +246,6 @@ class AIRRouter(CompactRouter):
     def _probs_of(self, selected: torch.Tensor) -> torch.Tensor:
         """[T, K] probs of the selected scores [T, K]; valid only if probs depend on no other score."""
         return probs_of_selected(selected, **self._score_settings())
-
-    def _all_scores_matter(self) -> bool:
-        """Whether scores other than the selected ones reach the loss, and so need gradients.
-
-        The answer must not depend on whether gradients are enabled: a checkpointed forward runs first without and then
-        with gradients, and both passes must break ties alike.
-        """
-        return (
-            (self.training and self.is_aux_loss_enabled())
-            or self.config.moe_z_loss_coeff is not None
-            or (self.score_function == "softmax" and self.config.moe_router_pre_softmax)
-            or self.config.moe_router_force_load_balancing  # its straight-through estimator uses all scores
-        )
 
     @torch.no_grad()
     def _coarse(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -309,7 +297,7 @@ class AIRRouter(CompactRouter):
         """
         hidden, sizes = config.hidden_size, resolve_sizes(config)
         searched = sizes.num_clusters + sizes.num_probes * sizes.shortlist_size
-        with_gradient = sizes.num_candidates if _all_scores_matter(config) else config.moe_router_topk
+        with_gradient = sizes.num_candidates if _all_scores_matter(config, training=True) else config.moe_router_topk
         explored = sizes.num_explored if balancing_losses(config) else 0
         return RouterFlops(
             2 * hidden * (searched + explored),
@@ -356,13 +344,17 @@ class AIRRouter(CompactRouter):
         return super()._load_from_state_dict(*args, **kwargs)
 
 
-def _all_scores_matter(config: TransformerConfig) -> bool:
-    """What :meth:`AIRRouter._all_scores_matter` answers in training, from the config alone."""
+def _all_scores_matter(config: TransformerConfig, training: bool) -> bool:
+    """Whether scores other than the selected ones reach the loss, and so need gradients.
+
+    The answer must not depend on whether gradients are enabled: a checkpointed forward runs first without and then with
+    gradients, and both passes must break ties alike.
+    """
     return (
-        bool(balancing_losses(config))
+        (training and bool(balancing_losses(config)))
         or config.moe_z_loss_coeff is not None
         or (config.moe_router_score_function == "softmax" and config.moe_router_pre_softmax)
-        or config.moe_router_force_load_balancing
+        or config.moe_router_force_load_balancing  # its straight-through estimator uses all scores
     )
 
 
