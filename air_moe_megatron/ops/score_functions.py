@@ -1,4 +1,7 @@
-"""Score functions that Megatron combines with an expert bias: experts rank by ``function(score_e) + expert_bias_e``."""
+"""What the operations on scores ``z_e = <w_e, h> + b_e`` share: the checks of their arguments, and score functions.
+
+Megatron combines a score function with an expert bias: experts rank by ``function(score_e) + expert_bias_e``.
+"""
 
 from collections.abc import Callable
 
@@ -32,3 +35,17 @@ def validate_expert_bias(score_function: str | None, expert_bias: torch.Tensor |
         )
     if expert_bias is not None and expert_bias.shape != (num_experts,):
         raise ValueError(f"expert_bias {tuple(expert_bias.shape)} must be [E] with E = {num_experts}")
+
+
+def validate_shapes(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Check that tokens can be scored against expert centers.
+
+    Raises:
+        ValueError: if hidden is not [T, H], weight is not [E, H], or the bias is neither [E] nor None.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [T, H] and [E, H] with the same H"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} must be [E] with E = {weight.shape[0]}")

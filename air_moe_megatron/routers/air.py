@@ -131,7 +131,7 @@ class AIRRouter(CompactRouter):
 
         In evaluation mode no state changes. A sharded router communicates as in any forward.
         """
-        return TokenSample(self.as_scored(hidden), self._route(hidden, None).codewords, None)
+        return TokenSample(self.as_scored(hidden), self._route(hidden, None).probes, None)
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         with hidden_from_checkpoints():

@@ -4,7 +4,7 @@ import torch
 
 from air_moe_megatron.ops.backend import use_kernels
 from air_moe_megatron.ops.fine_scores import eager
-from air_moe_megatron.ops.score_functions import validate_expert_bias
+from air_moe_megatron.ops.score_functions import validate_expert_bias, validate_shapes
 from air_moe_megatron.ops.selected_scores import selected_scores
 
 __all__ = ["fine_scores", "fine_topk"]
@@ -101,12 +101,7 @@ def _validate(
     shortlist: torch.Tensor,
     probes: torch.Tensor,
 ) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [T, H] and [E, H] with the same H"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)} must be [E] with E = {weight.shape[0]}")
+    validate_shapes(hidden, weight, bias)
     if probes.dim() != 2 or probes.shape[0] != hidden.shape[0]:
         raise ValueError(f"probes {tuple(probes.shape)} must be [T, P] with T = {hidden.shape[0]}")
     if shortlist.dim() != 2:

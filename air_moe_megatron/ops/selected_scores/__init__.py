@@ -3,6 +3,7 @@
 import torch
 
 from air_moe_megatron.ops.backend import use_kernels
+from air_moe_megatron.ops.score_functions import validate_shapes
 from air_moe_megatron.ops.selected_scores import eager
 
 __all__ = ["selected_scores"]
@@ -37,12 +38,7 @@ def selected_scores(
     Example: hidden [[1, 2]], ids [[5]], a loss whose gradient at the score is 3 gives hidden the gradient 3 w_5 and
     row 5 of weight the gradient [3, 6].
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [T, H] and [E, H] with the same H"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)} must be [E] with E = {weight.shape[0]}")
+    validate_shapes(hidden, weight, bias)
     if ids.shape != scores.shape or ids.dim() != 2 or ids.shape[0] != hidden.shape[0]:
         raise ValueError(
             f"ids {tuple(ids.shape)} and scores {tuple(scores.shape)} must both be [T, K] with T = {hidden.shape[0]}"
