@@ -48,14 +48,17 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
     gradient and Adam's two moments, each takes 16 bytes: 393,216 in all.
     """
     experts, hidden = args.num_experts, args.hidden_size
-    projections = 3 if args.swiglu or args.quick_geglu else 2
     expert_shards = (
         args.expert_model_parallel_size * args.expert_tensor_parallel_size * args.expert_gtp_weight_remat_size
     )
     router_size = hidden * ROUTERS[args.moe_router_type].vectors_per_expert
     layers = -(-sum(moe_layers(args)) // args.pipeline_model_parallel_size)
     scored_layers = max(0, layers - num_hash_layers(args))  # this rank may hold all hash layers
-    expert_size = projections * (args.moe_ffn_hidden_size or args.ffn_hidden_size) * (args.moe_latent_size or hidden)
+    size = parameters_of_expert(
+        args.moe_latent_size or hidden,
+        args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        is_gated=args.swiglu or args.quick_geglu,
+    )
     expert_replicas = args.world_size // (expert_shards * args.pipeline_model_parallel_size)
     router_shards, router_replicas = 1, args.data_parallel_size * args.context_parallel_size
     if is_sharded(args):
@@ -65,7 +68,7 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
         tokens //= args.tensor_model_parallel_size
     map_bytes = args.params_dtype.itemsize + 1  # a prob and a boolean
     return {
-        "experts": round(layers * experts * expert_size // expert_shards * _bytes_per_parameter(args, expert_replicas)),
+        "experts": round(layers * experts * size // expert_shards * _bytes_per_parameter(args, expert_replicas)),
         "routers": round(
             scored_layers
             * (experts // router_shards)
@@ -75,6 +78,14 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
             tokens * experts * map_bytes if args.moe_dispatch == "stock" else 0
         ),
     }
+
+
+def parameters_of_expert(input_size: int, ffn_hidden_size: int, is_gated: bool) -> int:
+    """Number of parameters of one expert: two projections, with a gate three. Biases are not counted.
+
+    Example: 32 inputs and a hidden size of 8 take 512, with a gate 768.
+    """
+    return (3 if is_gated else 2) * input_size * ffn_hidden_size
 
 
 def _bytes_per_parameter(args: argparse.Namespace, replicas: int) -> float:

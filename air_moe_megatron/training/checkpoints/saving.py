@@ -14,6 +14,7 @@ from air_moe_megatron.config import num_hash_layers
 from air_moe_megatron.training.arguments import moe_layers
 from air_moe_megatron.training.checkpoints.checks import loads_optimizer
 from air_moe_megatron.training.checkpoints.reader import Checkpoint
+from air_moe_megatron.training.memory import parameters_of_expert
 
 _GIB = 2**30
 
@@ -99,8 +100,9 @@ def estimate_bytes(args: argparse.Namespace, config: TransformerConfig) -> int:
     hidden_size = config.hidden_size
     num_values = (args.padded_vocab_size or 0) * hidden_size * (2 if args.untie_embeddings_and_output_weights else 1)
     if config.num_moe_experts is not None:
-        expert_input = config.moe_latent_size or hidden_size
-        per_expert = (3 if config.gated_linear_unit else 2) * expert_input * config.moe_ffn_hidden_size
+        per_expert = parameters_of_expert(
+            config.moe_latent_size or hidden_size, config.moe_ffn_hidden_size, config.gated_linear_unit
+        )
         num_layers = sum(moe_layers(args))
         num_values += num_layers * config.num_moe_experts * per_expert
         if getattr(config, "moe_router_type", "topk") in ("topk", "air"):
