@@ -15,11 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from air_moe_megatron.config import AIRMoEConfig, AIRSizes, resolve_sizes
-from air_moe_megatron.learned.codebook import Codebook
-from air_moe_megatron.learned.index import ShortlistIndex
 from air_moe_megatron.routers import AIRRouter
-from air_moe_megatron.routers.base import INPUT_NORMS
 from air_moe_megatron.routers.flops import Rebuilds, rebuild_flops
+from air_moe_megatron.routers.learned_bytes import learned_bytes
 from air_moe_megatron.training.memory import parameter_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -210,29 +208,6 @@ def _training_arguments(args: argparse.Namespace) -> argparse.Namespace:
     )
 
 
-def learned_bytes(args: argparse.Namespace, config: AIRMoEConfig, shards: int) -> tuple[dict[str, int], int]:
-    """Bytes per rank of the state that one layer learns without gradients, and of its statistics.
-
-    The state is counted by purpose. Every rank holds codebook and input norm, their statistics, and two counters for
-    each of all experts. The statistics are all-reduced.
-    """
-    sizes, norm = resolve_sizes(config), INPUT_NORMS[args.input_norm]
-    with torch.device("meta"):
-        learners = [Codebook(sizes.num_clusters, args.hidden, config.moe_air_codebook_ema)]
-        learners += [] if norm is None else [norm(args.hidden)]
-        index = ShortlistIndex(
-            args.experts // shards,
-            sizes.num_clusters,
-            sizes.shortlist_size // shards,
-            source=config.moe_air_codebook_source,
-            refresh_interval=config.moe_air_refresh_interval,
-        )
-    statistics = sum(learner.statistics.nbytes for learner in learners)
-    buffers = sum(buffer.nbytes for learner in learners for buffer in learner.buffers())
-    lists = sum(buffer.nbytes for buffer in index.buffers()) + 2 * torch.int64.itemsize * args.experts
-    return {"codebooks and input norms": buffers + statistics, "lists": lists}, statistics
-
-
 def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     """Predict memory, FLOPs and communication of one layout, replicated or sharded.
 
@@ -240,7 +215,7 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
         ValueError: as :func:`config_of`.
     """
     layout = _Layout.of(args, is_sharded)
-    learned, statistics = learned_bytes(args, layout.config, layout.num_router_shards)
+    learned, statistics = learned_bytes(layout.config, layout.num_router_shards)
     collectives = [*_dispatch(layout), *_reductions(layout, statistics)]
     if is_sharded:
         collectives.append(_offers(layout))

@@ -6,23 +6,12 @@ from pathlib import Path
 import matplotlib
 import pandas
 
-from air_moe_megatron.learned.rebuild_schedule import POOL
-from air_moe_megatron.tune.search import Result, Setting, frontier
+from air_moe_megatron.tune.search import Result, frontier
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 _COLORS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00")  # Okabe and Ito: distinguishable by the color-blind
-
-
-def state_bytes(setting: Setting, hidden_size: int, num_experts: int) -> int:
-    """Bytes of codebook and lists of one layer, in a rank's memory and in a checkpoint.
-
-    Codewords and running sums [C, H] and [C, H + 3] fp32, lists [C, L] and pools [C, 4L] int32, an int64 per expert.
-    """
-    clusters, length = setting.num_clusters, setting.shortlist_size
-    per_cluster = 4 * hidden_size + 4 * (hidden_size + 3) + 4 * (length + min(POOL * length, num_experts))
-    return clusters * per_cluster + 8 * num_experts
 
 
 def rows_of(results: Sequence[Result], layers: Sequence[str]) -> pandas.DataFrame:

@@ -14,7 +14,7 @@ from air_moe_megatron.diagnostics.recall import measure_sample
 from air_moe_megatron.diagnostics.two_stages import TwoStages
 from air_moe_megatron.ops.coarse import assign
 from air_moe_megatron.routers.air import TokenSample
-from air_moe_megatron.tune import output
+from air_moe_megatron.routers.learned_bytes import learned_bytes
 from air_moe_megatron.tune.recall import Layer, fit_codebook, make_lists, mass_of_candidates, time_exact, time_search
 from air_moe_megatron.tune.search import (
     Result,
@@ -134,7 +134,7 @@ def _table(
     kept = sorted({one.setting: one for one in kept}.values(), key=lambda one: one.flops)
     recalls = shown.topk if metric == "topk" else shown.mass
     worst = layers[recalls.index(min(recalls))]
-    details = _details(worst, [*kept, *loaded])
+    details = _details(worst, config, [*kept, *loaded])
     rows = [_row(one, _name(one, shown, usual), exact) for one in [*kept, *loaded, *others]]
     rows = [row | detail for row, detail in itertools.zip_longest(rows, details, fillvalue={})]
     rows.append({"router": "exact top-k", "top-k": 1.0, "mass": 1.0, "kFLOPs": exact / 1e3, "of exact": 1.0})
@@ -168,7 +168,7 @@ def _row(result: Result, name: str, exact: float) -> dict[str, object]:
     }
 
 
-def _details(layer: Layer, results: Sequence[Result]) -> list[dict[str, float]]:
+def _details(layer: Layer, config: TransformerConfig, results: Sequence[Result]) -> list[dict[str, float]]:
     """Bound, certified share, time and memory of settings in one layer."""
     details, codebooks = [], {}
     hidden = layer.test[:: max(1, layer.test.shape[0] // _SAMPLED)]
@@ -189,7 +189,7 @@ def _details(layer: Layer, results: Sequence[Result]) -> list[dict[str, float]]:
                 "bound": float(metrics.mass_bound.mean()),
                 "certified": float(metrics.certified.float().mean()),
                 "us/token": time_search(layer, codewords, lists, setting.num_probes) * 1e6,
-                "KiB": output.state_bytes(setting, layer.test.shape[1], layer.num_experts) / 1024,
+                "KiB": sum(learned_bytes(air_config(config, setting))[0].values()) / 1024,
             }
         )
     return details

@@ -20,11 +20,11 @@ from air_moe_megatron.ops.coarse import assign
 from air_moe_megatron.routers import AIRRouter
 from air_moe_megatron.routers.air import TokenSample
 from air_moe_megatron.routers.flops import Rebuilds
+from air_moe_megatron.routers.learned_bytes import learned_bytes
 from air_moe_megatron.tune import capture
 from air_moe_megatron.tune import search as searching
 from air_moe_megatron.tune.baselines import measure_groups, measure_product_keys
 from air_moe_megatron.tune.command import check, check_grid
-from air_moe_megatron.tune.output import state_bytes
 from air_moe_megatron.tune.recall import (
     Layer,
     fit_codebook,
@@ -164,14 +164,15 @@ def test_product_keys_find_everything_where_centers_are_pairs_of_sub_keys():
     assert measure_product_keys(layer, (8, 8))[0] < 1.0
 
 
-def test_the_memory_is_that_of_a_routers_buffers(megatron_cpu):
-    router = make_router(
-        megatron_cpu, moe_router_type="air", moe_air_num_clusters=16, moe_air_shortlist_size=8, moe_air_num_probes=2
-    )
-    buffers = [*router.codebook.named_buffers(), *router.index.named_buffers()]
-    kept = ("codewords", "ema", "shortlist", "pool", "staged_keys")
-    expected = sum(buffer.numel() * buffer.element_size() for name, buffer in buffers if name in kept)
-    assert state_bytes(Setting(16, 8, 2), router.config.hidden_size, router.num_experts) == expected
+@pytest.mark.parametrize("router_type", ("air", "topk"))
+def test_the_memory_is_that_of_a_routers_buffers_and_accumulators(megatron_cpu, router_type):
+    sizes = dict(moe_air_num_clusters=16, moe_air_shortlist_size=8, moe_air_num_probes=2)
+    router = make_router(megatron_cpu, moe_router_type="air", moe_router_input_norm="running", **sizes)
+    learners = [router.codebook, router.input_norm]
+    tensors = [*(one.statistics for one in learners), router.expert_load, router.logged_before[:-1]]
+    tensors += [buffer for one in (*learners, router.index) for buffer in one.buffers()]
+    config = air_config(make_config(moe_router_type=router_type, moe_router_input_norm="running"), Setting(16, 8, 2))
+    assert sum(learned_bytes(config)[0].values()) == sum(tensor.nbytes for tensor in tensors)
 
 
 # The tokens.
