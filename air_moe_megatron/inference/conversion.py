@@ -218,19 +218,15 @@ def run(screen: TextIO) -> None:
     Raises:
         SystemExit: if the command line, the checkpoint or the data cannot work; one line says why.
     """
-    saved = argparse.Namespace()
-
-    def judge_saving(of_checkpoint: argparse.Namespace, given: argparse.Namespace) -> None:
-        vars(saved).update(vars(of_checkpoint))
-        judge(saved, given)
-
     with contextlib.ExitStack() as stack:
         with console.refusals():
-            args, ranks = restore.parse(add_flags, judge_saving=judge_saving)
+            start = restore.begin(add_flags, saves=True)
+            saved, ranks = start.saved, start.ranks
+            judge(saved, start.given)
+            args = restore.parse(start)
             check(args, saved)
             ranks.check("target", lambda: check_target(args.save))
             args.skip_train, args.no_save_optim, args.no_save_rng = False, True, True  # it saves: check the folder too
-            args.max_tokens = None
             tokenizer: Tokenizer = tokenizer_of(args)
             streams: list[TokenStream] = []
             if fits(args, saved):

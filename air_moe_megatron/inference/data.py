@@ -43,7 +43,7 @@ def require_paths(args: argparse.Namespace) -> None:
         )
 
 
-def read(path: str, tokenizer: Tokenizer, args: argparse.Namespace) -> TokenStream:
+def read(path: str, tokenizer: Tokenizer, args: argparse.Namespace, max_tokens: int | None = None) -> TokenStream:
     """Read a data set.
 
     Args:
@@ -51,17 +51,18 @@ def read(path: str, tokenizer: Tokenizer, args: argparse.Namespace) -> TokenStre
             .jsonl, whose lines are objects with a document under "text". An end-of-document id follows each of these.
         tokenizer: the model's tokenizer.
         args: as ``restore.parse`` returns them.
+        max_tokens: largest number of tokens to read; None means all.
     Raises:
         ValueError: naming the path and what is wrong with it.
     """
     name = f"--data-path entry '{path}'"
     if os.path.isfile(path) and not path.endswith((".bin", ".idx")):
         documents = _documents(path, name)
-        tokens, size = _tokenize(documents, tokenizer, path.endswith(".jsonl"), args.max_tokens)
+        tokens, size = _tokenize(documents, tokenizer, path.endswith(".jsonl"), max_tokens)
     else:
         dataset = read_indexed_dataset(path, name)
         check_token_ids(dataset, name, padded_vocab_size(args), _SCANNED_BLOCKS)
-        tokens = dataset.tokens[: int(dataset.lengths.sum(dtype=numpy.int64))][: args.max_tokens]
+        tokens = dataset.tokens[: int(dataset.lengths.sum(dtype=numpy.int64))][:max_tokens]
         size = _bytes_of(tokens, tokenizer)
     if len(tokens) < args.seq_length + 1:
         raise ValueError(

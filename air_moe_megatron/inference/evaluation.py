@@ -242,11 +242,14 @@ def run(screen: TextIO) -> None:
     """
     with contextlib.ExitStack() as stack:
         with console.refusals():
-            args, ranks = restore.parse(add_flags)
+            start = restore.begin(add_flags)
+            args, ranks = restore.parse(start), start.ranks
             check(args)
             tokenizer: Tokenizer = tokenizer_of(args)
             streams: list[TokenStream] = []
-            ranks.check("data", lambda: streams.extend(read(path, tokenizer, args) for path in args.data_path))
+            ranks.check(
+                "data", lambda: streams.extend(read(path, tokenizer, args, args.max_tokens) for path in args.data_path)
+            )
             stack.enter_context(process_groups_released())
             model = restore.build_and_load(args, ranks)
         found = []

@@ -189,7 +189,8 @@ def run(screen: TextIO) -> None:
     """
     with contextlib.ExitStack() as stack:
         with console.refusals():
-            args, ranks = restore.parse(add_flags, left=_DROPPING)
+            start = restore.begin(add_flags)
+            args, ranks = restore.parse(start, left=_DROPPING), start.ranks
             tokenizer = tokenizer_of(args)
             check(args, tokenizer)
             stack.enter_context(process_groups_released())

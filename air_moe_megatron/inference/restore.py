@@ -113,43 +113,52 @@ def model_arguments(saved: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def parse(
-    add_flags: Callable[[argparse.ArgumentParser], object],
-    left: Collection[str] = (),
-    judge_saving: Callable[[argparse.Namespace, argparse.Namespace], object] | None = None,
-) -> tuple[argparse.Namespace, Ranks]:
-    """Parse the command line, with the arguments of the checkpoint as defaults.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The start of a command: its command line, the checkpoint that this names, and the ranks."""
+
+    add_flags: Callable[[argparse.ArgumentParser], object]
+    given: argparse.Namespace
+    """The command line alone, parsed with the defaults :data:`NOT_GIVEN`."""
+    saved: argparse.Namespace
+    """All arguments that the checkpoint was saved with."""
+    ranks: Ranks
+
+
+def begin(add_flags: Callable[[argparse.ArgumentParser], object], saves: bool = False) -> Start:
+    """Read the command line and the arguments of the checkpoint that it names.
 
     Communicates with the other ranks through the store of the rendezvous.
 
     Args:
         add_flags: adds the flags of the command to Megatron's parser.
-        left: arguments of the checkpoint that the command ignores and reports.
-        judge_saving: only for a command that saves a model; None refuses ``--save``. It is called with the arguments of
-            the checkpoint and of the command line (``moe_router_type`` None if it was not given), and raises if the
-            model cannot be saved with them.
-    Returns:
-        Megatron's parsed and validated arguments, and the ranks of this start. Of Megatron's global variables only the
-        tokenizer is set.
+        saves: whether the command saves a model; otherwise ``--save`` is refused.
     Raises:
-        ValueError: if there is no checkpoint, it does not hold its arguments, or flags do not fit it.
+        ValueError: if there is no checkpoint, or it does not hold its arguments.
     """
-
-    def provider(parser: argparse.ArgumentParser, defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
-        parser = extra_args_provider(parser)
-        add_flags(parser)
-        parser.set_defaults(**(defaults or {}))
-        return parser
-
-    given = parse_flags(partial(provider, defaults=NOT_GIVEN))
+    given = parse_flags(partial(_flags, add_flags=add_flags, defaults=NOT_GIVEN))
     if given.load is None:
         raise ValueError("--load must name the folder of a checkpoint")
-    if given.save is not None and judge_saving is None:
+    if given.save is not None and not saves:
         raise ValueError(f"--save ({given.save}) must be left out: nothing is trained")
     ranks = meet(given)
-    saved = saved_arguments(given, ranks)
-    if judge_saving is not None:
-        judge_saving(saved, given)
+    return Start(add_flags, given, saved_arguments(given, ranks), ranks)
+
+
+def parse(start: Start, left: Collection[str] = ()) -> argparse.Namespace:
+    """Parse the command line, with the arguments of the checkpoint as defaults.
+
+    Communicates with the other ranks through the store of the rendezvous.
+
+    Args:
+        start: as :func:`begin` returns it.
+        left: arguments of the checkpoint that the command ignores and reports.
+    Returns:
+        Megatron's parsed and validated arguments. Of Megatron's global variables only the tokenizer is set.
+    Raises:
+        ValueError: if flags do not fit the checkpoint.
+    """
+    given, saved = start.given, start.saved
     values = without_fields_of_others(model_arguments(saved), given)
     _check_padding(values, given.tensor_model_parallel_size)
     check_tokenizer_files(values, given)
@@ -157,13 +166,25 @@ def parse(
     defaults = {"micro_batch_size": saved.micro_batch_size} | kept | _NEVER_TRAINS
     if given.save is not None:
         defaults["save_interval"] = 1  # Megatron requires one
-    args = parse_flags(partial(provider, defaults=defaults))
+    args = parse_flags(partial(_flags, add_flags=start.add_flags, defaults=defaults))
     complete(args, rebuild_tokenizer)
-    check_agreement(args, ranks)
+    check_agreement(args, start.ranks)
     check_flags(args)
-    if ranks.rank == 0:
+    if start.ranks.rank == 0:
         _report_changes(args, values)
-    return args, ranks
+    return args
+
+
+def _flags(
+    parser: argparse.ArgumentParser,
+    add_flags: Callable[[argparse.ArgumentParser], object],
+    defaults: dict[str, Any],
+) -> argparse.ArgumentParser:
+    """Add our flags and those of a command to Megatron's parser, with other defaults."""
+    parser = extra_args_provider(parser)
+    add_flags(parser)
+    parser.set_defaults(**defaults)
+    return parser
 
 
 def build_and_load(
@@ -175,7 +196,7 @@ def build_and_load(
 
     Args:
         args: as :func:`parse` returns them; their ``iteration`` becomes that of the checkpoint.
-        ranks: as :func:`parse` returns them.
+        ranks: as :func:`begin` returns them.
         lists_of: the checkpoint's arguments, for a caller that makes what AIR routers lack. A missing codebook then
             stays random, and lists of another length or number of parts are not loaded. None refuses both.
     Returns:

@@ -20,7 +20,6 @@ from air_moe_megatron.learned.codebook import FIT_TOKENS
 from air_moe_megatron.process_groups import process_groups_released
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.training import console
-from air_moe_megatron.training.checkpoints import saved_arguments
 from air_moe_megatron.training.checkpoints.saving import check_writable
 from air_moe_megatron.tune import output
 from air_moe_megatron.tune.capture import collect, split
@@ -93,16 +92,15 @@ def run(screen: TextIO) -> None:
     """
     with contextlib.ExitStack() as stack:
         with console.refusals():
-            args, ranks = restore.parse(add_flags)
+            start = restore.begin(add_flags)
+            args, saved = restore.parse(start), start.saved
             check(args)
-            args.max_tokens = None
             tokenizer = tokenizer_of(args)
             streams = [read(path, tokenizer, args) for path in args.data_path]
             data = [split(stream, args.seq_length, args.fit_tokens, args.test_tokens) for stream in streams]
-            saved = saved_arguments(args, ranks)
             batch = args.batch_tokens or saved.global_batch_size * saved.seq_length
             stack.enter_context(process_groups_released())
-            model = restore.build_and_load(args, ranks)
+            model = restore.build_and_load(args, start.ranks)
             config = get_model_config(model[0])
             check_grid(config, args.fit_tokens)
             out = Path(args.out_dir)

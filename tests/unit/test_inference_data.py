@@ -25,7 +25,7 @@ SAMPLES = dict(
 
 
 def make_args(**values):
-    return argparse.Namespace(**{**SAMPLES, "max_tokens": None, "padded_vocab_size": 257, "vocab_size": 257, **values})
+    return argparse.Namespace(**{**SAMPLES, "padded_vocab_size": 257, "vocab_size": 257, **values})
 
 
 @pytest.mark.parametrize("num_tokens", (4, 7, 8, 9, 10))
@@ -70,7 +70,7 @@ def test_texts_are_read_with_their_bytes(tmp_path):
     assert stream.tokens.tolist() == [*"äbc".encode()] and stream.num_bytes == 3  # the first byte is not predicted
     stream = read(write_lines(tmp_path, ["ab", "c"]), ByteTokenizer(), make_args())
     assert stream.tokens.tolist() == [97, 98, 256, 99, 256] and stream.num_bytes == 2
-    stream = read(str(tmp_path / "a.jsonl"), ByteTokenizer(), make_args(max_tokens=4))
+    stream = read(str(tmp_path / "a.jsonl"), ByteTokenizer(), make_args(), max_tokens=4)
     assert len(stream.tokens) == 4
 
 
@@ -195,7 +195,7 @@ def test_a_trained_tokenizer_tells_the_bytes_of_its_tokens(trained_tokenizer, tm
 def test_documents_that_max_tokens_cuts_count_by_what_is_read(trained_tokenizer, tmp_path):
     path = write_lines(tmp_path, ["the hat", "the hat and the cat"])
     for number in range(4, 10):
-        stream = read(path, trained_tokenizer, make_args(max_tokens=number))
+        stream = read(path, trained_tokenizer, make_args(), max_tokens=number)
         assert len(stream.tokens) == number
         assert stream.num_bytes == num_bytes(trained_tokenizer, stream.tokens[1:])
 

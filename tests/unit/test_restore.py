@@ -128,5 +128,5 @@ def test_a_command_needs_no_apex(parse, monkeypatch):
     monkeypatch.setattr(restore, "rebuild_tokenizer", lambda args: None)
     flags = [flag for flag in cpu.with_required_flags(["test", "--cpu", "--load", "checkpoint"]) if "accum" not in flag]
     monkeypatch.setattr(sys, "argv", flags)
-    args, _ = restore.parse(lambda parser: None)
+    args = restore.parse(restore.begin(lambda parser: None))
     assert args.gradient_accumulation_fusion is False and args.hidden_size == 32
