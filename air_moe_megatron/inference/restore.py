@@ -28,6 +28,7 @@ from megatron.training.models import GPTModelConfig
 
 from air_moe_megatron.config import LAYOUT_FIELDS, AIRMoEConfig, is_plain_topk, resolve_sizes
 from air_moe_megatron.inference.text import check_tokenizer_files
+from air_moe_megatron.routers.lacking import Lacking
 from air_moe_megatron.specs import mtp_specs_with_air_layers
 from air_moe_megatron.training.agreement import Ranks, check_agreement, meet
 from air_moe_megatron.training.arguments import (
@@ -216,8 +217,8 @@ def build_and_load(
         other_lists = list_form(transformer) != list_form(config.transformer)
     lacking = check_checkpoint(args, transformer, ranks)
     if other_lists:
-        lacking = ["index."]
-    if lists_of is None and any(name.startswith("codebook.") for name in lacking):
+        lacking = Lacking.LISTS
+    if lists_of is None and lacking is Lacking.CODEBOOK:
         raise ValueError(
             f"--load '{args.load}' was trained with top-k routing, so --moe-router-type (air) must be left out: the "
             "codebooks would be random"

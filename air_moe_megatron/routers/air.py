@@ -31,6 +31,7 @@ from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.selected_scores import selected_scores
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops, of_norm, of_rebuilds
+from air_moe_megatron.routers.lacking import Lacking
 from air_moe_megatron.routers.losses import Explored
 from air_moe_megatron.routers.token_ids import ids_in_order
 
@@ -86,8 +87,7 @@ class AIRRouter(CompactRouter):
         # A list of source 'tokens' is full, so it fills every slot of the routes. Inverted lists may be short, and
         # several lists may hold fewer than M distinct experts: then an empty slot can beat a score that underflows.
         self.always_complete = config.moe_air_codebook_source == "tokens" and self.sizes.num_probes == 1
-        # Name prefixes of state that is missing from the checkpoint, so that it is not requested. Loading clears them.
-        self.left_out: list[str] = []
+        self.lacking = Lacking.NOTHING  # what the checkpoint to load does not hold; loading resets it
         # For logs only: ``sample`` has tokens of the last training forward; ``observer`` counts the tokens of a step.
         self.keeps_sample = config.moe_air_diagnostics_interval > 0
         self.sample: TokenSample | None = None
@@ -311,8 +311,8 @@ class AIRRouter(CompactRouter):
     ) -> ShardedStateDict:
         """Make Megatron's sharded state dict, without what the checkpoint that is being loaded lacks."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        left_out = tuple(prefix + name for name in self.left_out)
-        return {key: value for key, value in state.items() if not key.startswith(left_out)} if left_out else state
+        left_out = tuple(prefix + name for name in self.lacking.prefixes)
+        return {key: value for key, value in state.items() if not key.startswith(left_out)}
 
     def learners(self) -> list[Learner]:
         """List the base's learners, and the codebook if it learns from tokens."""
@@ -340,7 +340,7 @@ class AIRRouter(CompactRouter):
         self.index.commit(group)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.left_out = []
+        self.lacking = Lacking.NOTHING
         return super()._load_from_state_dict(*args, **kwargs)
 
 

@@ -10,6 +10,7 @@ from megatron.training.models import GPTModelConfig, HybridModelConfig
 from air_moe_megatron.config import is_plain_topk, uses_hash
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.hashing import hand_over_token_ids
+from air_moe_megatron.routers.lacking import Lacking
 from air_moe_megatron.specs import air_hybrid_stack_spec, air_layer_spec, require_routers
 from air_moe_megatron.training.arguments import moe_layers, transformer_config_from_args
 
@@ -39,15 +40,15 @@ def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridM
     return config
 
 
-def leave_out(names: list[str], model: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Tell the AIR routers of a model which tensors the checkpoint lacks, so that they do not request them.
+def leave_out(lacking: Lacking, model: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Tell the AIR routers of a model what the checkpoint lacks, so that they do not request it.
 
     Args:
-        names: prefixes of the missing names in a router's state.
+        lacking: what the checkpoint lacks.
         model: Megatron's list of model chunks.
     Returns:
         The same list, as Megatron's hooks must return it.
     """
     for router in find_routers(model, AIRRouter):
-        router.left_out = names
+        router.lacking = lacking
     return model

@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from air_moe_megatron.routers.lacking import Lacking
 from air_moe_megatron.training.agreement import Ranks
 from tests.megatron.conftest import MODEL
 from tests.unit.test_agreement import on_ranks
@@ -113,7 +114,7 @@ def save(parsed, megatron_cpu, tmp_path):
 def check(parsed, megatron_cpu):
     """A function that checks a run: its arguments that differ from top-k's -> what the checkpoint lacks."""
 
-    def check(ranks=ALONE, **changes) -> list[str]:
+    def check(ranks=ALONE, **changes) -> Lacking:
         from air_moe_megatron.training.arguments import transformer_config_from_args
         from air_moe_megatron.training.checkpoints import check_checkpoint
 
@@ -142,7 +143,7 @@ def only(folder: Path, pattern: str) -> Path:
 def test_the_run_that_saved_it_passes(save, check, is_legacy, fields):
     if fields.get("moe_router_type") == "hash":
         fields = fields | {"moe_hash_vocab_size": 64, "moe_router_dtype": None, "moe_aux_loss_coeff": 0.0}
-    assert check(load=save(is_legacy=is_legacy, **fields), **fields) == []
+    assert check(load=save(is_legacy=is_legacy, **fields), **fields) is Lacking.NOTHING
 
 
 def test_metadata_with_the_plans_of_all_ranks_are_read(save, check):
@@ -160,13 +161,13 @@ def test_metadata_with_the_plans_of_all_ranks_are_read(save, check):
     ]
     metadata.all_local_plans = [SavePlan(items)]
     path.write_bytes(pickle.dumps(metadata))
-    assert check(load=folder) == []
+    assert check(load=folder) is Lacking.NOTHING
 
 
 def test_topk_and_air_load_into_each_other(save, check, is_legacy, capsys):
-    assert check(load=save(is_legacy=is_legacy), **AIR) == ["codebook.", "index."]
+    assert check(load=save(is_legacy=is_legacy), **AIR) is Lacking.CODEBOOK
     assert "expert centers are kept, codebooks are seeded" in capsys.readouterr().out
-    assert check(load=save(iteration=3, is_legacy=is_legacy, **AIR)) == []
+    assert check(load=save(iteration=3, is_legacy=is_legacy, **AIR)) is Lacking.NOTHING
     assert "its codebooks are left, its experts are loaded" in capsys.readouterr().out
 
 
@@ -174,11 +175,12 @@ def test_a_checkpoint_from_before_rebuilds_were_saved_lacks_only_them(save, pars
     tensors = tensors_of(argparse.Namespace(**vars(parsed) | AIR))
     del tensors["router.index.progress"]
     lacking = check(load=save(tensors=tensors, is_legacy=is_legacy, **AIR), **AIR)
-    assert lacking == ["index.pool", "index.staged_keys", "index.progress"]
+    assert lacking is Lacking.REBUILD
+    assert lacking.prefixes == ("index.pool", "index.staged_keys", "index.progress")
 
 
 def test_without_load_nothing_is_read(check):
-    assert check(**AIR) == []
+    assert check(**AIR) is Lacking.NOTHING
 
 
 # Where it is.
@@ -195,7 +197,7 @@ def test_a_garbled_tracker_is_an_error_that_names_a_whole_iteration(save, check,
         check(load=folder)
     assert "\n" not in str(error.value) and "--ckpt-step 2" in str(error.value)
     tracker.unlink()  # as the message says
-    assert check(load=folder, ckpt_step=2) == []
+    assert check(load=folder, ckpt_step=2) is Lacking.NOTHING
 
 
 def test_a_missing_tracker_beside_iterations_is_an_error(save, check):
@@ -203,7 +205,7 @@ def test_a_missing_tracker_beside_iterations_is_an_error(save, check):
     (folder / "latest_checkpointed_iteration.txt").unlink()
     with pytest.raises(ValueError, match="iteration.txt' is missing; iteration 2 is whole: add --ckpt-step 2"):
         check(load=folder, save=folder)
-    assert check(load=folder, save=folder, ckpt_step=2) == []
+    assert check(load=folder, save=folder, ckpt_step=2) is Lacking.NOTHING
     for changes in ({"pretrained_checkpoint": folder}, {"load": folder, "pretrained_checkpoint": folder}):
         with pytest.raises(ValueError, match="iteration.txt' is missing; write one of them into it"):
             check(**changes)
@@ -223,8 +225,8 @@ def test_the_folder_of_one_iteration_is_none_to_start_in(save, check, is_legacy,
 def test_load_without_a_checkpoint_is_an_error_but_for_the_folder_of_save(check, tmp_path):
     new, other = tmp_path / "new", tmp_path / "other"
     other.mkdir()
-    assert check(load=new, save=new) == []
-    assert check(load=other, save=f"{tmp_path}/new/../other") == []
+    assert check(load=new, save=new) is Lacking.NOTHING
+    assert check(load=other, save=f"{tmp_path}/new/../other") is Lacking.NOTHING
     for changes in ({}, {"save": new}, {"save": other, "skip_train": True}):
         with pytest.raises(ValueError, match=f"--load '{other}' holds no checkpoint: name a folder that does"):
             check(load=other, **changes)
@@ -249,7 +251,7 @@ def test_the_newer_of_two_kinds_of_checkpoint_is_checked(save, check):
     (folder / "non_persistent" / "latest_checkpointed_iteration.txt").write_text("3")
     with pytest.raises(ValueError, match="non_persistent/iter_0000003' holds granular experts"):
         check(load=folder, non_persistent_ckpt_type="global")
-    assert check(load=folder) == []
+    assert check(load=folder) is Lacking.NOTHING
 
 
 # Whether it is whole.
@@ -292,7 +294,7 @@ def test_a_damaged_checkpoint_names_the_file_and_the_iteration_that_is_whole(sav
     assert message.startswith(f"--load '{folder}/iter_0000003' is damaged: '{path}' ")
     assert message.endswith("; iteration 2 is whole: add --ckpt-step 2 to load it")
     assert "\n" not in message
-    assert check(load=folder, save=folder, ckpt_step=2) == []
+    assert check(load=folder, save=folder, ckpt_step=2) is Lacking.NOTHING
     assert before <= set(folder.rglob("*"))
 
 
@@ -332,7 +334,7 @@ def test_reading_a_checkpoint_runs_none_of_its_code(save, check, tmp_path, where
     trace = tmp_path / "trace"
     if where == "common-state":
         folder = save(moe_router_topk=Attack(trace))
-        assert check(load=folder) == []  # its arguments are not read
+        assert check(load=folder) is Lacking.NOTHING  # its arguments are not read
     elif where == "metadata":
         folder = save()
         (folder / "iter_0000002" / ".metadata").write_bytes(pickle.dumps(Attack(trace)))
@@ -377,7 +379,7 @@ def test_a_dense_gpt_model_is_refused_for_a_hybrid_one_with_experts(save, check)
 
 
 def test_equal_patterns_of_layers_pass_however_they_are_written(save, check):
-    assert check(load=save(), moe_layer_freq=[1, 1]) == []
+    assert check(load=save(), moe_layer_freq=[1, 1]) is Lacking.NOTHING
 
 
 @pytest.mark.parametrize(
@@ -392,7 +394,7 @@ def test_equal_patterns_of_layers_pass_however_they_are_written(save, check):
 @pytest.mark.parametrize("fields", [{}, GRANULAR], ids=["modules", "granular"])
 def test_without_arguments_the_tensors_tell_the_sizes(save, check, fields, changes, message):
     folder = save(args=False, **fields)
-    assert check(load=folder, **fields) == []
+    assert check(load=folder, **fields) is Lacking.NOTHING
     with pytest.raises(ValueError, match=message):
         check(load=folder, **fields, **changes)
 
@@ -456,7 +458,7 @@ OTHER_ROUTER = {
 def test_another_router_is_refused(save, check, is_legacy, saved, wanted, message, skip_train):
     folder = save(is_legacy=is_legacy, **saved)
     if message is None:
-        assert check(load=folder, skip_train=skip_train, **wanted) == []
+        assert check(load=folder, skip_train=skip_train, **wanted) is Lacking.NOTHING
         return
     with pytest.raises(ValueError, match=message):
         check(load=folder, skip_train=skip_train, **wanted)
@@ -477,7 +479,7 @@ def test_a_size_that_was_chosen_automatically_names_what_it_was_chosen_by(save, 
 
 
 def test_expert_biases_that_are_not_wanted_are_left_with_a_word(save, check, capsys):
-    assert check(load=save(moe_router_enable_expert_bias=True)) == []
+    assert check(load=save(moe_router_enable_expert_bias=True)) is Lacking.NOTHING
     assert "holds expert biases: without --moe-router-enable-expert-bias they are left" in capsys.readouterr().out
 
 
@@ -498,7 +500,7 @@ def test_the_optimizer_of_another_precision_is_refused(save, check, saved, wante
     with pytest.raises(ValueError, match=message):
         check(load=folder, **wanted)
     for remedy in ({"no_load_optim": True}, {"finetune": True}, {"skip_train": True}):
-        assert check(load=folder, **wanted, **remedy) == []
+        assert check(load=folder, **wanted, **remedy) is Lacking.NOTHING
 
 
 @pytest.mark.parametrize("args", [True, False])
@@ -507,7 +509,7 @@ def test_a_checkpoint_without_optimizer_state(save, check, args):
     words = "holds no optimizer state: add --no-load-optim to start optimizer and learning-rate schedule anew"
     with pytest.raises(ValueError, match=words):
         check(load=folder)
-    assert check(load=folder, no_load_optim=True) == []
+    assert check(load=folder, no_load_optim=True) is Lacking.NOTHING
 
 
 OTHER_SCHEDULE = {
@@ -523,16 +525,16 @@ OTHER_SCHEDULE = {
 def test_another_schedule_is_refused_unless_it_is_chosen(save, check, is_legacy, changes, message):
     schedule = {"train_iters": 2, "global_batch_size": 2, "lr_warmup_iters": 0}
     folder, changes = save(is_legacy=is_legacy, **schedule), schedule | changes
-    assert check(load=folder, **schedule) == []
+    assert check(load=folder, **schedule) is Lacking.NOTHING
     with pytest.raises(ValueError, match=f"goes on with the schedule that it was trained with: {message}.*; or add"):
         check(load=folder, **changes)
     for choice in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "finetune", "no_load_optim"):
-        assert check(load=folder, **changes, **{choice: True}) == []
+        assert check(load=folder, **changes, **{choice: True}) is Lacking.NOTHING
 
 
 def test_a_schedule_that_is_the_same_in_other_words_passes(save, check):
     folder = save(train_iters=8, lr_decay_iters=8, lr_warmup_fraction=0.25)  # as Megatron fills them in
-    assert check(load=folder, train_iters=8, lr_warmup_iters=2) == []
+    assert check(load=folder, train_iters=8, lr_warmup_iters=2) is Lacking.NOTHING
     with pytest.raises(ValueError, match=r"--train-iters \(9\) must be 8"):
         check(load=folder, train_iters=9, lr_warmup_iters=2)
 
@@ -542,7 +544,7 @@ def test_the_legacy_format_is_bound_to_its_layout(save, check):
     with pytest.raises(ValueError, match=r"legacy format 'torch', .*: --expert-model-parallel-size \(1\) must be 2"):
         check(load=folder)
     same = {"load": folder, "expert_model_parallel_size": 2, "world_size": 2}
-    assert check(**same) == []
+    assert check(**same) is Lacking.NOTHING
     path = folder / "iter_0000002" / "mp_rank_00_001" / "model_optim_rng.pt"
     path.rename(path.with_name("elsewhere"))
     with pytest.raises(ValueError, match=f"'{path}' is missing; no other iteration"):
@@ -553,7 +555,7 @@ def test_the_flag_of_the_other_format_is_refused(save, check):
     folder = save()
     with pytest.raises(ValueError, match=r"format torch_dist: --ckpt-format \(torch\) must be torch_dist"):
         check(load=folder, ckpt_format="torch")
-    assert check(load=folder, ckpt_format="torch", auto_detect_ckpt_format=True) == []
+    assert check(load=folder, ckpt_format="torch", auto_detect_ckpt_format=True) is Lacking.NOTHING
 
 
 # Where the run saves, and whether it can resume.
@@ -563,13 +565,13 @@ def test_a_folder_that_cannot_be_written_is_refused(check, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--save '.*/file/run' cannot be written: Not a directory in .*, on rank 0"):
         check(save=tmp_path / "file" / "run")
-    assert check(save=tmp_path / "a" / "b") == []
+    assert check(save=tmp_path / "a" / "b") is Lacking.NOTHING
     assert not (tmp_path / "a").exists()
-    assert check(save=tmp_path / "file" / "run", skip_train=True) == []
+    assert check(save=tmp_path / "file" / "run", skip_train=True) is Lacking.NOTHING
     with pytest.raises(ValueError, match=r"--tensorboard-dir '.*/file' cannot be written: Not a directory in .*/file'"):
         check(tensorboard_dir=str(tmp_path / "file"))
-    assert check(tensorboard_dir=str(tmp_path / "a")) == []
-    assert check(tensorboard_dir=str(tmp_path / "file"), world_size=2) == []  # the last rank writes
+    assert check(tensorboard_dir=str(tmp_path / "a")) is Lacking.NOTHING
+    assert check(tensorboard_dir=str(tmp_path / "file"), world_size=2) is Lacking.NOTHING  # the last rank writes
 
 
 def test_a_file_system_without_room_is_refused(check, tmp_path):
@@ -577,7 +579,7 @@ def test_a_file_system_without_room_is_refused(check, tmp_path):
     needed = r"\d{7,}\.\d GiB: free some"
     with pytest.raises(ValueError, match=rf"--save '.*' has \d+\.\d GiB free, and .* takes at least {needed}"):
         check(save=tmp_path, **huge)
-    assert check(**huge) == []
+    assert check(**huge) is Lacking.NOTHING
 
 
 def test_the_estimate_counts_what_it_says(parsed, megatron_cpu):
@@ -604,14 +606,14 @@ def test_a_distributed_optimizer_that_cannot_resume_is_refused(save, check, is_l
     distributed = {"use_distributed_optimizer": True}
     with pytest.raises(ValueError, match="without Transformer Engine or Apex .* or add --no-save-optim"):
         check(save=tmp_path, **distributed)
-    assert check(**distributed) == []
-    assert check(save=tmp_path, no_save_optim=True, **distributed) == []
+    assert check(**distributed) is Lacking.NOTHING
+    assert check(save=tmp_path, no_save_optim=True, **distributed) is Lacking.NOTHING
     folder = save(is_legacy=is_legacy, **distributed)
     with pytest.raises(ValueError, match="without Transformer Engine or Apex .* or add --no-load-optim"):
         check(load=folder, **distributed)
-    assert check(load=folder, no_load_optim=True, **distributed) == []
+    assert check(load=folder, no_load_optim=True, **distributed) is Lacking.NOTHING
     monkeypatch.setattr(saving, "HAVE_APEX_OR_TE", True)
-    assert check(load=folder, save=tmp_path, **distributed) == []
+    assert check(load=folder, save=tmp_path, **distributed) is Lacking.NOTHING
     with pytest.raises(ValueError, match="another kind of optimizer: --use-distributed-optimizer must be given"):
         check(load=folder)
 
@@ -622,13 +624,15 @@ def test_a_distributed_optimizer_that_cannot_resume_is_refused(save, check, is_l
 def messages_of(check, changes_of_rank: list[dict]) -> list[str]:
     """What each rank of a world is told, or "" where it may start."""
     outcomes = on_ranks(len(changes_of_rank), lambda ranks: check(ranks=ranks, **changes_of_rank[ranks.rank]))
-    assert all(outcome == [] or isinstance(outcome, ValueError) for outcome in outcomes)
-    return ["" if outcome == [] else str(outcome) for outcome in outcomes]
+    assert all(outcome is Lacking.NOTHING or isinstance(outcome, ValueError) for outcome in outcomes)
+    return ["" if outcome is Lacking.NOTHING else str(outcome) for outcome in outcomes]
 
 
 def test_every_rank_ends_with_the_same_message(save, check, tmp_path):
     folder, other = save(), tmp_path / "elsewhere"
     assert messages_of(check, [{"load": folder}] * 3) == ["", "", ""]
+    outcomes = on_ranks(2, lambda ranks: check(ranks=ranks, load=folder, **AIR))
+    assert all(outcome is Lacking.CODEBOOK for outcome in outcomes)
     # A rank that does not see the folder, of which the others know nothing.
     for changes in ({"load": other}, {"load": other, "save": other}):
         messages = messages_of(check, [{"load": folder}, {"load": folder}, changes])

@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 
 from air_moe_megatron.config import LAYOUT_FIELDS, AIRFields, Problems, is_plain_topk, problem_of, raise_first
 from air_moe_megatron.diagnostics.files import find_write_problem as find_diagnostics_problem
+from air_moe_megatron.routers.lacking import Lacking
 from air_moe_megatron.training.agreement import Ranks
 from air_moe_megatron.training.arguments import RECOMMENDED
 from air_moe_megatron.training.checkpoints.checks import check_schedule, unfit_contents
@@ -23,7 +24,7 @@ from air_moe_megatron.training.checkpoints.saving import check_optimizer_resumes
 __all__ = ["check_checkpoint", "fields_of_checkpoint", "saved_arguments", "unfit_checkpoint"]
 
 
-def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks: Ranks) -> list[str]:
+def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks: Ranks) -> Lacking:
     """Check what the run will load and where it will save, and print what will become of the codebooks.
 
     Returns:
@@ -32,17 +33,17 @@ def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks:
         ValueError: on every rank, with the message of the first problem of :func:`unfit_checkpoint`.
     """
     report = _report(args) | {"write problem": _write_problem(args)}
-    return ranks.agree("checkpoint", report, lambda reports: raise_first(_unfit(args, config, reports)))
+    return Lacking(ranks.agree("checkpoint", report, lambda reports: raise_first(_unfit(args, config, reports))))
 
 
-def unfit_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Problems[list[str]]:
+def unfit_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Problems[Lacking]:
     """Yield the problems of the checkpoint to load and the folder to save to, as this process sees them.
 
     Each is a ValueError: a checkpoint that is damaged, missing or unfit for the run, or a folder where nothing can be
     saved.
 
     Returns:
-        as :func:`unfit_contents`; empty if no checkpoint is loaded.
+        as :func:`unfit_contents`; nothing if no checkpoint is loaded.
     """
     return (yield from _unfit(args, config, [_report(args) | {"write problem": _write_problem(args)}]))
 
@@ -52,9 +53,9 @@ def _write_problem(args: argparse.Namespace) -> str | None:
     return find_write_problem(args) or find_diagnostics_problem(args)
 
 
-def _unfit(args: argparse.Namespace, config: TransformerConfig, reports: list[dict[str, Any]]) -> Problems[list[str]]:
+def _unfit(args: argparse.Namespace, config: TransformerConfig, reports: list[dict[str, Any]]) -> Problems[Lacking]:
     """Like :func:`unfit_checkpoint`, for the reports of all ranks."""
-    location, checkpoint, lacking = None, None, []
+    location, checkpoint, lacking = None, None, Lacking.NOTHING
     try:
         location = _agreed_location(args, reports)
     except ValueError as error:

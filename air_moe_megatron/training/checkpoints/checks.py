@@ -8,9 +8,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.training.utils import print_rank_0
 
 from air_moe_megatron.config import AIRFields, Problems, num_hash_layers, passed_on, problem_of, resolve_sizes
-from air_moe_megatron.learned.index import REBUILDING
 from air_moe_megatron.routers import ROUTERS
 from air_moe_megatron.routers.base import CompactRouter
+from air_moe_megatron.routers.lacking import Lacking
 from air_moe_megatron.training.arguments import bare_pattern, moe_layers
 from air_moe_megatron.training.checkpoints.reader import LEGACY_FILE, Checkpoint, Damaged
 
@@ -40,7 +40,7 @@ _OF_SCHEDULE = (
 """Arguments that determine the schedule of learning rate and weight decay."""
 
 
-def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: TransformerConfig) -> Problems[list[str]]:
+def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: TransformerConfig) -> Problems[Lacking]:
     """Yield a ValueError for each reason that a run cannot load a checkpoint, with the flag, its value and the remedy.
 
     Top-k and AIR differ only in the codebooks, so each loads into the other. A missing codebook is learned anew, an
@@ -48,7 +48,7 @@ def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
     hold an unfinished rebuild of the lists; it then begins anew.
 
     Returns:
-        what the run's AIR routers have and the checkpoint lacks: prefixes of names in a router's state.
+        what the run's AIR routers have and the checkpoint lacks.
     """
     router_type = getattr(config, "moe_router_type", "topk")
     if checkpoint.is_legacy:
@@ -64,7 +64,7 @@ def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
     yield from problem_of(_check_expert_bias, checkpoint, config)
     yield from problem_of(_check_optimizer, checkpoint, args)
     if of_other_size or of_other_type:
-        return []
+        return Lacking.NOTHING
     has_codebooks = checkpoint.has("router.codebook.codewords")
     if router_type not in ("topk", "air") or router_type == "air" and has_codebooks:
         yield from problem_of(_check_fields, checkpoint, config, ROUTERS[router_type])
@@ -74,15 +74,15 @@ def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
         yield from problem_of(_check_codebooks, checkpoint, config)
     if router_type == "air" and has_codebooks:
         has_staged = any(key.endswith("router.index.progress") for key in checkpoint.shapes)
-        return [] if has_staged else [f"index.{name}" for name in REBUILDING]
+        return Lacking.NOTHING if has_staged else Lacking.REBUILD
     if router_type != "air" and not has_codebooks:
-        return []
+        return Lacking.NOTHING
     if has_codebooks:
         outcome = "AIR routing: its codebooks are left, its experts are loaded"
     else:
         outcome = "top-k routing: expert centers are kept, codebooks are seeded from the first batch"
     print_rank_0(f"> {checkpoint.location.directory} was trained with {outcome}")
-    return [] if has_codebooks else ["codebook.", "index."]
+    return Lacking.NOTHING if has_codebooks else Lacking.CODEBOOK
 
 
 def loads_optimizer(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
