@@ -50,8 +50,8 @@ class Routes:
 class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     """A router that returns :class:`Routes`; a subclass defines how experts are chosen.
 
-    A subclass defines ``router_type``, ``checkpoint_key``, ``flops`` and ``_choose``. One without a center per expert sets
-    ``vectors_per_expert`` to 0: the [E, H] weight of ``TopKRouter`` is then never touched.
+    A subclass defines ``router_type``, ``checkpoint_key``, ``flops`` and ``_choose``. One without a center per expert
+    sets ``vectors_per_expert`` to 0: the [E, H] weight of ``TopKRouter`` is then never touched.
 
     A training forward with gradients counts its tokens, and counts them once even if activations are recomputed
     (``learned/recomputation.py``). Evaluation changes no state. A router whose parameters are all frozen learns
