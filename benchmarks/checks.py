@@ -75,7 +75,7 @@ def check_at_size(air, hidden: torch.Tensor, num_checked: int = 64) -> None:
 
     exact = hidden[::every, 0].float().requires_grad_()
     ids = routes.topk_ids[::every].long()
-    candidates = air.index.shortlist[routes.probes[::every]].flatten(1).long()  # [checked, P * L]
+    candidates = air.index.shortlist[routes.probed[::every]].flatten(1).long()  # [checked, P * L]
     with torch.no_grad():
         scores = _scores(_normalized(air, exact), air.weight, candidates)
         ordered, slots = candidates.sort(dim=1)

@@ -224,7 +224,7 @@ def usage(router, hidden: torch.Tensor) -> tuple[int, int]:
     """Numbers of codewords that have tokens and of experts that are selected."""
     with torch.no_grad():
         routes = router.route(hidden)
-    num_live = 0 if routes.probes is None else routes.probes.unique().numel()
+    num_live = 0 if routes.probed is None else routes.probed.unique().numel()
     return num_live, routes.topk_ids.unique().numel()
 
 

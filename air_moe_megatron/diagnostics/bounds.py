@@ -186,7 +186,7 @@ class FrozenBounds:
 
         Args:
             hidden: [T, H], tokens as the router scores them, after its input norm.
-            probes: [T, P] int64, as ``Routes.probes``.
+            probes: [T, P] int64, as ``Routes.probed``.
         Returns:
             [T] bool.
         Raises:

@@ -75,7 +75,7 @@ def _sums_of(router: AIRRouter, counter: CodewordCounter) -> torch.Tensor:
     if metrics is not None:
         values = torch.stack([getattr(metrics, name).double() for name in SAMPLE_METRICS])  # [5, n]
         sample[:-1], sample[-1] = values.sum(dim=1), values.shape[1]
-        nearest = metrics.probes[:, 0]
+        nearest = metrics.probed[:, 0]
         recall[0].index_add_(0, nearest, values[-1])
         recall[1].index_add_(0, nearest, torch.ones_like(values[-1]))
     return torch.cat((sample, counter.load.double(), recall.flatten()))

@@ -27,7 +27,7 @@ _OUT = float("-inf")
 class SampleMetrics(NamedTuple):
     """Metrics of each token of a sample, padding left out."""
 
-    probes: torch.Tensor  # [n, P] int64, the codewords whose lists are searched, nearest first
+    probed: torch.Tensor  # [n, P] int64, the codewords whose lists are searched, nearest first
     mass_recall: torch.Tensor  # [n] fp32, exact softmax mass of the listed experts
     topk_recall: torch.Tensor  # [n] fp32, share of the exact top-k that the router found
     paper_bound: torch.Tensor  # [n] fp32, the paper's lower bound on the mass recall
@@ -76,7 +76,7 @@ def measure(
 @torch.no_grad()
 def measure_sample(stages: TwoStages, sample: TokenSample, num_verified: int | None = None) -> SampleMetrics | None:
     """See :func:`measure`; of any codewords and lists, without a router."""
-    hidden, probes = sample.hidden, sample.probes
+    hidden, probes = sample.hidden, sample.probed
     if sample.padding_mask is not None:
         hidden, probes = hidden[~sample.padding_mask], probes[~sample.padding_mask]
     if stages.group is None and hidden.shape[0] == 0:
@@ -103,7 +103,7 @@ def measure_sample(stages: TwoStages, sample: TokenSample, num_verified: int | N
     distance = split(hidden.float(), _directions(stages, probes)).distance
     largest_gain = (2.0 * distance * extent.radius + 4.0 * extent.score_error(hidden.float())).squeeze(1)
     return SampleMetrics(
-        probes=probes,
+        probed=probes,
         mass_recall=torch.sigmoid(listed - unlisted).float(),
         topk_recall=(found.unsqueeze(2) == best_ids.unsqueeze(1)).any(dim=2).float().mean(dim=1),
         paper_bound=torch.sigmoid(listed_at_anchor - unlisted_at_anchor - largest_gain - BOUND_SLACK).float(),

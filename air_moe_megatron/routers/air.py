@@ -45,7 +45,7 @@ class TokenSample:
     """A sample of tokens, with the codewords whose lists were searched for them."""
 
     hidden: torch.Tensor  # [n, H]
-    probes: torch.Tensor  # [n, P] int64
+    probed: torch.Tensor  # [n, P] int64
     padding_mask: torch.Tensor | None  # [n] bool, True for padding; None if there is none
 
 
@@ -131,7 +131,7 @@ class AIRRouter(CompactRouter):
 
         In evaluation mode no state changes. A sharded router communicates as in any forward.
         """
-        return TokenSample(self.as_scored(hidden), self._route(hidden, None).probes, None)
+        return TokenSample(self.as_scored(hidden), self._route(hidden, None).probed, None)
 
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         with hidden_from_checkpoints():
@@ -161,7 +161,7 @@ class AIRRouter(CompactRouter):
                     self.sample = _take_sample(hidden, probes, padding_mask)
                 if self.observer is not None:
                     self.observer.observe(probes, padding_mask, self._token_ids(hidden.shape[0], batch_size))
-        return replace(routes, probs=probs, probes=probes)
+        return replace(routes, probs=probs, probed=probes)
 
     def _token_ids(self, num_tokens: int, batch_size: int) -> torch.Tensor | None:
         """[T] token ids of this forward; None if the observer has none, or none that match the tokens one by one."""
@@ -369,6 +369,6 @@ def _take_sample(hidden: torch.Tensor, probes: torch.Tensor, padding_mask: torch
     step = max(1, -(-hidden.shape[0] // _SAMPLE_SIZE))
     return TokenSample(
         hidden=hidden[::step].clone(),
-        probes=probes[::step].clone(),
+        probed=probes[::step].clone(),
         padding_mask=None if padding_mask is None else padding_mask[::step].clone(),
     )

@@ -42,7 +42,7 @@ class Routes:
     topk_ids: torch.Tensor  # [T, K] int32, in no order; -1 where candidates ran out, and for padding
     probs: torch.Tensor  # [T, K] router dtype, 0 where the id is -1; carries the gradients and the auxiliary losses
     # [T, P] int64, AIR only: the codewords whose lists are searched, nearest first (in a load test: round robin)
-    probes: torch.Tensor | None = None
+    probed: torch.Tensor | None = None
     columns: torch.Tensor | None = None  # [T, K] int64, the experts' columns among the candidates; None without these
     sharded: ShardedRows | None = None  # sharded routing only: the rows and pairs on the ranks that own the experts
 

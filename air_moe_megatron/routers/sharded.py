@@ -152,11 +152,11 @@ class ShardedAIRRouter(AIRRouter):
     @torch.no_grad()
     def _score_rows(self, rows: GatheredRows, shortlist: torch.Tensor, num_best: int, num_explored: int) -> Offers:
         """Step 2: score this rank's parts of the lists, keep the best candidates of every row, and draw some."""
-        num_best = min(num_best, rows.probes.shape[1] * shortlist.shape[1])
+        num_best = min(num_best, rows.probed.shape[1] * shortlist.shape[1])
         dtype = self._router_dtype(rows.scored)
-        scores, ids = self.centers.fine_topk(rows.scored, shortlist, rows.probes, num_best, dtype)
+        scores, ids = self.centers.fine_topk(rows.scored, shortlist, rows.probed, num_best, dtype)
         if num_explored:
-            drawn = self._draw(shortlist, rows.probes, num_explored // rows.exchange.num_ranks)
+            drawn = self._draw(shortlist, rows.probed, num_explored // rows.exchange.num_ranks)
             scores = torch.cat((scores, self._scores_of(rows.scored, drawn, scores.dtype)), dim=1)
             ids = torch.cat((ids, drawn), dim=1)
         return Offers(scores, ids, num_best)

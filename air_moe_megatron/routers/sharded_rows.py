@@ -28,7 +28,7 @@ class GatheredRows:
     exchange: RowExchange
     tokens: torch.Tensor  # [R, H], without input norm, as the experts need them
     scored: torch.Tensor  # [R, H], after the input norm
-    probes: torch.Tensor  # [R, P] int64
+    probed: torch.Tensor  # [R, P] int64
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Candidates:
         in_topk = torch.zeros_like(in_scores).scatter_(1, columns, in_topk)
         self.kept.exchange = self._pairs(marks >= 1, in_scores, received >= 1, *counts[:2], num_local_experts)
         selected = self._pairs(marks >= 2, in_topk, received >= 2, *counts[2:], num_local_experts)
-        num_probes, num_offers = self.rows.probes.shape[1], self.offered.shape[1]
+        num_probes, num_offers = self.rows.probed.shape[1], self.offered.shape[1]
         score_bytes = self.scores.element_size()
         return ShardedRows(exchange, self.rows.tokens, selected, num_probes, num_offers, score_bytes), invalid
 

@@ -96,7 +96,7 @@ def measure_step(router: "air.AIRRouter", iteration: int) -> dict[str, float]:  
     row["violations"] += int((figures.paper_bound > figures.mass_recall).sum())
     row["violations"] += int((figures.certified & (figures.topk_recall < 1)).sum())
     if iteration in KEPT_STEPS:
-        bounds, tokens = FrozenBounds(router), (router.sample.hidden, router.sample.probes)
+        bounds, tokens = FrozenBounds(router), (router.sample.hidden, router.sample.probed)
         kept, certified = bounds.mass_bound(*tokens), bounds.certified(*tokens)
         row |= {"kept_bound": float(kept.mean()), "kept_certified": float(certified.float().mean())}
         row["violations"] += int((kept > figures.mass_recall).sum() + (certified & (figures.topk_recall < 1)).sum())

@@ -104,7 +104,7 @@ def test_no_token_and_one_token(megatron_cpu, fields, num_tokens):
     hidden = torch.randn(num_tokens, 1, HIDDEN, requires_grad=True)
     routes = router.route(hidden)
     assert routes.topk_ids.shape == routes.probs.shape == (num_tokens, router.topk)
-    assert routes.topk_ids.dtype == torch.int32 and routes.probes is None
+    assert routes.topk_ids.dtype == torch.int32 and routes.probed is None
     if routes.probs.requires_grad and num_tokens:
         routes.probs.square().sum().backward()
         assert hidden.grad.isfinite().all()

@@ -99,7 +99,7 @@ class Exact:
         self.bias = torch.zeros(EXPERTS).double() if router.bias is None else router.bias.detach().double()
         self.scores = hidden @ self.weight.t() + self.bias
         self.listed = torch.zeros(T, EXPERTS + 1, dtype=torch.bool)
-        ids = lists[router.sample.probes].flatten(1).remainder(EXPERTS + 1)  # -1 is the last column
+        ids = lists[router.sample.probed].flatten(1).remainder(EXPERTS + 1)  # -1 is the last column
         self.listed = self.listed.scatter(1, ids, True)[:, :-1]
         self.log_odds = self.mass(~self.listed) - self.mass(self.listed)  # of the unlisted mass
         self.ranks = self.scores
@@ -127,7 +127,7 @@ class Exact:
     def split(self, router):
         """Anchors and residuals at the nearest codewords, and every center's reach."""
         hidden, direction = router.sample.hidden.double(), router.codebook.codewords.double()
-        direction = torch.nn.functional.normalize(direction, dim=1)[router.sample.probes[:, 0]]
+        direction = torch.nn.functional.normalize(direction, dim=1)[router.sample.probed[:, 0]]
         anchor = (hidden * direction).sum(dim=1, keepdim=True) * direction
         return anchor, hidden - anchor, direction
 
@@ -211,7 +211,7 @@ def test_kept_constants_are_never_wrong(routers, name, kind, seed, scale):
     arrange(router, kind, seed, scale)
     exact = Exact(router)
     bounds = FrozenBounds(router, (0, seed % 7, L, EXPERTS)[seed % 4])
-    tokens = router.sample.hidden, router.sample.probes
+    tokens = router.sample.hidden, router.sample.probed
     exact.assert_right(bounds.certified(*tokens))
     exact.assert_below(bounds.mass_bound(*tokens))
 
@@ -243,7 +243,7 @@ def test_both_are_tight_without_a_residual(routers, name):
     clear = exact.gap > 1e-3
     assert torch.equal(figures.certified, clear)
     if router.bias is None:  # kept constants have one anchor per codeword: with a bias, one length of tokens
-        certified = FrozenBounds(router, 0).certified(router.sample.hidden, router.sample.probes)
+        certified = FrozenBounds(router, 0).certified(router.sample.hidden, router.sample.probed)
         if router.expert_bias is None:
             assert torch.equal(certified, clear)
         assert not (certified & ~clear).any()
@@ -274,7 +274,7 @@ def test_lists_of_all_experts_are_certain(megatron_cpu, name):
     router.route(torch.randn(30, HIDDEN))
     figures, bounds = measure(router), FrozenBounds(router)
     assert (figures.paper_bound == 1).all() and (figures.mass_bound == 1).all() and figures.certified.all()
-    tokens = router.sample.hidden, router.sample.probes
+    tokens = router.sample.hidden, router.sample.probed
     assert bounds.certified(*tokens).all()
     assert torch.allclose(bounds.mass_bound(*tokens), torch.ones(30), atol=1e-3)
 
@@ -296,7 +296,7 @@ def test_chunks_and_blocks_change_nothing(routers, monkeypatch):
 
     router = routers["sigmoid"]
     arrange(router, "best-lists", 11, 1.0)
-    tokens = router.sample.hidden, router.sample.probes
+    tokens = router.sample.hidden, router.sample.probed
 
     def figures():
         kept = bounds.FrozenBounds(router)
@@ -331,7 +331,7 @@ def test_constants_of_changed_routers_are_refused(routers):
 
     router = routers["sigmoid"]
     arrange(router, "best-lists", 1, 1.0)
-    tokens = router.sample.hidden, router.sample.probes
+    tokens = router.sample.hidden, router.sample.probed
     for tensor in (router.weight, router.expert_bias, router.index.shortlist, router.codebook.codewords):
         bounds = FrozenBounds(router)
         bounds.certified(*tokens)

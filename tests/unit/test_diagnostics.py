@@ -235,7 +235,7 @@ def test_figures_of_air_against_the_sample_and_the_routes(megatron_cpu, monkeypa
     sample = samples[-1]
     for name in ("mass_recall", "paper_bound", "mass_bound", "certified", "topk_recall"):
         assert figures[name] == pytest.approx(float(getattr(sample, name).float().mean()), rel=1e-4)
-    nearest = torch.cat([routes.probes[:, 0] for routes in seen])
+    nearest = torch.cat([routes.probed[:, 0] for routes in seen])
     load = torch.bincount(nearest, minlength=8).double()
     shares = load[load > 0] / 40
     assert figures["codeword_entropy"] == pytest.approx(float(-(shares * shares.log()).sum()) / math.log(8), rel=1e-5)
@@ -249,7 +249,7 @@ def test_figures_of_air_against_the_sample_and_the_routes(megatron_cpu, monkeypa
     sums = torch.zeros(2, 8).double()
     for found in samples:
         sums *= 0.9
-        for codeword, value in zip(found.probes[:, 0], found.topk_recall, strict=True):
+        for codeword, value in zip(found.probed[:, 0], found.topk_recall, strict=True):
             sums[:, codeword] += torch.tensor([float(value), 1.0])
     expected = [total / count if count else None for total, count in sums.t().tolist()]
     assert snapshot["recall"] == pytest.approx(expected, rel=1e-4)
@@ -303,7 +303,7 @@ def test_token_ids_come_from_the_embedding_in_measured_steps_only(megatron_cpu, 
         for _ in range(2):
             ids = torch.randint(VOCABULARY, (2, 10))
             layer(model["embedding"](ids).transpose(0, 1))
-            pairs.extend(zip(seen[-1].probes[:, 0].tolist(), ids.t().flatten().tolist(), strict=True))
+            pairs.extend(zip(seen[-1].probed[:, 0].tolist(), ids.t().flatten().tolist(), strict=True))
 
     run.step(1, forward)
     assert layer.router.observer is None and not model["embedding"]._forward_pre_hooks

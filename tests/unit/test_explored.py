@@ -65,9 +65,9 @@ def test_the_loss_counts_each_of_them_for_the_slots_it_stands_for(megatron_cpu, 
     # The main loss leaves the centers alone: what they get comes from the balancing loss.
     found = torch.autograd.grad(0.0 * routes.probs.sum(), (hidden, router.weight))
 
-    lists = router.index.shortlist[routes.probes].flatten(1).long()  # [T, P * L]
+    lists = router.index.shortlist[routes.probed].flatten(1).long()  # [T, P * L]
     scores = hidden @ router.weight.t()
-    drawn = router._draw(router.index.shortlist, routes.probes, 6).long()
+    drawn = router._draw(router.index.shortlist, routes.probed, 6).long()
     counts = torch.zeros(EXPERTS).index_add_(0, routes.topk_ids.flatten().long(), torch.ones(routes.topk_ids.numel()))
     shares, loss, num_counted = counts / counts.sum(), 0.0, 0
     for token in range(hidden.shape[0]):
@@ -102,7 +102,7 @@ def test_experts_behind_the_best_candidates_get_gradients_in_time(megatron_cpu):
         router = make_router(megatron_cpu, **{**FIELDS, "moe_air_num_explored": number})
         gets = torch.zeros(EXPERTS, dtype=torch.bool)
         router.route(hidden)
-        searched = router.index.shortlist[router.route(hidden).probes].unique().long()
+        searched = router.index.shortlist[router.route(hidden).probed].unique().long()
         for num_updates in range(36):
             router.codebook.load_state_dict(
                 {**router.codebook.state_dict(), "num_updates": torch.tensor([num_updates])}

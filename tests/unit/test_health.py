@@ -246,7 +246,7 @@ def naive_recall(router):
     sample, lists = router.sample, router.index.shortlist.tolist()
     logits = sample.hidden @ router.weight.t()
     mass, topk = [], []
-    for token, probes in enumerate(sample.probes.tolist()):
+    for token, probes in enumerate(sample.probed.tolist()):
         listed = sorted({expert for codeword in probes for expert in lists[codeword] if expert >= 0})
         mass.append(logits[token].softmax(dim=0)[listed].sum().item())
         rank = logits[token]

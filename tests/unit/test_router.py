@@ -233,7 +233,7 @@ def test_gradients_are_those_of_the_chosen_scores(megatron_cpu, scores, source, 
     grad_probs = torch.randn(routes.probs.shape, generator=torch.Generator().manual_seed(1))
     actual = torch.autograd.grad(routes.probs, (hidden, router.weight), grad_probs)
 
-    lists = router.index.shortlist[routes.probes].long()  # [T, P, L]
+    lists = router.index.shortlist[routes.probed].long()  # [T, P, L]
     candidate = torch.zeros(30, EXPERTS + 1, dtype=torch.bool)
     candidate[torch.arange(30).unsqueeze(1), torch.where(lists < 0, EXPERTS, lists).flatten(1)] = True
     logits = (hidden @ router.weight.t()).masked_fill(~candidate[:, :EXPERTS], float("-inf"))
@@ -271,7 +271,7 @@ def test_no_gradient_reaches_the_codebook_and_only_listed_experts_learn(megatron
     assert not any(buffer.requires_grad for buffer in router.buffers())
     assert [name for name, _ in router.named_parameters()] == ["weight"]
     listed = torch.zeros(EXPERTS + 1, dtype=torch.bool)
-    listed[router.index.shortlist[routes.probes].long()] = True  # -1 marks the last, which is cut off
+    listed[router.index.shortlist[routes.probed].long()] = True  # -1 marks the last, which is cut off
     assert router.weight.grad[~listed[:EXPERTS]].count_nonzero() == 0
     assert (router.weight.grad[listed[:EXPERTS]].abs().sum(dim=1) > 0).all()
     assert (hidden.grad.abs().sum(dim=1) > 0).all()
@@ -315,7 +315,7 @@ def test_losses_are_megatrons_with_unscored_experts_at_zero(megatron_cpu, paddin
 
     dense = TopKRouter(router.config, megatron_cpu)
     dense.set_layer_number(1)
-    lists = router.index.shortlist[routes.probes].long()
+    lists = router.index.shortlist[routes.probed].long()
     candidate = torch.zeros(21, EXPERTS + 1, dtype=torch.bool)
     candidate[torch.arange(21).unsqueeze(1), torch.where(lists < 0, EXPERTS, lists).flatten(1)] = True
     logits = hidden @ router.weight.t()
@@ -345,7 +345,7 @@ def test_statistics_are_those_of_the_tokens_with_their_nearest_codeword(megatron
 
     router = make_router(megatron_cpu, moe_air_num_probes=2)
     first, second = make_hidden(20), make_hidden(30, seed=11)
-    nearest = [router.route(hidden).probes[:, 0] for hidden in (first, second)]
+    nearest = [router.route(hidden).probed[:, 0] for hidden in (first, second)]
     both = token_statistics(torch.cat((first, second)), router.codebook.codewords, torch.cat(nearest))
     torch.testing.assert_close(router.codebook.statistics, both, **CLOSE)
 
