@@ -106,7 +106,7 @@ class ShortlistIndex(torch.nn.Module):
         self.on_host = HostCopy(self, "built_at", "progress")
         self.on_host.note([-1, 0, 0])
         self._share: Share | None = None
-        self._provisional = None  # what the provisional lists were made from, see _made_of
+        self._provisional: bytes | None = None  # the provisional lists and what they were made from, see _identify
 
     @property
     def is_built(self) -> bool:
@@ -149,9 +149,9 @@ class ShortlistIndex(torch.nn.Module):
             group: ranks with the same centers, which share the work; None means this rank alone.
         """
         if not training:
-            if not self.is_built and self._provisional != _made_of(codebook, centers):
+            if not self.is_built and self._provisional != self._identify(codebook, centers):
                 self._make_lists(codebook, centers)
-                self._provisional = _made_of(codebook, centers)
+                self._provisional = self._identify(codebook, centers)
             return
         (built_at, num_rebuilds, num_done), updates = self._state(), codebook.updates_on_host
         due = 0 if built_at < 0 else next_rebuild(built_at, self.refresh_interval)
@@ -183,6 +183,16 @@ class ShortlistIndex(torch.nn.Module):
             self.pool[:, span.pool] = (ranking.lists + span.experts.start).int()
             nearest[span.experts], score[span.experts] = ranking.nearest, ranking.score
         self._list(nearest, score)
+
+    def _identify(self, codebook: Codebook, centers: Centers) -> bytes:
+        """A number for each list, and for each row and number that lists are made from; waits for the device.
+
+        Contents are compared, because other code may write to all of these without a trace, or put other tensors in
+        their places for a forward (``torch.func.functional_call``, a parametrization).
+        """
+        numbers = [_number_rows(rows) for rows in (self.shortlist, codebook.codewords, centers.weight)]
+        numbers += [codebook.typical_projections(), centers.bias, centers.expert_bias]
+        return torch.cat([one.float() for one in numbers if one is not None]).cpu().numpy().tobytes()
 
     def _spans(self) -> list[Span]:
         return spans(self.num_parts, self.num_experts, self.shortlist.shape[1], self.pool.shape[1])
@@ -352,8 +362,7 @@ class ShortlistIndex(torch.nn.Module):
                 )
 
 
-def _made_of(codebook: Codebook, centers: Centers) -> tuple[int, int | None, int]:
-    """Identify what lists are made from: address and version of the weight, and the number of codebook updates."""
-    weight = centers.weight
-    version = None if weight.is_inference() else weight._version  # a tensor of inference mode has none
-    return weight.data_ptr(), version, codebook.updates_on_host
+def _number_rows(rows: torch.Tensor) -> torch.Tensor:
+    """[V] fp32, a number for each row [V, H] that changes with it in practice: its product with a fixed vector."""
+    direction = torch.arange(rows.shape[1], dtype=torch.float32, device=rows.device).cos()
+    return rows.float() @ direction

@@ -344,6 +344,57 @@ def test_evaluation_changes_no_state(megatron_cpu, name, dispatch, with_gradient
     assert_same_state(state_of(evaluated), state_of(trained))
 
 
+class Times(torch.nn.Module):
+    def forward(self, weight):
+        return 2.0 * weight
+
+
+def with_data(router, weight):
+    router.weight.data.copy_(weight)
+
+
+def with_parametrization(router, weight):
+    if not torch.nn.utils.parametrize.is_parametrized(router):
+        torch.nn.utils.parametrize.register_parametrization(router, "weight", Times())
+    with torch.no_grad():
+        router.parametrizations.weight.original.copy_(0.5 * weight)
+
+
+def with_other_buffers(router, weight):
+    """The lists of such a call are in buffers that are gone after it."""
+    with torch.no_grad():
+        router.weight.copy_(weight)
+    buffers = {name: buffer.clone() for name, buffer in router.named_buffers()}
+    torch.func.functional_call(router, buffers, (microbatches(1)[0],))
+
+
+def with_an_expert_bias(router, weight):
+    if router.expert_bias is not None:
+        router.expert_bias.copy_(weight[:, 0].sigmoid())
+
+
+WAYS = (with_data, with_parametrization, with_other_buffers, with_an_expert_bias)
+
+
+@pytest.mark.parametrize("name", ("air", "air-experts"))
+@pytest.mark.parametrize("give", WAYS, ids=lambda function: function.__name__)
+def test_an_untrained_router_routes_by_the_weights_that_it_has(megatron_cpu, name, give):
+    """However these came to it; no version counter of torch and no address tells all of them."""
+    router = make_router(megatron_cpu, **fields_of(name)).eval()
+    for seed in range(4):
+        router.route(microbatches(1)[0])
+        weight = torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(seed))
+        give(router, weight)
+        expected = make_router(megatron_cpu, **fields_of(name)).eval()
+        with torch.no_grad():
+            expected.weight.copy_(router.weight)
+            if expected.expert_bias is not None:
+                expected.expert_bias.copy_(router.expert_bias)
+        routes = [one.route(microbatches(1)[0]) for one in (router, expected)]
+        assert torch.equal(routes[0].topk_ids, routes[1].topk_ids)
+        assert torch.equal(routes[0].probs, routes[1].probs)
+
+
 @pytest.mark.parametrize("name", ("air", "air-experts"))
 def test_training_begins_anew_after_an_evaluation_of_a_new_model(megatron_cpu, name):
     fresh, evaluated = (make_router(megatron_cpu, **fields_of(name)) for _ in range(2))
@@ -359,7 +410,7 @@ def test_training_begins_anew_after_an_evaluation_of_a_new_model(megatron_cpu, n
 
 @ALL_TYPES
 def test_a_router_may_be_built_in_inference_mode(megatron_cpu, name):
-    """Its parameters then have no version, by which provisional lists are told."""
+    """Its parameters then have no version by which torch tells that they were written."""
     expected = make_router(megatron_cpu, **fields_of(name)).eval()
     with torch.inference_mode():
         router = make_router(megatron_cpu, **fields_of(name)).eval()
