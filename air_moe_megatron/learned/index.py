@@ -332,11 +332,11 @@ class ShortlistIndex(torch.nn.Module):
         is_whole = any(prefix + name in state_dict for name in REBUILDING)
         for name in self._non_persistent_buffers_set:  # older checkpoints hold them, as empty tensors
             state_dict.pop(prefix + name, None)
+        for name in _OF_EXPERTS if self.first_expert else ():
+            if prefix + name in state_dict:  # not in place: with assign=True the tensors are the caller's
+                state_dict[prefix + name] = state_dict[prefix + name] - self.first_expert
         num_missing = len(missing_keys)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        for name in _OF_EXPERTS:
-            if prefix + name in state_dict:
-                self._buffers[name] -= self.first_expert
         if loaded is not None and self.source == "tokens" and int(self.built_at) >= 0:
             self._require_parts(prefix)
         if strict and not has_lists and not is_whole:

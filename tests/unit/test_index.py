@@ -233,6 +233,19 @@ def test_a_checkpoint_from_before_there_were_pools_makes_the_next_lists_at_once(
     assert set(other.index.shortlist.flatten().tolist()) == set(range(90))
 
 
+@pytest.mark.parametrize("assign", (False, True), ids=("copied", "assigned"))
+def test_a_shard_leaves_the_state_that_it_loads_as_it_is(assign):
+    """Checkpoints hold global expert ids, and a shard local ones."""
+    index = ShortlistIndex(8, 4, 4, source="tokens", refresh_interval=3, shard=1, num_shards=2)
+    index.shortlist.copy_(torch.arange(4))
+    saved = index.state_dict()
+    expected = {name: value.clone() for name, value in saved.items()}
+    index.load_state_dict(saved, assign=assign)
+    assert (saved["shortlist"] == torch.arange(8, 12)).all()
+    assert (index.shortlist == torch.arange(4)).all()
+    assert_same_bits(saved, expected)
+
+
 @pytest.mark.parametrize("missing", ("shortlist", "built_at", *REBUILDING))
 def test_a_checkpoint_with_half_an_index_is_an_error(missing):
     index = Setup("tokens").index
