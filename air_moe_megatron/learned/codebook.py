@@ -6,7 +6,6 @@ statistics over ranks and gives every rank the same sums, so every rank computes
 Legend: T tokens, H hidden, C clusters, P probes, E experts. Derivation: docs/codebook.md.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ import torch
 from air_moe_megatron.learned.learner import Learner, stacked, store
 from air_moe_megatron.ops.coarse import NUM_SCALARS, assign, token_statistics
 from air_moe_megatron.ops.unit_vectors import unit_rows
-
-logger = logging.getLogger(__name__)
 
 _SEED = 20260504  # seeds the initial random codewords and the splits; the same on every rank, layer and run
 FIRST_LLOYD_STEPS = 10  # k-means steps of the first fit to expert centers
@@ -251,13 +248,15 @@ class Codebook(Learner):
         num_missing = len(missing_keys)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if strict and not any(name in state_dict for name in names):
-            # The checkpoint is of plain top-k routing. Start from random codewords, which the first fit replaces.
-            del missing_keys[num_missing:]
-            self.codewords.copy_(_random_directions(*self.codewords.shape))
-            for started in (self.ema, self.num_updates, self.num_dropped):
-                started.zero_()
-            self.last_health.fill_(torch.nan)
-            logger.info("%s: no codebook in the checkpoint; it is learned anew", prefix.rstrip("."))
+            del missing_keys[num_missing:]  # plain top-k routing has no codebook
+
+    @torch.no_grad()
+    def start_anew(self) -> None:
+        """Forget all that was learned: start from random codewords, which the first fit replaces."""
+        self.codewords.copy_(_random_directions(*self.codewords.shape))
+        for started in (self.ema, self.num_updates, self.num_dropped):
+            started.zero_()
+        self.last_health.fill_(torch.nan)
 
 
 def _random_directions(num_clusters: int, hidden_size: int) -> torch.Tensor:

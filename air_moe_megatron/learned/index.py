@@ -340,16 +340,23 @@ class ShortlistIndex(torch.nn.Module):
         if loaded is not None and self.source == "tokens" and int(self.built_at) >= 0:
             self._require_parts(prefix)
         if strict and not has_lists and not is_whole:
-            del missing_keys[num_missing:]  # plain top-k routing has no lists: the first forward makes them
-            self.built_at.fill_(-1)
+            del missing_keys[num_missing:]  # plain top-k routing has no lists
         elif strict and not is_whole:  # an older checkpoint: the next rebuild is full
             missing_keys[num_missing:] = [
                 key for key in missing_keys[num_missing:] if key[len(prefix) :] not in REBUILDING
             ]
-        if not is_whole:
-            self.staged_keys.fill_(_UNTRIED)
-            self.progress.zero_()
+        if has_lists and not is_whole:
+            self._forget_rebuild()
         self._share = self._provisional = None
+
+    def start_anew(self) -> None:
+        """Forget all lists: the next forward makes them."""
+        self.built_at.fill_(-1)
+        self._forget_rebuild()
+
+    def _forget_rebuild(self) -> None:
+        self.staged_keys.fill_(_UNTRIED)
+        self.progress.zero_()
 
     def _require_parts(self, prefix: str) -> None:
         """Check that each part of the loaded lists holds only experts of that part."""

@@ -9,6 +9,7 @@ Legend: N candidates per token in a tensor (K, M, M + X or P*L), X explored cand
 """
 
 import argparse
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -34,6 +35,8 @@ from air_moe_megatron.routers.flops import Rebuilds, RouterFlops, of_norm, of_re
 from air_moe_megatron.routers.lacking import Lacking
 from air_moe_megatron.routers.losses import Explored
 from air_moe_megatron.routers.token_ids import ids_in_order
+
+logger = logging.getLogger(__name__)
 
 _SAMPLE_SIZE = 64  # tokens
 # Logit of an empty slot with sqrtsoftplus. It gives the score 4e-18; -inf would give a NaN gradient.
@@ -339,9 +342,18 @@ class AIRRouter(CompactRouter):
             self.codebook.count_update()
         self.index.commit(group)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.lacking = Lacking.NOTHING
-        return super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "weight" not in state_dict:  # of another part of the model, which leaves this router as it is
+            return
+        if not any(name.startswith(f"{prefix}index.") for name in state_dict):
+            self.index.start_anew()
+        if not any(name.startswith(f"{prefix}codebook.") for name in state_dict):
+            lost = self.codebook.updates_on_host
+            text = "%scodebook: none in what is loaded; it is learned anew, and %d updates are lost"
+            logger.log(logging.WARNING if lost else logging.INFO, text, prefix, lost)
+            self.codebook.start_anew()
 
 
 def _all_scores_matter(config: TransformerConfig, training: bool) -> bool:

@@ -583,6 +583,32 @@ def test_a_checkpoint_forgets_what_was_accumulated_before(megatron_cpu, name):
     assert_same_state(*found)
 
 
+@ALL_TYPES
+@BOTH_PATHS
+def test_a_state_of_other_parts_of_the_model_leaves_the_router_as_it_is(megatron_cpu, name, dispatch):
+    """As of an adapter, or of frozen layers, with ``strict=False``."""
+    layer = make_layer(megatron_cpu, **fields_of(name), moe_dispatch=dispatch)
+    for hidden in microbatches(3):
+        give_ids(layer)
+        layer(hidden)
+        update_codebooks(layer)
+    before = state_of(layer)
+    layer.load_state_dict({"experts.weight1": layer.experts.weight1.detach().clone()}, strict=False)
+    assert_same_state(state_of(layer), before)
+
+
+@pytest.mark.parametrize("steps", (0, 4))
+def test_a_codebook_that_is_lost_in_loading_is_warned_of(megatron_cpu, caplog, steps):
+    """The state of the parameters alone, such as averages, looks like that of plain top-k routing."""
+    router = trained(megatron_cpu, "air", steps)
+    with caplog.at_level("INFO"):
+        router.load_state_dict(dict(router.named_parameters()), strict=False)
+    (record,) = caplog.records
+    assert record.getMessage() == f"codebook: none in what is loaded; it is learned anew, and {steps} updates are lost"
+    assert record.levelname == ("WARNING" if steps else "INFO")
+    assert not router.index.is_built and router.codebook.updates_on_host == 0
+
+
 def test_a_checkpoint_without_a_codebook_starts_a_used_router_anew(megatron_cpu):
     fields = dict(moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
     weight = torch.randn(64, HIDDEN, generator=torch.Generator().manual_seed(3))
