@@ -151,8 +151,8 @@ def test_shapes_that_do_not_fit_are_refused(backend):
         pair_dots(hidden[:-1], weight, pairs)
     with pytest.raises(ValueError, match="V = 6"):
         pair_dots(hidden, weight[:-1], pairs)
-    with pytest.raises(ValueError, match="same last dimension and dtype"):
-        pair_dots(hidden.double(), weight, pairs)
+    with pytest.raises(ValueError, match="same last dimension"):
+        pair_dots(hidden[:, 1:], weight, pairs)
     with pytest.raises(ValueError, match=r"\[N\] with N"):
         pair_sums(values[:-1], weight, pairs)
     with pytest.raises(ValueError, match=r"\[N\] with N"):

@@ -112,6 +112,29 @@ def test_bf16_is_near_fp32(megatron_cpu):
         assert error < 0.02  # weights, tokens and results are rounded to 8 bits
 
 
+@pytest.mark.parametrize("backend", ("torch", "triton"))
+@pytest.mark.parametrize("of_tokens", (True, False), ids=("tokens", "weights"))
+def test_tokens_and_weights_may_differ_in_dtype(megatron_cpu, monkeypatch, backend, of_tokens):
+    """As under torch.autocast, where earlier layers make bf16 tokens and weights stay fp32."""
+    monkeypatch.setenv("AIR_MOE_BACKEND", backend)
+    hidden, _, _, probs, pairs = make_inputs(torch.bfloat16)
+    found = []
+    for is_mixed in (True, False):
+        experts = make_experts(megatron_cpu, activation_func=gelu).bfloat16()
+        if of_tokens or not is_mixed:
+            experts.float()
+        tokens = hidden.detach().to(torch.bfloat16 if of_tokens and is_mixed else torch.float32).requires_grad_()
+        out = experts(tokens, pairs, probs)[0]
+        assert out.dtype == experts.weight2.dtype
+        out.square().sum().backward()
+        leaves = (tokens, experts.weight1, experts.weight2)
+        assert all(leaf.grad.dtype == leaf.dtype for leaf in leaves)
+        found.append([out, *(leaf.grad for leaf in leaves)])
+    for actual, expected in zip(*found, strict=True):
+        error = (actual.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        assert error < 0.01  # results are rounded to 8 bits
+
+
 def test_no_pairs_give_zeros_and_zero_gradients(megatron_cpu):
     experts = make_experts(megatron_cpu, activation_func=gelu)
     none = torch.zeros(0, dtype=torch.int64)

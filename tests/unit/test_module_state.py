@@ -139,6 +139,23 @@ def test_a_router_scores_in_its_own_dtype_under_autocast(megatron_cpu, name, dty
     assert_same_state(found[1], found[0])
 
 
+@ALL_TYPES
+@BOTH_PATHS
+def test_a_layer_takes_the_tokens_of_other_layers_under_autocast(megatron_cpu, name, dispatch):
+    """These are bf16. The backward may run under autocast, too."""
+    hidden, found = microbatches(1)[0].bfloat16(), []
+    for dtype in (torch.bfloat16, torch.float32):
+        layer = make_layer(megatron_cpu, **fields_of(name), moe_dispatch=dispatch)
+        give_ids(layer)
+        tokens = hidden.detach().to(dtype).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = layer(tokens)[0]
+            output.float().square().sum().backward()
+        found.append([output, tokens.grad, *(parameter.grad for parameter in layer.parameters())])
+    for actual, expected in zip(*found, strict=True):
+        assert (actual.float() - expected).norm() < 0.02 * expected.norm()
+
+
 # Recomputation.
 
 

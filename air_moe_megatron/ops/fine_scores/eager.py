@@ -210,7 +210,8 @@ class _GroupedFineScores(torch.autograd.Function):
             if not batch.is_full:
                 grad = grad.masked_fill((batch.experts < 0).unsqueeze(1), 0.0)
             if need_hidden:
-                tile = torch.bmm(grad, centers.gather(weight, batch))
+                tile = grad.new_empty(*batch.shape, hidden_size)
+                torch.bmm(grad, centers.gather(weight, batch), out=tile)  # autocast does not change the dtype of out
                 grad_rows.index_copy_(0, batch.rows, tile.flatten(0, 1))
             if need_weight:
                 grad_centers = centers.room_for(batch)

@@ -31,8 +31,8 @@ def granular_experts(
 
     Args:
         hidden: [R, H], any float dtype.
-        weight1: [E, F, H], or [E, 2F, H] for a gated linear unit, the gates first.
-        weight2: [E, F, H].
+        weight1: [E, F, H], or [E, 2F, H] for a gated linear unit, the gates first; any float dtype.
+        weight2: [E, F, H], any float dtype.
         probs: [N].
         pairs: N pairs of rows and experts.
         activate: maps inputs [N, F] or [N, 2F] to values [N, F].

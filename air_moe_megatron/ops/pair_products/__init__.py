@@ -94,10 +94,10 @@ def pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch
 
     Args:
         hidden: [R, H], any float dtype.
-        weight: [..., H] of V rows, the dtype of hidden.
+        weight: [..., H] of V rows, any float dtype.
         pairs: N pairs.
     Returns:
-        [N], fp32 or the dtype of hidden if that is wider.
+        [N], fp32 or the wider dtype of hidden and weight if that is wider.
     Raises:
         ValueError: if the shapes do not fit together.
 
@@ -106,10 +106,9 @@ def pair_dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: Pairs) -> torch
     if hidden.dim() != 2 or hidden.shape[0] != pairs.num_rows:
         raise ValueError(f"hidden {tuple(hidden.shape)} must be [R, H] with R = {pairs.num_rows}")
     _check_weight(weight, pairs)
-    if hidden.shape[1] != weight.shape[-1] or hidden.dtype != weight.dtype:
+    if hidden.shape[1] != weight.shape[-1]:
         raise ValueError(
-            f"hidden {tuple(hidden.shape)} {hidden.dtype} and weight {tuple(weight.shape)} {weight.dtype} must have "
-            "the same last dimension and dtype"
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must have the same last dimension"
         )
     if use_kernels("pair_products", hidden, weight):
         from air_moe_megatron.ops.pair_products import kernels

@@ -22,7 +22,7 @@ _GATHERED_ELEMENTS = 2**26  # elements of each of the two gathers of a chunk of 
 
 def _dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> torch.Tensor:
     """[N] dot products, fp32 or wider."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    wide = _wide(hidden, weight)
     if hidden.is_cuda:
         return _gathered_dots(hidden, weight, pairs, wide)
     tokens = pairs.rows[pairs.by_id]
@@ -38,6 +38,10 @@ def _dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> torch.T
             span = slice(int(slots[0]), int(slots[-1]))
             dots[span] = _sampled(rows, hidden, slots - span.start, tokens[span])
     return torch.empty_like(dots).index_copy_(0, pairs.by_id, dots)
+
+
+def _wide(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
 
 
 def _sampled(weight: torch.Tensor, hidden: torch.Tensor, id_first: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -83,7 +87,7 @@ class _PairDots(torch.autograd.Function):
         pairs = ctx.pairs
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = _sums(grad_dots, weight.view(pairs.num_ids, -1), pairs)
+            grad_hidden = _sums(grad_dots, weight.view(pairs.num_ids, -1), pairs).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = _weight_gradient(ctx.weight, hidden, grad_dots, pairs)
         return grad_hidden, grad_weight, None
