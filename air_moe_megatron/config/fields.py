@@ -52,7 +52,7 @@ class AIRFields:
     expert bias all experts on the shortlists."""
 
     moe_air_num_explored: int = 0
-    """Number of further candidates R of a token, drawn from its shortlists whatever their scores. The balancing losses
+    """Number of further candidates X of a token, drawn from its shortlists whatever their scores. The balancing losses
     alone see them, so these losses reach every listed expert. At most P*L - M. None are drawn without a balancing
     loss."""
 

@@ -33,7 +33,7 @@ def summary(run: Run) -> dict[str, str]:
         "shortlist_size": "list L",
         "num_probes": "probes P",
         "num_candidates": "candidates M",
-        "num_explored": "explored candidates R",
+        "num_explored": "explored candidates X",
     }
     row |= {name: _range(sizes, key) for key, name in names.items()}
     newest = pandas.concat([steps, run.totals])[["iteration", "tokens"]].max()

@@ -31,7 +31,7 @@ from air_moe_megatron.tune.search import (
 
 METRICS = {"topk": "top-k", "mass": "mass"}
 _COSTS = (
-    "the rows of AIR have the automatic M and R = 0, as a run without --moe-air-num-candidates and "
+    "the rows of AIR have the automatic M and X = 0, as a run without --moe-air-num-candidates and "
     "--moe-air-num-explored; that of the checkpoint has its own"
 )
 _SHOWN = 10  # settings of the frontier in the table
