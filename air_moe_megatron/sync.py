@@ -2,7 +2,7 @@
 
 Communication per optimizer step and pipeline stage: one all-reduce of fp32 numbers over ``tp_dp_cp``, the ranks of the
 stage that hold different tokens. A codebook adds ``C * (H + 3)`` numbers, a running norm ``3 * features + 1``, a
-whitening norm ``(H + 1)^2``, and an AIR router two. In steps that rank codewords for new lists there is one more
+whitening norm ``(H + 1)^2``, and an AIR router two. In steps that select experts for new lists there is one more
 all-reduce per AIR router, in ``ShortlistIndex.commit``.
 
 A step that Megatron repeats must not count twice, so every attempt starts with ``discard_statistics``. Forwards
@@ -65,7 +65,7 @@ def update_codebooks(
     Raises:
         ValueError: on every rank, if an AIR router had a training forward on some ranks only; or if other code has
             written to a router's buffers since the step began.
-        RuntimeError: on every rank, if a rank failed to rank its share of the codewords.
+        RuntimeError: on every rank, if a rank failed to select its share of the next lists.
     """
     chunks = _chunks(modules)
     num_dropped = _update(find_routers(chunks), group)
@@ -126,7 +126,7 @@ def _all_reduce(
     Returns:
         - for each batch of N learners, the summed statistics [N, ...]
         - [2, n] int64, for each of the n routers of ``listing`` how many ranks ran it, and how many ranks failed to
-          rank its codewords
+          select their share of its next lists
     """
     device = batches[0][0].statistics.device if batches else listing[0].expert_load.device
     own = [[router.has_learned for router in listing], [router.index.failure is not None for router in listing]]

@@ -21,10 +21,9 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
     """Megatron's MoE layer: route, dispatch, apply the experts, combine.
 
     With ``moe_dispatch`` "compact" the routes go to a :class:`CompactTokenDispatcher` and :class:`GranularExperts`,
-    without tensors of size [tokens, experts].
-    With ``moe_air_shard_experts`` the dispatcher is a :class:`ShardedTokenDispatcher`. With "stock" this is Megatron's
-    layer. With ``moe_num_hash_layers`` the layer's number decides whether it gets a :class:`HashRouter`, so
-    :meth:`set_layer_number` makes the router.
+    without tensors of size [tokens, experts]. With ``moe_air_shard_experts`` the dispatcher is a
+    :class:`ShardedTokenDispatcher`. With "stock" this is Megatron's layer. With ``moe_num_hash_layers`` the layer's
+    number decides whether it gets a :class:`HashRouter`, so :meth:`set_layer_number` makes the router.
 
     Args: as ``MoELayer``'s, and
         hash_layers: numbers of the layers that get a hash router; None derives them from ``moe_layer_freq``.

@@ -57,10 +57,8 @@ class TokenObserver(Protocol):
 
     token_ids: torch.Tensor | None  # [batch, sequence] of the microbatch; None if not known
 
-    def observe(
-        self, codewords: torch.Tensor, padding_mask: torch.Tensor | None, token_ids: torch.Tensor | None
-    ) -> None:
-        """Take a microbatch: codewords [T, P], padding [T], token ids [T]."""
+    def observe(self, probes: torch.Tensor, padding_mask: torch.Tensor | None, token_ids: torch.Tensor | None) -> None:
+        """Take a microbatch: the codewords whose lists are searched [T, P], padding [T], token ids [T]."""
 
     def discard(self) -> None:
         """Begin an attempt at the step."""

@@ -18,6 +18,8 @@ def learned_bytes(config: TransformerConfig, shards: int = 1) -> tuple[dict[str,
     Args:
         config: of a model with AIR routers.
         shards: number of ranks over which the lists are sharded.
+    Returns:
+        bytes by purpose; bytes of the statistics, which are also part of the first.
     """
     sizes, norm = resolve_sizes(config), INPUT_NORMS[config.moe_router_input_norm]
     with torch.device("meta"):

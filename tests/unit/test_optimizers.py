@@ -34,8 +34,9 @@ def test_muon_orthogonalizes_the_centers_of_each_rank_by_themselves(megatron_cpu
     from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
 
     weight = make_layer(megatron_cpu, **SHARDED).router.weight
-    process_groups = types.SimpleNamespace(tp="tensor parallel", expt_tp="of experts", gtp_remat=None)
-    process_groups.expt_gtp_remat = None
+    process_groups = types.SimpleNamespace(
+        tp="tensor parallel", expt_tp="of experts", gtp_remat=None, expt_gtp_remat=None
+    )
     muon = TensorParallelMuon([weight], tp_mode="duplicated", pg_collection=process_groups)
     seen = []
     muon.scaled_orthogonalize_fn = lambda grad, group, dim: seen.append(group) or grad
