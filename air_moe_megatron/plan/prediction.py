@@ -18,7 +18,7 @@ from air_moe_megatron.config import AIRMoEConfig, AIRSizes, resolve_sizes
 from air_moe_megatron.routers import AIRRouter
 from air_moe_megatron.routers.flops import Rebuilds, rebuild_flops
 from air_moe_megatron.routers.learned_bytes import learned_bytes
-from air_moe_megatron.training.memory import parameter_bytes
+from air_moe_megatron.training.memory import parameter_bytes, parameters_of_expert
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Bytes of one number, as it is sent and kept.
@@ -159,8 +159,8 @@ class _Layout:
     @property
     def experts(self) -> _Weights:
         """The weights of a rank's experts."""
-        weights_per_expert = self.num_projections * self.args.ffn * self.args.hidden
-        return self._weights(self.args.experts // self.args.ep * weights_per_expert, self.args.ep)
+        per_expert = parameters_of_expert(self.args.hidden, self.args.ffn, self.args.swiglu)
+        return self._weights(self.args.experts // self.args.ep * per_expert, self.args.ep)
 
     @property
     def centers(self) -> _Weights:
@@ -174,7 +174,7 @@ class _Layout:
 
     @property
     def num_rows(self) -> float:
-        """R."""
+        """R, the rows that are sent for a rank's tokens of a microbatch."""
         copies = self.args.ep
         if not self.is_sharded:
             copies = rows_per_token(self.args.experts, self.args.topk, self.args.ep)
