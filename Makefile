@@ -19,7 +19,7 @@ BENCH ?= router
 FLAGS ?=
 # A process per core, which takes whole files: the tests of a file share its training runs. The slow files come first.
 PYTEST_PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-RUN = $(BIN)/python -W ignore benchmarks/run.py
+RUN = $(BIN)/python -W ignore -m benchmarks.run
 PARTS ?=
 MINUTES ?= 30
 AGAIN ?=
@@ -94,17 +94,17 @@ bench: install  ## Run all benchmarks (12 minutes on two cores), write $(OUT_BEN
 	$(RUN) train --slow-repetitions 2 --out $(OUT_BENCH)/train.csv
 	$(RUN) dispatch --slow-repetitions 2 --out $(OUT_BENCH)/dispatch.csv
 	$(RUN) scaling --out $(OUT_BENCH)/scaling.csv --plot $(OUT_BENCH)/route_time.png
-	@$(BIN)/python benchmarks/targets.py $(OUT_BENCH)
+	@$(BIN)/python -m benchmarks.targets $(OUT_BENCH)
 
 bench-gpu: install  ## The same on a large GPU, with its sizes, into $(OUT_BENCH)/gpu
-	$(BIN)/python -W ignore benchmarks/gpu.py bench --again --out $(OUT_BENCH)/gpu
-	@$(BIN)/python benchmarks/targets.py $(OUT_BENCH)
+	$(BIN)/python -W ignore -m benchmarks.gpu bench --again --out $(OUT_BENCH)/gpu
+	@$(BIN)/python -m benchmarks.targets $(OUT_BENCH)
 
 gpu: install  ## All that needs a GPU, in 30 minutes, into docs/results/gpu; PARTS="tests bench", MINUTES=12, AGAIN=1, DRY=1
-	$(BIN)/python -W ignore benchmarks/gpu.py $(PARTS) --minutes $(MINUTES) --data $(DATA) $(if $(AGAIN),--again) $(if $(DRY),--dry)
+	$(BIN)/python -W ignore -m benchmarks.gpu $(PARTS) --minutes $(MINUTES) --data $(DATA) $(if $(AGAIN),--again) $(if $(DRY),--dry)
 
 gpu-curves: install  ## Train the demo on the CPU four times, for the comparison in `make gpu` (12 minutes)
-	$(BIN)/python -W ignore benchmarks/gpu.py --curves --data $(DATA)
+	$(BIN)/python -W ignore -m benchmarks.gpu --curves --data $(DATA)
 
 bench-layer: install  ## Time the whole layer, also at a million experts, and measure its memory
 	$(RUN) layer --out $(OUT_BENCH)/layer.csv
@@ -112,11 +112,11 @@ bench-layer: install  ## Time the whole layer, also at a million experts, and me
 
 bench-compare: install  ## Time BENCH (router) on BASE=<commit> and on this tree in turn; more flags in FLAGS
 	@test -n "$(BASE)" || { echo "make bench-compare: name a commit, as in make bench-compare BASE=HEAD~1" >&2; exit 1; }
-	$(BIN)/python -W ignore benchmarks/compare.py $(BASE) --bench $(BENCH) $(FLAGS)
+	$(BIN)/python -W ignore -m benchmarks.compare $(BASE) --bench $(BENCH) $(FLAGS)
 
 study: install data  ## Compare the routers' quality on small models (10 minutes on two cores); table and plots in $(OUT_STUDY)
-	$(BIN)/python -W ignore benchmarks/quality/study.py benchmarks/quality/small.toml --data-dir $(DATA) --out $(OUT_STUDY)
-	$(BIN)/python -W ignore benchmarks/quality/report.py $(OUT_STUDY)/small.jsonl --out $(OUT_STUDY)
+	$(BIN)/python -W ignore -m benchmarks.quality.study benchmarks/quality/small.toml --data-dir $(DATA) --out $(OUT_STUDY)
+	$(BIN)/python -W ignore -m benchmarks.quality.report $(OUT_STUDY)/small.jsonl --out $(OUT_STUDY)
 
 clean:  ## Remove what the targets above make by default, .venv included
 	rm -rf $(VENV) data/stdlib out .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,4 +1,4 @@
-"""Time one benchmark on two commits in turn: `python benchmarks/compare.py BASE [--bench NAME] [flags of NAME]`.
+"""Time one benchmark on two commits in turn: `python -m benchmarks.compare BASE [--bench NAME] [flags of NAME]`.
 
 BASE is checked out beside this tree and removed again at the end. Each round runs the benchmark once on either tree, so
 that a drift of the machine's speed meets both alike. Uncommitted changes of this tree are timed as they are.
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pandas
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import ROOT
+
 _KEYS = ["case", "experts"]
 _OLD_COLUMNS = {"contender": "case"}  # column names of older commits
 
@@ -37,7 +38,7 @@ def time_tree(tree: Path, bench: str, flags: Sequence[str]) -> pandas.DataFrame:
     """Run the benchmark once on the sources of the tree, in a process of its own, and return its rows."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.csv"
-        command = [sys.executable, "-W", "ignore", "benchmarks/run.py", bench, "--out", rows, *flags]
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.run", bench, "--out", rows, *flags]
         environment = {**os.environ, "PYTHONPATH": str(tree)}
         subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, check=True)
         return pandas.read_csv(rows).rename(columns=_OLD_COLUMNS)

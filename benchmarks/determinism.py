@@ -1,4 +1,4 @@
-"""Repeat one training step in deterministic mode: `python benchmarks/determinism.py --out FILE.json`.
+"""Repeat one training step in deterministic mode: `python -m benchmarks.determinism --out FILE.json`.
 
 The model is the small GPT of `train.py`. Weights, codebooks, lists and tokens are the same each time. What Megatron's
 `--deterministic-mode` sets is set. So loss, gradients and statistics of the codebooks must come out bit for bit equal.
@@ -9,19 +9,17 @@ import hashlib
 import json
 import logging
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in run.py, before anything imports torch
 
-import torch  # noqa: E402
+import torch
 
-from benchmarks.measure import world  # noqa: E402
-from benchmarks.models import Sizes, add_sizes, warm_up_codebook  # noqa: E402
-from benchmarks.train import AIR, Trainer, make_batch  # noqa: E402
+from benchmarks.measure import world
+from benchmarks.models import Sizes, add_sizes, warm_up_codebook
+from benchmarks.train import AIR, Trainer, make_batch
 
 logger = logging.getLogger("benchmarks.determinism")
 

@@ -1,4 +1,4 @@
-"""All that needs a GPU, in one command: `python benchmarks/gpu.py [STEP ...]`, or `make gpu`.
+"""All that needs a GPU, in one command: `python -m benchmarks.gpu [STEP ...]`, or `make gpu`.
 
 Steps run in the order of the list below, most important first, each in a process and with a time limit of its own. Each
 writes its result as soon as it has ended, STEP.json in the results' folder, whatever the others do. A step whose result
@@ -7,7 +7,7 @@ sums up. The exit status is 1 if any chosen step failed.
 
 With `--dry` all steps run on the CPU at tiny sizes, into out/gpu-dry: a test of this command itself.
 
-`python benchmarks/gpu.py --curves` makes the losses on the CPU with which the demo's on a GPU are compared.
+`python -m benchmarks.gpu --curves` makes the losses on the CPU with which the demo's on a GPU are compared.
 """
 
 import argparse
@@ -22,11 +22,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import targets  # noqa: E402
-from benchmarks.gpu_steps import (  # noqa: E402
+from benchmarks import ROOT, targets
+from benchmarks.gpu_steps import (
     BENCHMARKS,
     CURVES,
     INTERRUPT_SECONDS,

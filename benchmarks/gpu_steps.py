@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import ROOT
 
 INTERRUPT_SECONDS = 20  # between the signal that asks a step to end and the one that ends it
 _DEMO = ROOT / "examples/pretrain_demo.sh"
@@ -206,7 +206,7 @@ def run_benchmark(name: str) -> Callable[[Setup, int], Result]:
         large, tiny, _ = BENCHMARKS[name]
         runs = "--warmup 0 --repetitions 1 --slow-repetitions 1" if setup.dry else _RUNS
         plot = f"--plot {setup.out}/route_time.png" if name == "scaling" else ""
-        words = ("benchmarks/run.py", *f"{tiny if setup.dry else large} {runs} {plot}".split(), "--out", rows)
+        words = ("-m", "benchmarks.run", *f"{tiny if setup.dry else large} {runs} {plot}".split(), "--out", rows)
         return read_rows(rows, _python(setup, words, seconds, name))
 
     return run
@@ -283,7 +283,7 @@ def run_determinism(setup: Setup, seconds: int) -> Result:
     file = setup.scratch / "hashes.json"
     file.unlink(missing_ok=True)
     tiny = ("--experts", "256", *_TINY.split(), "--sequence", "16", "--repeats", "3") if setup.dry else ()
-    ending = _python(setup, ("benchmarks/determinism.py", *tiny, "--out", file), seconds, "determinism")
+    ending = _python(setup, ("-m", "benchmarks.determinism", *tiny, "--out", file), seconds, "determinism")
     return compare_hashes(json.loads(file.read_text()) if file.exists() else [], ending)
 
 

@@ -1,4 +1,4 @@
-"""Run a benchmark: `python benchmarks/run.py NAME [--out FILE.csv]`; `--help` lists names and sizes."""
+"""Run a benchmark: `python -m benchmarks.run NAME [--out FILE.csv]`; `--help` lists names and sizes."""
 
 import argparse
 import importlib
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pandas
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # All cases use huge pages if the kernel gives them on request. torch reads this variable once, at its first
 # allocation, so it is set before anything imports torch.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -1,4 +1,4 @@
-"""Rewrite the tables of docs/results/README.md from the CSV files beside it: `python benchmarks/tables.py [FOLDER]`.
+"""Rewrite the tables of docs/results/README.md from the CSV files beside it: `python -m benchmarks.tables [FOLDER]`.
 
 A table follows a line `<!-- rows of FILE.csv ... -->`. Its layout has the name of the first file, unless the line names
 another one: `<!-- rows of FILE.csv: LAYOUT -->`. The targets follow `<!-- targets -->`.
@@ -9,9 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import targets  # noqa: E402
+from benchmarks import targets
 
 Row = dict[str, str]
 _MARK = re.compile(

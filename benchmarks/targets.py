@@ -1,4 +1,4 @@
-"""Print targets and measured values from the CSV files of the benchmarks: `python benchmarks/targets.py [FOLDER]`.
+"""Print targets and measured values from the CSV files of the benchmarks: `python -m benchmarks.targets [FOLDER]`.
 
 CPU rows are read from the folder, GPU rows from its `gpu/`. Values that have not been measured stay empty.
 """

@@ -1,4 +1,4 @@
-"""How tight the bounds and how common the certificates are over a training: `python benchmarks/quality/bounds.py`.
+"""How tight the bounds and how common the certificates are over a training: `python -m benchmarks.quality.bounds`.
 
 Trains the study's default AIR model at each number of experts, measures larger samples of its tokens at some steps, and
 writes one row per step and layer, and the figure. Derivations: docs/theory.md.
@@ -12,11 +12,9 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.quality.data import prepare  # noqa: E402
-from benchmarks.quality.study import CPU_ENVIRONMENT, Run, command, load_runs, origin  # noqa: E402
+from benchmarks import ROOT
+from benchmarks.quality.data import prepare
+from benchmarks.quality.study import CPU_ENVIRONMENT, Run, command, load_runs, origin
 
 STEPS = (1, 10, 20, 40, 80, 120, 160, 200, 300, 400)
 KEPT_STEPS = (40, 200, 400)  # only a few, because constants of all codewords take longer to make

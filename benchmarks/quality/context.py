@@ -1,4 +1,4 @@
-"""How much of a layer's routing the token ids fix: `python benchmarks/quality/context.py CONFIG.toml`.
+"""How much of a layer's routing the token ids fix: `python -m benchmarks.quality.context CONFIG.toml`.
 
 Trains models of a study, and counts which experts each layer gives to each token id. Then, on other text:
 
@@ -14,7 +14,6 @@ The rise says how many first layers a hash can take. It is an upper bound: the m
 import argparse
 import logging
 import math
-import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,13 +23,11 @@ import pandas
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.measure import environment, world  # noqa: E402
-from benchmarks.quality.data import prepare  # noqa: E402
-from benchmarks.quality.in_process import CONSTANT_RATE, batches, begin, models, trainer_of  # noqa: E402
-from benchmarks.train import Trainer  # noqa: E402
+from benchmarks import ROOT
+from benchmarks.measure import environment, world
+from benchmarks.quality.data import prepare
+from benchmarks.quality.in_process import CONSTANT_RATE, batches, begin, models, trainer_of
+from benchmarks.train import Trainer
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""How much a model copies from its context: `python benchmarks/quality/copying.py CONFIG.toml`.
+"""How much a model copies from its context: `python -m benchmarks.quality.copying CONFIG.toml`.
 
 Reads the checkpoints of a study's runs that were made with `study.py --keep-checkpoints`. A model sees passages of the
 test split twice in a row, each of half a sequence:
@@ -22,7 +22,6 @@ import argparse
 import fnmatch
 import logging
 import math
-import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,14 +31,12 @@ import pandas
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.measure import environment, world  # noqa: E402
-from benchmarks.quality.context import replaced  # noqa: E402
-from benchmarks.quality.data import prepare  # noqa: E402
-from benchmarks.quality.in_process import batches, begin, trainer_of  # noqa: E402
-from benchmarks.quality.study import Run, load_runs  # noqa: E402
+from benchmarks import ROOT
+from benchmarks.measure import environment, world
+from benchmarks.quality.context import replaced
+from benchmarks.quality.data import prepare
+from benchmarks.quality.in_process import batches, begin, trainer_of
+from benchmarks.quality.study import Run, load_runs
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What a codebook should do when the data change: `python benchmarks/quality/drift.py STUDY.toml --data-dir CORPORA`.
+"""What a codebook should do when the data change: `python -m benchmarks.quality.drift STUDY.toml --data-dir CORPORA`.
 
 A model of the study's variant `air` trains on the study's corpus. From its state, training goes on with Gutenberg, once
 for each rule of the codebook below. Each step's loss is that of tokens which the model has not seen before.
@@ -18,7 +18,6 @@ import copy
 import logging
 import math
 import statistics
-import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,15 +27,13 @@ import pandas
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from air_moe_megatron.diagnostics.recall import recall  # noqa: E402
-from air_moe_megatron.learned.codebook import Codebook, health_of, window_decay  # noqa: E402
-from benchmarks.measure import environment, world  # noqa: E402
-from benchmarks.quality.data import prepare  # noqa: E402
-from benchmarks.quality.in_process import CONSTANT_RATE, batches, begin, models, trainer_of  # noqa: E402
-from benchmarks.train import Trainer  # noqa: E402
+from air_moe_megatron.diagnostics.recall import recall
+from air_moe_megatron.learned.codebook import Codebook, health_of, window_decay
+from benchmarks import ROOT
+from benchmarks.measure import environment, world
+from benchmarks.quality.data import prepare
+from benchmarks.quality.in_process import CONSTANT_RATE, batches, begin, models, trainer_of
+from benchmarks.train import Trainer
 
 logger = logging.getLogger("benchmarks.quality.drift")
 

@@ -1,4 +1,4 @@
-"""A router against the others in every regime: `python benchmarks/quality/overview.py RESULTS.jsonl ... --out FILE`."""
+"""A router against the others in every regime: `python -m benchmarks.quality.overview RESULTS.jsonl ... --out FILE`."""
 
 import argparse
 import math
@@ -8,10 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.quality.report import (  # noqa: E402
+from benchmarks.quality.report import (
     REFERENCE,
     changes,
     groups,
@@ -21,7 +18,7 @@ from benchmarks.quality.report import (  # noqa: E402
     spread,
     styles_of,
 )
-from benchmarks.quality.study import read_results  # noqa: E402
+from benchmarks.quality.study import read_results
 
 
 def regimes(rows: list[dict], subject: str) -> dict[tuple, dict[str, list[dict]]]:

@@ -1,4 +1,4 @@
-"""Tables and plots of a study's results: `python benchmarks/quality/report.py RESULTS.jsonl --out FOLDER`."""
+"""Tables and plots of a study's results: `python -m benchmarks.quality.report RESULTS.jsonl --out FOLDER`."""
 
 import argparse
 import math
@@ -9,9 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import pandas
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
 
 REFERENCE = "topk"
 _DASHES = ("-", "--", ":", "-.", (0, (8, 2)))  # with five markers: the variants of one type of router

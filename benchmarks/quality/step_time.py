@@ -1,4 +1,4 @@
-"""Seconds of a training step of a study's models: `python benchmarks/quality/step_time.py CONFIG.toml --out TIMES.csv`.
+"""Seconds of a training step of a study's models: `python -m benchmarks.quality.step_time CONFIG.toml --out TIMES.csv`.
 
 All variants of one size are built in one process and step in turn, so a drift of the machine's speed meets them all
 alike. They train on the study's own tokens. A step of AIR contains its share of the rebuilds of the lists. On a CPU the
@@ -8,7 +8,6 @@ processor time of the one thread counts, which other work on the machine disturb
 import argparse
 import logging
 import statistics
-import sys
 import time
 import tomllib
 from collections.abc import Sequence
@@ -18,13 +17,10 @@ import pandas
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.measure import environment, world  # noqa: E402
-from benchmarks.quality.in_process import batches, begin, models, trainer_of  # noqa: E402
-from benchmarks.quality.study import Run  # noqa: E402
-from benchmarks.train import Trainer  # noqa: E402
+from benchmarks.measure import environment, world
+from benchmarks.quality.in_process import batches, begin, models, trainer_of
+from benchmarks.quality.study import Run
+from benchmarks.train import Trainer
 
 logger = logging.getLogger("benchmarks.quality.step_time")
 

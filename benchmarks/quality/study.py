@@ -1,4 +1,4 @@
-"""Train the runs of a study and keep what came of each: `python benchmarks/quality/study.py CONFIG.toml`.
+"""Train the runs of a study and keep what came of each: `python -m benchmarks.quality.study CONFIG.toml`.
 
 A run is one call of Megatron's training through `air_moe_megatron.pretrain`; all of its flags stand in its result, one
 JSON line. A run whose result exists is not repeated, and a long run goes on from its last checkpoint: an interrupted
@@ -28,8 +28,7 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import ROOT
 
 logger = logging.getLogger(__name__)
 

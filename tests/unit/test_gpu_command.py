@@ -251,7 +251,7 @@ def test_all_limits_together_fit_in_30_minutes():
 
 
 def test_without_a_gpu_one_line_says_so():
-    words = [sys.executable, "-W", "ignore", gpu.ROOT / "benchmarks/gpu.py"]
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(gpu.ROOT)}
     result = run(words, env=environment)
     assert result.returncode == 1 and not result.stdout
@@ -267,7 +267,7 @@ def test_without_a_gpu_one_line_says_so():
 )
 def test_a_dry_run_goes_through_its_steps_and_then_keeps_them(tmp_path, chosen):
     out = tmp_path / "results"
-    words = [sys.executable, "-W", "ignore", gpu.ROOT / "benchmarks/gpu.py", "--dry", "--out", out, "--minutes", "900"]
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--dry", "--out", out, "--minutes", "900"]
     words += ["--data", tmp_path / "data", *chosen]
     environment = {**os.environ, "PYTHONPATH": str(gpu.ROOT)}
     result = run(words, env=environment)
