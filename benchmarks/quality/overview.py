@@ -26,14 +26,14 @@ def regimes(rows: list[dict], subject: str) -> dict[tuple, dict[str, list[dict]]
     those that two groups have are kept.
     """
     found = {
-        place: variants
-        for place, variants in groups(rows).items()
-        if place[4] == 16 and all(len(variants.get(name, ())) >= 3 for name in (subject, REFERENCE))
+        regime: variants
+        for regime, variants in groups(rows).items()
+        if regime[4] == 16 and all(len(variants.get(name, ())) >= 3 for name in (subject, REFERENCE))
     }
     counts = Counter(name for variants in found.values() for name in variants)
     return {
-        place: {name: of_variant for name, of_variant in variants.items() if counts[name] > 1}
-        for place, variants in found.items()
+        regime: {name: of_variant for name, of_variant in variants.items() if counts[name] > 1}
+        for regime, variants in found.items()
     }
 
 
@@ -63,8 +63,8 @@ def _compared(variants, subject, name):
     return f"{size}% {'worse' if mean > 0 else 'better'}, at {next(shares) / next(shares):.2f}{seeds}"
 
 
-def _short_title(place):
-    corpus, _, _, experts, *_ = place
+def _short_title(regime):
+    corpus, _, _, experts, *_ = regime
     return f"{corpus}, E = {experts:,}"
 
 
@@ -76,23 +76,29 @@ def plot(rows: list[dict], file: Path, subject: str = "air") -> Path:
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
-    found, styles = regimes(rows, subject), styles_of(rows)
-    figure, axes = pyplot.subplots(1, len(found), figsize=(3.4 * len(found), 4), squeeze=False, layout="constrained")
-    for (place, variants), axis in zip(found.items(), axes[0], strict=True):
+    found = regimes(rows, subject)
+    drawn = {name for variants in found.values() for name in variants}
+    styles = styles_of([row for row in rows if row["variant"] in drawn])
+    columns = min(3, len(found))
+    height = math.ceil(len(found) / columns)
+    figure, axes = pyplot.subplots(
+        height, columns, figsize=(4.6 * columns, 3.4 * height + 0.6), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(found) :]:
+        axis.set_axis_off()
+    for (regime, variants), axis in zip(found.items(), axes.flat, strict=False):
         for name, of_variant in variants.items():
             flops = of_variant[0]["flops_per_token"]["total"] / 1e6
             points(axis, styles[name], [flops], [changes(of_variant, variants[REFERENCE])], joined=False)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xscale("log")
         number_ticks(axis.xaxis)
-        axis.set_title(_short_title(place), fontsize=10, loc="left")
+        axis.set_title(_short_title(regime), fontsize=10, loc="left")
         axis.set_xlabel("training MFLOPs per token, all")
         axis.set_ylabel(f"{quality_name_of(variants)} against {REFERENCE}, %")
         axis.grid(alpha=0.3)
-    drawn = {name for variants in found.values() for name in variants}
-    names = [name for name in styles if name in drawn]
-    handles = [Line2D([], [], label=name, **styles[name] | {"linestyle": "none"}) for name in names]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9)
+    handles = [Line2D([], [], label=name, **style | {"linestyle": "none"}) for name, style in styles.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=math.ceil(len(handles) / 2), fontsize=9)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
     return file

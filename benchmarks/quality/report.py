@@ -184,8 +184,8 @@ def styles_of(rows):
     styles = {}
     for name in names:
         color = "black" if types[name] == "topk" else f"C{families.index(types[name])}"
-        place = sum(types[other] == types[name] for other in styles)
-        styles[name] = {"color": color, "marker": "os^Dv"[place % 5], "linestyle": _DASHES[place % 5]}
+        index = sum(types[other] == types[name] for other in styles)
+        styles[name] = {"color": color, "marker": "os^Dv"[index % 5], "linestyle": _DASHES[index % 5]}
     return styles
 
 
