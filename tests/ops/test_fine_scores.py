@@ -142,6 +142,17 @@ def test_gradients_of_the_centers_go_into_main_grad():
     torch.testing.assert_close(grads[1], 1.0 + grads[0])
 
 
+def test_a_narrow_main_grad_is_rounded_once():
+    """An expert in the lists of nine codewords: 256 and then eight times 1, which bf16 sums would lose one by one."""
+    hidden = torch.ones(9, 4, dtype=torch.bfloat16)
+    centers = torch.nn.Parameter(torch.ones(2, 4, dtype=torch.bfloat16))
+    centers.main_grad = torch.zeros_like(centers)
+    shortlist, probes = torch.zeros(9, 1, dtype=torch.int32), torch.arange(9).unsqueeze(1)
+    scores = fine_scores(hidden, centers, None, shortlist, probes, torch.float32)
+    scores.backward(torch.tensor([256.0] + 8 * [1.0]).view_as(scores))
+    assert (centers.main_grad[0] == 264).all() and (centers.main_grad[1] == 0).all()
+
+
 def test_worked_example():
     scores = fine_scores(
         torch.tensor([[1.0, 2.0]]),

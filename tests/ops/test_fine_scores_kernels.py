@@ -281,6 +281,23 @@ def test_topk_gradients_block_by_block_equal_those_of_all_tokens(num_probes, top
         assert found.isfinite().all() and relative_error(found, expected) <= 2e-6
 
 
+@pytest.mark.parametrize(("num_probes", "into"), [(1, "grad"), (2, "main_grad")])
+def test_narrow_topk_gradients_of_several_blocks_round_once(num_probes, into, monkeypatch, kernel_device):
+    """A token a block: 256 and then eight times 1, which bf16 sums would lose one by one."""
+    monkeypatch.setattr(topk_kernels, "SCORES_OF_BLOCK", 1)
+    hidden = torch.ones(9, 4, dtype=torch.bfloat16, device=kernel_device)
+    grad = torch.tensor([[256.0]] + 8 * [[1.0]], device=kernel_device)
+    weight = torch.nn.Parameter(torch.ones(3, 4, dtype=torch.bfloat16, device=kernel_device))
+    bias = torch.ones(3, dtype=torch.bfloat16, device=kernel_device, requires_grad=True)
+    if into == "main_grad":
+        weight.main_grad = torch.zeros_like(weight)
+    shortlist = torch.tensor([[0, 1, 2]] * num_probes, dtype=torch.int32, device=kernel_device)
+    probes = torch.arange(num_probes, device=kernel_device).expand(9, num_probes)
+    scores, _ = topk_kernels.fine_topk(hidden, weight, bias, shortlist, probes, 3, torch.float32)
+    scores.backward(grad.expand_as(scores))
+    assert (getattr(weight, into) == 264).all() and (bias.grad == 264).all()
+
+
 def test_gradients_of_rows_in_parts_equal_those_at_once(monkeypatch, kernel_device):
     leaves, shortlist, probes = make((5, 300, 24, 3, 7, 2), torch.float32, kernel_device)
     results = []

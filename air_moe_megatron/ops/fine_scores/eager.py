@@ -202,7 +202,8 @@ class _GroupedFineScores(torch.autograd.Function):
         main_grad = main_grad_of(ctx.weight)
         grad_weight = None
         if need_weight:
-            grad_weight = grad_scores.new_zeros(weight.shape, dtype=wide) if main_grad is None else main_grad
+            is_wide = main_grad is not None and torch.promote_types(main_grad.dtype, torch.float32) == main_grad.dtype
+            grad_weight = main_grad if is_wide else grad_scores.new_zeros(weight.shape, dtype=wide)
         grad_bias = grad_scores.new_zeros(bias.shape, dtype=wide) if need_bias else None
         centers = _Centers(ctx.batches, weight, dtype)
         for batch in ctx.batches:
@@ -226,6 +227,8 @@ class _GroupedFineScores(torch.autograd.Function):
                 grad_hidden = grad_hidden.view(-1, num_probes, hidden_size).sum(dim=1)
             grad_hidden = grad_hidden.to(hidden.dtype)
         if need_weight:
+            if main_grad is not None and grad_weight is not main_grad:
+                main_grad.add_(grad_weight)
             grad_weight = grad_weight.to(weight.dtype) if main_grad is None else added_to_main_grad(ctx.weight)
         return (
             grad_hidden,

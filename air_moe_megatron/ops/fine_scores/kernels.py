@@ -351,19 +351,13 @@ def launch_fine_scores_grad_weight(
     deterministic: bool,
     grad_weight_out: torch.Tensor,
 ) -> None:
-    """Add ``grad_scores.T @ tokens`` of each list slot to its expert's row of ``grad_weight_out`` [E, H].
+    """Add ``grad_scores.T @ tokens`` of each list slot to its expert's row of ``grad_weight_out`` [E, H] fp32.
 
     One program sums 64 slots by 128 columns over all rows of a codeword. An expert can be in the lists of several
     codewords, whose sums are added by fp32 atomics. If ``deterministic``, the sums are stored for a chunk of codewords
-    at a time and added in order. Rows of experts without tokens are not touched, unless the buffer is not fp32: then
-    the sums are made in a separate tensor.
+    at a time and added in order. Rows of experts without tokens are not touched.
     """
     if grad_scores.numel() == 0:
-        return
-    if grad_weight_out.dtype != torch.float32:
-        sums = torch.zeros_like(grad_weight_out, dtype=torch.float32)
-        launch_fine_scores_grad_weight(grad_scores, hidden, shortlist, rows, num_probes, dot_dtype, deterministic, sums)
-        grad_weight_out += sums
         return
     (num_clusters, shortlist_size), hidden_size = shortlist.shape, hidden.shape[1]
     block_list, block_columns = block_of(shortlist_size, 64), block_of(hidden_size, 128)
@@ -416,6 +410,9 @@ def dense_gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of hidden, weight and bias from the gradients of all scores; each None if it is not needed.
 
+    Sums over tokens are made in fp32 and rounded once, after the last block. For weights and ``main_grad`` of 16 bits
+    they take a tensor of their own.
+
     Args:
         blocks: all tokens, block by block.
         hidden, weight, bias, shortlist: contiguous.
@@ -425,9 +422,12 @@ def dense_gradients(
     """
     need_hidden, need_weight, need_bias = needed
     grad_hidden = torch.empty_like(hidden) if need_hidden else None
-    grad_bias = torch.zeros_like(bias) if need_bias else None
+    bias_sums = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
 
     def run(grad_weight_out: torch.Tensor | None) -> None:
+        weight_sums = grad_weight_out
+        if need_weight and grad_weight_out.dtype != torch.float32:
+            weight_sums = torch.zeros_like(grad_weight_out, dtype=torch.float32)
         for block in blocks:
             rows, grad_scores = block.rows, block.grad_scores
             of_rows = (shortlist, rows, num_probes)
@@ -436,18 +436,20 @@ def dense_gradients(
                 _sum_over_probes(grad_scores, weight, *of_rows, dot_dtype, out)
             if need_weight:
                 tokens = hidden[block.tokens]
-                launch_fine_scores_grad_weight(grad_scores, tokens, *of_rows, dot_dtype, deterministic, grad_weight_out)
+                launch_fine_scores_grad_weight(grad_scores, tokens, *of_rows, dot_dtype, deterministic, weight_sums)
             if need_bias:  # the bias is a column of the weight whose feature is 1 in every token
                 ones = hidden.new_ones(hidden[block.tokens].shape[0], 1, dtype=torch.float32)
-                out = grad_bias.unsqueeze(1)
+                out = bias_sums.unsqueeze(1)
                 launch_fine_scores_grad_weight(grad_scores, ones, *of_rows, tl.float32, deterministic, out)
+        if weight_sums is not grad_weight_out:
+            grad_weight_out += weight_sums
 
     grad_weight = None
     if need_weight:
         grad_weight = add_weight_gradient(parameter, run)
     else:
         run(None)
-    return grad_hidden, grad_weight, grad_bias
+    return grad_hidden, grad_weight, bias_sums.to(bias.dtype) if need_bias else None
 
 
 class _FineScoresKernel(torch.autograd.Function):
