@@ -220,6 +220,7 @@ REFUSALS: tuple[Refusal, ...] = (
         OURS, "moe_router_load_balancing_type", _has("quantile_balancing"),
         "it takes dense [tokens, experts] scores, which are not made",
     ),
+    Refusal(OURS, "num_moe_experts", Values(lambda config, value: value >= 2**31, "from 2^31"), "expert ids are int32"),
     Refusal(NOT_TOPK, "moe_router_num_groups", _given, _GROUPS),
     Refusal(NOT_TOPK, "moe_router_group_topk", _given, _GROUPS),
     Refusal(NOT_TOPK, "moe_router_force_biased", _given, "its bias is drawn over the columns of dense logits"),
@@ -306,9 +307,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         COMPACT, "moe_granular_experts", Values(lambda config, value: not value, "off"),
         "Megatron's own experts take K copies of each token; add --moe-granular-experts",
-    ),
-    Refusal(
-        COMPACT, "num_moe_experts", Values(lambda config, value: value >= 2**31, "from 2^31"), "expert ids are int32"
     ),
     Refusal(COMPACT, "moe_expert_capacity_factor", _given, "tokens are dropped on Megatron's dense maps"),
     Refusal(COMPACT, "moe_expert_rank_capacity_factor", _given, "this dispatcher drops no token"),

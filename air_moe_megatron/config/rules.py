@@ -296,8 +296,10 @@ def _invalid_hash(config: TransformerConfig) -> Problems[None]:
             f"moe_hash_vocab_size ({config.moe_hash_vocab_size}) must be the number of token ids, padding included; "
             "give --moe-hash-vocab-size, or with air_moe_megatron.pretrain --vocab-size"
         )
-    if config.moe_hash_seed < 0:
-        yield ValueError(f"moe_hash_seed ({config.moe_hash_seed}) must not be negative")
+    if not 0 <= config.moe_hash_seed < 2**46:
+        yield ValueError(
+            f"moe_hash_seed ({config.moe_hash_seed}) must be from 0 to below 2^46: 65,537 times it must fit 64 bits"
+        )
     yield from _no_choice(config, "moe_hash_balance")
     if config.moe_hash_counts is not None and config.moe_hash_balance == "ids":
         yield ValueError(

@@ -171,6 +171,10 @@ UNSUPPORTED = {
     "force-biased": (dict(moe_router_force_biased=0.5), ["moe_router_force_biased (0.5)", "bias"]),
     "meta-device": (dict(init_model_with_meta_device=True), ["init_model_with_meta_device (True)", "codebooks"]),
     "fused-router": (dict(moe_router_fusion=True), ["moe_router_fusion (True)", "fused"]),
+    "int64-ids": (
+        dict(num_moe_experts=2**31, expert_model_parallel_size=64),
+        [f"num_moe_experts ({2**31})", "int32"],
+    ),
 }
 
 # Settings that Megatron's own checks refuse too where their companions are absent: set after construction.
@@ -243,10 +247,6 @@ NOT_WITH_GRANULAR_EXPERTS = {
     ),
 }
 NOT_WITH_COMPACT_DISPATCH = {
-    "int64-ids": (
-        dict(num_moe_experts=2**31, expert_model_parallel_size=64),
-        [f"num_moe_experts ({2**31})", "int32"],
-    ),
     "capacity": (dict(moe_expert_capacity_factor=1.5), ["moe_expert_capacity_factor (1.5)", "dense maps"]),
     "capacity-of-a-rank": (
         dict(moe_expert_rank_capacity_factor=2.0),

@@ -204,6 +204,7 @@ REFUSED = {
     "aux": (dict(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.1), "moe_aux_loss_coeff (0.1)"),
     "forced": (dict(moe_router_force_load_balancing=True), "moe_router_force_load_balancing (True)"),
     "seed": (dict(moe_hash_seed=-1), "moe_hash_seed (-1)"),
+    "large-seed": (dict(moe_hash_seed=2**46), f"moe_hash_seed ({2**46}) must be from 0 to below 2^46"),
     "balance": (dict(moe_hash_balance="none"), "moe_hash_balance ('none') must be 'ids' or 'frequency'"),
     "counts": (dict(moe_hash_counts="file"), "moe_hash_counts ('file') has no effect with moe_hash_balance 'ids'"),
 }
@@ -214,3 +215,8 @@ def test_what_makes_no_sense_is_refused(settings, words):
     with pytest.raises(ValueError) as error:
         make_config(moe_router_type="hash", **settings)
     assert words in str(error.value)
+
+
+def test_the_largest_seed_makes_a_table(megatron_cpu):
+    router = make_router(megatron_cpu, moe_router_type="hash", moe_hash_seed=2**46 - 1)
+    assert router.table.any() and int(router.seed) == 2**46 - 1
