@@ -192,7 +192,7 @@ class ShortlistIndex(torch.nn.Module):
         """
         numbers = [_number_rows(rows) for rows in (self.shortlist, codebook.codewords, centers.weight)]
         numbers += [codebook.typical_projections(), centers.bias, centers.expert_bias]
-        return torch.cat([one.float() for one in numbers if one is not None]).cpu().numpy().tobytes()
+        return torch.cat([one.double() for one in numbers if one is not None]).cpu().numpy().tobytes()
 
     def _spans(self) -> list[Span]:
         return spans(self.num_parts, self.num_experts, self.shortlist.shape[1], self.pool.shape[1])
@@ -370,6 +370,10 @@ class ShortlistIndex(torch.nn.Module):
 
 
 def _number_rows(rows: torch.Tensor) -> torch.Tensor:
-    """[V] fp32, a number for each row [V, H] that changes with it in practice: its product with a fixed vector."""
-    direction = torch.arange(rows.shape[1], dtype=torch.float32, device=rows.device).cos()
-    return rows.float() @ direction
+    """[V], a number for each row [V, H] that changes with it in practice: its product with a fixed vector.
+
+    It is fp32; for expert ids it is fp64, because sums of ids beyond 2^24 do not show a change by one in fp32.
+    """
+    dtype = torch.float32 if rows.is_floating_point() else torch.float64
+    direction = torch.arange(rows.shape[1], dtype=dtype, device=rows.device).cos()
+    return rows.to(dtype) @ direction

@@ -478,3 +478,13 @@ def test_lists_of_the_other_source_are_refused(saved, loading):
     state = ShortlistIndex(9, 4, 3, source=saved, refresh_interval=10).state_dict()
     with pytest.raises(ValueError, match=f"moe_air_codebook_source \\('{loading}'\\) must be .* '{saved}'"):
         ShortlistIndex(9, 4, 3, source=loading, refresh_interval=10).load_state_dict(state)
+
+
+def test_provisional_lists_of_many_experts_are_told_apart_by_a_single_id():
+    """Ids beyond 2^24, where fp32 has no odd numbers."""
+    index = ShortlistIndex(8, 2, 4, source="tokens", refresh_interval=1)
+    codebook, centers = Codebook(2, 3, 0.9), Centers(torch.zeros(8, 3))
+    index.shortlist.fill_(2**25)
+    before = index._identify(codebook, centers)
+    index.shortlist[1, 3] += 1
+    assert index._identify(codebook, centers) != before
