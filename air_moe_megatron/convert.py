@@ -3,7 +3,7 @@
 It converts between ``topk`` and ``air``, and between forms of AIR's lists. See docs/inference.md.
 """
 
-from air_moe_megatron.training.start import run_quietly
+from air_moe_megatron.command.start import run_quietly
 
 
 def main() -> None:

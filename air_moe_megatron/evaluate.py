@@ -3,7 +3,7 @@
 The model's flags come from the checkpoint. See docs/inference.md.
 """
 
-from air_moe_megatron.training.start import run_quietly
+from air_moe_megatron.command.start import run_quietly
 
 
 def main() -> None:

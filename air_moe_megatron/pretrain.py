@@ -18,7 +18,7 @@ def main() -> None:
     Raises:
         SystemExit: if there is neither a GPU nor ``--cpu``, or a check refuses to start.
     """
-    from air_moe_megatron.training import console, start
+    from air_moe_megatron.command import console, start
 
     program_start = time.time()
     screen = None

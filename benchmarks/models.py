@@ -74,7 +74,7 @@ def make_config(sizes: Sizes, router: str, compact: bool = False, **more):
         more: further fields that a benchmark sets.
     """
     from air_moe_megatron import AIRMoEConfig
-    from air_moe_megatron.training.arguments import RECOMMENDED, recommended_scale
+    from air_moe_megatron.command.arguments import RECOMMENDED, recommended_scale
 
     sizes_of_router = {
         "air": {

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from air_moe_megatron.command.entry_refusals import FLAG_REFUSALS
 from air_moe_megatron.config import CAUSES, REFUSALS
-from air_moe_megatron.training.entry_refusals import FLAG_REFUSALS
 
 PAGE = Path(__file__).parent / "limits.md"
 
@@ -11,7 +11,7 @@ _INTRODUCTION = """# Limits
 
 What cannot be combined is refused before training starts. The error names the field, its value and the reason.
 `make limits` generates this page from [config/refusals.py](../air_moe_megatron/config/refusals.py) and
-[entry_refusals.py](../air_moe_megatron/training/entry_refusals.py). Bounds of single values are in
+[entry_refusals.py](../air_moe_megatron/command/entry_refusals.py). Bounds of single values are in
 [config/rules.py](../air_moe_megatron/config/rules.py).
 
 A field of the config is a flag of the command line with dashes for underscores. If a table gives no value, the field

@@ -1,4 +1,4 @@
-"""Every field of the plugin and what it does; ``training/arguments.py`` makes the flags from this class."""
+"""Every field of the plugin and what it does; ``command/arguments.py`` makes the flags from this class."""
 
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints

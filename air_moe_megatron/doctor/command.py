@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from air_moe_megatron.command import console
 from air_moe_megatron.doctor import machine
-from air_moe_megatron.training import console
 
 if TYPE_CHECKING:
     from air_moe_megatron.config import Problems
@@ -100,12 +100,12 @@ def _examine(found: Findings) -> argparse.Namespace | None:
     """Run the checks in the order of ``training.run.train``."""
     from megatron.training.argument_utils import core_transformer_config_from_args
 
+    from air_moe_megatron.command.arguments import extra_args_provider, parse_flags, unfit_fields
+    from air_moe_megatron.command.checkpoints import unfit_checkpoint
+    from air_moe_megatron.command.entry_refusals import refused_flags
+    from air_moe_megatron.command.memory import check_memory
+    from air_moe_megatron.command.model import model_config_from_args
     from air_moe_megatron.config import problem_of, unused
-    from air_moe_megatron.training.arguments import extra_args_provider, parse_flags, unfit_fields
-    from air_moe_megatron.training.checkpoints import unfit_checkpoint
-    from air_moe_megatron.training.entry_refusals import refused_flags
-    from air_moe_megatron.training.memory import check_memory
-    from air_moe_megatron.training.model import model_config_from_args
     from air_moe_megatron.training.preflight import unfit_data
     from air_moe_megatron.training.token_counts import counts_of
 
@@ -148,15 +148,15 @@ def _examine(found: Findings) -> argparse.Namespace | None:
 
 def _complete(args: argparse.Namespace, found: Findings) -> tuple[argparse.Namespace, bool]:
     """Complete the arguments as ``training.run.parse`` does. Also returns whether Megatron accepts them."""
-    from air_moe_megatron.training.agreement import Ranks
-    from air_moe_megatron.training.arguments import (
+    from air_moe_megatron.command.agreement import Ranks
+    from air_moe_megatron.command.arguments import (
         NOT_GIVEN,
         complete,
         parse_flags,
         provider_with,
         without_fields_of_others,
     )
-    from air_moe_megatron.training.checkpoints import fields_of_checkpoint
+    from air_moe_megatron.command.checkpoints import fields_of_checkpoint
 
     try:
         if args.use_checkpoint_args:

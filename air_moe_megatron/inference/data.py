@@ -14,8 +14,8 @@ import numpy
 import torch
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
+from air_moe_megatron.command.arguments import padded_vocab_size
 from air_moe_megatron.inference.text import ByteTokenizer, IdTokenizer, Tokenizer, num_bytes
-from air_moe_megatron.training.arguments import padded_vocab_size
 from air_moe_megatron.training.preflight import check_token_ids, read_indexed_dataset
 
 _BLOCK = 2**20  # tokens that are processed together

@@ -22,10 +22,10 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.inference.utils import InferenceMode
 
+from air_moe_megatron.command import console
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
 from air_moe_megatron.process_groups import process_groups_released
-from air_moe_megatron.training import console
 
 _DROPPING = ("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_token_drop_policy")
 """Fields of a checkpoint that are ignored. With them a token's experts would depend on the other tokens of its batch: a

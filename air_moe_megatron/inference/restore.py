@@ -26,12 +26,8 @@ from megatron.training.global_vars import rebuild_tokenizer, set_global_variable
 from megatron.training.initialize import initialize_megatron
 from megatron.training.models import GPTModelConfig
 
-from air_moe_megatron.config import LAYOUT_FIELDS, AIRMoEConfig, is_plain_topk, resolve_sizes
-from air_moe_megatron.inference.text import check_tokenizer_files
-from air_moe_megatron.routers.lacking import Lacking
-from air_moe_megatron.specs import mtp_specs_with_air_layers
-from air_moe_megatron.training.agreement import Ranks, check_agreement, meet
-from air_moe_megatron.training.arguments import (
+from air_moe_megatron.command.agreement import Ranks, check_agreement, meet
+from air_moe_megatron.command.arguments import (
     NOT_GIVEN,
     complete,
     extra_args_provider,
@@ -39,11 +35,15 @@ from air_moe_megatron.training.arguments import (
     parse_flags,
     without_fields_of_others,
 )
+from air_moe_megatron.command.checkpoints import check_checkpoint, saved_arguments
+from air_moe_megatron.command.entry_refusals import check_flags
+from air_moe_megatron.command.memory import check_memory
+from air_moe_megatron.command.model import leave_out, model_config_from_args
+from air_moe_megatron.config import LAYOUT_FIELDS, AIRMoEConfig, is_plain_topk, resolve_sizes
+from air_moe_megatron.inference.text import check_tokenizer_files
+from air_moe_megatron.routers.lacking import Lacking
+from air_moe_megatron.specs import mtp_specs_with_air_layers
 from air_moe_megatron.training.batches import get_embedding_ranks
-from air_moe_megatron.training.checkpoints import check_checkpoint, saved_arguments
-from air_moe_megatron.training.entry_refusals import check_flags
-from air_moe_megatron.training.memory import check_memory
-from air_moe_megatron.training.model import leave_out, model_config_from_args
 
 _CONFIGS = (AIRMoEConfig, MLATransformerConfig, HeterogeneousTransformerConfig)
 

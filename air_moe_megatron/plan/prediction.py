@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
+from air_moe_megatron.command.memory import parameter_bytes, parameters_of_expert
 from air_moe_megatron.config import AIRMoEConfig, AIRSizes, resolve_sizes
 from air_moe_megatron.routers import AIRRouter
 from air_moe_megatron.routers.flops import Rebuilds, rebuild_flops
 from air_moe_megatron.routers.learned_bytes import learned_bytes
-from air_moe_megatron.training.memory import parameter_bytes, parameters_of_expert
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Bytes of one number, as it is sent and kept.

@@ -1,1 +1,1 @@
-"""A training run, from its command line to Megatron's loop. ``training.py`` calls the other modules in order."""
+"""A training run: its data, what is checked of them, and Megatron's loop. ``run.py`` calls all in order."""

@@ -30,7 +30,7 @@ from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.training import stimer, update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from air_moe_megatron.training.arguments import is_packed
+from air_moe_megatron.command.arguments import is_packed
 
 SPIKY_LOSS_FACTOR = 10
 """A loss is reported as spiky when it exceeds this multiple of the largest loss seen so far."""

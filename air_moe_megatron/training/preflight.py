@@ -16,8 +16,8 @@ from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, get_bin
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from air_moe_megatron.command.arguments import padded_vocab_size, value_of
 from air_moe_megatron.config import Problems, problem_of, raise_first
-from air_moe_megatron.training.arguments import padded_vocab_size, value_of
 
 _HEADER = struct.Struct("<QBQQ")
 """Header after the magic bytes: version, code of the token dtype, numbers of sequences and of document boundaries."""

@@ -17,15 +17,9 @@ from megatron.training.config import PretrainConfigContainer
 from megatron.training.global_vars import rebuild_tokenizer, set_global_variables
 from megatron.training.models import GPTModelConfig
 
-from air_moe_megatron.compat import require_entry_megatron
-from air_moe_megatron.config import is_plain_topk
-from air_moe_megatron.process_groups import process_groups_released
-from air_moe_megatron.routers.hashing import balance_hash_tables
-from air_moe_megatron.specs import mtp_specs_with_air_layers
-from air_moe_megatron.step_hooks import codebook_updates
-from air_moe_megatron.training import console, preflight
-from air_moe_megatron.training.agreement import Ranks, check_agreement, meet
-from air_moe_megatron.training.arguments import (
+from air_moe_megatron.command import console
+from air_moe_megatron.command.agreement import Ranks, check_agreement, meet
+from air_moe_megatron.command.arguments import (
     NOT_GIVEN,
     complete,
     extra_args_provider,
@@ -34,11 +28,18 @@ from air_moe_megatron.training.arguments import (
     provider_with,
     without_fields_of_others,
 )
+from air_moe_megatron.command.checkpoints import check_checkpoint, fields_of_checkpoint
+from air_moe_megatron.command.entry_refusals import check_flags
+from air_moe_megatron.command.memory import check_memory
+from air_moe_megatron.command.model import leave_out, model_config_from_args
+from air_moe_megatron.compat import require_entry_megatron
+from air_moe_megatron.config import is_plain_topk
+from air_moe_megatron.process_groups import process_groups_released
+from air_moe_megatron.routers.hashing import balance_hash_tables
+from air_moe_megatron.specs import mtp_specs_with_air_layers
+from air_moe_megatron.step_hooks import codebook_updates
 from air_moe_megatron.training.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
-from air_moe_megatron.training.checkpoints import check_checkpoint, fields_of_checkpoint
-from air_moe_megatron.training.entry_refusals import check_flags
-from air_moe_megatron.training.memory import check_memory
-from air_moe_megatron.training.model import leave_out, model_config_from_args
+from air_moe_megatron.training.preflight import check_data
 from air_moe_megatron.training.token_counts import agreed_counts
 
 
@@ -117,7 +118,7 @@ def train(program_start: float | None = None, screen: TextIO | None = None) -> N
         args, ranks = parse()
         check_agreement(args, ranks)
         check_flags(args)
-        ranks.check("data", lambda: preflight.check_data(args))
+        ranks.check("data", lambda: check_data(args))
         model_config = model_config_from_args(args)
         ranks.check("memory", lambda: check_memory(args))
         lacking = check_checkpoint(args, model_config.transformer, ranks)

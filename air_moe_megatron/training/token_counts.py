@@ -7,9 +7,9 @@ import torch
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from air_moe_megatron.command.agreement import Ranks
+from air_moe_megatron.command.checkpoints.reader import locate
 from air_moe_megatron.config import uses_hash
-from air_moe_megatron.training.agreement import Ranks
-from air_moe_megatron.training.checkpoints.reader import locate
 from air_moe_megatron.training.preflight import read_indexed_dataset, split_shares
 
 COUNTED_TOKENS = 2**24

@@ -12,6 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from tqdm import tqdm
 
+from air_moe_megatron.command import console
+from air_moe_megatron.command.checkpoints.saving import check_writable
 from air_moe_megatron.config import num_hash_layers
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import read, require_paths
@@ -19,8 +21,6 @@ from air_moe_megatron.inference.text import tokenizer_of
 from air_moe_megatron.learned.codebook import FIT_TOKENS
 from air_moe_megatron.process_groups import process_groups_released
 from air_moe_megatron.routers import AIRRouter, find_routers
-from air_moe_megatron.training import console
-from air_moe_megatron.training.checkpoints.saving import check_writable
 from air_moe_megatron.tune import output
 from air_moe_megatron.tune.capture import collect, split
 from air_moe_megatron.tune.recall import Layer

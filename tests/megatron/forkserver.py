@@ -27,7 +27,7 @@ def start(rank: int, request: dict) -> int:
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}
     os.environ.update({name: str(value) for name, value in {**world, **rendezvous}.items()})
     sys.argv = [request["module"], *request["flags"], *request["flags_of_rank"].get(str(rank), [])]
-    from air_moe_megatron.training import console
+    from air_moe_megatron.command import console
 
     console._PATIENCE = 1.0  # no launcher stops this rank when rank 0 has ended
     importlib.import_module(request["module"]).main()

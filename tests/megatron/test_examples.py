@@ -336,8 +336,8 @@ def test_flags_for_gpus_are_valid(fake_machine, monkeypatch):
     """Megatron and our configuration accept what would be started on eight GPUs without Transformer Engine."""
     from megatron.training.arguments import parse_and_validate_args
 
-    from air_moe_megatron.training.arguments import extra_args_provider
-    from air_moe_megatron.training.model import model_config_from_args
+    from air_moe_megatron.command.arguments import extra_args_provider
+    from air_moe_megatron.command.model import model_config_from_args
 
     words = finish(start("single_node.sh", env={**fake_machine, "DATA": "mock"})).splitlines()
     flags = words[words.index("air_moe_megatron.pretrain") + 1 :]

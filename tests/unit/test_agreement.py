@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
-from air_moe_megatron.training import agreement
-from air_moe_megatron.training.agreement import Ranks, check_agreement
+from air_moe_megatron.command import agreement
+from air_moe_megatron.command.agreement import Ranks, check_agreement
 from tests.processes import HANG_SECONDS
 
 
@@ -99,9 +99,9 @@ def test_other_versions_are_named(monkeypatch):
 
 def test_a_change_in_our_sources_changes_their_hash(monkeypatch, tmp_path):
     package = tmp_path / "package"
-    (package / "training").mkdir(parents=True)
+    (package / "command").mkdir(parents=True)
     (package / "layer.py").write_text("a = 1\n")
-    monkeypatch.setattr(agreement, "__file__", str(package / "training/agreement.py"))
+    monkeypatch.setattr(agreement, "__file__", str(package / "command/agreement.py"))
     before = agreement.software()
     assert before == agreement.software() and before["version of torch"] == importlib.metadata.version("torch")
     (package / "layer.py").write_text("a = 2\n")

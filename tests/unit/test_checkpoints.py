@@ -14,8 +14,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from air_moe_megatron.command.agreement import Ranks
 from air_moe_megatron.routers.lacking import Lacking
-from air_moe_megatron.training.agreement import Ranks
 from tests.megatron.conftest import MODEL
 from tests.unit.test_agreement import on_ranks
 
@@ -32,7 +32,7 @@ def parsed() -> argparse.Namespace:
     from megatron.training.arguments import parse_args, validate_args
 
     from air_moe_megatron import cpu
-    from air_moe_megatron.training.arguments import extra_args_provider
+    from air_moe_megatron.command.arguments import extra_args_provider
 
     cpu.enable()
     argv, sys.argv = sys.argv, cpu.with_required_flags(["pretrain", "--cpu", *map(str, MODEL), "--mock-data"])
@@ -115,8 +115,8 @@ def check(parsed, megatron_cpu):
     """A function that checks a run: its arguments that differ from top-k's -> what the checkpoint lacks."""
 
     def check(ranks=ALONE, **changes) -> Lacking:
-        from air_moe_megatron.training.arguments import transformer_config_from_args
-        from air_moe_megatron.training.checkpoints import check_checkpoint
+        from air_moe_megatron.command.arguments import transformer_config_from_args
+        from air_moe_megatron.command.checkpoints import check_checkpoint
 
         changes = {name: str(value) if isinstance(value, Path) else value for name, value in changes.items()}
         args = copy.copy(parsed)
@@ -583,8 +583,8 @@ def test_a_file_system_without_room_is_refused(check, tmp_path):
 
 
 def test_the_estimate_counts_what_it_says(parsed, megatron_cpu):
-    from air_moe_megatron.training.arguments import transformer_config_from_args
-    from air_moe_megatron.training.checkpoints.saving import estimate_bytes
+    from air_moe_megatron.command.arguments import transformer_config_from_args
+    from air_moe_megatron.command.checkpoints.saving import estimate_bytes
 
     def estimate(**changes):
         args = argparse.Namespace(**vars(parsed) | {"padded_vocab_size": 64} | changes)
@@ -601,7 +601,7 @@ def test_the_estimate_counts_what_it_says(parsed, megatron_cpu):
 
 
 def test_a_distributed_optimizer_that_cannot_resume_is_refused(save, check, is_legacy, tmp_path, monkeypatch):
-    from air_moe_megatron.training.checkpoints import saving
+    from air_moe_megatron.command.checkpoints import saving
 
     distributed = {"use_distributed_optimizer": True}
     with pytest.raises(ValueError, match="without Transformer Engine or Apex .* or add --no-save-optim"):
@@ -651,9 +651,9 @@ def test_every_rank_ends_with_the_same_message(save, check, tmp_path):
 
 
 def test_the_fields_of_a_checkpoint_are_read(save, parsed, megatron_cpu, tmp_path, is_legacy):
+    from air_moe_megatron.command.arguments import RECOMMENDED
+    from air_moe_megatron.command.checkpoints import fields_of_checkpoint
     from air_moe_megatron.config import LAYOUT_FIELDS, AIRFields
-    from air_moe_megatron.training.arguments import RECOMMENDED
-    from air_moe_megatron.training.checkpoints import fields_of_checkpoint
 
     def fields(**changes):
         return fields_of_checkpoint(argparse.Namespace(**vars(parsed) | changes), ALONE)

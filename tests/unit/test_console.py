@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from air_moe_megatron.training import console
+from air_moe_megatron.command import console
 
 ROOT = Path(console.__file__).parents[2]
 LOGGING_SCRIPT = """
 import ctypes, logging, sys, warnings
-from air_moe_megatron.training import console
+from air_moe_megatron.command import console
 screen = console.write_log_file(sys.argv[1])
 logging.basicConfig(level=logging.ERROR)  # as a library that sets up logging later
 print("printed")
@@ -65,7 +65,7 @@ def test_another_rank_appends_and_shows_warnings_only(tmp_path):
 
 REFUSING_SCRIPT = """
 import sys
-from air_moe_megatron.training import console
+from air_moe_megatron.command import console
 console._PATIENCE = 0.5
 with console.refusals():
     raise {}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from air_moe_megatron.command.checkpoints.reader import Checkpoint, Location
 from air_moe_megatron.inference import conversion
-from air_moe_megatron.training.checkpoints.reader import Checkpoint, Location
 
 SAVED = dict(
     moe_router_type="air", moe_router_input_norm="none", moe_granular_experts=True, num_experts=16,

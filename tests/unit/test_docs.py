@@ -113,7 +113,7 @@ def parser(megatron_cpu) -> argparse.ArgumentParser:
     """Megatron's parser with our flags, as our entry makes it."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from air_moe_megatron.training.arguments import extra_args_provider
+    from air_moe_megatron.command.arguments import extra_args_provider
 
     return extra_args_provider(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
 
@@ -151,8 +151,8 @@ def flags_of(command: list[str]) -> list[str]:
 
 @documents(of_language("bash"))
 def test_commands_name_what_exists(path, tmp_path, parser):
+    from air_moe_megatron.command.arguments import RECOMMENDED
     from air_moe_megatron.config import refuse_unused
-    from air_moe_megatron.training.arguments import RECOMMENDED
 
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     commands = commands_of(path, tmp_path)
@@ -178,8 +178,8 @@ def test_commands_that_use_a_checkpoint_parse(tmp_path, megatron_cpu):
     from megatron.training.arguments import add_megatron_arguments
 
     from air_moe_megatron import plan
+    from air_moe_megatron.command.arguments import extra_args_provider
     from air_moe_megatron.inference import conversion, evaluation, generation
-    from air_moe_megatron.training.arguments import extra_args_provider
     from air_moe_megatron.tune import command as tuning
 
     modules = {"convert": conversion, "generate": generation, "evaluate": evaluation, "tune": tuning}

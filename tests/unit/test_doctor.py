@@ -103,9 +103,9 @@ def test_the_doctor_makes_every_check_of_a_start(examine, start, tmp_path):
     flags = ["--moe-num-hash-layers", "1", "--moe-hash-balance", "frequency", "--moe-hash-counts", tmp_path / "counts"]
     flags = [*map(str, flags), "--save", str(tmp_path), "--save-interval", "1", "--log-file", str(tmp_path / "log")]
     of_a_start = checks_of(lambda: start(*FLAGS, *flags))
-    assert ("training/memory.py", "check_memory") in of_a_start
+    assert ("command/memory.py", "check_memory") in of_a_start
     missing = of_a_start - checks_of(lambda: examine(*flags))
-    assert {file for file, _ in missing} <= {"training/agreement.py", "training/console.py"}, missing
+    assert {file for file, _ in missing} <= {"command/agreement.py", "command/console.py"}, missing
 
 
 def calls_of(file, *functions):
@@ -194,9 +194,9 @@ def test_no_field_of_the_checkpoint_alone_is_refused_as_unused(examine, start, m
     """The command line gives another router: the user cannot leave out what only the checkpoint has."""
     fields = dict(moe_router_type="air", moe_granular_experts=True, moe_air_num_clusters=8, moe_num_hash_layers=1)
     fields |= dict(moe_hash_seed=3, moe_air_diagnostics_interval=5)
-    for module in ("training.run", "training.checkpoints"):
+    for module in ("training.run", "command.checkpoints"):
         monkeypatch.setattr(f"air_moe_megatron.{module}.fields_of_checkpoint", lambda args, ranks: fields)
-    monkeypatch.setattr("air_moe_megatron.training.arguments.load_args_from_checkpoint", lambda args, load_arg="": None)
+    monkeypatch.setattr("air_moe_megatron.command.arguments.load_args_from_checkpoint", lambda args, load_arg="": None)
     given = [flag for flag in FLAGS if flag not in ("--moe-router-type", "air")]
     message = start(*given, *flags, "--use-checkpoint-args", "--load", "nowhere")
     assert message.startswith("--load 'nowhere' holds no checkpoint")
@@ -206,7 +206,7 @@ def test_no_field_of_the_checkpoint_alone_is_refused_as_unused(examine, start, m
 
 @pytest.mark.parametrize("path", [".", "new/", "/dev/null/run.log"])
 def test_a_log_file_that_cannot_be_written_is_named_with_its_flag(examine, tmp_path, monkeypatch, path):
-    from air_moe_megatron.training import console
+    from air_moe_megatron.command import console
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError) as error:

@@ -10,7 +10,7 @@ from tests.builders import assert_says
 
 
 def parsed(*flags):
-    from air_moe_megatron.training.arguments import add_air_arguments
+    from air_moe_megatron.command.arguments import add_air_arguments
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
     assert add_air_arguments(parser) is parser
@@ -85,7 +85,7 @@ def test_an_unknown_choice_is_refused_by_the_parser(flag, capsys):
     ],
 )
 def test_flags_that_the_topk_router_ignores_are_refused(settings, words):
-    from air_moe_megatron.training.arguments import transformer_config_from_args
+    from air_moe_megatron.command.arguments import transformer_config_from_args
 
     with pytest.raises(ValueError) as error:
         transformer_config_from_args(AIRFields(**settings))
@@ -94,7 +94,7 @@ def test_flags_that_the_topk_router_ignores_are_refused(settings, words):
 
 @pytest.mark.parametrize("router_type", ("air", "hierarchical", "hash", "vq"))
 def test_flags_of_another_router_are_refused(router_type):
-    from air_moe_megatron.training.arguments import transformer_config_from_args
+    from air_moe_megatron.command.arguments import transformer_config_from_args
 
     with pytest.raises(ValueError) as error:
         transformer_config_from_args(AIRFields(moe_router_type=router_type, moe_product_key_dim=8))
@@ -106,7 +106,7 @@ def test_flags_of_another_router_are_refused(router_type):
     "padded, vocab, expected", [(640, 600, 640), (None, 600, 640), (None, None, 0)], ids=("given", "padded", "unknown")
 )
 def test_hash_takes_the_vocabulary_of_the_arguments(padded, vocab, expected):
-    from air_moe_megatron.training.arguments import padded_vocab_size
+    from air_moe_megatron.command.arguments import padded_vocab_size
 
     sizes = dict(padded_vocab_size=padded, vocab_size=vocab, make_vocab_size_divisible_by=64)
     args = argparse.Namespace(**sizes, tensor_model_parallel_size=2)
@@ -114,7 +114,7 @@ def test_hash_takes_the_vocabulary_of_the_arguments(padded, vocab, expected):
 
 
 def test_a_hash_vocabulary_below_the_padded_one_is_refused():
-    from air_moe_megatron.training.arguments import _hash_vocab_size
+    from air_moe_megatron.command.arguments import _hash_vocab_size
 
     args = argparse.Namespace(padded_vocab_size=640, vocab_size=600)
     for given, size in ((0, 640), (640, 640), (700, 700)):

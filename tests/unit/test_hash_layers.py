@@ -424,7 +424,7 @@ class MegatronsOwn(TransformerConfig):
 def test_a_flag_of_megatron_itself_is_left_to_it(monkeypatch):
     import argparse
 
-    from air_moe_megatron.training.arguments import add_air_arguments
+    from air_moe_megatron.command.arguments import add_air_arguments
 
     own = MegatronsOwn.__dataclass_fields__["moe_num_hash_layers"]
     monkeypatch.setitem(TransformerConfig.__dataclass_fields__, "moe_num_hash_layers", own)

@@ -14,15 +14,14 @@ NAME = PACKAGE.name
 
 # A module may import from lower layers and from its own folder, if it is not listed there as unable to.
 LAYERS = (
-    {"ops", "config", "compat", "patch", "process_groups", "training", "training.console", "training.agreement"},
+    {"ops", "config", "compat", "patch", "process_groups", "command", "command.console", "command.agreement"},
     {"learned", "cpu", "initialization"},
-    {"doctor", "doctor.machine", "doctor.source_tree", "routers", "training.start"},
+    {"doctor", "doctor.machine", "doctor.source_tree", "routers", "command.start"},
     {"doctor.mismatches", "layer"},
-    {"sync", "specs", "training.arguments", "diagnostics"},
-    {"step_hooks", "training.batches", "training.preflight", "training.memory", "training.model"},
-    {"training.entry_refusals", "training.checkpoints"},
-    {"training.token_counts"},
-    {"training.run"},
+    {"sync", "specs", "command.arguments", "diagnostics"},
+    {"step_hooks", "command.memory", "command.model"},
+    {"command.entry_refusals", "command.checkpoints"},
+    {"training"},
     {"pretrain", "inference", "doctor.command"},
     {"convert", "evaluate", "generate", "plan", "report", "tune", "doctor.__main__"},
 )
@@ -38,6 +37,7 @@ WITHIN = {
         {"__init__"},
     ),
     "layer": ({"dispatcher", "experts"}, {"__init__"}),
+    "training": ({"batches", "preflight"}, {"token_counts"}, {"run"}),
     "plan": ({"prediction"}, {"text"}, {"command"}, {"__init__", "__main__"}),
     "diagnostics": (
         {"splits", "two_stages", "files", "observation"},

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from air_moe_megatron.command.entry_refusals import FLAG_REFUSALS
 from air_moe_megatron.config import CAUSES, REFUSALS, AIRMoEConfig
-from air_moe_megatron.training.entry_refusals import FLAG_REFUSALS
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -28,7 +28,7 @@ def test_every_cause_has_rows_and_a_place_on_the_page():
 def test_flags_are_megatrons(monkeypatch):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.training.arguments import extra_args_provider
+    from air_moe_megatron.command.arguments import extra_args_provider
 
     monkeypatch.setattr("sys.argv", ["pretrain"])
     args = vars(parse_args(extra_args_provider))

@@ -6,8 +6,8 @@ import types
 import pytest
 import torch
 
+from air_moe_megatron.command import memory
 from air_moe_megatron.routers import ROUTERS as CLASSES
-from air_moe_megatron.training import memory
 
 ARGS = dict(
     moe_router_type="air", moe_air_shard_experts=False, moe_granular_experts=True, moe_dispatch="compact",

@@ -123,7 +123,7 @@ def test_every_rule_is_tested():
 def test_remedies_name_flags_that_exist(rule, megatron_cpu):
     from megatron.training.arguments import add_megatron_arguments
 
-    from air_moe_megatron.training.arguments import extra_args_provider
+    from air_moe_megatron.command.arguments import extra_args_provider
 
     parser = extra_args_provider(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     known = {flag for action in parser._actions for flag in action.option_strings}

@@ -8,9 +8,9 @@ import pytest
 from megatron.training.arguments import parse_args, validate_args
 
 from air_moe_megatron import cpu
+from air_moe_megatron.command.arguments import extra_args_provider
+from air_moe_megatron.command.model import model_config_from_args
 from air_moe_megatron.inference import restore
-from air_moe_megatron.training.arguments import extra_args_provider
-from air_moe_megatron.training.model import model_config_from_args
 
 BASE = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 24 "

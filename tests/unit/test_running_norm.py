@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from air_moe_megatron.command.checkpoints import checks
+from air_moe_megatron.command.checkpoints.reader import Checkpoint, Location
 from air_moe_megatron.learned.running_norm import RunningNorm
 from air_moe_megatron.learned.whitening_norm import WhiteningNorm, is_factorized, whitening_of
 from air_moe_megatron.routers import ROUTERS
 from air_moe_megatron.sync import discard_statistics, update_codebooks
-from air_moe_megatron.training.checkpoints import checks
-from air_moe_megatron.training.checkpoints.reader import Checkpoint, Location
 from tests.builders import make_config, make_router
 
 HIDDEN = 16

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from air_moe_megatron.training import start
+from air_moe_megatron.command import start
 
 
 @pytest.mark.parametrize("is_compiled", (True, False))

@@ -57,8 +57,8 @@ REFUSED = {
 def test_flags_that_cannot_be_honored_are_refused_by_name(monkeypatch, flags, words):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.training.arguments import extra_args_provider
-    from air_moe_megatron.training.entry_refusals import check_flags
+    from air_moe_megatron.command.arguments import extra_args_provider
+    from air_moe_megatron.command.entry_refusals import check_flags
 
     monkeypatch.setattr(sys, "argv", ["pretrain"])
     check_flags(parse_args(extra_args_provider))
@@ -81,8 +81,8 @@ def test_flags_that_cannot_be_honored_are_refused_by_name(monkeypatch, flags, wo
 def test_packed_data_without_a_loss_per_sequence_is_not_refused(monkeypatch, flags):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.training.arguments import extra_args_provider
-    from air_moe_megatron.training.entry_refusals import check_flags
+    from air_moe_megatron.command.arguments import extra_args_provider
+    from air_moe_megatron.command.entry_refusals import check_flags
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *flags.split()])
     check_flags(parse_args(extra_args_provider))
@@ -123,8 +123,8 @@ BAD_VALUES = {
 def test_values_that_would_end_the_run_later_are_refused_by_name(monkeypatch, flags, words):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.training.arguments import extra_args_provider
-    from air_moe_megatron.training.entry_refusals import check_flags
+    from air_moe_megatron.command.arguments import extra_args_provider
+    from air_moe_megatron.command.entry_refusals import check_flags
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *RUN])
     check_flags(parse_args(extra_args_provider))
@@ -137,8 +137,8 @@ def test_values_that_would_end_the_run_later_are_refused_by_name(monkeypatch, fl
 def test_muon_needs_its_package(monkeypatch):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.training.arguments import extra_args_provider
-    from air_moe_megatron.training.entry_refusals import refused_flags
+    from air_moe_megatron.command.arguments import extra_args_provider
+    from air_moe_megatron.command.entry_refusals import refused_flags
 
     def problems(*flags):
         monkeypatch.setattr(sys, "argv", ["pretrain", *RUN, *flags])
@@ -155,8 +155,8 @@ def test_muon_needs_its_package(monkeypatch):
 def test_wandb_needs_its_package_a_name_and_a_folder(monkeypatch):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.training.arguments import extra_args_provider
-    from air_moe_megatron.training.entry_refusals import refused_flags
+    from air_moe_megatron.command.arguments import extra_args_provider
+    from air_moe_megatron.command.entry_refusals import refused_flags
 
     def problems(*flags):
         monkeypatch.setattr(sys, "argv", ["pretrain", *RUN, "--wandb-project", "x", *flags])
@@ -176,8 +176,8 @@ def test_wandb_needs_its_package_a_name_and_a_folder(monkeypatch):
 def test_a_missing_interval_of_evaluations_is_refused_where_it_counts(monkeypatch):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.training.arguments import extra_args_provider
-    from air_moe_megatron.training.entry_refusals import check_flags
+    from air_moe_megatron.command.arguments import extra_args_provider
+    from air_moe_megatron.command.entry_refusals import check_flags
 
     monkeypatch.setattr(sys, "argv", ["pretrain", "--train-iters", "3"])
     with pytest.raises(ValueError, match="--eval-interval .None. must be given"):
@@ -198,7 +198,7 @@ def test_a_missing_interval_of_evaluations_is_refused_where_it_counts(monkeypatc
 def test_a_command_line_that_cannot_be_parsed_is_refused_without_the_usage(monkeypatch, capsys, flags, words):
     from megatron.training.arguments import parse_args
 
-    from air_moe_megatron.training.arguments import extra_args_provider
+    from air_moe_megatron.command.arguments import extra_args_provider
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *flags])
     with pytest.raises(ValueError) as error:
@@ -223,7 +223,7 @@ def config_of(monkeypatch, megatron_cpu):
     from megatron.training.arguments import parse_args, validate_args
 
     from air_moe_megatron import cpu
-    from air_moe_megatron.training.arguments import extra_args_provider, transformer_config_from_args
+    from air_moe_megatron.command.arguments import extra_args_provider, transformer_config_from_args
 
     def config_of(*flags):
         monkeypatch.setattr(sys, "argv", cpu.with_required_flags(["pretrain", "--cpu", *SHAPE, *flags]))

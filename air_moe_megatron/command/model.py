@@ -7,12 +7,12 @@ import torch
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 from megatron.training.models import GPTModelConfig, HybridModelConfig
 
+from air_moe_megatron.command.arguments import moe_layers, transformer_config_from_args
 from air_moe_megatron.config import is_plain_topk, uses_hash
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.hashing import hand_over_token_ids
 from air_moe_megatron.routers.lacking import Lacking
 from air_moe_megatron.specs import air_hybrid_stack_spec, air_layer_spec, require_routers
-from air_moe_megatron.training.arguments import moe_layers, transformer_config_from_args
 
 
 def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridModelConfig:

@@ -7,12 +7,12 @@ from typing import Any
 from megatron.core.transformer import TransformerConfig
 from megatron.training.utils import print_rank_0
 
+from air_moe_megatron.command.arguments import bare_pattern, moe_layers
+from air_moe_megatron.command.checkpoints.reader import LEGACY_FILE, Checkpoint, Damaged
 from air_moe_megatron.config import AIRFields, Problems, num_hash_layers, passed_on, problem_of, resolve_sizes
 from air_moe_megatron.routers import ROUTERS
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.lacking import Lacking
-from air_moe_megatron.training.arguments import bare_pattern, moe_layers
-from air_moe_megatron.training.checkpoints.reader import LEGACY_FILE, Checkpoint, Damaged
 
 _GIVEN_SIZES = (
     "num_layers",

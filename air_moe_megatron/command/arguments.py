@@ -15,6 +15,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.utils import print_rank_0
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from air_moe_megatron.command import console
 from air_moe_megatron.compat import megatron_has_our_fields
 from air_moe_megatron.config import (
     AIRFields,
@@ -31,7 +32,6 @@ from air_moe_megatron.config import (
     unused,
     uses_hash,
 )
-from air_moe_megatron.training import console
 
 RECOMMENDED = {
     "moe_router_type": "air",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.spec_utils import import_module
 
+from air_moe_megatron.command.arguments import NO_YAML, is_packed, moe_layers, value_of
 from air_moe_megatron.config import (
     Problems,
     balancing_losses,
@@ -19,7 +20,6 @@ from air_moe_megatron.config import (
     raise_first,
     uses_hash,
 )
-from air_moe_megatron.training.arguments import NO_YAML, is_packed, moe_layers, value_of
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from air_moe_megatron.command.arguments import moe_layers
 from air_moe_megatron.config import is_plain_topk, is_sharded, num_hash_layers
 from air_moe_megatron.routers import ROUTERS
-from air_moe_megatron.training.arguments import moe_layers
 
 _GIB = 2**30
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from megatron.core.transformer import TransformerConfig
 
+from air_moe_megatron.command.agreement import Ranks
+from air_moe_megatron.command.arguments import RECOMMENDED
+from air_moe_megatron.command.checkpoints.checks import check_schedule, unfit_contents
+from air_moe_megatron.command.checkpoints.reader import Damaged, Location, advice, locate, read
+from air_moe_megatron.command.checkpoints.saving import check_optimizer_resumes, check_room, find_write_problem
 from air_moe_megatron.config import LAYOUT_FIELDS, AIRFields, Problems, is_plain_topk, problem_of, raise_first
 from air_moe_megatron.diagnostics.files import find_write_problem as find_diagnostics_problem
 from air_moe_megatron.routers.lacking import Lacking
-from air_moe_megatron.training.agreement import Ranks
-from air_moe_megatron.training.arguments import RECOMMENDED
-from air_moe_megatron.training.checkpoints.checks import check_schedule, unfit_contents
-from air_moe_megatron.training.checkpoints.reader import Damaged, Location, advice, locate, read
-from air_moe_megatron.training.checkpoints.saving import check_optimizer_resumes, check_room, find_write_problem
 
 __all__ = ["check_checkpoint", "fields_of_checkpoint", "saved_arguments", "unfit_checkpoint"]
 

@@ -10,11 +10,11 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.transformer import TransformerConfig
 
+from air_moe_megatron.command.arguments import moe_layers
+from air_moe_megatron.command.checkpoints.checks import loads_optimizer
+from air_moe_megatron.command.checkpoints.reader import Checkpoint
+from air_moe_megatron.command.memory import parameters_of_expert
 from air_moe_megatron.config import num_hash_layers
-from air_moe_megatron.training.arguments import moe_layers
-from air_moe_megatron.training.checkpoints.checks import loads_optimizer
-from air_moe_megatron.training.checkpoints.reader import Checkpoint
-from air_moe_megatron.training.memory import parameters_of_expert
 
 _GIB = 2**30
 

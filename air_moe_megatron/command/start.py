@@ -15,7 +15,7 @@ def run_quietly() -> TextIO:
     Raises:
         SystemExit: as :func:`choose_device`.
     """
-    from air_moe_megatron.training import console
+    from air_moe_megatron.command import console
 
     screen, log_file = sys.stdout, console.log_file_of(sys.argv[1:])
     if not {"-h", "--help"} & set(sys.argv):
@@ -38,7 +38,7 @@ def choose_device() -> None:
     Raises:
         SystemExit: if there is neither a GPU nor ``--cpu``, or both, or if the commands do not run on this Megatron.
     """
-    from air_moe_megatron.training import console
+    from air_moe_megatron.command import console
 
     if os.environ.get("RANK", "0") != "0":
         warnings.filterwarnings("ignore", category=UserWarning)

@@ -1,0 +1,1 @@
+"""What all commands share: how one starts, its flags and their checks, the ranks' agreement, checkpoints to load."""
