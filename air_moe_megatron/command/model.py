@@ -1,10 +1,16 @@
-"""The configuration of the model that a command trains or loads."""
+"""The configuration of the model that a command trains or loads, and the ranks that hold its embeddings."""
 
 import argparse
 from functools import partial
 
 import torch
-from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+from megatron.training import get_args
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+    hybrid_config_from_args,
+)
 from megatron.training.models import GPTModelConfig, HybridModelConfig
 
 from air_moe_megatron.command.arguments import moe_layers, transformer_config_from_args
@@ -52,3 +58,20 @@ def leave_out(lacking: Lacking, model: list[torch.nn.Module]) -> list[torch.nn.M
     for router in find_routers(model, AIRRouter):
         router.lacking = lacking
     return model
+
+
+def get_embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """List the ranks that hold a copy of the word embeddings.
+
+    Args:
+        pp_ranks: global ranks of one pipeline, first stage first.
+    Returns:
+        Sorted global ranks: the first stage, the last one if the output layer shares the weights, stages with MTP.
+    """
+    if len(pp_ranks) == 1:
+        return list(pp_ranks)
+    args = get_args()
+    ranks = {pp_ranks[0], *get_mtp_ranks(pp_ranks, core_transformer_config_from_args(args))}
+    if not args.untie_embeddings_and_output_weights:
+        ranks.add(pp_ranks[-1])
+    return sorted(ranks)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from air_moe_megatron.command import console
 from air_moe_megatron.command.checkpoints.saving import check_writable
+from air_moe_megatron.command.forward_step import forward_step
 from air_moe_megatron.diagnostics.health import LOAD_METRICS, listed_share_of, load_metrics_of
 from air_moe_megatron.diagnostics.metrics import layer_of
 from air_moe_megatron.diagnostics.recall import recall
@@ -29,7 +30,6 @@ from air_moe_megatron.process_groups import process_groups_released, sum_over_ra
 from air_moe_megatron.routers import AIRRouter
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.sharded_rows import ShardedRows
-from air_moe_megatron.training.batches import forward_step
 
 _SAMPLE_SIZE, _MAX_SAMPLED = 64, 4096
 """How many tokens of a microbatch, and of a data set, get exact scores, per layer and rank."""

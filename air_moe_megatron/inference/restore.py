@@ -38,12 +38,11 @@ from air_moe_megatron.command.arguments import (
 from air_moe_megatron.command.checkpoints import check_checkpoint, saved_arguments
 from air_moe_megatron.command.entry_refusals import check_flags
 from air_moe_megatron.command.memory import check_memory
-from air_moe_megatron.command.model import leave_out, model_config_from_args
+from air_moe_megatron.command.model import get_embedding_ranks, leave_out, model_config_from_args
 from air_moe_megatron.config import LAYOUT_FIELDS, AIRMoEConfig, is_plain_topk, resolve_sizes
 from air_moe_megatron.inference.text import check_tokenizer_files
 from air_moe_megatron.routers.lacking import Lacking
 from air_moe_megatron.specs import mtp_specs_with_air_layers
-from air_moe_megatron.training.batches import get_embedding_ranks
 
 _CONFIGS = (AIRMoEConfig, MLATransformerConfig, HeterogeneousTransformerConfig)
 

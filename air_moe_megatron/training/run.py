@@ -30,15 +30,16 @@ from air_moe_megatron.command.arguments import (
 )
 from air_moe_megatron.command.checkpoints import check_checkpoint, fields_of_checkpoint
 from air_moe_megatron.command.entry_refusals import check_flags
+from air_moe_megatron.command.forward_step import forward_step
 from air_moe_megatron.command.memory import check_memory
-from air_moe_megatron.command.model import leave_out, model_config_from_args
+from air_moe_megatron.command.model import get_embedding_ranks, leave_out, model_config_from_args
 from air_moe_megatron.compat import require_entry_megatron
 from air_moe_megatron.config import is_plain_topk
 from air_moe_megatron.process_groups import process_groups_released
 from air_moe_megatron.routers.hashing import balance_hash_tables
 from air_moe_megatron.specs import mtp_specs_with_air_layers
 from air_moe_megatron.step_hooks import codebook_updates
-from air_moe_megatron.training.batches import forward_step, get_embedding_ranks, train_valid_test_datasets_provider
+from air_moe_megatron.training.datasets import train_valid_test_datasets_provider
 from air_moe_megatron.training.preflight import check_data
 from air_moe_megatron.training.token_counts import agreed_counts
 

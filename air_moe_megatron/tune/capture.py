@@ -8,12 +8,12 @@ import numpy
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
+from air_moe_megatron.command.forward_step import forward_step
 from air_moe_megatron.diagnostics.metrics import layer_of
 from air_moe_megatron.inference.data import TokenStream, Windows
 from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.routers import AIRRouter, HashRouter
 from air_moe_megatron.routers.base import CompactRouter
-from air_moe_megatron.training.batches import forward_step
 from air_moe_megatron.tune.recall import Layer
 
 

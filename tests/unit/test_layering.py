@@ -19,10 +19,10 @@ LAYERS = (
     {"doctor", "doctor.machine", "doctor.source_tree", "routers", "command.start"},
     {"doctor.mismatches", "layer"},
     {"sync", "specs", "command.arguments", "diagnostics"},
-    {"step_hooks", "command.memory", "command.model"},
+    {"step_hooks", "command.memory", "command.model", "command.forward_step"},
     {"command.entry_refusals", "command.checkpoints"},
-    {"training"},
-    {"pretrain", "inference", "doctor.command"},
+    {"training", "inference"},
+    {"pretrain", "doctor.command"},
     {"convert", "evaluate", "generate", "plan", "report", "tune", "doctor.__main__"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -37,7 +37,7 @@ WITHIN = {
         {"__init__"},
     ),
     "layer": ({"dispatcher", "experts"}, {"__init__"}),
-    "training": ({"batches", "preflight"}, {"token_counts"}, {"run"}),
+    "training": ({"datasets", "preflight"}, {"token_counts"}, {"run"}),
     "plan": ({"prediction"}, {"text"}, {"command"}, {"__init__", "__main__"}),
     "diagnostics": (
         {"splits", "two_stages", "files", "observation"},

@@ -113,7 +113,7 @@ def test_what_our_code_does_without_on_a_version_counts_only_elsewhere(different
 def test_layers_are_told_from_commands():
     files = mismatches.model_files()
     assert {"specs.py", "routers/air.py", "layer/dispatcher.py", "diagnostics/health.py"} <= files
-    assert not {"training/training.py", "training/batches.py", "doctor/command.py", "inference/restore.py"} & files
+    assert not {"training/run.py", "command/forward_step.py", "doctor/command.py", "inference/restore.py"} & files
 
 
 def test_the_tables_beside_the_check_are_used():
