@@ -15,11 +15,10 @@ import torch
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
 from air_moe_megatron.command.arguments import padded_vocab_size
+from air_moe_megatron.command.indexed_dataset import check_token_ids, read_indexed_dataset
 from air_moe_megatron.inference.text import ByteTokenizer, IdTokenizer, Tokenizer, num_bytes
-from air_moe_megatron.training.preflight import check_token_ids, read_indexed_dataset
 
 _BLOCK = 2**20  # tokens that are processed together
-_SCANNED_BLOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def read(path: str, tokenizer: Tokenizer, args: argparse.Namespace, max_tokens: 
         tokens, size = _tokenize(documents, tokenizer, path.endswith(".jsonl"), max_tokens)
     else:
         dataset = read_indexed_dataset(path, name)
-        check_token_ids(dataset, name, padded_vocab_size(args), _SCANNED_BLOCKS)
+        check_token_ids(dataset, name, padded_vocab_size(args))
         tokens = dataset.tokens[: int(dataset.lengths.sum(dtype=numpy.int64))][:max_tokens]
         size = _bytes_of(tokens, tokenizer)
     if len(tokens) < args.seq_length + 1:

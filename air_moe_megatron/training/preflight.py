@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import os
 import re
-import struct
 from dataclasses import dataclass
 
 import numpy
@@ -12,33 +10,20 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
-from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, get_bin_path, get_idx_path
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from air_moe_megatron.command.arguments import padded_vocab_size, value_of
+from air_moe_megatron.command.indexed_dataset import (
+    SCANNED_BLOCKS,
+    IndexedTokens,
+    check_file,
+    check_token_ids,
+    read_indexed_dataset,
+)
 from air_moe_megatron.config import Problems, problem_of, raise_first
 
-_HEADER = struct.Struct("<QBQQ")
-"""Header after the magic bytes: version, code of the token dtype, numbers of sequences and of document boundaries."""
-
-_LENGTH = struct.Struct("<i")
-"""Length of a sequence in tokens. The index lists one per sequence after its header."""
-
-_POINTER = struct.Struct("<q")
-"""Byte offset of a sequence in the .bin file. The index lists one per sequence after the lengths, and then the document
-boundaries, which have the same size."""
-
 _SPLITS = ("train", "valid", "test")
-
-_SCANNED_BLOCKS, _BLOCK_BYTES = 64, 2**20
-"""How many blocks are searched for ids beyond the vocabulary, over all data sets, but at least one of each; their size
-in bytes."""
-
-_PAD_ID = -1
-"""Megatron's padding id if the tokenizer has none. It is replaced before the embedding sees it."""
-
-_PAIR_RULE = "a Megatron indexed data set is a pair x.bin, x.idx, named without its ending"
 
 
 @dataclass(frozen=True)
@@ -49,15 +34,6 @@ class _Blend:
     prefixes: list[str]
     is_weighted: bool
     shares: dict[str, tuple[float, float]]  # split -> where it begins and ends, as fractions of the sequences
-
-
-@dataclass(frozen=True)
-class IndexedTokens:
-    """Sequence lengths and tokens of an indexed data set, mapped from disk."""
-
-    prefix: str
-    lengths: numpy.ndarray  # tokens of each sequence
-    tokens: numpy.ndarray  # memory map of all tokens
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -107,14 +83,14 @@ def unfit_data(args: argparse.Namespace) -> Problems[None]:
             yield from problem_of(_check_drawn, args, blend)
         for prefix in blend.prefixes:
             if not is_object_storage_path(prefix):
-                yield from _unfit_dataset(args, blend, prefix, max(1, _SCANNED_BLOCKS // num_datasets))
+                yield from _unfit_dataset(args, blend, prefix, max(1, SCANNED_BLOCKS // num_datasets))
 
 
 def _unfit_dataset(args: argparse.Namespace, blend: _Blend, prefix: str, num_blocks: int) -> Problems[None]:
     """Yield the problems of one data set of a blend: damage, splits without tokens, ids beyond the vocabulary."""
     name = f"{blend.name} entry '{prefix}'"
     if args.sft:
-        yield from problem_of(_check_file, prefix, name, "with --sft it is a JSON Lines file")
+        yield from problem_of(check_file, prefix, name, "with --sft it is a JSON Lines file")
         return
     try:
         dataset = read_indexed_dataset(prefix, name)
@@ -130,7 +106,7 @@ def _blends(args: argparse.Namespace, flags: list[str]) -> list[_Blend]:
     for flag in ("--data-args-path", "--per-split-data-args-path"):
         path = value_of(args, flag)
         if path is not None and not is_object_storage_path(path):
-            _check_file(path, f"{flag} '{path}'", "it is a file that lists data sets")
+            check_file(path, f"{flag} '{path}'", "it is a file that lists data sets")
     if args.per_split_data_args_path is not None and not is_object_storage_path(args.per_split_data_args_path):
         _check_per_split_file(args.per_split_data_args_path)
 
@@ -177,69 +153,6 @@ def _check_per_split_file(path: str) -> None:
             f"--per-split-data-args-path '{path}': keys {', '.join(missing)} are missing; "
             "it is a JSON object with the keys train, valid, test"
         )
-
-
-def _check_file(path: str, name: str, rule: str) -> int:
-    """Require a readable file that is not empty, and return its size in bytes."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{name}: '{path}' does not exist; {rule}")
-    size = os.path.getsize(path)
-    if size == 0:
-        raise ValueError(f"{name}: '{path}' is empty; {rule}")
-    if not os.access(path, os.R_OK):
-        raise ValueError(f"{name}: '{path}' is not readable; {rule}")
-    return size
-
-
-def read_indexed_dataset(prefix: str, name: str) -> IndexedTokens:
-    """Read the index of a data set and map its tokens, after checking that both files are whole.
-
-    Args:
-        prefix: path of the pair, without .bin and .idx.
-        name: name of the data set in errors.
-    Raises:
-        ValueError: naming the file and what is wrong with it.
-    """
-    idx_path, bin_path = get_idx_path(prefix), get_bin_path(prefix)
-    idx_size = _check_file(idx_path, name, _PAIR_RULE)
-    bin_size = _check_file(bin_path, name, _PAIR_RULE)
-
-    with open(idx_path, "rb") as file:
-        header = file.read(len(_INDEX_HEADER) + _HEADER.size)
-        if not header.startswith(_INDEX_HEADER):
-            raise ValueError(f"{name}: '{idx_path}' does not begin with {_INDEX_HEADER!r}; {_PAIR_RULE}")
-        if len(header) < len(_INDEX_HEADER) + _HEADER.size:
-            raise ValueError(f"{name}: '{idx_path}' ends within its header, at byte {idx_size}")
-        version, dtype_code, num_sequences, num_boundaries = _HEADER.unpack_from(header, len(_INDEX_HEADER))
-        if version != 1:
-            raise ValueError(f"{name}: '{idx_path}' has version {version}; Megatron reads version 1")
-        if dtype_code not in {dtype.value for dtype in DType}:
-            raise ValueError(f"{name}: '{idx_path}' has the unknown token type {dtype_code}")
-        if num_sequences == 0:
-            raise ValueError(f"{name}: '{idx_path}' lists no sequences; a data set needs at least one")
-
-        pointers_at = len(header) + num_sequences * _LENGTH.size
-        boundaries_at = pointers_at + num_sequences * _POINTER.size
-        idx_size_needed = boundaries_at + num_boundaries * _POINTER.size
-        if idx_size < idx_size_needed:
-            raise ValueError(
-                f"{name}: '{idx_path}' has {idx_size} bytes where {num_sequences} sequences need {idx_size_needed}"
-            )
-        file.seek(boundaries_at - _POINTER.size)
-        (last_pointer,) = _POINTER.unpack(file.read(_POINTER.size))
-
-    lengths = numpy.memmap(idx_path, numpy.dtype("<i4"), "r", len(header), (num_sequences,))
-    if lengths.min() < 0:
-        raise ValueError(f"{name}: '{idx_path}' lists a sequence of {lengths.min()} tokens; none can have fewer than 0")
-    # Sequences lie one after the other, so the last one ends where the data end.
-    token_size = DType.size(dtype_code)
-    bin_size_needed = last_pointer + int(lengths[-1]) * token_size
-    if bin_size < bin_size_needed:
-        raise ValueError(
-            f"{name}: '{bin_path}' has {bin_size} bytes where its index '{idx_path}' needs {bin_size_needed}"
-        )
-    dtype = numpy.dtype(DType.dtype_from_code(dtype_code)).newbyteorder("<")
-    return IndexedTokens(prefix, lengths, numpy.memmap(bin_path, dtype, "r", shape=(bin_size // token_size,)))
 
 
 def _missing_splits(args: argparse.Namespace, given: set[str]) -> Problems[None]:
@@ -297,25 +210,4 @@ def _check_splits(args: argparse.Namespace, blend: _Blend, dataset: IndexedToken
             raise ValueError(
                 f"{name}: {given} {len(lengths)} of {num_sequences} sequences (documents) with {num_tokens} tokens to "
                 f"{split}, which needs at least {needed}: {remedy}"
-            )
-
-
-def check_token_ids(dataset: IndexedTokens, name: str, vocab_size: int, num_blocks: int) -> None:
-    """Refuse token ids that the embedding does not have. Only blocks spread over the file are searched."""
-    tokens = dataset.tokens
-    has_room = tokens.dtype.kind not in "iu" or numpy.iinfo(tokens.dtype).max >= vocab_size
-    if vocab_size == 0 or not has_room:
-        return
-    block_size = _BLOCK_BYTES // tokens.itemsize
-    starts = range(0, len(tokens), block_size)
-    if len(starts) > num_blocks:
-        starts = numpy.linspace(0, len(tokens) - block_size, num_blocks).astype(int)
-    for start in starts:
-        block = tokens[start : start + block_size]
-        lowest, highest = block.min(), block.max()
-        if lowest < _PAD_ID or highest >= vocab_size:
-            raise ValueError(
-                f"{name}: '{get_bin_path(dataset.prefix)}' holds the token id "
-                f"{highest if highest >= vocab_size else lowest}, and the model's vocabulary has the ids 0 to "
-                f"{vocab_size - 1}: give the tokenizer (--vocab-size, --tokenizer-model) that made the data"
             )

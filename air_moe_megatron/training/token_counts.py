@@ -9,8 +9,9 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from air_moe_megatron.command.agreement import Ranks
 from air_moe_megatron.command.checkpoints.reader import locate
+from air_moe_megatron.command.indexed_dataset import read_indexed_dataset
 from air_moe_megatron.config import uses_hash
-from air_moe_megatron.training.preflight import read_indexed_dataset, split_shares
+from air_moe_megatron.training.preflight import split_shares
 
 COUNTED_TOKENS = 2**24
 """How many tokens are counted: the first ones of each training data set."""

@@ -14,7 +14,10 @@ NAME = PACKAGE.name
 
 # A module may import from lower layers and from its own folder, if it is not listed there as unable to.
 LAYERS = (
-    {"ops", "config", "compat", "patch", "process_groups", "command", "command.console", "command.agreement"},
+    {
+        *("ops", "config", "compat", "patch", "process_groups"),
+        *("command", "command.console", "command.agreement", "command.indexed_dataset"),
+    },
     {"learned", "cpu", "initialization"},
     {"doctor", "doctor.machine", "doctor.source_tree", "routers", "command.start"},
     {"doctor.mismatches", "layer"},
@@ -115,6 +118,12 @@ def test_imports_within_a_folder_point_down(path):
     siblings = {tuple(name.split(".")[:2]) for name in own_names(imported_names(path, lazy_too=False))}
     for imported in {name for parent, name in siblings if parent == folder and name in level}:
         assert level[imported] < level[path.stem], f"{folder}/{path.stem} imports {imported}"
+
+
+def test_what_commands_share_imports_none_of_them():
+    commands = set("pretrain training generate evaluate convert inference tune doctor plan report".split())
+    for path in (PACKAGE / "command").rglob("*.py"):
+        assert not {name.split(".")[0] for name in own_names(imported_names(path))} & commands, path
 
 
 @pytest.mark.parametrize(

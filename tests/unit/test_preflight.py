@@ -9,6 +9,8 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from air_moe_megatron.command import indexed_dataset
+from air_moe_megatron.training import preflight
 from air_moe_megatron.training.preflight import check_data
 
 HEADER_SIZE = 34
@@ -291,10 +293,8 @@ def test_the_ids_of_signed_tokens_begin_with_that_of_padding(tmp_path, token, is
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 def test_blocks_from_begin_to_end_of_a_large_file_are_searched(tmp_path, monkeypatch, place):
-    from air_moe_megatron.training import preflight
-
-    monkeypatch.setattr(preflight, "_BLOCK_BYTES", 64)
-    monkeypatch.setattr(preflight, "_SCANNED_BLOCKS", 3)
+    monkeypatch.setattr(indexed_dataset, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(preflight, "SCANNED_BLOCKS", 3)
     tokens = numpy.zeros(10_000, dtype=numpy.uint16)
     tokens[{"first": 0, "middle": 5_000, "last": -1}[place]] = 9
     prefix = str(tmp_path / "text")
@@ -306,9 +306,7 @@ def test_blocks_from_begin_to_end_of_a_large_file_are_searched(tmp_path, monkeyp
 
 
 def test_tokens_of_a_type_that_cannot_exceed_the_vocabulary_are_not_read(dataset, monkeypatch):
-    from air_moe_megatron.training import preflight
-
-    monkeypatch.setattr(preflight, "_BLOCK_BYTES", None)  # reading would fail
+    monkeypatch.setattr(indexed_dataset, "_BLOCK_BYTES", None)  # reading would fail
     check_data(arguments(data_path=[str(dataset)], padded_vocab_size=2**16))
     with pytest.raises(TypeError):
         check_data(arguments(data_path=[str(dataset)], padded_vocab_size=2**16 - 1))
