@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.compat import require_supported_megatron
-from air_moe_megatron.config import hash_layer_numbers, is_plain_topk, num_hash_layers, refuse_unused, validate
+from air_moe_megatron.config import hash_layer_numbers, is_plain_topk, num_hash_layers, raise_first, unused, validate
 from air_moe_megatron.layer import AIRMoELayer
 from air_moe_megatron.layer.dispatcher import CompactTokenDispatcher
 from air_moe_megatron.layer.experts import GranularExperts
@@ -49,7 +49,7 @@ def with_air_layers[S](spec: S, config: TransformerConfig, moe_layers: Sequence[
             or first layers by hash in a layer class that is not ours.
     """
     if hasattr(config, "moe_router_type"):
-        refuse_unused(config)
+        raise_first(unused(config))
     if spec is None or is_plain_topk(config):
         return spec
     require_supported_megatron()

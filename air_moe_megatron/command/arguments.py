@@ -26,7 +26,7 @@ from air_moe_megatron.config import (
     is_plain_topk,
     layers_with_experts,
     megatron_has_hash_layers,
-    refuse_unused,
+    raise_first,
     router_type_of,
     set_fields,
     unused,
@@ -203,7 +203,7 @@ def transformer_config_from_args(args: argparse.Namespace) -> TransformerConfig:
     Raises:
         ValueError: naming the field, value and rule that the arguments break.
     """
-    refuse_unused(args)
+    raise_first(unused(args))
     if getattr(args, "air_moe", False) and args.moe_router_topk_scaling_factor is None:
         args.moe_router_topk_scaling_factor = recommended_scale(args.moe_router_topk)
         print_rank_0(f"> --air-moe: --moe-router-topk-scaling-factor {args.moe_router_topk_scaling_factor}")

@@ -17,7 +17,6 @@ from air_moe_megatron.config import (
     balancing_losses,
     is_plain_topk,
     num_hash_layers,
-    raise_first,
     uses_hash,
 )
 
@@ -45,17 +44,11 @@ class FlagRule:
     """Text of the error after the flag and its value; {router} as in :class:`FlagRefusal`, {args} for the arguments."""
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that this entry would otherwise accept and not honor, or that would end the run later.
-
-    Raises:
-        ValueError: the first of :func:`refused_flags`.
-    """
-    raise_first(refused_flags(args))
-
-
 def refused_flags(args: argparse.Namespace) -> Problems[None]:
-    """Yield a ValueError for each row of both tables that applies, with the flag, its value and the reason or rule."""
+    """Yield a ValueError for each row of both tables that applies, with the flag, its value and the reason or rule.
+
+    A start would otherwise accept these flags and not honor them, or end later in an unclear error.
+    """
     for row in FLAG_REFUSALS:
         value = value_of(args, row.flag)
         if value is not None and value is not False and row.applies(args):

@@ -24,7 +24,7 @@ from air_moe_megatron.config.fields import (
 from air_moe_megatron.config.hash_layers import hash_layer_config, hash_layer_numbers, layers_with_experts
 from air_moe_megatron.config.problems import Problems, passed_on, problem_of, raise_first
 from air_moe_megatron.config.refusals import CAUSES, REFUSALS
-from air_moe_megatron.config.rules import invalid, refuse_unused, unused, validate
+from air_moe_megatron.config.rules import invalid, unused, validate
 from air_moe_megatron.config.sizes import (
     AIRSizes,
     GroupSizes,
@@ -58,7 +58,6 @@ __all__ = [
     "passed_on",
     "problem_of",
     "raise_first",
-    "refuse_unused",
     "resolve_groups",
     "resolve_product_keys",
     "resolve_sizes",

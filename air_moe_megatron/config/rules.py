@@ -24,19 +24,12 @@ _NEED_OURS = ("moe_dispatch", "moe_router_input_norm", "moe_air_diagnostics_inte
 """Fields that every router of ours uses and Megatron's own router ignores."""
 
 
-def refuse_unused(values: object) -> None:
-    """Refuse a field of ours that would have no effect.
+def unused(values: object) -> Problems[None]:
+    """Yield a ValueError for each field of ours without effect, with the flag, its value and what it needs.
 
     Args:
         values: a config or arguments that have all our fields.
-    Raises:
-        ValueError: the first of :func:`unused`.
     """
-    raise_first(unused(values))
-
-
-def unused(values: object) -> Problems[None]:
-    """Yield a ValueError for each field of ours without effect, with the flag, its value and what it needs."""
     for field in fields(AIRFields):
         value, owner = getattr(values, field.name), router_type_of(field.name)
         if value == field.default or owner == values.moe_router_type or (owner == "hash" and uses_hash(values)):

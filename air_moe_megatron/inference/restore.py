@@ -36,10 +36,10 @@ from air_moe_megatron.command.arguments import (
     without_fields_of_others,
 )
 from air_moe_megatron.command.checkpoints import check_checkpoint, saved_arguments
-from air_moe_megatron.command.entry_refusals import check_flags
+from air_moe_megatron.command.entry_refusals import refused_flags
 from air_moe_megatron.command.memory import check_memory
 from air_moe_megatron.command.model import get_embedding_ranks, leave_out, model_config_from_args
-from air_moe_megatron.config import LAYOUT_FIELDS, AIRMoEConfig, is_plain_topk, resolve_sizes
+from air_moe_megatron.config import LAYOUT_FIELDS, AIRMoEConfig, is_plain_topk, raise_first, resolve_sizes
 from air_moe_megatron.inference.text import check_tokenizer_files
 from air_moe_megatron.routers.lacking import Lacking
 from air_moe_megatron.specs import mtp_specs_with_air_layers
@@ -169,7 +169,7 @@ def parse(start: Start, left: Collection[str] = ()) -> argparse.Namespace:
     args = parse_flags(partial(_flags, add_flags=start.add_flags, defaults=defaults))
     complete(args, rebuild_tokenizer)
     check_agreement(args, start.ranks)
-    check_flags(args)
+    raise_first(refused_flags(args))
     if start.ranks.rank == 0:
         _report_changes(args, values)
     return args

@@ -21,7 +21,7 @@ from air_moe_megatron.command.indexed_dataset import (
     check_token_ids,
     read_indexed_dataset,
 )
-from air_moe_megatron.config import Problems, problem_of, raise_first
+from air_moe_megatron.config import Problems, problem_of
 
 _SPLITS = ("train", "valid", "test")
 
@@ -36,22 +36,11 @@ class _Blend:
     shares: dict[str, tuple[float, float]]  # split -> where it begins and ends, as fractions of the sequences
 
 
-def check_data(args: argparse.Namespace) -> None:
-    """Refuse a command line whose data sets cannot be read, or cannot be trained on.
-
-    Reads the lengths in each index and at most 64 MiB of tokens; if there are more than 64 data sets, 1 MiB of each.
-    Paths in object storage are left to Megatron. Does not communicate.
-
-    Raises:
-        ValueError: the first of :func:`unfit_data`.
-    """
-    raise_first(unfit_data(args))
-
-
 def unfit_data(args: argparse.Namespace) -> Problems[None]:
-    """Yield an error for each problem of the data sets, with the flag, the path and the broken rule.
+    """Yield an error for each data set that cannot be read or trained on, with the flag, the path and the broken rule.
 
-    A data set is read up to its first damage.
+    Reads the lengths in each index and at most 64 MiB of tokens; if there are more than 64 data sets, 1 MiB of each. A
+    data set is read up to its first damage. Paths in object storage are left to Megatron. Does not communicate.
     """
     single = [flag for flag in ("--data-path", "--data-args-path") if value_of(args, flag)]
     per_split_flags = [f"--{split}-data-path" for split in _SPLITS] + ["--per-split-data-args-path"]

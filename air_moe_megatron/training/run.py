@@ -29,18 +29,18 @@ from air_moe_megatron.command.arguments import (
     without_fields_of_others,
 )
 from air_moe_megatron.command.checkpoints import check_checkpoint, fields_of_checkpoint
-from air_moe_megatron.command.entry_refusals import check_flags
+from air_moe_megatron.command.entry_refusals import refused_flags
 from air_moe_megatron.command.forward_step import forward_step
 from air_moe_megatron.command.memory import check_memory
 from air_moe_megatron.command.model import get_embedding_ranks, leave_out, model_config_from_args
 from air_moe_megatron.compat import require_entry_megatron
-from air_moe_megatron.config import is_plain_topk
+from air_moe_megatron.config import is_plain_topk, raise_first
 from air_moe_megatron.process_groups import process_groups_released
 from air_moe_megatron.routers.hashing import balance_hash_tables
 from air_moe_megatron.specs import mtp_specs_with_air_layers
 from air_moe_megatron.step_hooks import codebook_updates
 from air_moe_megatron.training.datasets import train_valid_test_datasets_provider
-from air_moe_megatron.training.preflight import check_data
+from air_moe_megatron.training.preflight import unfit_data
 from air_moe_megatron.training.token_counts import agreed_counts
 
 
@@ -118,8 +118,8 @@ def train(program_start: float | None = None, screen: TextIO | None = None) -> N
     with console.refusals():
         args, ranks = parse()
         check_agreement(args, ranks)
-        check_flags(args)
-        ranks.check("data", lambda: check_data(args))
+        raise_first(refused_flags(args))
+        ranks.check("data", lambda: raise_first(unfit_data(args)))
         model_config = model_config_from_args(args)
         ranks.check("memory", lambda: check_memory(args))
         lacking = check_checkpoint(args, model_config.transformer, ranks)

@@ -429,21 +429,21 @@ def test_what_cannot_be_written_is_said_before_the_start(tmp_path):
 
 
 def test_the_interval_is_for_every_router_of_ours():
-    from air_moe_megatron.config import refuse_unused
+    from air_moe_megatron.config import raise_first, unused
     from tests.builders import make_config
 
     for router_type in ROUTER_TYPES:
         config = make_config(moe_router_type=router_type, moe_air_diagnostics_interval=7)
-        refuse_unused(config)
+        raise_first(unused(config))
     with pytest.raises(ValueError, match=r"moe_air_diagnostics_interval \(-1\) must be a number of steps, or 0 to"):
         make_config(moe_air_diagnostics_interval=-1)
     config.moe_router_type, config.moe_granular_experts, config.moe_dispatch = "topk", False, "stock"
     with pytest.raises(
         ValueError, match=r"--moe-air-diagnostics-interval \(7\) has no effect .* --moe-granular-experts"
     ):
-        refuse_unused(config)
+        raise_first(unused(config))
     config.moe_air_diagnostics_interval = 0
-    refuse_unused(config)
+    raise_first(unused(config))
 
 
 def test_a_router_outside_of_a_training_loop_keeps_its_sample(megatron_cpu):

@@ -152,7 +152,7 @@ def flags_of(command: list[str]) -> list[str]:
 @documents(of_language("bash"))
 def test_commands_name_what_exists(path, tmp_path, parser):
     from air_moe_megatron.command.arguments import RECOMMENDED
-    from air_moe_megatron.config import refuse_unused
+    from air_moe_megatron.config import raise_first, unused
 
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     commands = commands_of(path, tmp_path)
@@ -170,7 +170,7 @@ def test_commands_name_what_exists(path, tmp_path, parser):
         if flags:
             defaults = {name: parser.get_default(name) for name in RECOMMENDED}
             parser.set_defaults(**RECOMMENDED if "--air-moe" in flags else {})
-            refuse_unused(parser.parse_args(flags))
+            raise_first(unused(parser.parse_args(flags)))
             parser.set_defaults(**defaults)
 
 

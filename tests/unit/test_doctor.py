@@ -117,14 +117,14 @@ def calls_of(file, *functions):
 
 def test_a_checkpoint_that_is_used_is_checked_as_one_that_is_trained():
     """A check that is added to ``train`` must be added to the start of the other commands, or be named here."""
-    checks = {"check", "complete", "meet", "model_config_from_args", "agreed_counts"}
+    checks = {"check", "complete", "meet", "model_config_from_args", "agreed_counts", "refused_flags", "unfit_data"}
     of_a_start = {
         name for name in calls_of("training/run.py", "parse", "train") if name in checks or name.startswith("check_")
     }
-    assert {"check_flags", "check_memory", "complete"} <= of_a_start
+    assert {"refused_flags", "check_memory", "complete"} <= of_a_start
     missing = of_a_start - calls_of("inference/restore.py", "begin", "parse", "build_and_load")
     # The commands read their own data, and a checkpoint brings the tables of its hash routers.
-    assert missing == {"check_data", "agreed_counts"}
+    assert missing == {"unfit_data", "agreed_counts"}
 
 
 def test_a_sound_command_line_has_no_problem(examine):

@@ -17,7 +17,8 @@ from air_moe_megatron.config import (
     hash_layer_numbers,
     is_plain_topk,
     num_hash_layers,
-    refuse_unused,
+    raise_first,
+    unused,
     validate,
 )
 from air_moe_megatron.layer.experts import GranularExperts
@@ -432,7 +433,7 @@ def test_a_flag_of_megatron_itself_is_left_to_it(monkeypatch):
     assert "--moe-num-hash-layers" not in parser._option_string_actions
     values = AIRFields(moe_num_hash_layers=2)
     assert num_hash_layers(values) == 0 and is_plain_topk(values)
-    refuse_unused(values)
+    raise_first(unused(values))
     with pytest.raises(ValueError, match=r"moe_num_hash_layers \(1\) is Megatron's own here"):
         make_config(**MIXED)
 
@@ -460,10 +461,10 @@ def test_overlapped_communication_is_refused():
 
 def test_first_layers_of_a_hash_everywhere_have_no_effect():
     with pytest.raises(ValueError, match=r"--moe-num-hash-layers \(1\) has no effect with --moe-router-type hash"):
-        refuse_unused(AIRFields(moe_router_type="hash", moe_num_hash_layers=1))
-    refuse_unused(AIRFields(moe_router_type="air", moe_num_hash_layers=1, moe_hash_seed=3))
+        raise_first(unused(AIRFields(moe_router_type="hash", moe_num_hash_layers=1)))
+    raise_first(unused(AIRFields(moe_router_type="air", moe_num_hash_layers=1, moe_hash_seed=3)))
     with pytest.raises(ValueError, match=r"--moe-hash-seed \(3\) has no effect"):
-        refuse_unused(AIRFields(moe_router_type="air", moe_hash_seed=3))
+        raise_first(unused(AIRFields(moe_router_type="air", moe_hash_seed=3)))
 
 
 def test_a_layer_class_that_is_not_ours_is_refused():

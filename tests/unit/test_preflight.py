@@ -1,4 +1,4 @@
-"""check_data names the flag, the path and the rule for every data set that cannot be read."""
+"""The flag, the path and the rule are named for every data set that cannot be read."""
 
 import argparse
 import json
@@ -10,8 +10,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from air_moe_megatron.command import indexed_dataset
+from air_moe_megatron.config import raise_first
 from air_moe_megatron.training import preflight
-from air_moe_megatron.training.preflight import check_data
 
 HEADER_SIZE = 34
 DATA_FLAGS = (
@@ -28,6 +28,11 @@ RUN = dict(
     mock_data=False, sft=False, skip_train=False, train_iters=10, train_samples=None, eval_iters=0,
     full_validation=False, seq_length=4, split=None, padded_vocab_size=8, vocab_size=8,
 )  # fmt: skip
+
+
+def check_data(args):
+    """Raise the first problem, as a start does."""
+    raise_first(preflight.unfit_data(args))
 
 
 def arguments(**given):

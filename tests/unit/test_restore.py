@@ -124,7 +124,7 @@ def test_a_command_needs_no_apex(parse, monkeypatch):
     monkeypatch.setattr(restore, "meet", lambda given: argparse.Namespace(rank=0))
     monkeypatch.setattr(restore, "saved_arguments", lambda given, ranks: saved)
     monkeypatch.setattr(restore, "check_agreement", lambda args, ranks: None)
-    monkeypatch.setattr(restore, "check_flags", lambda args: None)
+    monkeypatch.setattr(restore, "refused_flags", lambda args: iter(()))
     monkeypatch.setattr(restore, "rebuild_tokenizer", lambda args: None)
     flags = [flag for flag in cpu.with_required_flags(["test", "--cpu", "--load", "checkpoint"]) if "accum" not in flag]
     monkeypatch.setattr(sys, "argv", flags)

@@ -58,13 +58,14 @@ def test_flags_that_cannot_be_honored_are_refused_by_name(monkeypatch, flags, wo
     from megatron.training.arguments import parse_args
 
     from air_moe_megatron.command.arguments import extra_args_provider
-    from air_moe_megatron.command.entry_refusals import check_flags
+    from air_moe_megatron.command.entry_refusals import refused_flags
+    from air_moe_megatron.config import raise_first
 
     monkeypatch.setattr(sys, "argv", ["pretrain"])
-    check_flags(parse_args(extra_args_provider))
+    raise_first(refused_flags(parse_args(extra_args_provider)))
     monkeypatch.setattr(sys, "argv", ["pretrain", *flags])
     with pytest.raises(ValueError) as error:
-        check_flags(parse_args(extra_args_provider))
+        raise_first(refused_flags(parse_args(extra_args_provider)))
     assert words in str(error.value)
 
 
@@ -82,10 +83,11 @@ def test_packed_data_without_a_loss_per_sequence_is_not_refused(monkeypatch, fla
     from megatron.training.arguments import parse_args
 
     from air_moe_megatron.command.arguments import extra_args_provider
-    from air_moe_megatron.command.entry_refusals import check_flags
+    from air_moe_megatron.command.entry_refusals import refused_flags
+    from air_moe_megatron.config import raise_first
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *flags.split()])
-    check_flags(parse_args(extra_args_provider))
+    raise_first(refused_flags(parse_args(extra_args_provider)))
 
 
 RUN = ["--train-iters", "3", "--eval-interval", "10"]
@@ -124,13 +126,14 @@ def test_values_that_would_end_the_run_later_are_refused_by_name(monkeypatch, fl
     from megatron.training.arguments import parse_args
 
     from air_moe_megatron.command.arguments import extra_args_provider
-    from air_moe_megatron.command.entry_refusals import check_flags
+    from air_moe_megatron.command.entry_refusals import refused_flags
+    from air_moe_megatron.config import raise_first
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *RUN])
-    check_flags(parse_args(extra_args_provider))
+    raise_first(refused_flags(parse_args(extra_args_provider)))
     monkeypatch.setattr(sys, "argv", ["pretrain", *RUN, *flags])
     with pytest.raises(ValueError) as error:
-        check_flags(parse_args(extra_args_provider))
+        raise_first(refused_flags(parse_args(extra_args_provider)))
     assert words in str(error.value)
 
 
@@ -177,13 +180,14 @@ def test_a_missing_interval_of_evaluations_is_refused_where_it_counts(monkeypatc
     from megatron.training.arguments import parse_args
 
     from air_moe_megatron.command.arguments import extra_args_provider
-    from air_moe_megatron.command.entry_refusals import check_flags
+    from air_moe_megatron.command.entry_refusals import refused_flags
+    from air_moe_megatron.config import raise_first
 
     monkeypatch.setattr(sys, "argv", ["pretrain", "--train-iters", "3"])
     with pytest.raises(ValueError, match="--eval-interval .None. must be given"):
-        check_flags(parse_args(extra_args_provider))
+        raise_first(refused_flags(parse_args(extra_args_provider)))
     monkeypatch.setattr(sys, "argv", ["pretrain", "--train-iters", "3", "--skip-train"])
-    check_flags(parse_args(extra_args_provider))
+    raise_first(refused_flags(parse_args(extra_args_provider)))
 
 
 @pytest.mark.parametrize(
