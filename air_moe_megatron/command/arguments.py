@@ -102,23 +102,25 @@ def _refuse_command_line(message: str) -> NoReturn:
     raise ValueError(message)
 
 
-def provider_with(fields: dict[str, Any]) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """Make a provider like :func:`extra_args_provider`, with these defaults; they override those of ``--air-moe``."""
+def parse_flags(
+    defaults: dict[str, Any] | None = None, add_flags: Callable[[argparse.ArgumentParser], object] | None = None
+) -> argparse.Namespace:
+    """Parse the command line by Megatron's parser, with our flags.
 
-    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = extra_args_provider(parser)
-        parser.set_defaults(**fields)
-        return parser
-
-    return provider
-
-
-def parse_flags(provider: Callable[[argparse.ArgumentParser], argparse.ArgumentParser]) -> argparse.Namespace:
-    """Parse the command line by Megatron's parser, with the flags that ``provider`` adds.
-
+    Args:
+        defaults: defaults that override Megatron's, ours and those of ``--air-moe``.
+        add_flags: adds the flags of one command to the parser.
     Raises:
         ValueError: if it cannot be parsed, whatever Megatron raises for the value of a flag.
     """
+
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = extra_args_provider(parser)
+        if add_flags is not None:
+            add_flags(parser)
+        parser.set_defaults(**defaults or {})
+        return parser
+
     try:
         return parse_args(provider)
     except ValueError:

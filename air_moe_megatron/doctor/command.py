@@ -100,8 +100,9 @@ def _examine(found: Findings) -> argparse.Namespace | None:
     """Run the checks in the order of ``training.run.train``."""
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from air_moe_megatron.command.arguments import extra_args_provider, parse_flags, unfit_fields
-    from air_moe_megatron.command.checkpoints import unfit_checkpoint
+    from air_moe_megatron.command.agreement import Ranks
+    from air_moe_megatron.command.arguments import complete, parse_flags, unfit_fields
+    from air_moe_megatron.command.checkpoints import parse_with_checkpoint, unfit_checkpoint
     from air_moe_megatron.command.entry_refusals import refused_flags
     from air_moe_megatron.command.memory import check_memory
     from air_moe_megatron.command.model import model_config_from_args
@@ -110,24 +111,30 @@ def _examine(found: Findings) -> argparse.Namespace | None:
     from air_moe_megatron.training.token_counts import counts_of
 
     try:
-        args = parse_flags(extra_args_provider)
+        args = parse_flags()
     except ValueError as error:
         found.add(error)
         found.unchecked += ["data", "model", "memory", "checkpoint"]
         return None
     if args.log_file:
         found.walk("log file", problem_of(_check_log_file, args.log_file))
-    args, is_valid = _complete(args, found)
+    try:
+        if args.use_checkpoint_args:
+            args = parse_with_checkpoint(args, Ranks(0, 1, None))
+        complete(args)
+        is_complete = True
+    except ValueError as error:
+        found.add(error)
+        is_complete = False
     found.walk("flags", refused_flags(args))
     found.walk("data", unfit_data(args))
-    if not is_valid:
-        found.walk("unused flags", unused(args))
-        found.unchecked += ["model", "memory", "checkpoint"]
-        return None
-    try:
-        config = core_transformer_config_from_args(args)
-    except (ValueError, AssertionError) as error:
-        found.add(console.megatrons_words(error))
+    config = None
+    if is_complete:
+        try:
+            config = core_transformer_config_from_args(args)
+        except (ValueError, AssertionError) as error:
+            found.add(console.megatrons_words(error))
+    if config is None:
         found.walk("unused flags", unused(args))
         found.unchecked += ["model", "memory", "checkpoint"]
         return None
@@ -144,29 +151,6 @@ def _examine(found: Findings) -> argparse.Namespace | None:
     if is_valid:
         found.walk("token counts", problem_of(counts_of, args))
     return args if is_valid else None
-
-
-def _complete(args: argparse.Namespace, found: Findings) -> tuple[argparse.Namespace, bool]:
-    """Complete the arguments as ``training.run.parse`` does. Also returns whether Megatron accepts them."""
-    from air_moe_megatron.command.agreement import Ranks
-    from air_moe_megatron.command.arguments import (
-        NOT_GIVEN,
-        complete,
-        parse_flags,
-        provider_with,
-        without_fields_of_others,
-    )
-    from air_moe_megatron.command.checkpoints import fields_of_checkpoint
-
-    try:
-        if args.use_checkpoint_args:
-            fields = fields_of_checkpoint(args, Ranks(0, 1, None))
-            args = parse_flags(provider_with(without_fields_of_others(fields, parse_flags(provider_with(NOT_GIVEN)))))
-        complete(args)
-    except ValueError as error:
-        found.add(error)
-        return args, False
-    return args, True
 
 
 def _check_log_file(path: str) -> None:
@@ -186,7 +170,7 @@ def _check_log_file(path: str) -> None:
 
 
 def report(flags: Sequence[str], world_size: int) -> tuple[str, bool]:
-    """All that the command prints, and whether the command line would start; True if none is given."""
+    """Write all that the command prints, and say whether the command line would start; True if none is given."""
     args, found = examine(flags) if flags else (None, Findings())
     chosen = {}
     try:

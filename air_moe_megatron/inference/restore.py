@@ -30,7 +30,6 @@ from air_moe_megatron.command.agreement import Ranks, check_agreement, meet
 from air_moe_megatron.command.arguments import (
     NOT_GIVEN,
     complete,
-    extra_args_provider,
     megatrons_errors,
     parse_flags,
     without_fields_of_others,
@@ -136,7 +135,7 @@ def begin(add_flags: Callable[[argparse.ArgumentParser], object], saves: bool = 
     Raises:
         ValueError: if there is no checkpoint, or it does not hold its arguments.
     """
-    given = parse_flags(partial(_flags, add_flags=add_flags, defaults=NOT_GIVEN))
+    given = parse_flags(NOT_GIVEN, add_flags)
     if given.load is None:
         raise ValueError("--load must name the folder of a checkpoint")
     if given.save is not None and not saves:
@@ -166,25 +165,13 @@ def parse(start: Start, left: Collection[str] = ()) -> argparse.Namespace:
     defaults = {"micro_batch_size": saved.micro_batch_size} | kept | _NEVER_TRAINS
     if given.save is not None:
         defaults["save_interval"] = 1  # Megatron requires one
-    args = parse_flags(partial(_flags, add_flags=start.add_flags, defaults=defaults))
+    args = parse_flags(defaults, start.add_flags)
     complete(args, rebuild_tokenizer)
     check_agreement(args, start.ranks)
     raise_first(refused_flags(args))
     if start.ranks.rank == 0:
         _report_changes(args, values)
     return args
-
-
-def _flags(
-    parser: argparse.ArgumentParser,
-    add_flags: Callable[[argparse.ArgumentParser], object],
-    defaults: dict[str, Any],
-) -> argparse.ArgumentParser:
-    """Add our flags and those of a command to Megatron's parser, with other defaults."""
-    parser = extra_args_provider(parser)
-    add_flags(parser)
-    parser.set_defaults(**defaults)
-    return parser
 
 
 def build_and_load(

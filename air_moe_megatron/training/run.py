@@ -19,16 +19,8 @@ from megatron.training.models import GPTModelConfig
 
 from air_moe_megatron.command import console
 from air_moe_megatron.command.agreement import Ranks, check_agreement, meet
-from air_moe_megatron.command.arguments import (
-    NOT_GIVEN,
-    complete,
-    extra_args_provider,
-    megatrons_errors,
-    parse_flags,
-    provider_with,
-    without_fields_of_others,
-)
-from air_moe_megatron.command.checkpoints import check_checkpoint, fields_of_checkpoint
+from air_moe_megatron.command.arguments import complete, megatrons_errors, parse_flags
+from air_moe_megatron.command.checkpoints import check_checkpoint, parse_with_checkpoint
 from air_moe_megatron.command.entry_refusals import refused_flags
 from air_moe_megatron.command.forward_step import forward_step
 from air_moe_megatron.command.memory import check_memory
@@ -45,9 +37,7 @@ from air_moe_megatron.training.token_counts import agreed_counts
 
 
 def parse() -> tuple[argparse.Namespace, Ranks]:
-    """Parse the command line. With ``--use-checkpoint-args`` the defaults of :func:`fields_of_checkpoint` hold.
-
-    A flag on the command line keeps its value. The later check of the checkpoint refuses it if it does not fit.
+    """Parse the command line, with ``--use-checkpoint-args`` by :func:`parse_with_checkpoint`.
 
     Returns:
         Megatron's parsed and validated arguments, and the ranks of this start. Of Megatron's global variables only the
@@ -55,14 +45,10 @@ def parse() -> tuple[argparse.Namespace, Ranks]:
     Raises:
         ValueError: if flags are invalid, or the checkpoint's arguments cannot be read.
     """
-    args, ranks = parse_flags(extra_args_provider), None
+    args, ranks = parse_flags(), None
     if args.use_checkpoint_args:  # Megatron reads the checkpoint to complete the arguments: check it before
         ranks = meet(args)
-        fields = without_fields_of_others(fields_of_checkpoint(args, ranks), parse_flags(provider_with(NOT_GIVEN)))
-        if ranks.rank == 0 and fields:
-            listed = ", ".join(f"{name} {value}" for name, value in fields.items())
-            print_rank_0(f"> --use-checkpoint-args: from the checkpoint {listed}")
-        args = parse_flags(provider_with(fields))
+        args = parse_with_checkpoint(args, ranks)
     complete(args, rebuild_tokenizer)
     return args, ranks or meet(args)
 

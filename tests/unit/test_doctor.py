@@ -194,8 +194,7 @@ def test_no_field_of_the_checkpoint_alone_is_refused_as_unused(examine, start, m
     """The command line gives another router: the user cannot leave out what only the checkpoint has."""
     fields = dict(moe_router_type="air", moe_granular_experts=True, moe_air_num_clusters=8, moe_num_hash_layers=1)
     fields |= dict(moe_hash_seed=3, moe_air_diagnostics_interval=5)
-    for module in ("training.run", "command.checkpoints"):
-        monkeypatch.setattr(f"air_moe_megatron.{module}.fields_of_checkpoint", lambda args, ranks: fields)
+    monkeypatch.setattr("air_moe_megatron.command.checkpoints.fields_of_checkpoint", lambda args, ranks: fields)
     monkeypatch.setattr("air_moe_megatron.command.arguments.load_args_from_checkpoint", lambda args, load_arg="": None)
     given = [flag for flag in FLAGS if flag not in ("--moe-router-type", "air")]
     message = start(*given, *flags, "--use-checkpoint-args", "--load", "nowhere")

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron.core.transformer import TransformerConfig
+from megatron.training.utils import print_rank_0
 
 from air_moe_megatron.command.agreement import Ranks
-from air_moe_megatron.command.arguments import RECOMMENDED
+from air_moe_megatron.command.arguments import NOT_GIVEN, RECOMMENDED, parse_flags, without_fields_of_others
 from air_moe_megatron.command.checkpoints.checks import check_schedule, unfit_contents
 from air_moe_megatron.command.checkpoints.reader import Damaged, Location, advice, locate, read
 from air_moe_megatron.command.checkpoints.saving import check_optimizer_resumes, check_room, find_write_problem
@@ -21,7 +22,7 @@ from air_moe_megatron.config import LAYOUT_FIELDS, AIRFields, Problems, is_plain
 from air_moe_megatron.diagnostics.files import find_write_problem as find_diagnostics_problem
 from air_moe_megatron.routers.lacking import Lacking
 
-__all__ = ["check_checkpoint", "fields_of_checkpoint", "saved_arguments", "unfit_checkpoint"]
+__all__ = ["check_checkpoint", "fields_of_checkpoint", "parse_with_checkpoint", "saved_arguments", "unfit_checkpoint"]
 
 
 def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks: Ranks) -> Lacking:
@@ -32,7 +33,7 @@ def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks:
     Raises:
         ValueError: on every rank, with the message of the first problem of :func:`unfit_checkpoint`.
     """
-    report = _report(args) | {"write problem": _write_problem(args)}
+    report = _full_report(args)
     return Lacking(ranks.agree("checkpoint", report, lambda reports: raise_first(_unfit(args, config, reports))))
 
 
@@ -45,12 +46,7 @@ def unfit_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Pro
     Returns:
         as :func:`unfit_contents`; nothing if no checkpoint is loaded.
     """
-    return (yield from _unfit(args, config, [_report(args) | {"write problem": _write_problem(args)}]))
-
-
-def _write_problem(args: argparse.Namespace) -> str | None:
-    """What keeps this rank from writing its checkpoints or the diagnostics, or None."""
-    return find_write_problem(args) or find_diagnostics_problem(args)
+    return (yield from _unfit(args, config, [_full_report(args)]))
 
 
 def _unfit(args: argparse.Namespace, config: TransformerConfig, reports: list[dict[str, Any]]) -> Problems[Lacking]:
@@ -74,6 +70,24 @@ def _unfit(args: argparse.Namespace, config: TransformerConfig, reports: list[di
     yield from problem_of(check_optimizer_resumes, args, checkpoint)
     yield from problem_of(check_room, args, config)
     return lacking
+
+
+def parse_with_checkpoint(args: argparse.Namespace, ranks: Ranks) -> argparse.Namespace:
+    """Parse a command line with ``--use-checkpoint-args`` again, with :func:`fields_of_checkpoint` as defaults.
+
+    A flag on the command line keeps its value. The later check of the checkpoint refuses it if it does not fit.
+
+    Args:
+        args: the command line, parsed without them.
+        ranks: the ranks of this start.
+    Raises:
+        ValueError: on every rank, as :func:`fields_of_checkpoint`.
+    """
+    fields = without_fields_of_others(fields_of_checkpoint(args, ranks), parse_flags(NOT_GIVEN))
+    if ranks.rank == 0 and fields:
+        listed = ", ".join(f"{name} {value}" for name, value in fields.items())
+        print_rank_0(f"> --use-checkpoint-args: from the checkpoint {listed}")
+    return parse_flags(fields)
 
 
 def fields_of_checkpoint(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
@@ -165,6 +179,11 @@ def _agreed_location(args: argparse.Namespace, reports: list[dict[str, Any]]) ->
                 f"{location or 'no checkpoint'}, but on rank {rank} ({report['host']}) {seen}"
             )
     return location
+
+
+def _full_report(args: argparse.Namespace) -> dict[str, Any]:
+    """Like :func:`_report`, with what keeps this rank from writing its checkpoints or the diagnostics, if anything."""
+    return _report(args) | {"write problem": find_write_problem(args) or find_diagnostics_problem(args)}
 
 
 @contextlib.contextmanager
