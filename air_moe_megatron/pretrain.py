@@ -11,6 +11,8 @@ import it again.
 import sys
 import time
 
+from air_moe_megatron.command import console, start
+
 
 def main() -> None:
     """Choose the device, then hand over to ``training.run.train``.
@@ -18,8 +20,6 @@ def main() -> None:
     Raises:
         SystemExit: if there is neither a GPU nor ``--cpu``, or a check refuses to start.
     """
-    from air_moe_megatron.command import console, start
-
     program_start = time.time()
     screen = None
     log_file = console.log_file_of(sys.argv[1:])

@@ -152,6 +152,7 @@ def _compare(arguments: list[dict[str, str]]) -> None:
         raise ValueError("all ranks must be started with the same flags and versions: " + "; ".join(described))
 
 
-def _abbreviate(ranks: list[int], limit: int = 8) -> str:
-    shown = ", ".join(map(str, ranks[:limit]))
-    return shown if len(ranks) <= limit else f"{shown} and {len(ranks) - limit} more"
+def _abbreviate(ranks: list[int]) -> str:
+    """List the first eight ranks, and how many others there are."""
+    shown = ", ".join(map(str, ranks[:8]))
+    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"

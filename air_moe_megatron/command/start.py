@@ -1,10 +1,15 @@
-"""The start of a command: the device, and where output goes. Both are chosen before Megatron is imported."""
+"""The start of a command: the device, and where output goes. Both are chosen before Megatron is imported.
+
+Importing this module loads only the standard library.
+"""
 
 import logging
 import os
 import sys
 import warnings
 from typing import TextIO
+
+from air_moe_megatron.command import console
 
 
 def run_quietly() -> TextIO:
@@ -15,8 +20,6 @@ def run_quietly() -> TextIO:
     Raises:
         SystemExit: as :func:`choose_device`.
     """
-    from air_moe_megatron.command import console
-
     screen, log_file = sys.stdout, console.log_file_of(sys.argv[1:])
     if not {"-h", "--help"} & set(sys.argv):
         with console.refusals():
@@ -38,8 +41,6 @@ def choose_device() -> None:
     Raises:
         SystemExit: if there is neither a GPU nor ``--cpu``, or both, or if the commands do not run on this Megatron.
     """
-    from air_moe_megatron.command import console
-
     if os.environ.get("RANK", "0") != "0":
         warnings.filterwarnings("ignore", category=UserWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)

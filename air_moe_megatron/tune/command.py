@@ -1,4 +1,4 @@
-"""The command: flags and their checks, the order of the work, and the report."""
+"""The command ``tune``: its flags and their checks, the order of the work, and the report."""
 
 import argparse
 import contextlib
@@ -128,7 +128,7 @@ def run(screen: TextIO) -> None:
 
 
 def describe(args: argparse.Namespace, config: TransformerConfig, layers: Sequence[Layer], batch: int) -> str:
-    """What is measured, in two lines."""
+    """Say in two lines what is measured."""
     fit, test = (layers[0].fit.shape[0], layers[0].test.shape[0])
     hashed = num_hash_layers(config)
     left_out = f" (the first {hashed} with experts, by hash, left out)" if hashed else ""

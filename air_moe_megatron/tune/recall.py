@@ -18,6 +18,7 @@ from air_moe_megatron.ops.ranking import Ranking
 
 DECAY = AIRFields.moe_air_codebook_ema  # the default of a run
 _SCORES = 2**25  # exact scores that are in memory at a time
+_REPEATS = 3  # timed runs, after one to warm up
 
 
 @dataclass(frozen=True)
@@ -149,30 +150,30 @@ def mass_of_candidates(layer: Layer, probes: torch.Tensor, lists: torch.Tensor, 
 
 
 @torch.no_grad()
-def time_search(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor, num_probes: int, repeats: int = 3) -> float:
+def time_search(layer: Layer, codewords: torch.Tensor, lists: torch.Tensor, num_probes: int) -> float:
     """Seconds per token of both stages of a forward: the least of some repeats, because other load only adds time."""
 
     def run() -> None:
         probes = assign(layer.test, codewords, num_probes)
         layer.centers.fine_topk(layer.test, lists, probes, layer.topk, torch.float32)
 
-    return _least_seconds(run, layer.test, repeats)
+    return _least_seconds(run, layer.test)
 
 
 @torch.no_grad()
-def time_exact(layer: Layer, repeats: int = 3) -> float:
+def time_exact(layer: Layer) -> float:
     """Seconds per token of scoring all experts and of the top-k, without probabilities, as in :func:`time_search`."""
 
     def run() -> None:
         for _ in _exact_topk(layer):
             pass
 
-    return _least_seconds(run, layer.test, repeats)
+    return _least_seconds(run, layer.test)
 
 
-def _least_seconds(run: Callable[[], None], tokens: torch.Tensor, repeats: int) -> float:
+def _least_seconds(run: Callable[[], None], tokens: torch.Tensor) -> float:
     seconds = []
-    for _ in range(repeats + 1):
+    for _ in range(_REPEATS + 1):
         if tokens.is_cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
