@@ -25,7 +25,6 @@ from air_moe_megatron.command.entry_refusals import refused_flags
 from air_moe_megatron.command.forward_step import forward_step
 from air_moe_megatron.command.memory import check_memory
 from air_moe_megatron.command.model import get_embedding_ranks, leave_out, model_config_from_args
-from air_moe_megatron.compat import require_entry_megatron
 from air_moe_megatron.config import is_plain_topk, raise_first
 from air_moe_megatron.process_groups import process_groups_released
 from air_moe_megatron.routers.hashing import balance_hash_tables
@@ -93,10 +92,8 @@ def train(program_start: float | None = None, screen: TextIO | None = None) -> N
         screen: stream that also gets the losses if standard output is a file, or None.
     Raises:
         SystemExit: if flags, data or checkpoint cannot work; one line says why.
-        ImportError: if this package is not tested with the installed Megatron.
     """
     main_start = time.time()
-    require_entry_megatron()
     print_rank_0(f"> PyTorch version ................ {get_torch_version()}")
     print_rank_0(f"> Megatron-Core version .......... {megatron_core_version}")
     print_rank_0(f"> Transformer Engine version ..... {get_te_version()}")
