@@ -25,7 +25,14 @@ import torch
 
 from air_moe_megatron.diagnostics.files import LINES, RunFiles, folder_of, run_line
 from air_moe_megatron.diagnostics.health import expert_loads, write_scalars
-from air_moe_megatron.diagnostics.metrics import RouterSums, describe, layer_metrics, layer_of, reduce_stage
+from air_moe_megatron.diagnostics.metrics import (
+    RouterSums,
+    describe,
+    layer_metrics,
+    layer_of,
+    reduce_stage,
+    scalar_name,
+)
 from air_moe_megatron.diagnostics.observation import CodewordCounter
 from air_moe_megatron.diagnostics.snapshot import CodewordRecall, codebook_snapshot, gather_pairs
 from air_moe_megatron.diagnostics.watch import StepWatch
@@ -196,7 +203,7 @@ class Diagnostics:
         seconds = sum(layer["routing_seconds"] for layer in layers)
         share = seconds / parallel_state.get_pipeline_model_parallel_world_size() / step_seconds
         for layer in layers:
-            scalars = {name.replace("_", "-"): value for name, value in layer.items() if isinstance(value, int | float)}
+            scalars = {scalar_name(name): value for name, value in layer.items() if isinstance(value, int | float)}
             del scalars["layer"]
             write_scalars(scalars, f"air/layer_{layer['layer']}", iteration)
         write_scalars({"routing-share": share}, "air", iteration)

@@ -116,6 +116,14 @@ def layer_metrics(
     return metrics
 
 
+def scalar_name(metric: str) -> str:
+    """The name of a metric in TensorBoard and W&B, spelled as that of the health line.
+
+    Example: ``topk_recall`` is "top-k-recall", and ``experts_used`` is "experts-used".
+    """
+    return metric.replace("topk", "top-k").replace("_", "-")
+
+
 def layer_of(router: TopKRouter) -> int:
     """The number, from 1, by which every command and file names the layer of a router, Megatron's or ours.
 

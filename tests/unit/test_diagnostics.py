@@ -255,6 +255,20 @@ def test_figures_of_air_against_the_sample_and_the_routes(megatron_cpu, monkeypa
     assert snapshot["recall"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_scalars_of_a_layer_are_spelled_as_those_of_the_health_line(megatron_cpu, monkeypatch):
+    from air_moe_megatron.diagnostics.health import ITEMS
+
+    layer = make_layer(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
+    run, written = Run([torch.nn.ModuleList([layer])], monkeypatch, moe_air_diagnostics_interval=1), {}
+    monkeypatch.setattr(
+        "air_moe_megatron.diagnostics.write_scalars", lambda scalars, prefix, _: written.update({prefix: scalars})
+    )
+    run.step(1, forward_of([layer], 1, None))
+    shared = {"mass-recall", "top-k-recall", "quantization-error", "experts-listed", "experts-used"}
+    assert shared <= written["air/layer_1"].keys() & {item.key for item in ITEMS}
+    assert not any("topk" in name or "_" in name for name in written["air/layer_1"])
+
+
 def test_a_frozen_router_and_a_repeated_or_skipped_step_are_measured(megatron_cpu, monkeypatch, tmp_path):
     layer = make_layer(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
     layer.router.requires_grad_(False)
