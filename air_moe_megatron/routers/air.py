@@ -137,8 +137,29 @@ class AIRRouter(CompactRouter):
     def _choose(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         with hidden_from_checkpoints():
             shortlist, probes = self._coarse(hidden, padding_mask)  # [C, L], [T, P]
-        scores, ids = self._score(hidden, shortlist, probes, *self._num_candidates(shortlist, probes))
+        if self.config.moe_router_force_load_balancing:
+            return self._choose_at_random(hidden, probes.shape[1], padding_mask, batch_size)
+        scores, ids = self._score(hidden, shortlist, probes, *self._num_candidates())
         return self._choose_candidates(scores, ids, hidden, probes, padding_mask, batch_size)
+
+    def _choose_at_random(
+        self, hidden: torch.Tensor, num_probes: int, padding_mask: torch.Tensor | None, batch_size: int
+    ) -> Routes:
+        """Choose experts for a load test, ``moe_router_force_load_balancing``: at the usual cost, and favoring none.
+
+        The P lists of a token hold consecutive experts, round robin over the tokens. All P*L slots are candidates, and
+        their scores become random. Logs get no sample of the tokens.
+        """
+        (num_clusters, shortlist_size), device = self.index.shortlist.shape, hidden.device
+        shortlist = balanced_lists(num_clusters, shortlist_size, self.num_experts, device)
+        tokens = torch.arange(hidden.shape[0], device=device).unsqueeze(1)
+        offsets = torch.arange(num_probes, device=device) * num_clusters // num_probes
+        probes = (tokens + offsets) % num_clusters  # spread, so that a token's lists overlap little
+        scores, ids = self._score(hidden, shortlist, probes, num_probes * shortlist_size, 0)
+        ids, order = ids.sort(dim=1)
+        scores = apply_random_logits(scores.gather(1, order)).masked_fill(ids < 0, float("-inf"))
+        routes = self._choose_among(self._as_logits(scores, ids), ids.long(), padding_mask, batch_size)
+        return self._completed(routes, probes)
 
     def _choose_candidates(
         self,
@@ -150,18 +171,22 @@ class AIRRouter(CompactRouter):
         batch_size: int,
     ) -> Routes:
         """Choose among the candidates that :meth:`_score` returns, and record for logs what was searched."""
-        logits, ids = self._as_logits(scores, ids)
+        logits = self._as_logits(scores, ids)
         if _all_scores_matter(self.config, self.training):
             routes = self._choose_among(logits, ids.long(), padding_mask, batch_size, self._explored())
         else:  # the candidates are the top-k
             routes = Routes(ids, self._probs_of(logits), columns=_columns(logits))
-        probs = routes.probs if self.always_complete else routes.probs.masked_fill(routes.topk_ids < 0, 0.0)
-        if self._is_counted and not self.config.moe_router_force_load_balancing:
+        if self._is_counted:
             with hidden_from_checkpoints():
                 if self.keeps_sample:
                     self.sample = _take_sample(hidden, probes, padding_mask)
                 if self.observer is not None:
                     self.observer.observe(probes, padding_mask, self._token_ids(hidden.shape[0], batch_size))
+        return self._completed(routes, probes)
+
+    def _completed(self, routes: Routes, probes: torch.Tensor) -> Routes:
+        """The routes with the probed codewords [T, P], and with a prob of zero in each empty slot."""
+        probs = routes.probs if self.always_complete else routes.probs.masked_fill(routes.topk_ids < 0, 0.0)
         return replace(routes, probs=probs, probed=probes)
 
     def _token_ids(self, num_tokens: int, batch_size: int) -> torch.Tensor | None:
@@ -174,34 +199,26 @@ class AIRRouter(CompactRouter):
         ids = ids_in_order(ids, self)
         return ids if ids.numel() == num_tokens else None
 
-    def _num_candidates(self, shortlist: torch.Tensor, probes: torch.Tensor) -> tuple[int, int]:
+    def _num_candidates(self) -> tuple[int, int]:
         """How many candidates of a token probabilities and losses use: of the best ones, and of explored ones.
 
         The best are the top-k if only the selected scores reach the loss, and otherwise M. The balancing losses also
-        use X explored candidates. In a load test all P*L slots are candidates.
+        use X explored candidates.
         """
-        if self.config.moe_router_force_load_balancing:
-            return probes.shape[1] * shortlist.shape[1], 0
         explored = self._explored()
         num_best = self.sizes.num_candidates if _all_scores_matter(self.config, self.training) else self.topk
         return num_best, explored.number if explored else 0
 
-    def _as_logits(self, scores: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, N] logits and ids of candidates, from their scores and ids; in a load test random, sorted by id."""
-        if self.config.moe_router_force_load_balancing:
-            ids, order = ids.sort(dim=1)
-            scores = apply_random_logits(scores.gather(1, order)).masked_fill(ids < 0, float("-inf"))
-        if self.score_function == "sqrtsoftplus":
-            scores = scores.masked_fill(ids < 0, _NEXT_TO_NOTHING)
-        return scores, ids
+    def _as_logits(self, scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """[T, N] logits of candidates with the scores and ids [T, N]; finite in empty slots if they must be."""
+        return scores.masked_fill(ids < 0, _NEXT_TO_NOTHING) if self.score_function == "sqrtsoftplus" else scores
 
     def _explored(self) -> Explored | None:
         """Describe the explored candidates, which are each token's last; None if there are none.
 
         As in :func:`_all_scores_matter`, the answer does not depend on whether gradients are enabled.
         """
-        is_seen = self.training and balancing_losses(self.config)
-        if not is_seen or self.config.moe_router_force_load_balancing or not self.sizes.num_explored:
+        if not (self.training and balancing_losses(self.config)) or not self.sizes.num_explored:
             return None
         searched = self.sizes.num_probes * self.sizes.shortlist_size
         return Explored(self.sizes.num_explored, searched / self.sizes.num_explored)
@@ -266,13 +283,6 @@ class AIRRouter(CompactRouter):
             self.codebook.accumulate(statistics)
         else:
             probes = assign(hidden, self.codebook.codewords, num_probes, allowed)
-        if self.config.moe_router_force_load_balancing:
-            # A load test keeps the cost of the coarse stage, but replaces its results by some that favor no expert.
-            num_clusters, shortlist_size = shortlist.shape
-            shortlist = balanced_lists(num_clusters, shortlist_size, self.num_experts, hidden.device)
-            tokens = torch.arange(hidden.shape[0], device=hidden.device).unsqueeze(1)
-            offsets = torch.arange(probes.shape[1], device=hidden.device) * num_clusters // probes.shape[1]
-            probes = (tokens + offsets) % num_clusters  # spread, so that a token's lists overlap little
         return shortlist, probes
 
     @torch.no_grad()

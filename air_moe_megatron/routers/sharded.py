@@ -122,7 +122,7 @@ class ShardedAIRRouter(AIRRouter):
         hidden = self.as_scored(tokens)
         with hidden_from_checkpoints():
             shortlist, probes = self._coarse(hidden, padding_mask)  # [C, L / D], [T, P]
-        num_best, num_explored = self._num_candidates(shortlist, probes)
+        num_best, num_explored = self._num_candidates()
         rows = self._gather(tokens, probes, num_best, num_explored)  # step 1
         offers = self._score_rows(rows, shortlist, num_best, num_explored)  # step 2
         candidates = self._choose_offers(rows, offers, num_best)  # step 3
