@@ -19,7 +19,7 @@ from air_moe_megatron.diagnostics.splits import (
 )
 from air_moe_megatron.diagnostics.two_stages import TwoStages, selected
 from air_moe_megatron.routers.air import AIRRouter, TokenSample
-from air_moe_megatron.routers.row_exchange import RowExchange
+from air_moe_megatron.routers.sharded.exchange import RowExchange
 
 _OUT = float("-inf")
 

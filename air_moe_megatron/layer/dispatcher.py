@@ -32,7 +32,7 @@ from air_moe_megatron.learned.recomputation import is_in_backward
 from air_moe_megatron.ops.exchange import combine, make_plan, pack
 from air_moe_megatron.ops.pair_products import Pairs, make_pairs
 from air_moe_megatron.process_groups import HoldsProcessGroups
-from air_moe_megatron.routers.sharded_rows import ShardedRows
+from air_moe_megatron.routers.sharded import ShardedRoutes
 
 
 @dataclass
@@ -262,18 +262,18 @@ class ShardedTokenDispatcher(CompactTokenDispatcher):
     """
 
     def dispatch_preprocess(
-        self, hidden_states: torch.Tensor, sharded: ShardedRows, probs: torch.Tensor
+        self, hidden_states: torch.Tensor, routes: ShardedRoutes, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the rows; no communication.
 
         Args:
             hidden_states: [..., H], the T tokens that were routed.
-            sharded: the rows that the router has gathered, and the selected pairs.
+            routes: with the rows that the router has gathered, and the selected pairs.
             probs: [T, K].
         Returns:
             [T, H] tokens, [T, K] probs.
         """
-        self._shape, self._plan = hidden_states.shape, sharded
+        self._shape, self._plan = hidden_states.shape, routes
         return hidden_states.reshape(-1, hidden_states.shape[-1]), probs
 
     def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,10 +285,10 @@ class ShardedTokenDispatcher(CompactTokenDispatcher):
         Returns:
             [R, H] rows of all ranks and [N] probs of this rank's pairs.
         """
-        sharded = self._plan
-        self._pairs = sharded.selected.pairs
-        self._count_sharded_traffic(hidden_states, probs, sharded)
-        return sharded.rows, sharded.selected.send(probs)
+        routes = self._plan
+        self._pairs = routes.selected.pairs
+        self._count_sharded_traffic(hidden_states, probs, routes)
+        return routes.rows, routes.selected.send(probs)
 
     def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Sum partial sums at each token's home, [R, H] -> [T, H], in fp32 or wider. Does not wait for the device."""
@@ -300,7 +300,7 @@ class ShardedTokenDispatcher(CompactTokenDispatcher):
         self._release()
         return hidden_states.view(shape)
 
-    def _count_sharded_traffic(self, hidden_states: torch.Tensor, probs: torch.Tensor, sharded: ShardedRows) -> None:
+    def _count_sharded_traffic(self, hidden_states: torch.Tensor, probs: torch.Tensor, routes: ShardedRoutes) -> None:
         """Count the bytes that this rank sends in a forward: its rows, codewords and marks of kept candidates to all
         ranks; scores and ids of all rows to their homes; probs to the owners."""
         num_tokens, num_ranks = hidden_states.shape[0], self.ep_size
@@ -308,10 +308,9 @@ class ShardedTokenDispatcher(CompactTokenDispatcher):
         row_bytes = num_tokens * hidden_states.shape[1] * hidden_states.element_size()
         traffic.row_bytes += num_ranks * row_bytes
         traffic.remote_row_bytes += (num_ranks - 1) * row_bytes
-        to_owners = num_tokens * (4 * sharded.num_probes + sharded.num_offers)  # int32 codewords, bytes of marks
-        per_row = sharded.num_offers * (sharded.score_bytes + 4)  # scores and int32 ids
-        sent = sharded.selected.sent
-        traffic.pair_bytes += num_ranks * to_owners + sharded.exchange.num_rows * per_row
+        to_owner, to_home = num_tokens * routes.bytes_to_owner, routes.bytes_to_home
+        sent, num_rows = routes.selected.sent, routes.exchange.num_rows
+        traffic.pair_bytes += num_ranks * to_owner + num_rows * to_home
         traffic.pair_bytes += sum(sent) * probs.element_size()
-        traffic.remote_pair_bytes += (num_ranks - 1) * to_owners + (sharded.exchange.num_rows - num_tokens) * per_row
+        traffic.remote_pair_bytes += (num_ranks - 1) * to_owner + (num_rows - num_tokens) * to_home
         traffic.remote_pair_bytes += (sum(sent) - sent[self.ep_rank]) * probs.element_size()

@@ -310,7 +310,7 @@ def _reductions(layout: _Layout, statistics: int) -> list[Collective]:
 
 
 def _offers(layout: _Layout) -> Collective:
-    """What sharded routing sends beside rows and pairs: the steps 1, 3 and 4 in ``routers/sharded.py``."""
+    """What sharded routing sends beside rows and pairs: the steps 1, 3 and 4 in ``routers/sharded/``."""
     args, sizes = layout.args, layout.sizes
     num_searched = sizes.num_probes * sizes.shortlist_size // args.ep  # slots of a token at one owner
     num_offers = min(sizes.num_candidates, num_searched) + sizes.num_explored // args.ep

@@ -29,7 +29,6 @@ from air_moe_megatron.learned.whitening_norm import WhiteningNorm
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.losses import Explored, RouterLosses
-from air_moe_megatron.routers.sharded_rows import ShardedRows
 
 INPUT_NORMS = {"none": None, "running": RunningNorm, "whitening": WhiteningNorm}
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -44,7 +43,6 @@ class Routes:
     # [T, P] int64, AIR only: the codewords whose lists are searched, nearest first (in a load test: round robin)
     probed: torch.Tensor | None = None
     columns: torch.Tensor | None = None  # [T, K] int64, the experts' columns among the candidates; None without these
-    sharded: ShardedRows | None = None  # sharded routing only: the rows and pairs on the ranks that own the experts
 
 
 class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):

@@ -273,7 +273,7 @@ def traffic(layer, rank, group):
     hidden = torch.randn(TOKENS, 1, 16, generator=torch.Generator().manual_seed(rank)).requires_grad_()
     out, in_forward = bytes_of(lambda: layer(hidden)[0], group)
     _, in_backward = bytes_of(lambda: out.backward(torch.ones_like(out)), group)
-    received = layer.router.route(hidden.detach()).sharded.selected.received
+    received = layer.router.route(hidden.detach()).selected.received
     counted = vars(layer.token_dispatcher.traffic)
     return {"forward": in_forward, "backward": in_backward, "counted": counted, "pairs": sum(received)}
 

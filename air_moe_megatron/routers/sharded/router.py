@@ -1,22 +1,6 @@
-"""ShardedAIRRouter: each expert-parallel rank holds the centers and the parts of the lists of its own experts.
+"""ShardedAIRRouter and its routes. The four steps of a forward, and the legend, are those of the folder."""
 
-A token's *home* is the rank that it comes from. An expert's *owner* is the rank that holds its center and its slots in
-the lists, and rebuilds these slots. The home does all work per token: coarse stage, selection, probabilities, losses. A
-forward over the D expert-parallel ranks:
-
-1. Each home finds its tokens' codewords. Rows and codewords go to all ranks (all-gathers).
-2. Each owner scores its parts of the lists, and offers the best candidates of every row. It also draws its share of the
-   explored candidates from its parts.
-3. Scores and ids of these n offers return to the homes (all-to-alls). The home chooses the best M of all owners' offers
-   as candidates, and the top-k of these.
-4. The owners learn which offers were kept and selected (an all-to-all of bytes). The dispatcher sends the probs.
-
-For any D the candidates are those of a replicated router whose lists have as many parts.
-
-Legend: D ranks, R rows (the tokens of all ranks), n offers per row and owner; others as in ``sharded_rows.py``.
-"""
-
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -34,14 +18,26 @@ from air_moe_megatron.ops.score_functions import selection_scores
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers.air import AIRRouter
 from air_moe_megatron.routers.base import Routes
-from air_moe_megatron.routers.row_exchange import RowExchange
-from air_moe_megatron.routers.sharded_rows import Candidates, GatheredRows, KeptPairs, Offers, ShardedRows
+from air_moe_megatron.routers.sharded.candidates import Candidates, GatheredRows, Offers
+from air_moe_megatron.routers.sharded.exchange import RowExchange
+from air_moe_megatron.routers.sharded.pairs import KeptPairs, PairExchange
 
 _BLOCK = 256  # centers that are initialized at a time
 
 _SPLIT_ALONG = {"weight": 0, "index.shortlist": 1, "index.pool": 1, "index.staged_keys": 0}
 """State that is sharded over the ranks, and along which axis. Checkpoints hold it with the replicated router's keys and
 shapes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedRoutes(Routes):
+    """Routes, with the rows that the router has gathered and the pairs that are selected, for the dispatcher."""
+
+    exchange: RowExchange
+    rows: torch.Tensor  # [R, H], the tokens of all homes, without input norm
+    selected: PairExchange  # the pairs of the top-k
+    bytes_to_owner: int  # per token and owner, beside the row: int32 codewords, and a byte for each offer
+    bytes_to_home: int  # per row: scores and int32 ids of the offers
 
 
 class ShardedAIRRouter(AIRRouter):
@@ -105,16 +101,18 @@ class ShardedAIRRouter(AIRRouter):
 
     def forward(
         self, input: torch.Tensor, padding_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, ShardedRows]:
-        """Route the tokens. Return the probs [T, K], and the rows and pairs for the dispatcher.
+    ) -> tuple[torch.Tensor, ShardedRoutes]:
+        """Route the tokens. Return the probs [T, K], and the routes for the dispatcher.
 
         Args, raises: as :meth:`route`.
         """
         routes = self.route(input, padding_mask)
-        return routes.probs, replace(routes.sharded, topk_ids=routes.topk_ids)
+        return routes.probs, routes
 
-    def _norm_and_choose(self, tokens: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
-        """Choose the experts in the steps at the top of this file. Communicates over the expert-parallel group.
+    def _norm_and_choose(
+        self, tokens: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int
+    ) -> ShardedRoutes:
+        """Choose the experts in the four steps of a forward. Communicates over the expert-parallel group.
 
         Raises:
             ValueError: on every rank, if a size differs between ranks, or any has probs that are NaN or infinite.
@@ -128,7 +126,7 @@ class ShardedAIRRouter(AIRRouter):
         candidates = self._choose_offers(rows, offers, num_best)  # step 3
         del offers  # of all rows; the candidates hold what is still needed
         routes = self._choose_candidates(candidates.scores, candidates.ids, hidden, probes, padding_mask, batch_size)
-        return replace(routes, sharded=self._tell_owners(candidates, routes, padding_mask))  # step 4
+        return self._tell_owners(rows, candidates, routes, padding_mask)  # step 4
 
     def _gather(self, tokens: torch.Tensor, probes: torch.Tensor, num_best: int, num_explored: int) -> GatheredRows:
         """Step 1: send tokens and codewords to all ranks. Waits for each rank's number of tokens.
@@ -179,7 +177,8 @@ class ShardedAIRRouter(AIRRouter):
                 chosen = torch.cat((chosen, without_repeats(ids[:, drawn], chosen)), dim=1)
             scores = scores.gather(1, slots).masked_fill(chosen < 0, float("-inf"))
         kept = KeptPairs()
-        return Candidates(rows, offers.ids, slots, chosen, kept.attach(rows.scored, self.weight, scores), kept)
+        scores = kept.attach(rows.scored, self.weight, scores)
+        return Candidates(exchange, self.num_local_experts, offers.ids, slots, chosen, scores, kept)
 
     def _best_slots(self, scores: torch.Tensor, ids: torch.Tensor, width: int, number: int) -> torch.Tensor:
         """[T, number] slots of the best candidates in the first ``width`` offers [T, D, n] of all owners."""
@@ -190,19 +189,29 @@ class ShardedAIRRouter(AIRRouter):
         best = scores.flatten(1).topk(number, dim=1, sorted=False).indices
         return best // width * stride + best % width
 
-    def _tell_owners(self, candidates: Candidates, routes: Routes, padding_mask: torch.Tensor | None) -> ShardedRows:
+    def _tell_owners(
+        self, rows: GatheredRows, candidates: Candidates, routes: Routes, padding_mask: torch.Tensor | None
+    ) -> ShardedRoutes:
         """Step 4: tell the owners which of their offers are kept and selected. Raises as :meth:`_norm_and_choose`."""
         is_kept, is_invalid = candidates.ids >= 0, ~routes.probs.isfinite()
         if padding_mask is not None:
             is_kept, is_invalid = (values & ~padding_mask.unsqueeze(1) for values in (is_kept, is_invalid))
-        sharded, num_invalid = candidates.tell_owners(is_kept, routes.columns, is_invalid.sum(), self.num_local_experts)
+        selected, num_invalid = candidates.tell_owners(is_kept, routes.columns, is_invalid.sum())
         for rank, number in enumerate(num_invalid):
             if number:
                 raise ValueError(
                     f"layer {self.layer_number}: {number} of the routing probs of expert-parallel rank {rank} are NaN "
                     "or infinite; the hidden states or the router's weights are not finite"
                 )
-        return sharded
+        num_probes, num_offers = rows.probed.shape[1], candidates.offered.shape[1]
+        return ShardedRoutes(
+            **vars(routes),
+            exchange=rows.exchange,
+            rows=rows.tokens,
+            selected=selected,
+            bytes_to_owner=4 * num_probes + num_offers,
+            bytes_to_home=num_offers * (candidates.scores.element_size() + 4),
+        )
 
     def commit_lists(self, group: torch.distributed.ProcessGroup | None) -> None:
         """See the base class; the ranks that hold the same experts share the rebuild of their lists."""

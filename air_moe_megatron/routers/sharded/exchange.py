@@ -1,9 +1,6 @@
 """The collectives of sharded routing: rows of tokens to all expert-parallel ranks, and values of rows back home.
 
-A token's *home* is the rank that it comes from. Every rank holds the rows of all homes, those of rank 0 first. It is
-the *owner* of its own experts.
-
-Legend: D ranks, T tokens of this rank, R rows (the tokens of all ranks); others as in ``ops/__init__.py``.
+Every rank holds the rows of all homes, those of rank 0 first. The legend is that of the folder.
 """
 
 import torch
