@@ -29,7 +29,7 @@ from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.lists import inverted_lists, list_every_expert
 from air_moe_megatron.learned.module_state import HostCopy
 from air_moe_megatron.learned.parts import Span, pack_keys, spans, unpack_keys
-from air_moe_megatron.learned.rebuild_schedule import NUM_NEIGHBORS, POOL, next_rebuild, schedule
+from air_moe_megatron.learned.rebuild_schedule import NUM_NEIGHBORS, POOL, RebuildState, Schedule, schedule
 from air_moe_megatron.ops.ranking import Ranking
 
 SOURCES = ("tokens", "experts")
@@ -104,28 +104,24 @@ class ShortlistIndex(torch.nn.Module):
         self.register_buffer("staged_keys", staged_keys, persistent=is_spread)
         self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))  # finished rebuilds; codewords done
         self.on_host = HostCopy(self, "built_at", "progress")
-        self.on_host.note([-1, 0, 0])
+        self.on_host.note(list(RebuildState(built_at=-1, num_rebuilds=0, num_done=0)))
         self._share: Share | None = None
         self._provisional: bytes | None = None  # the provisional lists and what they were made from, see _identify
 
     @property
     def is_built(self) -> bool:
         """Whether training has made the lists; waits for the device only after other code has written the buffers."""
-        return self._state()[0] >= 0
+        return self._state.built_at >= 0
 
     @property
-    def schedule(self) -> tuple[int, int]:
-        """Codewords per block, and B, on the device of the lists; see ``rebuild_schedule.schedule``."""
+    def failure(self) -> Exception | None:
+        """The error that kept this rank from selecting its share in this step; None if there was none."""
+        return None if self._share is None else self._share.failure
+
+    @property
+    def schedule(self) -> Schedule:
+        """The blocks of codewords and their turns on the device of the lists."""
         return schedule(self.num_experts * self.num_shards, self.shortlist.shape[0], self.shortlist.is_cuda)
-
-    def _state(self) -> list[int]:
-        """Update that made the lists, number of rebuilds so far, and number of codewords done for the next lists."""
-        return self.on_host.read()
-
-    def _set_state(self, built_at: int, num_rebuilds: int, num_done: int) -> None:
-        self.built_at.fill_(built_at)
-        self.progress[0], self.progress[1] = num_rebuilds, num_done
-        self.on_host.note([built_at, num_rebuilds, num_done])
 
     @torch.no_grad()
     def refresh(
@@ -153,123 +149,18 @@ class ShortlistIndex(torch.nn.Module):
                 self._make_lists(codebook, centers)
                 self._provisional = self._identify(codebook, centers)
             return
-        (built_at, num_rebuilds, num_done), updates = self._state(), codebook.updates_on_host
-        due = 0 if built_at < 0 else next_rebuild(built_at, self.refresh_interval)
+        state, updates = self._state, codebook.updates_on_host
+        due = state.due(self.refresh_interval)
         # Without usable pools the rebuild is full. The first update replaces the random codewords, and so makes their
         # pools useless; an older checkpoint holds no pools.
-        is_at_once = self.source == "experts" or built_at < 1 or num_rebuilds == 0
+        is_at_once = self.source == "experts" or state.built_at < 1 or state.num_rebuilds == 0
         if updates >= due and is_at_once:
             self._make_lists(codebook, centers)
-            self._set_state(updates, num_rebuilds + 1, 0)
+            self._set_state(RebuildState(updates, state.num_rebuilds + 1, num_done=0))
         elif self._share is None and not is_at_once:
-            num_clusters, (block, _) = self.shortlist.shape[0], self.schedule
-            share = num_clusters * (updates - built_at) // (due - built_at) // block * block
-            rows = slice(num_done, num_clusters if updates >= due else share)
+            rows = self.schedule.rows_due(state, updates, due, self.shortlist.shape[0])
             if rows.start < rows.stop:
                 self._share = self._select_share(rows, codebook, centers, group)
-
-    def _make_lists(self, codebook: Codebook, centers: Centers) -> None:
-        """Make all lists at once, from the scores of all experts."""
-        weight = centers.weight
-        if self.source == "experts":
-            codebook.fit_experts(weight, is_first=not self.is_built)
-            self.shortlist.copy_(inverted_lists(codebook.codewords, weight, self.shortlist.shape[1]))
-            return
-        scale = codebook.typical_projections()
-        nearest = torch.empty(weight.shape[0], dtype=torch.int64, device=weight.device)
-        score = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-        for span in self._spans():
-            ranking = centers[span.experts].rank_experts(codebook.codewords, scale, span.pool_size)
-            self.pool[:, span.pool] = (ranking.lists + span.experts.start).int()
-            nearest[span.experts], score[span.experts] = ranking.nearest, ranking.score
-        self._list(nearest, score)
-
-    def _identify(self, codebook: Codebook, centers: Centers) -> bytes:
-        """A number for each list, and for each row and number that lists are made from; waits for the device.
-
-        Contents are compared, because other code may write to all of these without a trace, or put other tensors in
-        their places for a forward (``torch.func.functional_call``, a parametrization).
-        """
-        numbers = [_number_rows(rows) for rows in (self.shortlist, codebook.codewords, centers.weight)]
-        numbers += [codebook.typical_projections(), centers.bias, centers.expert_bias]
-        return torch.cat([one.double() for one in numbers if one is not None]).cpu().numpy().tobytes()
-
-    def _spans(self) -> list[Span]:
-        return spans(self.num_parts, self.num_experts, self.shortlist.shape[1], self.pool.shape[1])
-
-    def _list(self, nearest: torch.Tensor, score: torch.Tensor) -> None:
-        """Replace the lists by those made from the pools, and from each expert's best codeword [E] and score [E]."""
-        num_rebuilds = self._state()[1]
-        for span in self._spans():
-            first, length = span.experts.start, span.lists.stop - span.lists.start
-            best = self.pool[:, span.pool][:, :length].long() - first
-            ranking = Ranking(best, nearest[span.experts], score[span.experts])
-            self.shortlist[:, span.lists] = list_every_expert(ranking, self.num_reserved, num_rebuilds) + first
-
-    def _select_share(
-        self, rows: slice, codebook: Codebook, centers: Centers, group: torch.distributed.ProcessGroup | None
-    ) -> Share:
-        """Select the experts for this rank's blocks of the codewords ``rows``."""
-        rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
-        pool = torch.full((rows.stop - rows.start, self.pool.shape[1]), -1, device=centers.weight.device)
-        share = Share(rows, codebook.updates_on_host, num_ranks, pool, torch.full_like(self.staged_keys, _UNTRIED))
-        scale = codebook.typical_projections()
-        parts = [(span, centers[span.experts]) for span in self._spans()]
-        size, _ = self.schedule
-        blocks = range(rows.start, rows.stop, size)
-        try:
-            for first in blocks[len(blocks) * rank // num_ranks : len(blocks) * (rank + 1) // num_ranks]:
-                block = slice(first, min(first + size, rows.stop))
-                pool[block.start - rows.start : block.stop - rows.start] = self._select_pools(
-                    block, codebook.codewords, scale, parts, share.keys
-                )
-        except Exception as error:
-            if num_ranks == self.num_shards == 1:
-                raise
-            share.failure = error  # the other ranks learn of it at the end of the step
-        return share
-
-    def _select_pools(
-        self,
-        block: slice,
-        codewords: torch.Tensor,
-        scale: torch.Tensor,
-        parts: list[tuple[Span, Centers]],
-        keys: torch.Tensor,
-    ) -> torch.Tensor:
-        """[n, Q] new pools of a block's codewords; updates the experts' ``keys`` [E] with their scores there."""
-        num_rebuilds, (size, turns) = self._state()[1], self.schedule
-        ids = torch.arange(codewords.shape[0], device=codewords.device)
-        has_its_turn = block.start // size % turns == num_rebuilds % turns
-        if not has_its_turn:
-            first = ids[(num_rebuilds - 1) % turns * size :: turns * size]
-            had_their_turn = (first.unsqueeze(1) + ids[:size]).flatten().clamp(max=codewords.shape[0] - 1)
-            similarity = codewords[block] @ codewords[had_their_turn].t()
-            neighbors = had_their_turn[similarity.topk(min(NUM_NEIGHBORS, had_their_turn.numel()), dim=1).indices]
-        pools = []
-        for span, centers in parts:
-            part_keys, start = keys[span.experts], span.experts.start
-            if has_its_turn:
-                ranking = centers.rank_experts(codewords[block], scale[block], span.pool_size)
-                torch.maximum(part_keys, pack_keys(ranking.score, ranking.nearest + block.start), out=part_keys)
-            else:
-                pool, lists = self.pool[:, span.pool], self.shortlist[:, span.lists]
-                candidates = torch.cat((pool[block], lists[block], pool[neighbors].flatten(1)), dim=1)
-                candidates = candidates.long() - start
-                ranking = centers.rank_candidates(codewords[block], scale[block], candidates, span.pool_size)
-                values = pack_keys(ranking.scores, ids[block].unsqueeze(1))
-                part_keys.scatter_reduce_(0, ranking.candidates.flatten(), values.flatten(), "amax")
-            pools.append(ranking.lists + start)
-        return torch.cat(pools, dim=1)
-
-    @property
-    def failure(self) -> Exception | None:
-        """The error that kept this rank from selecting its share in this step; None if there was none."""
-        return None if self._share is None else self._share.failure
-
-    def discard(self) -> None:
-        """Forget what was selected in this step."""
-        self._share = None
 
     @torch.no_grad()
     def commit(self, group: torch.distributed.ProcessGroup | None = None) -> None:
@@ -299,14 +190,129 @@ class ShortlistIndex(torch.nn.Module):
             keys, pool = values[: keys.numel()], values[keys.numel() :].view_as(pool)
         self.pool[share.rows] = pool.int()
         torch.maximum(self.staged_keys, keys, out=self.staged_keys)
-        built_at, num_rebuilds, _ = self._state()
+        state = self._state
         if share.rows.stop < self.shortlist.shape[0]:
-            self._set_state(built_at, num_rebuilds, share.rows.stop)
+            self._set_state(state._replace(num_done=share.rows.stop))
             return
         score, nearest = unpack_keys(self.staged_keys)
-        self._list(nearest, score)
+        self._list_from_pools(nearest, score)
         self.staged_keys.fill_(_UNTRIED)
-        self._set_state(share.num_updates, num_rebuilds + 1, 0)
+        self._set_state(RebuildState(share.num_updates, state.num_rebuilds + 1, num_done=0))
+
+    def discard(self) -> None:
+        """Forget what was selected in this step."""
+        self._share = None
+
+    def start_anew(self) -> None:
+        """Forget all lists: the next forward makes them."""
+        self.built_at.fill_(-1)
+        self._forget_rebuild()
+
+    def _make_lists(self, codebook: Codebook, centers: Centers) -> None:
+        """Make all lists at once, from the scores of all experts."""
+        weight = centers.weight
+        if self.source == "experts":
+            codebook.fit_experts(weight, is_first=not self.is_built)
+            self.shortlist.copy_(inverted_lists(codebook.codewords, weight, self.shortlist.shape[1]))
+            return
+        scale = codebook.typical_projections()
+        nearest = torch.empty(weight.shape[0], dtype=torch.int64, device=weight.device)
+        score = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+        for span in self._spans():
+            ranking = centers[span.experts].rank_experts(codebook.codewords, scale, span.pool_size)
+            self.pool[:, span.pool] = (ranking.lists + span.experts.start).int()
+            nearest[span.experts], score[span.experts] = ranking.nearest, ranking.score
+        self._list_from_pools(nearest, score)
+
+    def _identify(self, codebook: Codebook, centers: Centers) -> bytes:
+        """A number for each list, and for each row and number that lists are made from; waits for the device.
+
+        Contents are compared, because other code may write to all of these without a trace, or put other tensors in
+        their places for a forward (``torch.func.functional_call``, a parametrization).
+        """
+        numbers = [_number_rows(rows) for rows in (self.shortlist, codebook.codewords, centers.weight)]
+        numbers += [codebook.typical_projections(), centers.bias, centers.expert_bias]
+        return torch.cat([one.double() for one in numbers if one is not None]).cpu().numpy().tobytes()
+
+    def _select_share(
+        self, rows: slice, codebook: Codebook, centers: Centers, group: torch.distributed.ProcessGroup | None
+    ) -> Share:
+        """Select the experts for this rank's blocks of the codewords ``rows``."""
+        rank, num_ranks = (0, 1) if group is None else (group.rank(), group.size())
+        pool = torch.full((rows.stop - rows.start, self.pool.shape[1]), -1, device=centers.weight.device)
+        share = Share(rows, codebook.updates_on_host, num_ranks, pool, torch.full_like(self.staged_keys, _UNTRIED))
+        scale = codebook.typical_projections()
+        parts = [(span, centers[span.experts]) for span in self._spans()]
+        block_size = self.schedule.block_size
+        blocks = range(rows.start, rows.stop, block_size)
+        try:
+            for first in blocks[len(blocks) * rank // num_ranks : len(blocks) * (rank + 1) // num_ranks]:
+                block = slice(first, min(first + block_size, rows.stop))
+                pool[block.start - rows.start : block.stop - rows.start] = self._select_pools(
+                    block, codebook.codewords, scale, parts, share.keys
+                )
+        except Exception as error:
+            if num_ranks == self.num_shards == 1:
+                raise
+            share.failure = error  # the other ranks learn of it at the end of the step
+        return share
+
+    def _select_pools(
+        self,
+        block: slice,
+        codewords: torch.Tensor,
+        scale: torch.Tensor,
+        parts: list[tuple[Span, Centers]],
+        keys: torch.Tensor,
+    ) -> torch.Tensor:
+        """[n, Q] new pools of a block's codewords; updates the experts' ``keys`` [E] with their scores there."""
+        has_its_turn = self.schedule.has_turn(block.start, self._state.num_rebuilds)
+        neighbors = None if has_its_turn else self._neighbors(block, codewords)
+        ids, pools = torch.arange(block.start, block.stop, device=codewords.device), []
+        for span, centers in parts:
+            part_keys, start = keys[span.experts], span.experts.start
+            if has_its_turn:
+                ranking = centers.rank_experts(codewords[block], scale[block], span.pool_size)
+                torch.maximum(part_keys, pack_keys(ranking.score, ranking.nearest + block.start), out=part_keys)
+            else:
+                pool, lists = self.pool[:, span.pool], self.shortlist[:, span.lists]
+                candidates = torch.cat((pool[block], lists[block], pool[neighbors].flatten(1)), dim=1)
+                candidates = candidates.long() - start
+                ranking = centers.rank_candidates(codewords[block], scale[block], candidates, span.pool_size)
+                values = pack_keys(ranking.scores, ids.unsqueeze(1))
+                part_keys.scatter_reduce_(0, ranking.candidates.flatten(), values.flatten(), "amax")
+            pools.append(ranking.lists + start)
+        return torch.cat(pools, dim=1)
+
+    def _neighbors(self, block: slice, codewords: torch.Tensor) -> torch.Tensor:
+        """[n, 2] codewords nearest to those of a block, among the ones that had their turn in the last rebuild."""
+        block_size, num_turns = self.schedule
+        ids = torch.arange(codewords.shape[0], device=codewords.device)
+        first = ids[(self._state.num_rebuilds - 1) % num_turns * block_size :: num_turns * block_size]
+        had_their_turn = (first.unsqueeze(1) + ids[:block_size]).flatten().clamp(max=codewords.shape[0] - 1)
+        similarity = codewords[block] @ codewords[had_their_turn].t()
+        return had_their_turn[similarity.topk(min(NUM_NEIGHBORS, had_their_turn.numel()), dim=1).indices]
+
+    def _list_from_pools(self, nearest: torch.Tensor, score: torch.Tensor) -> None:
+        """Replace the lists by those made from the pools, and from each expert's best codeword [E] and score [E]."""
+        num_rebuilds = self._state.num_rebuilds
+        for span in self._spans():
+            first, length = span.experts.start, span.lists.stop - span.lists.start
+            best = self.pool[:, span.pool][:, :length].long() - first
+            ranking = Ranking(best, nearest[span.experts], score[span.experts])
+            self.shortlist[:, span.lists] = list_every_expert(ranking, self.num_reserved, num_rebuilds) + first
+
+    def _spans(self) -> list[Span]:
+        return spans(self.num_parts, self.num_experts, self.shortlist.shape[1], self.pool.shape[1])
+
+    @property
+    def _state(self) -> RebuildState:
+        return RebuildState(*self.on_host.read())
+
+    def _set_state(self, state: RebuildState) -> None:
+        self.built_at.fill_(state.built_at)
+        self.progress[0], self.progress[1] = state.num_rebuilds, state.num_done
+        self.on_host.note(list(state))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -316,6 +322,30 @@ class ShortlistIndex(torch.nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         strict, missing_keys = args[1], args[2]
+        self._require_sizes_and_source(state_dict, prefix)
+        has_lists = any(prefix + name in state_dict for name in ("shortlist", "built_at", "source_code"))
+        is_whole = any(prefix + name in state_dict for name in REBUILDING)
+        for name in self._non_persistent_buffers_set:  # older checkpoints hold them, as empty tensors
+            state_dict.pop(prefix + name, None)
+        for name in _OF_EXPERTS if self.first_expert else ():
+            if prefix + name in state_dict:  # not in place: with assign=True the tensors are the caller's
+                state_dict[prefix + name] = state_dict[prefix + name] - self.first_expert
+        num_missing = len(missing_keys)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "shortlist" in state_dict and self.source == "tokens" and int(self.built_at) >= 0:
+            self._require_parts(prefix)
+        if strict and not has_lists and not is_whole:
+            del missing_keys[num_missing:]  # plain top-k routing has no lists
+        elif strict and not is_whole:  # an older checkpoint: the next rebuild is full
+            missing_keys[num_missing:] = [
+                key for key in missing_keys[num_missing:] if key[len(prefix) :] not in REBUILDING
+            ]
+        if has_lists and not is_whole:
+            self._forget_rebuild()
+        self._share = self._provisional = None
+
+    def _require_sizes_and_source(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Check that loaded lists are of the shape and the source of these."""
         loaded = state_dict.get(prefix + "shortlist")
         if loaded is not None and loaded.shape != self.shortlist.shape:
             raise ValueError(
@@ -328,35 +358,6 @@ class ShortlistIndex(torch.nn.Module):
                 f"moe_air_codebook_source ({self.source!r}) must be that of the checkpoint, "
                 f"{SOURCES[int(source_code)]!r}: codebooks and lists of one source mean nothing to the other"
             )
-        has_lists = any(prefix + name in state_dict for name in ("shortlist", "built_at", "source_code"))
-        is_whole = any(prefix + name in state_dict for name in REBUILDING)
-        for name in self._non_persistent_buffers_set:  # older checkpoints hold them, as empty tensors
-            state_dict.pop(prefix + name, None)
-        for name in _OF_EXPERTS if self.first_expert else ():
-            if prefix + name in state_dict:  # not in place: with assign=True the tensors are the caller's
-                state_dict[prefix + name] = state_dict[prefix + name] - self.first_expert
-        num_missing = len(missing_keys)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if loaded is not None and self.source == "tokens" and int(self.built_at) >= 0:
-            self._require_parts(prefix)
-        if strict and not has_lists and not is_whole:
-            del missing_keys[num_missing:]  # plain top-k routing has no lists
-        elif strict and not is_whole:  # an older checkpoint: the next rebuild is full
-            missing_keys[num_missing:] = [
-                key for key in missing_keys[num_missing:] if key[len(prefix) :] not in REBUILDING
-            ]
-        if has_lists and not is_whole:
-            self._forget_rebuild()
-        self._share = self._provisional = None
-
-    def start_anew(self) -> None:
-        """Forget all lists: the next forward makes them."""
-        self.built_at.fill_(-1)
-        self._forget_rebuild()
-
-    def _forget_rebuild(self) -> None:
-        self.staged_keys.fill_(_UNTRIED)
-        self.progress.zero_()
 
     def _require_parts(self, prefix: str) -> None:
         """Check that each part of the loaded lists holds only experts of that part."""
@@ -367,6 +368,10 @@ class ShortlistIndex(torch.nn.Module):
                     f"checkpoint holds {prefix}shortlist in another number of parts than moe_air_list_parts; "
                     "train with the parts of the checkpoint"
                 )
+
+    def _forget_rebuild(self) -> None:
+        self.staged_keys.fill_(_UNTRIED)
+        self.progress.zero_()
 
 
 def _number_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ are made all at once.
 Legend: E experts, C clusters, L shortlist, Q pool, B blocks of which one has its turn in a rebuild.
 """
 
+from typing import NamedTuple
+
 # docs/codebook.md#rebuilding-the-lists has the measured cost and recall of these values.
 NUM_TURNS = 8  # B
 NUM_NEIGHBORS = 2  # codewords whose pools a codeword chooses from
@@ -17,6 +19,38 @@ _GPU_SCORES = 2**24  # scores per block on a GPU, enough to hide most of the tim
 NUM_FULL_REBUILDS = 2
 """Full rebuilds of lists of source 'tokens': the first, and the one after the first update, which replaces all
 codewords."""
+
+
+class RebuildState(NamedTuple):
+    """How far the rebuilds of an index are."""
+
+    built_at: int  # number of codebook updates when the lists were made; -1 before there are lists
+    num_rebuilds: int  # number of rebuilds so far
+    num_done: int  # number of codewords that have selected experts for the next lists
+
+    def due(self, interval: int) -> int:
+        """The number of codebook updates after which lists are due next."""
+        return 0 if self.built_at < 0 else next_rebuild(self.built_at, interval)
+
+
+class Schedule(NamedTuple):
+    """The blocks of codewords in which lists are rebuilt, and their turns."""
+
+    block_size: int  # codewords per block
+    num_turns: int  # B, number of rebuilds in which every block gets one turn
+
+    def has_turn(self, first: int, num_rebuilds: int) -> bool:
+        """Whether the block that begins with codeword ``first`` chooses from all experts after so many rebuilds."""
+        return first // self.block_size % self.num_turns == num_rebuilds % self.num_turns
+
+    def rows_due(self, state: RebuildState, num_updates: int, due: int, num_clusters: int) -> slice:
+        """The codewords that select experts in a step, so that all have done so once lists are ``due``.
+
+        Example: blocks of 32, lists made after 100 updates and due after 104, C = 128, 32 codewords done: after 102
+        updates the codewords 32 to 63.
+        """
+        share = num_clusters * (num_updates - state.built_at) // (due - state.built_at)
+        return slice(state.num_done, num_clusters if num_updates >= due else share // self.block_size * self.block_size)
 
 
 def next_rebuild(built_at: int, interval: int) -> int:
@@ -46,8 +80,8 @@ def num_turns(num_clusters: int) -> int:
     return min(NUM_TURNS, -(-num_clusters // BLOCK))
 
 
-def schedule(num_experts: int, num_clusters: int, on_gpu: bool) -> tuple[int, int]:
-    """Codewords per block, and B.
+def schedule(num_experts: int, num_clusters: int, on_gpu: bool) -> Schedule:
+    """The blocks of codewords and their turns.
 
     A GPU scores all experts faster than it gathers a codeword's candidates. On an H100, with E = 65,536 and C = 1024, a
     rebuild took 53.0 ms by turns in blocks of 32, and 6.80 ms from all experts (docs/results/h100.md).
@@ -55,8 +89,8 @@ def schedule(num_experts: int, num_clusters: int, on_gpu: bool) -> tuple[int, in
     Example: E = 65,536, C = 1024: blocks of 32 and B = 8 on a CPU, of 256 and B = 1 on a GPU.
     """
     if not on_gpu:
-        return BLOCK, num_turns(num_clusters)
-    return max(_GPU_BLOCK, _GPU_SCORES // num_experts // _GPU_BLOCK * _GPU_BLOCK), 1
+        return Schedule(BLOCK, num_turns(num_clusters))
+    return Schedule(max(_GPU_BLOCK, _GPU_SCORES // num_experts // _GPU_BLOCK * _GPU_BLOCK), num_turns=1)
 
 
 def rebuild_products(num_experts: int, num_clusters: int, shortlist_size: int, on_gpu: bool = False) -> float:

@@ -11,7 +11,7 @@ from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.index import REBUILDING, ShortlistIndex
 from air_moe_megatron.learned.lists import balanced_lists, inverted_lists, list_every_expert, reserved_slots
 from air_moe_megatron.learned.parts import pack_keys, unpack_keys
-from air_moe_megatron.learned.rebuild_schedule import next_rebuild, num_rebuilds
+from air_moe_megatron.learned.rebuild_schedule import Schedule, next_rebuild, num_rebuilds
 from air_moe_megatron.ops.coarse import assign_with_statistics
 from air_moe_megatron.ops.ranking import rank_experts
 
@@ -318,7 +318,7 @@ def scrambled(selection):
 def test_a_rebuild_in_which_every_codeword_has_its_turn_is_a_full_one(selection, block, monkeypatch):
     """As on a GPU."""
     codebook, index, centers, expected = scrambled(selection)
-    monkeypatch.setattr(index_module, "schedule", lambda *_: (block, 1))
+    monkeypatch.setattr(index_module, "schedule", lambda *_: Schedule(block, 1))
     rebuild(codebook, index, centers)
     assert torch.equal(index.shortlist, expected)
 
@@ -335,8 +335,8 @@ def test_a_rebuild_that_chooses_from_all_experts_is_a_full_one(selection):
 def test_after_a_turn_of_every_codeword_the_lists_keep_the_best_of_all_experts(selection):
     """Whatever stood there; experts that no list keeps are where they were tried last."""
     codebook, index, centers, _ = scrambled(selection)
-    assert index.schedule[1] == 4
-    for _ in range(index.schedule[1]):
+    assert index.schedule.num_turns == 4
+    for _ in range(index.schedule.num_turns):
         rebuild(codebook, index, centers)
     best = full_ranking(codebook, index, centers).lists[:, :28]
     assert all(kept <= listed for kept, listed in zip(as_sets(best), as_sets(index.shortlist), strict=True))

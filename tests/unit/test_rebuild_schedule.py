@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from air_moe_megatron.learned.rebuild_schedule import next_rebuild, schedule
+from air_moe_megatron.learned.rebuild_schedule import RebuildState, Schedule, next_rebuild, schedule
 
 
 def rebuilds(interval, number):
@@ -40,3 +40,16 @@ def test_blocks_and_turns(num_experts, num_clusters, on_gpu):
     else:
         assert size == 32
         assert turns == min(8, -(-num_clusters // 32))
+
+
+def test_the_steps_of_an_interval_share_the_codewords():
+    """In whole blocks, evenly, and the last step takes what is left."""
+    blocks, state = Schedule(32, 4), RebuildState(built_at=100, num_rebuilds=3, num_done=0)
+    assert state.due(20) == 110 and RebuildState(-1, 0, 0).due(20) == 0
+    found = []
+    for num_updates in range(100, 105):
+        rows = blocks.rows_due(state, num_updates, 104, num_clusters=150)
+        found.append((rows.start, rows.stop))
+        state = state._replace(num_done=rows.stop)
+    assert found == [(0, 0), (0, 32), (32, 64), (64, 96), (96, 150)]
+    assert [blocks.has_turn(first, 3) for first in (0, 32, 64, 96, 128)] == [False, False, False, True, False]

@@ -111,7 +111,7 @@ def test_products_of_a_rebuild_equal_what_torch_counts(megatron_cpu, fields):
     router = ROUTERS["air"](config, megatron_cpu)
     sizes, counts = router.sizes, []
     weight = router.weight.bfloat16()  # the products with fp32 centers are sparse, which torch does not count
-    for _ in range(2 + router.index.schedule[1]):
+    for _ in range(2 + router.index.schedule.num_turns):
         with FlopCounterMode(display=False) as counter:
             router.index.refresh(router.codebook, Centers(weight))
         router.index.commit()
@@ -119,7 +119,7 @@ def test_products_of_a_rebuild_equal_what_torch_counts(megatron_cpu, fields):
         counts.append(counter.get_total_flops())
     in_full = 2 * HIDDEN * sizes.num_clusters * EXPERTS
     assert counts[:2] == [in_full, in_full]
-    mean = sum(counts[2:]) / router.index.schedule[1]
+    mean = sum(counts[2:]) / router.index.schedule.num_turns
     assert mean == 2 * HIDDEN * rebuild_products(EXPERTS, sizes.num_clusters, sizes.shortlist_size)
     assert (mean == in_full) == (sizes.num_clusters == 12)
 

@@ -170,7 +170,7 @@ def test_an_expert_that_its_bias_favors_gets_into_the_lists(megatron_cpu):
     rare = int(lists_of.argmin())
     assert 1 <= lists_of[rare] < router.sizes.num_clusters  # in some list, as every expert, but not in all
     router.expert_bias[rare] = 10.0
-    for _ in range(router.index.schedule[1]):  # until every codeword has been tried with it
+    for _ in range(router.index.schedule.num_turns):  # until every codeword has been tried with it
         router.route(make_hidden(1))
         update_codebooks(router)
     routes = router.route(make_hidden(1))
