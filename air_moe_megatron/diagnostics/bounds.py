@@ -203,13 +203,13 @@ class FrozenBounds:
         parts = split(lifted, self._directions[nearest])
         angle = torch.atan2(parts.distance, parts.along)  # [T, 1]
         step = math.pi / 2 / (_NUM_ANGLES - 1)
-        place = (angle / step).floor().long().clamp(0, _NUM_ANGLES - 2)
+        lower = (angle / step).floor().long().clamp(0, _NUM_ANGLES - 2)  # the grid's angle below
         size = torch.hypot(parts.along, parts.distance) / math.sin(step)
-        left = size * torch.sin((place + 1) * step - angle).clamp(min=0)
-        right = size * torch.sin(angle - place * step).clamp(min=0)
+        left = size * torch.sin((lower + 1) * step - angle).clamp(min=0)
+        right = size * torch.sin(angle - lower * step).clamp(min=0)
         support = self.constants.support[nearest]  # [T, B, G]
-        place = place.unsqueeze(2).expand(-1, support.shape[1], 1)
-        most = left * support.gather(2, place).squeeze(2) + right * support.gather(2, place + 1).squeeze(2)
+        lower = lower.unsqueeze(2).expand(-1, support.shape[1], 1)
+        most = left * support.gather(2, lower).squeeze(2) + right * support.gather(2, lower + 1).squeeze(2)
         most = most + parts.residual @ self._spread.origin.double().unsqueeze(1) + error
         most = most.masked_fill(angle > math.pi / 2, math.inf)
         is_empty = support[:, :, 0] == _OUT

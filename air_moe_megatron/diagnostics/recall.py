@@ -54,7 +54,7 @@ def measure(
     The selection is that of scores in fp32. A router that scores in bf16 may choose otherwise among nearly equal
     scores. Every metric allows for the rounding of fp32: no bound exceeds the measured mass recall, and no token is
     certified by rounding.
-    If scores tie at the K-th place, each choice among them is an exact top-k, so ``topk_recall`` may be less than 1 for
+    If scores tie at the K-th rank, each choice among them is an exact top-k, so ``topk_recall`` may be less than 1 for
     a certified token.
 
     Args:

@@ -94,12 +94,12 @@ def split_loaded(
             means = _directions(statistics, codewords).flatten(0, 1)
             codewords, ema = (value.clone(memory_format=torch.contiguous_format) for value in (codewords, ema))
             flat_codewords, flat_ema = codewords.flatten(0, 1), ema.flatten(0, 1)  # views
-            first_place = torch.arange(num_codebooks, device=device).unsqueeze(1) * num_clusters
+            first_row = torch.arange(num_codebooks, device=device).unsqueeze(1) * num_clusters
         is_split = is_starved & (is_starved.cumsum(dim=1) <= num_splits.unsqueeze(1))
-        starved = _places(is_split, sum(splits_of))
-        by_load = first_place + torch.argsort(counts, dim=1, descending=True, stable=True)
+        starved = _flat_indices(is_split, sum(splits_of))
+        by_load = first_row + torch.argsort(counts, dim=1, descending=True, stable=True)
         is_halved = torch.arange(num_clusters, device=device) < num_splits.unsqueeze(1)
-        loaded = by_load.flatten()[_places(is_halved, sum(splits_of))]
+        loaded = by_load.flatten()[_flat_indices(is_halved, sum(splits_of))]
         direction = torch.cat(
             [
                 torch.randn(number, hidden_size, generator=generator, dtype=torch.float32)
@@ -119,7 +119,7 @@ def split_loaded(
             flat_ema[rows, :hidden_size] = halves * flat_ema[rows, :hidden_size].norm(dim=1, keepdim=True)
 
 
-def _places(chosen: torch.Tensor, number: int) -> torch.Tensor:
+def _flat_indices(chosen: torch.Tensor, number: int) -> torch.Tensor:
     """[number] flat indices at which ``chosen`` [N, C] is true; ``number`` is how many there are."""
     return torch.nonzero_static(chosen.flatten(), size=number).flatten()
 

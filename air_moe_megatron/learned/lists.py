@@ -101,8 +101,8 @@ def inverted_lists(codewords: torch.Tensor, weight: torch.Tensor, capacity: int)
         by_score = score.argsort(descending=True, stable=True)
         order = by_score[codeword[by_score].argsort(stable=True)]
         counts = torch.bincount(codeword, minlength=num_clusters)
-        place = torch.arange(order.numel(), device=order.device) - (counts.cumsum(0) - counts)[codeword[order]]
-        slot = used[codeword[order]] + place
+        rank = torch.arange(order.numel(), device=order.device) - (counts.cumsum(0) - counts)[codeword[order]]
+        slot = used[codeword[order]] + rank
         taken = slot < capacity
         lists[codeword[order][taken], slot[taken]] = outside[order[taken]]
         used = (used + counts).clamp(max=capacity)

@@ -236,7 +236,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         """Whether the current forward adds to what is learned without gradients.
 
         Its tokens must count, and some parameter of the router must be trained. torch's ``FullyShardedDataParallel``
-        may have put plain tensors in the places of the parameters.
+        may have replaced the parameters by plain tensors.
         """
         weights = list(self.parameters()) or [one for one in vars(self).values() if isinstance(one, torch.Tensor)]
         return self._is_counted and any(weight.requires_grad for weight in weights)

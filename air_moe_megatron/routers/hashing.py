@@ -42,7 +42,7 @@ class WaitingIds:
     Microbatches may be recomputed in any order, and some never. The look-up takes the kept microbatch whose hidden
     states are the nearest. It runs on the device and does not wait for it.
 
-    Microbatches of evaluation have their own places, so that they push out none of training.
+    Microbatches of evaluation have their own slots, so that they push out none of training.
     """
 
     def __init__(self) -> None:

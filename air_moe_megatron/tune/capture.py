@@ -115,17 +115,17 @@ def collect(
     work: list[tuple[str, list[tuple[Windows, int, int]]]] = []
     for part, number in (("fit", num_fit), ("test", num_test)):
         chosen = []
-        for place, parts in enumerate(data):
-            share = number // len(data) + (place < number % len(data))
+        for position, parts in enumerate(data):
+            share = number // len(data) + (position < number % len(data))
             chosen += _windows(parts[part], eod, args, share)
         chosen += [(*chosen[0][:2], 0)] * (-len(chosen) % size)  # fill the last microbatch
         work += [(part, chosen[first : first + size]) for first in range(0, len(chosen), size)]
-    for part, places in progress(work):
-        numbers = torch.tensor([[number] for *_, number in places])
+    for part, chosen in progress(work):
+        numbers = torch.tensor([[number] for *_, number in chosen])
         is_kept = (torch.arange(args.seq_length) < numbers).flatten()
         for collector in collectors.values():
             collector.part, collector.is_kept = part, is_kept
-        batch = torch.utils.data.default_collate([windows[index] for windows, index, _ in places])
+        batch = torch.utils.data.default_collate([windows[index] for windows, index, _ in chosen])
         forward_step(iter([batch]), model[0])
     for collector in collectors.values():
         collector.remove()
@@ -139,4 +139,4 @@ def _windows(
     windows, size = Windows(tokens, eod, args), args.seq_length
     num_whole = (len(tokens) - 1) // size  # one more would begin earlier
     indices = numpy.linspace(0, num_whole - 1, min(-(-num_tokens // size), num_whole))
-    return [(windows, int(index), min(size, num_tokens - place * size)) for place, index in enumerate(indices)]
+    return [(windows, int(index), min(size, num_tokens - position * size)) for position, index in enumerate(indices)]

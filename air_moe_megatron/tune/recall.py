@@ -118,8 +118,8 @@ def recall_of_lists(
             ids = listed.long()[probes[rows, : max(probe_counts)]]  # [n, P, L]
             # [n, E]: the first list that an expert is in
             first = torch.full(probs.shape, max(probe_counts), dtype=torch.uint8, device=ids.device)
-            for place in reversed(range(ids.shape[1])):
-                first.scatter_(1, ids[:, place], place)
+            for position in reversed(range(ids.shape[1])):
+                first.scatter_(1, ids[:, position], position)
             hits = first.gather(1, best).unsqueeze(2) < counted  # [n, K, probe counts]
             is_new = first.gather(1, ids.flatten(1)).view_as(ids) == order.view(-1, 1)
             mass = (probs.gather(1, ids.flatten(1)).view_as(ids) * is_new).sum(dim=2).double().cumsum(dim=1)  # [n, P]

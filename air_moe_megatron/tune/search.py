@@ -191,8 +191,8 @@ def _measure_clusters(layer: Layer, settings: Sequence[Setting]) -> dict[Setting
     codebook = fit_codebook(layer.fit, settings[0].num_clusters)
     lists = make_lists(layer, codebook, lengths)
     topk, mass = recall_of_lists(layer, assign(layer.test, codebook.codewords, probe_counts[-1]), lists, probe_counts)
-    places = {one: (lengths.index(one.shortlist_size), probe_counts.index(one.num_probes)) for one in settings}
-    return {one: (float(topk[place]), float(mass[place])) for one, place in places.items()}
+    indices = {one: (lengths.index(one.shortlist_size), probe_counts.index(one.num_probes)) for one in settings}
+    return {one: (float(topk[index]), float(mass[index])) for one, index in indices.items()}
 
 
 def cheapest(results: Sequence[Result], target: float, metric: str) -> Result | None:

@@ -82,10 +82,10 @@ def expert_of(weight1, weight2, ids, rows):
 def plain(hidden, ids, probs, weight1, weight2, world_size):
     """K copies of each token travel, one per expert; every copy comes back as an output."""
     local = weight1.shape[0]
-    tokens, places = torch.nonzero(ids >= 0, as_tuple=True)
-    experts = ids[tokens, places]
+    tokens, slots = torch.nonzero(ids >= 0, as_tuple=True)
+    experts = ids[tokens, slots]
     order = (experts // local).argsort(stable=True)
-    tokens, places, experts = tokens[order], places[order], experts[order]
+    tokens, slots, experts = tokens[order], slots[order], experts[order]
     sent = torch.bincount(experts // local, minlength=world_size)
     received = torch.empty_like(sent)
     torch.distributed.all_to_all_single(received, sent)
@@ -93,7 +93,7 @@ def plain(hidden, ids, probs, weight1, weight2, world_size):
     rows = PlainAllToAll.apply(hidden.view(-1, HIDDEN)[tokens], sent, received)
     local_ids = PlainAllToAll.apply(experts, sent, received) % local
     outputs = PlainAllToAll.apply(expert_of(weight1, weight2, local_ids, rows), received, sent)
-    weighted = outputs * probs[tokens, places].unsqueeze(1)
+    weighted = outputs * probs[tokens, slots].unsqueeze(1)
     return torch.zeros_like(hidden.view(-1, HIDDEN)).index_add(0, tokens, weighted).view_as(hidden), sum(sent)
 
 

@@ -44,7 +44,7 @@ LAUNCHES = {
     "coarse": {ASSIGN},
     "coarse-deterministic": {ASSIGN} | STATISTICS,
     "ranking": {("_group_maxima_fwd_kernel", "bf16"), ("_candidates_fwd_kernel", "bf16")},
-    "exchange": {(f"_{name}_fwd_kernel", "") for name in ("count", "place", "pack", "combine")},
+    "exchange": {(f"_{name}_fwd_kernel", "") for name in ("count", "plan", "pack", "combine")},
     "fine-scores": FINE_SCORES,
     "fine-scores-deterministic": FINE_SCORES | {PAIR_WEIGHT},
     "fine-scores-bias": {BLOCKS, ("_fine_scores_fwd_kernel", "bf16"), ("_fine_scores_bwd_weight_kernel", "plain")},

@@ -1,4 +1,4 @@
-"""Scores of the selected experts: gradients against the naive reference, absent places, shapes."""
+"""Scores of the selected experts: gradients against the naive reference, absent slots, shapes."""
 
 import pytest
 import torch

@@ -24,11 +24,11 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 @triton.jit
 def _keys_kernel(values, ids, keys, read_values, read_ids, N: tl.constexpr):
-    places = tl.arange(0, N)
-    key = order_key(tl.load(values + places), tl.load(ids + places))
-    tl.store(keys + places, key)
-    tl.store(read_values + places, value_of_key(key))
-    tl.store(read_ids + places, id_of_key(key))
+    positions = tl.arange(0, N)
+    key = order_key(tl.load(values + positions), tl.load(ids + positions))
+    tl.store(keys + positions, key)
+    tl.store(read_values + positions, value_of_key(key))
+    tl.store(read_ids + positions, id_of_key(key))
 
 
 def test_keys_order_values_then_ids_and_can_be_read(kernel_device):
@@ -51,8 +51,8 @@ def test_keys_order_values_then_ids_and_can_be_read(kernel_device):
 
 @triton.jit
 def _dot_wide_kernel(a, b, out, DOT_DTYPE: tl.constexpr):
-    places = tl.arange(0, 16)
-    where = places[:, None] * 16 + places[None, :]
+    positions = tl.arange(0, 16)
+    where = positions[:, None] * 16 + positions[None, :]
     product = dot_wide(tl.load(a + where), tl.load(b + where), tl.zeros([16, 16], tl.float32), DOT_DTYPE)
     tl.store(out + where, product)
 

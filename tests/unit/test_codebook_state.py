@@ -10,13 +10,13 @@ from tests.codebooks import CLOSE, assert_same_bits, clustered, learn, randn, st
 
 
 @pytest.mark.parametrize("poison", (float("nan"), float("inf"), float("-inf")), ids=str)
-@pytest.mark.parametrize("place", ((0, 0), (17, 3)), ids=("first-element", "inner-element"))
-def test_a_token_that_is_not_finite_drops_the_update(poison, place):
+@pytest.mark.parametrize("position", ((0, 0), (17, 3)), ids=("first-element", "inner-element"))
+def test_a_token_that_is_not_finite_drops_the_update(poison, position):
     codebook = Codebook(6, 8, 0.9)
     learn(codebook, clustered(60, 3, 8))
     before = state(codebook)
     hidden = clustered(60, 3, 8, seed=1)
-    hidden[place] = poison
+    hidden[position] = poison
     learn(codebook, hidden, clustered(60, 3, 8, seed=2))
     after = state(codebook)
     assert torch.equal(after["codewords"], before["codewords"])

@@ -170,7 +170,7 @@ def test_no_tokens_at_all_are_no_error():
     assert load_figures(torch.zeros(4, dtype=torch.int64))["experts-used"] == 0.0
 
 
-def test_listed_share_counts_each_expert_once_and_no_empty_place():
+def test_listed_share_counts_each_expert_once_and_no_empty_slot():
     def router(lists):
         index = types.SimpleNamespace(num_experts=4, shortlist=torch.tensor(lists))
         return types.SimpleNamespace(index=index, mean_over_shards=lambda share: share)

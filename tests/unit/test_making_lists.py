@@ -79,7 +79,7 @@ def test_top_scoring_takes_centers_of_any_dtype(dtype):
     chunk=st.integers(1, 300), sorted_weights=st.booleans(), seed=st.integers(0, 1000),
 )  # fmt: skip
 def test_ranking_equals_topk_and_argmax(num_experts, num_clusters, shortlist_size, chunk, sorted_weights, seed):
-    """Also where each chunk beats those before, so that the guess of how many places change is wrong."""
+    """Also where each chunk beats those before, so that the guess of how many entries change is wrong."""
     shortlist_size = min(shortlist_size, num_experts)
     codewords, weight = directions(num_clusters, 4, seed), randn(num_experts, 4, seed=seed + 1)
     if sorted_weights:
@@ -165,11 +165,11 @@ def test_where_the_best_codeword_is_full_an_orphan_goes_where_there_is_room():
     assert list_every_expert(ranking, 2).tolist() == [[0, 1, 2], [0, 1, 3]]
 
 
-def test_more_orphans_than_places_get_them_one_after_another():
+def test_more_orphans_than_slots_get_them_one_after_another():
     codewords, weight = crowded(100, 4)
     ranking = rank_experts(codewords, torch.ones(4), weight, None, 10)
     reserved = reserved_slots(100, 4, 10, topk=7)
-    assert reserved == 3  # 12 places for at least 72 orphans
+    assert reserved == 3  # 12 slots for at least 72 orphans
     listed = set()
     for num_rebuilds in range(9):
         lists = list_every_expert(ranking, reserved, num_rebuilds)
@@ -233,7 +233,7 @@ def test_equal_centers_fill_one_list_after_another():
 
 @settings(max_examples=100)
 @given(num_experts=st.integers(1, 60), num_clusters=st.integers(1, 20), data=st.data())
-def test_balanced_lists_give_every_expert_the_same_number_of_places_up_to_one(num_experts, num_clusters, data):
+def test_balanced_lists_give_every_expert_the_same_number_of_slots_up_to_one(num_experts, num_clusters, data):
     num_clusters = min(num_clusters, num_experts)
     shortlist_size = data.draw(st.integers(1, num_experts))
     lists = balanced_lists(num_clusters, shortlist_size, num_experts, "cpu")

@@ -51,7 +51,7 @@ def reference(router, hidden):
 
 
 def assert_equals_reference(router, hidden):
-    """Route, compare with the reference, and return the number of places that stayed empty."""
+    """Route, compare with the reference, and return the number of slots that stayed empty."""
     routes = router.route(hidden)
     expected = reference(router, hidden)
     assert routes.topk_ids.dtype == torch.int32
@@ -86,7 +86,7 @@ def test_route_equals_a_loop_over_tokens_with_a_linear_bias(megatron_cpu, source
 
 
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
-def test_places_stay_empty_where_candidates_run_out(megatron_cpu, scores):
+def test_slots_stay_empty_where_candidates_run_out(megatron_cpu, scores):
     """More experts per token than many an inverted list holds: id -1 and prob 0, never another expert."""
     router = make_router(
         megatron_cpu,
@@ -101,14 +101,14 @@ def test_places_stay_empty_where_candidates_run_out(megatron_cpu, scores):
     probs, routing_map = router(hidden.unsqueeze(1))
     expected = reference(router, hidden)
     assert (routing_map.sum(dim=1) == 6).all()  # Megatron's all-to-all counts on K experts
-    for row, places, (ids, _) in zip(probs, routing_map, expected, strict=True):
-        assert set(row.nonzero().flatten().tolist()) <= set(ids) <= set(places.nonzero().flatten().tolist())
+    for row, chosen, (ids, _) in zip(probs, routing_map, expected, strict=True):
+        assert set(row.nonzero().flatten().tolist()) <= set(ids) <= set(chosen.nonzero().flatten().tolist())
 
 
 def test_an_expert_in_two_probed_lists_is_one_candidate(megatron_cpu):
     router = make_router(megatron_cpu, moe_air_num_probes=2, moe_router_pre_softmax=True, moe_air_refresh_interval=1000)
     router.route(make_hidden(1))
-    router.index.shortlist[:] = torch.arange(9)  # every list the same: 18 places, 9 experts
+    router.index.shortlist[:] = torch.arange(9)  # every list the same: 18 slots, 9 experts
     assert_equals_reference(router, make_hidden(30))
     routes = router.route(make_hidden(30))
     assert all(len(set(ids)) == TOPK for ids in routes.topk_ids.tolist())
@@ -303,7 +303,7 @@ def test_force_load_balancing_spreads_the_tokens_evenly(megatron_cpu, scores, so
         megatron_cpu,
         moe_air_codebook_source=source,
         moe_air_num_probes=num_probes,
-        moe_air_shortlist_size=10,  # 8 lists of 10: two places for every expert
+        moe_air_shortlist_size=10,  # 8 lists of 10: two slots for every expert
         moe_router_force_load_balancing=True,
         **scores,
     )

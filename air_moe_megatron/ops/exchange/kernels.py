@@ -96,7 +96,7 @@ def _count_fwd_kernel(
 
 
 @triton.jit
-def _place_fwd_kernel(
+def _plan_fwd_kernel(
     topk_ids,  # [T, K]
     pair_counts,  # [D, T] int32
     pair_ends,  # [D, T] int32, sums of the counts up to and with each
@@ -274,7 +274,7 @@ def launch_plan(
     token_rows = torch.empty(num_tokens, width, dtype=torch.int32, device=device)
     pair_slots = torch.empty(num_tokens, topk, dtype=torch.int32, device=device)
     codes = torch.empty(num_tokens, topk, dtype=torch.int32, device=device)
-    _place_fwd_kernel[grid[:1]](
+    _plan_fwd_kernel[grid[:1]](
         topk_ids,
         pair_counts,
         pair_ends,

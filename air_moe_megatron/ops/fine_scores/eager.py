@@ -304,9 +304,9 @@ def _best_distinct(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best M experts of each token by scores [T, P*L], an expert in several of its lists counted once.
 
-    A table [tokens of a block, E] holds the place of the last probe in whose list an expert was found: one byte each,
-    for up to 127 probes. Only the P*L entries of a token are written and read. Blocks are small, so that the table fits
-    the cache.
+    A table [tokens of a block, E] holds the position of the last probe in whose list an expert was found. It takes one
+    byte each, for up to 127 probes. Only the P*L entries of a token are written and read. Blocks are small, so that the
+    table fits the cache.
 
     Returns:
         [T, M] scores and ids, in no order.
@@ -314,9 +314,9 @@ def _best_distinct(
     num_tokens, num_probes = probes.shape
     lists = torch.where(shortlist < 0, num_experts, shortlist).long()  # empty slots use an extra column of the table
     number = torch.int8 if num_probes <= 127 else torch.int32
-    places = torch.arange(num_probes, dtype=number, device=scores.device).repeat_interleave(shortlist.shape[1])
+    positions = torch.arange(num_probes, dtype=number, device=scores.device).repeat_interleave(shortlist.shape[1])
     size = min(_TABLE_ROWS[1], max(_TABLE_ROWS[0], _TABLE_BYTES // num_experts), max(num_tokens, 1))
-    last_place = torch.empty(size, num_experts + 1, dtype=number, device=scores.device)
+    last_position = torch.empty(size, num_experts + 1, dtype=number, device=scores.device)
     if expert_bias is not None:
         expert_bias = torch.nn.functional.pad(expert_bias, (0, 1), value=float("-inf"))
     best_scores = scores.new_empty(num_tokens, num_best)
@@ -324,8 +324,8 @@ def _best_distinct(
     for start in range(0, num_tokens, size):
         block = slice(start, start + size)
         ids = lists.index_select(0, probes[block].reshape(-1)).view(-1, scores.shape[1])
-        table, place = last_place[: ids.shape[0]], places.expand_as(ids)
-        is_repeated = table.scatter_(1, ids, place).gather(1, ids) != place
+        table, position = last_position[: ids.shape[0]], positions.expand_as(ids)
+        is_repeated = table.scatter_(1, ids, position).gather(1, ids) != position
         ranked = scores[block]
         if expert_bias is not None:
             ranked = selection_scores(ranked, score_function, expert_bias[ids])

@@ -44,6 +44,6 @@ def naive_fine_topk(
         ids = shortlist[searched].flatten().tolist()
         slots = {expert: slot for slot, expert in reversed(list(enumerate(ids))) if expert >= 0}  # the first of each
         by_rank = sorted(slots.items(), key=lambda item: (-ranks[token].flatten()[item[1]].item(), item[1]))
-        for place, (expert, slot) in enumerate(by_rank[:num_candidates]):
-            best_scores[token, place], best_ids[token, place] = scores[token].flatten()[slot], expert
+        for column, (expert, slot) in enumerate(by_rank[:num_candidates]):
+            best_scores[token, column], best_ids[token, column] = scores[token].flatten()[slot], expert
     return best_scores, best_ids

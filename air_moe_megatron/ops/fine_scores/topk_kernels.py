@@ -182,13 +182,13 @@ def _merge_lists_fwd_kernel(
     for tile in range(NUM_TILES):
         columns = tile * BLOCK + tl.arange(0, BLOCK)
         inside = columns < P * L
-        places = columns // L
-        codeword = tl.load(own_probes + places, mask=inside, other=0)
+        positions = columns // L  # of the probes in whose lists they are
+        codeword = tl.load(own_probes + positions, mask=inside, other=0)
         experts = tl.load(shortlist + codeword * L + columns % L, mask=inside, other=-1)
         is_candidate = experts >= 0
-        for place in range(min(P - 1, (tile * BLOCK + BLOCK - 1) // L)):  # lists before the tile's last one
-            earlier = shortlist + tl.load(own_probes + place) * L
-            is_candidate &= (places <= place) | (_is_listed(earlier, experts, L, STEPS) == 0)
+        for position in range(min(P - 1, (tile * BLOCK + BLOCK - 1) // L)):  # lists before the tile's last one
+            earlier = shortlist + tl.load(own_probes + position) * L
+            is_candidate &= (positions <= position) | (_is_listed(earlier, experts, L, STEPS) == 0)
         ranks = tl.load(scores + token * P * L + columns, mask=inside, other=0.0)
         if FUNCTION is not None:
             ranks = apply_score_function(ranks, FUNCTION)

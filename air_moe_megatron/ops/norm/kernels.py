@@ -30,13 +30,13 @@ def _normalize_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    place = rows[:, None] * H + columns[None, :]
+    offsets = rows[:, None] * H + columns[None, :]
     inside = (rows < T)[:, None] & (columns < H)[None, :]
-    values = tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(source + offsets, mask=inside, other=0.0).to(tl.float32)
     if HAS_MEAN:
         values -= tl.load(mean + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
     values *= tl.load(scale + columns, mask=columns < H, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + place, values, mask=inside)
+    tl.store(out + offsets, values, mask=inside)
 
 
 @triton.jit
