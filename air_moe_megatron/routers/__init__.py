@@ -1,4 +1,7 @@
-"""The routers, one file each: AIR, exact top-k and the other baselines; what they share is in base.py and losses.py."""
+"""The routers: AIR, exact top-k and the other baselines. Each is a file, and AIR sharded over ranks is a folder.
+
+What they share is in base.py and losses.py.
+"""
 
 from collections.abc import Iterable
 
