@@ -29,7 +29,7 @@ from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
 from air_moe_megatron.process_groups import process_groups_released, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter
 from air_moe_megatron.routers.base import CompactRouter
-from air_moe_megatron.routers.sharded_rows import ShardedRows
+from air_moe_megatron.routers.sharded import ShardedRoutes
 
 _SAMPLE_SIZE, _MAX_SAMPLED = 64, 4096
 """How many tokens of a microbatch, and of a data set, get exact scores, per layer and rank."""
@@ -75,7 +75,7 @@ class RoutingMeter:
     @torch.no_grad()
     def _measure(self, router: TopKRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         chosen = output[1]  # [T, K] ids with compact dispatch, otherwise a routing map [T, E]
-        if isinstance(chosen, ShardedRows):
+        if isinstance(chosen, ShardedRoutes):
             chosen = chosen.topk_ids
         num_windows = args[0].shape[1]  # tokens are [sequence, windows, H]
         counted = num_windows if self.num_windows is None else self.num_windows
