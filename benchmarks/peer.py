@@ -38,8 +38,8 @@ class ProductKeyRouter(torch.nn.Module):
         (scores_x, scores_y), (ids_x, ids_y) = scores.topk(self.topk, dim=-1)
         scores = (scores_x.unsqueeze(-1) + scores_y.unsqueeze(-2)).flatten(-2)
         ids = (ids_x.unsqueeze(-1) * self.num_keys + ids_y.unsqueeze(-2)).flatten(-2)
-        scores, places = scores.topk(self.topk, dim=-1)
-        return ids.gather(-1, places), scores
+        scores, positions = scores.topk(self.topk, dim=-1)
+        return ids.gather(-1, positions), scores
 
     def forward(self, hidden: torch.Tensor):
         """Experts and their probs, [T, heads, K] both."""

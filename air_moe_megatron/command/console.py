@@ -88,10 +88,10 @@ def megatrons_words(error: BaseException) -> str:
 
 def _code_of_megatron(error: BaseException) -> str | None:
     """The statement of Megatron that raised an error; None if the error is not Megatron's."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    if "megatron" not in Path(place.filename).parts:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if "megatron" not in Path(frame.filename).parts:
         return None
-    lines = (linecache.getline(place.filename, number) for number in range(place.lineno, place.end_lineno + 1))
+    lines = (linecache.getline(frame.filename, number) for number in range(frame.lineno, frame.end_lineno + 1))
     return "Megatron: " + " ".join(line.strip() for line in lines)
 
 

@@ -99,8 +99,8 @@ def find_mismatches(root: Path, version: str) -> list[Mismatch]:
         if name.startswith("megatron.") and not adaptation.optional and not _exists(tree, name):
             found.add(Mismatch("cpu/adaptations.py", 1, f"{name} does not exist"))
     for name, (expected, file) in WRAPPED.items():
-        place = tree.find(name)
-        signature = place and signature_of(tree, *place)
+        definition = tree.find(name)
+        signature = definition and signature_of(tree, *definition)
         if signature is None:
             found.add(Mismatch(file, 1, f"{name}, which we wrap, does not exist"))
         elif not set(expected) <= signature.keywords:
@@ -132,8 +132,8 @@ def _names(tree: Tree, source: Source) -> Iterator[tuple[int, str]]:
                 if not _exists(tree, dotted) and node.attr not in _OF_TORCH | {"__name__", "__members__"}:
                     yield node.lineno, f"{dotted} does not exist"
         if isinstance(node, ast.Call) and (dotted := source.dotted(node.func)) and dotted.startswith("megatron."):
-            place = tree.find(dotted)
-            signature = place and signature_of(tree, *place)
+            found = tree.find(dotted)
+            signature = found and signature_of(tree, *found)
             refusal = signature and signature.refuses(node)
             if refusal:
                 yield node.lineno, f"{dotted} {refusal}"
@@ -159,8 +159,8 @@ def _own_tree() -> Tree:
 @functools.cache
 def _our_fields() -> frozenset[str]:
     """The fields that our package adds to a config."""
-    place = _own_tree().find(f"{PACKAGE.name}.config.fields.AIRFields")
-    return frozenset(members_of(place[1]))
+    found = _own_tree().find(f"{PACKAGE.name}.config.fields.AIRFields")
+    return frozenset(members_of(found[1]))
 
 
 @functools.cache
@@ -250,8 +250,8 @@ def _override(
 
 def _configs(tree: Tree, source: Source) -> Iterator[tuple[int, str]]:
     """Missing fields of names annotated as Megatron's transformer config, and of ``self.config`` in layers."""
-    place = tree.find(_CONFIG)
-    if place is None or not isinstance(place[1], ast.ClassDef):
+    found = tree.find(_CONFIG)
+    if found is None or not isinstance(found[1], ast.ClassDef):
         return
     holders: list[tuple[ast.AST, str]] = []
     for node in ast.walk(source.tree):
@@ -266,7 +266,7 @@ def _configs(tree: Tree, source: Source) -> Iterator[tuple[int, str]]:
     for holder, name in holders:
         for node in ast.walk(holder):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == name and node.attr not in _our_fields():
-                if tree.member(*place, node.attr) is None:
+                if tree.member(*found, node.attr) is None:
                     yield node.lineno, f"TransformerConfig has no {node.attr}"
 
 

@@ -139,13 +139,13 @@ def fit(
     hooks = [router.register_forward_pre_hook(_accumulate) for router in routers]
     rank, num_ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     num_windows = -(-(args.fit_tokens or FIT_TOKENS) // args.seq_length)
-    places = list(_places([Windows(stream.tokens, eod, args) for stream in streams], num_windows))
+    windows = list(_spread([Windows(stream.tokens, eod, args) for stream in streams], num_windows))
     size = args.micro_batch_size
-    num_microbatches = max(1, len(places) // (FIT_BATCHES * size * num_ranks))  # per rank and update
+    num_microbatches = max(1, len(windows) // (FIT_BATCHES * size * num_ranks))  # per rank and update
     run = get_forward_backward_func()
     for number in progress(range(FIT_PASSES * FIT_BATCHES)):
         first = (number * num_ranks + rank) * num_microbatches * size
-        batches = _batches([places[(first + i) % len(places)] for i in range(num_microbatches * size)], size)
+        batches = _batches([windows[(first + i) % len(windows)] for i in range(num_microbatches * size)], size)
         run(
             forward_step_func=forward_step,
             data_iterator=[batches] * len(model) if len(model) > 1 else batches,
@@ -185,17 +185,17 @@ def _accumulate(router: AIRRouter, inputs: tuple) -> None:
     router.codebook.accumulate(assign_with_statistics(hidden, router.codebook.codewords, 1)[1])
 
 
-def _places(windows: Sequence[Windows], number: int) -> Iterator[tuple[Windows, int]]:
+def _spread(windows: Sequence[Windows], number: int) -> Iterator[tuple[Windows, int]]:
     """Up to ``number`` windows as (windows, index), taken from the data sets in turn."""
     share = -(-number // len(windows))
     spread = [numpy.linspace(0, len(one) - 1, min(share, len(one))).astype(int).tolist() for one in windows]
-    for place in range(max(map(len, spread))):
-        yield from ((one, indices[place]) for one, indices in zip(windows, spread, strict=True) if place < len(indices))
+    for index in range(max(map(len, spread))):
+        yield from ((one, indices[index]) for one, indices in zip(windows, spread, strict=True) if index < len(indices))
 
 
-def _batches(places: Sequence[tuple[Windows, int]], size: int) -> Iterator[dict[str, torch.Tensor]]:
-    for first in range(0, len(places), size):
-        yield torch.utils.data.default_collate([windows[index] for windows, index in places[first : first + size]])
+def _batches(windows: Sequence[tuple[Windows, int]], size: int) -> Iterator[dict[str, torch.Tensor]]:
+    for first in range(0, len(windows), size):
+        yield torch.utils.data.default_collate([one[index] for one, index in windows[first : first + size]])
 
 
 def save(model: list[torch.nn.Module], args: argparse.Namespace, saved: argparse.Namespace) -> None:

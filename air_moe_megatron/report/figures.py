@@ -215,10 +215,10 @@ def binned(loads: numpy.ndarray, tokens: numpy.ndarray, columns: int) -> numpy.n
     """
     count = max(1, min(columns, len(tokens)))
     edges = numpy.linspace(tokens[0], tokens[-1], count + 1)
-    places = numpy.clip(numpy.searchsorted(edges, tokens, side="right") - 1, 0, count - 1)
+    column_of = numpy.clip(numpy.searchsorted(edges, tokens, side="right") - 1, 0, count - 1)
     cells = numpy.empty((count, loads.shape[1]), dtype=numpy.float32)
     for column in range(count):
-        here = places == column
+        here = column_of == column
         cells[column] = loads[here].mean(axis=0) if here.any() else cells[column - 1]
     return cells
 
@@ -288,8 +288,8 @@ def _swatches(axes: Axes, colors: Sequence[Any], words: Sequence[str]) -> None:
 
 def _legend(axes: Axes, handles: Sequence[Line2D], words: Sequence[str], row: int = 0) -> Legend:
     """A legend in a row above the axes."""
-    place = (-0.17, 1.0 + 0.085 * row)
-    return axes.legend(handles, words, loc="lower left", bbox_to_anchor=place, ncols=len(words), handletextpad=0.3)
+    corner = (-0.17, 1.0 + 0.085 * row)
+    return axes.legend(handles, words, loc="lower left", bbox_to_anchor=corner, ncols=len(words), handletextpad=0.3)
 
 
 def _ticks(count: int) -> MaxNLocator:
@@ -307,13 +307,13 @@ def bars(values: Sequence[Sequence[float]], rows: Sequence[str], names: Sequence
     """
     with _figure(0.72 + 0.45 * len(rows), bottom=None, left=0.3, right=0.8) as (figure, axes):
         height = 0.8 / len(values)
-        places = numpy.arange(len(rows))[::-1]
+        positions = numpy.arange(len(rows))[::-1]
         for series, column in enumerate(values):
             drawn = axes.barh(
-                places + 0.4 - height * (series + 0.5), column, height, color=COLORS[series], label=names[series]
+                positions + 0.4 - height * (series + 0.5), column, height, color=COLORS[series], label=names[series]
             )
             axes.bar_label(drawn, [_count(value) for value in column], padding=3, fontsize=7.5)
-        axes.set_yticks(places, rows)
+        axes.set_yticks(positions, rows)
         axes.grid(visible=False, axis="y")
         axes.grid(axis="x")
         axes.xaxis.set_major_locator(_ticks(4))

@@ -47,7 +47,7 @@ def with_classes(text: str) -> str:
     Example: 30 times style="fill: none" become class="s0", and the page's style gets ".s0 { fill: none }".
     """
     styles = Counter(_STYLE.findall(text))
-    names = {style: f"s{place}" for place, (style, count) in enumerate(styles.items()) if count >= 20}
+    names = {style: f"s{index}" for index, (style, count) in enumerate(styles.items()) if count >= 20}
     text = _STYLE.sub(lambda found: f' class="{names[found[1]]}"' if found[1] in names else found[0], text)
     rules = "\n".join(f".{name} {{ {style} }}" for style, name in names.items())
     return text.replace("</style>", f"{rules}\n</style>", 1)
@@ -126,5 +126,5 @@ def _detailed(layers: list[int], flagged: set[int], budget: Budget) -> list[int]
         return layers
     chosen = [layer for layer in layers if layer in flagged][: budget.layers]
     others = [layer for layer in layers if layer not in chosen]
-    places = numpy.linspace(0, len(others) - 1, budget.layers - len(chosen)).round().astype(int)
-    return sorted({*chosen, *(others[place] for place in places)})
+    indices = numpy.linspace(0, len(others) - 1, budget.layers - len(chosen)).round().astype(int)
+    return sorted({*chosen, *(others[index] for index in indices)})

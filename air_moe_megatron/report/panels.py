@@ -124,7 +124,7 @@ class Builder:
 
     def __init__(self, runs: Sequence[Run], budget: Budget) -> None:
         self.runs, self.budget = runs, budget
-        self.marks = [(resume.tokens, place) for place, run in enumerate(runs) for resume in run.resumes]
+        self.marks = [(resume.tokens, index) for index, run in enumerate(runs) for resume in run.resumes]
         decoded = [texts_of(run, _ids(run)) for run in runs]
         self.texts = [texts for texts, _ in decoded]
         self.token_notes = sorted({note for _, note in decoded if note})
@@ -147,14 +147,14 @@ class Builder:
             "largest where several records make one point." + more
         )
         curves, marks = [], []
-        for place, run in enumerate(self.runs):
+        for index, run in enumerate(self.runs):
             steps = run.steps.dropna(subset=[x])
             if not len(steps):
                 continue
             points = figures.thinned(steps[x].to_numpy(), steps["loss"].to_numpy(), 2 * _POINTS)
-            curves.append(figures.Curve(*points[:2], place, 0, *points[2:]))
+            curves.append(figures.Curve(*points[:2], index, 0, *points[2:]))
             resumed = [resume.tokens for resume in run.resumes]
-            marks += [(float(where), place) for where in numpy.interp(resumed, steps["tokens"], steps[x])]
+            marks += [(float(where), index) for where in numpy.interp(resumed, steps["tokens"], steps[x])]
         if not curves:
             return Drawn(title, caption, None)
         axis = figures.Axis(x_label, "nats per token", right_label="perplexity per token")
@@ -167,13 +167,13 @@ class Builder:
         for panel in GLANCE:
             column = panel.series[0][0]
             curves = []
-            for place, run in enumerate(self.runs):
+            for index, run in enumerate(self.runs):
                 rows = run.layers.dropna(subset=[column])
                 if len(rows):
                     of_all = rows.groupby("tokens")[column].agg(["mean", "min", "max"]).reset_index()
                     parts = (of_all[name].to_numpy() for name in ("mean", "min", "max"))
                     mean, low, high = (figures.thinned(of_all["tokens"].to_numpy(), part, _POINTS) for part in parts)
-                    curves.append(figures.Curve(mean[0], mean[1], place, 0, low[1], high[1]))
+                    curves.append(figures.Curve(mean[0], mean[1], index, 0, low[1], high[1]))
             drawn += self._panels(panel, [("all layers", curves)])
         return drawn
 
@@ -189,22 +189,22 @@ class Builder:
             {
                 "number": layer,
                 "routers": sorted({run.sizes[layer]["router"] for run in self.runs if layer in run.sizes}),
-                "panels": [of_layers[place] for of_layers in over_tokens],
+                "panels": [of_layers[index] for of_layers in over_tokens],
                 "loads": loads[layer],
                 "maps": [self._map(number, layer) for number, run in enumerate(self.runs) if layer in run.codebooks],
             }
-            for place, layer in enumerate(layers)
+            for index, layer in enumerate(layers)
         ]
 
     def _curves(self, panel: Panel, frames: list[pandas.DataFrame]) -> list[figures.Curve]:
         curves = []
-        for place, frame in enumerate(frames):
+        for index, frame in enumerate(frames):
             for series, (column, _) in enumerate(panel.series):
                 rows = frame.dropna(subset=[column])
                 if len(rows):
                     values = panel.scale * rows[column].to_numpy()
                     x, y, _, _ = figures.thinned(rows["tokens"].to_numpy(), values, self.budget.points)
-                    curves.append(figures.Curve(x, y, place, series))
+                    curves.append(figures.Curve(x, y, index, series))
         return curves
 
     def _panels(self, panel: Panel, drawn: list[tuple[str, list[figures.Curve]]]) -> list[Drawn]:
@@ -252,9 +252,9 @@ class Builder:
     def _named(self, title: str, run: Run) -> str:
         return title if len(self.runs) == 1 else f"{title}: {run.name}"
 
-    def _map(self, place: int, layer: int) -> tuple[Drawn, list[tuple[str, str, str, str]]]:
+    def _map(self, index: int, layer: int) -> tuple[Drawn, list[tuple[str, str, str, str]]]:
         """The map of a codebook, and the rows of the codewords with the largest load."""
-        run, texts = self.runs[place], self.texts[place]
+        run, texts = self.runs[index], self.texts[index]
         book = run.codebooks[layer]
         order = numpy.argsort(-book.load, kind="stable")[: max(self.budget.discs, _ROWS)].tolist()
         total = max(float(book.load.sum()), 1.0)
@@ -301,11 +301,11 @@ class Builder:
             ("step_seconds", "Time of a step", "Mean since the last log line.", "seconds per step"),
         ):
             curves = []
-            for place, run in enumerate(self.runs):
+            for index, run in enumerate(self.runs):
                 frame = (run.totals if column == "routing_share" else run.steps).dropna(subset=[column])
                 if len(frame):
                     x, y, _, _ = figures.thinned(frame["tokens"].to_numpy(), frame[column].to_numpy(), _POINTS)
-                    curves.append(figures.Curve(x, y, place, 0))
+                    curves.append(figures.Curve(x, y, index, 0))
             panel = Panel(title, caption, ((column, title),), y_label, (0, None))
             drawn += self._panels(panel, [("the run", curves)])
         return drawn

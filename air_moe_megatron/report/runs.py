@@ -117,9 +117,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     if len(folders) > MOST_RUNS:
         raise ValueError(f"{len(folders)} runs are given; colors tell {MOST_RUNS} apart, so give at most so many")
     resolved = [folder.resolve() for folder in folders]
-    for place, folder in enumerate(resolved):
-        if folder in resolved[:place]:
-            raise ValueError(f"{folders[place]} is given twice")
+    for index, folder in enumerate(resolved):
+        if folder in resolved[:index]:
+            raise ValueError(f"{folders[index]} is given twice")
     return [read_run(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
 
 

@@ -55,9 +55,9 @@ class Counts:
 
     def add(self, token_ids: torch.Tensor, topk_ids: torch.Tensor, probs: torch.Tensor) -> None:
         """Count tokens: [T] ids, [T, K] experts and their [T, K] probs."""
-        places = token_ids.unsqueeze(1) * self.tokens.shape[1] + topk_ids.long()
+        positions = token_ids.unsqueeze(1) * self.tokens.shape[1] + topk_ids.long()
         for table, values in ((self.tokens, torch.ones_like(probs)), (self.probs, probs)):
-            table.view(-1).index_add_(0, places.flatten(), values.flatten().to(table.dtype))
+            table.view(-1).index_add_(0, positions.flatten(), values.flatten().to(table.dtype))
 
     def most_frequent(self, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[V, K] experts of each id, int32, and the mean probs that they had with it."""

@@ -138,12 +138,12 @@ def _percent(rows, name):
 def tables(rows: list[dict], step_ms: dict[tuple, float] | None = None) -> str:
     """All tables, with the hardware and versions that they were measured on; ``step_ms`` as in :func:`table`."""
     parts = []
-    for place, variants in groups(rows).items():
+    for regime, variants in groups(rows).items():
         of_group = [row for of_variant in variants.values() for row in of_variant]
         origins: dict[tuple, set[str]] = {}
         for row in of_group:
             origins.setdefault((row["device"], row["torch"], row["megatron_core"]), set()).add(row["commit"])
-        parts.append(f"### {_title(*place)}\n")
+        parts.append(f"### {_title(*regime)}\n")
         parts.append(table(variants, step_ms) + "\n")
         for (device, torch, core), commits in sorted(origins.items()):
             parts.append(f"Measured on {device}, torch {torch}, megatron-core {core}.\n")
@@ -194,7 +194,7 @@ def _over_experts(found):
     joined: dict[tuple, dict] = {}
     for (corpus, tokens, precision, experts, topk, ffn), variants in found.items():
         joined.setdefault((corpus, tokens, precision, None, topk, ffn), {})[experts] = variants
-    return {place: by_experts for place, by_experts in joined.items() if len(by_experts) > 1}
+    return {regime: by_experts for regime, by_experts in joined.items() if len(by_experts) > 1}
 
 
 def _draw_against_flops(styles, kinds, axis, variants, column):
@@ -239,15 +239,17 @@ def _draw_over_experts(styles, axis, by_experts, column):
         number_ticks(axis.yaxis)
 
 
-def points(axis, style, places, values, joined):
-    """Draw mean and standard deviation of the values at each place; the marker is hollow for a single value."""
+def points(axis, style, positions, values, joined):
+    """Draw mean and standard deviation of the values at each position; the marker is hollow for a single value."""
     means = [statistics.mean(figures) for figures in values]
     errors = [statistics.stdev(figures) if len(figures) > 1 else math.nan for figures in values]  # NaN draws no bar
     line = style | ({} if joined else {"linestyle": "none"})
-    axis.errorbar(places, means, errors, capsize=3, markersize=5, **line)
+    axis.errorbar(positions, means, errors, capsize=3, markersize=5, **line)
     single = [index for index, figures in enumerate(values) if len(figures) == 1]
     face = {"marker": style["marker"], "color": style["color"], "markerfacecolor": "white", "linestyle": "none"}
-    axis.plot([places[index] for index in single], [means[index] for index in single], markersize=5, zorder=3, **face)
+    axis.plot(
+        [positions[index] for index in single], [means[index] for index in single], markersize=5, zorder=3, **face
+    )
 
 
 def _draw_training(styles, axis, variants, column):
@@ -304,8 +306,8 @@ def _grid(pyplot, found, columns: int, draw: Callable, styles: dict, file: Path)
     figure, axes = pyplot.subplots(
         len(found), columns, figsize=(4.6 * columns, 3.4 * len(found) + 1), squeeze=False, layout="constrained"
     )
-    for (place, variants), line in zip(found.items(), axes, strict=True):
-        line[0].set_title(_title(*place), fontsize=10, loc="left")
+    for (regime, variants), line in zip(found.items(), axes, strict=True):
+        line[0].set_title(_title(*regime), fontsize=10, loc="left")
         for column, axis in enumerate(line):
             draw(axis, variants, column)
             axis.grid(alpha=0.3)

@@ -150,10 +150,10 @@ def load_runs(config: dict) -> list[Run]:
     return list(runs.values())
 
 
-def _check(place: str, entry: str, value: object) -> None:
+def _check(field: str, entry: str, value: object) -> None:
     rule, holds = _RULES[entry]
     if not holds(value):
-        raise ValueError(f"{place} ({value!r}) must be {rule}")
+        raise ValueError(f"{field} ({value!r}) must be {rule}")
 
 
 def _is_name(value: object) -> bool:
