@@ -105,13 +105,23 @@ def _normalized(router, tokens):
     if norm is None:
         return tokens
     if not hasattr(norm, "covariance"):
-        return (tokens - norm.mean) / (norm.variance + 1e-5).sqrt().float()
+        scaled = (tokens - norm.mean) / (norm.variance + 1e-5).sqrt().float()
+        return _whitened_along(norm.basis, norm.eigenvalues, scaled) if hasattr(norm, "basis") else scaled
     deviations = (norm.covariance.diagonal().double() + 1e-5).sqrt()
     correlations = norm.covariance.double() / deviations / deviations.unsqueeze(1)
     correlations.diagonal().fill_(1.0)
     half = correlations / 2 + torch.eye(len(deviations), device=deviations.device, dtype=torch.float64) / 2
     whitening = torch.linalg.inv(torch.linalg.cholesky(half)) / deviations
     return (tokens - norm.mean) @ whitening.t().float()
+
+
+def _whitened_along(basis, eigenvalues, tokens):
+    """[T, H] tokens with each direction of the basis, and the rest, divided by its own deviation after shrinkage."""
+    hidden_size, rank = basis.shape
+    shrunk = (eigenvalues + 1.0) / 2.0
+    of_rest = (hidden_size - shrunk.sum()) / (hidden_size - rank)
+    along = tokens @ basis
+    return (tokens - along @ basis.t()) / of_rest.sqrt() + along / shrunk.sqrt() @ basis.t()
 
 
 def _scores(tokens, weight, ids):

@@ -231,7 +231,7 @@ def usage(router, hidden: torch.Tensor) -> tuple[int, int]:
 def air_work(router, hidden: torch.Tensor, sizes: Sizes) -> dict[str, roofline.Work]:
     """The least work of ``route`` for these tokens."""
     num_live, num_used = usage(router, hidden)
-    return roofline.air_route(
+    routing = roofline.air_route(
         sizes.tokens,
         sizes.hidden,
         sizes.topk,
@@ -241,6 +241,7 @@ def air_work(router, hidden: torch.Tensor, sizes: Sizes) -> dict[str, roofline.W
         sizes.dtype.itemsize,
         sizes.routing_dtype.itemsize,
     )
+    return roofline.together(routing, roofline.whitening(sizes.tokens * router.flops(router.config).norm))
 
 
 def air_columns(router) -> dict[str, int]:

@@ -159,10 +159,10 @@ def air_route(tokens, hidden, topk, sizes, num_live, num_used, element, prob_byt
     }
 
 
-def whitening(num_tokens: int, hidden_size: int) -> dict[str, Work]:
-    """Whitening the tokens and summing their covariance: only products with [H, H], as other work reads the tokens."""
-    product = 2.0 * num_tokens * hidden_size**2
-    return {"forward": Work(2 * product), "backward": Work(product)}
+def whitening(flops: float) -> dict[str, Work]:
+    """Whitening the tokens and summing its statistics, from the FLOPs of all three products: other work reads the
+    tokens."""
+    return {"forward": Work(flops * 2 / 3), "backward": Work(flops / 3)}
 
 
 def dense_maps(tokens, num_experts, prob_bytes=4):

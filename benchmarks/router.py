@@ -72,7 +72,7 @@ def run(args) -> list[dict]:
             ),
             _WHITENED: Case(
                 lambda: step(lambda x: whitened.route(x).probs, whitened, hidden, grad),
-                roofline.together(air_work(whitened, hidden, sizes), roofline.whitening(args.tokens, args.hidden)),
+                air_work(whitened, hidden, sizes),
                 args.tokens,
             ),
             "AIRRouter.forward": Case(

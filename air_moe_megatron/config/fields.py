@@ -15,9 +15,10 @@ class AIRFields:
     the token's nearest codewords. 'product_key' (PEER), 'hierarchical' (groups of experts), 'hash' (fixed experts per
     token id) and 'vq' (VQMoE) are baselines from the literature."""
 
-    moe_router_input_norm: Literal["none", "running", "whitening"] = "none"
+    moe_router_input_norm: Literal["none", "running", "low_rank_whitening", "whitening"] = "none"
     """Normalize the tokens before they are scored, with statistics of earlier global batches: 'running' centers and
-    scales each feature, 'whitening' also decorrelates the features. For 'air', 'hierarchical', 'vq', and 'topk' with
+    scales each feature, 'whitening' also decorrelates the features, and 'low_rank_whitening' does so along the 32
+    directions of largest variance only, at a small part of the cost. For 'air', 'hierarchical', 'vq', and 'topk' with
     granular experts or first layers by hash."""
 
     moe_num_hash_layers: int = 0

@@ -33,21 +33,28 @@ def moments(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 class RunningNorm(Learner):
     """``(h - mean) / sqrt(variance + 1e-5)`` with running statistics, which start at mean 0 and variance 1.
 
-    ``statistics`` are the sums that :func:`batch_sums` returns.
+    ``statistics`` are the sums that :func:`batch_sums` returns, after the sums of a subclass.
+
+    Args:
+        num_features: H.
+        num_products: number of further sums, those of a subclass.
     """
 
     title = "running norm"
 
-    def __init__(self, num_features: int) -> None:
-        super().__init__(3 * num_features + 1)
+    def __init__(self, num_features: int, num_products: int = 0) -> None:
+        super().__init__(num_products + 3 * num_features + 1)
         self.register_buffer("mean", torch.zeros(num_features, dtype=torch.float32))
         # fp64, because the square of a finite fp32 number may overflow fp32.
         self.register_buffer("variance", torch.ones(num_features, dtype=torch.float64))
 
+    def scale(self, dtype: torch.dtype) -> torch.Tensor:
+        """[H] ``1 / sqrt(variance + 1e-5)``, in fp32 or a wider ``dtype``."""
+        return (self.variance + EPSILON).rsqrt().to(torch.promote_types(dtype, torch.float32))
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] normalized tokens, in the dtype of ``hidden``."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        return normalize(hidden, self.mean, (self.variance + EPSILON).rsqrt().to(wide))
+        return normalize(hidden, self.mean, self.scale(hidden.dtype))
 
     @torch.no_grad()
     def accumulate(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
@@ -55,11 +62,15 @@ class RunningNorm(Learner):
 
         Sums are taken around the running mean, which all ranks share.
         """
-        self.statistics += batch_sums(hidden, self.mean, padding_mask)
+        self.statistics += self.batch_sums(hidden, padding_mask)
+
+    def batch_sums(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+        """[3H + 1] sums of one microbatch, as :func:`air_moe_megatron.ops.norm.batch_sums` around the running mean."""
+        return batch_sums(hidden, self.mean, padding_mask)
 
     @staticmethod
     def num_tokens(statistics: torch.Tensor) -> torch.Tensor:
-        """[...] number of tokens in statistics [..., 3H + 1]."""
+        """[...] number of tokens, which ends the statistics."""
         return statistics[..., -1]
 
     @staticmethod

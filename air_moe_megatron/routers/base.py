@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import validate
 from air_moe_megatron.learned.learner import Learner
+from air_moe_megatron.learned.low_rank_whitening_norm import LowRankWhiteningNorm
 from air_moe_megatron.learned.module_state import HostCopy, PreservedState
 from air_moe_megatron.learned.recomputation import ForwardCounter, hidden_from_checkpoints
 from air_moe_megatron.learned.running_norm import RunningNorm
@@ -30,7 +31,12 @@ from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.losses import Explored, RouterLosses
 
-INPUT_NORMS = {"none": None, "running": RunningNorm, "whitening": WhiteningNorm}
+INPUT_NORMS = {
+    "none": None,
+    "running": RunningNorm,
+    "low_rank_whitening": LowRankWhiteningNorm,
+    "whitening": WhiteningNorm,
+}
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import is_sharded, resolve_sizes
 from air_moe_megatron.learned.codebook import FIRST_LLOYD_STEPS
+from air_moe_megatron.learned.low_rank_whitening_norm import rank_of_whitening
 from air_moe_megatron.learned.rebuild_schedule import NUM_FULL_REBUILDS, num_rebuilds, rebuild_products
 
 
@@ -39,7 +40,7 @@ class RouterFlops:
     forward: float
     backward: float
     refresh: float = 0.0  # rebuilds of AIR's shortlists, divided by the number of tokens
-    norm: float = 0.0  # whitening of the tokens, forward and backward, and their covariance
+    norm: float = 0.0  # whitening of the tokens, forward and backward, and its statistics
 
     @property
     def total(self) -> float:
@@ -89,12 +90,15 @@ def of_rebuilds(config: TransformerConfig, rebuilds: Rebuilds | None) -> float:
 
 
 def of_norm(config: TransformerConfig) -> float:
-    """FLOPs per token of a whitening norm; 0 for any other norm.
+    """FLOPs per token of a norm that whitens; 0 for any other norm.
 
     They are ``6H^2``: ``2H^2`` each for forward, backward and covariance. With sharded routing the rank of a token
-    whitens it forward only, and each of D owners forward and backward: ``(4 + 4D)H^2`` with the covariance.
+    whitens it forward only, and each of D owners forward and backward: ``(4 + 4D)H^2`` with the covariance. Whitening
+    of rank r has two products with ``[H, r]`` in each place of one with ``[H, H]``, so 2r takes the place of one H.
     """
-    if config.moe_router_input_norm != "whitening":
-        return 0.0
+    width = {
+        "whitening": config.hidden_size,
+        "low_rank_whitening": 2 * rank_of_whitening(config.hidden_size),
+    }.get(config.moe_router_input_norm, 0)
     products = 2 + 2 * config.expert_model_parallel_size if is_sharded(config) else 3
-    return 2.0 * products * config.hidden_size**2
+    return 2.0 * products * config.hidden_size * width

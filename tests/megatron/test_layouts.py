@@ -27,6 +27,7 @@ SHARED = {
     "fp32": [],
     "input norm": ["--moe-router-input-norm", "running"],
     "whitening": ["--moe-router-input-norm", "whitening"],
+    "low-rank whitening": ["--moe-router-input-norm", "low_rank_whitening"],
     "stock dispatch": ["--moe-dispatch", "stock"],
     "bf16": ["--bf16"],
     "fp16": ["--fp16", "--initial-loss-scale", "4096"],
@@ -63,8 +64,9 @@ LAYOUTS = {
 }
 # Sharded routing: the reference has its lists in parts too, and replicated centers.
 PARTS = ["--moe-air-list-parts", "4"]
-OF_SHARDED = ("input norm", "whitening", "bf16", "fp16", "loss per token", "multi-token prediction", "shared expert",
-              "expert bias", "loss over sequences", "loss over all ranks", "explored candidates")  # fmt: skip
+OF_SHARDED = ("input norm", "whitening", "low-rank whitening", "bf16", "fp16", "loss per token",
+              "multi-token prediction", "shared expert", "expert bias", "loss over sequences", "loss over all ranks",
+              "explored candidates")  # fmt: skip
 SHARED |= {f"{kind}, lists in parts": [*SHARED[kind], *PARTS] for kind in ("fp32", *OF_SHARDED)}
 SHARDED_LAYOUTS = ("EP 2", "EP 4", "EP 2, DP 2", "TP 2, SP, EP 2", "PP 2, EP 2", "distributed optimizer, overlap",
                    "recomputed MoE layers", "hybrid model")  # fmt: skip
@@ -81,7 +83,7 @@ CASES = [
     *((kind, "EP 2, DP 2") for kind in ("Muon", "Lion", "SGD")),
     ("no balancing loss", "one microbatch"),
     ("first layers by hash", "PP 2"),
-    *((kind, "EP 2, DP 2") for kind in ("input norm", "whitening")),
+    *((kind, "EP 2, DP 2") for kind in ("input norm", "whitening", "low-rank whitening")),
     *(("explored candidates", layout) for layout in ("EP 2, DP 2", "TP 2, SP, EP 2", "recomputed MoE layers")),
 ]
 
@@ -92,7 +94,8 @@ HALF, HALF_STEPS = 0.05, 10
 # In fp32 that happens too, after step 33 of these kinds: a token that has another codeword draws other candidates.
 # Muon's iterations enlarge what rounding changes, after step 43.
 # Owners whiten other numbers of rows at once than the ranks of the tokens do, and the products round otherwise.
-COMPARED = {"loss over all ranks": 30, "explored candidates": 30, "whitening, lists in parts": 15, "Muon": 30}
+COMPARED = {"loss over all ranks": 30, "explored candidates": 30, "Muon": 30}
+COMPARED |= {f"{kind}, lists in parts": 15 for kind in ("whitening", "low-rank whitening")}
 # Sharded routing adds up the gradients of tokens over the owners: the sums part by 2e-4 after step 20.
 COMPARED_SHARDED = 20
 

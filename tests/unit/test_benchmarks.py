@@ -106,7 +106,7 @@ def test_work_of_routers():
 
 
 def test_work_of_whitening():
-    assert roofline.whitening(2, 10) == {"forward": Work(800), "backward": Work(400)}
+    assert roofline.whitening(1200) == {"forward": Work(800), "backward": Work(400)}
 
 
 def test_work_of_experts_counts_the_cheaper_order():

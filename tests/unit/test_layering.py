@@ -37,6 +37,7 @@ WITHIN = {
         {"codebook", "lists", "parts"},
         {"index", "running_norm"},
         {"whitening_norm"},
+        {"low_rank_whitening_norm"},
         {"__init__"},
     ),
     "layer": ({"dispatcher", "experts"}, {"__init__"}),

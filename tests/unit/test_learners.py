@@ -8,6 +8,7 @@ import torch
 from air_moe_megatron.learned import learner as learner_module
 from air_moe_megatron.learned.codebook import Codebook
 from air_moe_megatron.learned.learner import apply_updates, batches_of
+from air_moe_megatron.learned.low_rank_whitening_norm import LowRankWhiteningNorm
 from air_moe_megatron.learned.running_norm import RunningNorm
 from air_moe_megatron.learned.whitening_norm import WhiteningNorm
 from air_moe_megatron.ops.coarse import assign_with_statistics
@@ -19,6 +20,7 @@ MAKE = {
     "codebook": lambda: Codebook(6, HIDDEN, 0.9),
     "running norm": lambda: RunningNorm(HIDDEN),
     "whitening norm": lambda: WhiteningNorm(HIDDEN),
+    "low-rank whitening norm": lambda: LowRankWhiteningNorm(HIDDEN),
 }
 
 

@@ -66,7 +66,7 @@ def test_codebook_and_lists_are_those_of_a_router(megatron_cpu, shortlist):
     assert predicted["lists"] == lists
 
 
-@pytest.mark.parametrize("name", ("running", "whitening"))
+@pytest.mark.parametrize("name", ("running", "low_rank_whitening", "whitening"))
 def test_bytes_of_the_input_norm_are_those_of_a_router(megatron_cpu, name):
     layer = make_layer(megatron_cpu, moe_router_type="air", num_moe_experts=256, moe_router_input_norm=name)
     norm = layer.router.input_norm
@@ -84,9 +84,11 @@ def test_statistics_of_a_whitening_norm_are_sent_by_each_rank():
             for one in plan.predict(parsed(*LARGE, "--input-norm", norm), is_sharded=False).collectives
             if one.name.startswith("statistics")
         )
-        for norm in ("none", "whitening")
+        for norm in ("none", "low_rank_whitening", "whitening")
     }
-    assert sent["whitening"] - sent["none"] == 2 * 255 / 256 * 4 * 4097**2
+    ring = 2 * 255 / 256 * 4  # bytes per fp32 number
+    assert sent["whitening"] - sent["none"] == ring * 4097**2
+    assert sent["low_rank_whitening"] - sent["none"] == ring * (32 * 4096 + 3 * 4096 + 1)
 
 
 @pytest.mark.parametrize(("experts", "topk", "ranks"), [(4, 2, 2), (16, 2, 2), (64, 8, 4), (64, 64, 4), (4096, 16, 16)])

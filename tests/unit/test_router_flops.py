@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from air_moe_megatron.config import resolve_sizes
 from air_moe_megatron.learned.centers import Centers
+from air_moe_megatron.learned.low_rank_whitening_norm import LowRankWhiteningNorm
 from air_moe_megatron.learned.rebuild_schedule import num_rebuilds, rebuild_products
 from air_moe_megatron.learned.whitening_norm import WhiteningNorm
 from air_moe_megatron.ops.fine_scores import eager
@@ -139,10 +140,11 @@ def test_products_with_source_experts_equal_what_torch_counts(megatron_cpu):
         assert router_flops(config, 1, num_steps).refresh * num_steps == pytest.approx(total)
 
 
-def test_owners_whiten_the_tokens_of_all_ranks():
-    config = make_config(moe_router_type="air", moe_router_input_norm="whitening", hidden_size=HIDDEN)
+@pytest.mark.parametrize(("name", "width"), [("whitening", 128), ("low_rank_whitening", 2 * 32)])
+def test_owners_whiten_the_tokens_of_all_ranks(name, width):
+    config = make_config(moe_router_type="air", moe_router_input_norm=name, hidden_size=128)
     config.moe_air_shard_experts, config.expert_model_parallel_size = True, 4
-    assert router_flops(config).norm == (4 + 4 * 4) * HIDDEN**2
+    assert router_flops(config).norm == (4 + 4 * 4) * 128 * width
 
 
 def test_a_whitening_norm_costs_what_torch_counts():
@@ -157,6 +159,16 @@ def test_a_whitening_norm_costs_what_torch_counts():
     flops = router_flops(config)
     assert flops.norm == 6 * HIDDEN**2
     assert flops.total - flops.norm == router_flops(make_config(moe_router_type="air", hidden_size=HIDDEN)).total
+
+
+def test_a_low_rank_whitening_norm_costs_what_torch_counts():
+    hidden = torch.randn(TOKENS, 128, requires_grad=True)
+    norm = LowRankWhiteningNorm(128)
+    with FlopCounterMode(display=False) as counter:
+        norm.accumulate(hidden.detach(), None)
+        norm(hidden).sum().backward()
+    config = make_config(moe_router_type="air", moe_router_input_norm="low_rank_whitening", hidden_size=128)
+    assert counter.get_total_flops() == TOKENS * router_flops(config).norm == TOKENS * 12 * 128 * 32
 
 
 def test_dispatch_constant_of_krajewski():

@@ -5,6 +5,7 @@ import torch
 
 from air_moe_megatron.command.checkpoints import checks
 from air_moe_megatron.command.checkpoints.reader import Checkpoint, Location
+from air_moe_megatron.learned.low_rank_whitening_norm import LowRankWhiteningNorm, power_iteration
 from air_moe_megatron.learned.running_norm import RunningNorm
 from air_moe_megatron.learned.whitening_norm import WhiteningNorm, is_factorized, whitening_of
 from air_moe_megatron.routers import ROUTERS
@@ -12,7 +13,7 @@ from air_moe_megatron.sync import discard_statistics, update_codebooks
 from tests.builders import make_config, make_router
 
 HIDDEN = 16
-NORMS = {"running": RunningNorm, "whitening": WhiteningNorm}
+NORMS = {"running": RunningNorm, "low_rank_whitening": LowRankWhiteningNorm, "whitening": WhiteningNorm}
 every_norm = pytest.mark.parametrize("name", NORMS)
 
 
@@ -61,14 +62,63 @@ def test_whitening_of_a_singular_covariance_is_finite():
     torch.testing.assert_close(whitening_of(torch.tensor([[4.0, 0.0], [0.0, 9.0]])), expected, rtol=1e-5, atol=0)
 
 
+def test_low_rank_whitening_finds_the_largest_directions_and_scales_all_others_alike():
+    """With eigenvectors U and eigenvalues e of the correlations, the result is what the docstring's formula says."""
+    norm = LowRankWhiteningNorm(HIDDEN)
+    rank = norm.basis.shape[1]
+    mixing = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(1)) * torch.logspace(0.7, -1, HIDDEN)
+    tokens = (batches(1, size=4000)[0] - 100.0) @ mixing.t() * torch.logspace(-2, 2, HIDDEN) + 5.0
+    torch.testing.assert_close(norm(tokens), tokens, rtol=1e-4, atol=0)  # nothing was learned yet
+    for _ in range(200):
+        learn(norm, tokens[:1500], tokens[1500:])
+    values, vectors = torch.linalg.eigh(torch.corrcoef(tokens.double().t()))
+    torch.testing.assert_close(norm.eigenvalues.double(), values[-rank:], rtol=1e-2, atol=1e-2)
+    shrunk = (values + 1.0) / 2.0
+    others = shrunk[:-rank].mean()
+    gains = torch.cat((torch.full((HIDDEN - rank,), float(others)), shrunk[-rank:])).rsqrt()
+    scaled = (tokens - tokens.mean(dim=0)).double() / tokens.double().std(dim=0, correction=0)
+    torch.testing.assert_close(norm(tokens).double(), scaled @ vectors * gains @ vectors.t(), rtol=1e-2, atol=3e-2)
+
+
+def test_a_power_iteration_keeps_orthonormal_directions_and_weighs_past_and_batch():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(3, HIDDEN, HIDDEN, dtype=torch.float64, generator=generator)
+    correlations = root @ root.transpose(1, 2)
+    values, vectors = torch.linalg.eigh(correlations)
+    basis, eigenvalues = vectors[..., -4:], values[..., -4:]
+    for rate in (1.0, 0.1):  # past and batch agree: a fixed point
+        found, sizes = power_iteration(basis, eigenvalues, correlations @ basis, rate)
+        torch.testing.assert_close(sizes, eigenvalues)
+        torch.testing.assert_close((found * basis).sum(dim=1).abs(), torch.ones(3, 4, dtype=torch.float64))
+    _, sizes = power_iteration(basis, eigenvalues, 3.0 * correlations @ basis, 0.25)
+    torch.testing.assert_close(sizes, (0.75 + 0.25 * 3.0) * eigenvalues)
+    found, _ = power_iteration(basis, eigenvalues, torch.randn(3, HIDDEN, 4, dtype=torch.float64), 0.5)
+    torch.testing.assert_close(found.transpose(1, 2) @ found, torch.eye(4, dtype=torch.float64).expand(3, 4, 4))
+
+
+def test_directions_that_vanish_come_back():
+    """Tokens with one direction only, and then with all."""
+    norm, one = LowRankWhiteningNorm(HIDDEN), torch.linspace(-1.0, 1.0, 40).unsqueeze(1).expand(40, HIDDEN)
+    for _ in range(50):
+        learn(norm, one)
+    torch.testing.assert_close(norm.eigenvalues[-1].item(), float(HIDDEN), rtol=1e-3, atol=0)
+    assert norm.eigenvalues[:-1].abs().max() < 1e-3
+    torch.testing.assert_close(norm.basis.t() @ norm.basis, torch.eye(len(norm.eigenvalues)), rtol=0, atol=1e-3)
+    tokens = torch.randn(4000, HIDDEN, generator=torch.Generator().manual_seed(2))
+    for _ in range(100):
+        learn(norm, tokens)
+    torch.testing.assert_close(norm.eigenvalues, torch.ones_like(norm.eigenvalues), rtol=0, atol=0.15)
+
+
 @pytest.mark.parametrize("mean", (1e3, 1e5, 1e9))
-def test_a_covariance_that_is_lost_beside_the_mean_leaves_finite_tokens(mean):
+@pytest.mark.parametrize("name", ("low_rank_whitening", "whitening"))
+def test_a_covariance_that_is_lost_beside_the_mean_leaves_finite_tokens(name, mean):
     """After the first update, whose sums are taken around zero; later ones are taken around the mean."""
-    norm = WhiteningNorm(HIDDEN)
+    norm = NORMS[name](HIDDEN)
     given = [0.01 * tokens + mean for tokens in batches(3)]
     for tokens in given:
         learn(norm, tokens)
-        assert norm.whitening.isfinite().all() and norm(tokens).isfinite().all()
+        assert all(buffer.isfinite().all() for buffer in norm.buffers()) and norm(tokens).isfinite().all()
 
 
 def test_a_matrix_without_a_factor_is_scaled_only():
@@ -82,9 +132,10 @@ def test_the_whitening_is_made_anew_more_rarely_the_older_the_statistics():
     assert made[-4:] == [200, 220, 240, 260]
 
 
-def test_resumed_statistics_go_on_as_they_would_have():
+@every_norm
+def test_resumed_statistics_go_on_as_they_would_have(name):
     given = batches(60)
-    norm, other = WhiteningNorm(HIDDEN), WhiteningNorm(HIDDEN)
+    norm, other = NORMS[name](HIDDEN), NORMS[name](HIDDEN)
     for tokens in given[:33]:
         learn(norm, tokens)
     other.load_state_dict(norm.state_dict())
@@ -138,6 +189,10 @@ def test_statistics_keep_their_dtypes_and_results_keep_the_dtype_of_the_tokens()
     norm = WhiteningNorm(HIDDEN).bfloat16()
     assert norm.mean.dtype == norm.statistics.dtype == norm.covariance.dtype == norm.whitening.dtype == torch.float32
     assert norm(torch.ones(2, HIDDEN, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    norm = LowRankWhiteningNorm(HIDDEN).bfloat16()
+    assert norm.mean.dtype == norm.statistics.dtype == norm.basis.dtype == norm.eigenvalues.dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float64):
+        assert norm(torch.ones(2, HIDDEN, dtype=dtype)).dtype == dtype
 
 
 @every_norm
@@ -184,7 +239,7 @@ def test_a_token_that_is_not_finite_leaves_the_statistics_as_they_were(megatron_
     tokens[3, 3] = float("inf")
     router.route(tokens)
     assert update_codebooks(router) == 1
-    assert torch.equal(router.input_norm.mean, before) and f"{name} norm stays" in caplog.text
+    assert torch.equal(router.input_norm.mean, before) and f"{router.input_norm.title} stays" in caplog.text
 
 
 @every_norm
@@ -215,7 +270,11 @@ def test_a_variance_that_was_saved_in_fp32_loads(megatron_cpu, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "found, wanted", (("none", "running"), ("running", "none"), ("running", "whitening"), ("whitening", "running"))
+    "found, wanted",
+    (
+        *(("none", "running"), ("running", "none"), ("running", "whitening"), ("whitening", "running")),
+        *(("low_rank_whitening", "running"), ("running", "low_rank_whitening"), ("low_rank_whitening", "whitening")),
+    ),
 )
 def test_a_checkpoint_with_another_norm_is_refused(found, wanted):
     def check(keys, norm):
@@ -225,6 +284,8 @@ def test_a_checkpoint_with_another_norm_is_refused(found, wanted):
     keys = ["decoder.layers.mlp.router.weight"]
     if found != "none":
         keys.append("decoder.layers.mlp.router.input_norm.mean")
+    if found == "low_rank_whitening":
+        keys.append("decoder.layers.mlp.router.input_norm.basis")
     if found == "whitening":
         keys.append("decoder.layers.mlp.router.input_norm.covariance")
     with pytest.raises(ValueError, match=f"was trained with --moe-router-input-norm {found}"):
@@ -239,7 +300,10 @@ def test_a_checkpoint_with_another_norm_is_refused(found, wanted):
         ({"moe_router_type": "hash", "moe_hash_vocab_size": 9}, "does not read hidden states"),
         ({"moe_router_type": "product_key"}, "moe_product_key_query_norm"),
         ({"moe_router_type": "product_key", "moe_router_input_norm": "whitening"}, "moe_product_key_query_norm"),
-        ({"moe_router_input_norm": "batch"}, r"'batch'\) must be 'none', 'running' or 'whitening'"),
+        (
+            {"moe_router_input_norm": "batch"},
+            r"'batch'\) must be 'none', 'running', 'low_rank_whitening' or 'whitening'",
+        ),
         ({"moe_router_type": "topk", "moe_granular_experts": False, "moe_dispatch": "stock"}, "Megatron's own router"),
     ],
     ids=["hash", "product-keys", "whitened-product-keys", "unknown", "plain-topk"],

@@ -247,6 +247,8 @@ def _check_input_norm(checkpoint: Checkpoint, norm: str) -> None:
     """Require the same input norm: centers do not fit tokens that are normalized in another way."""
     has_routers = any(".router." in key for key in checkpoint.shapes)
     found = "running" if checkpoint.has("router.input_norm.mean") else "none"
+    if checkpoint.has("router.input_norm.basis"):
+        found = "low_rank_whitening"
     if checkpoint.has("router.input_norm.covariance"):
         found = "whitening"
     if has_routers and found != norm:
