@@ -2,8 +2,8 @@
 
 Communication per optimizer step and pipeline stage: one all-reduce of fp32 numbers over ``tp_dp_cp``, the ranks of the
 stage that hold different tokens. A codebook adds ``C * (H + 3)`` numbers, a running norm ``3 * features + 1``, a
-whitening norm ``(H + 1)^2``, and an AIR router two. In steps that select experts for new lists there is one more
-all-reduce per AIR router, in ``ShortlistIndex.commit``.
+low-rank whitening norm ``H * r`` more, a whitening norm ``(H + 1)^2``, and an AIR router two. In steps that select
+experts for new lists there is one more all-reduce per AIR router, in ``ShortlistIndex.commit``.
 
 A step that Megatron repeats must not count twice, so every attempt starts with ``discard_statistics``. Forwards
 accumulate statistics. ``update_codebooks`` runs once, after the optimizer has stepped. A skipped step ends with
