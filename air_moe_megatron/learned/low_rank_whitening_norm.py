@@ -112,5 +112,5 @@ class LowRankWhiteningNorm(RunningNorm):
             products = products.double().view(-1, num_features, rank) / count.view(-1, 1, 1)
             products -= center.unsqueeze(2) * (center.unsqueeze(1) @ basis)
             basis, eigenvalues = power_iteration(basis, eigenvalues, products, max(1.0 / updates, 1.0 - DECAY))
-            store(norms, basis=basis, eigenvalues=eigenvalues)
+            store(norms, basis=basis, eigenvalues=eigenvalues.clamp_max(num_features))  # correlations have the trace H
         RunningNorm.learn(norms, sums)

@@ -110,6 +110,17 @@ def test_directions_that_vanish_come_back():
     torch.testing.assert_close(norm.eigenvalues, torch.ones_like(norm.eigenvalues), rtol=0, atol=0.15)
 
 
+@pytest.mark.parametrize("size", (1e6, 1e12, 1e18))
+def test_a_batch_of_far_larger_tokens_leaves_finite_directions(size):
+    """The sums of products are finite up to 3e38, and eigenvalues are at most H."""
+    norm = LowRankWhiteningNorm(HIDDEN)
+    for factor in (1.0, 1.0, size, 1.0):
+        tokens = (batches(1)[0] - 100.0) * factor
+        learn(norm, tokens)
+        assert norm.eigenvalues.max() <= HIDDEN and norm.basis.isfinite().all() and norm(tokens).isfinite().all()
+    torch.testing.assert_close(norm.basis.t() @ norm.basis, torch.eye(len(norm.eigenvalues)), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("mean", (1e3, 1e5, 1e9))
 @pytest.mark.parametrize("name", ("low_rank_whitening", "whitening"))
 def test_a_covariance_that_is_lost_beside_the_mean_leaves_finite_tokens(name, mean):
