@@ -16,6 +16,8 @@ import torch
 
 from air_moe_megatron.command.memory import parameter_bytes, parameters_of_expert
 from air_moe_megatron.config import AIRMoEConfig, AIRSizes, resolve_sizes
+from air_moe_megatron.learned.rebuild_schedule import POOL
+from air_moe_megatron.ops.ranking import kernel_bytes
 from air_moe_megatron.routers import AIRRouter
 from air_moe_megatron.routers.flops import Rebuilds, rebuild_flops
 from air_moe_megatron.routers.learned_bytes import learned_bytes
@@ -225,7 +227,8 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
         is_sharded,
         memory=_weight_memory(layout)
         | {purpose: float(args.layers * size) for purpose, size in learned.items()}
-        | _token_memory(layout),
+        | _token_memory(layout)
+        | {"first rebuild of a layer's lists": _rebuild_memory(layout)},
         router_flops=AIRRouter.flops(layout.config, Rebuilds(tokens_per_batch, on_gpu=True)).total,
         first_rebuild_flops=rebuild.first / layout.num_router_shards,
         rebuild_flops=rebuild.later / layout.num_ranks,
@@ -260,6 +263,17 @@ def _token_memory(layout: _Layout) -> dict[str, float]:
         "activations of the routed path": float(kept * (1 if args.recompute else args.layers)),
         "dispatch buffers": float(2 * layout.num_rows * layout.row_bytes + 2 * layout.num_pairs * (_ID + _PROB)),
     }
+
+
+def _rebuild_memory(layout: _Layout) -> float:
+    """Bytes of the kernels' keys while one layer makes its first lists, in the part that takes the most.
+
+    The parts of lists are made one after another, each from its own experts.
+    """
+    sizes, num_parts = layout.sizes, layout.config.moe_air_list_parts
+    num_experts = sizes.num_experts // num_parts
+    pool_size = min(POOL * sizes.shortlist_size // num_parts, num_experts)
+    return float(kernel_bytes(sizes.num_clusters, num_experts, pool_size))
 
 
 def _dispatch(layout: _Layout) -> list[Collective]:

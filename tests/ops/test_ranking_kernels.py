@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from air_moe_megatron.ops.ranking import kernels, rank_experts
+from air_moe_megatron.ops.ranking import kernel_bytes, kernels, rank_experts
 from air_moe_megatron.ops.ranking.naive import naive_rank_experts, naive_scores
 from tests.ops.conftest import relative_error
 
@@ -97,8 +97,25 @@ def test_groups_of_any_size(dtype, group_size, kernel_device):
 
 @pytest.mark.parametrize("codewords_of_a_chunk", (1, 3))
 def test_chunks_of_codewords_change_nothing(codewords_of_a_chunk, monkeypatch, kernel_device):
-    monkeypatch.setattr(kernels, "_CHUNK_ELEMENTS", codewords_of_a_chunk * 3 * 32 + 5)
+    monkeypatch.setattr(kernels, "MAX_CANDIDATE_KEYS", codewords_of_a_chunk * 3 * 32 + 5)
     assert_equals_naive(make_inputs((5, 33, 150, 3), torch.float32, RANKED_BY["bias"], kernel_device))
+
+
+@pytest.mark.parametrize("shape", ((5, 33, 150, 3), (4, 8, 40, 9)))
+def test_the_keys_take_the_bytes_that_a_plan_counts(shape, monkeypatch, kernel_device):
+    num_clusters, _, num_experts, shortlist_size = shape
+    inputs = make_inputs(shape, torch.float32, RANKED_BY["bias"], kernel_device)
+    made, empty = [], torch.empty
+
+    def record(*size, **options):
+        made.append(empty(*size, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", record)
+    ranking = kernels.rank_experts(*inputs)
+    keys = [one for one in made if one.dtype == torch.int64 and one.dim() == 2 and one is not ranking[0]]
+    assert len(keys) == 2
+    assert sum(one.nbytes for one in keys) == kernel_bytes(num_clusters, num_experts, shortlist_size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,7 +8,21 @@ from air_moe_megatron.ops.backend import use_kernels
 from air_moe_megatron.ops.ranking import eager
 from air_moe_megatron.ops.score_functions import validate_expert_bias
 
-__all__ = ["CandidateRanking", "Ranking", "rank_candidates", "rank_experts"]
+__all__ = ["CandidateRanking", "Ranking", "kernel_bytes", "rank_candidates", "rank_experts"]
+
+GROUP_SIZE = 32  # experts with consecutive ids whose best score the kernels keep
+MAX_CANDIDATE_KEYS = 2**26  # of the candidates of several codewords: 512 MiB
+
+
+def kernel_bytes(num_clusters: int, num_experts: int, shortlist_size: int) -> int:
+    """Bytes of the keys that the kernels of :func:`rank_experts` hold, beside its arguments and results.
+
+    Example: C = 4, E = 64 and L = 8 have the keys of 4 * 2 groups and of 4 * 2 * 32 candidates: 8 * 264 = 2112 bytes.
+    """
+    num_groups = -(-num_experts // GROUP_SIZE)
+    per_codeword = min(shortlist_size, num_groups) * GROUP_SIZE
+    num_codewords = min(num_clusters, max(MAX_CANDIDATE_KEYS // per_codeword, 1))
+    return torch.int64.itemsize * (num_clusters * num_groups + num_codewords * per_codeword)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from air_moe_megatron.ops.ranking import GROUP_SIZE, MAX_CANDIDATE_KEYS
 from air_moe_megatron.ops.segments import (
     contiguous,
     sort_into_segments,
@@ -39,8 +40,6 @@ from air_moe_megatron.ops.tiles import (
     order_key,
     split_codewords,
 )
-
-_CHUNK_ELEMENTS = 2**26  # keys [n, k * G] per chunk of codewords: 512 MiB
 
 
 @triton.jit
@@ -211,7 +210,7 @@ def launch_ranking(
     )
 
     num_kept = min(shortlist_size, num_groups)
-    chunk = min(num_clusters, max(_CHUNK_ELEMENTS // (num_kept * group_size), 1))
+    chunk = min(num_clusters, max(MAX_CANDIDATE_KEYS // (num_kept * group_size), 1))
     candidates = torch.empty(chunk, num_kept * group_size, dtype=torch.int64, device=device)
     lists = torch.empty(num_clusters, shortlist_size, dtype=torch.int64, device=device)
     blocks = _candidate_blocks(weight)
@@ -236,7 +235,7 @@ def rank_experts(
     shortlist_size: int,
     score_function: str | None = None,
     expert_bias: torch.Tensor | None = None,
-    group_size: int = 32,
+    group_size: int = GROUP_SIZE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As :func:`air_moe_megatron.ops.ranking.rank_experts`; deterministic, and does not wait for the device.
 
