@@ -23,7 +23,7 @@ from benchmarks.models import (
 from benchmarks.timing import Case, time_interleaved
 
 ONE_PROBE = "AIRRouter.route, one probe"
-_WHITENED = "AIRRouter.route, whitened tokens"
+_NORMS = {"whitened tokens": "whitening", "low-rank whitening": "low_rank_whitening"}
 
 
 def add_arguments(parser) -> None:
@@ -34,9 +34,10 @@ def run(args) -> list[dict]:
     """Check that AIR with full lists equals top-k, then time the routers at the given sizes.
 
     The cases are ``TopKRouter.forward``; ``AIRRouter.route``, whose result is compact, by default, with one probe, and
-    with whitened tokens; ``AIRRouter.forward``, which turns it into Megatron's dense maps for the stock dispatchers;
-    and the product-key router, the only one without a balancing loss. Two more rows are AIR's cost beside its steps:
-    the codebook's update, once per global batch, and the rebuild of the shortlists, once per refresh interval.
+    with either whitening of the tokens; ``AIRRouter.forward``, which turns it into Megatron's dense maps for the stock
+    dispatchers; and the product-key router, the only one without a balancing loss. Two more rows are AIR's cost beside
+    its steps: the codebook's update, once per global batch, and the rebuild of the shortlists, once per refresh
+    interval.
     """
     with world() as (device, pg_collection):
         checks.check_router(pg_collection, device)
@@ -44,16 +45,20 @@ def run(args) -> list[dict]:
         sizes = Sizes.of(args)
         topk, air, keys = (make_router(kind, sizes, pg_collection, device) for kind in ("topk", "air", "product_key"))
         one_probe = make_router("air", replace(sizes, probes=1, shortlist=0), pg_collection, device)
-        whitened = make_router("air", sizes, pg_collection, device, moe_router_input_norm="whitening")
+        whitened = {
+            f"AIRRouter.route, {words}": make_router("air", sizes, pg_collection, device, moe_router_input_norm=norm)
+            for words, norm in _NORMS.items()
+        }
         with torch.no_grad():
-            for router in (air, one_probe, whitened):
+            for router in (air, one_probe, *whitened.values()):
                 router.weight.copy_(topk.weight)
         hidden, grad = inputs(sizes, device, (args.tokens, 1, args.hidden), (args.tokens, args.topk))
         dense_grad = torch.randn(args.tokens, args.experts, device=device).to(sizes.routing_dtype)
         learner = warm_up_codebook(air, hidden)
         warm_up_codebook(one_probe, hidden)
-        warm_up_codebook(whitened, hidden)
-        for router in (air, one_probe, whitened):
+        for router in whitened.values():
+            warm_up_codebook(router, hidden)
+        for router in (air, one_probe, *whitened.values()):
             checks.check_lists(router)
             checks.check_at_size(router, hidden)
         learner.route(hidden)
@@ -70,11 +75,14 @@ def run(args) -> list[dict]:
                 air_work(one_probe, hidden, sizes),
                 args.tokens,
             ),
-            _WHITENED: Case(
-                lambda: step(lambda x: whitened.route(x).probs, whitened, hidden, grad),
-                air_work(whitened, hidden, sizes),
-                args.tokens,
-            ),
+            **{
+                name: Case(
+                    lambda router=router: step(lambda x: router.route(x).probs, router, hidden, grad),
+                    air_work(router, hidden, sizes),
+                    args.tokens,
+                )
+                for name, router in whitened.items()
+            },
             "AIRRouter.forward": Case(
                 lambda: step(lambda x: air(x)[0], air, hidden, dense_grad),
                 roofline.together(work, dense_work),

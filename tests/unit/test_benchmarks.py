@@ -32,7 +32,13 @@ NAMES = {
 }
 CASES = {
     "router": [
-        *("TopKRouter.forward", "AIRRouter.route", "AIRRouter.route, one probe", "AIRRouter.route, whitened tokens"),
+        *(
+            "TopKRouter.forward",
+            "AIRRouter.route",
+            "AIRRouter.route, one probe",
+            "AIRRouter.route, whitened tokens",
+            "AIRRouter.route, low-rank whitening",
+        ),
         *("AIRRouter.forward", "ProductKeyRouter"),
         *("codebook update", "shortlist rebuild"),
     ],
