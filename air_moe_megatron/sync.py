@@ -61,7 +61,7 @@ def update_codebooks(
         modules: a module or several (all model chunks of the pipeline stage).
         group: ranks whose statistics are summed; None means this rank alone.
     Returns:
-        the number of routers of which an update was dropped because a token was NaN or infinite.
+        the number of routers of which an update was dropped because a token was NaN, infinite or too large.
     Raises:
         ValueError: on every rank, if an AIR router had a training forward on some ranks only; or if other code has
             written to a router's buffers since the step began.
@@ -110,7 +110,7 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
     dropped = [(router, learner) for router, learner in learning if learner in lost]
     for router, learner in dropped:
         logger.warning(
-            "layer %s: a token of this global batch was NaN or infinite; its %s stays as it was%s",
+            "layer %s: a token of this global batch was NaN, infinite or too large; its %s stays as it was%s",
             router.layer_number,
             learner.title,
             learner.drop_note(),
