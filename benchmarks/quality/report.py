@@ -11,7 +11,9 @@ from pathlib import Path
 import pandas
 
 REFERENCE = "topk"
-_DASHES = ("-", "--", ":", "-.", (0, (8, 2)))  # with five markers: the variants of one type of router
+# The variants of one type of router.
+_DASHES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2)), (0, (3, 4)))
+_MARKERS = "os^DvpP*"
 _USED, _IMBALANCE, _RECALL, _TOPK_RECALL = "experts-used", "imbalance-factor", "mass-recall", "top-k-recall"
 
 
@@ -185,7 +187,7 @@ def styles_of(rows):
     for name in names:
         color = "black" if types[name] == "topk" else f"C{families.index(types[name])}"
         index = sum(types[other] == types[name] for other in styles)
-        styles[name] = {"color": color, "marker": "os^Dv"[index % 5], "linestyle": _DASHES[index % 5]}
+        styles[name] = {"color": color, "marker": _MARKERS[index % 8], "linestyle": _DASHES[index % 8]}
     return styles
 
 
