@@ -21,6 +21,9 @@ NORM = dict(moe_router_input_norm="running")
 CASES = {
     "topk": dict(moe_router_type="topk", **BALANCE, **NORM),
     "air": dict(moe_router_type="air", **BALANCE, **NORM),
+    "air-low-rank-whitening": dict(
+        moe_router_type="air", moe_router_input_norm="low_rank_whitening", **BALANCE,
+    ),
     "air-several-probes": dict(moe_router_type="air", moe_air_num_probes=2, moe_air_num_candidates=8, **BALANCE),
     # Few clusters: one that is a single expert's own direction makes ties that rounding decides.
     "air-codebook-of-experts": dict(
