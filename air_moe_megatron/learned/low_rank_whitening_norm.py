@@ -11,7 +11,7 @@ import torch
 from air_moe_megatron.learned.learner import stacked, store
 from air_moe_megatron.learned.running_norm import DECAY, EPSILON, RunningNorm, moments
 from air_moe_megatron.learned.whitening_norm import SHRINKAGE
-from air_moe_megatron.ops.norm import normalize
+from air_moe_megatron.ops.norm import batch_sums, normalize
 
 _RANK = 32  # most directions
 _RIDGE = 1e-3  # added to each correlation matrix, so that no direction vanishes
@@ -51,8 +51,8 @@ def power_iteration(
 class LowRankWhiteningNorm(RunningNorm):
     """A running norm that also scales the r directions of largest variance down; before the first update an identity.
 
-    With the tokens x of a running norm, whose correlations have the eigenvectors u_i and the largest eigenvalues e_i,
-    and with the shrunk eigenvalues ``s_i = (e_i + 1) / 2``, the result is
+    Let x be the tokens that a running norm makes, e_i the r largest eigenvalues of their correlations, u_i the
+    eigenvectors of these, and ``s_i = (e_i + 1) / 2`` the shrunk eigenvalues. The result is
 
         ``t^-1/2 (x + sum_i (sqrt(t / s_i) - 1) u_i u_i^T x)``.
 
@@ -91,7 +91,7 @@ class LowRankWhiteningNorm(RunningNorm):
         with torch.autocast(hidden.device.type, enabled=False):
             products = scaled.t() @ (scaled @ self.basis.to(wide.dtype))
         self.statistics[: products.numel()] += products.flatten()
-        self.statistics[products.numel() :] += self.batch_sums(hidden, padding_mask)
+        self.statistics[products.numel() :] += batch_sums(hidden, self.mean, padding_mask)
 
     @staticmethod
     @torch.no_grad()

@@ -62,11 +62,7 @@ class RunningNorm(Learner):
 
         Sums are taken around the running mean, which all ranks share.
         """
-        self.statistics += self.batch_sums(hidden, padding_mask)
-
-    def batch_sums(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-        """[3H + 1] sums of one microbatch, as :func:`air_moe_megatron.ops.norm.batch_sums` around the running mean."""
-        return batch_sums(hidden, self.mean, padding_mask)
+        self.statistics += batch_sums(hidden, self.mean, padding_mask)
 
     @staticmethod
     def num_tokens(statistics: torch.Tensor) -> torch.Tensor:
