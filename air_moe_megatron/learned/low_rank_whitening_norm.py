@@ -15,6 +15,7 @@ from air_moe_megatron.ops.norm import batch_sums, normalize
 
 _RANK = 32  # most directions
 _RIDGE = 1e-3  # added to each correlation matrix, so that no direction vanishes
+_LEAST_VARIANCE = 1e-3  # of a batch, over the running variance, for which directions are learned
 _SEED = 1  # of the first directions, which are random and equal on all ranks
 
 
@@ -96,21 +97,28 @@ class LowRankWhiteningNorm(RunningNorm):
     @staticmethod
     @torch.no_grad()
     def learn(norms: Sequence["LowRankWhiteningNorm"], statistics: torch.Tensor) -> None:
-        """Move mean, variance and directions towards those of a global batch, at the rate of the running norm.
+        """Move mean, variance and directions towards those of a global batch.
 
-        The first update leaves the directions as they are, because its products are those of tokens not yet scaled.
+        Mean and variance move as in :class:`RunningNorm`. The first update leaves the directions as they are, because
+        its products are those of tokens not yet scaled. From then on the n-th batch has the weight 1/n, at least a
+        tenth. The products are those of tokens scaled by the *earlier* variance. They are divided by the batch's own
+        mean variance on this scale, so that the trace of its correlations is H, however the tokens' length changes. A
+        batch of nearly equal tokens tells nothing about directions.
         """
         num_features, rank = norms[0].basis.shape
         products, sums = statistics.split((num_features * rank, 3 * num_features + 1), dim=1)
         updates = norms[0].updates_on_host
         if updates > 0:
-            shift, _, count = moments(sums)
+            shift, batch_variance, count = moments(sums)
             basis, eigenvalues, variance = (
                 part.double() for part in stacked(norms, "basis", "eigenvalues", "variance")
             )
             center = shift * (variance + EPSILON).rsqrt()
+            mean_variance = (batch_variance / (variance + EPSILON)).mean(dim=1).view(-1, 1, 1)
             products = products.double().view(-1, num_features, rank) / count.view(-1, 1, 1)
             products -= center.unsqueeze(2) * (center.unsqueeze(1) @ basis)
+            past = basis * eigenvalues.unsqueeze(1)
+            products = torch.where(mean_variance < _LEAST_VARIANCE, past, products / mean_variance)
             basis, eigenvalues = power_iteration(basis, eigenvalues, products, max(1.0 / updates, 1.0 - DECAY))
-            store(norms, basis=basis, eigenvalues=eigenvalues.clamp_max(num_features))  # correlations have the trace H
+            store(norms, basis=basis, eigenvalues=eigenvalues.clamp_max(num_features))  # the trace, up to rounding
         RunningNorm.learn(norms, sums)

@@ -121,6 +121,44 @@ def test_a_batch_of_far_larger_tokens_leaves_finite_directions(size):
     torch.testing.assert_close(norm.basis.t() @ norm.basis, torch.eye(len(norm.eigenvalues)), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("length", (lambda n: 0.9**n, lambda n: 1.1**n, lambda n: 10.0 if n == 20 else 1.0))
+def test_directions_do_not_depend_on_the_length_of_the_tokens(length):
+    """Correlations never change, but tokens get shorter or longer in each batch, or one batch has far longer ones."""
+    steady, changing = LowRankWhiteningNorm(HIDDEN), LowRankWhiteningNorm(HIDDEN)
+    mixing = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(1)) * torch.logspace(0.7, -1, HIDDEN)
+    for number in range(40):
+        tokens = torch.randn(500, HIDDEN, generator=torch.Generator().manual_seed(number)) @ mixing.t()
+        learn(steady, tokens)
+        learn(changing, tokens * length(number))
+        torch.testing.assert_close(changing.eigenvalues, steady.eigenvalues, rtol=0.05, atol=0.02)
+        assert changing.eigenvalues.sum() < HIDDEN * 1.001
+
+
+@pytest.mark.parametrize("size", (1e4, 1e6, 1e8))
+def test_one_far_longer_token_does_not_cost_the_directions(size):
+    norm, clean = LowRankWhiteningNorm(HIDDEN), LowRankWhiteningNorm(HIDDEN)
+    mixing = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(1)) * torch.logspace(0.7, -1, HIDDEN)
+    for number in range(60):
+        tokens = torch.randn(500, HIDDEN, generator=torch.Generator().manual_seed(number)) @ mixing.t()
+        learn(clean, tokens)
+        if number == 20:
+            tokens = torch.cat((size * tokens[:1], tokens[1:]))
+        learn(norm, tokens)
+        torch.testing.assert_close(norm.basis.t() @ norm.basis, torch.eye(len(norm.eigenvalues)), rtol=0, atol=1e-4)
+    assert (norm.basis.t() @ clean.basis[:, -4:]).norm(dim=0).min() > 0.9
+    assert norm.eigenvalues.sum() < HIDDEN * 1.001
+
+
+def test_a_batch_of_equal_tokens_leaves_the_directions():
+    norm = LowRankWhiteningNorm(HIDDEN)
+    for tokens in batches(5):
+        learn(norm, tokens)
+    before = norm.basis.clone(), norm.eigenvalues.clone()
+    learn(norm, torch.full((40, HIDDEN), 7.0))
+    torch.testing.assert_close((norm.basis * before[0]).sum(dim=0).abs(), torch.ones(len(before[1])))
+    torch.testing.assert_close(norm.eigenvalues, before[1])
+
+
 @pytest.mark.parametrize("mean", (1e3, 1e5, 1e9))
 @pytest.mark.parametrize("name", ("low_rank_whitening", "whitening"))
 def test_a_covariance_that_is_lost_beside_the_mean_leaves_finite_tokens(name, mean):
