@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from pathlib import Path
 
 import pandas
 import pytest
@@ -152,3 +153,14 @@ def test_a_finding_has_the_newest_value_and_the_first_step_of_the_last_stretch(t
     (finding,) = found(tmp_path, records).values()
     assert isinstance(finding, Finding) and finding.layers == {1: (0.68, 60), 2: (0.68, 60)}
     assert finding.rule.worst(pandas.Series([0.5, 0.6])) == 0.5
+
+
+def test_the_thresholds_of_the_documentation_are_those_of_the_rules():
+    """All but those that need no number: a bound above the measured recall, and a loss that is no number."""
+    page = (Path(__file__).resolve().parents[2] / "docs/health.md").read_text()
+    documented = re.findall(r"^\| [^|]+ \| (above|below) ([\d.]+%?) \| [^|]+ \|$", page, re.MULTILINE)
+    numbers = [(way, float(number.rstrip("%")) / (100 if number.endswith("%") else 1)) for way, number in documented]
+    rules = [rule for rule in RULES if rule.name not in ("broken bound", "missing loss")]
+    expected = [("below", rule.below) if rule.above is None else ("above", rule.above) for rule in rules]
+    assert sorted(numbers) == sorted(expected)
+    assert f"in each of the last {'three' if RECORDS == 3 else RECORDS} records" in page
