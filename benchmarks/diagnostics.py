@@ -25,7 +25,7 @@ def add_arguments(parser) -> None:
 def run(args) -> list[dict]:
     """Time a step of the whole layer without and with diagnostics, file and snapshot included.
 
-    On a CPU, processor seconds count. The share refers to the layer's step alone, without attention, optimizer and
+    On a CPU, CPU seconds count. The share refers to the layer's step alone, without attention, optimizer and
     dense layers, so it is larger than the share of a training step.
     """
     with world() as (device, pg_collection), tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def run(args) -> list[dict]:
 
 
 def _seconds(device, work) -> dict[str, float]:
-    """Seconds of device time; on a CPU processor seconds, which depend less on other programs."""
+    """Seconds of device time; on a CPU CPU seconds, which depend less on other programs."""
     now = time.process_time if device.type == "cpu" else lambda: clock(device)
     start = now()
     work()

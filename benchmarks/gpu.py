@@ -161,10 +161,10 @@ def summary(out: Path, facts: dict) -> str:
             cells = (result, f"{record['seconds']:.0f}", "yes" if record["passed"] else "NO", commit)
         lines.append(f"| {step.what} | {' | '.join(cells)} |")
     for target in targets.TARGETS:
-        if "GPU" in target.asked:
+        if "GPU" in target.threshold:
             measured, is_met = targets.judge(target, "GPU", out)
-            asked = f"{'<=' if target.at_most else '>='} {target.asked['GPU']:g} {target.unit}".rstrip()
-            lines.append(f"| {target.what}, asked {asked} | {measured or 'not run'} | | {is_met} | |")
+            threshold = f"{'<=' if target.at_most else '>='} {target.threshold['GPU']:g} {target.unit}".rstrip()
+            lines.append(f"| {target.what}, target {threshold} | {measured or 'not run'} | | {is_met} | |")
     return "\n".join(lines) + "\n"
 
 

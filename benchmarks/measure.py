@@ -46,7 +46,7 @@ def clock(device: torch.device) -> float:
 
 
 def is_by_clock(device: torch.device) -> bool:
-    """Whether seconds are those of a clock where a benchmark takes processor seconds on a CPU: not with more threads
+    """Whether seconds are those of a clock where a benchmark takes CPU seconds on a CPU: not with more threads
     than one, whose seconds add up."""
     return device.type != "cpu" or torch.get_num_threads() == 1
 

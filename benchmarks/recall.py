@@ -1,4 +1,4 @@
-"""The share of the exact top-k that AIR finds, on tokens whose covariance has a power-law spectrum."""
+"""The top-k recall of AIR, on tokens whose covariance has a power-law spectrum."""
 
 import logging
 from dataclasses import replace

@@ -17,7 +17,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 NAMES = {
     "router": "AIRRouter against TopKRouter and product keys, forward and backward",
     "growth": "AIRRouter at growing numbers of experts",
-    "recall": "the share of the exact top-k that AIR finds",
+    "recall": "the top-k recall of AIR",
     "scaling": "time of a routing step against the number of experts, with a plot",
     "layer": "the whole layer against PEER and against Megatron's: time and peak memory",
     "dispatch": "dispatch and combine over expert-parallel processes: time and bytes",

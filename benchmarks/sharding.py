@@ -1,7 +1,7 @@
 """Sharded routing against the replicated router: a layer's training step over expert-parallel processes.
 
 A step is forward, backward, the all-reduce of replicated gradients, and Adam. On a CPU two processes communicate
-through gloo and share the cores; seconds are processor seconds, a mean over the ranks. The rebuild of the lists is
+through gloo and share the cores; seconds are CPU seconds, a mean over the ranks. The rebuild of the lists is
 timed separately: once as a run spreads it over steps and ranks, and once in full.
 """
 

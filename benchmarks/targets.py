@@ -18,7 +18,7 @@ _MILLION = {"experts": 1_048_576, "topk": 64}
 
 @dataclass(frozen=True)
 class Target:
-    """A target: where the figure is found, and its bound."""
+    """A target: where the figure is found, and the value to reach."""
 
     what: str
     file: str
@@ -26,8 +26,8 @@ class Target:
     column: str
     unit: str
     at_most: bool
-    asked: dict[str, float]  # kind of device -> bound
-    sizes: dict[str, dict[str, int]]  # kind of device -> sizes for which the bound holds
+    threshold: dict[str, float]  # kind of device -> value to reach
+    sizes: dict[str, dict[str, int]]  # kind of device -> sizes at which it is measured
 
 
 def _at(sizes: dict[str, int], **others: int) -> dict[str, dict[str, int]]:
@@ -35,8 +35,8 @@ def _at(sizes: dict[str, int], **others: int) -> dict[str, dict[str, int]]:
     return {"CPU": _CPU | sizes | others, "GPU": _GPU | sizes | others}
 
 
-def _both(asked: float) -> dict[str, float]:
-    return {"CPU": asked, "GPU": asked}
+def _both(threshold: float) -> dict[str, float]:
+    return {"CPU": threshold, "GPU": threshold}
 
 
 _ROUTE = "AIRRouter.route"
@@ -49,9 +49,9 @@ TARGETS = (
            "router.csv", _ROUTE, "times_one_probe", "x", True, _both(1.6), _at(_LARGE)),
     Target("route() fwd+bwd over its roofline bound, E = 65,536",
            "router.csv", _ROUTE, "times_bound", "x", True, _both(4), _at(_LARGE)),
-    Target("share of the exact top-k, power-law tokens, E = 65,536",
+    Target("top-k recall, power-law tokens, E = 65,536",
            "recall.csv", "AIRRouter", "topk_recall", "", False, _both(0.6), _at(_LARGE)),
-    Target("share of the exact top-k, power-law tokens, E = 16,384",
+    Target("top-k recall, power-law tokens, E = 16,384",
            "recall_medium.csv", "AIRRouter", "topk_recall", "", False, _both(0.6), _at(_MEDIUM)),
     Target("E = 1,048,576 against 65,536, T = 16,384",
            "growth.csv", "AIRRouter.route, E = 1048576", "times_slower", "x", True, _both(6),
@@ -92,7 +92,7 @@ def judge(target: Target, kind: str, folder: Path) -> tuple[str, str]:
         sizes = target.sizes[kind].items()
         if row.get(target.column) and all(row.get(name) == str(value) for name, value in sizes):
             measured = float(row[target.column])
-            is_met = measured <= target.asked[kind] if target.at_most else measured >= target.asked[kind]
+            is_met = measured <= target.threshold[kind] if target.at_most else measured >= target.threshold[kind]
             return f"{measured:g} {target.unit}".strip(), "yes" if is_met else "NO"
     return "", ""
 
@@ -100,18 +100,18 @@ def judge(target: Target, kind: str, folder: Path) -> tuple[str, str]:
 def table(folder: Path) -> str:
     """The targets as a table in Markdown, with the commands that fill empty cells."""
     kinds = list(_COMMANDS)
-    lines = ["| | " + " | ".join(f"{kind} asked | measured | met" for kind in kinds) + " |"]
+    lines = ["| | " + " | ".join(f"{kind} target | measured | met" for kind in kinds) + " |"]
     lines.append("|---" * (1 + 3 * len(kinds)) + "|")
     missing = set()
     for target in TARGETS:
         cells = [target.what]
         for kind in kinds:
-            if kind not in target.asked:
+            if kind not in target.threshold:
                 cells += ["", "", ""]
                 continue
             measured, is_met = judge(target, kind, folder / _FOLDERS[kind])
             cells += [
-                f"{'<=' if target.at_most else '>='} {target.asked[kind]:g} {target.unit}".rstrip(),
+                f"{'<=' if target.at_most else '>='} {target.threshold[kind]:g} {target.unit}".rstrip(),
                 measured,
                 is_met,
             ]

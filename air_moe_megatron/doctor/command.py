@@ -184,13 +184,13 @@ def report(flags: Sequence[str], world_size: int) -> tuple[str, bool]:
     if flags:
         lines += ["", f"Command line, as rank 0 of {world_size}"]
         if found.problems:
-            lines.append(f"  It would not start. {len(found.problems)} to mend:")
+            lines.append(f"  It would not start. Problems: {len(found.problems)}")
             lines += [f"  {number}. {problem}" for number, problem in enumerate(found.problems, 1)]
         else:
             lines.append("  Nothing here would stop it.")
         if found.unchecked:
             topics = ", ".join(dict.fromkeys(found.unchecked))
-            lines.append(f"  Not checked before these are mended: {topics}")
+            lines.append(f"  Not checked until these are fixed: {topics}")
     return "\n".join(lines) + "\n", not found.problems
 
 

@@ -2,7 +2,7 @@
 
 All variants of one size are built in one process and step in turn, so a drift of the machine's speed meets them all
 alike. They train on the study's own tokens. A step of AIR contains its share of the rebuilds of the lists. On a CPU the
-processor time of the one thread counts, which other work on the machine disturbs little.
+CPU time of the one thread counts, which other work on the machine disturbs little.
 """
 
 import argparse
@@ -31,7 +31,7 @@ KEY = ["corpus", "variant", "experts", "topk", "ffn"]
 def time_steps(
     trainers: dict[str, Trainer], data: list[dict[str, torch.Tensor]], warmup: int, repetitions: int
 ) -> dict[str, list[float]]:
-    """Seconds of each counted step of each model: processor time on a CPU, wall-clock time on a GPU.
+    """Seconds of each counted step of each model: CPU time on a CPU, wall-clock time on a GPU.
 
     Args:
         trainers: variant -> trainer.

@@ -167,7 +167,7 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_processor_seconds_of_several_threads_have_no_rates():
+def test_cpu_seconds_of_several_threads_have_no_rates():
     outcome = timing.Outcome(
         {"x": timing.Case(dict, {"total": Work(100, 0)}, 50)},
         {"x": {"total": measure.Timing([10.0])}},

@@ -291,5 +291,5 @@ def test_the_command_ends_with_2_where_a_start_would_not_work_and_writes_nothing
     ended = run([*command, *save, "--log-interval", "0"])
     assert ended.returncode == 2 and "as rank 0 of 2" in ended.stdout and "arguments -----" not in ended.stdout
     assert ended.stdout.startswith("Versions\n")
-    assert ended.stdout.endswith("1 to mend:\n  1. --log-interval (0) must be at least 1\n")
+    assert ended.stdout.endswith("Problems: 1\n  1. --log-interval (0) must be at least 1\n")
     assert list(tmp_path.iterdir()) == []
