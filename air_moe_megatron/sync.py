@@ -90,7 +90,7 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
         return 0
     batches = batches_of([learner for _, learner in learning])
     sums, ran_and_failed = _all_reduce(batches, listing, group)
-    copies = [(router, one) for router in routers for one in router.host_copies() if not one.is_on_host()]
+    copies = [(router, one) for router in routers for one in router.host_copies() if not one.is_on_cpu()]
     buffers = [buffer for _, one in copies for buffer in one.buffers]
     states = [_states(batch[0], statistics) for batch, statistics in zip(batches, sums, strict=True)]
     read = _read_at_once([*states, ran_and_failed, *(buffer.flatten() for buffer in buffers)])

@@ -234,8 +234,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(OURS, "moe_pad_experts_for_cuda_graph_inference", _on, "it switches the router to dropping while decoding"),
     Refusal(
         OURS, "cuda_graph_impl", Values(_captures_router, "where cuda_graph_modules hold the router"),
-        "with torch operations the router waits for counts on the host, which capture forbids; capture of the kernels is "
-        "untried",
+        "with torch operations the router waits for counts on the host, which capture forbids; capture of the "
+        "kernels is untried",
     ),
     Refusal(
         SEARCHES, "moe_router_enable_expert_bias", _on,

@@ -130,9 +130,8 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
             torch.distributed.all_to_all_single(received, plan.counts, group=self.ep_group)
         sent, received = torch.stack((plan.counts, received)).tolist()  # the one wait for the device
         self._require_valid(received)
-        (rows_sent, pairs_sent), (rows_received, pairs_received) = (
-            [[rank_counts[column] for rank_counts in side] for column in (0, 1)] for side in (sent, received)
-        )
+        rows_sent, pairs_sent, *_ = (list(of_ranks) for of_ranks in zip(*sent, strict=True))
+        rows_received, pairs_received, *_ = (list(of_ranks) for of_ranks in zip(*received, strict=True))
         self._count_traffic(hidden_states, probs, rows_sent, pairs_sent)
         self._row_splits = rows_sent, rows_received
         num_pairs, topk = sum(pairs_sent), probs.shape[1]

@@ -17,7 +17,7 @@ from air_moe_megatron.ops.granular_experts import granular_experts
 from air_moe_megatron.ops.pair_products import Pairs, make_pairs
 from air_moe_megatron.process_groups import HoldsProcessGroups
 
-_BLOCK = 256  # experts initialized from one seed
+_EXPERTS_PER_SEED = 256  # so the first weights depend on this number
 _KERNEL_ACTIVATIONS = {
     torch.nn.functional.gelu: "gelu",
     torch.nn.functional.silu: "silu",
@@ -155,13 +155,15 @@ def _initialize(
     """
     end = first + weight.shape[0]
     with torch.random.fork_rng(devices=[]):
-        for block in range(first // _BLOCK, -(-end // _BLOCK)):
-            values = torch.empty(_BLOCK, *weight.shape[1:], dtype=torch.float32)
+        for block in range(first // _EXPERTS_PER_SEED, -(-end // _EXPERTS_PER_SEED)):
+            values = torch.empty(_EXPERTS_PER_SEED, *weight.shape[1:], dtype=torch.float32)
             torch.default_generator.manual_seed(seed + block)  # torch.manual_seed would reseed GPUs too
             if is_normal(init_method):
                 init_method(values)
             else:
                 for matrix in values.unbind():
                     init_method(matrix.t() if is_transposed else matrix)
-            start, stop = max(first, block * _BLOCK), min(end, (block + 1) * _BLOCK)
-            weight[start - first : stop - first] = values[start - block * _BLOCK : stop - block * _BLOCK]
+            start, stop = max(first, block * _EXPERTS_PER_SEED), min(end, (block + 1) * _EXPERTS_PER_SEED)
+            weight[start - first : stop - first] = values[
+                start - block * _EXPERTS_PER_SEED : stop - block * _EXPERTS_PER_SEED
+            ]

@@ -98,9 +98,9 @@ class ShortlistIndex(torch.nn.Module):
         # State of rebuilds. Source 'experts' makes all lists at once and needs none: its tensors are empty and not
         # saved, because Megatron cannot save empty tensors.
         is_spread, pool_size = source == "tokens", min(POOL * shortlist_size, num_experts)
-        pool = torch.zeros(is_spread * num_clusters, pool_size, dtype=torch.int32)
+        pool = torch.zeros(num_clusters if is_spread else 0, pool_size, dtype=torch.int32)
         self.register_buffer("pool", pool, persistent=is_spread)
-        staged_keys = torch.full((is_spread * num_experts,), _UNTRIED, dtype=torch.int64)
+        staged_keys = torch.full((num_experts if is_spread else 0,), _UNTRIED, dtype=torch.int64)
         self.register_buffer("staged_keys", staged_keys, persistent=is_spread)
         self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))  # finished rebuilds; codewords done
         self.on_host = HostCopy(self, "built_at", "progress")
@@ -154,10 +154,11 @@ class ShortlistIndex(torch.nn.Module):
         # Without usable pools the rebuild is full. The first update replaces the random codewords, and so makes their
         # pools useless; an older checkpoint holds no pools.
         is_at_once = self.source == "experts" or state.built_at < 1 or state.num_rebuilds == 0
-        if updates >= due and is_at_once:
-            self._make_lists(codebook, centers)
-            self._set_state(RebuildState(updates, state.num_rebuilds + 1, num_done=0))
-        elif self._share is None and not is_at_once:
+        if is_at_once:
+            if updates >= due:
+                self._make_lists(codebook, centers)
+                self._set_state(RebuildState(updates, state.num_rebuilds + 1, num_done=0))
+        elif self._share is None:
             rows = self.schedule.rows_due(state, updates, due, self.shortlist.shape[0])
             if rows.start < rows.stop:
                 self._share = self._select_share(rows, codebook, centers, group)
@@ -324,7 +325,7 @@ class ShortlistIndex(torch.nn.Module):
         strict, missing_keys = args[1], args[2]
         self._require_sizes_and_source(state_dict, prefix)
         has_lists = any(prefix + name in state_dict for name in ("shortlist", "built_at", "source_code"))
-        is_whole = any(prefix + name in state_dict for name in REBUILDING)
+        has_rebuild = any(prefix + name in state_dict for name in REBUILDING)
         for name in self._non_persistent_buffers_set:  # older checkpoints hold them, as empty tensors
             state_dict.pop(prefix + name, None)
         for name in _OF_EXPERTS if self.first_expert else ():
@@ -334,13 +335,13 @@ class ShortlistIndex(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "shortlist" in state_dict and self.source == "tokens" and int(self.built_at) >= 0:
             self._require_parts(prefix)
-        if strict and not has_lists and not is_whole:
+        if strict and not has_lists and not has_rebuild:
             del missing_keys[num_missing:]  # plain top-k routing has no lists
-        elif strict and not is_whole:  # an older checkpoint: the next rebuild is full
+        elif strict and not has_rebuild:  # an older checkpoint: the next rebuild is full
             missing_keys[num_missing:] = [
                 key for key in missing_keys[num_missing:] if key[len(prefix) :] not in REBUILDING
             ]
-        if has_lists and not is_whole:
+        if has_lists and not has_rebuild:
             self._forget_rebuild()
         self._share = self._provisional = None
 

@@ -57,8 +57,7 @@ class LowRankWhiteningNorm(RunningNorm):
 
         ``t^-1/2 (x + sum_i (sqrt(t / s_i) - 1) u_i u_i^T x)``.
 
-    Here t is the mean of the shrunk eigenvalues of all other directions, which follows from the trace H. With r = H
-    this would be whitening by the shrunk correlations.
+    Here t is the mean of the shrunk eigenvalues of all other directions, which follows from the trace H.
 
     ``statistics`` [Hr + 3H + 1] are the sums over tokens of ``x (u^T x)``, [H, r], and those of the running norm.
     """
@@ -77,14 +76,14 @@ class LowRankWhiteningNorm(RunningNorm):
         """[T, H] whitened tokens, in the dtype of ``hidden``."""
         num_features, rank = self.basis.shape
         shrunk = (1.0 - SHRINKAGE) * self.eigenvalues + SHRINKAGE
-        others = ((num_features - shrunk.sum()) / max(1, num_features - rank)).clamp_min(SHRINKAGE)
-        scaled = normalize(hidden, self.mean, self.scale(hidden.dtype) * others.rsqrt())
-        factors = ((others / shrunk).sqrt() - 1.0).unsqueeze(1) * self.basis.t()
+        mean_of_others = ((num_features - shrunk.sum()) / max(1, num_features - rank)).clamp_min(SHRINKAGE)
+        scaled = normalize(hidden, self.mean, self.scale(hidden.dtype) * mean_of_others.rsqrt())
+        factors = ((mean_of_others / shrunk).sqrt() - 1.0).unsqueeze(1) * self.basis.t()
         return torch.addmm(scaled, scaled @ self.basis.to(hidden.dtype), factors.to(hidden.dtype))
 
     @torch.no_grad()
     def accumulate(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
-        """As :meth:`RunningNorm.accumulate`."""
+        """As :meth:`RunningNorm.accumulate`; also adds the sums of ``x (u^T x)``, x scaled by the variance so far."""
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         scaled = normalize(wide, self.mean, self.scale(wide.dtype))
         if padding_mask is not None:

@@ -58,7 +58,7 @@ class HostCopy:
 
     def read(self) -> list[int]:
         """The values of all buffers, one after another."""
-        if self.is_on_host() or self._written != self._writes():
+        if self.is_on_cpu() or self._written != self._writes():
             self.note([number for buffer in self.buffers for number in buffer.tolist()])
         return self._values
 
@@ -74,7 +74,7 @@ class HostCopy:
         """Make the next read wait for the device."""
         self._written = None
 
-    def is_on_host(self) -> bool:
+    def is_on_cpu(self) -> bool:
         """Whether the buffers themselves are on the CPU."""
         return all(buffer.device.type == "cpu" for buffer in self.buffers)
 
@@ -88,7 +88,7 @@ class HostCopy:
 
 def reread(copies: Iterable[HostCopy]) -> None:
     """Read the buffers of several modules again; waits for the device once."""
-    copies = [one for one in copies if not one.is_on_host()]
+    copies = [one for one in copies if not one.is_on_cpu()]
     if not copies:
         return
     numbers = iter(torch.cat([buffer.flatten() for one in copies for buffer in one.buffers]).tolist())

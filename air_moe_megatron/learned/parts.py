@@ -24,7 +24,7 @@ def pack_keys(score: torch.Tensor, codeword: torch.Tensor) -> torch.Tensor:
 
     Example: the scores [1.0, 2.0, 2.0] at the codewords [5, 4, 3] give keys in ascending order.
     """
-    bits = score.nan_to_num(torch.inf, torch.inf, -torch.inf).view(torch.int32)
+    bits = (score + 0.0).nan_to_num(torch.inf, torch.inf, -torch.inf).view(torch.int32)  # -0.0 equals 0.0
     bits = bits ^ ((bits >> 31) & _ID_BITS)  # as integers, negative floats are in reverse order
     return (bits.long() << 32) | (codeword ^ _ID_BITS)
 

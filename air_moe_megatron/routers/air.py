@@ -246,7 +246,7 @@ class AIRRouter(CompactRouter):
 
     def _draw(self, shortlist: torch.Tensor, probes: torch.Tensor, number: int) -> torch.Tensor:
         """[T, number] int32 experts drawn from the lists, equally many from each part of a list."""
-        num_parts = self.config.moe_air_list_parts * shortlist.shape[1] // self.sizes.shortlist_size  # on this rank
+        num_parts = self.index.num_parts  # on this rank
         size = shortlist.shape[1] // num_parts
         slots = draw_slots(probes, size, number // num_parts, self.codebook.updates_on_host)
         lists = probes.gather(1, slots // size)

@@ -113,7 +113,7 @@ def test_a_layer_of_kernels_equals_one_of_torch_operations(megatron_cpu, forced,
 def test_a_router_of_kernels_does_not_wait_for_the_device(megatron_cpu, forced, monkeypatch, fields):
     """Not even for the padding mask; what the interpreter itself reads is left out of the count."""
     forced("triton")
-    monkeypatch.setattr(HostCopy, "is_on_host", lambda _: False)  # as on a device
+    monkeypatch.setattr(HostCopy, "is_on_cpu", lambda _: False)  # as on a device
     router = make_layer(megatron_cpu, **fields).train().router
     hidden, padding = torch.randn(20, 1, HIDDEN), torch.zeros(1, 20, dtype=torch.bool)
     padding[0, 15:] = True

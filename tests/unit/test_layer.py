@@ -104,7 +104,7 @@ def test_nothing_is_as_large_as_tokens_times_experts(megatron_cpu, fields):
     ids=("softmax", "gated", "every-loss", "two-probes", "sigmoid-bias", "lists-of-experts", "sharded"),
 )
 def test_a_step_waits_for_the_device_twice(megatron_cpu, monkeypatch, fields):
-    monkeypatch.setattr(HostCopy, "is_on_host", lambda _: False)  # as on a device
+    monkeypatch.setattr(HostCopy, "is_on_cpu", lambda _: False)  # as on a device
     layer = make_layer(megatron_cpu, **fields)
     layer(torch.randn(20, 1, HIDDEN))
     lists = []

@@ -104,7 +104,7 @@ def through_data(own, others):
 @pytest.mark.parametrize("write", (through_copy, through_data), ids=lambda function: function.__name__)
 @pytest.mark.parametrize("name", ("air", "air-experts", "product_key", "hierarchical"))
 def test_buffers_that_another_has_written_are_read_again(megatron_cpu, monkeypatch, name, write, on_host):
-    monkeypatch.setattr(HostCopy, "is_on_host", lambda _: on_host)
+    monkeypatch.setattr(HostCopy, "is_on_cpu", lambda _: on_host)
     source, copied = trained(megatron_cpu, name), make_router(megatron_cpu, **fields_of(name), seed=5)
     with torch.no_grad():
         for own, others in zip(
@@ -124,7 +124,7 @@ def test_buffers_that_another_has_written_are_read_again(megatron_cpu, monkeypat
 
 
 def test_a_step_begins_with_one_wait_for_the_device(megatron_cpu, monkeypatch):
-    monkeypatch.setattr(HostCopy, "is_on_host", lambda _: False)
+    monkeypatch.setattr(HostCopy, "is_on_cpu", lambda _: False)
     routers, lists, tolist = [trained(megatron_cpu, "air") for _ in range(3)], [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor.shape) or tolist(tensor))
     discard_statistics(routers)
@@ -134,7 +134,7 @@ def test_a_step_begins_with_one_wait_for_the_device(megatron_cpu, monkeypatch):
 
 
 def test_a_write_that_forwards_have_missed_is_refused(megatron_cpu, monkeypatch):
-    monkeypatch.setattr(HostCopy, "is_on_host", lambda _: False)
+    monkeypatch.setattr(HostCopy, "is_on_cpu", lambda _: False)
     router = trained(megatron_cpu, "air")
     discard_statistics(router)
     router.codebook.num_updates.data.fill_(40)

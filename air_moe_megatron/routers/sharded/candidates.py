@@ -68,13 +68,14 @@ class Candidates:
         for mark in (1, 2):
             counts.append((marks >= mark).sum(dim=(1, 2)))  # pairs to each owner
             counts.append(torch.stack([(part >= mark).sum() for part in of_homes]))  # and from each home
-        invalid, *counts = torch.stack(counts).tolist()  # the one wait for the device
+        # The one wait for the device.
+        invalid, kept_to, kept_from, selected_to, selected_from = torch.stack(counts).tolist()
         # For each candidate that a home keeps: its index in the flat [T, N] of scores, and in the flat [T, K] of top-k.
         in_scores = torch.arange(is_kept.numel(), device=is_kept.device).view_as(is_kept)
         in_topk = torch.arange(columns.numel(), device=columns.device).view_as(columns)
         in_topk = torch.zeros_like(in_scores).scatter_(1, columns, in_topk)
-        self.kept.exchange = self._pairs(marks >= 1, in_scores, received >= 1, *counts[:2])
-        return self._pairs(marks >= 2, in_topk, received >= 2, *counts[2:]), invalid
+        self.kept.exchange = self._pairs(marks >= 1, in_scores, received >= 1, kept_to, kept_from)
+        return self._pairs(marks >= 2, in_topk, received >= 2, selected_to, selected_from), invalid
 
     def _by_slot(self, values: torch.Tensor) -> torch.Tensor:
         """[D, T, n] values of the candidates [T, N], each in its slot; 0 in the other slots."""

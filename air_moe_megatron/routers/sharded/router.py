@@ -22,7 +22,7 @@ from air_moe_megatron.routers.sharded.candidates import Candidates, GatheredRows
 from air_moe_megatron.routers.sharded.exchange import RowExchange
 from air_moe_megatron.routers.sharded.pairs import KeptPairs, PairExchange
 
-_BLOCK = 256  # centers that are initialized at a time
+_CENTERS_AT_A_TIME = 256  # when they are initialized
 
 _SPLIT_ALONG = {"weight": 0, "index.shortlist": 1, "index.pool": 1, "index.staged_keys": 0}
 """State that is sharded over the ranks, and along which axis. Checkpoints hold it with the replicated router's keys and
@@ -67,7 +67,7 @@ class ShardedAIRRouter(AIRRouter):
         weight = torch.empty(self.num_local_experts, self.config.hidden_size, dtype=self.config.params_dtype)
         if self.config.perform_initialization:
             own = range(self.first_expert, self.first_expert + self.num_local_experts)
-            size = _BLOCK if is_normal(self.config.init_method) else self.num_experts
+            size = _CENTERS_AT_A_TIME if is_normal(self.config.init_method) else self.num_experts
             for first in range(0, self.num_experts, size):
                 block = torch.empty(min(size, self.num_experts - first), weight.shape[1], dtype=torch.float32)
                 self.config.init_method(block)
