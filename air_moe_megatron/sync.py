@@ -91,9 +91,8 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
     batches = batches_of([learner for _, learner in learning])
     sums, ran_and_failed = _all_reduce(batches, listing, group)
     copies = [(router, one) for router in routers for one in router.host_copies() if not one.is_on_cpu()]
-    buffers = [buffer for _, one in copies for buffer in one.buffers]
     states = [_states(batch[0], statistics) for batch, statistics in zip(batches, sums, strict=True)]
-    read = _read_at_once([*states, ran_and_failed, *(buffer.flatten() for buffer in buffers)])
+    read = _read_at_once([*states, ran_and_failed, *(one.flat() for _, one in copies)])
     states, (num_ran, num_failed), values = read[: len(states)], read[len(states)], read[len(states) + 1 :]
     _require_unwritten(copies, values)
     if sum(num_failed):
@@ -154,11 +153,10 @@ def _require_unwritten(copies: list[tuple[CompactRouter, HostCopy]], values: lis
 
     Args:
         copies: copies on the host, each with its router.
-        values: the values that all buffers of the copies have now, in their order.
+        values: for each copy, the values that its buffers have now.
     """
-    values = iter(values)
-    for router, one in copies:
-        if not one.holds([number for _ in one.buffers for number in next(values)]):
+    for (router, one), numbers in zip(copies, values, strict=True):
+        if not one.holds(numbers):
             raise ValueError(
                 f"layer {router.layer_number}: the router's buffers were written after the step began, which its "
                 "forwards did not notice; call discard_statistics(model) after a broadcast or another write"

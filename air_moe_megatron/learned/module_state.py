@@ -1,6 +1,7 @@
 """Module state that keeps its dtype and values when a model is cast, moved or wrapped."""
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 import torch
 
@@ -56,10 +57,14 @@ class HostCopy:
         """The buffers, in their order."""
         return [self._module._buffers[name] for name in self._names]
 
+    def flat(self) -> torch.Tensor:
+        """The values of all buffers, one after another, on their device."""
+        return torch.cat([buffer.flatten() for buffer in self.buffers])
+
     def read(self) -> list[int]:
         """The values of all buffers, one after another."""
         if self.is_on_cpu() or self._written != self._writes():
-            self.note([number for buffer in self.buffers for number in buffer.tolist()])
+            self.note(self.flat().tolist())
         return self._values
 
     def holds(self, values: list[int]) -> bool:
@@ -91,9 +96,10 @@ def reread(copies: Iterable[HostCopy]) -> None:
     copies = [one for one in copies if not one.is_on_cpu()]
     if not copies:
         return
-    numbers = iter(torch.cat([buffer.flatten() for one in copies for buffer in one.buffers]).tolist())
-    for one in copies:
-        one.note([next(numbers) for buffer in one.buffers for _ in range(buffer.numel())])
+    flat = [one.flat() for one in copies]
+    numbers = iter(torch.cat(flat).tolist())
+    for one, values in zip(copies, flat, strict=True):
+        one.note(list(islice(numbers, values.numel())))
 
 
 def _with_dtype(value: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
