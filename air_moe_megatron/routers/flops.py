@@ -97,8 +97,10 @@ def of_norm(config: TransformerConfig) -> float:
     of rank r has two products with ``[H, r]`` in each place of one with ``[H, H]``, so 2r takes the place of one H.
     """
     width = {
+        "none": 0,
+        "running": 0,
         "whitening": config.hidden_size,
         "low_rank_whitening": 2 * rank_of_whitening(config.hidden_size),
-    }.get(config.moe_router_input_norm, 0)
+    }[config.moe_router_input_norm]
     products = 2 + 2 * config.expert_model_parallel_size if is_sharded(config) else 3
     return 2.0 * products * config.hidden_size * width
