@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.quality.report import (
     REFERENCE,
     changes,
+    emphasized,
     groups,
     number_ticks,
     points,
@@ -19,6 +20,8 @@ from benchmarks.quality.report import (
     styles_of,
 )
 from benchmarks.quality.study import read_results
+
+_CORPORA = {"stdlib": "bytes", "wikitext-2": "WikiText-2", "gutenberg-100m": "Gutenberg"}
 
 
 def regimes(rows: list[dict], subject: str) -> dict[tuple, dict[str, list[dict]]]:
@@ -41,31 +44,42 @@ def comparison(rows: list[dict], subject: str = "air") -> str:
     """A table of one variant against the others, a column for each of its :func:`regimes`.
 
     A cell says by how much the subject is better or worse, and its share of the other's FLOPs: "1.2 +- 1.1% worse, at
-    0.17". Differences are between runs of the same seed; their number follows if it is not three.
+    0.17". Differences are between runs of the same seed, and bold if they are significant; their number follows if it
+    is not three.
     """
     found = regimes(rows, subject)
     names = list(dict.fromkeys(name for variants in found.values() for name in variants if name != subject))
-    lines = [f"| {subject} against | {' | '.join(map(_short_title, found))} |", f"|{'---|' * (len(found) + 1)}"]
+    lines = [f"| {subject} against | {' | '.join(map(title, found))} |", f"|{'---|' * (len(found) + 1)}"]
     for name in sorted(names, key=lambda name: (name != REFERENCE, name)):
-        cells = [_compared(variants, subject, name) for variants in found.values()]
+        cells = [compared(variants, subject, name) for variants in found.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _compared(variants, subject, name):
+def compared(variants: dict[str, list[dict]], subject: str, name: str) -> str:
+    """A cell of :func:`comparison`; empty if the two variants have no seed in common."""
     differences = changes(variants[subject], variants.get(name, []))
     if not differences:
         return ""
+    seeds = "" if len(differences) == 3 else f" ({len(differences)} seed{'s' * (len(differences) > 1)})"
+    return f"{difference(differences)}, at {share_of_flops(variants, subject, name):.2f}{seeds}"
+
+
+def difference(differences: list[float]) -> str:
+    """Differences in words, bold if they are significant. Example: [1.0, 2.0, 3.0] gives "2.0 +- 1.0% worse"."""
     mean = statistics.mean(differences)
     size = spread([math.copysign(1, mean) * value for value in differences], ".1f")
-    shares = (variants[one][0]["flops_per_token"]["total"] for one in (subject, name))
-    seeds = "" if len(differences) == 3 else f" ({len(differences)} seed{'s' * (len(differences) > 1)})"
-    return f"{size}% {'worse' if mean > 0 else 'better'}, at {next(shares) / next(shares):.2f}{seeds}"
+    return emphasized(f"{size}% {'worse' if mean > 0 else 'better'}", differences)
 
 
-def _short_title(regime):
+def share_of_flops(variants: dict[str, list[dict]], subject: str, name: str, which: str = "total") -> float:
+    """The subject's training FLOPs per token over those of another variant."""
+    return variants[subject][0]["flops_per_token"][which] / variants[name][0]["flops_per_token"][which]
+
+
+def title(regime):
     corpus, _, _, experts, *_ = regime
-    return f"{corpus}, E = {experts:,}"
+    return f"{_CORPORA.get(corpus, corpus)}, E = {experts:,}"
 
 
 def plot(rows: list[dict], file: Path, subject: str = "air") -> Path:
@@ -93,7 +107,7 @@ def plot(rows: list[dict], file: Path, subject: str = "air") -> Path:
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xscale("log")
         number_ticks(axis.xaxis)
-        axis.set_title(_short_title(regime), fontsize=10, loc="left")
+        axis.set_title(title(regime), fontsize=10, loc="left")
         axis.set_xlabel("training MFLOPs per token, all")
         axis.set_ylabel(f"{quality_name_of(variants)} against {REFERENCE}, %")
         axis.grid(alpha=0.3)
@@ -105,15 +119,19 @@ def plot(rows: list[dict], file: Path, subject: str = "air") -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table, and draw the plot, of one or more files of results."""
+    """Print the table of each subject, and draw the plot of the first, of one or more files of results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="files of JSON lines")
     parser.add_argument("--out", type=Path, required=True, help="file of the plot")
+    parser.add_argument("--subjects", nargs="+", default=["air"], help="variants to compare with the others")
     args = parser.parse_args(argv)
     rows = [row for path in args.results for row in read_results(path)]
-    if not regimes(rows, "air"):
-        sys.exit(f"{', '.join(map(str, args.results))}: no regime with three seeds of air and {REFERENCE} at K = 16")
-    sys.stdout.write(f"{comparison(rows)}\n\n{plot(rows, args.out)}\n")
+    for subject in args.subjects:
+        if not regimes(rows, subject):
+            files = ", ".join(map(str, args.results))
+            sys.exit(f"{files}: no regime with three seeds of {subject} and {REFERENCE} at K = 16")
+    tables = [comparison(rows, subject) for subject in args.subjects]
+    sys.stdout.write("\n\n".join((*tables, f"{plot(rows, args.out, args.subjects[0])}\n")))
 
 
 if __name__ == "__main__":

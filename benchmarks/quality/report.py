@@ -14,6 +14,8 @@ REFERENCE = "topk"
 # The variants of one type of router.
 _DASHES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2)), (0, (3, 4)))
 _MARKERS = "os^DvpP*"
+# The 97.5% quantile of Student's t with n - 1 degrees of freedom, for n values.
+_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 _USED, _IMBALANCE, _RECALL, _TOPK_RECALL = "experts-used", "imbalance-factor", "mass-recall", "top-k-recall"
 
 
@@ -82,8 +84,25 @@ def changes(rows: list[dict], reference: list[dict]) -> list[float]:
     return [100 * (quality(row) / by_seed[row["seed"]] - 1) for row in rows if row["seed"] in by_seed]
 
 
+def is_significant(differences: list[float]) -> bool:
+    """Whether the mean of paired differences differs from zero at 95%, by Student's t; a single one never does.
+
+    Example: of [1.0, 2.0, 3.0] the 95% interval is 2.0 +- 2.5, which holds zero; of [2.0, 3.0, 4.0] it is 3.0 +- 2.5.
+    """
+    if len(differences) < 2:
+        return False
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return abs(statistics.mean(differences)) > _QUANTILES[len(differences)] * error
+
+
+def emphasized(text: str, differences: list[float]) -> str:
+    """The text, in bold type if the differences are significant."""
+    return f"**{text}**" if is_significant(differences) else text
+
+
 def table(variants: dict[str, list[dict]], step_ms: dict[tuple, float] | None = None) -> str:
-    """A table of one group, best first. Differences from the reference are between runs of the same seed.
+    """A table of one group, best first. Differences from the reference are between runs of the same seed, and bold if
+    they are significant.
 
     Args:
         variants: variants of a group, with the rows of their seeds.
@@ -105,7 +124,7 @@ def table(variants: dict[str, list[dict]], step_ms: dict[tuple, float] | None = 
             name,
             str(len(of_variant)),
             spread([quality(row) for row in of_variant], digits),
-            f"{spread(differences, '+.2f')} %" if differences else "",
+            emphasized(f"{spread(differences, '+.2f')} %", differences) if differences else "",
             f"{flops['router'] / 1e6:.3f}",
             f"{flops['total'] / 1e6:.2f}",
             *([f"{times[name]:.0f}" if times[name] else ""] if is_timed else []),

@@ -1,0 +1,167 @@
+"""Tables and plots of the quality study, and those of its results that are committed."""
+
+import re
+import statistics
+import tomllib
+from pathlib import Path
+
+import pandas
+import pytest
+
+from benchmarks.quality import copying, overview, report, study
+from benchmarks.quality.flops import flops_per_token
+
+FOLDER = Path(study.__file__).parent
+RESULTS = study.ROOT / "docs/results"
+
+
+def result(variant, seed, perplexity, **health):
+    return {
+        "variant": variant, "corpus": "wikitext-2", "experts": 64, "topk": 4, "ffn": 1, "seed": seed,
+        "word_perplexity": perplexity, "bits_per_byte": 1.0, "tokens": 1000, "seconds": 36.0, "precision": "fp32",
+        "flops_per_token": {"router": 2e6, "router_with_dispatch": 4e6, "total": 5e6, "total_with_dispatch": 7e6},
+        "health": {name: [[5, value / 2], [10, value]] for name, value in health.items()},
+        "train_losses": [[5, 3.0], [10, 2.0]], "device": "d", "torch": "t", "megatron_core": "m", "commit": "c",
+        "flags": {"moe-router-type": variant.split("-")[0]},
+    }  # fmt: skip
+
+
+def test_the_table_compares_runs_of_the_same_seed_and_puts_the_best_first():
+    rows = [
+        result("topk", 1, 100.0), result("topk", 2, 120.0),
+        result("air", 1, 90.0, **{"experts-used": 0.5, "mass-recall": 0.25}),
+        result("air", 2, 114.0, **{"experts-used": 0.7, "mass-recall": 0.75}),
+    ]  # fmt: skip
+    lines = report.table(report.groups(rows)["wikitext-2", 1000, "fp32", 64, 4, 1]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| air", "| topk"]
+    assert "102.00 +- 16.97" in lines[2]
+    assert "-7.50 +- 3.54 %" in lines[2]
+    assert "60.0 +- 14.1 %" in lines[2] and "50.0 +- 35.4 %" in lines[2]
+    assert "110.00 +- 14.14" in lines[3]
+
+
+def test_a_mean_of_paired_differences_is_significant_beyond_its_interval_of_95_percent():
+    quantiles = {2: 12.706, 3: 4.303, 5: 2.776}  # of tables of Student's t
+    for number, quantile in quantiles.items():
+        values = [float(value) for value in range(number)]
+        half = quantile * statistics.stdev(values) / number**0.5
+        for shift, expected in ((1.01 * half, True), (0.99 * half, False)):
+            shifted = [value - statistics.mean(values) - shift for value in values]
+            assert report.is_significant(shifted) == expected
+    assert not report.is_significant([5.0])
+    assert overview.difference([2.0, 3.0, 4.0]) == "**3.0 +- 1.0% worse**"
+    assert overview.difference([-1.0, -2.0, -3.0]) == "2.0 +- 1.0% better"
+
+
+def test_the_table_shows_step_times_where_the_group_was_timed(tmp_path):
+    rows = [result("topk", 1, 100.0), result("air", 1, 90.0), result("air", 1, 80.0) | {"experts": 256}]
+    path = tmp_path / "times.csv"
+    path.write_text("corpus,variant,experts,topk,ffn,step_ms\nwikitext-2,air,64,4,1,12.6\n")
+    first, second = (report.table(variants, report.read_step_times(path)) for variants in report.groups(rows).values())
+    of_air, of_topk = first.splitlines()[2:]
+    assert "| total | ms per step |" in first and "| 5.00 | 13 |" in of_air and "| 5.00 |  |" in of_topk
+    assert "ms per step" not in second
+
+
+def test_runs_with_different_flags_are_not_taken_for_seeds():
+    with pytest.raises(ValueError, match=r"seed \(1\) of variant 'air' occurs twice"):
+        report.groups([result("air", 1, 90.0), result("topk", 1, 90.0), result("air", 1, 80.0)])
+
+
+def test_the_plots_are_drawn(tmp_path):
+    rows = [result("topk", 1, 100.0), result("air", 1, 90.0, **{"experts-used": 0.5, "imbalance-factor": 3.0})]
+    files = report.plots(rows, tmp_path)
+    assert len(files) == 3 and all(file.stat().st_size > 10_000 for file in files)
+
+
+def test_the_reference_is_black_and_variants_of_a_router_share_their_colour():
+    styles = report.styles_of([result(name, 1, 1.0) for name in ("vq", "air-8-probes", "topk", "air", "topk-raw")])
+    assert list(styles) == ["topk", "topk-raw", "air", "air-8-probes", "vq"]
+    colors = [style["color"] for style in styles.values()]
+    assert colors[0] == colors[1] == "black" and colors[2] == colors[3] != colors[4]
+    variants = report.styles_of([result(name, 1, 1.0) for name in ("air", "air-b", "air-c", "air-d", "air-e")]).values()
+    assert len({style["marker"] for style in variants}) == len({style["linestyle"] for style in variants}) == 5
+
+
+def test_numbers_of_experts_are_joined_where_nothing_else_differs(tmp_path):
+    larger = result("topk", 1, 80.0) | {"experts": 256}
+    rows = [result("topk", 1, 100.0), larger, result("air", 1, 90.0), larger | {"ffn": 2}]
+    joined = report._over_experts(report.groups(rows))
+    assert {place: {experts: set(of) for experts, of in found.items()} for place, found in joined.items()} == {
+        ("wikitext-2", 1000, "fp32", None, 4, 1): {64: {"topk", "air"}, 256: {"topk"}}
+    }
+    assert "experts.png" in {file.name for file in report.plots(rows, tmp_path)}
+
+
+def test_the_overview_compares_one_router_with_the_others_where_there_are_three_seeds(tmp_path):
+    dear = {"flops_per_token": {"router": 3e7, "router_with_dispatch": 3e7, "total": 4e7, "total_with_dispatch": 4e7}}
+    rows = [result("topk", seed, 100.0) | {"topk": 16} | dear for seed in (1, 2, 3)]
+    rows += [result("air", seed, 101.0 + seed) | {"topk": 16} for seed in (1, 2, 3)]
+    rows += [result("hash", 2, 204.0) | {"topk": 16}, result("vq", 1, 1.0) | {"topk": 16}]
+    elsewhere = [row | {"corpus": "books", "word_perplexity": 300 - row["word_perplexity"]} for row in rows[:-1]]
+    two_seeds = [row | {"experts": 16} for row in rows if row["seed"] < 3]
+    lines = overview.comparison(rows + elsewhere + two_seeds).splitlines()
+    assert lines == [
+        "| air against | books, E = 64 | WikiText-2, E = 64 |",
+        "|---|---|---|",
+        "| topk | **1.5 +- 0.5% better**, at 0.12 | **3.0 +- 1.0% worse**, at 0.12 |",
+        "| hash | 105.2% worse, at 1.00 (1 seed) | 49.5% better, at 1.00 (1 seed) |",
+    ]
+    assert overview.plot(rows + elsewhere, tmp_path / "overview.png").stat().st_size > 10_000
+    assert not overview.regimes([row | {"topk": 8} for row in rows], "air")
+
+
+@pytest.mark.parametrize("name", ["small", "full", "bytes", "deep"])
+def test_committed_results_are_those_of_the_studies(name):
+    runs = {run.key: run for run in study.load_runs(tomllib.loads((FOLDER / f"{name}.toml").read_text()))}
+    rows = study.read_results(RESULTS / f"quality/{name}.jsonl")
+    assert rows and len({row["key"] for row in rows}) == len(rows)
+    for row in rows:
+        assert (row["variant"], row["flags"]) == (runs[row["key"]].variant, runs[row["key"]].flags)
+        assert row["flops_per_token"] == flops_per_token(row["flags"], row["vocabulary"])
+
+
+def test_tables_in_the_documents_are_those_of_the_results():
+    step_ms = report.read_step_times(RESULTS / "quality/step_time.csv")
+    full = report.tables(study.read_results(RESULTS / "quality/full.jsonl"), step_ms)
+    small = report.tables(study.read_results(RESULTS / "quality/small.jsonl"))
+    assert (RESULTS / "quality/tables.md").read_text() == full
+    of_bytes = report.tables(study.read_results(RESULTS / "quality/bytes.jsonl"))
+    of_books = report.tables(study.read_results(RESULTS / "quality/deep.jsonl"))
+    text = "\n\n".join((RESULTS / f"quality{page}.md").read_text() for page in ("", "/words", "/bytes", "/deep"))
+    shown = re.findall(r"^\| router \| seeds \|.*(?:\n\|.*)+", text, re.MULTILINE)
+    assert len(shown) >= 8
+    for table in shown:
+        assert table in full + small + of_bytes + of_books, f"report.py makes another table of the results:\n{table}"
+    rows = [row for name in ("full", "bytes") for row in study.read_results(RESULTS / f"quality/{name}.jsonl")]
+    for subject in ("air", "air-low-rank-whitening", "hash-air"):
+        assert overview.comparison(rows, subject) in text, "overview.py makes another table of the results"
+    for table in copying.table(pandas.read_csv(RESULTS / "quality/copying.csv")).split("\n\n"):
+        assert table in text, f"copying.py makes another table of the results:\n{table}"
+
+
+# What the README calls the variants.
+SUBJECTS = {"default": "air", "low-rank whitening": "air-low-rank-whitening", "first layer by hash": "hash-air"}
+OTHERS = {
+    "exact top-k": "topk",
+    "PEER": "product-key",
+    "product keys on the tokens": "product-key-on-tokens",
+    "hierarchical, four groups": "hierarchical-4-groups",
+    "hash of token ids": "hash",
+}
+
+
+def test_the_quality_in_the_readme_is_that_of_the_results():
+    rows = [row for name in ("full", "bytes") for row in study.read_results(RESULTS / f"quality/{name}.jsonl")]
+    regimes = {overview.title(regime): variants for regime, variants in overview.regimes(rows, "air").items()}
+    text = (study.ROOT / "README.md").read_text().partition("### Quality")[2]
+    table = [line.strip("| ").split(" | ") for line in text.partition("\n\n#")[0].splitlines() if line.startswith("|")]
+    assert len(table) > 12
+    for regime, subject, other, better, router, total in table[2:]:
+        variants, one, two = regimes[regime], SUBJECTS[subject], OTHERS[other]
+        differences = report.changes(variants[one], variants[two])
+        assert len(differences) == 3 and overview.difference(differences) == better, (regime, one, two)
+        assert f"{overview.share_of_flops(variants, one, two):.2f}" == total
+        if two != "hash":
+            share = overview.share_of_flops(variants, one, two, "router")
+            assert router == (f"1/{1 / share:.0f}" if share < 0.1 else f"{share:.2f}")
