@@ -18,6 +18,7 @@ def make_layers(num_layers, source="tokens"):
     """AIR routers without Megatron's constructor, which needs its process groups: only what the update reads."""
     from air_moe_megatron.learned.codebook import Codebook
     from air_moe_megatron.learned.index import ShortlistIndex
+    from air_moe_megatron.learned.low_rank_whitening_norm import LowRankWhiteningNorm
     from air_moe_megatron.learned.recomputation import ForwardCounter
     from air_moe_megatron.learned.running_norm import RunningNorm
     from air_moe_megatron.learned.whitening_norm import WhiteningNorm
@@ -33,7 +34,7 @@ def make_layers(num_layers, source="tokens"):
             layer.add_accumulator(name, torch.zeros(size, dtype=torch.int64))
         layer.codebook = Codebook(CLUSTERS, HIDDEN, 0.8)
         layer.index = ShortlistIndex(48, CLUSTERS, 4, source=source, refresh_interval=1)
-        norm = (RunningNorm, WhiteningNorm)[number % 2]
+        norm = (RunningNorm, WhiteningNorm, LowRankWhiteningNorm)[number % 3]
         layer.input_norm = norm(HIDDEN) if source == "tokens" else None
         layers.append(layer)
     return layers
@@ -126,7 +127,7 @@ def worker(rank, world_size, directory):
     )
     group = torch.distributed.group.WORLD
     results = {
-        "plain": learn(rank, group, 2),
+        "plain": learn(rank, group, 3),
         "poisoned": learn(rank, group, 2, POISONED),
         "five-routers": learn(rank, group, 5),
         "lists-of-experts": learn_experts(rank, group, 3),
@@ -170,7 +171,7 @@ def assert_same_bits(actual, expected):
 
 
 def test_ranks_learn_bitwise_the_same_and_what_one_rank_learns_from_all_tokens(ranks):
-    expected, splits = learn_alone(len(ranks), 2)
+    expected, splits = learn_alone(len(ranks), 3)
     assert splits > 0
     for history, dropped, _ in (results["plain"] for results in ranks):
         assert dropped == [0] * UPDATES

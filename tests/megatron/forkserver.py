@@ -5,7 +5,10 @@ and forks a process per rank for each run it is asked for: a JSON object per lin
 torchrun do: when one fails, the others are stopped.
 """
 
+import functools
+import gc
 import importlib
+import inspect
 import json
 import os
 import signal
@@ -27,9 +30,13 @@ def start(rank: int, request: dict) -> int:
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}
     os.environ.update({name: str(value) for name, value in {**world, **rendezvous}.items()})
     sys.argv = [request["module"], *request["flags"], *request["flags_of_rank"].get(str(rank), [])]
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
     from air_moe_megatron.command import console
 
     console._PATIENCE = 1.0  # no launcher stops this rank when rank 0 has ended
+    # The first save would spawn the process of this queue, which imports torch anew.
+    filesystem_async.get_write_results_queue("fork")
     importlib.import_module(request["module"]).main()
     sys.exit(0)
 
@@ -63,11 +70,19 @@ def main() -> None:
     from air_moe_megatron import cpu
 
     cpu.enable()
+    from megatron.training.arguments import parse_args
+
     import air_moe_megatron.inference.conversion
     import air_moe_megatron.inference.evaluation
     import air_moe_megatron.inference.generation
     import air_moe_megatron.training.run
     import air_moe_megatron.tune.command  # noqa: F401
+
+    inspect.getsource = functools.cache(inspect.getsource)  # Megatron reads the sources of its configs for each parser
+    sys.argv = sys.argv[:1]
+    parse_args(ignore_unknown_args=True)
+    gc.collect()
+    gc.freeze()  # ranks neither search nor free what is there before them
 
     for line in sys.stdin:
         request = json.loads(line)

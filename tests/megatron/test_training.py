@@ -69,7 +69,7 @@ def air_checkpoint(pretrain, topk_checkpoint, tmp_path_factory):
 
 def test_resumed_run_equals_the_uninterrupted_one(pretrain, tmp_path):
     flags = [*AIR, *EP2, "--moe-air-refresh-interval", "4", "--moe-input-jitter-eps", "0.01", *FULL_RECOMPUTE]
-    flags += ["--moe-air-diagnostics-interval", "2"]
+    flags += ["--moe-air-diagnostics-interval", "2", "--moe-router-input-norm", "low_rank_whitening"]
     whole = pretrain(*flags, "--train-iters", "10", *save_flags(tmp_path / "whole", 5))
     # The second run finds only the checkpoint of iteration 5, as after a kill.
     (tmp_path / "whole" / "latest_checkpointed_iteration.txt").write_text("5")
@@ -79,7 +79,8 @@ def test_resumed_run_equals_the_uninterrupted_one(pretrain, tmp_path):
     assert [resumed.norms[step] for step in steps] == [whole.norms[step] for step in steps]
     expected, found = (read_checkpoint(tmp_path / name, 10) for name in ("whole", "resumed"))
     assert expected.keys() == found.keys()
-    assert ROUTER + "codebook.codewords" in expected and ROUTER + "index.shortlist" in expected
+    learned = ("codebook.codewords", "index.shortlist", "input_norm.basis", "input_norm.eigenvalues")
+    assert all(ROUTER + name in expected for name in learned)
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     assert updates_and_counts(tmp_path / "resumed", 10)[0] == [10, 10]
     assert re.search(r"routing health at iteration +10 .*quantization error: 0\.\d+.*live codewords: \d", whole.output)
@@ -94,7 +95,7 @@ def check_diagnostics(folder, whole):
     assert [(layer["layer"], layer["router"], layer["num_clusters"]) for layer in run["layers"]] == [
         (1, "air", 4), (2, "air", 4)
     ]  # fmt: skip
-    assert run["layers"][0]["exact_router_flops_per_token"] == 6 * HIDDEN * 16
+    assert run["layers"][0]["exact_router_flops_per_token"] == 6 * HIDDEN * 16 + 12 * HIDDEN * 16  # norm of rank 16
     steps, measured = ([line for line in lines if line["kind"] == kind] for kind in ("step", "diagnostics"))
     assert len(steps) + len(measured) == len(lines)
     assert [line["iteration"] for line in steps] == list(range(1, 11))
