@@ -327,7 +327,7 @@ ITEMS = (
     Item("mass-recall", "mass recall", "{:.2f}"),
     Item("top-k-recall", "top-k recall", "{:.2f}"),
     Item("vq-loss", "vq loss", "{:.4f}"),
-    Item("dropped-updates", "dropped codebook updates", "{}"),
+    Item("dropped-updates", "dropped codebook updates", "{:.0f}"),
 )
 
 
