@@ -77,7 +77,8 @@ def share_of_flops(variants: dict[str, list[dict]], subject: str, name: str, whi
     return variants[subject][0]["flops_per_token"][which] / variants[name][0]["flops_per_token"][which]
 
 
-def title(regime):
+def title(regime: tuple) -> str:
+    """Data and number of experts of a regime in words, as tables and plots name it."""
     corpus, _, _, experts, *_ = regime
     return f"{_CORPORA.get(corpus, corpus)}, E = {experts:,}"
 

@@ -14,7 +14,7 @@ REFERENCE = "topk"
 # The variants of one type of router.
 _DASHES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2)), (0, (3, 4)))
 _MARKERS = "os^DvpP*"
-# The 97.5% quantile of Student's t with n - 1 degrees of freedom, for n values.
+# The 97.5% quantile of Student's t with n - 1 degrees of freedom, for n values; those of more than ten are smaller.
 _QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 _USED, _IMBALANCE, _RECALL, _TOPK_RECALL = "experts-used", "imbalance-factor", "mass-recall", "top-k-recall"
 
@@ -92,7 +92,7 @@ def is_significant(differences: list[float]) -> bool:
     if len(differences) < 2:
         return False
     error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return abs(statistics.mean(differences)) > _QUANTILES[len(differences)] * error
+    return abs(statistics.mean(differences)) > _QUANTILES[min(len(differences), 10)] * error
 
 
 def emphasized(text: str, differences: list[float]) -> str:

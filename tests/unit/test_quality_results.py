@@ -49,6 +49,7 @@ def test_a_mean_of_paired_differences_is_significant_beyond_its_interval_of_95_p
             shifted = [value - statistics.mean(values) - shift for value in values]
             assert report.is_significant(shifted) == expected
     assert not report.is_significant([5.0])
+    assert report.is_significant([5.0, 6.0] * 10)
     assert overview.difference([2.0, 3.0, 4.0]) == "**3.0 +- 1.0% worse**"
     assert overview.difference([-1.0, -2.0, -3.0]) == "2.0 +- 1.0% better"
 
