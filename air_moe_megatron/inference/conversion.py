@@ -226,14 +226,14 @@ def run(screen: TextIO) -> None:
             args = restore.parse(start)
             check(args, saved)
             ranks.check("target", lambda: check_target(args.save))
-            args.skip_train, args.no_save_optim, args.no_save_rng = False, True, True  # it saves: check the folder too
+            args.no_save_optim = args.no_save_rng = True
             tokenizer: Tokenizer = tokenizer_of(args)
             streams: list[TokenStream] = []
             if fits(args, saved):
                 ranks.check("data", lambda: streams.extend(read(path, tokenizer, args) for path in args.data_path))
             source = read_checkpoint(locate(args))
             stack.enter_context(process_groups_released())
-            model = restore.build_and_load(args, ranks, lists_of=saved)
+            model = restore.build_and_load(args, ranks, lists_of=saved, saves=True)
             if streams:
                 bar = partial(tqdm, desc="fit", leave=False) if ranks.rank == 0 else iter
                 fit(model, streams, tokenizer.eod, args, bar)

@@ -175,7 +175,7 @@ def parse(start: Start, left: Collection[str] = ()) -> argparse.Namespace:
 
 
 def build_and_load(
-    args: argparse.Namespace, ranks: Ranks, lists_of: argparse.Namespace | None = None
+    args: argparse.Namespace, ranks: Ranks, lists_of: argparse.Namespace | None = None, saves: bool = False
 ) -> list[torch.nn.Module]:
     """Make the process groups, build the model, and load the checkpoint into it.
 
@@ -186,6 +186,7 @@ def build_and_load(
         ranks: as :func:`begin` returns them.
         lists_of: the checkpoint's arguments, for a caller that makes what AIR routers lack. A missing codebook then
             stays random, and lists of another length or number of parts are not loaded. None refuses both.
+        saves: whether the caller will save the model, so that the folder of ``--save`` must be fit for it.
     Returns:
         Megatron's list of model chunks, in evaluation mode.
     Raises:
@@ -201,7 +202,8 @@ def build_and_load(
         transformer.moe_air_shortlist_size = lists_of.moe_air_shortlist_size
         transformer.moe_air_shard_experts = False
         other_lists = list_form(transformer) != list_form(config.transformer)
-    lacking = check_checkpoint(args, transformer, ranks)
+    as_checked = argparse.Namespace(**{**vars(args), "skip_train": not saves})  # Megatron saves only if it trains
+    lacking = check_checkpoint(as_checked, transformer, ranks)
     if other_lists:
         lacking = Lacking.LISTS
     if lists_of is None and lacking is Lacking.CODEBOOK:

@@ -9,6 +9,8 @@ from megatron.training.arguments import parse_args, validate_args
 
 from air_moe_megatron import cpu
 from air_moe_megatron.command.arguments import extra_args_provider
+from air_moe_megatron.command.checkpoints.saving import will_save
+from air_moe_megatron.command.memory import needed_bytes
 from air_moe_megatron.command.model import model_config_from_args
 from air_moe_megatron.inference import restore
 
@@ -130,3 +132,24 @@ def test_a_command_needs_no_apex(parse, monkeypatch):
     monkeypatch.setattr(sys, "argv", flags)
     args = restore.parse(restore.begin(lambda parser: None))
     assert args.gradient_accumulation_fusion is False and args.hidden_size == 32
+
+
+class Stopped(Exception):
+    """Ends a function behind the checks that a test looks at."""
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_the_memory_is_that_of_weights_and_the_folder_is_checked_where_the_command_saves(parse, monkeypatch, saves):
+    seen = {}
+
+    def check_checkpoint(args, config, ranks):
+        seen["saves"] = will_save(args)
+        raise Stopped
+
+    monkeypatch.setattr(restore, "check_memory", lambda args: seen.update(bytes=needed_bytes(args)["experts"]))
+    monkeypatch.setattr(restore, "check_checkpoint", check_checkpoint)
+    args = parse(f"{MODELS['air']} --skip-train --save new --save-interval 1")
+    ranks = argparse.Namespace(check=lambda name, check: check())
+    with pytest.raises(Stopped):
+        restore.build_and_load(args, ranks, saves=saves)
+    assert seen == {"saves": saves, "bytes": 2 * 16 * (3 * 8 * 32) * 4} and args.skip_train
