@@ -202,6 +202,20 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         "({args.pipeline_model_parallel_size}) must divide the number of ranks ({args.world_size})",
     ),
     FlagRule(
+        "--tensor-model-parallel-size",
+        lambda args: (
+            args.tensor_model_parallel_size > 1
+            and args.num_experts is not None
+            and not (args.sequence_parallel or args.skip_train)
+        ),
+        "needs --sequence-parallel: Megatron trains no MoE layer without it",
+    ),
+    FlagRule(
+        "--context-parallel-size",
+        lambda args: args.context_parallel_size > 1 and args.transformer_impl == "local",
+        "needs --transformer-impl transformer_engine, and so a GPU: no other attention of Megatron supports it",
+    ),
+    FlagRule(
         "--eval-interval",
         lambda args: _counts_evaluations(args) and args.eval_interval is None,
         "must be given: Megatron counts evaluations with it, also with 0 steps",

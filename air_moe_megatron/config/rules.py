@@ -114,7 +114,12 @@ def _invalid_layers(config: TransformerConfig) -> Problems[None]:
     frequency = config.moe_layer_freq
     if isinstance(frequency, int) and frequency < 1:
         yield ValueError(f"moe_layer_freq ({frequency}) must be at least 1")
-    if isinstance(frequency, list) and not any(frequency):
+    if isinstance(frequency, list) and len(frequency) != config.num_layers:
+        yield ValueError(
+            f"moe_layer_freq ({frequency}) must have an entry for each layer, by num_layers ({config.num_layers}); it "
+            f"has {len(frequency)}"
+        )
+    elif isinstance(frequency, list) and not any(frequency):
         yield ValueError(
             f"moe_layer_freq ({frequency}) must have a 1: without an MoE layer moe_router_type "
             f"({config.moe_router_type!r}) has no effect"

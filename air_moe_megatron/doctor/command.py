@@ -106,6 +106,7 @@ def _examine(found: Findings) -> argparse.Namespace | None:
     from air_moe_megatron.command.entry_refusals import refused_flags
     from air_moe_megatron.command.memory import check_memory
     from air_moe_megatron.command.model import model_config_from_args
+    from air_moe_megatron.command.schedule import invalid_schedules
     from air_moe_megatron.config import problem_of, unused
     from air_moe_megatron.training.preflight import unfit_data
     from air_moe_megatron.training.token_counts import counts_of
@@ -127,6 +128,7 @@ def _examine(found: Findings) -> argparse.Namespace | None:
         found.add(error)
         is_complete = False
     found.walk("flags", refused_flags(args))
+    found.walk("schedules", invalid_schedules(args))
     found.walk("data", unfit_data(args))
     config = None
     if is_complete:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from air_moe_megatron.command.arguments import padded_vocab_size, value_of
+from air_moe_megatron.command.checkpoints.saving import check_writable
 from air_moe_megatron.command.indexed_dataset import (
     SCANNED_BLOCKS,
     IndexedTokens,
@@ -42,6 +44,8 @@ def unfit_data(args: argparse.Namespace) -> Problems[None]:
     Reads the lengths in each index and at most 64 MiB of tokens; if there are more than 64 data sets, 1 MiB of each. A
     data set is read up to its first damage. Paths in object storage are left to Megatron. Does not communicate.
     """
+    if args.data_cache_path is not None:
+        yield from problem_of(_check_cache, args, args.data_cache_path, f"--data-cache-path '{args.data_cache_path}'")
     single = [flag for flag in ("--data-path", "--data-args-path") if value_of(args, flag)]
     per_split_flags = [f"--{split}-data-path" for split in _SPLITS] + ["--per-split-data-args-path"]
     per_split = [flag for flag in per_split_flags if value_of(args, flag)]
@@ -86,8 +90,26 @@ def _unfit_dataset(args: argparse.Namespace, blend: _Blend, prefix: str, num_blo
     except (ValueError, OSError) as error:
         yield error
         return
+    if args.data_cache_path is None:
+        folder = os.path.join(prefix, "cache")
+        yield from problem_of(_check_cache, args, folder, f"{name}: its folder '{folder}'")
     yield from problem_of(_check_splits, args, blend, dataset, name)
     yield from problem_of(check_token_ids, dataset, name, padded_vocab_size(args), num_blocks)
+
+
+def _check_cache(args: argparse.Namespace, folder: str, name: str) -> None:
+    """Refuse a folder in which Megatron could not write its index of samples; rank 0 does.
+
+    A folder that exists may hold all that the run needs. It is left to Megatron.
+    """
+    if args.rank != 0 or is_object_storage_path(folder) or os.path.isdir(folder):
+        return
+    try:
+        check_writable(name, folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; Megatron keeps an index of samples there: give --data-cache-path a folder"
+        ) from error
 
 
 def _blends(args: argparse.Namespace, flags: list[str]) -> list[_Blend]:

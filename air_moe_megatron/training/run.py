@@ -25,6 +25,7 @@ from air_moe_megatron.command.entry_refusals import refused_flags
 from air_moe_megatron.command.forward_step import forward_step
 from air_moe_megatron.command.memory import check_memory
 from air_moe_megatron.command.model import get_embedding_ranks, leave_out, model_config_from_args
+from air_moe_megatron.command.schedule import invalid_schedules
 from air_moe_megatron.config import is_plain_topk, raise_first
 from air_moe_megatron.process_groups import process_groups_released
 from air_moe_megatron.routers.hashing import balance_hash_tables
@@ -102,6 +103,7 @@ def train(program_start: float | None = None, screen: TextIO | None = None) -> N
         args, ranks = parse()
         check_agreement(args, ranks)
         raise_first(refused_flags(args))
+        raise_first(invalid_schedules(args))
         ranks.check("data", lambda: raise_first(unfit_data(args)))
         model_config = model_config_from_args(args)
         ranks.check("memory", lambda: check_memory(args))

@@ -67,6 +67,10 @@ REFUSED = {
         ["moe_air_num_candidates (4)", "moe_router_enable_expert_bias (True)"],
     ),
     "no-moe-layer": (dict(moe_layer_freq=[0, 0]), ["moe_layer_freq ([0, 0])", "must have a 1"]),
+    "layer-without-entry": (
+        dict(num_layers=3, moe_layer_freq=[0, 1]),
+        ["moe_layer_freq ([0, 1])", "an entry for each layer, by num_layers (3)", "it has 2"],
+    ),
     "moe-layer-frequency-zero": (dict(moe_layer_freq=0), ["moe_layer_freq (0)", "at least 1"]),
     "probes-negative": (dict(moe_air_num_probes=-1), ["moe_air_num_probes (-1)", "positive, or 0"]),
     "probes-above-clusters": (

@@ -141,6 +141,66 @@ def test_hash_layers_that_cannot_be_are_named(examine, start, flags, words):
     assert found.problems[0] == start(*FLAGS, *flags)
 
 
+# One mistake each in what Megatron asserts after minutes: its flags, and the words of the start.
+OF_SCHEDULES = {
+    "no-length": (["--train-iters", "0"], "--train-iters (0) must be at least 1"),
+    "minimum": (["--min-lr", "-1"], "--min-lr (-1.0) must not be negative"),
+    "initial": (["--lr-warmup-init", "2"], "--lr-warmup-init (2.0) must not exceed --lr (0.001)"),
+    "warm-up": (["--lr-warmup-iters", "2"], "--lr-warmup-iters (2) must be below --train-iters (2)"),
+    "decay": (
+        ["--lr-warmup-iters", "5", "--lr-decay-iters", "4"],
+        "--lr-warmup-iters (5) must be below --lr-decay-iters (4)",
+    ),
+    "no-decay": (["--lr-decay-iters", "0"], "--lr-decay-iters (0) must be at least 1"),
+    "all-warm-up": (["--lr-warmup-fraction", "1.0"], "--lr-warmup-fraction (1.0) must be below 1"),
+    "stable": (["--lr-decay-style", "WSD"], "--lr-decay-style (WSD) needs --lr-wsd-decay-iters"),
+    "weight-decay": (["--weight-decay", "-1"], "--end-weight-decay (-1.0) must be at least --start-weight-decay"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, words", OF_SCHEDULES.values(), ids=OF_SCHEDULES)
+def test_a_schedule_that_megatron_would_refuse_is_refused_by_its_flag(examine, start, flags, words):
+    _, found = examine(*flags)
+    assert len(found.problems) == 1 and found.problems[0].startswith(words)
+    assert found.problems[0] == start(*FLAGS, *flags)
+    assert start(*FLAGS, *flags, "--skip-train") is None
+
+
+@pytest.mark.parametrize("left_out", ["--train-iters", "--lr"])
+def test_length_and_learning_rate_must_be_given(start, left_out):
+    index = FLAGS.index(left_out)
+    assert start(*FLAGS[:index], *FLAGS[index + 2 :]).startswith(left_out)
+
+
+OF_RANKS = {
+    "tensor": ("--tensor-model-parallel-size 2", "--tensor-model-parallel-size (2) needs --sequence-parallel"),
+    "context": ("--context-parallel-size 2", "--context-parallel-size (2) needs --transformer-impl transformer_engine"),
+    "microbatches": (
+        "--pipeline-model-parallel-size 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1 "
+        "--global-batch-size 2",
+        "--global-batch-size (2) makes 1 microbatches: interleaved pipeline stages take groups of 2",
+    ),
+    "last group": (
+        "--pipeline-model-parallel-size 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1 "
+        "--global-batch-size 6",
+        "--global-batch-size (6) makes 3 microbatches: interleaved pipeline stages take groups of 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("flags, words", OF_RANKS.values(), ids=OF_RANKS)
+def test_a_layout_that_megatron_would_refuse_in_the_first_step_is_refused(examine, monkeypatch, flags, words):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _, found = examine(*flags.split())
+    assert len(found.problems) == 1 and found.problems[0].startswith(words)
+
+
+def test_interleaved_stages_with_enough_microbatches_pass(examine, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sound, _ = OF_RANKS["microbatches"]
+    assert examine(*sound.split(), "--global-batch-size", "8")[1].problems == []
+
+
 def test_all_problems_of_a_command_line_are_listed_at_once_in_the_words_of_the_start(examine, start):
     _, found = examine(*(flag for flags, _ in MISTAKES.values() for flag in flags))
     assert len(found.problems) == len(MISTAKES) and found.unchecked == []

@@ -18,7 +18,7 @@ LAYERS = (
         *("ops", "config", "compat", "patch", "process_groups"),
         *("command", "command.console", "command.agreement", "command.indexed_dataset"),
     },
-    {"learned", "cpu", "initialization"},
+    {"learned", "cpu", "initialization", "command.schedule"},
     {"doctor", "doctor.machine", "doctor.source_tree", "routers", "command.start"},
     {"doctor.mismatches", "layer"},
     {"sync", "specs", "command.arguments", "diagnostics"},

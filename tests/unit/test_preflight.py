@@ -26,7 +26,7 @@ DATA_FLAGS = (
 
 RUN = dict(
     mock_data=False, sft=False, skip_train=False, train_iters=10, train_samples=None, eval_iters=0,
-    full_validation=False, seq_length=4, split=None, padded_vocab_size=8, vocab_size=8,
+    full_validation=False, seq_length=4, split=None, padded_vocab_size=8, vocab_size=8, data_cache_path=None, rank=0,
 )  # fmt: skip
 
 
@@ -78,6 +78,17 @@ def test_what_megatron_reads_passes(dataset, tmp_path):
 def test_object_storage_is_left_to_megatron():
     check_data(arguments(data_path=["s3://bucket/text"]))
     check_data(arguments(data_path=["1", "msc://profile/text", "2", "s3://bucket/text"]))
+
+
+def test_a_cache_that_cannot_be_written_is_refused_on_rank_0(dataset):
+    data = {"data_path": [str(dataset)]}
+    check_data(arguments(**data, data_cache_path=str(dataset.with_name("new") / "cache")))
+    assert not dataset.with_name("new").exists()
+    dataset.touch()  # Megatron's own folder for it is beside the data, with the name of the prefix
+    for given, name in (({}, f"its folder '{dataset}/cache'"), ({"data_cache_path": "/proc/x"}, "--data-cache-path")):
+        with pytest.raises(ValueError, match=f"{name}.* cannot be written: .*: give --data-cache-path a folder"):
+            check_data(arguments(**data, **given))
+        check_data(arguments(**data, **given, rank=1))
 
 
 def test_no_data_names_the_flags():

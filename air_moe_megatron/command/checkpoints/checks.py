@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.transformer import TransformerConfig
@@ -9,6 +10,7 @@ from megatron.training.utils import print_rank_0
 
 from air_moe_megatron.command.arguments import bare_pattern, moe_layers
 from air_moe_megatron.command.checkpoints.reader import LEGACY_FILE, Checkpoint, Damaged
+from air_moe_megatron.command.schedule import schedule_of
 from air_moe_megatron.config import AIRFields, Problems, num_hash_layers, passed_on, problem_of, resolve_sizes
 from air_moe_megatron.routers import ROUTERS
 from air_moe_megatron.routers.base import CompactRouter
@@ -32,12 +34,15 @@ _DERIVED_SIZES = ("moe_layer_freq", "ffn_hidden_size", "kv_channels", "num_query
 _LEGACY_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 """The parallel sizes that the legacy format depends on."""
 
+_OF_PARAMETER_GROUPS = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr")
+"""Arguments by which Megatron finds the groups of parameters in a saved optimizer state."""
+
 _OF_SCHEDULE = (
-    *("train_iters", "train_samples", "global_batch_size", "lr", "min_lr", "lr_decay_style", "lr_decay_iters"),
+    *("train_iters", "train_samples", "global_batch_size", "lr_decay_style", "lr_decay_iters"),
     *("lr_decay_samples", "lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples"),
     *("start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
 )
-"""Arguments that determine the schedule of learning rate and weight decay."""
+"""Arguments that determine the schedule of learning rate and weight decay, beside the rates themselves."""
 
 
 def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: TransformerConfig) -> Problems[Lacking]:
@@ -303,47 +308,36 @@ def _check_optimizer(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
 
 
 def check_schedule(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Require the saved schedule of learning rate and weight decay, unless a flag chooses between both schedules.
+    """Require the saved learning rates, and the saved schedule unless a flag chooses between both schedules.
 
     Raises:
-        ValueError: naming the flags that differ, and those that choose between the schedules.
+        ValueError: naming the flags that differ and what else can be done.
     """
     saved_by = checkpoint.args
+    if saved_by is None or not loads_optimizer(args, checkpoint):
+        return
+    rates = _demands(_OF_PARAMETER_GROUPS, args, saved_by)
+    if rates:
+        raise ValueError(
+            f"{checkpoint.location} holds an optimizer state that Megatron finds by its learning rates: "
+            f"{', '.join(rates)}; or add --no-load-optim to start optimizer and learning-rate schedule anew"
+        )
+    own, found = schedule_of(args), schedule_of(saved_by)
     chooses = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
-    if saved_by is None or chooses or not loads_optimizer(args, checkpoint):
+    if chooses or not own or not found or own == found:
         return
-    own, found = _schedule(args), _schedule(saved_by)
-    if not own or not found or own == found:
-        return
-    names = [name for name in _OF_SCHEDULE if getattr(args, name, None) != getattr(saved_by, name, None)]
-    given = [name for name in names if getattr(args, name, None) is not None]
-    demands = [_demand(name, getattr(args, name), getattr(saved_by, name, None)) for name in given or names]
     raise ValueError(
-        f"{checkpoint.location} goes on with the schedule that it was trained with: {', '.join(demands)}; or add "
+        f"{checkpoint.location} goes on with the schedule that it was trained with: "
+        f"{', '.join(_demands(_OF_SCHEDULE, args, saved_by))}; or add "
         "--override-opt-param-scheduler for the new schedule, or --use-checkpoint-opt-param-scheduler for the old one"
     )
 
 
-def _schedule(args: argparse.Namespace) -> dict[str, Any]:
-    """The values by which Megatron compares schedules, as ``get_optimizer_param_scheduler`` makes them.
-
-    Steps are counted in samples. Empty if the values cannot be determined.
-    """
-    unit = "iters" if getattr(args, "train_samples", None) is None else "samples"
-    length, batch = getattr(args, f"train_{unit}", None), getattr(args, "global_batch_size", None)
-    if length is None or batch is None:
-        return {}
-    step = batch if unit == "iters" else 1
-    decay = getattr(args, f"lr_decay_{unit}", None)
-    decay = step * (length if decay is None else decay)
-    fraction = getattr(args, "lr_warmup_fraction", None)
-    warmup = step * getattr(args, f"lr_warmup_{unit}", 0) if fraction is None else fraction * decay
-    plain = ("lr", "min_lr", "lr_decay_style", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style")
-    return {name: getattr(args, name, None) for name in plain} | {
-        "length": step * length,
-        "decay": decay,
-        "warmup": warmup,
-    }
+def _demands(names: Sequence[str], args: argparse.Namespace, saved_by: argparse.Namespace) -> list[str]:
+    """What to do about each argument that differs from the saved one; about those that are given, if any is."""
+    changed = [name for name in names if getattr(args, name, None) != getattr(saved_by, name, None)]
+    given = [name for name in changed if getattr(args, name, None) is not None]
+    return [_demand(name, getattr(args, name), getattr(saved_by, name, None)) for name in given or changed]
 
 
 def _low_precision(args: argparse.Namespace) -> str | None:

@@ -168,7 +168,7 @@ def test_a_checkpoint_without_optimizer_state(save, check, args):
 OTHER_SCHEDULE = {
     "longer": ({"train_iters": 50}, r"--train-iters \(50\) must be 2"),
     "batch": ({"global_batch_size": 64}, r"--global-batch-size \(64\) must be 2"),
-    "rate": ({"lr": 0.5, "lr_decay_style": "cosine"}, r"--lr \(0.5\) must be .*, --lr-decay-style \(cosine\) must be"),
+    "style": ({"lr_decay_style": "cosine"}, r"--lr-decay-style \(cosine\) must be"),
     "warm-up": ({"lr_warmup_iters": 1}, r"--lr-warmup-iters \(1\) must be 0"),
     "decay": ({"end_weight_decay": 0.5}, r"--end-weight-decay \(0.5\) must be "),
 }
@@ -182,6 +182,17 @@ def test_another_schedule_is_refused_unless_it_is_chosen(save, check, is_legacy,
     with pytest.raises(ValueError, match=f"goes on with the schedule that it was trained with: {message}.*; or add"):
         check(load=folder, **changes)
     for choice in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "finetune", "no_load_optim"):
+        assert check(load=folder, **changes, **{choice: True}) is Lacking.NOTHING
+
+
+@pytest.mark.parametrize("name", ["lr", "min_lr", "decoupled_lr"])
+def test_another_learning_rate_is_refused_whatever_schedule_is_chosen(save, check, is_legacy, name):
+    folder, changes = save(is_legacy=is_legacy, lr=0.5), {"lr": 0.5} | {name: 0.25}
+    flag = f"--{name.replace('_', '-')}"
+    for choice in ({}, {"override_opt_param_scheduler": True}, {"use_checkpoint_opt_param_scheduler": True}):
+        with pytest.raises(ValueError, match=rf"finds by its learning rates: {flag} .*must .*--no-load-optim"):
+            check(load=folder, **changes, **choice)
+    for choice in ("finetune", "no_load_optim"):
         assert check(load=folder, **changes, **{choice: True}) is Lacking.NOTHING
 
 
