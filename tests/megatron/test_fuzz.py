@@ -15,7 +15,7 @@ FLAGS = {
     "moe-router-type": ["air", "air", "air", "product_key", "hierarchical", "hash", "vq", "topk"],
     "moe-granular-experts": ["", "", None],
     "moe-dispatch": ["compact", "compact", "stock", None],
-    "moe-router-input-norm": [None, "running", "none"],
+    "moe-router-input-norm": [None, "running", "none", "low_rank_whitening"],
     "num-experts": [16, 16, 64, 60, 2, 1],
     "moe-router-topk": [2, 2, 4, 1, 16, 17],
     "moe-ffn-hidden-size": [8, 1, None],
