@@ -30,18 +30,16 @@ OF_ALL = {
 SIZES = {"num_clusters": 512, "shortlist_size": 72, "num_probes": 8, "num_candidates": 128, "num_explored": 0}
 
 
-def header(router="air", num_layers=2, iteration=0, num_experts=16384, hidden=128, **arguments):
-    """A line of kind run."""
+def header(router="air", num_layers=2, iteration=0, num_experts=16384, hidden=128, num_hash_layers=0, **arguments):
+    """A line of kind run; its first ``num_hash_layers`` layers are by hash."""
     exact = 2 * hidden * num_experts
-    sizes = {
-        "layer": 0,
-        "router": router,
-        "num_experts": num_experts,
-        "topk": TOPK,
-        "exact_router_flops_per_token": exact,
-    }
-    own = {"topk": exact, "hash": 0, "vq": 2 * exact}.get(router, exact / 20)
-    sizes |= {"router_flops_per_token": own} | (SIZES if router == "air" else {})
+
+    def of_layer(layer, router):
+        own = {"topk": exact, "hash": 0, "vq": 2 * exact}.get(router, exact / 20)
+        flops = {"exact_router_flops_per_token": exact, "router_flops_per_token": own}
+        sizes = {"layer": layer, "router": router, "num_experts": num_experts, "topk": TOPK}
+        return sizes | flops | (SIZES if router == "air" else {})
+
     return {
         "kind": "run",
         "format": 1,
@@ -51,7 +49,9 @@ def header(router="air", num_layers=2, iteration=0, num_experts=16384, hidden=12
         "versions": {"air_moe_megatron": "0.1.0", "megatron_core": "0.19.2", "torch": "2.11.0"},
         "device": "CPU, 2 processes",
         "tokenizer": {"type": "NullTokenizer", "model": None, "vocab_size": 257},
-        "layers": [{**sizes, "layer": layer} for layer in range(1, num_layers + 1)],
+        "layers": [
+            of_layer(layer, "hash" if layer <= num_hash_layers else router) for layer in range(1, num_layers + 1)
+        ],
     }
 
 
@@ -68,12 +68,13 @@ def step(iteration, loss=None):
     }
 
 
-def diagnostics(iteration, end, router="air", num_layers=2, num_bins=64, seed=0, **changed):
+def diagnostics(iteration, end, router="air", num_layers=2, num_bins=64, seed=0, num_hash_layers=0, **changed):
     """A line of kind diagnostics; ``changed`` figures are those of every layer."""
     generator = numpy.random.default_rng((seed, iteration))
-    figures = OF_ALL | (OF_AIR if router == "air" else {})
     layers = []
     for layer in range(1, num_layers + 1):
+        of_layer = "hash" if layer <= num_hash_layers else router
+        figures = OF_ALL | (OF_AIR if of_layer == "air" else {})
         values = {
             name: first + (last - first) * (1 - math.exp(-4 * iteration / end))
             for name, (first, last) in figures.items()
@@ -82,7 +83,7 @@ def diagnostics(iteration, end, router="air", num_layers=2, num_bins=64, seed=0,
         values = {name: min(value, 1.0) if figures[name][1] <= 1 else value for name, value in values.items()}
         loads = generator.gamma(4, 0.25, num_bins)
         values |= {"load_bins": loads.round(3).tolist(), "max_bins": (6 * loads).round(3).tolist()}
-        layers.append({"layer": layer, "router": router, **values, **changed})
+        layers.append({"layer": layer, "router": of_layer, **values, **changed})
     return {
         "kind": "diagnostics",
         "iteration": iteration,
@@ -94,11 +95,14 @@ def diagnostics(iteration, end, router="air", num_layers=2, num_bins=64, seed=0,
     }
 
 
-def lines(router="air", num_layers=2, end=200, interval=20, seed=0, **changed):
+def lines(router="air", num_layers=2, end=200, interval=20, seed=0, num_hash_layers=0, **changed):
     """The lines of a run from its start; ``changed`` are figures of all layers."""
-    found = [header(router, num_layers)]
+    found = [header(router, num_layers, num_hash_layers=num_hash_layers)]
     for iteration in range(interval, end + 1, interval):
-        found += [step(iteration), diagnostics(iteration, end, router, num_layers, seed=seed, **changed)]
+        measured = diagnostics(
+            iteration, end, router, num_layers, seed=seed, num_hash_layers=num_hash_layers, **changed
+        )
+        found += [step(iteration), measured]
     return found
 
 

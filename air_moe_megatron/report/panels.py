@@ -10,7 +10,7 @@ import pandas
 
 from air_moe_megatron.report import figures
 from air_moe_megatron.report.runs import Run
-from air_moe_megatron.report.tables import flops, number
+from air_moe_megatron.report.tables import number, router_flops
 from air_moe_megatron.report.tokens import texts_of
 
 _ROWS = 12  # rows of a table of codewords
@@ -282,7 +282,7 @@ class Builder:
 
     def cost(self) -> list[Drawn]:
         """FLOPs of the routers against exact ones, routing's share of the steps, and the time of a step."""
-        pairs = [flops(run) for run in self.runs]
+        pairs = [router_flops(run) for run in self.runs]
         svg = None
         if all(own is not None and exact is not None for own, exact in pairs):
             rows = [run.name for run in self.runs] if len(self.runs) > 1 else [", ".join(self.runs[0].routers)]

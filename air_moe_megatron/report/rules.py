@@ -13,6 +13,9 @@ from air_moe_megatron.report.runs import Run
 RECORDS = 3
 """Newest records, without a gap, in which a rule must hold: one sample of 64 tokens is noisy."""
 
+FIRST_BY_HASH = "hash in first layers"
+"""In place of a router type: layers of ``--moe-num-hash-layers``, in a run whose ``--moe-router-type`` is another."""
+
 _BALANCE = "raise --moe-aux-loss-coeff"
 _NO_FLAG = "no flag helps: report it with this page"
 
@@ -26,7 +29,7 @@ class Rule:
         metric: column of ``Run.layers`` or, for a rule of the whole run, a derived metric of :func:`run_metrics`.
         above, below: the limit; exactly one is given.
         words: the warning, with the newest value in the worst layer.
-        remedies: router type -> flag and direction; "" stands for all others.
+        remedies: router type or ``FIRST_BY_HASH`` -> flag and direction; "" stands for all others.
         reason: why the limit has this value.
         of_run: whether the metric belongs to the run as a whole, not to its layers.
     """
@@ -65,7 +68,9 @@ class Rule:
         return float(values.max() if self.above is not None else values.min())
 
     def remedy(self, router: str) -> str:
-        """What to do about it with a router of this type."""
+        """What to do about it with a router of this type; ``FIRST_BY_HASH`` without an entry has that of hash."""
+        if router == FIRST_BY_HASH and router not in self.remedies:
+            router = "hash"
         return self.remedies.get(router, self.remedies.get("", ""))
 
 
@@ -78,6 +83,8 @@ RULES = (
         remedies={
             "air": f"raise --moe-air-num-explored, or {_BALANCE}",
             "hash": "lower --num-experts: more experts than --moe-router-topk times the token ids stay unused",
+            FIRST_BY_HASH: "lower --moe-num-hash-layers: more experts than --moe-router-topk times the token ids stay "
+            "unused",
             "": _BALANCE,
         },
         reason="an expert learns only if the balancing loss sees it: of 16,384 experts 87% are in use with eight "
@@ -155,7 +162,11 @@ RULES = (
         metric="imbalance_factor",
         above=10,
         words="the load is as uneven as if one expert in {:.0f} did all the work",
-        remedies={"hash": "choose another --moe-router-type: a hash cannot balance", "": _BALANCE},
+        remedies={
+            "hash": "set --moe-hash-balance frequency; where it is set, choose another --moe-router-type",
+            FIRST_BY_HASH: "set --moe-hash-balance frequency; where it is set, lower --moe-num-hash-layers",
+            "": _BALANCE,
+        },
         reason="balanced routers stayed below 9.2 in the study, at up to 65,536 experts",
         percent=False,
     ),
@@ -217,6 +228,7 @@ class Finding:
     """A rule that currently holds in a run.
 
     Attributes:
+        router: type of the layers' router or ``FIRST_BY_HASH``; for a rule of the whole run, the run's router type.
         layers: layer -> (newest value, iteration since); layer 0 is the run as a whole.
     """
 
@@ -260,15 +272,16 @@ def findings(run: Run) -> list[Finding]:
     found = []
     for rule in RULES:
         if rule.of_run:
-            state = _state(rule, run_metrics(run)[rule.metric])
-            if state:
-                found.append(Finding(run, rule, run.routers[0] if run.routers else "", {0: state}))
+            breach = _breach(rule, run_metrics(run)[rule.metric])
+            if breach:
+                found.append(Finding(run, rule, run.router_type, {0: breach}))
             continue
         of_router: dict[str, Finding] = {}
         for (layer, router), rows in metrics.groupby(["layer", "router"]):
-            state = _state(rule, rows.set_index("iteration")[rule.metric])
-            if state:
-                of_router.setdefault(router, Finding(run, rule, router)).layers[int(layer)] = state
+            breach = _breach(rule, rows.set_index("iteration")[rule.metric])
+            if breach:
+                router = FIRST_BY_HASH if router == "hash" != run.router_type else router
+                of_router.setdefault(router, Finding(run, rule, router)).layers[int(layer)] = breach
         found += of_router.values()
     return found
 
@@ -316,7 +329,7 @@ def run_metrics(run: Run) -> dict[str, pandas.Series]:
     }
 
 
-def _state(rule: Rule, values: pandas.Series) -> tuple[float, int] | None:
+def _breach(rule: Rule, values: pandas.Series) -> tuple[float, int] | None:
     """Newest value, and first iteration of the unbroken tail in which the rule holds; None if the tail is too short."""
     values = values.dropna()
     holds = rule.holds(values).to_numpy()

@@ -1,4 +1,8 @@
-"""Read runs: check a folder's ``air_diagnostics.jsonl`` and ``air_codebook.json``, and drop superseded lines."""
+"""Read runs: check a folder's ``air_diagnostics.jsonl`` and ``air_codebook.json``, and drop superseded lines.
+
+``diagnostics/files.py`` writes these files. It loads Megatron, which a report does not need, so their names stand here
+again; a test compares them.
+"""
 
 import json
 import math
@@ -11,8 +15,10 @@ from typing import Any
 import numpy
 import pandas
 
-LINES, CODEBOOK = "air_diagnostics.jsonl", "air_codebook.json"
 FORMAT = 1
+LINES, SNAPSHOT = "air_diagnostics.jsonl", "air_codebook.json"
+_HEADER_START = '{"kind": "run"'
+"""How the first line of every start begins."""
 MOST_RUNS = 7
 """How many runs colors can tell apart."""
 
@@ -72,6 +78,8 @@ class Run:
         layers: a row per layer and diagnostics line: iteration, tokens, layer, router, the metrics, and derived ones:
             unused, unlisted, idle, drift.
         bins: layer -> name -> [records, bins] fp32, with the tokens of the records under "tokens".
+        codebooks: layer -> its codebook, of the layers that have the router air in the newest header.
+        codebook_iteration: the step of the codebooks; None if there are none.
         notes: remarks on the files for the reader of the page.
     """
 
@@ -93,8 +101,13 @@ class Run:
         return {layer["layer"]: layer for layer in self.header["layers"]}
 
     @property
+    def router_type(self) -> str:
+        """The run's ``--moe-router-type``: the router of all layers but the first ones of ``--moe-num-hash-layers``."""
+        return self.argument("moe_router_type", "")
+
+    @property
     def routers(self) -> list[str]:
-        """Types of the run's routers, in the order of the layers."""
+        """Types of the layers' routers, in the order of the layers."""
         return list(dict.fromkeys(layer["router"] for layer in self.header["layers"]))
 
     def argument(self, name: str, default: Any = None) -> Any:
@@ -142,7 +155,8 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 def read_run(folder: Path, name: str) -> Run:
     """Read a run.
 
-    An incomplete line, left by a killed run, is skipped with a note if it is the last or a resumed run follows it.
+    Incomplete lines, left by killed runs, are skipped with a note if they are the last or a resumed run follows them.
+    Codebooks are skipped with a note if they are those of an earlier run in the folder.
 
     Raises:
         ValueError: naming the file and the invalid line.
@@ -164,10 +178,7 @@ def read_run(folder: Path, name: str) -> Run:
     totals = pandas.DataFrame(kept["diagnostics"])
     totals = totals.reindex(columns=["iteration", "tokens", "routing_seconds", "routing_share"]).astype(float)
     layers, bins = _layers(kept["diagnostics"], {layer["layer"]: layer for layer in header["layers"]})
-    codebooks, codebook_iteration = _codebooks(folder / CODEBOOK)
-    if codebook_iteration in _iterations(records) - _iterations(kept["diagnostics"]):
-        notes.append(f"{CODEBOOK} is of step {codebook_iteration:,} before a resume, and is left out")
-        codebooks, codebook_iteration = {}, None
+    codebooks, codebook_iteration, notes_on_codebooks = _codebooks_of_run(folder, header, kept["diagnostics"])
     run = Run(
         name=name,
         folder=folder,
@@ -179,7 +190,7 @@ def read_run(folder: Path, name: str) -> Run:
         resumes=(),
         codebooks=codebooks,
         codebook_iteration=codebook_iteration,
-        notes=tuple(notes),
+        notes=(*notes, *notes_on_codebooks),
     )
     marks = [
         Resume(iteration, run.tokens_at(iteration), num_superseded, changed)
@@ -189,29 +200,46 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def _records(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The checked lines of a file, and notes on incomplete ones."""
-    records, notes, broken = [], [], None
+    """The checked lines of a file, and notes on incomplete ones.
+
+    A start that is killed leaves at most one incomplete line, its last. So several in succession are those of starts
+    that were killed while they wrote their header, after the one that left the first.
+    """
+    records, notes = [], []
+    cut: list[int] = []  # numbers of the lines before this one that are no JSON
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
             except ValueError:
-                if broken is not None:
-                    raise ValueError(f"{path}, line {broken} is not JSON") from None
-                broken = number
+                if cut and not _is_cut_header(line):
+                    raise ValueError(f"{path}, line {cut[0]} is not JSON") from None
+                cut.append(number)
                 continue
-            if broken is not None:
-                if not isinstance(record, dict) or record.get("kind") != "run":
-                    raise ValueError(f"{path}, line {broken} is not JSON")
-                notes.append(f"line {broken} of {LINES} was cut short when the run was killed, and is left out")
-                broken = None
+            if cut and (not isinstance(record, dict) or record.get("kind") != "run"):
+                raise ValueError(f"{path}, line {cut[0]} is not JSON")
+            notes += [_cut_short(f"line {of_cut}") for of_cut in cut]
+            cut = []
             _check(record, f"{path}, line {number}", is_first=not records)
-            records.append(_compact(record))
-    if broken is not None and records:
-        notes.append(f"the last line of {LINES} was cut short when the run was killed, and is left out")
+            records.append(_with_arrays(record))
     if not records:
-        raise ValueError(f"{path} is empty" if broken is None else f"{path}, line {broken} is not JSON")
+        raise ValueError(f"{path}, line {cut[0]} is not JSON" if cut else f"{path} is empty")
+    if cut:
+        notes += [_cut_short(f"line {of_cut}") for of_cut in cut[:-1]] + [_cut_short("the last line")]
     return records, notes
+
+
+def _is_cut_header(line: str) -> bool:
+    """Whether a line that is no JSON is the beginning of a header.
+
+    Example: '{"ki' and '{"kind": "run", "form' are; '{"kind": "st' and an empty line are not.
+    """
+    text = line.rstrip("\n")
+    return text.startswith(_HEADER_START) or (text != "" and _HEADER_START.startswith(text))
+
+
+def _cut_short(which: str) -> str:
+    return f"{which} of {LINES} was cut short when the run was killed, and is left out"
 
 
 def _check(record: Any, where: str, is_first: bool) -> None:
@@ -252,7 +280,7 @@ def _is_layer(layer: Any) -> bool:
     return isinstance(layer, dict) and isinstance(layer.get("layer"), int) and isinstance(layer.get("router"), str)
 
 
-def _compact(record: dict[str, Any]) -> dict[str, Any]:
+def _with_arrays(record: dict[str, Any]) -> dict[str, Any]:
     """The record with its bins as arrays, because lists of numbers would take eight times the memory."""
     for layer in record["layers"] if record["kind"] == "diagnostics" else []:
         for name in _BINS:
@@ -283,11 +311,6 @@ def _superseded(
             resumes.append((start, num_superseded, changes(before["arguments"], record["arguments"])))
         headers = [*valid, record]
     return kept, headers, resumes
-
-
-def _iterations(records: list[dict[str, Any]]) -> set[int]:
-    """The iterations of the diagnostics lines."""
-    return {record["iteration"] for record in records if record["kind"] == "diagnostics"}
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -324,9 +347,41 @@ def _layers(
     return frame, arrays
 
 
-def _codebooks(path: Path) -> tuple[dict[int, Codebook], int | None]:
-    if not path.is_file():
-        return {}, None
+def _codebooks_of_run(
+    folder: Path, header: dict[str, Any], diagnostics: list[dict[str, Any]]
+) -> tuple[dict[int, Codebook], int | None, list[str]]:
+    """The codebooks of a folder that belong to its run, their iteration, and notes on those that are left out.
+
+    A run writes a diagnostics line before each snapshot, so a snapshot of another step is one of an earlier run or one
+    that a resume supersedes. A run without AIR routers writes none, and one of an earlier run may have its steps.
+
+    Args:
+        header: the newest one.
+        diagnostics: the run's valid lines of that kind.
+    """
+    if not (folder / SNAPSHOT).is_file():
+        return {}, None, []
+    routers = {layer["layer"]: layer["router"] for layer in header["layers"]}
+    if "air" not in routers.values():
+        return {}, None, [f"{SNAPSHOT} is left out: no layer of this run has an air router"]
+    codebooks, iteration = _read_snapshot(folder / SNAPSHOT)
+    if iteration not in {line["iteration"] for line in diagnostics}:
+        return {}, None, [f"{SNAPSHOT} is of step {iteration:,}, of which this run has no metrics, and is left out"]
+    own = {layer: codebook for layer, codebook in codebooks.items() if routers.get(layer) == "air"}
+    notes = [
+        f"{SNAPSHOT} has a codebook of layer {layer}, which has no air router in this run; it is left out"
+        for layer in codebooks
+        if layer not in own
+    ]
+    return own, iteration, notes
+
+
+def _read_snapshot(path: Path) -> tuple[dict[int, Codebook], int]:
+    """Codebooks and iteration of a snapshot.
+
+    Raises:
+        ValueError: naming the file and what is wrong in it.
+    """
     try:
         snapshot = json.loads(path.read_text(encoding="utf-8"))
         found = {}

@@ -118,11 +118,11 @@ def cost_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     exact_times: dict[tuple, float] = {}  # of the first exact run with such steps
     for run, time in zip(runs, times, strict=True):
         if run.routers == ["topk"]:
-            exact_times.setdefault(_step_of(run), time)
+            exact_times.setdefault(_exact_work_of(run), time)
     rows = []
     for run, time in zip(runs, times, strict=True):
-        own, exact = flops(run)
-        exact_time = exact_times.get(_step_of(run))
+        own, exact = router_flops(run)
+        exact_time = exact_times.get(_exact_work_of(run))
         rows.append(
             {
                 "run": run.name,
@@ -139,7 +139,7 @@ def cost_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
     return rows
 
 
-def _step_of(run: Run) -> tuple:
+def _exact_work_of(run: Run) -> tuple:
     """What decides the work of exact routers on a rank in a step; only where it is the same are times compared."""
     names = ("global_batch_size", "seq_length", "world_size", "pipeline_model_parallel_size")
     names += ("hidden_size", "bf16", "fp16", "moe_router_dtype")
@@ -147,13 +147,22 @@ def _step_of(run: Run) -> tuple:
     return run.header.get("device"), sizes, *(run.argument(name) for name in names)
 
 
-def flops(run: Run) -> tuple[float | None, float | None]:
-    """FLOPs per token of all layers' routers, and of exact ones; None if a layer lacks the metric."""
-    sums = []
-    for name in ("router_flops_per_token", "exact_router_flops_per_token"):
-        values = [layer.get(name) for layer in run.header["layers"]]
-        sums.append(None if None in values or not values else float(sum(values)))
-    return sums[0], sums[1]
+def router_flops(run: Run) -> tuple[float | None, float | None]:
+    """FLOPs per token of all layers' routers, and of exact ones in their place; None if a layer lacks the metric.
+
+    A hash layer computes no input norm, and the file gives its exact router without one. In a run with other layers the
+    exact router would have their norm, so it costs as much as in those with equally many experts.
+    """
+    layers = run.header["layers"]
+    own = [layer.get("router_flops_per_token") for layer in layers]
+    exact = [layer.get("exact_router_flops_per_token") for layer in layers]
+    if None not in exact:
+        most: dict[int | None, float] = {}  # experts of a layer -> FLOPs of an exact router, norm included
+        for layer, cost in zip(layers, exact, strict=True):
+            most[layer.get("num_experts")] = max(cost, most.get(layer.get("num_experts"), 0.0))
+        exact = [most[layer.get("num_experts")] for layer in layers]
+    own_sum, exact_sum = (None if None in costs or not costs else float(sum(costs)) for costs in (own, exact))
+    return own_sum, exact_sum
 
 
 def settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:

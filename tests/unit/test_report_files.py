@@ -7,6 +7,7 @@ import numpy
 import pytest
 
 from air_moe_megatron.report import __main__ as command
+from air_moe_megatron.report import runs
 from air_moe_megatron.report.runs import names_of, read_run, read_runs
 from tests import run_files
 from tests.run_files import STEP_TOKENS, codebook, diagnostics, header, lines, step, write
@@ -18,7 +19,7 @@ def read(folder, records, snapshot=None):
 
 def test_figures_come_back_as_they_were_written(tmp_path):
     records = lines(end=60, interval=20)
-    run = read(tmp_path, records, codebook(num_clusters=16))
+    run = read(tmp_path, records, codebook(iteration=60, num_clusters=16))
     assert run.steps["iteration"].tolist() == [20, 40, 60]
     assert run.steps["loss"].tolist() == [record["loss"] for record in records if record["kind"] == "step"]
     assert run.steps["seconds"].tolist() == pytest.approx([5.0, 10.0, 15.0])
@@ -30,7 +31,7 @@ def test_figures_come_back_as_they_were_written(tmp_path):
     numpy.testing.assert_allclose(run.bins[2]["load_bins"][1], written[3]["load_bins"], rtol=1e-6)
     assert run.bins[2]["load_bins_tokens"].tolist() == [20 * STEP_TOKENS, 40 * STEP_TOKENS, 60 * STEP_TOKENS]
     assert run.codebooks[1].load.tolist() == codebook(num_clusters=16)["layers"][0]["load"]
-    assert run.codebook_iteration == 200 and not run.notes and not run.resumes
+    assert run.codebook_iteration == 60 and not run.notes and not run.resumes
 
 
 def test_a_router_without_a_figure_has_none(tmp_path):
@@ -76,10 +77,29 @@ def test_a_codebook_of_superseded_steps_is_left_out(tmp_path):
     snapshot = codebook(iteration=40, num_clusters=16)
     run = read(tmp_path / "resumed", [*records, step(40)], snapshot)
     assert not run.codebooks and run.codebook_iteration is None
-    assert run.notes == ("air_codebook.json is of step 40 before a resume, and is left out",)
+    assert run.notes == ("air_codebook.json is of step 40, of which this run has no metrics, and is left out",)
     for valid in (records[:3], [*records, diagnostics(40, 60)]):
         run = read(tmp_path / f"{len(valid)}", valid, snapshot)
         assert run.codebooks and run.codebook_iteration == 40 and not run.notes
+
+
+def test_a_codebook_of_an_earlier_run_is_left_out(tmp_path):
+    """A run without AIR routers writes no snapshot, so that of an earlier run in its folder stays."""
+    snapshot = codebook(iteration=40, num_clusters=16)
+    anew = [*lines(end=40), *lines("hash", end=40)]
+    run = read(tmp_path / "anew", anew, snapshot)
+    assert run.routers == ["hash"] and not run.codebooks and run.codebook_iteration is None
+    assert run.notes == ("air_codebook.json is left out: no layer of this run has an air router",)
+    assert not read(tmp_path / "alone", lines("hash", end=40), snapshot).codebooks
+    assert not read(tmp_path / "changed", [*lines(end=40), header("topk", iteration=40), step(60)], snapshot).codebooks
+    assert not read(tmp_path / "other-step", lines(end=20), snapshot).codebooks
+
+
+def test_a_layer_that_has_become_one_by_hash_has_no_codebook(tmp_path):
+    run = read(tmp_path, lines(end=40, num_hash_layers=1), codebook(iteration=40, num_clusters=16))
+    assert list(run.codebooks) == [2]
+    (note,) = run.notes
+    assert note == "air_codebook.json has a codebook of layer 1, which has no air router in this run; it is left out"
 
 
 def test_flags_of_a_superseded_resume_do_not_count_as_changed_back(tmp_path):
@@ -110,6 +130,22 @@ def test_a_cut_line_before_a_resume_is_left_out_with_a_note(tmp_path):
     assert note.startswith("line 3 ")
 
 
+CUT, CUT_HEADER = '{"kind": "st', '{"kind": "run", "form'
+
+
+def test_a_run_that_was_killed_twice_is_read(tmp_path):
+    """The second start was killed while it wrote its header."""
+    killed = [header(), step(20), CUT, CUT_HEADER]
+    run = read(tmp_path / "resumed", [*killed, header(iteration=20), step(40)])
+    assert run.steps["iteration"].tolist() == [20, 40]
+    assert [note.split(" of ")[0] for note in run.notes] == ["line 3", "line 4"]
+    run = read(tmp_path / "killed", killed)
+    assert run.steps["iteration"].tolist() == [20]
+    assert [note.split(" of ")[0] for note in run.notes] == ["line 3", "the last line"]
+    run = read(tmp_path / "at-once", ["{", '{"kind"', CUT_HEADER, header(), step(20), CUT, header(iteration=20), CUT])
+    assert run.steps["iteration"].tolist() == [20] and len(run.notes) == 5
+
+
 @pytest.mark.parametrize(
     ("records", "message"),
     [
@@ -117,6 +153,9 @@ def test_a_cut_line_before_a_resume_is_left_out_with_a_note(tmp_path):
         ([header()], "no metrics yet"),
         ([header(), step(20), "garbage", step(40)], "line 3 is not JSON"),
         ([header(), step(20), "garbage", "more"], "line 3 is not JSON"),
+        ([header(), step(20), CUT, CUT, header()], "line 3 is not JSON"),
+        ([header(), step(20), CUT, "", header()], "line 3 is not JSON"),
+        ([header(), step(20), CUT, CUT_HEADER, step(40), header()], "line 3 is not JSON"),
         (["garbage"], "line 1 is not JSON"),
         ([step(20)], "line 1: the first line must be of kind run"),
         ([header(), [1, 2], step(20)], "line 2: kind (None) must be one of run, step, diagnostics"),
@@ -182,6 +221,12 @@ def test_too_many_runs_and_one_twice_are_refused(tmp_path):
 
 def test_made_up_files_have_the_form_of_the_loop(tmp_path):
     """A guard of the other tests: figures that the reader knows are those that the generator makes."""
-    from air_moe_megatron.report.runs import METRICS
+    assert set(runs.METRICS) == set(run_files.OF_AIR) | set(run_files.OF_ALL)
 
-    assert set(METRICS) == set(run_files.OF_AIR) | set(run_files.OF_ALL)
+
+def test_the_files_that_are_read_are_those_that_training_writes():
+    """The names stand twice: the writer loads Megatron, which a report does not need."""
+    from air_moe_megatron.diagnostics import files
+
+    for name in ("FORMAT", "LINES", "SNAPSHOT"):
+        assert getattr(runs, name) == getattr(files, name)

@@ -16,7 +16,7 @@ from air_moe_megatron.report.page import MOST_BYTES, render
 from air_moe_megatron.report.panels import GLANCE, PANELS, Budget, Builder
 from air_moe_megatron.report.rules import RULES
 from air_moe_megatron.report.runs import read_runs
-from air_moe_megatron.report.tables import cost_rows
+from air_moe_megatron.report.tables import cost_rows, router_flops
 from air_moe_megatron.report.tokens import texts_of, visible
 from tests.processes import run as run_command
 from tests.run_files import codebook, diagnostics, header, lines, step, write
@@ -150,10 +150,10 @@ def test_the_page_needs_nothing_from_outside(pages, router):
 
 
 def test_codewords_tell_their_tokens_under_the_pointer(tmp_path):
-    snapshot = codebook(num_layers=1, num_clusters=3)
+    snapshot = codebook(iteration=20, num_layers=1, num_clusters=3)
     snapshot["layers"][0] |= {"load": [6, 3, 1], "recall": [0.5, None, 1.0]}
     snapshot["layers"][0]["tokens"] = [[[97, 4], [256, 2]], [[10, 3]], []]
-    ((figure, rows),) = drawn(tmp_path, lines("hash", 1, end=20), snapshot)["maps"]
+    ((figure, rows),) = drawn(tmp_path, lines("air", 1, end=20), snapshot)["maps"]
     assert sorted(re.findall(r"<title>(codeword[^<]*)</title>", figure.svg)) == [
         "codeword 0: 60.00% of the tokens, recall 50%\na (4), end of document (2)",
         "codeword 1: 30.00% of the tokens, recall –\n\\n (3)",
@@ -163,9 +163,9 @@ def test_codewords_tell_their_tokens_under_the_pointer(tmp_path):
 
 
 def test_without_token_ids_codewords_tell_load_and_recall(tmp_path):
-    snapshot = codebook(num_layers=1, num_clusters=3)
+    snapshot = codebook(iteration=20, num_layers=1, num_clusters=3)
     del snapshot["layers"][0]["tokens"]
-    ((figure, _),) = drawn(tmp_path, lines("hash", 1, end=20), snapshot)["maps"]
+    ((figure, _),) = drawn(tmp_path, lines("air", 1, end=20), snapshot)["maps"]
     assert len(re.findall(r"<title>codeword \d: [\d.]+% of the tokens, recall [\d–]+%?</title>", figure.svg)) == 3
 
 
@@ -210,6 +210,23 @@ def test_times_are_compared_only_where_the_steps_are_alike(tmp_path):
     assert ratios == ["1.00", "–", "–", "–", "–"]
 
 
+def test_exact_routing_in_place_of_a_hash_layer_has_the_norm_of_the_run(tmp_path, megatron_cpu):
+    """Its own config, from which training takes the cost of the exact router for the file, has no norm."""
+    from air_moe_megatron.config import hash_layer_config
+    from air_moe_megatron.routers import AIRRouter, ExactRouter, HashRouter
+    from tests.builders import make_config
+
+    config = make_config(moe_router_type="air", num_layers=2, moe_num_hash_layers=1, moe_router_input_norm="whitening")
+    records = lines(num_layers=2, end=20, num_hash_layers=1)
+    of_layers = zip(records[0]["layers"], (HashRouter, AIRRouter), (hash_layer_config(config), config), strict=True)
+    for layer, router, of_layer in of_layers:
+        layer["router_flops_per_token"] = router.flops(of_layer).total
+        layer["exact_router_flops_per_token"] = ExactRouter.flops(of_layer).total
+    (run,) = read_runs([write(tmp_path, records)])
+    assert run.routers == ["hash", "air"]
+    assert router_flops(run) == (AIRRouter.flops(config).total, 2 * ExactRouter.flops(config).total)
+
+
 def test_resumes_and_cut_lines_are_named(eventful):
     text = " ".join(eventful[0].text.split())
     assert "resumed after step 50 (204,800 tokens); 10 lines of the earlier run that lie beyond are left out" in text
@@ -237,7 +254,7 @@ def test_values_that_are_no_numbers_leave_gaps(tmp_path):
     records = lines(num_layers=1, end=100, quantization_error=float("nan"))
     records[2]["layers"][0]["topk_recall"] = None
     records[2]["layers"][0]["load_bins"][0] = None
-    snapshot = codebook(num_layers=1, num_clusters=5)
+    snapshot = codebook(iteration=100, num_layers=1, num_clusters=5)
     snapshot["layers"][0]["x"][2] = None
     layer = drawn(tmp_path, records, snapshot)
     names = {figure.title for figure in layer["panels"] if figure.svg}

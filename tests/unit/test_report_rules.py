@@ -8,7 +8,7 @@ import pandas
 import pytest
 
 from air_moe_megatron.config import AIRFields
-from air_moe_megatron.report.rules import RECORDS, RULES, Finding, findings, layer_metrics, ranges
+from air_moe_megatron.report.rules import FIRST_BY_HASH, RECORDS, RULES, Finding, findings, layer_metrics, ranges
 from air_moe_megatron.report.runs import read_run
 from tests.run_files import diagnostics, header, lines, step, write
 
@@ -128,8 +128,8 @@ def test_remedies_name_flags_that_exist(rule, megatron_cpu):
 
     parser = extra_args_provider(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     known = {flag for action in parser._actions for flag in action.option_strings}
-    assert set(rule.remedies) - {""} <= set(ROUTERS)
-    for router in ROUTERS:
+    assert set(rule.remedies) - {""} <= {*ROUTERS, FIRST_BY_HASH}
+    for router in (*ROUTERS, FIRST_BY_HASH):
         flags = re.findall(r"--[a-z0-9-]+", rule.remedy(router))
         assert set(flags) <= known
         assert flags or rule.name == "broken bound"
@@ -140,7 +140,29 @@ def test_remedies_name_flags_that_exist(rule, megatron_cpu):
 def test_a_finding_has_the_remedy_of_its_router(tmp_path, router):
     (finding,) = findings(read_run(write(tmp_path, lines(router, end=400, imbalance_factor=20.0)), "run"))
     assert finding.text.endswith(finding.rule.remedy(router))
-    assert ("cannot balance" in finding.text) == (router == "hash")
+    assert ("choose another --moe-router-type" in finding.text) == (router == "hash")
+
+
+def test_first_layers_by_hash_do_not_make_a_run_one_by_hash(tmp_path):
+    records = lines("air", end=400, num_hash_layers=1, imbalance_factor=20.0, rank_imbalance=2.0, experts_used=0.1)
+    for line in records:
+        if line["kind"] == "diagnostics":
+            line["routing_share"] = 0.6
+    texts = [(finding.rule.name, finding.text) for finding in findings(read_run(write(tmp_path, records), "run"))]
+
+    def of(name, where):
+        (text,) = (text for rule, text in texts if rule == name and text.startswith(where))
+        return text
+
+    assert of("share of routing", "routing takes 60%").endswith(
+        ": lower --moe-air-num-probes, then --moe-air-num-clusters"
+    )
+    of_hash = of("imbalance of experts", "layer 1: ")
+    assert of_hash.endswith(": set --moe-hash-balance frequency; where it is set, lower --moe-num-hash-layers")
+    assert of("imbalance of experts", "layer 2: ").endswith(": raise --moe-aux-loss-coeff")
+    assert of("imbalance of ranks", "layer 1: ").endswith(": change --moe-hash-seed")
+    assert ": lower --moe-num-hash-layers: " in of("experts unused", "layer 1: ")
+    assert not any("--moe-router-type" in text for _, text in texts)
 
 
 def test_layers_are_worded_as_ranges():
