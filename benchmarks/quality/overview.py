@@ -16,17 +16,17 @@ from benchmarks.quality.report import (
     number_ticks,
     points,
     quality_name_of,
+    rows_of,
     spread,
     styles_of,
 )
-from benchmarks.quality.study import read_results
 
 _CORPORA = {"stdlib": "bytes", "wikitext-2": "WikiText-2", "gutenberg-100m": "Gutenberg"}
 
 
 def regimes(rows: list[dict], subject: str) -> dict[tuple, dict[str, list[dict]]]:
-    """The groups with K = 16 in which ``subject`` and the reference have three seeds or more. Of their variants, only
-    those that two groups have are kept.
+    """The groups with K = 16 in which ``subject`` and the reference have three seeds or more. Of several groups, only
+    the variants that two of them have are kept.
     """
     found = {
         regime: variants
@@ -34,8 +34,9 @@ def regimes(rows: list[dict], subject: str) -> dict[tuple, dict[str, list[dict]]
         if regime[4] == 16 and all(len(variants.get(name, ())) >= 3 for name in (subject, REFERENCE))
     }
     counts = Counter(name for variants in found.values() for name in variants)
+    least = min(2, len(found))
     return {
-        regime: {name: of_variant for name, of_variant in variants.items() if counts[name] > 1}
+        regime: {name: of_variant for name, of_variant in variants.items() if counts[name] >= least}
         for regime, variants in found.items()
     }
 
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="file of the plot")
     parser.add_argument("--subjects", nargs="+", default=["air"], help="variants to compare with the others")
     args = parser.parse_args(argv)
-    rows = [row for path in args.results for row in read_results(path)]
+    rows = rows_of(args.results)
     for subject in args.subjects:
         if not regimes(rows, subject):
             files = ", ".join(map(str, args.results))

@@ -23,15 +23,16 @@ def groups(rows: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
     """Group comparable rows: (corpus, tokens, precision, E, K, F) -> variant -> rows of its seeds.
 
     Raises:
-        ValueError: if two rows of a variant have the same seed: they are then runs with different flags.
+        ValueError: naming seed and keys, if two rows of a variant have the same seed: they are runs with other flags.
     """
     found: dict[tuple, dict[str, list[dict]]] = {}
     for row in sorted(rows, key=lambda row: (*_place(row), row["seed"])):
         of_variant = found.setdefault(_place(row), {}).setdefault(row["variant"], [])
         if of_variant and of_variant[-1]["seed"] == row["seed"]:
             raise ValueError(
-                f"seed ({row['seed']}) of variant {row['variant']!r} occurs twice in {_title(*_place(row))}: runs with "
-                "different flags need variants of different names, or files of their own"
+                f"seed ({row['seed']}) of variant {row['variant']!r} occurs twice in {_title(*_place(row))}, with keys "
+                f"{of_variant[-1]['key']} and {row['key']}: runs with different flags need variants of different "
+                "names, or files of their own"
             )
         of_variant.append(row)
     return found
@@ -341,16 +342,33 @@ def _grid(pyplot, found, columns: int, draw: Callable, styles: dict, file: Path)
     return file
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Write tables.md and the plots of one or more files of results."""
+def rows_of(files: Sequence[Path]) -> list[dict]:
+    """The rows of one or more files of results, for a command.
+
+    Raises:
+        SystemExit: with a message that names the file, if a line is no row or two rows are those of one seed.
+    """
     from benchmarks.quality.study import read_results
 
+    try:
+        rows = read_results(*files)
+    except ValueError as error:
+        sys.exit(str(error))
+    try:
+        groups(rows)
+    except ValueError as error:
+        sys.exit(f"{', '.join(map(str, files))}: {error}")
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write tables.md and the plots of one or more files of results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="files of JSON lines")
     parser.add_argument("--out", type=Path, required=True, help="folder for tables.md and the plots")
     parser.add_argument("--step-times", type=Path, help="CSV file of step_time.py, for the column of step times")
     args = parser.parse_args(argv)
-    rows = [row for path in args.results for row in read_results(path)]
+    rows = rows_of(args.results)
     if not rows:
         sys.exit(f"{', '.join(map(str, args.results))}: no results")
     args.out.mkdir(parents=True, exist_ok=True)

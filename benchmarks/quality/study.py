@@ -63,6 +63,8 @@ _RULES = {
     "flags": ("a table of numbers, texts and booleans", lambda value: _is_flags(value)),
 }
 """Entry of a study -> the rule for its value in words, and its check."""
+_ROW_START = '{"key": "'
+"""How every row of a file of results begins."""
 _LOSS_POINTS = 50  # points of the training loss in a result; each is a mean over its share of the steps
 
 
@@ -267,11 +269,11 @@ class Study:
         """The results of this precision, by the keys of their runs."""
         return {row["key"]: row for row in read_results(self.results) if row["precision"] == self.precision}
 
-    def make(self, jobs: int) -> list[Run]:
+    def make(self, pending: list[Run], jobs: int) -> list[Run]:
         """Prepare the data of the pending runs and make these runs, ``jobs`` at a time; returns those that failed."""
         from benchmarks.quality.data import prepare
 
-        pending, failed = self.pending(), []
+        failed = []
         logger.info("%d runs, %d of them done before", len(self.runs), len(self.runs) - len(pending))
         corpora = {run.prepared: (run.corpus, run.vocabulary) for run in pending}
         data = self.out / "data"
@@ -319,8 +321,8 @@ class Study:
         if code:
             return None
         row = self._result(run, meta, folder, time.perf_counter() - start)
-        with self._lock, self.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with self._lock:
+            append_result(self.results, row)
         if not self.keeps_checkpoints:
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         return row
@@ -355,21 +357,68 @@ class Study:
         }
 
 
-def read_results(path: Path) -> list[dict]:
-    """The rows of a file of JSON lines; empty if it does not exist.
+def read_results(*files: Path) -> list[dict]:
+    """The rows of files of JSON lines; a file that does not exist has none.
+
+    A last line that was cut short when a study was killed is left out, with a warning.
 
     Raises:
-        ValueError: naming the line that is not JSON.
+        ValueError: naming file and line, if a line is no row, or a run has two rows of one precision.
     """
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not a result ({error}); remove the line") from error
+    rows, first_places = [], {}
+    for path in files:
+        text = path.read_text() if path.is_file() else ""
+        cut = _cut_line(text)
+        if cut:
+            logger.warning("%s: the last line was cut short when a study was killed, and is left out", path)
+        for number, line in enumerate(text.removesuffix(cut).splitlines(), 1):
+            place = f"{path}, line {number}"
+            row = _row(line, place)
+            run = row["key"], row["precision"]
+            if run in first_places:
+                raise ValueError(
+                    f"{place}: key ({run[0]!r}) occurs twice in precision {run[1]}, before in {first_places[run]}: a "
+                    "run has one row; give each file once, and remove one of the two lines"
+                )
+            first_places[run] = place
+            rows.append(row)
     return rows
+
+
+def _row(line: str, place: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not a result ({error}); remove the line") from None
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("key", "precision")):
+        raise ValueError(f"{place}: not a result (key and precision must be texts); remove the line")
+    return row
+
+
+def _cut_line(text: str) -> str:
+    """The last line of a file of results if a killed study left it incomplete, otherwise "".
+
+    It has no end, is no JSON, and begins as a row does. Other text is no remainder of a row, and is never replaced.
+    """
+    last = text.rpartition("\n")[2]
+    if not last.startswith(_ROW_START) and not _ROW_START.startswith(last):
+        return ""
+    try:
+        json.loads(last)
+    except json.JSONDecodeError:
+        return last
+    return ""
+
+
+def append_result(path: Path, row: dict) -> None:
+    """Append a row to a file of results. It takes the place of a last line that a killed study cut short."""
+    text = path.read_text() if path.is_file() else ""
+    cut = _cut_line(text)
+    if cut:
+        os.truncate(path, path.stat().st_size - len(cut.encode()))
+    lacks_end = not cut and text and not text.endswith("\n")
+    with path.open("a") as file:
+        file.write(("\n" if lacks_end else "") + json.dumps(row) + "\n")
 
 
 def describe(row: dict) -> str:
@@ -407,21 +456,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="list the runs, done or not, and make none")
     args = parser.parse_args(argv)
 
-    config = tomllib.loads(args.config.read_text())
-    runs = [run for run in load_runs(config) if fnmatch.fnmatch(run.name, args.only)]
+    try:
+        runs = load_runs(tomllib.loads(args.config.read_text()))
+    except (OSError, ValueError) as error:
+        parser.error(f"{args.config}: {error}")
+    runs = [run for run in runs if fnmatch.fnmatch(run.name, args.only)]
     if not runs:
         parser.error(f"--only ({args.only!r}) must match the name of a run of {args.config}, as --list shows it")
     results = args.results or args.out / f"{args.config.stem}.jsonl"
     saving = args.checkpoint_interval, args.keep_checkpoints
     study = Study(runs, args.data_dir, args.out, results, args.threads, *saving)
-    if args.list:
-        done = study.done()
-        for run in runs:
-            sys.stdout.write(f"{run.key}  {run.name}: {describe(done[run.key]) if run.key in done else 'to be made'}\n")
-        return
+    try:
+        if args.list:
+            done = study.done()
+            for run in runs:
+                result = describe(done[run.key]) if run.key in done else "to be made"
+                sys.stdout.write(f"{run.key}  {run.name}: {result}\n")
+            return
+        pending = study.pending()
+    except ValueError as error:
+        sys.exit(str(error))
     results.parent.mkdir(parents=True, exist_ok=True)
     jobs = args.jobs or (1 if study.on_gpu else max(1, len(os.sched_getaffinity(0)) // args.threads))
-    failed = study.make(jobs)
+    failed = study.make(pending, jobs)
     logger.info("results: %s", results)
     if failed:
         sys.exit(f"{len(failed)} runs failed: {', '.join(run.name for run in failed)}")

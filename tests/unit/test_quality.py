@@ -130,6 +130,62 @@ def test_a_run_with_a_result_is_not_repeated(tmp_path):
         made.pending()
 
 
+def test_a_row_that_a_kill_cut_is_left_out_and_the_next_row_takes_its_place(tmp_path, caplog):
+    results = tmp_path / "results.jsonl"
+    rows = [{"key": run.key, "precision": "fp32", "bits_per_byte": 2.0} for run in study.load_runs(CONFIG)[:3]]
+    texts = [json.dumps(row) for row in rows]
+    for cut in ("{", '{"key"', texts[1][:-1], texts[1][: len(texts[1]) // 2]):
+        results.write_text(f"{texts[0]}\n{cut}")
+        caplog.clear()
+        assert study.read_results(results) == rows[:1]
+        (record,) = caplog.records
+        assert record.getMessage() == f"{results}: the last line was cut short when a study was killed, and is left out"
+        study.append_result(results, rows[1])
+        study.append_result(results, rows[2])
+        assert results.read_text() == "".join(f"{text}\n" for text in texts)
+    results.write_text("\n".join(texts[:2]))  # killed before the last end of line
+    study.append_result(results, rows[2])
+    assert study.read_results(results) == rows
+    study.append_result(tmp_path / "new.jsonl", rows[0])
+    assert study.read_results(tmp_path / "new.jsonl") == rows[:1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"key": "a", "precision": "fp32"}\n{"key": "b"', None),
+        ('{"key": "b", \n{"key": "a", "precision": "fp32"}\n', "line 1: not a result"),
+        ('{"key": "a", "precision": "fp32"}\n{"key": "b"\n', "line 2: not a result"),
+        ("years of work", "line 1: not a result"),
+        ('{"key": "a"}\n', "line 1: not a result (key and precision must be texts)"),
+        ("[1]\n", "line 1: not a result (key and precision must be texts)"),
+        ('{"key": "a", "precision": "fp32"}\n' * 2, "line 2: key ('a') occurs twice in precision fp32, before in "),
+    ],
+    ids=["cut", "damaged-within", "damaged-at-the-end", "text", "no-precision", "no-object", "twice"],
+)
+def test_damaged_results_end_the_command_with_file_and_line(tmp_path, capsys, text, message):
+    results = tmp_path / "results.jsonl"
+    results.write_text(text)
+    words = [str(FOLDER / "small.toml"), "--list", "--results", str(results)]
+    if message is None:
+        study.main(words)
+        assert "to be made" in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as stopped:
+        study.main(words)
+    assert stopped.value.code.startswith(f"{results}, {message}")
+    assert results.read_text() == text
+
+
+def test_a_bad_study_ends_the_command_with_its_file(tmp_path, capsys):
+    path = tmp_path / "bad.toml"
+    for text, message in (("corpus = ", "Invalid value"), ('corpus = "stdlib"', "vocabulary is missing")):
+        path.write_text(text)
+        with pytest.raises(SystemExit):
+            study.main([str(path), "--list"])
+        assert f"{path}: {message}" in capsys.readouterr().err
+
+
 def test_a_pattern_that_matches_no_run_is_refused(capsys):
     with pytest.raises(SystemExit):
         study.main([str(FOLDER / "small.toml"), "--list", "--only", "other*"])

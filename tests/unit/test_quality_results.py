@@ -1,5 +1,6 @@
 """Tables and plots of the quality study, and those of its results that are committed."""
 
+import json
 import re
 import statistics
 import tomllib
@@ -17,6 +18,7 @@ RESULTS = study.ROOT / "docs/results"
 
 def result(variant, seed, perplexity, **health):
     return {
+        "key": f"{variant}-{seed}",
         "variant": variant, "corpus": "wikitext-2", "experts": 64, "topk": 4, "ffn": 1, "seed": seed,
         "word_perplexity": perplexity, "bits_per_byte": 1.0, "tokens": 1000, "seconds": 36.0, "precision": "fp32",
         "flops_per_token": {"router": 2e6, "router_with_dispatch": 4e6, "total": 5e6, "total_with_dispatch": 7e6},
@@ -65,8 +67,29 @@ def test_the_table_shows_step_times_where_the_group_was_timed(tmp_path):
 
 
 def test_runs_with_different_flags_are_not_taken_for_seeds():
-    with pytest.raises(ValueError, match=r"seed \(1\) of variant 'air' occurs twice"):
-        report.groups([result("air", 1, 90.0), result("topk", 1, 90.0), result("air", 1, 80.0)])
+    other = result("air", 1, 80.0) | {"key": "other"}
+    with pytest.raises(ValueError, match=r"seed \(1\) of variant 'air' occurs twice .*, with keys air-1 and other: "):
+        report.groups([result("air", 1, 90.0), result("topk", 1, 90.0), other])
+
+
+def written(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_repeated_seed_or_row_ends_the_commands_with_file_key_and_rule(tmp_path, capsys):
+    first, again = result("air", 1, 90.0), result("air", 1, 80.0)
+    one, two = written(tmp_path / "one.jsonl", first), written(tmp_path / "two.jsonl", again | {"key": "other"})
+    three = written(tmp_path / "three.jsonl", first, again)
+    for main, out in ((report.main, tmp_path), (overview.main, tmp_path / "plot.png")):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(one), str(two), "--out", str(out)])
+        for words in (f"{one}, {two}: seed (1) of variant 'air' occurs twice", "keys air-1 and other", "need variants"):
+            assert words in stopped.value.code
+        for files, where in (((one, one), f"{one}, line 1"), ((three,), f"{three}, line 2")):
+            with pytest.raises(SystemExit) as stopped:
+                main([*map(str, files), "--out", str(out)])
+            assert stopped.value.code.startswith(f"{where}: key ('air-1') occurs twice in precision fp32, before in ")
 
 
 def test_the_plots_are_drawn(tmp_path):
@@ -110,6 +133,18 @@ def test_the_overview_compares_one_router_with_the_others_where_there_are_three_
     ]
     assert overview.plot(rows + elsewhere, tmp_path / "overview.png").stat().st_size > 10_000
     assert not overview.regimes([row | {"topk": 8} for row in rows], "air")
+
+
+def test_the_overview_of_one_regime_has_all_its_variants(tmp_path):
+    rows = [
+        result(name, seed, perplexity + seed) | {"topk": 16}
+        for seed in (1, 2, 3)
+        for name, perplexity in (("topk", 100.0), ("air", 105.0), ("vq", 110.0))
+    ]
+    assert [set(variants) for variants in overview.regimes(rows, "air").values()] == [{"topk", "air", "vq"}]
+    lines = overview.comparison(rows).splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["| air against", "|---|---|", "| topk", "| vq"]
+    assert overview.plot(rows, tmp_path / "overview.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", ["small", "full", "bytes", "deep"])
