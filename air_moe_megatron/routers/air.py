@@ -272,7 +272,7 @@ class AIRRouter(CompactRouter):
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
         num_probes = self.sizes.num_probes
-        if self.learns() and self.index.source == "tokens":
+        if self._learns and self.index.source == "tokens":
             probes, statistics = assign_with_statistics(
                 hidden,
                 self.codebook.codewords,

@@ -94,6 +94,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         self.add_accumulator("logged_before", torch.zeros(self.num_experts + 1, dtype=torch.int64))
         self._forwards = ForwardCounter()
         self._is_counted = False  # whether the tokens of the current forward count
+        self._learns = False  # whether they are also added to what is learned without gradients
         self.has_learned = False  # whether a forward has learned since the last step
 
     @staticmethod
@@ -199,6 +200,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
 
     def _route_as_given(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None) -> Routes:
         self._is_counted = self.training and self._forwards.counts()
+        self._learns = self._is_counted and self._is_trained()
         self._maintain_float32_expert_bias()
         batch_size = hidden_states.shape[1] if hidden_states.dim() == 3 else 1
         hidden = self.apply_input_jitter(hidden_states).reshape(-1, self.config.hidden_size)  # [T, H]
@@ -206,17 +208,16 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             padding_mask = padding_mask.reshape(-1)  # [T]
             hidden = self._without_padding(hidden, padding_mask)
         self._follow_device(hidden)
-        if self.input_norm is not None:
-            if self.learns():
-                with hidden_from_checkpoints():
-                    self.input_norm.accumulate(hidden, padding_mask)
+        if self.input_norm is not None and self._learns:
+            with hidden_from_checkpoints():
+                self.input_norm.accumulate(hidden, padding_mask)
         routes = self._norm_and_choose(hidden, padding_mask, batch_size)
         if self._is_counted:
             with hidden_from_checkpoints():
                 counts = self._count(routes.topk_ids, padding_mask)
                 self.expert_load += counts
                 self.num_routed += hidden.shape[0] if padding_mask is None else (~padding_mask).sum()
-            self.has_learned |= self.learns()
+            self.has_learned |= self._learns
             if self.config.moe_expert_capacity_factor is None:  # otherwise forward counts, after it has dropped tokens
                 self._count_for_bias(counts)
         return routes
@@ -238,19 +239,15 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         padding = hidden.new_zeros(()) if self.config.moe_dispatch == "compact" else hidden.nan_to_num(0.0, 0.0, 0.0)
         return torch.where(padding_mask.unsqueeze(1), padding, hidden)
 
-    def learns(self) -> bool:
-        """Whether the current forward adds to what is learned without gradients.
-
-        Its tokens must count, and some parameter of the router must be trained. torch's ``FullyShardedDataParallel``
-        may have replaced the parameters by plain tensors.
-        """
+    def _is_trained(self) -> bool:
+        """Whether any parameter of the router is trained. FSDP of torch may have replaced them by plain tensors."""
         weights = list(self.parameters()) or [one for one in vars(self).values() if isinstance(one, torch.Tensor)]
-        return self._is_counted and any(weight.requires_grad for weight in weights)
+        return any(weight.requires_grad for weight in weights)
 
     @torch.compiler.disable
     def _count_for_bias(self, counts: torch.Tensor) -> None:
         """Add the tokens of each expert, ``counts`` [E], to the counts that Megatron's expert-bias update reads."""
-        if self.enable_expert_bias and self.learns():
+        if self.enable_expert_bias and self._learns:
             with hidden_from_checkpoints():
                 self.local_tokens_per_expert += counts
 

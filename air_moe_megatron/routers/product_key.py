@@ -167,7 +167,7 @@ class ProductKeyRouter(CompactRouter):
         """
         if not self.training:
             return self.query_norm(queries)
-        if self.learns():
+        if self._learns:
             with hidden_from_checkpoints():
                 self.query_norm.accumulate(queries.detach(), padding_mask)
         return _BatchNorm.apply(queries, self.query_norm.mean, padding_mask, self.tp_dp_cp_group)
