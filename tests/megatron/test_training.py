@@ -67,8 +67,18 @@ def air_checkpoint(pretrain, topk_checkpoint, tmp_path_factory):
     return run, directory
 
 
-def test_resumed_run_equals_the_uninterrupted_one(pretrain, tmp_path):
-    flags = [*AIR, *EP2, "--moe-air-refresh-interval", "4", "--moe-input-jitter-eps", "0.01", *FULL_RECOMPUTE]
+@pytest.mark.parametrize("precision", [[], pytest.param(["--bf16"], marks=pytest.mark.long)], ids=["fp32", "bf16"])
+def test_resumed_run_equals_the_uninterrupted_one(pretrain, tmp_path, precision):
+    flags = [
+        *AIR,
+        *precision,
+        *EP2,
+        "--moe-air-refresh-interval",
+        "4",
+        "--moe-input-jitter-eps",
+        "0.01",
+        *FULL_RECOMPUTE,
+    ]
     flags += ["--moe-air-diagnostics-interval", "2", "--moe-router-input-norm", "low_rank_whitening"]
     whole = pretrain(*flags, "--train-iters", "10", *save_flags(tmp_path / "whole", 5))
     # The second run finds only the checkpoint of iteration 5, as after a kill.
