@@ -46,7 +46,8 @@ class FrozenBounds:
 
     For each codeword it keeps V *verified* experts: the unlisted ones that could score highest for a typical token. It
     scores them for each token and bounds all others by constants. That is O(V*H) work per token beyond the fine scores,
-    O(H) with ``num_verified=0``. A bias becomes one more component of the centers. Source: derived in docs/theory.md.
+    O(H) with ``num_verified=0``. Each call also reads the centers once, to find out whether they have changed. A bias
+    becomes one more component of the centers. Source: derived in docs/theory.md.
 
     Construction takes ``2*C*E*H`` FLOPs, with mass bounds ``2*C*E*H*(H + 2)``. The object holds ``C*(V + 33*B)``
     numbers, with mass bounds ``C*H`` more; B is 1 without an expert bias. Does not communicate.
@@ -68,15 +69,9 @@ class FrozenBounds:
         if size < 0:
             raise ValueError(f"num_verified ({num_verified}) must be at least 0")
         self.router, self.with_mass = router, with_mass
-        self._made_of = self._state()
+        self._made_of = router.index.identify(router.codebook, router.centers)
         with torch.no_grad():
             self._build(min(size, router.num_experts))
-
-    def _state(self) -> list[tuple[int, int | None]]:
-        tensors = (self.router.weight, self.router.bias, self.router.expert_bias)
-        tensors += (self.router.index.shortlist, self.router.codebook.codewords)
-        versions = [None if x is None or x.is_inference() else x._version for x in tensors]  # inference mode: none
-        return [(x.data_ptr(), version) for x, version in zip(tensors, versions, strict=True) if x is not None]
 
     def _build(self, num_verified: int) -> None:
         router = self.router
@@ -166,7 +161,7 @@ class FrozenBounds:
         return moments
 
     def _require_unchanged(self) -> None:
-        if self._state() != self._made_of:
+        if self.router.index.identify(self.router.codebook, self.router.centers) != self._made_of:
             raise ValueError(
                 "the router's centers, biases, lists or codewords have changed since its constants were made; make "
                 "FrozenBounds anew"

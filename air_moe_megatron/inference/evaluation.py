@@ -28,6 +28,7 @@ from air_moe_megatron.inference.data import TokenStream, Windows, microbatches, 
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
 from air_moe_megatron.process_groups import process_groups_released, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter
+from air_moe_megatron.routers.air import sample_step
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.sharded import ShardedRoutes
 
@@ -90,8 +91,9 @@ class RoutingMeter:
             self._sample(router, args[0][:, :counted] if counted else args[0], counted > 0)
 
     def _sample(self, router: AIRRouter, hidden: torch.Tensor, is_counted: bool) -> None:
+        batch_size = hidden.shape[1]
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        hidden = hidden[:: -(-hidden.shape[0] // _SAMPLE_SIZE)]
+        hidden = hidden[:: sample_step(hidden.shape[0], batch_size)]
         self.recalls.append((*recall(router, router.sample_of(hidden)), hidden.shape[0] * is_counted))
         self.num_sampled += _SAMPLE_SIZE
 

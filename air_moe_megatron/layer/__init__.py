@@ -93,8 +93,8 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
 
 
 def find_compact_layers(modules: Iterable[torch.nn.Module]) -> list[AIRMoELayer]:
-    """Find all layers with a compact dispatcher in several modules, such as Megatron's model chunks."""
-    found = (module for chunk in modules for module in chunk.modules())
+    """Find all layers with a compact dispatcher in several modules, such as Megatron's model chunks, each once."""
+    found = dict.fromkeys(module for chunk in modules for module in chunk.modules())
     return [module for module in found if isinstance(module, AIRMoELayer) and module.is_compact]
 
 

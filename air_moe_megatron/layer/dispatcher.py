@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from air_moe_megatron.learned.recomputation import is_in_backward
+from air_moe_megatron.learned.recomputation import ForwardCounter
 from air_moe_megatron.ops.exchange import combine, make_plan, pack
 from air_moe_megatron.ops.pair_products import Pairs, make_pairs
 from air_moe_megatron.process_groups import HoldsProcessGroups
@@ -40,7 +40,8 @@ class Traffic:
     """Bytes that this rank's training forwards have passed to the all-to-alls since the last reset.
 
     ``row_bytes`` are sent, and equally many come back for the same tokens. The backward repeats both. The ``remote``
-    bytes go to other ranks. A dispatcher counts recomputed forwards separately.
+    bytes go to other ranks. A dispatcher counts forwards whose tokens do not count separately: one of the two of a
+    recomputed forward, and any other without gradients.
     """
 
     row_bytes: int = 0
@@ -74,6 +75,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         self.num_experts = num_local_experts * self.ep_size
         self.layer_number: int | None = None
         self.training = True
+        self._forwards = ForwardCounter()  # counts the same forwards as the router's
         self.reset_log()
         self._have_ranks_agreed = False
         self._mismatch = None
@@ -183,10 +185,12 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
     def discard(self) -> None:
         """Begin an attempt at a step: forget the traffic since the end of the last step."""
         self.traffic, self.recomputed_traffic = map(replace, self._logged_before)
+        self._forwards.reset()
 
     def end_step(self) -> None:
         """End a step, successful or not: keep the traffic of its forwards."""
         self._logged_before = replace(self.traffic), replace(self.recomputed_traffic)
+        self._forwards.reset()
 
     def reset_log(self) -> None:
         """Reset the traffic for the next log line."""
@@ -237,7 +241,7 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         """The counters to which the current forward adds."""
         if not self.training:
             return Traffic()
-        return self.recomputed_traffic if is_in_backward() else self.traffic
+        return self.traffic if self._forwards.counts() else self.recomputed_traffic
 
     def _count_traffic(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, rows_sent: list[int], pairs_sent: list[int]

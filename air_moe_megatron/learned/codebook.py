@@ -249,6 +249,7 @@ class Codebook(Learner):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if strict and not any(name in state_dict for name in names):
             del missing_keys[num_missing:]  # plain top-k routing has no codebook
+        self.last_health.fill_(torch.nan)  # it is of the state before loading, and checkpoints do not hold it
 
     @torch.no_grad()
     def start_anew(self) -> None:

@@ -106,7 +106,7 @@ class ShortlistIndex(torch.nn.Module):
         self.on_host = HostCopy(self, "built_at", "progress")
         self.on_host.note(list(RebuildState(built_at=-1, num_rebuilds=0, num_done=0)))
         self._share: Share | None = None
-        self._provisional: bytes | None = None  # the provisional lists and what they were made from, see _identify
+        self._provisional: bytes | None = None  # the provisional lists and what they were made from, see identify
 
     @property
     def is_built(self) -> bool:
@@ -141,15 +141,19 @@ class ShortlistIndex(torch.nn.Module):
         Args:
             codebook: its number of updates decides when lists are due. With source 'experts' it is fitted first.
             centers: of the experts of this shard.
-            training: whether the forward is one of training.
+            training: whether the forward is one of training, of a router that is not frozen.
             group: ranks with the same centers, which share the work; None means this rank alone.
         """
-        if not training:
-            if not self.is_built and self._provisional != self._identify(codebook, centers):
-                self._make_lists(codebook, centers)
-                self._provisional = self._identify(codebook, centers)
-            return
         state, updates = self._state, codebook.updates_on_host
+        has_own_lists = 0 <= state.built_at <= updates  # other code may have put an earlier codebook there
+        if not training:
+            if not has_own_lists and self._provisional != self.identify(codebook, centers):
+                self._make_lists(codebook, centers)
+                self._provisional = self.identify(codebook, centers)
+            return
+        if not has_own_lists:
+            self.start_anew()
+            state = self._state
         due = state.due(self.refresh_interval)
         # Without usable pools the rebuild is full. The first update replaces the random codewords, and so makes their
         # pools useless; an older checkpoint holds no pools.
@@ -225,8 +229,9 @@ class ShortlistIndex(torch.nn.Module):
             nearest[span.experts], score[span.experts] = ranking.nearest, ranking.score
         self._list_from_pools(nearest, score)
 
-    def _identify(self, codebook: Codebook, centers: Centers) -> bytes:
-        """A number for each list, and for each row and number that lists are made from; waits for the device.
+    @torch.no_grad()
+    def identify(self, codebook: Codebook, centers: Centers) -> bytes:
+        """A number for each list, and for each row and number that lists are made from: O(EH); waits for the device.
 
         Contents are compared, because other code may write to all of these without a trace, or put other tensors in
         their places for a forward (``torch.func.functional_call``, a parametrization).

@@ -52,7 +52,17 @@ class Learner(PreservedState):
         self.statistics.zero_()
 
     def batch_key(self) -> tuple:
-        """Key of this learner, the same on every rank; learners with equal keys may learn as one batch."""
+        """Key of this learner, the same on every rank; learners with equal keys may learn as one batch.
+
+        Raises:
+            ValueError: if other code has put a narrower buffer in the place of one in fp32.
+        """
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and buffer.dtype.itemsize < 4:
+                raise ValueError(
+                    f"{self.title}: {name} is {buffer.dtype}, and what is learned must be fp32 or wider: FSDP's "
+                    "MixedPrecision needs buffer_dtype None, and load_state_dict must not assign other dtypes"
+                )
         return type(self), self.statistics.shape, self.updates_on_host
 
     def drop_note(self) -> str:

@@ -31,7 +31,9 @@ class PreservedState(torch.nn.Module):
             self._buffers[name] = _with_dtype(self._buffers[name], original)
         for name in self.__dict__.get("_accumulators", ()):
             original = getattr(self, name)
-            setattr(self, name, _with_dtype(fn(original), original))
+            moved = _with_dtype(fn(original), original)
+            # ``to_empty`` leaves memory as it is, and no checkpoint fills accumulators.
+            setattr(self, name, torch.zeros_like(moved) if original.is_meta and not moved.is_meta else moved)
         return self
 
 

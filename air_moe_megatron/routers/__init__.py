@@ -33,11 +33,12 @@ def router_class(config: TransformerConfig) -> type[CompactRouter]:
 def find_routers[R: CompactRouter](
     modules: torch.nn.Module | Iterable[torch.nn.Module], router_class: type[R] = CompactRouter
 ) -> list[R]:
-    """Find all routers of a class in a fixed order.
+    """Find all routers of a class in a fixed order, each once.
 
     Args:
         modules: a module, or several, such as Megatron's model chunks.
         router_class: the class to find; by default every router of this package.
     """
     chunks = [modules] if isinstance(modules, torch.nn.Module) else modules
-    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, router_class)]
+    found = dict.fromkeys(module for chunk in chunks for module in chunk.modules())
+    return [module for module in found if isinstance(module, router_class)]

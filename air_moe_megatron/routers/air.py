@@ -10,6 +10,7 @@ Legend: N candidates per token in a tensor (K, M, M + X or P*L), X explored cand
 
 import argparse
 import logging
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -179,7 +180,7 @@ class AIRRouter(CompactRouter):
         if self._is_counted:
             with hidden_from_checkpoints():
                 if self.keeps_sample:
-                    self.sample = _take_sample(hidden, probes, padding_mask)
+                    self.sample = _take_sample(hidden, probes, padding_mask, batch_size)
                 if self.observer is not None:
                     self.observer.observe(probes, padding_mask, self._token_ids(hidden.shape[0], batch_size))
         return self._completed(routes, probes)
@@ -268,7 +269,7 @@ class AIRRouter(CompactRouter):
     @torch.no_grad()
     def _coarse(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """[C, L] int32 lists, and [T, P] int64 probes, the codewords whose lists each token searches."""
-        self.refresh_lists(self.training)
+        self.refresh_lists(self.training and not self._is_frozen())
         shortlist = self.index.shortlist
         allowed = shortlist[:, 0] >= 0 if self.index.source == "experts" else None
         num_probes = self.sizes.num_probes
@@ -355,9 +356,19 @@ class AIRRouter(CompactRouter):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "weight" not in state_dict:  # of another part of the model, which leaves this router as it is
             return
-        if not any(name.startswith(f"{prefix}index.") for name in state_dict):
+        of_codebook, of_lists = (
+            [name for name in state_dict if name.startswith(f"{prefix}{part}.")] for part in ("codebook", "index")
+        )
+        if not of_codebook:
+            strict, missing_keys = args[1], args[2]
+            if strict and of_lists:
+                missing_keys += [f"{prefix}codebook.{name}" for name in self.codebook.state_dict()]
+            for name in of_lists:  # lists mean nothing to another codebook
+                del state_dict[name]
+            of_lists = []
+        if not of_lists:
             self.index.start_anew()
-        if not any(name.startswith(f"{prefix}codebook.") for name in state_dict):
+        if not of_codebook:
             lost = self.codebook.updates_on_host
             text = "%scodebook: none in what is loaded; it is learned anew, and %d updates are lost"
             logger.log(logging.WARNING if lost else logging.INFO, text, prefix, lost)
@@ -383,10 +394,23 @@ def _columns(selected: torch.Tensor) -> torch.Tensor:
     return torch.arange(selected.shape[1], device=selected.device).expand_as(selected)
 
 
+def sample_step(num_tokens: int, batch_size: int) -> int:
+    """How many tokens apart the sampled ones are: up to 64 of T = S*B tokens [S, B], and of all sequences alike.
+
+    Example: with B = 2 every 9th of 512 tokens. Every 8th would be of the first sequence.
+    """
+    step = max(1, -(-num_tokens // _SAMPLE_SIZE))
+    while math.gcd(step, batch_size) > 1:
+        step += 1
+    return step
+
+
 @torch.no_grad()
-def _take_sample(hidden: torch.Tensor, probes: torch.Tensor, padding_mask: torch.Tensor | None) -> TokenSample:
+def _take_sample(
+    hidden: torch.Tensor, probes: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int
+) -> TokenSample:
     """Clone up to 64 tokens, spread evenly over [T, H]; a view would keep all of them in memory."""
-    step = max(1, -(-hidden.shape[0] // _SAMPLE_SIZE))
+    step = sample_step(hidden.shape[0], batch_size)
     return TokenSample(
         hidden=hidden[::step].clone(),
         probed=probes[::step].clone(),

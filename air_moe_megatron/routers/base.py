@@ -7,6 +7,7 @@ maps, for Megatron's own dispatchers.
 """
 
 import argparse
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -31,6 +32,8 @@ from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.losses import Explored, RouterLosses
 
+logger = logging.getLogger(__name__)
+
 INPUT_NORMS = {
     "none": None,
     "running": RunningNorm,
@@ -38,6 +41,7 @@ INPUT_NORMS = {
     "whitening": WhiteningNorm,
 }
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+_MANY_FORWARDS = 1000  # after so many without the end of a step, a training loop probably reports none
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         self._is_counted = False  # whether the tokens of the current forward count
         self._learns = False  # whether they are also added to what is learned without gradients
         self.has_learned = False  # whether a forward has learned since the last step
+        self._num_unreported = 0  # forwards that have learned since the last step
 
     @staticmethod
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
@@ -187,9 +192,9 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             drop_policy=self.config.moe_token_drop_policy,
             pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
         )
-        if self.enable_expert_bias:  # dropped tokens do not count
-            is_padding = routing_map.new_zeros(()) if padding_mask is None else padding_mask.reshape(-1, 1)
-            self._count_for_bias(routing_map.masked_fill(is_padding, False).sum(dim=0))
+        is_padding = routing_map.new_zeros(()) if padding_mask is None else padding_mask.reshape(-1, 1)
+        served = routing_map.masked_fill(is_padding, False)  # the map also has pairs that fill up a capacity, of prob 0
+        self._count_experts((served & (probs > 0)).sum(dim=0), for_bias=served.sum(dim=0))
         return probs, routing_map
 
     @torch.compiler.disable  # the host reads group sizes, and the count of updates that decides when lists are rebuilt
@@ -200,11 +205,16 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
 
     def _route_as_given(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None) -> Routes:
         self._is_counted = self.training and self._forwards.counts()
-        self._learns = self._is_counted and self._is_trained()
+        self._learns = self._is_counted and not self._is_frozen()
         self._maintain_float32_expert_bias()
         batch_size = hidden_states.shape[1] if hidden_states.dim() == 3 else 1
         hidden = self.apply_input_jitter(hidden_states).reshape(-1, self.config.hidden_size)  # [T, H]
         if padding_mask is not None:  # padding may hold anything, and NaN times zero is NaN
+            if padding_mask.shape not in (hidden_states.shape[:-1], hidden.shape[:1]):
+                raise ValueError(
+                    f"padding_mask {list(padding_mask.shape)} must be [sequence, batch] or [tokens], as hidden_states "
+                    f"{list(hidden_states.shape)}"
+                )
             padding_mask = padding_mask.reshape(-1)  # [T]
             hidden = self._without_padding(hidden, padding_mask)
         self._follow_device(hidden)
@@ -214,13 +224,26 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         routes = self._norm_and_choose(hidden, padding_mask, batch_size)
         if self._is_counted:
             with hidden_from_checkpoints():
-                counts = self._count(routes.topk_ids, padding_mask)
-                self.expert_load += counts
                 self.num_routed += hidden.shape[0] if padding_mask is None else (~padding_mask).sum()
-            self.has_learned |= self._learns
+                counts = self._count(routes.topk_ids, padding_mask)
+            self._note_learning()
             if self.config.moe_expert_capacity_factor is None:  # otherwise forward counts, after it has dropped tokens
-                self._count_for_bias(counts)
+                self._count_experts(counts, for_bias=counts)
         return routes
+
+    def _note_learning(self) -> None:
+        """Remember that the current forward has learned, and warn if no step ever ends."""
+        if not self._learns:
+            return
+        self.has_learned = True
+        self._num_unreported += 1
+        if self._num_unreported == _MANY_FORWARDS and self.learners():
+            logger.warning(
+                "layer %s: %d training forwards since the last step, and the router learns at the end of a step only; "
+                "call sync.update_codebooks(model, group) after each optimizer step (docs/what-learns-when.md)",
+                self.layer_number,
+                self._num_unreported,
+            )
 
     def _norm_and_choose(self, tokens: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int) -> Routes:
         """:meth:`_choose` for tokens [T, H] before the input norm; a router that sends tokens overrides it."""
@@ -239,17 +262,25 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         padding = hidden.new_zeros(()) if self.config.moe_dispatch == "compact" else hidden.nan_to_num(0.0, 0.0, 0.0)
         return torch.where(padding_mask.unsqueeze(1), padding, hidden)
 
-    def _is_trained(self) -> bool:
-        """Whether any parameter of the router is trained. FSDP of torch may have replaced them by plain tensors."""
-        weights = list(self.parameters()) or [one for one in vars(self).values() if isinstance(one, torch.Tensor)]
-        return any(weight.requires_grad for weight in weights)
+    def _is_frozen(self) -> bool:
+        """Whether no parameter of the router is trained.
+
+        FSDP of torch may have replaced the parameters by plain tensors. Without gradients these do not say whether they
+        are trained, and the answer is then False.
+        """
+        weights = list(self.parameters())
+        if not weights and torch.is_grad_enabled():
+            weights = [one for one in vars(self).values() if isinstance(one, torch.Tensor)]
+        return bool(weights) and not any(weight.requires_grad for weight in weights)
 
     @torch.compiler.disable
-    def _count_for_bias(self, counts: torch.Tensor) -> None:
-        """Add the tokens of each expert, ``counts`` [E], to the counts that Megatron's expert-bias update reads."""
-        if self.enable_expert_bias and self._learns:
-            with hidden_from_checkpoints():
-                self.local_tokens_per_expert += counts
+    def _count_experts(self, counts: torch.Tensor, for_bias: torch.Tensor) -> None:
+        """Add tokens of each expert, [E], to the counts of the log, and to those of Megatron's expert-bias update."""
+        with hidden_from_checkpoints():
+            if self._is_counted:
+                self.expert_load += counts
+            if self.enable_expert_bias and self._learns:
+                self.local_tokens_per_expert += for_bias
 
     def learners(self) -> list[Learner]:
         """List the modules that learn from each global batch without gradients."""
@@ -282,7 +313,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         """End a step, successful or not: keep what its forwards have added to the logs."""
         self.logged_before.copy_(torch.cat((self.expert_load, self.num_routed)))
         self.reset_global_aux_loss_tracker()  # Megatron's loop does so too, but other loops may not
-        self.has_learned = False
+        self.has_learned, self._num_unreported = False, 0
         self._forwards.reset()
 
     def reset_log(self) -> None:

@@ -192,7 +192,10 @@ def test_capacity_on_the_stock_path(megatron_cpu, router_type):
     router = make_router(megatron_cpu, moe_token_dispatcher_type="alltoall", **fields)
     tell_ids(router, torch.zeros(1, 32, dtype=torch.int64))
     _, routing_map = router(torch.randn(32, 1, HIDDEN))
-    assert routing_map.sum(dim=0).max() <= -(-32 * router.topk // router.num_experts)
+    capacity = -(-32 * router.topk // router.num_experts)
+    assert routing_map.sum(dim=0).max() <= capacity
+    assert 0 < router.expert_load.sum() <= routing_map.sum() < 32 * router.topk  # dropped tokens do not count
+    assert router.expert_load.max() <= capacity and router.num_routed == 32
     with pytest.raises(ValueError, match="moe_expert_capacity_factor"):
         router.route(torch.randn(32, 1, HIDDEN))
 

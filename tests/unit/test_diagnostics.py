@@ -467,3 +467,15 @@ def test_a_router_outside_of_a_training_loop_keeps_its_sample(megatron_cpu):
     router = make_router(megatron_cpu, moe_router_type="air", moe_air_diagnostics_interval=0)
     router.route(torch.randn(5, HIDDEN))
     assert router.sample is None
+
+
+@pytest.mark.parametrize("batch_size", (1, 2, 3, 4, 8, 64))
+@pytest.mark.parametrize("length", (1, 16, 128, 1000))
+def test_a_sample_has_tokens_of_all_sequences_alike(length, batch_size):
+    from air_moe_megatron.routers.air import sample_step
+
+    num_tokens = length * batch_size
+    sampled = torch.arange(0, num_tokens, sample_step(num_tokens, batch_size))
+    counts = torch.bincount(sampled % batch_size, minlength=batch_size)  # tokens [S, B] are flattened
+    assert min(num_tokens, 21) <= sampled.numel() <= 64
+    assert counts.max() - counts.min() <= 1

@@ -16,6 +16,7 @@ from air_moe_megatron.diagnostics.health import (
     sizes_of,
 )
 from air_moe_megatron.layer.dispatcher import CompactTokenDispatcher, Traffic
+from air_moe_megatron.learned.recomputation import ForwardCounter
 from air_moe_megatron.sync import discard_statistics, update_codebooks
 
 
@@ -183,6 +184,7 @@ def layer_with(*traffics):
     layer = torch.nn.Linear(1, 1)
     layer.token_dispatcher = CompactTokenDispatcher.__new__(CompactTokenDispatcher)
     layer.token_dispatcher.traffic, layer.token_dispatcher.recomputed_traffic = traffics
+    layer.token_dispatcher._forwards = ForwardCounter()
     return layer
 
 
@@ -219,6 +221,22 @@ def test_neither_evaluation_nor_padding_changes_the_bytes_of_a_token(megatron_cp
         stage = health.stage_health([layer.router], [layer], *health.expert_loads([layer.router]))
         found.append(health_metrics([stage])["dispatch-bytes-per-token"])
     assert found == [4 * HIDDEN, 4 * HIDDEN]
+
+
+def test_forwards_without_gradients_are_told_apart(megatron_cpu):
+    """In training mode, as of a teacher: their tokens do not count, so their bytes may not count per token."""
+    from air_moe_megatron.diagnostics import health
+    from tests.builders import HIDDEN, make_layer
+
+    layer = make_layer(megatron_cpu, moe_router_type="air").train()
+    hidden = torch.randn(20, 1, HIDDEN)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(hidden)
+    layer(hidden)
+    figures = health_metrics([health.stage_health([layer.router], [layer], *health.expert_loads([layer.router]))])
+    assert figures["dispatch-bytes-per-token"] == 4 * HIDDEN
+    assert figures["recomputed-bytes-per-token"] == 3 * 4 * HIDDEN
 
 
 @pytest.mark.parametrize("attempts", (1, 2, 3))

@@ -485,6 +485,6 @@ def test_provisional_lists_of_many_experts_are_told_apart_by_a_single_id():
     index = ShortlistIndex(8, 2, 4, source="tokens", refresh_interval=1)
     codebook, centers = Codebook(2, 3, 0.9), Centers(torch.zeros(8, 3))
     index.shortlist.fill_(2**25)
-    before = index._identify(codebook, centers)
+    before = index.identify(codebook, centers)
     index.shortlist[1, 3] += 1
-    assert index._identify(codebook, centers) != before
+    assert index.identify(codebook, centers) != before

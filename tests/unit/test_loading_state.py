@@ -204,3 +204,31 @@ def test_a_checkpoint_without_a_codebook_starts_a_used_router_anew(megatron_cpu)
         for state in found:
             del state[f".{counts}"]
     assert_same_state(*found)
+
+
+def test_lists_of_another_codebook_are_left_out(megatron_cpu):
+    """Whoever drops the codebook from a state, to learn it anew, must not keep lists as old as the state."""
+    state = {
+        key: value for key, value in trained(megatron_cpu, "air", 60).state_dict().items() if "codebook" not in key
+    }
+    with pytest.raises(RuntimeError, match="Missing key.*codebook.codewords"):
+        make_router(megatron_cpu, **fields_of("air")).load_state_dict(state)
+    router = make_router(megatron_cpu, **fields_of("air"))
+    router.load_state_dict(state, strict=False)
+    for seed in range(3):
+        discard_statistics(router)
+        router.route(microbatches(1, seed=seed)[0])
+        update_codebooks(router)
+        assert 0 <= int(router.index.built_at) <= router.codebook.updates_on_host == seed + 1
+
+
+@pytest.mark.parametrize("training", (False, True))
+def test_lists_that_are_newer_than_the_codebook_are_made_anew(megatron_cpu, training):
+    """As after a state without weights that brings an earlier codebook, or a write to its buffers."""
+    router, early = (trained(megatron_cpu, "air", steps) for steps in (60, 20))
+    router.codebook.load_state_dict(early.codebook.state_dict())
+    expected = copy.deepcopy(router)
+    expected.index.start_anew()
+    routes = [one.train(training).route(microbatches(1)[0]) for one in (router, expected)]
+    assert torch.equal(routes[0].topk_ids, routes[1].topk_ids)
+    assert torch.equal(router.index.shortlist, expected.index.shortlist)

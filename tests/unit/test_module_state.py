@@ -1,5 +1,7 @@
 """What our modules keep when a model is cast, evaluated, frozen, or a step is attempted anew."""
 
+import copy
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from tests.states import (
     BIAS,
     BOTH_PATHS,
     EVERYTHING,
+    NORM,
     assert_same_state,
     fields_of,
     give_ids,
@@ -272,8 +275,7 @@ def test_a_frozen_router_learns_nothing(megatron_cpu, name):
     for _ in range(2):
         router.route(microbatches(1)[0])
         update_codebooks(router)
-    router.requires_grad_(False).route(microbatches(1)[0])  # rebuilds the lists that the last update made due
-    update_codebooks(router)
+    router.requires_grad_(False)
     before = state_of(router)
     router.route(microbatches(1, seed=1)[0].requires_grad_())
     update_codebooks(router)
@@ -283,6 +285,57 @@ def test_a_frozen_router_learns_nothing(megatron_cpu, name):
         for key in logs:
             state.pop(f".{key}", None)
     assert_same_state(after, before)
+
+
+@pytest.mark.parametrize("name", ("air", "air-experts"))
+def test_a_frozen_router_that_follows_another_routes_as_in_evaluation(megatron_cpu, name):
+    """As a teacher whose weights are moving averages. It has no lists that training made."""
+    teacher = make_router(megatron_cpu, **fields_of(name)).requires_grad_(False)
+    for seed in range(3):
+        with torch.no_grad():
+            teacher.weight.copy_(torch.randn(teacher.weight.shape, generator=torch.Generator().manual_seed(seed)))
+        found, expected = (
+            one.route(microbatches(1)[0]).topk_ids.sort(dim=1).values
+            for one in (teacher, copy.deepcopy(teacher).eval())
+        )
+        update_codebooks(teacher)
+        assert torch.equal(found, expected) and int(teacher.index.built_at) == -1
+
+
+@pytest.mark.parametrize("ends_steps", (False, True))
+def test_a_loop_that_never_ends_a_step_is_warned_once(megatron_cpu, monkeypatch, caplog, ends_steps):
+    """Its codewords would stay random without a word."""
+    monkeypatch.setattr("air_moe_megatron.routers.base._MANY_FORWARDS", 5)
+    router = make_router(megatron_cpu, **fields_of("air"))
+    for hidden in microbatches(12):
+        router.route(hidden)
+        if ends_steps:
+            update_codebooks(router)
+    words = "5 training forwards since the last step"
+    assert [words in record.getMessage() for record in caplog.records] == ([] if ends_steps else [True])
+
+
+@ALL_TYPES
+def test_counts_of_a_model_from_the_meta_device_begin_at_zero(megatron_cpu, name):
+    """``to_empty`` gives memory with any content, and no checkpoint holds the counts."""
+    router = make_router(megatron_cpu, **fields_of(name))
+    found = copy.deepcopy(router).to("meta").to_empty(device="cpu")
+    accumulators = [(part, key) for part in found.modules() for key in vars(part).get("_accumulators", ())]
+    assert accumulators and all(bool((getattr(part, key) == 0).all()) for part, key in accumulators)
+    found.load_state_dict(router.state_dict())
+    assert_same_state(state_of(found), state_of(router))
+
+
+@pytest.mark.parametrize("router_type", ("topk", "air", "product_key"))
+def test_rounded_statistics_are_refused(megatron_cpu, router_type):
+    """As by the ``buffer_dtype`` of FSDP's MixedPrecision, or ``load_state_dict(assign=True)`` of a state in bf16."""
+    norm = {} if router_type == "product_key" else NORM
+    router = make_router(megatron_cpu, moe_router_type=router_type, **norm)
+    learner = router.learners()[0]
+    learner.mean = learner.mean.bfloat16()
+    router.route(microbatches(1)[0])
+    with pytest.raises(ValueError, match=f"{learner.title}: mean is torch.bfloat16, and what is learned must be fp32"):
+        update_codebooks(router)
 
 
 def test_every_router_type_is_tested_here():

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from air_moe_megatron.layer import find_compact_layers
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.sync import discard_statistics, update_codebooks
+from tests.builders import make_layer
 from tests.short_lists import CLOSE, HIDDEN, SCORES, SOURCES, TOPK, make_hidden, make_router
+from tests.states import assert_same_state, microbatches, state_of
 
 pytestmark = pytest.mark.usefixtures("megatron_cpu")
 
@@ -54,6 +57,16 @@ def test_padding_counts_nowhere(megatron_cpu, entry):
     assert torch.equal(padded.expert_load, alone.expert_load)
     assert torch.equal(padded.local_tokens_per_expert, alone.local_tokens_per_expert)
     assert alone.local_tokens_per_expert.sum() == kept.shape[0] * TOPK
+
+
+@pytest.mark.parametrize("shape", [(2, 20), (20,), (40, 1)])
+def test_a_padding_mask_of_another_shape_is_refused(megatron_cpu, shape):
+    """A mask [batch, sequence] has as many entries as one [sequence, batch], for other tokens."""
+    router, hidden = make_router(megatron_cpu), torch.randn(20, 2, HIDDEN)
+    for fitting in (torch.zeros(20, 2, dtype=torch.bool), torch.zeros(40, dtype=torch.bool)):
+        router.route(hidden, fitting)
+    with pytest.raises(ValueError, match=r"padding_mask \[.*\] must be \[sequence, batch\] or \[tokens\]"):
+        router.route(hidden, torch.zeros(shape, dtype=torch.bool))
 
 
 def test_discarded_statistics_leave_no_trace(megatron_cpu):
@@ -155,6 +168,21 @@ def test_routers_are_found_in_a_fixed_order(megatron_cpu):
     assert find_routers(chunks, AIRRouter) == [first, second, third]
     assert find_routers(chunks[1], AIRRouter) == [second, third]
     assert find_routers(torch.nn.Linear(2, 2), AIRRouter) == []
+    assert find_routers([chunks[1], chunks[0], third], AIRRouter) == [second, third, first]  # each once
+
+
+def test_a_router_that_two_modules_share_learns_once(megatron_cpu):
+    """As of actor and critic with one trunk, or of two models with tied layers."""
+    found = []
+    for give in (lambda layer: [layer], lambda layer: [torch.nn.Sequential(layer), layer, layer.router]):
+        layer = make_layer(megatron_cpu, moe_router_type="air", moe_router_input_norm="running")
+        for hidden in microbatches(3):
+            discard_statistics(give(layer))
+            layer(hidden)
+            update_codebooks(give(layer))
+        found.append(layer)
+    assert_same_state(state_of(found[1]), state_of(found[0]))
+    assert find_compact_layers([layer, torch.nn.Sequential(layer)]) == [layer]
 
 
 def test_an_expert_that_its_bias_favors_gets_into_the_lists(megatron_cpu):
