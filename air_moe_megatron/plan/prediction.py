@@ -51,6 +51,7 @@ class Plan:
     """The prediction for one layout."""
 
     is_sharded: bool
+    config: AIRMoEConfig
     memory: dict[str, float]  # purpose -> bytes per rank, over all layers
     router_flops: float  # per token and layer: forward, backward, rebuilds and input norm
     first_rebuild_flops: float  # per rank and layer: each of the first two rebuilds, which ranks make alone
@@ -225,6 +226,7 @@ def predict(args: argparse.Namespace, is_sharded: bool) -> Plan:
     rebuild = rebuild_flops(layout.config, on_gpu=True)
     return Plan(
         is_sharded,
+        layout.config,
         memory=_weight_memory(layout)
         | {purpose: float(args.layers * size) for purpose, size in learned.items()}
         | _token_memory(layout)

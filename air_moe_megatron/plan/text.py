@@ -1,11 +1,14 @@
 """The prediction as text: both layouts in tables, and what would fit if they do not."""
 
 import argparse
+import itertools
+import math
 
 from air_moe_megatron.config import AIRMoEConfig, resolve_sizes
-from air_moe_megatron.plan.prediction import config_of, predict, seconds
+from air_moe_megatron.plan.prediction import Plan, predict, seconds
 
 _GIB = 2**30
+_SHOWN = 4  # remedies
 
 
 def words_of_sizes(config: AIRMoEConfig) -> str:
@@ -19,28 +22,41 @@ def words_of_sizes(config: AIRMoEConfig) -> str:
 
 
 def remedies(args: argparse.Namespace) -> list[str]:
-    """Changed layouts that fit into the memory, one per line; those with the fewest changes first."""
-    world, found = args.nodes * args.gpus_per_node, []
-    expert_parallel = args.ep
-    while expert_parallel <= world:
-        for distributed in sorted({args.distributed_optimizer, True}):
-            for is_sharded in (False, True):
-                changed = argparse.Namespace(
-                    **{**vars(args), "ep": expert_parallel, "distributed_optimizer": distributed}
-                )
-                if args.experts % expert_parallel or world % expert_parallel:
-                    continue
-                try:
-                    plan = predict(changed, is_sharded)
-                except ValueError:  # the lists do not divide into so many parts
-                    continue
-                if plan.total <= args.memory_gib * _GIB:
-                    words = [f"--ep {expert_parallel}"] if expert_parallel != args.ep else []
-                    words += ["--distributed-optimizer"] if distributed != args.distributed_optimizer else []
-                    words += [plan.name]
-                    found.append(f"{', '.join(words)}: {plan.total / _GIB:.1f} GiB")
-        expert_parallel *= 2
-    return sorted(found, key=lambda line: line.count(","))[:4]
+    """Up to four changed layouts that fit into the memory, one per line.
+
+    All expert-parallel sizes that divide the experts and the ranks are tried. Layouts with the fewest changes come
+    first, then those whose expert-parallel size is nearest to the given one by ratio. Of two equally near sizes the
+    smaller one comes first, because it sends tokens to fewer ranks.
+    """
+    common = math.gcd(args.experts, args.nodes * args.gpus_per_node)
+    layouts = [
+        argparse.Namespace(**{**vars(args), "ep": ep, "distributed_optimizer": distributed})
+        for ep in range(1, common + 1)
+        for distributed in sorted({args.distributed_optimizer, True})
+        if common % ep == 0
+    ]
+    layouts.sort(key=lambda one: (len(_changes(args, one)), max(one.ep, args.ep) / min(one.ep, args.ep)))
+    found = []
+    for layout, is_sharded in itertools.product(layouts, (False, True)):
+        try:
+            plan = predict(layout, is_sharded)
+        except ValueError:  # the lists do not divide into so many parts
+            continue
+        if _fits(args, plan):
+            found.append(f"{', '.join([*_changes(args, layout), plan.name])}: {plan.total / _GIB:.1f} GiB")
+        if len(found) == _SHOWN:
+            break
+    return found
+
+
+def _changes(args: argparse.Namespace, layout: argparse.Namespace) -> list[str]:
+    """The flags of a layout that are not as given."""
+    changes = [f"--ep {layout.ep}"] if layout.ep != args.ep else []
+    return changes + (["--distributed-optimizer"] if layout.distributed_optimizer != args.distributed_optimizer else [])
+
+
+def _fits(args: argparse.Namespace, plan: Plan) -> bool:
+    return plan.total <= args.memory_gib * _GIB
 
 
 def report(args: argparse.Namespace) -> tuple[str, bool]:
@@ -49,12 +65,12 @@ def report(args: argparse.Namespace) -> tuple[str, bool]:
     Raises:
         ValueError: as :func:`config_of`, for the replicated layout. The text says why a sharded one is invalid.
     """
-    plans, sizes, refusal = [predict(args, False)], [words_of_sizes(config_of(args, False))], None
+    plans, refusal = [predict(args, is_sharded=False)], None
     try:
-        plans.append(predict(args, True))
-        sizes.append(words_of_sizes(config_of(args, True)))
+        plans.append(predict(args, is_sharded=True))
     except ValueError as error:
         refusal = error
+    sizes = [words_of_sizes(plan.config) for plan in plans]
     lines = [
         f"{args.layers} {'layer' if args.layers == 1 else 'layers'} of {args.experts} experts, K = {args.topk}, "
         f"H = {args.hidden}, on {args.nodes * args.gpus_per_node} ranks, EP {args.ep}",
@@ -83,13 +99,13 @@ def report(args: argparse.Namespace) -> tuple[str, bool]:
         every = sum(seconds(args, one) for one in plan.collectives)
         lines.append(f"  {'all, one after another':62}{'':15}{every * 1e3:10.2f} ms")
     lines.append("")
-    fits = [plan.total <= args.memory_gib * _GIB for plan in plans]
-    for plan, is_small in zip(plans, fits, strict=True):
-        lines.append(f"{plan.name}: {'fits' if is_small else 'does not fit'} into {args.memory_gib:g} GiB")
+    for plan in plans:
+        lines.append(f"{plan.name}: {'fits' if _fits(args, plan) else 'does not fit'} into {args.memory_gib:g} GiB")
     if refusal is not None:
         lines.append(f"sharded: not possible: {refusal}")
-    if not all(fits):
+    fitting = [plan for plan in plans if _fits(args, plan)]
+    if len(fitting) < len(plans):
         found = remedies(args)
         lines.append("what would fit:" if found else "nothing of --ep, --distributed-optimizer and sharding fits: use")
         lines += [f"  {line}" for line in found] or ["  fewer or smaller experts, or more nodes"]
-    return "\n".join(lines) + "\n", any(fits)
+    return "\n".join(lines) + "\n", bool(fitting)

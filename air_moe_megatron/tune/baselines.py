@@ -39,7 +39,7 @@ def measure_groups(layer: Layer, num_groups: int, searched: Sequence[int]) -> tu
     if centers.bias is not None:
         scores += centers.bias.float()[groups.long()].mean(dim=1)
     probes = scores.topk(max(searched), dim=1).indices
-    topk, mass = recall_of_lists(layer, probes, [groups], searched)
+    topk, mass, _ = recall_of_lists(layer, probes, [groups], searched)
     return topk[0], mass[0]
 
 

@@ -23,9 +23,10 @@ from air_moe_megatron.process_groups import process_groups_released
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.tune import output
 from air_moe_megatron.tune.capture import collect, split
+from air_moe_megatron.tune.measured import Measured
 from air_moe_megatron.tune.recall import Layer
 from air_moe_megatron.tune.report import METRICS, report
-from air_moe_megatron.tune.search import cheapest, flops_of, grid, measure_loaded, measure_others, of_type, search
+from air_moe_megatron.tune.search import TOKENS_PER_CLUSTER, grid, measure_loaded, measure_others, search
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -69,16 +70,35 @@ def check(args: argparse.Namespace) -> None:
     check_writable(f"--out-dir '{args.out_dir}'", args.out_dir)
 
 
-def check_grid(config: TransformerConfig, num_tokens: int) -> None:
+def check_grid(config: TransformerConfig) -> None:
     """Refuse a model of so few experts that exact scores cost less than any setting.
 
     Raises:
         ValueError: naming the number of experts.
     """
-    if not grid(config, num_tokens):
+    if not grid(config):
         raise ValueError(
             f"num_moe_experts ({config.num_moe_experts}) with moe_router_topk ({config.moe_router_topk}) leaves no "
             "setting that costs less than exact scores: keep --moe-router-type topk"
+        )
+
+
+def check_fit(config: TransformerConfig, num_tokens: int, name: str) -> None:
+    """Refuse too few tokens for the codebooks of all settings.
+
+    Args:
+        config: the model's config, which has settings.
+        num_tokens: tokens per layer to fit to.
+        name: what this number is called.
+    Raises:
+        ValueError: naming the number and the rule.
+    """
+    smallest = min(grid(config))
+    least = TOKENS_PER_CLUSTER * smallest
+    if num_tokens < least:
+        raise ValueError(
+            f"{name} ({num_tokens}) must be at least {least}: the smallest codebook that is tried has {smallest} "
+            f"codewords, and each takes {TOKENS_PER_CLUSTER} tokens to fit to"
         )
 
 
@@ -102,27 +122,27 @@ def run(screen: TextIO) -> None:
             stack.enter_context(process_groups_released())
             model = restore.build_and_load(args, start.ranks)
             config = get_model_config(model[0])
-            check_grid(config, args.fit_tokens)
+            check_grid(config)
+            check_fit(config, args.fit_tokens, "--fit-tokens")
             out = Path(args.out_dir)
             out.mkdir(parents=True, exist_ok=True)
         bar = partial(tqdm, delay=3, leave=False)
         layers = collect(
             model, data, tokenizer.eod, args, args.fit_tokens, args.test_tokens, partial(bar, desc="forwards")
         )
+        with console.refusals():
+            check_fit(config, layers[0].fit.shape[0], "the number of tokens of --data-path to fit codebooks to")
         screen.write(describe(args, config, layers, batch))
         screen.flush()
-        loaded = measure_loaded(layers, config, find_routers(model, AIRRouter), batch)
-        with bar(total=len(layers) * len(grid(config, layers[0].fit.shape[0])), desc="search") as progress:
-            found = search(
-                layers, config, args.target_recall, args.target_metric, batch, args.time_limit, progress.update
-            )
+        target, metric = args.target_recall, args.target_metric
+        loaded = measure_loaded(layers, config, find_routers(model, AIRRouter), metric, batch)
+        with bar(total=len(layers) * len(grid(config)), desc="search") as progress:
+            found = search(layers, config, target, metric, batch, args.time_limit, progress.update)
         others = measure_others(bar(layers, desc="baselines"), config)
-        screen.write(report(args, config, layers, found, loaded, others, batch))
-        exact = flops_of(of_type(config, "topk"))
-        results = [*found.results, *loaded, *others]
-        output.rows_of(results, [layer.name for layer in layers]).to_csv(out / "tune.csv", index=False)
-        chosen = cheapest(found.results, args.target_recall, args.target_metric)
-        output.plot(out / "tune.png", results, chosen, args.target_recall, args.target_metric, exact)
+        measured = Measured(config, layers, batch, target, metric, found, loaded, others)
+        screen.write(report(measured))
+        output.rows_of(measured).to_csv(out / "tune.csv", index=False)
+        output.plot(out / "tune.png", measured)
         screen.write(f"\nall settings: {out / 'tune.csv'}, plot: {out / 'tune.png'}\n")
         screen.flush()
 

@@ -1,12 +1,12 @@
-"""Table, CSV file and plot of the measurements."""
+"""CSV file and plot of the measurements."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import pandas
 
-from air_moe_megatron.tune.search import Result, frontier
+from air_moe_megatron.tune.measured import Measured
+from air_moe_megatron.tune.search import frontier
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -14,38 +14,29 @@ from matplotlib import pyplot  # noqa: E402
 _COLORS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00")  # Okabe and Ito: distinguishable by the color-blind
 
 
-def rows_of(results: Sequence[Result], layers: Sequence[str]) -> pandas.DataFrame:
+_SIZES = ("num_clusters", "shortlist_size", "num_probes", "num_candidates")
+
+
+def rows_of(measured: Measured) -> pandas.DataFrame:
     """One row per result and layer, for the CSV file."""
     return pandas.DataFrame(
         {
             "name": result.name,
-            "num_clusters": result.setting.num_clusters if result.setting else None,
-            "shortlist_size": result.setting.shortlist_size if result.setting else None,
-            "num_probes": result.setting.num_probes if result.setting else None,
+            **{name: getattr(result.setting, name, None) for name in _SIZES},
             "flops_per_token": result.flops,
-            "layer": layer,
+            "layer": layer.name,
             "topk_recall": topk,
             "mass_recall": mass,
         }
-        for result in results
-        for layer, topk, mass in zip(layers, result.topk, result.mass, strict=True)
+        for result in measured.results
+        for layer, topk, mass in zip(measured.layers, result.topk, result.mass, strict=True)
     )
 
 
-def plot(
-    path: Path, results: Sequence[Result], chosen: Result | None, target: float, metric: str, exact: float
-) -> None:
-    """Recall of the worst layer over FLOPs per token, of AIR's settings and of the other structures.
-
-    Args:
-        path: of the PNG file.
-        results: all results.
-        chosen: the cheapest result that reaches the target; None if there is none.
-        target, metric: recall to reach, and "topk" or "mass".
-        exact: FLOPs per token of an exact router.
-    """
+def plot(path: Path, measured: Measured) -> None:
+    """Recall of the worst layer over FLOPs per token, of AIR's settings and of the other structures, as a PNG file."""
+    air, metric, chosen = measured.found.results, measured.metric, measured.chosen
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    air = [result for result in results if result.name == "air"]
     for color, num_probes in zip(_COLORS, sorted({one.setting.num_probes for one in air}), strict=False):
         chunk = [one for one in air if one.setting.num_probes == num_probes]
         axes.scatter(
@@ -68,7 +59,7 @@ def plot(
         "product keys": ("*", "#999999", "product keys fitted to them"),
     }
     for name, (marker, color, label) in others.items():
-        chunk = [one for one in results if one.name.startswith(name)]
+        chunk = [one for one in measured.others if one.name.startswith(name)]
         if chunk:
             axes.plot(
                 [one.flops for one in chunk],
@@ -77,8 +68,8 @@ def plot(
                 color=color,
                 label=label,
             )
-    axes.axhline(target, color="black", linestyle=":", linewidth=1)
-    axes.axvline(exact, color="black", linestyle="--", linewidth=1, label="exact top-k")
+    axes.axhline(measured.target, color="black", linestyle=":", linewidth=1)
+    axes.axvline(measured.exact_flops, color="black", linestyle="--", linewidth=1, label="exact top-k")
     if chosen is not None:
         axes.scatter(
             [chosen.flops],

@@ -95,8 +95,12 @@ def _exact_topk(layer: Layer) -> Iterator[tuple[slice, torch.Tensor, torch.Tenso
 
 @torch.no_grad()
 def recall_of_lists(
-    layer: Layer, probes: torch.Tensor, lists: Sequence[torch.Tensor], probe_counts: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+    layer: Layer,
+    probes: torch.Tensor,
+    lists: Sequence[torch.Tensor],
+    probe_counts: Sequence[int],
+    candidate_counts: Sequence[int] = (),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Measure what the lists of each held-out token hold, for several lengths and numbers of lists at once.
 
     Args:
@@ -104,15 +108,19 @@ def recall_of_lists(
         probes: [T, P] int64, the lists of each token, best first; P at least the largest of ``probe_counts``.
         lists: for each length, [C, L] int32 expert ids, distinct within a row.
         probe_counts: numbers of lists to search; each is measured.
+        candidate_counts: numbers M of candidates; each is measured. More than P * L count as P * L.
     Returns:
         top-k recall (share of the exact top-k that the lists hold) and mass recall (exact softmax mass that they hold):
-        [lengths, probe counts] fp64 each, means over the tokens.
+        [lengths, probe counts] fp64 each, means over the tokens. Then the mass of the best M candidates:
+        [candidate counts, lengths, probe counts].
 
-    Example: exact probabilities [0.5, 0.3, 0.2], K = 2 and a list of the experts 0 and 2: top-k 0.5, mass 0.7.
+    Example: exact probabilities [0.5, 0.3, 0.2], K = 2 and a list of the experts 0 and 2: top-k 0.5, mass 0.7, and the
+    best candidate has the mass 0.5.
     """
     counted = torch.tensor(probe_counts, device=probes.device)
     order = torch.arange(max(probe_counts), device=probes.device)
-    found = torch.zeros(2, len(lists), len(probe_counts), dtype=torch.float64, device=probes.device)
+    shape = (2 + len(candidate_counts), len(lists), len(probe_counts))
+    found = torch.zeros(shape, dtype=torch.float64, device=probes.device)
     for rows, probs, best in exact(layer):
         for number, listed in enumerate(lists):
             ids = listed.long()[probes[rows, : max(probe_counts)]]  # [n, P, L]
@@ -122,31 +130,22 @@ def recall_of_lists(
                 first.scatter_(1, ids[:, position], position)
             hits = first.gather(1, best).unsqueeze(2) < counted  # [n, K, probe counts]
             is_new = first.gather(1, ids.flatten(1)).view_as(ids) == order.view(-1, 1)
-            mass = (probs.gather(1, ids.flatten(1)).view_as(ids) * is_new).sum(dim=2).double().cumsum(dim=1)  # [n, P]
+            masses = probs.gather(1, ids.flatten(1)).view_as(ids) * is_new  # [n, P, L]
+            mass = masses.sum(dim=2).double().cumsum(dim=1)  # [n, P]
             found[0, number] += hits.double().mean(dim=1).sum(dim=0)
             found[1, number] += mass[:, counted - 1].sum(dim=0)
-    return tuple(found / max(1, layer.test.shape[0]))
+            if candidate_counts:
+                for column, num_probes in enumerate(probe_counts):
+                    found[2:, number, column] += _mass_of_best(masses[:, :num_probes].flatten(1), candidate_counts)
+    found /= max(1, layer.test.shape[0])
+    return found[0], found[1], found[2:]
 
 
-@torch.no_grad()
-def mass_of_candidates(layer: Layer, probes: torch.Tensor, lists: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
-    """[len(numbers)] fp64: mean exact softmax mass of the best M candidates, for several M.
-
-    Args:
-        layer: with its held-out tokens.
-        probes: [T, P] int64, the lists that are searched.
-        lists: [C, L].
-        numbers: numbers M of candidates; more than P * L count as P * L.
-    """
-    found = torch.zeros(len(numbers), dtype=torch.float64, device=probes.device)
-    for rows, probs, _ in exact(layer):
-        ids = lists.long()[probes[rows]].flatten(1).sort(dim=1).values
-        mass = probs.gather(1, ids)
-        mass[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], 0.0)
-        mass = mass.sort(dim=1, descending=True).values.double().cumsum(dim=1)
-        columns = torch.tensor([min(number, mass.shape[1]) - 1 for number in numbers], device=mass.device)
-        found += mass[:, columns].sum(dim=0)
-    return found / max(1, layer.test.shape[0])
+def _mass_of_best(masses: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+    """[len(numbers)] fp64: the sum of each token's M largest masses [n, N], summed over the tokens, for several M."""
+    numbers = [min(number, masses.shape[1]) for number in numbers]
+    largest = masses.topk(max(numbers), dim=1).values.double().sum(dim=0).cumsum(dim=0)
+    return largest[[number - 1 for number in numbers]]
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """The report: the choice as flags, the table of settings, and what the choice means layer by layer."""
 
-import argparse
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -15,127 +14,87 @@ from air_moe_megatron.diagnostics.two_stages import TwoStages
 from air_moe_megatron.ops.coarse import assign
 from air_moe_megatron.routers.air import TokenSample
 from air_moe_megatron.routers.learned_bytes import learned_bytes
-from air_moe_megatron.tune.recall import Layer, fit_codebook, make_lists, mass_of_candidates, time_exact, time_search
+from air_moe_megatron.tune.measured import Measured
+from air_moe_megatron.tune.recall import Layer, fit_codebook, make_lists, time_exact, time_search
 from air_moe_megatron.tune.search import (
     Result,
-    Search,
     Setting,
     air_config,
-    automatic,
-    best,
-    cheapest,
-    flops_of,
+    chooses_candidates,
+    costs_of,
     frontier,
-    of_type,
+    measure,
+    with_candidates,
 )
 
 METRICS = {"topk": "top-k", "mass": "mass"}
-_COSTS = (
+_COSTS = (  # if M is automatic
     "the rows of AIR have the automatic M and X = 0, as a run without --moe-air-num-candidates and "
-    "--moe-air-num-explored; that of the checkpoint has its own"
+    "--moe-air-num-explored; that of the checkpoint has its own",
+    "mass is that of all listed experts",
+)
+_COSTS_OF_CANDIDATES = (  # if M is a part of the choice
+    "the rows of AIR have X = 0, as a run without --moe-air-num-explored; that of the checkpoint has its own",
+    "mass is that of the M candidates",
 )
 _SHOWN = 10  # settings of the frontier in the table
 _SAMPLED = 256  # tokens for which bounds are computed
-_FORMATS = {"C": "{:.0f}", "L": "{:.0f}", "P": "{:.0f}", "kFLOPs": "{:.1f}", "KiB": "{:.0f}", "us/token": "{:.2f}"}
+_FORMATS = {name: "{:.0f}" for name in ("C", "L", "P", "M", "KiB")} | {"kFLOPs": "{:.1f}", "us/token": "{:.2f}"}
 
 
-def report(
-    args: argparse.Namespace,
-    config: TransformerConfig,
-    layers: Sequence[Layer],
-    found: Search,
-    loaded: Sequence[Result],
-    others: Sequence[Result],
-    batch: int,
-) -> str:
+def report(measured: Measured) -> str:
     """The report: the choice, the table, the choice's candidates and layers, and what was left out."""
-    metric, target = args.target_metric, args.target_recall
-    exact = flops_of(of_type(config, "topk"))
-    chosen = cheapest(found.results, target, metric)
-    shown = chosen or best(found.results, metric)
-    candidates = measure_candidates(layers, config, shown, batch)
-    lines = ["", _verdict(shown, chosen is not None, target, metric, exact)]
-    has_bias = config.moe_router_enable_expert_bias  # then all candidates get gradients
-    lines.append(
-        f"  {shown.setting.flags()}" + ("" if metric == "topk" or has_bias else _candidates_flag(candidates, target))
-    )
-    table, worst = _table(layers, config, found, shown, loaded, others, metric, exact)
-    lines += ["", table]
-    lines += [_COSTS]
-    lines += [f"bounds, certified tokens and time are those of layer {worst.name}, whose recall is the lowest"]
-    lines += ["", "The chosen setting by layer:" if chosen is not None else "That setting by layer:"]
-    by_layer = pandas.DataFrame({"layer": [layer.name for layer in layers], "top-k": shown.topk, "mass": shown.mass})
+    shown, worst, is_reached = measured.shown, measured.worst_layer, measured.chosen is not None
+    has_candidates = chooses_candidates(measured.config, measured.metric)
+    lines = ["", _verdict(measured), f"  {shown.setting.flags()}", "", _table(measured)]
+    lines += _COSTS_OF_CANDIDATES if has_candidates else _COSTS
+    lines += [f"listed, bound, certified and us/token are those of layer {worst.name}, whose recall is the lowest"]
+    lines += [
+        f"listed is the mass of all listed experts for {len(_sample(worst))} tokens, bound its proven lower bound"
+    ]
+    lines += ["", "The chosen setting by layer:" if is_reached else "That setting by layer:"]
+    names = [layer.name for layer in measured.layers]
+    by_layer = pandas.DataFrame({"layer": names, "top-k": shown.topk, "mass": shown.mass})
     lines += [by_layer.to_string(index=False, float_format="{:.3f}".format)]
     lines += ["", "Its candidates with gradients (--moe-air-num-candidates), which losses and probabilities see:"]
-    lines += [candidates.to_string(index=False, float_format="{:.3f}".format)]
-    lines += [f"left out: {number} clusters, {reason}" for number, reason in found.left_out.items()]
+    lines += [_candidates(measured).to_string(index=False, float_format="{:.3f}".format)]
+    lines += [f"left out: {number} clusters, {reason}" for number, reason in measured.found.left_out.items()]
     return "\n".join(lines) + "\n"
 
 
-def _verdict(shown: Result, is_reached: bool, target: float, metric: str, exact: float) -> str:
-    cost = f"at 1/{exact / shown.flops:.1f} of the FLOPs of exact routing"
-    recall = f"{METRICS[metric]} recall"
-    if is_reached:
-        return (
-            f"The cheapest setting with a {recall} of {target} in every layer has {shown.recall(metric):.3f}, {cost}:"
-        )
+def _verdict(measured: Measured) -> str:
+    shown, recall = measured.shown, f"{METRICS[measured.metric]} recall"
+    cost = f"at 1/{measured.exact_flops / shown.flops:.1f} of the FLOPs of exact routing"
+    reached = f"{shown.recall(measured.metric):.3f}, {cost}:"
+    if measured.chosen is not None:
+        return f"The cheapest setting with a {recall} of {measured.target} in every layer has {reached}"
     return (
-        f"No setting that was measured reaches a {recall} of {target} in every layer for less than exact routing "
-        f"costs. The best one has {shown.recall(metric):.3f}, {cost}:"
+        f"No setting that was measured reaches a {recall} of {measured.target} in every layer for less than exact "
+        f"routing costs. The best one has {reached}"
     )
 
 
-def measure_candidates(
-    layers: Sequence[Layer], config: TransformerConfig, result: Result, batch: int
-) -> pandas.DataFrame:
-    """Mass in the worst layer, and cost, of the best M candidates of a setting, for several M."""
-    setting = result.setting
-    automatic_number = resolve_sizes(air_config(config, setting)).num_candidates
-    most = setting.num_probes * setting.shortlist_size
-    numbers = {config.moe_router_topk, automatic_number, most}
-    numbers |= {automatic_number // 2, 2 * automatic_number, 4 * automatic_number}
-    numbers = sorted(number for number in numbers if config.moe_router_topk <= number <= most)
-    masses = []
-    for layer in layers:
-        codebook = fit_codebook(layer.fit, setting.num_clusters)
-        (lists,) = make_lists(layer, codebook, [setting.shortlist_size])
-        masses.append(
-            mass_of_candidates(layer, assign(layer.test, codebook.codewords, setting.num_probes), lists, numbers)
-        )
+def _candidates(measured: Measured) -> pandas.DataFrame:
+    """Mass in the worst layer, and cost, of the shown setting's best M candidates, for several M."""
+    config, setting = measured.config, dataclasses.replace(measured.shown.setting, num_candidates=0)
+    usual = resolve_sizes(air_config(config, setting)).num_candidates
+    settings = with_candidates(config, [setting]) if chooses_candidates(config, "mass") else [setting]
     rows = []
-    for number, mass in zip(numbers, torch.stack(masses).amin(dim=0).tolist(), strict=True):
-        changed = air_config(config, setting)
-        changed.moe_air_num_candidates = number
-        note = "automatic" if number == automatic_number else "all" if number == most else ""
-        rows.append({"M": number, "": note, "mass": mass, "kFLOPs": flops_of(changed, batch) / 1e3})
+    for one in measure(measured.layers, costs_of(config, settings, measured.tokens_per_batch)):
+        number = one.setting.num_candidates or usual
+        note = "automatic" if number == usual else "all" if number == setting.num_searched else ""
+        rows.append({"M": number, "": note, "mass": one.recall("mass"), "kFLOPs": one.flops / 1e3})
     return pandas.DataFrame(rows)
 
 
-def _candidates_flag(candidates: pandas.DataFrame, target: float) -> str:
-    """The flag with the fewest candidates whose mass reaches the target; all of them if none does."""
-    reaching = candidates[candidates["mass"] >= target]
-    number = int((reaching if len(reaching) else candidates.tail(1))["M"].iloc[0])
-    return f" --moe-air-num-candidates {number}"
-
-
-def _table(
-    layers: Sequence[Layer],
-    config: TransformerConfig,
-    found: Search,
-    shown: Result,
-    loaded: Sequence[Result],
-    others: Sequence[Result],
-    metric: str,
-    exact: float,
-) -> tuple[str, Layer]:
-    """The table, and the layer in which its bounds and times were measured."""
-    line, usual = frontier(found.results, metric), automatic(config)
-    kept = [*line[:: max(1, -(-len(line) // _SHOWN))], shown, *(one for one in found.results if one.setting == usual)]
+def _table(measured: Measured) -> str:
+    """A part of the settings, the checkpoint's own one, the other structures, and exact routing."""
+    line, worst, exact = frontier(measured.found.results, measured.metric), measured.worst_layer, measured.exact_flops
+    kept = [*line[:: max(1, -(-len(line) // _SHOWN))], measured.shown]
+    kept += [one for one in measured.found.results if _is_automatic(measured.config, one.setting)]
     kept = sorted({one.setting: one for one in kept}.values(), key=lambda one: one.flops)
-    recalls = shown.topk if metric == "topk" else shown.mass
-    worst = layers[recalls.index(min(recalls))]
-    details = _details(worst, config, [*kept, *loaded])
-    rows = [_row(one, _name(one, shown, usual), exact) for one in [*kept, *loaded, *others]]
+    details = _details(worst, measured.config, [*kept, *measured.loaded])
+    rows = [_row(measured, one) for one in [*kept, *measured.loaded, *measured.others]]
     rows = [row | detail for row, detail in itertools.zip_longest(rows, details, fillvalue={})]
     rows.append({"router": "exact top-k", "top-k": 1.0, "mass": 1.0, "kFLOPs": exact / 1e3, "of exact": 1.0})
     rows[-1]["us/token"] = time_exact(worst) * 1e6
@@ -144,34 +103,44 @@ def _table(
         table[name] = [
             "-" if pandas.isna(value) else _FORMATS.get(name, "{:.3f}").format(value) for value in table[name]
         ]
-    return table.to_string(index=False), worst
+    return table.to_string(index=False)
 
 
-def _name(result: Result, shown: Result, usual: Setting) -> str:
+def _is_automatic(config: TransformerConfig, setting: Setting) -> bool:
+    return resolve_sizes(air_config(config, setting)) == resolve_sizes(air_config(config))
+
+
+def _name(measured: Measured, result: Result) -> str:
     if result.name == "checkpoint":
         return "AIR as in the checkpoint"
     if result.setting is None:
         return result.name
-    notes = [word for word, holds in (("chosen", result is shown), ("automatic", result.setting == usual)) if holds]
-    return " ".join(["AIR", *(f"({note})" for note in notes)])
+    notes = ["(chosen)"] if result is measured.shown else []
+    notes += ["(automatic)"] if _is_automatic(measured.config, result.setting) else []
+    return " ".join(["AIR", *notes])
 
 
-def _row(result: Result, name: str, exact: float) -> dict[str, object]:
-    sizes = (None, None, None) if result.setting is None else dataclasses.astuple(result.setting)
+def _row(measured: Measured, result: Result) -> dict[str, object]:
+    names = "CLPM" if chooses_candidates(measured.config, measured.metric) else "CLP"
+    sizes = dataclasses.astuple(result.setting) if result.setting is not None else [None] * len(names)
     return {
-        "router": name,
-        **dict(zip("CLP", sizes, strict=True)),
+        "router": _name(measured, result),
+        **dict(zip(names, sizes, strict=False)),
         "top-k": min(result.topk),
         "mass": min(result.mass),
         "kFLOPs": result.flops / 1e3,
-        "of exact": result.flops / exact,
+        "of exact": result.flops / measured.exact_flops,
     }
 
 
+def _sample(layer: Layer) -> torch.Tensor:
+    """[n, H] held-out tokens for which bounds are computed."""
+    return layer.test[:: max(1, layer.test.shape[0] // _SAMPLED)]
+
+
 def _details(layer: Layer, config: TransformerConfig, results: Sequence[Result]) -> list[dict[str, float]]:
-    """Bound, certified share, time and memory of settings in one layer."""
-    details, codebooks = [], {}
-    hidden = layer.test[:: max(1, layer.test.shape[0] // _SAMPLED)]
+    """Mass with its bound, certified share, time and memory of settings in one layer."""
+    details, codebooks, hidden = [], {}, _sample(layer)
     for result in results:
         setting = result.setting
         if result.name == "checkpoint":
@@ -186,6 +155,7 @@ def _details(layer: Layer, config: TransformerConfig, results: Sequence[Result])
         metrics = measure_sample(stages, sample)
         details.append(
             {
+                "listed": float(metrics.mass_recall.mean()),
                 "bound": float(metrics.mass_bound.mean()),
                 "certified": float(metrics.certified.float().mean()),
                 "us/token": time_search(layer, codewords, lists, setting.num_probes) * 1e6,

@@ -7,7 +7,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -38,7 +38,7 @@ _KEPT = (
     "moe_granular_experts",
     "moe_router_input_norm",
 )
-_TOKENS_PER_CLUSTER = 8  # least tokens of the fit per codeword: fewer do not give a meaningful mean
+TOKENS_PER_CLUSTER = 8  # least tokens of the fit per codeword: fewer do not give a meaningful mean
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,18 @@ class Setting:
     num_clusters: int
     shortlist_size: int
     num_probes: int
+    num_candidates: int = 0  # 0 is automatic
+
+    @property
+    def num_searched(self) -> int:
+        """Slots of the lists that a token searches, P * L."""
+        return self.num_probes * self.shortlist_size
 
     def flags(self) -> str:
         """The flags that select these sizes."""
-        return (
-            f"--moe-router-type air --moe-air-num-clusters {self.num_clusters} --moe-air-shortlist-size "
-            f"{self.shortlist_size} --moe-air-num-probes {self.num_probes}"
-        )
+        words = ["--moe-router-type air"]
+        words += [f"--moe-air-{name.replace('_', '-')} {size}" for name, size in asdict(self).items() if size]
+        return " ".join(words)
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,15 @@ class Result:
     setting: Setting | None  # None for a structure that is not AIR's
     flops: float  # of the router per token, forward, backward and rebuilds
     topk: tuple[float, ...]  # recall of each layer
-    mass: tuple[float, ...]
+    mass: tuple[float, ...]  # of all listed experts, or of the candidates if the setting has a number of them
+
+    def recalls(self, metric: str) -> tuple[float, ...]:
+        """Recall of each layer, by "topk" or "mass"."""
+        return self.topk if metric == "topk" else self.mass
 
     def recall(self, metric: str) -> float:
-        """Recall of the worst layer, by "topk" or "mass"."""
-        return min(self.topk if metric == "topk" else self.mass)
+        """Recall of the worst layer."""
+        return min(self.recalls(metric))
 
 
 @dataclass
@@ -108,33 +117,53 @@ def automatic(config: TransformerConfig) -> Setting:
     return Setting(sizes.num_clusters, sizes.shortlist_size, sizes.num_probes)
 
 
-def grid(config: TransformerConfig, num_tokens: int) -> dict[int, list[Setting]]:
+def grid(config: TransformerConfig, metric: str = "topk") -> dict[int, list[Setting]]:
     """The valid settings that cost less than exact scores, by their number of clusters, in the order of trial.
 
     Args:
         config: the model's config.
-        num_tokens: tokens of a layer's fit; codebooks that are too large for them are left out.
+        metric: recall to reach. The number of candidates changes the recall by "mass" only, so only then several are in
+            the grid.
     """
-    num_experts, root = config.num_moe_experts, math.sqrt(config.num_moe_experts)
+    root = math.sqrt(config.num_moe_experts)
     lengths = sorted({_round_up(root * factor) for factor in LENGTHS})
     settings = {
         clusters: [Setting(clusters, length, num_probes) for length in lengths for num_probes in PROBES]
         for clusters in dict.fromkeys(_round_up(root * factor) for factor in CLUSTERS)
-        if clusters * _TOKENS_PER_CLUSTER <= num_tokens
     }
     chosen = automatic(config)
     if chosen not in settings.setdefault(chosen.num_clusters, []):
         settings[chosen.num_clusters].append(chosen)
-    return {
-        clusters: kept
+    of_use = {
+        clusters: [setting for setting in of_clusters if _is_of_use(config, setting)]
         for clusters, of_clusters in settings.items()
-        if (kept := [setting for setting in of_clusters if _is_of_use(config, setting, num_experts)])
+    }
+    return {
+        clusters: with_candidates(config, kept) if chooses_candidates(config, metric) else kept
+        for clusters, kept in of_use.items()
+        if kept
     }
 
 
-def _is_of_use(config: TransformerConfig, setting: Setting, num_experts: int) -> bool:
-    searched = setting.num_clusters + setting.num_probes * setting.shortlist_size
-    return searched < num_experts and not any(invalid(air_config(config, setting)))
+def _is_of_use(config: TransformerConfig, setting: Setting) -> bool:
+    num_scored = setting.num_clusters + setting.num_searched
+    return num_scored < config.num_moe_experts and not any(invalid(air_config(config, setting)))
+
+
+def chooses_candidates(config: TransformerConfig, metric: str) -> bool:
+    """Whether the number of candidates is part of the choice. With an expert bias all get gradients."""
+    return metric == "mass" and not config.moe_router_enable_expert_bias
+
+
+def with_candidates(config: TransformerConfig, settings: Iterable[Setting]) -> list[Setting]:
+    """Each setting with several numbers of candidates: around the automatic one, the least, and all."""
+    usual, topk = resolve_sizes(air_config(config)).num_candidates, config.moe_router_topk
+    return [
+        replace(setting, num_candidates=number)
+        for setting in settings
+        for number in sorted({topk, usual // 2, usual, 2 * usual, 4 * usual, setting.num_searched})
+        if topk <= number <= setting.num_searched
+    ]
 
 
 def _round_up(size: float) -> int:
@@ -152,8 +181,8 @@ def search(
 ) -> Search:
     """Measure the grid, one number of clusters after another.
 
-    A number of clusters is left out if even its cheapest setting costs more than one that reaches the target, or if the
-    time is up. The first is always measured.
+    A number of clusters is left out if it has too few tokens of the fit, if even its cheapest setting costs more than
+    one that reaches the target, or if the time is up. The first that has enough tokens is always measured.
 
     Args:
         layers: the model's layers; the recall of a setting is that of its worst layer.
@@ -163,36 +192,66 @@ def search(
         seconds: time after which no other number of clusters is begun.
         tick: called with the number of newly finished pairs of layer and number of clusters.
     """
-    found, start = Search(), time.monotonic()
-    for number, (clusters, settings) in enumerate(grid(config, layers[0].fit.shape[0]).items()):
-        flops = {setting: flops_of(air_config(config, setting), tokens_per_batch) for setting in settings}
+    found, start, num_tokens = Search(), time.monotonic(), layers[0].fit.shape[0]
+    for clusters, settings in grid(config, metric).items():
+        flops = costs_of(config, settings, tokens_per_batch)
         best = cheapest(found.results, target, metric)
-        if number and time.monotonic() - start > seconds:
+        if num_tokens < TOKENS_PER_CLUSTER * clusters:
+            found.left_out[clusters] = f"their fit takes at least {TOKENS_PER_CLUSTER * clusters} tokens (--fit-tokens)"
+        elif found.results and time.monotonic() - start > seconds:
             found.left_out[clusters] = "the time was up"
         elif best is not None and min(flops.values()) >= best.flops:
             found.left_out[clusters] = "its cheapest setting costs more than the best one found"
         if clusters in found.left_out:
             tick(len(layers))
-            continue
-        recalls = []
-        for layer in layers:
-            recalls.append(_measure_clusters(layer, settings))
-            tick(1)
-        for setting in settings:
-            topk, mass = zip(*(recall[setting] for recall in recalls), strict=True)
-            found.results.append(Result("air", setting, flops[setting], topk, mass))
+        else:
+            found.results += measure(layers, flops, tick)
     return found
+
+
+def costs_of(
+    config: TransformerConfig, settings: Iterable[Setting], tokens_per_batch: int | None
+) -> dict[Setting, float]:
+    """FLOPs per token of settings, as :func:`flops_of` counts them."""
+    return {setting: flops_of(air_config(config, setting), tokens_per_batch) for setting in settings}
+
+
+def measure(
+    layers: Sequence[Layer], flops: dict[Setting, float], tick: Callable[[int], object] = lambda count: None
+) -> list[Result]:
+    """The results of settings with the same number of clusters, each given with its FLOPs."""
+    recalls = []
+    for layer in layers:
+        recalls.append(_measure_clusters(layer, list(flops)))
+        tick(1)
+    return [
+        Result("air", setting, cost, *zip(*(recall[setting] for recall in recalls), strict=True))
+        for setting, cost in flops.items()
+    ]
 
 
 def _measure_clusters(layer: Layer, settings: Sequence[Setting]) -> dict[Setting, tuple[float, float]]:
     """Top-k and mass recall of settings with the same number of clusters."""
-    names = ("shortlist_size", "num_probes")
-    lengths, probe_counts = (sorted({getattr(one, name) for one in settings}) for name in names)
     codebook = fit_codebook(layer.fit, settings[0].num_clusters)
-    lists = make_lists(layer, codebook, lengths)
-    topk, mass = recall_of_lists(layer, assign(layer.test, codebook.codewords, probe_counts[-1]), lists, probe_counts)
-    indices = {one: (lengths.index(one.shortlist_size), probe_counts.index(one.num_probes)) for one in settings}
-    return {one: (float(topk[index]), float(mass[index])) for one, index in indices.items()}
+    lengths = sorted({one.shortlist_size for one in settings})
+    lists = dict(zip(lengths, make_lists(layer, codebook, lengths), strict=True))
+    return _recalls(layer, codebook.codewords, lists, settings)
+
+
+def _recalls(
+    layer: Layer, codewords: torch.Tensor, lists: dict[int, torch.Tensor], settings: Sequence[Setting]
+) -> dict[Setting, tuple[float, float]]:
+    """Top-k and mass recall of settings, whose lists are given by their lengths."""
+    lengths, probe_counts = list(lists), sorted({one.num_probes for one in settings})
+    numbers = sorted({one.num_candidates for one in settings if 0 < one.num_candidates < one.num_searched})
+    probes = assign(layer.test, codewords, probe_counts[-1])
+    topk, of_lists, of_candidates = recall_of_lists(layer, probes, list(lists.values()), probe_counts, numbers)
+    found = {}
+    for one in settings:
+        index = lengths.index(one.shortlist_size), probe_counts.index(one.num_probes)
+        mass = of_candidates[numbers.index(one.num_candidates)] if one.num_candidates in numbers else of_lists
+        found[one] = float(topk[index]), float(mass[index])
+    return found
 
 
 def cheapest(results: Sequence[Result], target: float, metric: str) -> Result | None:
@@ -216,40 +275,46 @@ def frontier(results: Sequence[Result], metric: str) -> list[Result]:
 
 
 def measure_loaded(
-    layers: Sequence[Layer], config: TransformerConfig, routers: Sequence[AIRRouter], batch: int
+    layers: Sequence[Layer], config: TransformerConfig, routers: Sequence[AIRRouter], metric: str, batch: int
 ) -> list[Result]:
     """The recall of the checkpoint's own codebooks and lists, and the cost of its routers; empty if it has none."""
     if not routers or any(layer.lists is None for layer in layers):
         return []
     sizes = routers[0].sizes
     setting = Setting(sizes.num_clusters, sizes.shortlist_size, sizes.num_probes)
-    found = []
-    for layer in layers:
-        topk, mass = recall_of_lists(
-            layer, assign(layer.test, layer.codewords, setting.num_probes), [layer.lists], [setting.num_probes]
-        )
-        found.append((float(topk), float(mass)))
+    if chooses_candidates(config, metric):
+        setting = replace(setting, num_candidates=sizes.num_candidates)
+    found = [
+        _recalls(layer, layer.codewords, {sizes.shortlist_size: layer.lists}, [setting])[setting] for layer in layers
+    ]
     return [Result("checkpoint", setting, flops_of(config, batch), *zip(*found, strict=True))]
 
 
 def measure_others(layers: Iterable[Layer], config: TransformerConfig) -> list[Result]:
-    """The recall of groups, for growing numbers of searched ones, and of product keys, fitted to the same centers."""
+    """The recall of groups, for growing numbers of searched ones, and of product keys, fitted to the same centers.
+
+    A structure is left out if the number of experts does not divide into it, as a prime number does not.
+    """
     groups = resolve_groups(of_type(config, "hierarchical"))
     keys = resolve_product_keys(of_type(config, "product_key")).num_keys
     searched = [number for number in _SEARCHED_GROUPS if number < groups.num_groups]
+    has_groups = groups.group_size > 1 and groups.num_groups * config.num_moe_experts <= _MOST_SIMILARITIES
+    has_keys = min(keys) > 1
     of_groups, of_keys = [], []
     for layer in layers:
-        if groups.num_groups * layer.num_experts <= _MOST_SIMILARITIES:
+        if has_groups:
             of_groups.append(torch.stack(measure_groups(layer, groups.num_groups, searched), dim=1).tolist())
-        of_keys.append(measure_product_keys(layer, keys))
+        if has_keys:
+            of_keys.append(measure_product_keys(layer, keys))
     found = []
-    if of_groups:
+    if has_groups:
         for number, recalls in zip(searched, zip(*of_groups, strict=True), strict=True):
             fields = {"moe_hierarchical_num_groups": groups.num_groups, "moe_hierarchical_topk_groups": number}
             flops = flops_of(of_type(config, "hierarchical", **fields))
             found.append(Result(f"groups: {number} of {groups.num_groups}", None, flops, *zip(*recalls, strict=True)))
-    # Forward, each half of a token is multiplied with the sub-keys of this half; backward costs twice that. The keys
-    # are fitted to tokens after the input norm, and need it as the others do.
-    flops = 3.0 * config.hidden_size * sum(keys) + of_norm(of_type(config, "topk"))
-    found.append(Result(f"product keys: {keys[0]} x {keys[1]}", None, flops, *zip(*of_keys, strict=True)))
+    if has_keys:
+        # Forward, each half of a token is multiplied with the sub-keys of this half; backward costs twice that. The
+        # keys are fitted to tokens after the input norm, and need it as the others do.
+        flops = 3.0 * config.hidden_size * sum(keys) + of_norm(of_type(config, "topk"))
+        found.append(Result(f"product keys: {keys[0]} x {keys[1]}", None, flops, *zip(*of_keys, strict=True)))
     return found

@@ -42,3 +42,16 @@ def test_the_cheapest_setting_that_suffices_is_printed_as_flags(forkserver, chec
     assert ("AIR as in the checkpoint" in run.output) == (checkpoint[0] == "air")
     assert all(word in run.output for word in ("groups: 1 of 8", "product keys: 8 x 8", "exact top-k", "automatic"))
     assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_with_too_few_tokens_to_fit_to_are_refused_in_one_line(forkserver, checkpoint, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text(" ".join(map(str, range(50))))
+    words = ["--cpu", "--load", checkpoint[1], "--data-path", text, "--out-dir", tmp_path]
+    run = forkserver([str(word) for word in words], 1, {}, "air_moe_megatron.tune.__main__")
+    assert run.returncode == 2, run.output[-4000:]
+    (line,) = [line for line in run.output.splitlines() if "error: " in line]
+    assert (
+        "the number of tokens of --data-path to fit codebooks to (32) must be at least 64: the smallest codebook"
+        in line
+    )

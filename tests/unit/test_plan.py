@@ -203,6 +203,35 @@ def test_what_does_not_fit_is_said_with_what_would(capsys):
 
 
 @pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            "--experts 98304 --hidden 64 --tokens 128 --memory-gib 0.05",
+            [
+                "--ep 24, sharded",
+                "--ep 12, --distributed-optimizer, sharded",
+                "--ep 24, --distributed-optimizer, sharded",
+            ],
+        ),
+        (
+            "--experts 12288 --hidden 1024 --memory-gib 0.4",
+            [
+                "--ep 4, sharded",
+                "--ep 3, sharded",
+                "--ep 6, --distributed-optimizer, sharded",
+                "--ep 4, --distributed-optimizer, replicated",
+            ],
+        ),
+    ],
+    ids=("larger", "smaller"),
+)
+def test_all_expert_parallel_sizes_are_tried_fewest_changes_and_nearest_sizes_first(flags, expected):
+    text, fits = plan.report(parsed(*flags.split(), "--topk", 16, "--ep", 8, "--nodes", 3))
+    lines = text.partition("what would fit:\n")[2].splitlines()
+    assert not fits and [line.strip().partition(":")[0] for line in lines] == expected
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--topk", "300"], r"--topk \(300\) must not exceed --experts \(256\)"),

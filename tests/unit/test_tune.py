@@ -24,12 +24,12 @@ from air_moe_megatron.routers.learned_bytes import learned_bytes
 from air_moe_megatron.tune import capture
 from air_moe_megatron.tune import search as searching
 from air_moe_megatron.tune.baselines import measure_groups, measure_product_keys
-from air_moe_megatron.tune.command import check, check_grid
+from air_moe_megatron.tune.command import check, check_fit, check_grid
+from air_moe_megatron.tune.measured import Measured
 from air_moe_megatron.tune.recall import (
     Layer,
     fit_codebook,
     make_lists,
-    mass_of_candidates,
     recall_of_lists,
     time_exact,
     time_search,
@@ -42,6 +42,7 @@ from air_moe_megatron.tune.search import (
     automatic,
     best,
     cheapest,
+    flops_of,
     frontier,
     grid,
     of_type,
@@ -85,7 +86,7 @@ def test_recall_is_that_of_a_loop_over_tokens(biases):
     codebook = fit_codebook(layer.fit, 8)
     probes = assign(layer.test, codebook.codewords, 4)
     lists = make_lists(layer, codebook, [8, 16])
-    topk, mass = recall_of_lists(layer, probes, lists, [1, 3, 4])
+    topk, mass, _ = recall_of_lists(layer, probes, lists, [1, 3, 4])
     for row, listed in enumerate(lists):
         for column, num_probes in enumerate((1, 3, 4)):
             expected = naive_recall(layer, probes[:, :num_probes], listed)
@@ -98,7 +99,7 @@ def test_recall_is_that_of_the_routers_own_metrics():
     codebook = fit_codebook(layer.fit, 8)
     (lists,) = make_lists(layer, codebook, [8])
     probes = assign(layer.test, codebook.codewords, 2)
-    topk, mass = recall_of_lists(layer, probes, [lists], [2])
+    topk, mass, _ = recall_of_lists(layer, probes, [lists], [2])
     stages = TwoStages(codebook.codewords, lists, layer.centers, layer.topk, layer.centers.expert_bias)
     metrics = measure_sample(stages, TokenSample(layer.test, probes, None))
     assert float(topk) == pytest.approx(float(metrics.topk_recall.mean()), abs=1e-6)
@@ -109,17 +110,18 @@ def test_recall_is_that_of_the_routers_own_metrics():
 def test_tokens_in_several_pieces_give_the_same_recall(monkeypatch):
     layer = make_layer()
     codebook = fit_codebook(layer.fit, 8)
-    arguments = layer, assign(layer.test, codebook.codewords, 2), make_lists(layer, codebook, [8]), [1, 2]
+    arguments = layer, assign(layer.test, codebook.codewords, 2), make_lists(layer, codebook, [8]), [1, 2], [TOPK]
     whole = recall_of_lists(*arguments)
     monkeypatch.setattr("air_moe_megatron.tune.recall._SCORES", 5 * EXPERTS)
-    assert torch.allclose(torch.stack(recall_of_lists(*arguments)), torch.stack(whole), atol=1e-12)
+    for one, other in zip(recall_of_lists(*arguments), whole, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
 
 
 def test_a_full_list_finds_everything():
     layer = make_layer()
     codebook = fit_codebook(layer.fit, 4)
     (lists,) = make_lists(layer, codebook, [EXPERTS])
-    topk, mass = recall_of_lists(layer, assign(layer.test, codebook.codewords, 1), [lists], [1])
+    topk, mass, _ = recall_of_lists(layer, assign(layer.test, codebook.codewords, 1), [lists], [1])
     assert float(topk) == 1.0 and float(mass) == pytest.approx(1.0, abs=1e-6)
 
 
@@ -137,13 +139,15 @@ def test_lists_are_those_of_a_full_rebuild():
 def test_candidates_are_the_best_distinct_ones():
     layer = make_layer()
     codebook = fit_codebook(layer.fit, 8)
-    (lists,) = make_lists(layer, codebook, [8])
+    lists = make_lists(layer, codebook, [8, 16])
     probes = assign(layer.test, codebook.codewords, 3)
-    found = mass_of_candidates(layer, probes, lists, [TOPK, 7, 1000])
-    for number, mass in zip((TOPK, 7, 1000), found.tolist(), strict=True):
+    masses = recall_of_lists(layer, probes, lists, [1, 3], [TOPK, 10, 1000])[2]
+    assert masses.shape == (3, 2, 2)
+    for index, mass in numpy.ndenumerate(masses.numpy()):
+        number, listed, num_probes = ([TOPK, 10, 1000][index[0]], lists[index[1]], [1, 3][index[2]])
         expected = 0.0
-        for hidden, chosen in zip(layer.test, probes, strict=True):
-            probs = (layer.centers.weight @ hidden).softmax(dim=0)[lists[chosen].long().unique()]
+        for hidden, chosen in zip(layer.test, probes[:, :num_probes], strict=True):
+            probs = (layer.centers.weight @ hidden).softmax(dim=0)[listed[chosen].long().unique()]
             expected += probs.sort(descending=True).values[:number].sum().item() / len(layer.test)
         assert mass == pytest.approx(expected, abs=1e-6)
 
@@ -243,13 +247,24 @@ def test_data_too_short_for_fit_and_held_out_tokens_are_refused(collected):
 
 def test_every_setting_of_the_grid_is_valid_and_cheaper_than_exact_scores():
     config = make_config(num_moe_experts=1024, moe_router_type="air")
-    settings = [one for chunk in grid(config, 10**6).values() for one in chunk]
+    settings = [one for chunk in grid(config).values() for one in chunk]
     assert len(settings) > 50 and automatic(config) in settings and len(set(settings)) == len(settings)
     for one in settings:
         assert not list(invalid(air_config(config, one)))
         assert one.num_clusters + one.num_probes * one.shortlist_size < 1024
-    assert max(one.num_clusters for chunk in grid(config, 1024).values() for one in chunk) == 128
-    assert grid(make_config(num_moe_experts=16, moe_router_type="air"), 10**6) == {}
+    assert grid(make_config(num_moe_experts=16, moe_router_type="air")) == {}
+
+
+def test_numbers_of_candidates_are_in_the_grid_of_a_mass_only():
+    config = make_config(num_moe_experts=1024, moe_router_type="air")
+    few, many = ([one for chunk in grid(config, metric).values() for one in chunk] for metric in ("topk", "mass"))
+    assert {replace(one, num_candidates=0) for one in many} == set(few) and len(set(many)) == len(many) > 3 * len(few)
+    for one in many:
+        assert not list(invalid(air_config(config, one)))
+    of_automatic = [one.num_candidates for one in many if replace(one, num_candidates=0) == automatic(config)]
+    assert of_automatic == [TOPK, 16, 32, 64, 128, automatic(config).num_searched]
+    biased = make_config(num_moe_experts=1024, moe_router_type="air", **WITH_BIAS)
+    assert grid(biased, "mass") == grid(biased, "topk")
 
 
 def test_a_config_of_another_router_keeps_experts_and_rebuilds():
@@ -281,8 +296,8 @@ def test_a_search_measures_every_setting_and_larger_ones_find_more():
     config, layers = make_config(moe_router_type="air"), [make_layer(), make_layer(num_fit=200)]
     ticks = []
     found = search(layers, config, 1.0, "topk", 512, 1e9, ticks.append)
-    assert [one.setting for one in found.results] == [one for chunk in grid(config, 256).values() for one in chunk]
-    assert sum(ticks) == 2 * len(grid(config, 256)) and not found.left_out
+    assert [one.setting for one in found.results] == [one for chunk in grid(config).values() for one in chunk]
+    assert sum(ticks) == 2 * len(grid(config)) and not found.left_out
     by_setting = {one.setting: one for one in found.results}
     for one, result in by_setting.items():
         assert len(result.topk) == 2
@@ -293,7 +308,7 @@ def test_a_search_measures_every_setting_and_larger_ones_find_more():
 
 def test_a_search_leaves_out_what_costs_more_than_its_best_and_what_it_has_no_time_for():
     config, layers = make_config(moe_router_type="air"), [make_layer()]
-    numbers = list(grid(config, 256))
+    numbers = list(grid(config))
     assert len(numbers) > 1
     found = search(layers, config, 1e-9, "topk", None, 1e9)
     smaller = [number for number in numbers[1:] if number not in found.left_out]
@@ -304,6 +319,18 @@ def test_a_search_leaves_out_what_costs_more_than_its_best_and_what_it_has_no_ti
     assert {one.setting.num_clusters for one in found.results} == {numbers[0]}
 
 
+def test_a_search_leaves_out_codebooks_with_too_few_tokens_for_each_codeword():
+    config = make_config(num_moe_experts=1024, moe_router_type="air")
+    generator = torch.Generator().manual_seed(0)
+    layer = replace(make_layer(num_fit=511), centers=Centers(torch.randn(1024, HIDDEN, generator=generator)))
+    ticks = []
+    found = search([layer], config, 1.0, "topk", 512, 1e9, ticks.append)
+    assert {one.setting.num_clusters for one in found.results} == {32}
+    assert found.left_out[64] == "their fit takes at least 512 tokens (--fit-tokens)"
+    assert automatic(config).num_clusters in found.left_out
+    assert sum(ticks) == len(grid(config))
+
+
 def test_lists_of_the_checkpoint_are_measured_as_they_are(megatron_cpu):
     router = make_router(
         megatron_cpu, moe_router_type="air", moe_air_num_clusters=16, moe_air_shortlist_size=8, moe_air_num_probes=2
@@ -312,10 +339,10 @@ def test_lists_of_the_checkpoint_are_measured_as_they_are(megatron_cpu):
     codebook = fit_codebook(layer.fit, 16)
     (lists,) = make_lists(layer, codebook, [8])
     loaded = replace(layer, codewords=codebook.codewords, lists=lists)
-    (result,) = searching.measure_loaded([loaded], router.config, [router], 512)
+    (result,) = searching.measure_loaded([loaded], router.config, [router], "topk", 512)
     assert result.setting == Setting(16, 8, 2)
     assert result.topk[0] == pytest.approx(naive_recall(layer, assign(layer.test, codebook.codewords, 2), lists)[0])
-    assert searching.measure_loaded([layer], router.config, [router], 512) == []
+    assert searching.measure_loaded([layer], router.config, [router], "topk", 512) == []
 
 
 @pytest.mark.parametrize("fields", [{}, {"moe_air_num_candidates": 12}, {"moe_air_num_explored": 4}], ids=str)
@@ -328,15 +355,18 @@ def test_the_checkpoints_router_costs_what_its_config_says(megatron_cpu, fields)
     codebook = fit_codebook(layer.fit, 16)
     (lists,) = make_lists(layer, codebook, [8])
     loaded = replace(layer, codewords=codebook.codewords, lists=lists)
-    (result,) = searching.measure_loaded([loaded], router.config, [router], 512)
     on_gpu = torch.cuda.is_available()
-    assert result.flops == AIRRouter.flops(router.config, Rebuilds(512, on_gpu=on_gpu)).total
-    text = report(
-        make_args(), router.config, [loaded], search([loaded], router.config, 0.9, "topk", 512, 1e9), [result], [], 512
-    )
-    row = next(line for line in text.splitlines() if "AIR as in the checkpoint" in line)
-    assert f"{result.flops / 1e3:.1f}" in row.split()
-    assert "that of the checkpoint has its own" in text
+    for metric in ("topk", "mass"):
+        (result,) = searching.measure_loaded([loaded], router.config, [router], metric, 512)
+        assert result.flops == AIRRouter.flops(router.config, Rebuilds(512, on_gpu=on_gpu)).total
+        text = report(replace(measured([loaded], router.config, 0.9, metric), loaded=[result]))
+        row = next(line for line in text.splitlines() if "AIR as in the checkpoint" in line).split()
+        assert f"{result.flops / 1e3:.1f}" in row
+        assert "that of the checkpoint has its own" in text
+    assert row[5:9] == ["16", "8", "2", str(router.sizes.num_candidates)]
+    probes = assign(layer.test, codebook.codewords, 2)
+    expected = recall_of_lists(layer, probes, [lists], [2], [router.sizes.num_candidates])[2]
+    assert result.mass == (pytest.approx(float(expected)),)
 
 
 def test_other_structures_cost_what_their_formulas_say():
@@ -351,6 +381,16 @@ def test_other_structures_cost_what_their_formulas_say():
         assert one.flops - other.flops == 6 * HIDDEN**2
 
 
+def test_structures_that_a_number_of_experts_does_not_divide_into_are_left_out():
+    def names(num_experts):
+        centers = Centers(torch.randn(num_experts, HIDDEN, generator=torch.Generator().manual_seed(0)))
+        config = make_config(moe_router_type="air", num_moe_experts=num_experts)
+        return [one.name for one in searching.measure_others([replace(make_layer(), centers=centers)], config)]
+
+    assert names(97) == []
+    assert names(2 * 31) == [*(f"groups: {number} of 31" for number in (1, 2, 4, 8, 16)), "product keys: 2 x 31"]
+
+
 def test_the_times_are_those_of_scores_and_top_k_alone():
     layer = make_layer()
     codebook = fit_codebook(layer.fit, 8)
@@ -361,12 +401,35 @@ def test_the_times_are_those_of_scores_and_top_k_alone():
     assert "aten::topk" in names and not [name for name in names if "softmax" in name]
 
 
-def make_args(**changes) -> argparse.Namespace:
-    given = dict(
-        load="folder", data_path=["text"], world_size=1, num_experts=EXPERTS, moe_router_type="air", target_recall=0.9,
-        target_metric="topk", time_limit=1.0, fit_tokens=1, test_tokens=1, batch_tokens=None, out_dir="out/tune",
-    )  # fmt: skip
-    return argparse.Namespace(**given | changes)
+# The report.
+
+WITH_BIAS = dict(
+    moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid", moe_router_load_balancing_type="none"
+)
+BALANCED = dict(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.01)  # all candidates get gradients
+
+
+def unlike_layers() -> list[Layer]:
+    """Two layers. The first has the lower top-k recall, and more mass with a tight bound: one expert has most of it."""
+    layer, bias = make_layer(), torch.zeros(EXPERTS)
+    bias[0] = 8.0
+    peaked = replace(layer, centers=Centers(0.1 * layer.centers.weight, bias))
+    generator = torch.Generator().manual_seed(5)
+    flat = replace(layer, name="2", centers=Centers(0.5 * torch.randn(EXPERTS, HIDDEN, generator=generator)))
+    return [peaked, flat]
+
+
+def measured(layers, config, target, metric) -> Measured:
+    """A search, without the checkpoint's own lists and other structures."""
+    return Measured(config, layers, 512, target, metric, search(layers, config, target, metric, 512, 1e9), [], [])
+
+
+def rows_of_table(text: str) -> dict[str, dict[str, str]]:
+    """The settings of AIR in a report: name -> column -> value."""
+    heading, *lines = text.split("\n\n")[1].splitlines()
+    columns = heading.replace("of exact", "of-exact").split()[1:]
+    split = [(words[: -len(columns)], words[-len(columns) :]) for words in map(str.split, lines)]
+    return {" ".join(name): dict(zip(columns, values, strict=True)) for name, values in split if name[:1] == ["AIR"]}
 
 
 @pytest.mark.parametrize(
@@ -377,12 +440,68 @@ def make_args(**changes) -> argparse.Namespace:
     ],
 )
 def test_a_target_that_nothing_reaches_is_said_with_the_best_setting(metric, words):
-    config, layers = make_config(moe_router_type="air"), [make_layer(num_test=9)]
-    found = search(layers, config, 1.0, metric, 512, 1e9)
-    text = report(make_args(target_recall=1.0, target_metric=metric), config, layers, found, [], [], 512)
-    shown = cheapest(found.results, 1.0, metric) or best(found.results, metric)
-    assert words in text and f"  {shown.setting.flags()}" in text
+    whole = measured([make_layer(num_test=9)], make_config(moe_router_type="air"), 1.0, metric)
+    text, results = report(whole), whole.found.results
+    shown = cheapest(results, 1.0, metric) or best(results, metric)
+    assert words in text and f"  {shown.setting.flags()}\n" in text
     assert ("--moe-air-num-candidates " in text.split("--moe-air-num-probes")[1].splitlines()[0]) == (metric == "mass")
+
+
+@pytest.mark.parametrize(("target", "num_candidates"), [(0.5, 4), (0.8, 16)])
+def test_a_mass_costs_what_its_printed_candidates_cost(target, num_candidates):
+    config, layers = make_config(moe_router_type="air", **BALANCED), unlike_layers()
+    whole = measured(layers, config, target, "mass")
+    text, chosen = report(whole), whole.chosen
+    setting = chosen.setting
+    assert setting.num_candidates == num_candidates
+    assert f"--moe-air-num-probes {setting.num_probes} --moe-air-num-candidates {num_candidates}\n" in text
+    assert chosen.flops == flops_of(air_config(config, setting), 512)
+    for layer, mass in zip(layers, chosen.mass, strict=True):
+        codebook = fit_codebook(layer.fit, setting.num_clusters)
+        lists = make_lists(layer, codebook, [setting.shortlist_size])
+        probes = assign(layer.test, codebook.codewords, setting.num_probes)
+        expected = recall_of_lists(layer, probes, lists, [setting.num_probes], [num_candidates])[2]
+        assert mass == pytest.approx(float(expected), abs=1e-6)
+    row = rows_of_table(text)["AIR (chosen)"]
+    assert (row["M"], row["mass"]) == (str(num_candidates), f"{min(chosen.mass):.3f}")
+    assert row["kFLOPs"] == f"{chosen.flops / 1e3:.1f}"
+    assert f"has {min(chosen.mass):.3f}, at 1/{whole.exact_flops / chosen.flops:.1f} of the FLOPs" in text
+    assert "\nmass is that of the M candidates\n" in text
+
+
+def test_no_cheaper_number_of_candidates_reaches_the_mass():
+    config, layers = make_config(moe_router_type="air", **BALANCED), unlike_layers()
+    chosen = measured(layers, config, 0.8, "mass").chosen
+    every = measured(layers, config, 1.0, "mass").found.results
+    assert min(chosen.mass) >= 0.8 and all(min(one.mass) < 0.8 for one in every if one.flops < chosen.flops)
+
+
+def test_with_an_expert_bias_all_candidates_count_and_none_are_printed():
+    config = make_config(moe_router_type="air", **WITH_BIAS)
+    whole = measured([make_layer(expert_bias=True)], config, 0.5, "mass")
+    text = report(whole)
+    assert "--moe-air-num-candidates" not in text.partition("--moe-air-num-probes")[2].splitlines()[0]
+    assert "M" not in rows_of_table(text)["AIR (chosen)"] and "\nmass is that of all listed experts\n" in text
+
+
+@pytest.mark.parametrize("metric", ("topk", "mass"))
+def test_a_bound_stands_beside_the_mass_of_the_same_layer_and_tokens(metric):
+    whole = measured(unlike_layers(), make_config(moe_router_type="air", **BALANCED), 0.9, metric)
+    text = report(whole)
+    rows = rows_of_table(text)
+    assert all(float(row["bound"]) <= float(row["listed"]) for row in rows.values())
+    if metric == "topk":  # the layers that the columns are of differ
+        assert any(float(row["bound"]) > float(row["mass"]) for row in rows.values())
+    assert f"listed, bound, certified and us/token are those of layer {whole.worst_layer.name}, whose recall" in text
+    assert "listed is the mass of all listed experts for 33 tokens, bound its proven lower bound\n" in text
+
+
+def make_args(**changes) -> argparse.Namespace:
+    given = dict(
+        load="folder", data_path=["text"], world_size=1, num_experts=EXPERTS, moe_router_type="air", target_recall=0.9,
+        target_metric="topk", time_limit=1.0, fit_tokens=1, test_tokens=1, batch_tokens=None, out_dir="out/tune",
+    )  # fmt: skip
+    return argparse.Namespace(**given | changes)
 
 
 BAD = {
@@ -410,4 +529,14 @@ def test_what_cannot_be_measured_is_refused_by_name(changes, words):
 
 def test_a_model_of_few_experts_is_refused():
     with pytest.raises(ValueError, match=r"num_moe_experts \(16\) .* leaves no setting that costs less"):
-        check_grid(make_config(num_moe_experts=16, moe_router_type="air"), 1000)
+        check_grid(make_config(num_moe_experts=16, moe_router_type="air"))
+
+
+@pytest.mark.parametrize(("num_experts", "smallest"), [(EXPERTS, 8), (97, 16), (4096, 64)])
+def test_too_few_tokens_for_the_smallest_codebook_are_refused(num_experts, smallest):
+    config = make_config(num_moe_experts=num_experts, moe_router_type="air")
+    check_grid(config)
+    check_fit(config, 8 * smallest, "--fit-tokens")
+    words = rf"--fit-tokens \({8 * smallest - 1}\) must be at least {8 * smallest}: .* has {smallest} codewords"
+    with pytest.raises(ValueError, match=words):
+        check_fit(config, 8 * smallest - 1, "--fit-tokens")
