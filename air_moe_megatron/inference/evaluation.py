@@ -75,9 +75,11 @@ class RoutingMeter:
 
     @torch.no_grad()
     def _measure(self, router: TopKRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        chosen = output[1]  # [T, K] ids with compact dispatch, otherwise a routing map [T, E]
+        probs, chosen = output  # [T, K] probs and ids with compact dispatch, otherwise [T, E] probs and routing map
         if isinstance(chosen, ShardedRoutes):
             chosen = chosen.topk_ids
+        elif chosen.dtype == torch.bool:  # a map may also have experts that only fill up a token's K, with prob 0
+            chosen = chosen & (probs > 0)
         num_windows = args[0].shape[1]  # tokens are [sequence, windows, H]
         counted = num_windows if self.num_windows is None else self.num_windows
         chosen = chosen.unflatten(0, (-1, num_windows))[:, :counted].flatten(0, 1)

@@ -69,6 +69,19 @@ def test_windows_that_fill_a_microbatch_do_not_count_in_the_routing(figures_of, 
         }
 
 
+@pytest.mark.parametrize("router_type", ["product_key", "vq"])
+def test_experts_that_fill_up_a_dense_map_are_no_load(megatron_cpu, router_type):
+    """Routers that may choose an expert twice get further experts with a prob of zero for Megatron's dispatchers."""
+    router = make_router(megatron_cpu, moe_router_type=router_type, moe_router_topk=8, moe_dispatch="stock").eval()
+    hidden = torch.randn(50, 4, HIDDEN)
+    meter = evaluation.RoutingMeter(router)
+    router(hidden)
+    meter.remove()
+    ids, probs = router.route(hidden).topk_ids, router.route(hidden).probs
+    chosen = torch.zeros(200, router.num_experts).scatter_add_(1, ids.long(), probs.detach()) > 0
+    assert torch.equal(meter.loads, chosen.sum(dim=0)) and meter.loads.sum() < 200 * 8
+
+
 def test_every_command_and_file_has_the_same_number_of_a_layer(megatron_cpu):
     """Layers 1 and 3 are dense; the last router is that of a multi-token-prediction layer."""
     routers = [make_router(megatron_cpu, moe_router_type="air", num_layers=4).eval() for _ in range(3)]
