@@ -160,6 +160,17 @@ def test_cuda_means_cpu(cpu_mode):
     assert not torch.zeros(1).is_cuda
 
 
+def test_a_context_of_a_device_holds():
+    """torch knows the functions of such a context from its first use. If that came in CPU mode, it changed nothing."""
+    code = (
+        "from air_moe_megatron import cpu\ncpu.enable()\nimport torch\n"
+        "with torch.device('meta'):\n    tensors = torch.zeros(3), torch.randn(2), torch.nn.Linear(2, 2).weight\n"
+        "assert all(tensor.is_meta for tensor in tensors), tensors"
+    )
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_streams_and_events(cpu_mode):
     side, start, end = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     assert torch.cuda.current_stream() is torch.cuda.current_stream() != side
