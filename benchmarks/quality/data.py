@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
+from benchmarks.quality.study import BYTES
+
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
 _STDLIB_EOD = 256  # of the byte-level data set that examples/prepare_stdlib.py makes
-BYTES = 257  # token ids of a vocabulary of bytes, with the end of a document
 _WIKI_TITLE = re.compile(r"(?=^ = [^=].* = $)", re.MULTILINE)
 _OWN_FILES = ("meta.json", "tokenizer.json", *(f"{split}.{ending}" for split in SPLITS for ending in ("bin", "idx")))
 _TOKENIZER_BYTES = 20 * 2**20  # of training text that the tokenizer is trained on, at most

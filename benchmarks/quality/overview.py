@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.quality.report import (
     REFERENCE,
+    Regime,
     changes,
     emphasized,
     groups,
@@ -20,18 +21,20 @@ from benchmarks.quality.report import (
     spread,
     styles_of,
 )
+from benchmarks.quality.study import BYTES
 
-_CORPORA = {"stdlib": "bytes", "wikitext-2": "WikiText-2", "gutenberg-100m": "Gutenberg"}
+_CORPORA = {"stdlib": "code", "wikitext-2": "WikiText-2", "gutenberg-100m": "Gutenberg"}
+_CORPORA_IN_BYTES = {"stdlib": "bytes", "wikitext-2": "WikiText-2 in bytes", "gutenberg-100m": "books in bytes"}
 
 
-def regimes(rows: list[dict], subject: str) -> dict[tuple, dict[str, list[dict]]]:
+def regimes(rows: list[dict], subject: str) -> dict[Regime, dict[str, list[dict]]]:
     """The groups with K = 16 in which ``subject`` and the reference have three seeds or more. Of several groups, only
     the variants that two of them have are kept.
     """
     found = {
         regime: variants
         for regime, variants in groups(rows).items()
-        if regime[4] == 16 and all(len(variants.get(name, ())) >= 3 for name in (subject, REFERENCE))
+        if regime.topk == 16 and all(len(variants.get(name, ())) >= 3 for name in (subject, REFERENCE))
     }
     counts = Counter(name for variants in found.values() for name in variants)
     least = min(2, len(found))
@@ -78,10 +81,10 @@ def share_of_flops(variants: dict[str, list[dict]], subject: str, name: str, whi
     return variants[subject][0]["flops_per_token"][which] / variants[name][0]["flops_per_token"][which]
 
 
-def title(regime: tuple) -> str:
+def title(regime: Regime) -> str:
     """Data and number of experts of a regime in words, as tables and plots name it."""
-    corpus, _, _, experts, *_ = regime
-    return f"{_CORPORA.get(corpus, corpus)}, E = {experts:,}"
+    names = _CORPORA_IN_BYTES if regime.vocabulary == BYTES else _CORPORA
+    return f"{names.get(regime.corpus, regime.corpus)}, E = {regime.experts:,}"
 
 
 def plot(rows: list[dict], file: Path, subject: str = "air") -> Path:

@@ -7,8 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas
+
+from benchmarks.quality.study import BYTES, read_results
 
 REFERENCE = "topk"
 # The variants of one type of router.
@@ -19,18 +22,44 @@ _QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.
 _USED, _IMBALANCE, _RECALL, _TOPK_RECALL = "experts-used", "imbalance-factor", "mass-recall", "top-k-recall"
 
 
-def groups(rows: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
-    """Group comparable rows: (corpus, tokens, precision, E, K, F) -> variant -> rows of its seeds.
+class Regime(NamedTuple):
+    """What comparable runs have in common."""
+
+    corpus: str
+    vocabulary: int
+    tokens: int  # that a run trains on
+    precision: str
+    experts: int | None  # None: of several numbers
+    topk: int
+    ffn: int
+
+    @classmethod
+    def of(cls, row: dict) -> "Regime":
+        """The regime of a result."""
+        return cls(*(row[name] for name in cls._fields))
+
+    @property
+    def title(self) -> str:
+        """The regime in words."""
+        corpus = f"{self.corpus} in bytes" if self.vocabulary == BYTES and self.corpus != "stdlib" else self.corpus
+        of_experts = f"E = {self.experts:,}, " if self.experts is not None else ""
+        return (
+            f"{corpus}, {self.tokens / 1e6:.1f} M tokens, {self.precision}, {of_experts}K = {self.topk}, F = {self.ffn}"
+        )
+
+
+def groups(rows: list[dict]) -> dict[Regime, dict[str, list[dict]]]:
+    """Group comparable rows: regime -> variant -> rows of its seeds.
 
     Raises:
         ValueError: naming seed and keys, if two rows of a variant have the same seed: they are runs with other flags.
     """
-    found: dict[tuple, dict[str, list[dict]]] = {}
-    for row in sorted(rows, key=lambda row: (*_place(row), row["seed"])):
-        of_variant = found.setdefault(_place(row), {}).setdefault(row["variant"], [])
+    found: dict[Regime, dict[str, list[dict]]] = {}
+    for row in sorted(rows, key=lambda row: (*Regime.of(row), row["seed"])):
+        of_variant = found.setdefault(Regime.of(row), {}).setdefault(row["variant"], [])
         if of_variant and of_variant[-1]["seed"] == row["seed"]:
             raise ValueError(
-                f"seed ({row['seed']}) of variant {row['variant']!r} occurs twice in {_title(*_place(row))}, with keys "
+                f"seed ({row['seed']}) of variant {row['variant']!r} occurs twice in {Regime.of(row).title}, with keys "
                 f"{of_variant[-1]['key']} and {row['key']}: runs with different flags need variants of different "
                 "names, or files of their own"
             )
@@ -38,17 +67,8 @@ def groups(rows: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
     return found
 
 
-def _place(row):
-    return tuple(row[name] for name in ("corpus", "tokens", "precision", "experts", "topk", "ffn"))
-
-
 def _model(row):
     return tuple(row[name] for name in ("corpus", "variant", "experts", "topk", "ffn"))
-
-
-def _title(corpus, tokens, precision, experts, topk, ffn):
-    of_experts = f"E = {experts:,}, " if experts is not None else ""
-    return f"{corpus}, {tokens / 1e6:.1f} M tokens, {precision}, {of_experts}K = {topk}, F = {ffn}"
 
 
 def quality(row: dict) -> float:
@@ -165,7 +185,7 @@ def tables(rows: list[dict], step_ms: dict[tuple, float] | None = None) -> str:
         origins: dict[tuple, set[str]] = {}
         for row in of_group:
             origins.setdefault((row["device"], row["torch"], row["megatron_core"]), set()).add(row["commit"])
-        parts.append(f"### {_title(*regime)}\n")
+        parts.append(f"### {regime.title}\n")
         parts.append(table(variants, step_ms) + "\n")
         for (device, torch, core), commits in sorted(origins.items()):
             parts.append(f"Measured on {device}, torch {torch}, megatron-core {core}.\n")
@@ -212,10 +232,10 @@ def styles_of(rows):
 
 
 def _over_experts(found):
-    """Join groups that differ in E only: (corpus, tokens, precision, None, K, F) -> E -> variant -> rows."""
-    joined: dict[tuple, dict] = {}
-    for (corpus, tokens, precision, experts, topk, ffn), variants in found.items():
-        joined.setdefault((corpus, tokens, precision, None, topk, ffn), {})[experts] = variants
+    """Join groups that differ in E only: regime without E -> E -> variant -> rows."""
+    joined: dict[Regime, dict] = {}
+    for regime, variants in found.items():
+        joined.setdefault(regime._replace(experts=None), {})[regime.experts] = variants
     return {regime: by_experts for regime, by_experts in joined.items() if len(by_experts) > 1}
 
 
@@ -329,7 +349,7 @@ def _grid(pyplot, found, columns: int, draw: Callable, styles: dict, file: Path)
         len(found), columns, figsize=(4.6 * columns, 3.4 * len(found) + 1), squeeze=False, layout="constrained"
     )
     for (regime, variants), line in zip(found.items(), axes, strict=True):
-        line[0].set_title(_title(*regime), fontsize=10, loc="left")
+        line[0].set_title(regime.title, fontsize=10, loc="left")
         for column, axis in enumerate(line):
             draw(axis, variants, column)
             axis.grid(alpha=0.3)
@@ -348,8 +368,6 @@ def rows_of(files: Sequence[Path]) -> list[dict]:
     Raises:
         SystemExit: with a message that names the file, if a line is no row or two rows are those of one seed.
     """
-    from benchmarks.quality.study import read_results
-
     try:
         rows = read_results(*files)
     except ValueError as error:

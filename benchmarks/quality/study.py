@@ -63,6 +63,8 @@ _RULES = {
     "flags": ("a table of numbers, texts and booleans", lambda value: _is_flags(value)),
 }
 """Entry of a study -> the rule for its value in words, and its check."""
+BYTES = 257
+"""The vocabulary of a corpus in bytes: all of them, and the end of a document."""
 _ROW_START = '{"key": "'
 """How every row of a file of results begins."""
 _LOSS_POINTS = 50  # points of the training loss in a result; each is a mean over its share of the steps

@@ -19,7 +19,7 @@ RESULTS = study.ROOT / "docs/results"
 def result(variant, seed, perplexity, **health):
     return {
         "key": f"{variant}-{seed}",
-        "variant": variant, "corpus": "wikitext-2", "experts": 64, "topk": 4, "ffn": 1, "seed": seed,
+        "variant": variant, "corpus": "wikitext-2", "vocabulary": 4096, "experts": 64, "topk": 4, "ffn": 1, "seed": seed,
         "word_perplexity": perplexity, "bits_per_byte": 1.0, "tokens": 1000, "seconds": 36.0, "precision": "fp32",
         "flops_per_token": {"router": 2e6, "router_with_dispatch": 4e6, "total": 5e6, "total_with_dispatch": 7e6},
         "health": {name: [[5, value / 2], [10, value]] for name, value in health.items()},
@@ -34,7 +34,7 @@ def test_the_table_compares_runs_of_the_same_seed_and_puts_the_best_first():
         result("air", 1, 90.0, **{"experts-used": 0.5, "mass-recall": 0.25}),
         result("air", 2, 114.0, **{"experts-used": 0.7, "mass-recall": 0.75}),
     ]  # fmt: skip
-    lines = report.table(report.groups(rows)["wikitext-2", 1000, "fp32", 64, 4, 1]).splitlines()
+    lines = report.table(report.groups(rows)["wikitext-2", 4096, 1000, "fp32", 64, 4, 1]).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| air", "| topk"]
     assert "102.00 +- 16.97" in lines[2]
     assert "-7.50 +- 3.54 %" in lines[2]
@@ -92,6 +92,14 @@ def test_a_repeated_seed_or_row_ends_the_commands_with_file_key_and_rule(tmp_pat
             assert stopped.value.code.startswith(f"{where}: key ('air-1') occurs twice in precision fp32, before in ")
 
 
+def test_the_same_text_in_bytes_is_another_regime():
+    words = [result(name, 1, 90.0) | {"corpus": "gutenberg-100m"} for name in ("air", "topk")]
+    in_bytes = [row | {"vocabulary": 257} for row in words]
+    found = report.groups([*words, *in_bytes])
+    assert [regime.title.split(", ")[0] for regime in found] == ["gutenberg-100m in bytes", "gutenberg-100m"]
+    assert [overview.title(regime) for regime in found] == ["books in bytes, E = 64", "Gutenberg, E = 64"]
+
+
 def test_the_plots_are_drawn(tmp_path):
     rows = [result("topk", 1, 100.0), result("air", 1, 90.0, **{"experts-used": 0.5, "imbalance-factor": 3.0})]
     files = report.plots(rows, tmp_path)
@@ -112,7 +120,7 @@ def test_numbers_of_experts_are_joined_where_nothing_else_differs(tmp_path):
     rows = [result("topk", 1, 100.0), larger, result("air", 1, 90.0), larger | {"ffn": 2}]
     joined = report._over_experts(report.groups(rows))
     assert {place: {experts: set(of) for experts, of in found.items()} for place, found in joined.items()} == {
-        ("wikitext-2", 1000, "fp32", None, 4, 1): {64: {"topk", "air"}, 256: {"topk"}}
+        ("wikitext-2", 4096, 1000, "fp32", None, 4, 1): {64: {"topk", "air"}, 256: {"topk"}}
     }
     assert "experts.png" in {file.name for file in report.plots(rows, tmp_path)}
 
