@@ -100,7 +100,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         self._is_counted = False  # whether the tokens of the current forward count
         self._learns = False  # whether they are also added to what is learned without gradients
         self.has_learned = False  # whether a forward has learned since the last step
-        self._num_unreported = 0  # forwards that have learned since the last step
+        self._num_unreported, self._has_warned = 0, False  # forwards that have learned since the last step
 
     @staticmethod
     def checkpoint_fields(config: TransformerConfig | argparse.Namespace) -> dict[str, Any]:
@@ -237,7 +237,8 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             return
         self.has_learned = True
         self._num_unreported += 1
-        if self._num_unreported == _MANY_FORWARDS and self.learners():
+        if self._num_unreported == _MANY_FORWARDS and self.learners() and not self._has_warned:
+            self._has_warned = True
             logger.warning(
                 "layer %s: %d training forwards since the last step, and the router learns at the end of a step only; "
                 "call sync.update_codebooks(model, group) after each optimizer step (docs/what-learns-when.md)",
