@@ -123,7 +123,10 @@ def write_log_file(path: str) -> TextIO:
     except OSError as error:
         raise log_file_error(path, error) from error
     sys.stdout.flush()
-    screen = os.fdopen(os.dup(1), "w", buffering=1)
+    # A prompt or a path may hold bytes that are no text, and a model may write what the screen cannot show.
+    encoding = sys.stdout.encoding
+    errors = "surrogateescape" if encoding.lower().replace("-", "") == "utf8" else "backslashreplace"
+    screen = os.fdopen(os.dup(1), "w", buffering=1, encoding=encoding, errors=errors)
     os.dup2(file.fileno(), 1)
     sys.stdout.reconfigure(line_buffering=True)
 

@@ -113,9 +113,19 @@ def continue_prompts(
         done = controller.generate_all_output_tokens_static_batch(requests)
     ids = [request.generated_tokens.tolist() for request in done.values()]
     return [
-        Continuation(prompt, tokenizer.detokenize(new), given, new, len(new) < num_tokens)
+        Continuation(prompt, text_after(tokenizer, given, new), given, new, len(new) < num_tokens)
         for prompt, given, new in zip(prompts, prompt_ids, ids, strict=True)
     ]
+
+
+def text_after(tokenizer: Tokenizer, given: Sequence[int], new: Sequence[int]) -> str:
+    """The text of new tokens behind given ones, with the space between both.
+
+    Many tokenizers drop the space before the first token that they are given. So both are decoded together, and the
+    text of the given ones is taken off. If that changes within a character, the new tokens are decoded alone.
+    """
+    before, whole = tokenizer.detokenize(list(given)), tokenizer.detokenize([*given, *new])
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.detokenize(list(new))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

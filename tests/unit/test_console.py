@@ -39,6 +39,16 @@ def run_script(script, *arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own, **environment})
 
 
+@pytest.mark.parametrize("encoding, shown", [("utf-8", b"a\xff\xef\xbf\xbd"), ("ascii", rb"a\udcff\ufffd")])
+def test_the_screen_takes_any_text(tmp_path, encoding, shown):
+    """Bytes of a prompt that are no text, and what a model says, must not end a command after its work."""
+    script = "import sys\nfrom air_moe_megatron.command import console\n"
+    script += "console.write_log_file(sys.argv[1]).write('a\\udcff\\ufffd\\n')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-c", script, str(tmp_path / "log")]
+    assert subprocess.run(command, capture_output=True, env=environment, check=True).stdout == shown + b"\n"
+
+
 def test_the_file_gets_everything_and_the_screen_what_matters(tmp_path):
     log = tmp_path / "new" / "train.log"
     result = run_script(LOGGING_SCRIPT, log)

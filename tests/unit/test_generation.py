@@ -164,7 +164,7 @@ def test_samples_follow_seed_and_settings_and_are_no_padding(megatron_cpu):
     assert len({token for ids in sample(3, temperature=9.0, top_k=2) for token in ids}) > 1
 
 
-OF_ONE_FORWARD = ("token_ids", "training", "_is_counted")  # what each forward sets anew
+OF_ONE_FORWARD = ("token_ids", "training", "_is_counted", "_learns")  # what each forward sets anew
 
 
 def state_of(model):

@@ -13,6 +13,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from air_moe_megatron.inference import evaluation, generation
 from air_moe_megatron.inference.data import Windows, microbatches, num_microbatches, read
+from air_moe_megatron.inference.generation import text_after
 from air_moe_megatron.inference.text import ByteTokenizer, IdTokenizer, check_tokenizer_files, num_bytes
 
 SAMPLES = dict(
@@ -200,16 +201,17 @@ def test_documents_that_max_tokens_cuts_count_by_what_is_read(trained_tokenizer,
         assert stream.num_bytes == num_bytes(trained_tokenizer, stream.tokens[1:])
 
 
-@pytest.mark.parametrize("text", ["the cat  and\n\tthe hat", "the zebra: a xyz"], ids=["spaces", "unknown"])
-def test_bytes_are_those_of_the_text_also_if_the_tokens_lose_some(tmp_path, text):
+@pytest.fixture(scope="module")
+def sentencepiece_tokenizer(tmp_path_factory):
     import sentencepiece
 
+    tmp_path = tmp_path_factory.mktemp("sentencepiece")
     corpus = write(tmp_path, "corpus.txt", "the cat and the hat and the mat sat\n" * 200)
     sentencepiece.SentencePieceTrainer.train(
         input=corpus, model_prefix=str(tmp_path / "model"), vocab_size=30, hard_vocab_limit=False, minloglevel=2
     )
     names = ("special_tokens", "vocab_file", "metadata_path", "vocab_size", "tokenizer_prompt_format", "chat_template")
-    tokenizer = build_tokenizer(
+    return build_tokenizer(
         argparse.Namespace(
             **dict.fromkeys(names),
             tokenizer_type="SentencePieceTokenizer",
@@ -220,8 +222,25 @@ def test_bytes_are_those_of_the_text_also_if_the_tokens_lose_some(tmp_path, text
             pad_vocab_size=False,
         )
     )
-    stream = read(write_lines(tmp_path, [text] * 50), tokenizer, make_args())
-    assert stream.num_bytes == 50 * len(text.encode()) - num_bytes(tokenizer, stream.tokens[:1])
+
+
+@pytest.mark.parametrize("text", ["the cat  and\n\tthe hat", "the zebra: a xyz"], ids=["spaces", "unknown"])
+def test_bytes_are_those_of_the_text_also_if_the_tokens_lose_some(tmp_path, sentencepiece_tokenizer, text):
+    stream = read(write_lines(tmp_path, [text] * 50), sentencepiece_tokenizer, make_args())
+    assert stream.num_bytes == 50 * len(text.encode()) - num_bytes(sentencepiece_tokenizer, stream.tokens[:1])
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word(trained_tokenizer, sentencepiece_tokenizer):
+    """SentencePiece drops the space before the first token that it decodes."""
+    for tokenizer in (trained_tokenizer, sentencepiece_tokenizer, ByteTokenizer()):
+        ids = list(tokenizer.tokenize("the cat and the hat"))
+        for number in range(1, len(ids)):
+            given, new = ids[:number], ids[number:]
+            assert tokenizer.detokenize(given) + text_after(tokenizer, given, new) == tokenizer.detokenize(ids)
+    assert text_after(IdTokenizer(10, 9), [1, 2], [3]) == " 3"
+    assert (
+        text_after(ByteTokenizer(), "ab\u00e4".encode()[:-1], "\u00e4".encode()[-1:]) == "\ufffd"
+    )  # within a character
 
 
 def test_files_of_a_tokenizer_that_are_not_here_are_named(tmp_path):
