@@ -19,7 +19,8 @@ RESULTS = study.ROOT / "docs/results"
 def result(variant, seed, perplexity, **health):
     return {
         "key": f"{variant}-{seed}",
-        "variant": variant, "corpus": "wikitext-2", "vocabulary": 4096, "experts": 64, "topk": 4, "ffn": 1, "seed": seed,
+        "variant": variant, "experts": 64, "topk": 4, "ffn": 1, "seed": seed,
+        "corpus": "wikitext-2", "vocabulary": 4096,
         "word_perplexity": perplexity, "bits_per_byte": 1.0, "tokens": 1000, "seconds": 36.0, "precision": "fp32",
         "flops_per_token": {"router": 2e6, "router_with_dispatch": 4e6, "total": 5e6, "total_with_dispatch": 7e6},
         "health": {name: [[5, value / 2], [10, value]] for name, value in health.items()},
