@@ -75,7 +75,7 @@ def listed_share_of(router: AIRRouter) -> torch.Tensor:
 
 
 def is_due(iteration: int) -> bool:
-    """Whether Megatron's own log line, and with it ours, is due after a step, counted from 1."""
+    """Whether our log line is due after a step, counted from 1. Megatron's is also due in the first after a resume."""
     from megatron.training import get_args
 
     return iteration % get_args().log_interval == 0 or iteration == 1
