@@ -115,8 +115,8 @@ def test_a_router_of_kernels_does_not_wait_for_the_device(megatron_cpu, forced, 
     forced("triton")
     monkeypatch.setattr(HostCopy, "is_on_cpu", lambda _: False)  # as on a device
     router = make_layer(megatron_cpu, **fields).train().router
-    hidden, padding = torch.randn(20, 1, HIDDEN), torch.zeros(1, 20, dtype=torch.bool)
-    padding[0, 15:] = True
+    hidden, padding = torch.randn(20, 1, HIDDEN), torch.zeros(20, 1, dtype=torch.bool)
+    padding[15:] = True
     router.route(hidden, padding)  # builds the lists
     lists, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor.shape) or tolist(tensor))
