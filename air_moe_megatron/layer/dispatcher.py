@@ -40,7 +40,7 @@ class Traffic:
     """Bytes that this rank's training forwards have passed to the all-to-alls since the last reset.
 
     ``row_bytes`` are sent, and equally many come back for the same tokens. The backward repeats both. The ``remote``
-    bytes go to other ranks. A dispatcher counts forwards whose tokens do not count separately: one of the two of a
+    bytes go to other ranks. A dispatcher has a second count, of forwards whose tokens do not count: one of the two of a
     recomputed forward, and any other without gradients.
     """
 
