@@ -53,7 +53,7 @@ def texts_of(run: Run, ids: Iterable[int]) -> tuple[dict[int, str], str | None]:
         return _plain(ids), "the run's NullTokenizer knows no texts, so tokens are shown as ids"
     try:
         built = _build(run, tokenizer)
-        return {number: visible(built.detokenize([number])) for number in ids}, None
+        return {number: visible(_text(built, number)) for number in ids}, None
     except Exception as error:  # libraries raise errors of any kind; the page then has a note instead of texts
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return _plain(ids), f"the run's {kind} could not be built here, so tokens are shown as ids ({reason})"
@@ -71,6 +71,12 @@ def _build(run: Run, tokenizer: dict[str, Any]) -> Any:
             "vocab_size": tokenizer.get("vocab_size"),
         }
         return build_tokenizer(Namespace(**{**recorded, **own, "trust_remote_code": False, "pad_vocab_size": False}))
+
+
+def _text(tokenizer: Any, number: int) -> str:
+    """The text of a token behind another one: many tokenizers drop the space before the first token."""
+    first, both = tokenizer.detokenize([number]), tokenizer.detokenize([number, number])
+    return both.removeprefix(first) if both.startswith(first) else first
 
 
 def _plain(ids: list[int]) -> dict[int, str]:

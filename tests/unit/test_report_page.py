@@ -342,7 +342,7 @@ def test_tokens_are_decoded_by_the_tokenizer_of_the_run(tmp_path, megatron_cpu):
     records[0]["tokenizer"] = {"type": "SentencePieceTokenizer", "model": f"{prefix}.model", "vocab_size": 8}
     (run,) = read_runs([write(tmp_path, records)])
     number = sentencepiece.SentencePieceProcessor(f"{prefix}.model").piece_to_id("▁cat")
-    assert texts_of(run, [number]) == ({number: "cat"}, None)
+    assert texts_of(run, [number]) == ({number: "␣cat"}, None)
     records[0]["tokenizer"]["model"] = f"{prefix}.missing"
     (run,) = read_runs([write(tmp_path, records)])
     texts, note = texts_of(run, [number])
