@@ -2,7 +2,7 @@
 
 It replaces Megatron-LM's ``pretrain_gpt.py`` (and, with ``--hybrid-layer-pattern``, ``pretrain_hybrid.py``) without a
 checkout of Megatron-LM. Every Megatron flag keeps its meaning. The few flags that need code from outside the
-``megatron-core`` wheel are refused by name. With ``--moe-router-type topk``, the default, it trains as Megatron does.
+``megatron-core`` wheel are refused by name. Without our flags it trains as Megatron does.
 
 Importing this module loads only the standard library, because worker processes, such as those that write checkpoints,
 import it again.

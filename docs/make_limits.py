@@ -14,8 +14,9 @@ What cannot be combined is refused before training starts. The error names the f
 [entry_refusals.py](../air_moe_megatron/command/entry_refusals.py). Bounds of single values are in
 [config/rules.py](../air_moe_megatron/config/rules.py).
 
-A field of the config is a flag of the command line with dashes for underscores. If a table gives no value, the field
-is refused whenever it is set.
+A field of the config is a flag with dashes for underscores. Four have other names: `num_moe_experts` is
+`--num-experts`, `fp8` and `fp4` are `--fp8-format` and `--fp4-format`, and `--disable-bias-linear` turns
+`add_bias_linear` off. A row without a value refuses every value that turns the field on.
 """
 
 _END = """

@@ -7,9 +7,9 @@
 #
 # An expert is one gated row of 64, 192 parameters, and 64 more in the router: 0.27 billion in all, times 16 bytes for
 # the fp32 weight, its gradient and Adam's two moments. Any Megatron flag may follow; other sizes are environment
-# variables, see examples/granular_gpt.sh. It ends with the peak memory and the time per step, which
-# is longer where lists are rebuilt in full: in the first two. Until the 20th step every one makes new lists of a local rebuild,
-# so all of the default run; later a rebuild is spread over up to 20 steps. Not yet run on a GPU.
+# variables, see examples/granular_gpt.sh. It ends with the peak memory and the time per step. The first two steps take
+# longer, because they rebuild the lists in full. Each other step of the default run makes a local rebuild; in longer
+# runs a rebuild is spread over up to 20 steps. Not yet run on a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -11,9 +11,10 @@ class AIRFields:
     """AIR-MoE: two-stage inverted-index routing for granular mixtures of experts."""
 
     moe_router_type: Literal["topk", "air", "product_key", "hierarchical", "hash", "vq"] = "topk"
-    """Router of the MoE layers. 'topk' is Megatron's own, untouched. 'air' scores only the experts on the shortlists of
-    the token's nearest codewords. 'product_key' (PEER), 'hierarchical' (groups of experts), 'hash' (fixed experts per
-    token id) and 'vq' (VQMoE) are baselines from the literature."""
+    """Router of the MoE layers. 'topk' is exact top-k: Megatron's own router, or ours with granular experts or first
+    layers by hash. 'air' scores only the experts on the shortlists of the token's nearest codewords. 'product_key'
+    (PEER), 'hierarchical' (groups of experts), 'hash' (fixed experts per token id) and 'vq' (VQMoE) are baselines from
+    the literature."""
 
     moe_router_input_norm: Literal["none", "running", "low_rank_whitening", "whitening"] = "none"
     """Normalize the tokens before they are scored, with statistics of earlier global batches: 'running' centers and

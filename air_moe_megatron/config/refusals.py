@@ -115,9 +115,7 @@ OURS = Cause(
     _by_ours,
 )
 NOT_TOPK = Cause("Every router but `topk`", lambda config: config.moe_router_type != "topk", _by_type)
-SEARCHES = Cause(
-    "`product_key`, `hierarchical`, `hash` and `vq`", _type_is("product_key", "hierarchical", "hash", "vq"), _by_type
-)
+SEARCHES = Cause("`product_key`, `hierarchical` and `vq`", _type_is("product_key", "hierarchical", "vq"), _by_type)
 AIR_WITH_BIAS = Cause(
     "`air` with an expert bias",
     lambda config: config.moe_router_type == "air" and config.moe_router_enable_expert_bias,
@@ -159,6 +157,7 @@ CAUSES = (
 """In the order of docs/limits.md."""
 
 _ENGINE = "it belongs to Transformer Engine's experts"
+_ROUNDED = "these experts have no products in 8 or 4 bits"
 _ONE_PASS = "the gradients of these experts are made in one pass"
 _NOT_PERMUTED = "tokens are not permuted by expert; leave it out"
 _MIXED_IDS = "its schedule mixes the token ids of two microbatches"
@@ -251,6 +250,8 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(HASH, "moe_aux_loss_coeff", _balancing, "there is nothing to learn"),
     Refusal(VQ, "moe_aux_loss_coeff", _balancing, "half of the experts are chosen by code, without scores"),
+    Refusal(HASH, "moe_router_enable_expert_bias", _on, "there are no scores"),
+    Refusal(HASH, "moe_router_force_load_balancing", _on, "the experts of a token are fixed by its id"),
     Refusal(HASH, "moe_z_loss_coeff", _given, "there are no scores"),
     Refusal(HASH, "moe_input_jitter_eps", _given, "a hash router does not read hidden states"),
     Refusal(HASH, "moe_router_score_function", _not("softmax"), "there are no scores"),
@@ -276,13 +277,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "their weights are not sharded further than over expert-parallel ranks",
     ),
     Refusal(GRANULAR, "add_bias_linear", _on, "tiny experts have no biases; add --disable-bias-linear"),
-    Refusal(GRANULAR, "fp8", _given, _ENGINE),
-    Refusal(GRANULAR, "fp4", _given, _ENGINE),
-    Refusal(GRANULAR, "moe_latent_size", _given, _ENGINE),
+    Refusal(GRANULAR, "fp8", _given, _ROUNDED),
+    Refusal(GRANULAR, "fp4", _given, _ROUNDED),
+    Refusal(GRANULAR, "moe_latent_size", _given, "these experts read and write hidden_size"),
     Refusal(GRANULAR, "moe_mlp_glu_interleave_size", _given, _ENGINE),
     Refusal(GRANULAR, "moe_single_grouped_weight", _on, _ENGINE),
     Refusal(GRANULAR, "use_te_activation_func", _on, _ENGINE),
-    Refusal(GRANULAR, "use_kitchen", _on, _ENGINE),
+    Refusal(GRANULAR, "use_kitchen", _on, "it quantizes Megatron's own linear layers, which these experts have not"),
     Refusal(GRANULAR, "moe_grouped_gemm", _on, "these experts are one tensor already; leave out --moe-grouped-gemm"),
     Refusal(GRANULAR, "moe_apply_probs_on_input", _on, "the probs weigh the activations of each expert"),
     Refusal(

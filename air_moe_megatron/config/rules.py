@@ -195,8 +195,8 @@ def _invalid_air(config: TransformerConfig) -> Problems[None]:
         if topk >= sizes.shortlist_size and sizes.shortlist_size < num_experts:
             yield ValueError(
                 f"moe_air_shortlist_size ({sizes.shortlist_size}) must exceed moe_router_topk ({topk}), unless it is "
-                f"num_moe_experts ({num_experts}): slots beyond the top-k hold the experts that no list would hold, "
-                f"which are lost for good without them; use {min(2 * topk, num_experts)} or more, or 0 for the "
+                f"num_moe_experts ({num_experts}): slots beyond the top-k are reserved for experts on no other "
+                f"list, which are lost for good without them; use {min(2 * topk, num_experts)} or more, or 0 for the "
                 "automatic size"
             )
         yield from _invalid_parts(config, sizes.shortlist_size)

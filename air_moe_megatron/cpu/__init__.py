@@ -172,9 +172,8 @@ def enable(force: bool = False) -> CPUMode:
             "CPU mode replaces torch.cuda for the whole process, and CUDA is available here; "
             "hide the devices (CUDA_VISIBLE_DEVICES=) or call enable(force=True)"
         )
-    with torch.device(
-        "cpu"
-    ):  # torch looks up at the first use which functions such a context changes: the original ones
+    # At the first use of such a context torch looks up which functions it changes: the original ones.
+    with torch.device("cpu"):
         torch.empty(0)
     mode = CPUMode()
     mode._apply(ADAPTATIONS)

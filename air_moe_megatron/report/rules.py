@@ -251,7 +251,7 @@ class Finding:
     def text(self) -> str:
         """The warning in words.
 
-        Example: layer 7: 31% of the experts unused since step 4,000: raise --moe-aux-loss-coeff.
+        Example: layer 7: 31% of the experts unused, since step 4,000: raise --moe-aux-loss-coeff.
         """
         worst = self.rule.worst(pandas.Series([value for value, _ in self.layers.values()]))
         what = self.rule.words.format(worst)

@@ -213,9 +213,9 @@ NOT_WITH_GRANULAR_EXPERTS = {
     "biases": (dict(add_bias_linear=True), ["add_bias_linear (True)", "--disable-bias-linear"]),
     "no-hidden-size": (dict(moe_ffn_hidden_size=None), ["moe_ffn_hidden_size (None)", "at least 1"]),
     "hidden-size-zero": (dict(moe_ffn_hidden_size=0), ["moe_ffn_hidden_size (0)", "at least 1"]),
-    "fp8": (dict(fp8="e4m3"), ["fp8 ('e4m3')", "Transformer Engine"]),
-    "fp4": (dict(fp4="e2m1"), ["fp4 ('e2m1')", "Transformer Engine"]),
-    "latent-size": (dict(moe_latent_size=8), ["moe_latent_size (8)", "Transformer Engine"]),
+    "fp8": (dict(fp8="e4m3"), ["fp8 ('e4m3')", "8 or 4 bits"]),
+    "fp4": (dict(fp4="e2m1"), ["fp4 ('e2m1')", "8 or 4 bits"]),
+    "latent-size": (dict(moe_latent_size=8), ["moe_latent_size (8)", "hidden_size"]),
     "interleaved-gates": (
         dict(moe_mlp_glu_interleave_size=4),
         ["moe_mlp_glu_interleave_size (4)", "Transformer Engine"],
@@ -225,7 +225,7 @@ NOT_WITH_GRANULAR_EXPERTS = {
         ["moe_single_grouped_weight (True)", "Transformer Engine"],
     ),
     "te-activation": (dict(use_te_activation_func=True), ["use_te_activation_func (True)", "Transformer Engine"]),
-    "kitchen": (dict(use_kitchen=True), ["use_kitchen (True)", "Transformer Engine"]),
+    "kitchen": (dict(use_kitchen=True), ["use_kitchen (True)", "linear layers"]),
     "grouped-gemm": (dict(moe_grouped_gemm=True), ["moe_grouped_gemm (True)", "one tensor already"]),
     "probs-on-input": (dict(moe_apply_probs_on_input=True), ["moe_apply_probs_on_input (True)", "activations"]),
     "recomputed-activation": (
