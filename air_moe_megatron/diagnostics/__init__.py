@@ -29,7 +29,6 @@ from air_moe_megatron.diagnostics.metrics import (
     RouterSums,
     describe,
     layer_metrics,
-    layer_of,
     reduce_stage,
     scalar_name,
 )
@@ -39,6 +38,7 @@ from air_moe_megatron.diagnostics.watch import StepWatch
 from air_moe_megatron.process_groups import gather_from_stages, is_in_writers_pipeline
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.base import CompactRouter
+from air_moe_megatron.routers.losses import layer_of
 
 _ATTRIBUTE = "_air_diagnostics"
 """Attribute of the first model chunk that holds its Diagnostics, so that a training loop passes the model only."""

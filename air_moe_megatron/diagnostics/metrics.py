@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 
 from air_moe_megatron.diagnostics.health import listed_share_of, load_metrics_of
 from air_moe_megatron.diagnostics.observation import CodewordCounter
@@ -18,6 +17,7 @@ from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter, ExactRouter
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.flops import Rebuilds
+from air_moe_megatron.routers.losses import layer_of
 
 SAMPLE_METRICS = ("mass_recall", "paper_bound", "mass_bound", "certified", "topk_recall")
 _MOST_BINS = 64
@@ -122,14 +122,6 @@ def scalar_name(metric: str) -> str:
     Example: ``topk_recall`` is "top-k-recall", and ``experts_used`` is "experts-used".
     """
     return metric.replace("topk", "top-k").replace("_", "-")
-
-
-def layer_of(router: TopKRouter) -> int:
-    """The number, from 1, by which every command and file names the layer of a router, Megatron's or ours.
-
-    Multi-token-prediction layers follow the decoder's, as in Megatron's MoE metrics.
-    """
-    return router.layer_number + (router.config.num_layers if router.is_mtp_layer else 0)
 
 
 def describe(router: CompactRouter, tokens_per_batch: int) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 
-from air_moe_megatron.diagnostics.metrics import RouterSums, layer_of
+from air_moe_megatron.diagnostics.metrics import RouterSums
 from air_moe_megatron.diagnostics.observation import CodewordCounter, most_frequent
 from air_moe_megatron.diagnostics.watch import knows_token_ids
 from air_moe_megatron.process_groups import group_size
 from air_moe_megatron.routers import AIRRouter
 from air_moe_megatron.routers.base import CompactRouter
+from air_moe_megatron.routers.losses import layer_of
 
 _KEPT = 0.9
 """Decay of earlier samples in a codeword's recall, per measurement."""

@@ -7,7 +7,7 @@ import torch
 
 from air_moe_megatron.diagnostics.observation import CodewordCounter
 from air_moe_megatron.process_groups import group_size
-from air_moe_megatron.routers import AIRRouter
+from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.token_ids import embedding_of, tell_token_ids
 
@@ -109,4 +109,4 @@ def knows_token_ids(router: CompactRouter) -> bool:
 
 def routers_with_ids(chunk: torch.nn.Module) -> list[AIRRouter]:
     """The AIR routers of a model chunk to which token ids can be brought."""
-    return [module for module in chunk.modules() if isinstance(module, AIRRouter) and knows_token_ids(module)]
+    return [router for router in find_routers(chunk, AIRRouter) if knows_token_ids(router)]

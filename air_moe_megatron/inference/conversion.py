@@ -22,7 +22,6 @@ from air_moe_megatron.command import console
 from air_moe_megatron.command.checkpoints.reader import Checkpoint, Location, holds_checkpoint, locate
 from air_moe_megatron.command.checkpoints.reader import read as read_checkpoint
 from air_moe_megatron.command.forward_step import forward_step
-from air_moe_megatron.diagnostics.metrics import layer_of
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import TokenStream, Windows, read, require_paths
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
@@ -30,6 +29,7 @@ from air_moe_megatron.learned.codebook import FIT_BATCHES, FIT_PASSES, FIT_TOKEN
 from air_moe_megatron.ops.coarse import assign_with_statistics
 from air_moe_megatron.process_groups import process_groups_released, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter, find_routers
+from air_moe_megatron.routers.losses import layer_of
 
 _CONVERTIBLE = ("topk", "air")
 

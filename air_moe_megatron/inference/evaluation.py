@@ -21,15 +21,15 @@ from air_moe_megatron.command import console
 from air_moe_megatron.command.checkpoints.saving import check_writable
 from air_moe_megatron.command.forward_step import forward_step
 from air_moe_megatron.diagnostics.health import LOAD_METRICS, listed_share_of, load_metrics_of
-from air_moe_megatron.diagnostics.metrics import layer_of
 from air_moe_megatron.diagnostics.recall import recall
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import TokenStream, Windows, microbatches, num_microbatches, read, require_paths
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
 from air_moe_megatron.process_groups import process_groups_released, sum_over_ranks
-from air_moe_megatron.routers import AIRRouter
+from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.air import sample_step
 from air_moe_megatron.routers.base import CompactRouter
+from air_moe_megatron.routers.losses import layer_of
 from air_moe_megatron.routers.sharded import ShardedRoutes
 
 _SAMPLE_SIZE, _MAX_SAMPLED = 64, 4096
@@ -130,7 +130,7 @@ class RoutingMeter:
 
 def meters_of(model: Sequence[torch.nn.Module]) -> list[RoutingMeter]:
     """Put a meter on each router of a model."""
-    return [RoutingMeter(module) for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
+    return [RoutingMeter(router) for router in find_routers(model, TopKRouter)]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from air_moe_megatron.config import hash_layer_config, hash_layer_numbers, is_sh
 from air_moe_megatron.layer.dispatcher import CompactTokenDispatcher, ShardedTokenDispatcher
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.routers import HashRouter, ShardedAIRRouter
+from air_moe_megatron.routers.losses import layer_of
 
 
 class AIRMoELayer(HoldsProcessGroups, MoELayer):
@@ -83,7 +84,7 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
             )
         super().set_layer_number(layer_number)
         if self.is_compact:
-            self.token_dispatcher.layer_number = layer_number
+            self.token_dispatcher.layer_number = layer_of(self.router)
 
     def train(self, mode: bool = True) -> "AIRMoELayer":
         """Set training or evaluation mode; only forwards in training mode count as traffic."""

@@ -62,7 +62,8 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
         pg_collection: process groups; ``ep`` is used.
 
     Attributes:
-        layer_number: appears in the error about probs that are not finite; :class:`AIRMoELayer` sets it.
+        layer_number: appears in the error about probs that are not finite; :class:`AIRMoELayer` sets it, as
+            :func:`layer_of` gives it.
         training: whether forwards count as traffic; :class:`AIRMoELayer` sets it.
     """
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from air_moe_megatron.learned.learner import stacked, store
-from air_moe_megatron.learned.running_norm import DECAY, EPSILON, RunningNorm, moments
+from air_moe_megatron.learned.running_norm import EPSILON, RunningNorm, running_rate
 from air_moe_megatron.learned.whitening_norm import SHRINKAGE
-from air_moe_megatron.ops.norm import batch_sums, normalize
+from air_moe_megatron.ops.dtypes import at_least_fp32
+from air_moe_megatron.ops.norm import batch_sums, moments, normalize
 
 _RANK = 32  # most directions
 _RIDGE = 1e-3  # added to each correlation matrix, so that no direction vanishes
@@ -84,7 +85,7 @@ class LowRankWhiteningNorm(RunningNorm):
     @torch.no_grad()
     def accumulate(self, hidden: torch.Tensor, padding_mask: torch.Tensor | None) -> None:
         """As :meth:`RunningNorm.accumulate`; also adds the sums of ``x (u^T x)``, x scaled by the variance so far."""
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        wide = hidden.to(at_least_fp32(hidden.dtype))
         scaled = normalize(wide, self.mean, self.scale(wide.dtype))
         if padding_mask is not None:
             scaled = scaled.masked_fill(padding_mask.unsqueeze(1), 0.0)
@@ -118,6 +119,6 @@ class LowRankWhiteningNorm(RunningNorm):
             products -= center.unsqueeze(2) * (center.unsqueeze(1) @ basis)
             past = basis * eigenvalues.unsqueeze(1)
             products = torch.where(mean_variance < _LEAST_VARIANCE, past, products / mean_variance)
-            basis, eigenvalues = power_iteration(basis, eigenvalues, products, max(1.0 / updates, 1.0 - DECAY))
+            basis, eigenvalues = power_iteration(basis, eigenvalues, products, running_rate(updates))
             store(norms, basis=basis, eigenvalues=eigenvalues.clamp_max(num_features))  # the trace, up to rounding
         RunningNorm.learn(norms, sums)

@@ -13,21 +13,16 @@ from collections.abc import Sequence
 import torch
 
 from air_moe_megatron.learned.learner import Learner, stacked, store
-from air_moe_megatron.ops.norm import SCALE, batch_sums, normalize
+from air_moe_megatron.ops.dtypes import at_least_fp32
+from air_moe_megatron.ops.norm import batch_sums, moments, normalize
 
-DECAY = 0.9  # weight of the past per global batch
+_DECAY = 0.9  # weight of the past per global batch
 EPSILON = 1e-5
 
 
-def moments(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Shift of the mean [..., H], variance [..., H] and count [...], in fp64, from :func:`batch_sums` [..., 3H + 1].
-
-    Example: [3, 9, 0, 2] gives the shift 1.5, the variance 4.5 - 2.25 = 2.25 and the count 2.
-    """
-    sums = sums.double()
-    count = sums[..., -1]
-    shift, small, large = (sums[..., :-1] / count.clamp_min(1.0).unsqueeze(-1)).chunk(3, dim=-1)
-    return shift, (small + large / SCALE**2 - shift.square()).clamp_min(0.0), count
+def running_rate(number: int) -> float:
+    """Weight of a batch in the running statistics, in update ``number``, counted from 1: 1/number, at least a tenth."""
+    return max(1.0 / number, 1.0 - _DECAY)
 
 
 class RunningNorm(Learner):
@@ -50,7 +45,7 @@ class RunningNorm(Learner):
 
     def scale(self, dtype: torch.dtype) -> torch.Tensor:
         """[H] ``1 / sqrt(variance + 1e-5)``, in fp32 or a wider ``dtype``."""
-        return (self.variance + EPSILON).rsqrt().to(torch.promote_types(dtype, torch.float32))
+        return (self.variance + EPSILON).rsqrt().to(at_least_fp32(dtype))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] normalized tokens, in the dtype of ``hidden``."""
@@ -75,7 +70,7 @@ class RunningNorm(Learner):
         """Move mean and variance towards those of a global batch: in update n by 1/n, but at least by a tenth."""
         shift, variance, _ = moments(statistics)
         mean, running = stacked(norms, "mean", "variance")
-        rate = max(1.0 / (norms[0].updates_on_host + 1), 1.0 - DECAY)
+        rate = running_rate(norms[0].updates_on_host + 1)
         mean += rate * shift
         running += rate * (variance - running)
         store(norms, mean=mean, variance=running)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from air_moe_megatron.learned.learner import Learner, stacked, store
-from air_moe_megatron.learned.running_norm import DECAY, EPSILON
+from air_moe_megatron.learned.running_norm import EPSILON, running_rate
+from air_moe_megatron.ops.dtypes import at_least_fp32
 
 SHRINKAGE = 0.5  # weight of the identity when correlations are shrunk towards it
 _INTERVAL = 20  # most updates between two factorizations
@@ -59,7 +60,7 @@ class WhiteningNorm(Learner):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] whitened tokens, in the dtype of ``hidden``."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = at_least_fp32(hidden.dtype)
         return (hidden.to(wide) - self.mean).to(hidden.dtype) @ self.whitening.t().to(hidden.dtype)
 
     @torch.no_grad()
@@ -88,7 +89,7 @@ class WhiteningNorm(Learner):
         batch_covariance = means[:, :-1, :-1] - shift.unsqueeze(2) * shift.unsqueeze(1)
         mean, covariance = stacked(norms, "mean", "covariance")
         updates = norms[0].updates_on_host + 1
-        rate = max(1.0 / updates, 1.0 - DECAY)
+        rate = running_rate(updates)
         mean += rate * shift
         covariance += rate * (batch_covariance - covariance)
         store(norms, mean=mean, covariance=covariance)

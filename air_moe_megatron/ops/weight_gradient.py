@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import embedding_bag
 
+from air_moe_megatron.ops.dtypes import at_least_fp32
+
 _CHUNK_ELEMENTS = 2**26  # elements of the products that are added to main_grad at a time on a GPU: 256 MiB in fp32
 
 
@@ -106,7 +108,7 @@ def weight_gradient(
     Example: first [0, 0, 2], rows [0, 1] and values [2, 1] make row 0 zero, and row 1 2 * source[0] + source[1].
     """
     main_grad = main_grad_of(weight)
-    wide = torch.promote_types(source.dtype, torch.float32)
+    wide = at_least_fp32(source.dtype)
     source, values = source.to(wide), values.to(wide)
     if main_grad is None or main_grad.dtype != wide:
         sums = embedding_bag(rows, source, first[:-1], per_sample_weights=values, mode="sum")

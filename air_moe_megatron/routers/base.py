@@ -8,7 +8,7 @@ maps, for Megatron's own dispatchers.
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -19,6 +19,7 @@ from megatron.core.transformer.moe.moe_utils import (
     router_gating_linear,
     topk_routing_with_score_function,
 )
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import validate
@@ -30,7 +31,7 @@ from air_moe_megatron.learned.running_norm import RunningNorm
 from air_moe_megatron.learned.whitening_norm import WhiteningNorm
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
-from air_moe_megatron.routers.losses import Explored, RouterLosses
+from air_moe_megatron.routers.losses import Explored, RouterLosses, layer_of
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
             logger.warning(
                 "layer %s: %d training forwards since the last step, and the router learns at the end of a step only; "
                 "call sync.update_codebooks(model, group) after each optimizer step (docs/what-learns-when.md)",
-                self.layer_number,
+                layer_of(self),
                 self._num_unreported,
             )
 
@@ -415,3 +416,17 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         # As in Router.gating: with use_cpu_initialization the router may still be on the host. All of it moves.
         if self.expert_load.device != hidden.device:
             self.to(hidden.device)
+
+
+def find_routers[R: TopKRouter](
+    modules: torch.nn.Module | Iterable[torch.nn.Module], router_class: type[R] = CompactRouter
+) -> list[R]:
+    """Find all routers of a class in a fixed order, each once.
+
+    Args:
+        modules: a module, or several, such as Megatron's model chunks.
+        router_class: the class to find; ``TopKRouter`` also finds Megatron's own.
+    """
+    chunks = [modules] if isinstance(modules, torch.nn.Module) else modules
+    found = dict.fromkeys(module for chunk in chunks for module in chunk.modules())
+    return [module for module in found if isinstance(module, router_class)]

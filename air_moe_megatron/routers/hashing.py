@@ -24,7 +24,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.learned.recomputation import hidden_from_checkpoints, is_in_backward, keeps_graph, may_be_repeated
-from air_moe_megatron.routers.base import CompactRouter, Routes
+from air_moe_megatron.routers.base import CompactRouter, Routes, find_routers
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.hash_tables import balanced_table, frequency_table
 from air_moe_megatron.routers.token_ids import embedding_of, ids_in_order, tell_token_ids
@@ -233,7 +233,7 @@ def hand_over_token_ids(model: list[torch.nn.Module]) -> list[torch.nn.Module]:
         ValueError: if a chunk has hash routers and no embedding.
     """
     for chunk in model:
-        routers = [module for module in chunk.modules() if isinstance(module, HashRouter)]
+        routers = find_routers(chunk, HashRouter)
         if not routers:
             continue
         embedding = embedding_of(chunk)
@@ -257,7 +257,7 @@ def balance_hash_tables(counts: Sequence[float], model: list[torch.nn.Module]) -
     Raises:
         ValueError: if there are more counts than a table has ids.
     """
-    for router in (module for chunk in model for module in chunk.modules() if isinstance(module, HashRouter)):
+    for router in find_routers(model, HashRouter):
         num_ids = router.table.shape[0]
         if len(counts) > num_ids:
             raise ValueError(f"counts ({len(counts)}) must not exceed the token ids, moe_hash_vocab_size ({num_ids})")

@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import resolve_groups
+from air_moe_megatron.ops.dtypes import at_least_fp32
 from air_moe_megatron.ops.fine_scores import fine_scores
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops, of_norm
@@ -64,7 +65,7 @@ class HierarchicalRouter(CompactRouter):
         logits = fine_scores(hidden, self.weight, self.bias, lists, groups, dtype)  # [T, g, E/G]
         if self.config.moe_z_loss_coeff is not None:
             group_logits, logits = self._with_z_loss(group_logits, logits, padding_mask)
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = at_least_fp32(dtype)
         group_scores = group_logits.log_softmax(dim=1, dtype=wide).gather(1, groups)
         scores = group_scores.unsqueeze(2) + logits.log_softmax(dim=2, dtype=wide)
         ids = lists[groups].flatten(1).long()

@@ -29,6 +29,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.compat import get_moe_metrics_tracker
 from air_moe_megatron.learned.recomputation import hidden_from_checkpoints
+from air_moe_megatron.ops.dtypes import at_least_fp32
 from air_moe_megatron.ops.score_functions import SCORE_FUNCTIONS
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 
@@ -46,6 +47,15 @@ class Explored:
 
     number: int  # X
     stands_for: float  # number of slots of the token's lists that each of them represents
+
+
+def layer_of(router: TopKRouter) -> int | None:
+    """The number, from 1, by which every message and file names the layer of a router, Megatron's or ours.
+
+    Layers of multi-token prediction follow the decoder's, as in Megatron's MoE metrics. None before it is set.
+    """
+    number = router.layer_number
+    return number if number is None or not router.is_mtp_layer else number + router.config.num_layers
 
 
 class RouterLosses(TopKRouter):
@@ -68,7 +78,7 @@ class RouterLosses(TopKRouter):
         coeff = self.config.moe_z_loss_coeff
         if coeff is None or not (self.training and torch.is_grad_enabled()):
             return logits
-        squares = _without(logits, padding_mask).logsumexp(dim=1).to(_wide(logits)).square()
+        squares = _without(logits, padding_mask).logsumexp(dim=1).to(at_least_fp32(logits.dtype)).square()
         num_tokens = self._num_tokens(logits, padding_mask)
         loss = _without(squares, padding_mask).sum() * (coeff / num_tokens.to(squares.dtype))
         return self._attach_loss(logits, loss, num_tokens, "z_loss", coeff, self.tp_cp_group)
@@ -218,7 +228,7 @@ class RouterLosses(TopKRouter):
                 get_moe_metrics_tracker().record(
                     name,
                     loss.detach().mean() / coeff,
-                    self.layer_number + (config.num_layers if self.is_mtp_layer else 0),
+                    layer_of(self),
                     config.num_layers + (config.mtp_num_layers or 0),
                     reduce_group=group,
                     needs_dp_avg=group is self.tp_cp_group,
@@ -276,7 +286,3 @@ def _without(values: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.T
     if padding_mask is None:
         return values
     return values.masked_fill(padding_mask.view(-1, *(1,) * (values.dim() - 1)), 0)
-
-
-def _wide(tensor: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -38,8 +38,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from air_moe_megatron.config import resolve_product_keys
 from air_moe_megatron.learned.learner import Learner
 from air_moe_megatron.learned.recomputation import hidden_from_checkpoints
-from air_moe_megatron.learned.running_norm import EPSILON, RunningNorm, moments
-from air_moe_megatron.ops.norm import batch_sums
+from air_moe_megatron.learned.running_norm import EPSILON, RunningNorm
+from air_moe_megatron.ops.dtypes import at_least_fp32
+from air_moe_megatron.ops.norm import batch_sums, moments
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
@@ -132,7 +133,7 @@ class ProductKeyRouter(CompactRouter):
         if not self.normalizes_scores:
             return scores
         both = torch.cat(scores, dim=2)
-        wide = both.flatten(1).to(torch.promote_types(both.dtype, torch.float32))
+        wide = both.flatten(1).to(at_least_fp32(both.dtype))
         normal = self._batch_normalize(wide, padding_mask).to(both.dtype)
         return normal.view_as(both).split(self.sizes.num_keys, dim=2)
 
@@ -152,7 +153,7 @@ class ProductKeyRouter(CompactRouter):
         norm = self.sizes.query_norm
         if norm == "none":
             return queries
-        wide = queries.to(torch.promote_types(queries.dtype, torch.float32))
+        wide = queries.to(at_least_fp32(queries.dtype))
         if norm == "layernorm":  # over each half of a query; in fp64, where squares of fp32 numbers do not overflow
             parts = wide.view(-1, self.sizes.key_dim).double()
             normal = torch.nn.functional.layer_norm(parts, parts.shape[1:], eps=EPSILON).view_as(wide).to(wide.dtype)

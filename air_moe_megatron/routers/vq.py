@@ -24,6 +24,7 @@ from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from air_moe_megatron.ops.dtypes import at_least_fp32
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops, of_norm
 
@@ -67,7 +68,7 @@ class VQRouter(CompactRouter):
     @torch.no_grad()
     def _nearest_codes(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, K/2] experts of the nearest codes, nearest first: by ``<h, c> - |c|^2 / 2``, in fp32 or wider."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = at_least_fp32(hidden.dtype)
         products = self._linear(hidden, self.codes, dtype=wide)
         norms = self.codes.to(wide).square().sum(dim=1)
         return (products - 0.5 * norms).topk(self.topk_per_branch, dim=1).indices
@@ -77,7 +78,7 @@ class VQRouter(CompactRouter):
     ) -> torch.Tensor:
         """Attach codebook and commitment loss to the probs [T, K], and log them as "vq_loss"."""
         num_tokens, coeff = self._num_tokens(hidden, padding_mask), self.config.moe_vq_loss_coeff
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = at_least_fp32(hidden.dtype)
         weights = (coeff / (hidden.shape[1] * self.topk_per_branch) / num_tokens.to(wide)).expand(hidden.shape[0])
         if padding_mask is not None:
             hidden, weights = hidden.masked_fill(padding_mask.unsqueeze(1), 0.0), weights.masked_fill(padding_mask, 0.0)

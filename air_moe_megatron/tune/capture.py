@@ -9,11 +9,11 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
 from air_moe_megatron.command.forward_step import forward_step
-from air_moe_megatron.diagnostics.metrics import layer_of
 from air_moe_megatron.inference.data import TokenStream, Windows
 from air_moe_megatron.learned.centers import Centers
-from air_moe_megatron.routers import AIRRouter, HashRouter
+from air_moe_megatron.routers import AIRRouter, HashRouter, find_routers
 from air_moe_megatron.routers.base import CompactRouter
+from air_moe_megatron.routers.losses import layer_of
 from air_moe_megatron.tune.recall import Layer
 
 
@@ -66,8 +66,8 @@ class TokenCollector:
 
 def collectors_of(model: Sequence[torch.nn.Module]) -> dict[str, TokenCollector]:
     """Put a collector on each router that scores, by the number of its layer. First layers by hash do not score."""
-    routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
-    return {f"{layer_of(router)}": TokenCollector(router) for router in routers if not isinstance(router, HashRouter)}
+    routers = [router for router in find_routers(model, TopKRouter) if not isinstance(router, HashRouter)]
+    return {f"{layer_of(router)}": TokenCollector(router) for router in routers}
 
 
 def split(stream: TokenStream, seq_length: int, num_fit: int, num_test: int) -> dict[str, numpy.ndarray]:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from air_moe_megatron.ops.dtypes import at_least_fp32
+
 
 @dataclass(frozen=True)
 class SortedPlan:
@@ -67,7 +69,7 @@ def _encode(plan: SortedPlan, order: torch.Tensor, topk: int) -> torch.Tensor:
 
 def combine(partial_sums: torch.Tensor, plan: SortedPlan) -> torch.Tensor:
     """As :func:`air_moe_megatron.ops.exchange.combine`."""
-    wide = torch.promote_types(partial_sums.dtype, torch.float32)
+    wide = at_least_fp32(partial_sums.dtype)
     sums = torch.zeros(plan.topk_ids.shape[0], partial_sums.shape[1], dtype=wide, device=partial_sums.device)
     sums = sums.index_add(0, plan.tokens_of_rows(partial_sums.shape[0]), partial_sums.to(wide))
     return sums.to(partial_sums.dtype)

@@ -2,6 +2,8 @@
 
 import torch
 
+from air_moe_megatron.ops.dtypes import at_least_fp32
+
 
 def naive_ranks(topk_ids: torch.Tensor, num_ranks: int, num_local_experts: int) -> torch.Tensor:
     """[T, K] rank of each pair; D where the id is not that of an expert."""
@@ -49,6 +51,6 @@ def naive_pack(
 
 def naive_combine(partial_sums: torch.Tensor, row_tokens: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """[T, H]: the sums of each token's rows, in fp32 or wider; zero for a token without rows."""
-    wide = torch.promote_types(partial_sums.dtype, torch.float32)
+    wide = at_least_fp32(partial_sums.dtype)
     sums = torch.zeros(num_tokens, partial_sums.shape[1], dtype=wide, device=partial_sums.device)
     return sums.index_add(0, row_tokens, partial_sums.to(wide)).to(partial_sums.dtype)

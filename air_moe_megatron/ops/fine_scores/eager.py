@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from air_moe_megatron.ops.dtypes import at_least_fp32
 from air_moe_megatron.ops.score_functions import selection_scores
 from air_moe_megatron.ops.weight_gradient import added_to_main_grad, main_grad_of
 
@@ -198,11 +199,11 @@ class _GroupedFineScores(torch.autograd.Function):
         grad_scores = grad_scores.reshape(-1, grad_scores.shape[-1])  # [R, L]
         num_rows = grad_scores.shape[0]
         grad_rows = grad_scores.new_zeros(num_rows + 1, hidden_size) if need_hidden else None
-        wide = torch.promote_types(dtype, torch.float32)  # sums over many lists lose digits in bf16
+        wide = at_least_fp32(dtype)  # sums over many lists lose digits in bf16
         main_grad = main_grad_of(ctx.weight)
         grad_weight = None
         if need_weight:
-            is_wide = main_grad is not None and torch.promote_types(main_grad.dtype, torch.float32) == main_grad.dtype
+            is_wide = main_grad is not None and at_least_fp32(main_grad.dtype) == main_grad.dtype
             grad_weight = main_grad if is_wide else grad_scores.new_zeros(weight.shape, dtype=wide)
         grad_bias = grad_scores.new_zeros(bias.shape, dtype=wide) if need_bias else None
         centers = _Centers(ctx.batches, weight, dtype)

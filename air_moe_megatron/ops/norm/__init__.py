@@ -4,9 +4,6 @@ import torch
 
 from air_moe_megatron.ops.backend import use_kernels
 from air_moe_megatron.ops.norm import eager
-from air_moe_megatron.ops.norm.eager import SCALE
-
-__all__ = ["SCALE", "batch_sums", "normalize"]
 
 
 @torch.compiler.disable
@@ -56,6 +53,17 @@ def batch_sums(hidden: torch.Tensor, mean: torch.Tensor, padding_mask: torch.Ten
 
         return kernels.batch_sums(hidden, mean, padding_mask)
     return eager.batch_sums(hidden, mean, padding_mask)
+
+
+def moments(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Shift of the mean [..., H], variance [..., H] and count [...], in fp64, from :func:`batch_sums` [..., 3H + 1].
+
+    Example: [3, 9, 0, 2] gives the shift 1.5, the variance 4.5 - 2.25 = 2.25 and the count 2.
+    """
+    sums = sums.double()
+    count = sums[..., -1]
+    shift, small, large = (sums[..., :-1] / count.clamp_min(1.0).unsqueeze(-1)).chunk(3, dim=-1)
+    return shift, (small + large / eager.SCALE**2 - shift.square()).clamp_min(0.0), count
 
 
 def _check(hidden: torch.Tensor, **vectors: torch.Tensor) -> None:

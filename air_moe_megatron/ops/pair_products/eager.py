@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import embedding_bag
 
+from air_moe_megatron.ops.dtypes import at_least_fp32
 from air_moe_megatron.ops.weight_gradient import sparse_rows, weight_gradient
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _GATHERED_ELEMENTS = 2**26  # elements of each of the two gathers of a chunk of 
 
 def _dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> torch.Tensor:
     """[N] dot products, fp32 or wider."""
-    wide = _wide(hidden, weight)
+    wide = at_least_fp32(hidden.dtype, weight.dtype)
     if hidden.is_cuda:
         return _gathered_dots(hidden, weight, pairs, wide)
     tokens = pairs.rows[pairs.by_id]
@@ -38,10 +39,6 @@ def _dots(hidden: torch.Tensor, weight: torch.Tensor, pairs: "Pairs") -> torch.T
             span = slice(int(slots[0]), int(slots[-1]))
             dots[span] = _sampled(rows, hidden, slots - span.start, tokens[span])
     return torch.empty_like(dots).index_copy_(0, pairs.by_id, dots)
-
-
-def _wide(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
 
 
 def _sampled(weight: torch.Tensor, hidden: torch.Tensor, id_first: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import embedding_bag
 
+from air_moe_megatron.ops.dtypes import at_least_fp32
 from air_moe_megatron.ops.weight_gradient import weight_gradient
 
 
@@ -44,7 +45,7 @@ class _SelectedScores(torch.autograd.Function):
             values = grad_scores.reshape(-1).index_select(0, order)
             grad_weight = weight_gradient(ctx.weight, hidden.to(dtype), first, order // num_selected, values)
         if need_bias:
-            wide = torch.promote_types(dtype, torch.float32)
+            wide = at_least_fp32(dtype)
             grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device)
             grad_bias.index_add_(0, ids.reshape(-1), grad_scores.reshape(-1).to(wide))
         return (

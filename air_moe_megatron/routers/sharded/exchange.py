@@ -6,6 +6,7 @@ Every rank holds the rows of all homes, those of rank 0 first. The legend is tha
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from air_moe_megatron.ops.dtypes import at_least_fp32
 from air_moe_megatron.process_groups import group_size
 
 
@@ -103,7 +104,7 @@ class RowExchange:
 
     def sums(self, partial: torch.Tensor) -> torch.Tensor:
         """:meth:`sum` without gradients."""
-        wide = torch.promote_types(partial.dtype, torch.float32)
+        wide = at_least_fp32(partial.dtype)
         return self.to_homes(partial).sum(dim=0, dtype=wide).to(partial.dtype)
 
 

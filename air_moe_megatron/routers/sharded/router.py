@@ -18,6 +18,7 @@ from air_moe_megatron.ops.score_functions import selection_scores
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers.air import AIRRouter
 from air_moe_megatron.routers.base import Routes
+from air_moe_megatron.routers.losses import layer_of
 from air_moe_megatron.routers.sharded.candidates import Candidates, GatheredRows, Offers
 from air_moe_megatron.routers.sharded.exchange import RowExchange
 from air_moe_megatron.routers.sharded.pairs import KeptPairs, PairExchange
@@ -200,7 +201,7 @@ class ShardedAIRRouter(AIRRouter):
         for rank, number in enumerate(num_invalid):
             if number:
                 raise ValueError(
-                    f"layer {self.layer_number}: {number} of the routing probs of expert-parallel rank {rank} are NaN "
+                    f"layer {layer_of(self)}: {number} of the routing probs of expert-parallel rank {rank} are NaN "
                     "or infinite; the hidden states or the router's weights are not finite"
                 )
         num_probes, num_offers = rows.probed.shape[1], candidates.offered.shape[1]
