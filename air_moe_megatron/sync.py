@@ -22,6 +22,7 @@ from air_moe_megatron.learned.module_state import HostCopy, reread
 from air_moe_megatron.process_groups import group_size, sum_over_ranks
 from air_moe_megatron.routers import find_routers
 from air_moe_megatron.routers.base import CompactRouter
+from air_moe_megatron.routers.losses import layer_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +60,12 @@ def update_codebooks(
 
     Args:
         modules: a module or several (all model chunks of the pipeline stage).
-        group: ranks whose statistics are summed; None means this rank alone.
+        group: ranks whose statistics are summed, ``tp_dp_cp`` or a larger group; None means this rank alone.
     Returns:
         the number of routers of which an update was dropped because a token was NaN, infinite or too large.
     Raises:
-        ValueError: on every rank, if an AIR router had a training forward on some ranks only; or if other code has
-            written to a router's buffers since the step began.
+        ValueError: on every rank, if the group is smaller than ``tp_dp_cp``; if an AIR router had a training forward on
+            some ranks only; or if other code has written to a router's buffers since the step began.
         RuntimeError: on every rank, if a rank failed to select its share of the next lists.
     """
     chunks = _chunks(modules)
@@ -88,6 +89,7 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
     listing = [router for router in routers if router.has_lists]
     if not learning and not listing:
         return 0
+    _require_all_tokens([*(router for router, _ in learning), *listing], group)
     batches = batches_of([learner for _, learner in learning])
     sums, ran_and_failed = _all_reduce(batches, listing, group)
     copies = [(router, one) for router in routers for one in router.host_copies() if not one.is_on_cpu()]
@@ -110,11 +112,21 @@ def _update(routers: list[CompactRouter], group: torch.distributed.ProcessGroup 
     for router, learner in dropped:
         logger.warning(
             "layer %s: a token of this global batch was NaN, infinite or too large; its %s stays as it was%s",
-            router.layer_number,
+            layer_of(router),
             learner.title,
             learner.drop_note(),
         )
     return len({router for router, _ in dropped})
+
+
+def _require_all_tokens(routers: Iterable[CompactRouter], group: torch.distributed.ProcessGroup | None) -> None:
+    """Raise if the group leaves out ranks with other tokens: what the ranks learn would drift apart unnoticed."""
+    for router in routers:
+        if group_size(group) < group_size(router.tp_dp_cp_group):
+            raise ValueError(
+                f"layer {layer_of(router)}: group ({group_size(group)} ranks) must hold all "
+                f"{group_size(router.tp_dp_cp_group)} ranks with different tokens; give it the process group tp_dp_cp"
+            )
 
 
 def _all_reduce(
@@ -158,14 +170,14 @@ def _require_unwritten(copies: list[tuple[CompactRouter, HostCopy]], values: lis
     for (router, one), numbers in zip(copies, values, strict=True):
         if not one.holds(numbers):
             raise ValueError(
-                f"layer {router.layer_number}: the router's buffers were written after the step began, which its "
+                f"layer {layer_of(router)}: the router's buffers were written after the step began, which its "
                 "forwards did not notice; call discard_statistics(model) after a broadcast or another write"
             )
 
 
 def _raise_failures(listing: list[CompactRouter], group: torch.distributed.ProcessGroup | None) -> None:
     """Raise, on every rank, an error that names the failures of all ranks; gathers them over the group."""
-    failures = [(router.layer_number, router.index.failure) for router in listing if router.index.failure is not None]
+    failures = [(layer_of(router), router.index.failure) for router in listing if router.index.failure is not None]
     own = [f"layer {layer}: {type(error).__name__}: {error}" for layer, error in failures]
     every_rank = [None] * group_size(group)
     torch.distributed.all_gather_object(every_rank, own, group=group)
@@ -187,7 +199,7 @@ def _require_every_rank(
     for router, count in zip(listing, num_ran, strict=True):
         if count not in (0, num_ranks):
             raise ValueError(
-                f"layer {router.layer_number}: every rank must run an AIR router in every step, and "
+                f"layer {layer_of(router)}: every rank must run an AIR router in every step, and "
                 f"{num_ranks - count} of {num_ranks} ranks had no training forward of it; give a rank that has no "
                 "tokens an empty batch"
             )

@@ -14,7 +14,7 @@ POISONED = (1, 3)  # rank and update with a NaN among the tokens of the first la
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 
-def make_layers(num_layers, source="tokens"):
+def make_layers(num_layers, source="tokens", group=None):
     """AIR routers without Megatron's constructor, which needs its process groups: only what the update reads."""
     from air_moe_megatron.learned.codebook import Codebook
     from air_moe_megatron.learned.index import ShortlistIndex
@@ -28,7 +28,7 @@ def make_layers(num_layers, source="tokens"):
     for number in range(num_layers):
         layer = AIRRouter.__new__(AIRRouter)
         torch.nn.Module.__init__(layer)
-        layer.layer_number = number + 1
+        layer.layer_number, layer.is_mtp_layer, layer.tp_dp_cp_group = number + 1, False, group
         layer._forwards, layer.has_learned, layer.global_tokens_per_expert = ForwardCounter(), True, None
         for name, size in (("expert_load", 1), ("num_routed", 1), ("logged_before", 2)):
             layer.add_accumulator(name, torch.zeros(size, dtype=torch.int64))
@@ -82,7 +82,7 @@ def learn(rank, group, num_layers, poisoned=None):
     """Several updates; returns the codebooks after each, the numbers dropped, and the number of all-reduces."""
     from air_moe_megatron.sync import update_codebooks
 
-    layers = make_layers(num_layers)
+    layers = make_layers(num_layers, group=group)
     history, dropped, reduces = [], [], []
     for update in range(UPDATES):
         for number, layer in enumerate(layers):
@@ -103,7 +103,7 @@ def learn_experts(rank, group, num_layers, source="experts", without_forward=Non
     """Routers whose codebook follows the centers: the update is counted."""
     from air_moe_megatron.sync import update_codebooks
 
-    layers = make_layers(num_layers, source)
+    layers = make_layers(num_layers, source, group)
     if rank == without_forward:
         layers[1].has_learned = False
     with counted_all_reduces() as counts:
@@ -116,6 +116,16 @@ def refusal(learn, *args):
     with pytest.raises(ValueError) as error:
         learn(*args)
     return str(error.value)
+
+
+def update_alone(group, source, without_norm):
+    """An update on each rank by itself, of routers whose tokens are on all ranks of the group."""
+    from air_moe_megatron.sync import update_codebooks
+
+    layers = make_layers(2, source, group)
+    if without_norm:
+        layers[0].input_norm = None
+    update_codebooks(layers)
 
 
 def worker(rank, world_size, directory):
@@ -135,6 +145,9 @@ def worker(rank, world_size, directory):
             ("rank-without-forward", source): refusal(learn_experts, rank, group, 3, source, 1)
             for source in ("tokens", "experts")
         },
+        "alone": [
+            refusal(update_alone, group, *case) for case in (("tokens", False), ("tokens", True), ("experts", True))
+        ],
     }
     torch.save(results, f"{directory}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -214,6 +227,19 @@ def test_a_rank_without_a_forward_is_refused(ranks):
                 "layer 2: every rank must run an AIR router in every step, and "
                 f"1 of {len(ranks)} ranks had no training forward of it; give a rank that has no tokens an empty batch"
             )
+
+
+def test_an_update_that_leaves_ranks_with_tokens_out_is_refused(ranks):
+    """Norms, codebooks and lists of the ranks would drift apart, most of them unnoticed."""
+    for results in ranks:
+        assert (
+            results["alone"]
+            == [
+                f"layer 1: group (1 ranks) must hold all {len(ranks)} ranks with different tokens; give it the process "
+                "group tp_dp_cp"
+            ]
+            * 3
+        )
 
 
 def test_lists_of_experts_need_one_all_reduce_of_a_number_each(ranks):
