@@ -267,7 +267,7 @@ def is_packed(args: argparse.Namespace) -> bool:
     return args.sft or args.dataloader_inter_document_masking
 
 
-def moe_layers(args: argparse.Namespace) -> list[bool]:
+def has_experts_by_layer(args: argparse.Namespace) -> list[bool]:
     """Say for each layer whether it has experts, by ``--moe-layer-freq`` or the hybrid pattern."""
     if getattr(args, "num_experts", None) is None:
         return [False] * args.num_layers

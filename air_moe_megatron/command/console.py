@@ -10,6 +10,7 @@ import importlib
 import linecache
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -38,6 +39,11 @@ _PRINTERS = ("megatron.training", "megatron.training.training")
 """Modules whose ``print_rank_last`` prints losses (Megatron's loop) and health (ours)."""
 
 
+def flag_of(name: str) -> str:
+    """The command-line flag of an argument. Example: --num-layers is that of num_layers."""
+    return "--" + name.replace("_", "-")
+
+
 def refuse(message: str) -> NoReturn:
     """Print an error in one line and exit. Other ranks wait first, so that normally only rank 0 prints.
 
@@ -55,7 +61,10 @@ def refuse(message: str) -> NoReturn:
 
 def _program() -> str:
     """The command that was started, as it is named after ``python -m``."""
-    name = sys.argv[0].removesuffix(".py").removesuffix("__main__").rstrip("./").replace("/", ".").rpartition(".")[2]
+    words = [word for word in re.split(r"[/.]", sys.argv[0].removesuffix(".py")) if word]
+    if words[-1:] == ["__main__"]:
+        words.pop()
+    name = words[-1] if words else ""
     is_ours = (_PACKAGE / f"{name}.py").is_file() or (_PACKAGE / name / "__main__.py").is_file()
     return f"{_PACKAGE.name}.{name}" if is_ours else PROGRAM
 

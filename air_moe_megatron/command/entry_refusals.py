@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.spec_utils import import_module
 
-from air_moe_megatron.command.arguments import NO_YAML, is_packed, moe_layers, value_of
+from air_moe_megatron.command.arguments import NO_YAML, has_experts_by_layer, is_packed, value_of
 from air_moe_megatron.config import (
     Problems,
     balancing_losses,
@@ -267,12 +267,12 @@ FLAG_RULES: tuple[FlagRule, ...] = (
     ),
     FlagRule(
         "--hybrid-layer-pattern",
-        lambda args: _ours(args) and args.hybrid_layer_pattern is not None and not any(moe_layers(args)),
+        lambda args: _ours(args) and args.hybrid_layer_pattern is not None and not any(has_experts_by_layer(args)),
         f"must have a layer {Symbols.MOE}: without an MoE layer {{router}} has no effect",
     ),
     FlagRule(
         "--moe-num-hash-layers",
-        lambda args: _hashes_hybrid(args) and num_hash_layers(args) >= sum(moe_layers(args)) > 0,
+        lambda args: _hashes_hybrid(args) and num_hash_layers(args) >= sum(has_experts_by_layer(args)) > 0,
         f"must be below the number of layers {Symbols.MOE} in --hybrid-layer-pattern; for all of them there is "
         "--moe-router-type hash",
     ),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from air_moe_megatron.command.arguments import moe_layers
+from air_moe_megatron.command.arguments import has_experts_by_layer
 from air_moe_megatron.config import is_plain_topk, is_sharded, num_hash_layers
 from air_moe_megatron.routers import ROUTERS
 
@@ -52,7 +52,7 @@ def needed_bytes(args: argparse.Namespace) -> dict[str, int]:
         args.expert_model_parallel_size * args.expert_tensor_parallel_size * args.expert_gtp_weight_remat_size
     )
     router_size = hidden * ROUTERS[args.moe_router_type].vectors_per_expert
-    layers = -(-sum(moe_layers(args)) // args.pipeline_model_parallel_size)
+    layers = -(-sum(has_experts_by_layer(args)) // args.pipeline_model_parallel_size)
     scored_layers = max(0, layers - num_hash_layers(args))  # this rank may hold all hash layers
     size = parameters_of_expert(
         args.moe_latent_size or hidden,

@@ -13,7 +13,7 @@ from megatron.training.argument_utils import (
 )
 from megatron.training.models import GPTModelConfig, HybridModelConfig
 
-from air_moe_megatron.command.arguments import moe_layers, transformer_config_from_args
+from air_moe_megatron.command.arguments import has_experts_by_layer, transformer_config_from_args
 from air_moe_megatron.config import is_plain_topk, uses_hash
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.hashing import hand_over_token_ids
@@ -36,7 +36,7 @@ def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridM
         return config
     # A spec may be given by --spec; None means Megatron's own choice.
     if args.hybrid_layer_pattern is not None:
-        numbers = [number for number, has_experts in enumerate(moe_layers(args), 1) if has_experts]
+        numbers = [number for number, has_experts in enumerate(has_experts_by_layer(args), 1) if has_experts]
         config.hybrid_stack_spec = air_hybrid_stack_spec(transformer_config, config.hybrid_stack_spec, numbers)
     else:
         config.transformer_layer_spec = partial(air_layer_spec, given=config.transformer_layer_spec)

@@ -6,6 +6,7 @@ Megatron asserts the same rules when model and optimizer exist, or at the first 
 import argparse
 from typing import Any
 
+from air_moe_megatron.command.console import flag_of
 from air_moe_megatron.config import Problems
 
 
@@ -50,7 +51,7 @@ def _invalid_learning_rates(args: argparse.Namespace) -> Problems[None]:
 def _invalid_decay(args: argparse.Namespace, unit: str, length: int) -> Problems[None]:
     name = f"lr_decay_{unit}"
     given = getattr(args, name)
-    flag, decay = (f"--train-{unit}", length) if given is None else (f"--{name.replace('_', '-')}", given)
+    flag, decay = (f"--train-{unit}", length) if given is None else (flag_of(name), given)
     if decay < 1:
         yield ValueError(f"{flag} ({decay}) must be at least 1")
         return

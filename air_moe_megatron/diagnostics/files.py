@@ -49,7 +49,7 @@ def is_written(args: argparse.Namespace) -> bool:
     return bool(args.moe_air_diagnostics_interval) and not args.skip_train and not is_plain_topk(args)
 
 
-def find_write_problem(args: argparse.Namespace) -> str | None:
+def diagnostics_write_problem(args: argparse.Namespace) -> str | None:
     """Say what keeps this rank from writing the diagnostics, or None. Leaves nothing behind.
 
     The folder is checked with the checkpoints.

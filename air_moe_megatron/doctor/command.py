@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from air_moe_megatron.command import console
+from air_moe_megatron.command.console import flag_of
 from air_moe_megatron.doctor import machine
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _check_megatron(own.megatron)
     for name in ("world_size", "nproc_per_node"):
         if getattr(own, name) is not None and getattr(own, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} ({getattr(own, name)}) must be at least 1")
+            parser.error(f"{flag_of(name)} ({getattr(own, name)}) must be at least 1")
     on_host = own.nproc_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", own.world_size))
     world = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": own.world_size, "LOCAL_WORLD_SIZE": on_host}
     os.environ.update({name: str(value) for name, value in world.items()})

@@ -14,16 +14,15 @@ from typing import TextIO
 import numpy
 import torch
 from megatron.core import mpu
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training.checkpointing import save_checkpoint
 from tqdm import tqdm
 
 from air_moe_megatron.command import console
 from air_moe_megatron.command.checkpoints.reader import Checkpoint, Location, holds_checkpoint, locate
 from air_moe_megatron.command.checkpoints.reader import read as read_checkpoint
-from air_moe_megatron.command.forward_step import forward_step
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import TokenStream, Windows, read, require_paths
+from air_moe_megatron.inference.forwards import run_forwards
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
 from air_moe_megatron.learned.codebook import FIT_BATCHES, FIT_PASSES, FIT_TOKENS
 from air_moe_megatron.ops.coarse import assign_with_statistics
@@ -42,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def router_type_of(saved: argparse.Namespace) -> str:
+def saved_router_type(saved: argparse.Namespace) -> str:
     """The router type in a checkpoint's arguments; top-k if Megatron alone has written them."""
     return getattr(saved, "moe_router_type", "topk")
 
@@ -55,7 +54,7 @@ def judge(saved: argparse.Namespace, given: argparse.Namespace) -> None:
     """
     if given.save is None:
         raise ValueError("--save must name the folder of the new checkpoint")
-    own = router_type_of(saved)
+    own = saved_router_type(saved)
     wanted = own if given.moe_router_type is None else given.moe_router_type
     name = f"--load '{given.load}'"
     if saved.num_experts is None:
@@ -108,7 +107,7 @@ def check_target(folder: str) -> None:
 
 def fits(args: argparse.Namespace, saved: argparse.Namespace) -> bool:
     """Whether the conversion fits codebooks to data."""
-    is_new = args.moe_router_type == "air" and router_type_of(saved) == "topk"
+    is_new = args.moe_router_type == "air" and saved_router_type(saved) == "topk"
     return is_new and args.moe_air_codebook_source == "tokens"
 
 
@@ -130,7 +129,7 @@ def fit(
         model: in evaluation mode, as ``restore.build_and_load`` returns it.
         streams: the data sets, which contribute equally; windows are spread evenly over each.
         eod: id of the end of a document.
-        args: as ``restore.parse`` returns them.
+        args: as ``restore.complete_arguments`` returns them.
         progress: wraps the loop over updates, such as tqdm.
     Raises:
         ValueError: on every rank of a pipeline stage in which a token is NaN or infinite.
@@ -142,20 +141,10 @@ def fit(
     windows = list(_spread([Windows(stream.tokens, eod, args) for stream in streams], num_windows))
     size = args.micro_batch_size
     num_microbatches = max(1, len(windows) // (FIT_BATCHES * size * num_ranks))  # per rank and update
-    run = get_forward_backward_func()
     for number in progress(range(FIT_PASSES * FIT_BATCHES)):
         first = (number * num_ranks + rank) * num_microbatches * size
         batches = _batches([windows[(first + i) % len(windows)] for i in range(num_microbatches * size)], size)
-        run(
-            forward_step_func=forward_step,
-            data_iterator=[batches] * len(model) if len(model) > 1 else batches,
-            model=model,
-            num_microbatches=num_microbatches,
-            seq_length=args.seq_length,
-            micro_batch_size=size,
-            decoder_seq_length=args.decoder_seq_length,
-            forward_only=True,
-        )
+        run_forwards(model, batches, args, num_microbatches)
         for router in routers:
             codebook = router.codebook
             statistics = sum_over_ranks(codebook.statistics, router.tp_dp_cp_group)
@@ -220,10 +209,10 @@ def run(screen: TextIO) -> None:
     """
     with contextlib.ExitStack() as stack:
         with console.refusals():
-            start = restore.begin(add_flags, saves=True)
-            saved, ranks = start.saved, start.ranks
-            judge(saved, start.given)
-            args = restore.parse(start)
+            command = restore.read_command_line(add_flags, saves=True)
+            saved, ranks = command.saved, command.ranks
+            judge(saved, command.given)
+            args = restore.complete_arguments(command)
             check(args, saved)
             ranks.check("target", lambda: check_target(args.save))
             args.no_save_optim = args.no_save_rng = True
@@ -233,7 +222,7 @@ def run(screen: TextIO) -> None:
                 ranks.check("data", lambda: streams.extend(read(path, tokenizer, args) for path in args.data_path))
             source = read_checkpoint(locate(args))
             stack.enter_context(process_groups_released())
-            model = restore.build_and_load(args, ranks, lists_of=saved, saves=True)
+            model = restore.build_and_load(args, ranks, remakes_lists_of=saved, saves=True)
             if streams:
                 bar = partial(tqdm, desc="fit", leave=False) if ranks.rank == 0 else iter
                 fit(model, streams, tokenizer.eod, args, bar)
@@ -243,7 +232,7 @@ def run(screen: TextIO) -> None:
             name = source.location.name
             target = read_checkpoint(Location("--save", args.save, f"iter_{args.iteration:07d}"))
             screen.write(
-                f"{args.load}, {name}: {router_type_of(saved)} -> {args.moe_router_type}, saved as "
+                f"{args.load}, {name}: {saved_router_type(saved)} -> {args.moe_router_type}, saved as "
                 f"{target.location.directory}\n{describe(source, target, has_new_lists)}"
             )
             screen.flush()

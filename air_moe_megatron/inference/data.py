@@ -49,7 +49,7 @@ def read(path: str, tokenizer: Tokenizer, args: argparse.Namespace, max_tokens: 
         path: prefix of a Megatron indexed data set; or a text file, which is one document; or a file that ends in
             .jsonl, whose lines are objects with a document under "text". An end-of-document id follows each of these.
         tokenizer: the model's tokenizer.
-        args: as ``restore.parse`` returns them.
+        args: as ``restore.complete_arguments`` returns them.
         max_tokens: largest number of tokens to read; None means all.
     Raises:
         ValueError: naming the path and what is wrong with it.

@@ -13,17 +13,16 @@ from typing import Any, TextIO
 import pandas
 import torch
 from megatron.core import mpu
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
 from tqdm import tqdm
 
 from air_moe_megatron.command import console
 from air_moe_megatron.command.checkpoints.saving import check_writable
-from air_moe_megatron.command.forward_step import forward_step
 from air_moe_megatron.diagnostics.health import LOAD_METRICS, listed_share_of, load_metrics_of
 from air_moe_megatron.diagnostics.recall import recall
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import TokenStream, Windows, microbatches, num_microbatches, read, require_paths
+from air_moe_megatron.inference.forwards import run_forwards
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
 from air_moe_megatron.process_groups import process_groups_released, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter, find_routers
@@ -150,7 +149,7 @@ def evaluate(
         model: in evaluation mode, as ``restore.build_and_load`` returns it.
         stream: the data set.
         eod: id of the end of a document.
-        args: as ``restore.parse`` returns them.
+        args: as ``restore.complete_arguments`` returns them.
         progress: wraps the loop over microbatches, such as tqdm.
     Returns:
         the metrics, the same on all ranks.
@@ -158,24 +157,13 @@ def evaluate(
     windows = Windows(stream.tokens, eod, args)
     rank, num_ranks = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     batches = microbatches(windows, args.micro_batch_size, rank, num_ranks)
-    run = get_forward_backward_func()
     meters = meters_of(model)
     sums = torch.zeros(2, dtype=torch.float64, device=next(model[0].parameters()).device)  # nats, tokens
     for number in progress(range(num_microbatches(windows, args.micro_batch_size, num_ranks))):
         for meter in meters:  # microbatches beyond the last window repeat windows, which do not count
             first = (number * num_ranks + rank) * args.micro_batch_size
             meter.num_windows = min(max(len(windows) - first, 0), args.micro_batch_size)
-        losses = run(
-            forward_step_func=forward_step,
-            data_iterator=[batches] * len(model) if len(model) > 1 else batches,
-            model=model,
-            num_microbatches=1,
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            decoder_seq_length=args.decoder_seq_length,
-            forward_only=True,
-        )
-        for loss in losses:  # only the last pipeline stage has any
+        for loss in run_forwards(model, batches, args):  # only the last pipeline stage has any
             sums += loss["lm loss"].double()
     if mpu.get_tensor_model_parallel_rank() != 0:
         sums.zero_()  # it is the same loss as on tensor-parallel rank 0
@@ -246,8 +234,8 @@ def run(screen: TextIO) -> None:
     """
     with contextlib.ExitStack() as stack:
         with console.refusals():
-            start = restore.begin(add_flags)
-            args, ranks = restore.parse(start), start.ranks
+            command = restore.read_command_line(add_flags)
+            args, ranks = restore.complete_arguments(command), command.ranks
             check(args)
             tokenizer: Tokenizer = tokenizer_of(args)
             streams: list[TokenStream] = []

@@ -23,6 +23,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from megatron.core.inference.utils import InferenceMode
 
 from air_moe_megatron.command import console
+from air_moe_megatron.command.console import flag_of
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
 from air_moe_megatron.process_groups import process_groups_released
@@ -151,7 +152,7 @@ def check(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     for name in _SINGLE:
         if getattr(args, name) != 1:
             raise ValueError(
-                f"--{name.replace('_', '-')} ({getattr(args, name)}) must be 1: texts are continued with expert "
+                f"{flag_of(name)} ({getattr(args, name)}) must be 1: texts are continued with expert "
                 "parallelism only; a checkpoint loads at any sizes"
             )
     if args.moe_expert_capacity_factor is not None:
@@ -199,8 +200,8 @@ def run(screen: TextIO) -> None:
     """
     with contextlib.ExitStack() as stack:
         with console.refusals():
-            start = restore.begin(add_flags)
-            args, ranks = restore.parse(start, left=_DROPPING), start.ranks
+            command = restore.read_command_line(add_flags)
+            args, ranks = restore.complete_arguments(command, ignored=_DROPPING), command.ranks
             tokenizer = tokenizer_of(args)
             check(args, tokenizer)
             stack.enter_context(process_groups_released())

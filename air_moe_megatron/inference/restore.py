@@ -24,7 +24,7 @@ from megatron.training.checkpointing import load_checkpoint
 from megatron.training.config.training_config import TokenizerConfig
 from megatron.training.global_vars import rebuild_tokenizer, set_global_variables
 from megatron.training.initialize import initialize_megatron
-from megatron.training.models import GPTModelConfig
+from megatron.training.models import GPTModelConfig, HybridModelConfig
 
 from air_moe_megatron.command.agreement import Ranks, check_agreement, meet
 from air_moe_megatron.command.arguments import (
@@ -45,7 +45,7 @@ from air_moe_megatron.specs import mtp_specs_with_air_layers
 
 _CONFIGS = (AIRMoEConfig, MLATransformerConfig, HeterogeneousTransformerConfig)
 
-OF_A_RUN = frozenset(
+RUN_ARGUMENTS = frozenset(
     {
         *(field.name for field in dataclasses.fields(ModelParallelConfig)),
         # stages of a pipeline
@@ -67,7 +67,7 @@ OF_A_RUN = frozenset(
         *LAYOUT_FIELDS,
     }
 )
-"""Fields of Megatron's config and ours that belong to a run, not to its model. They keep their defaults."""
+"""Arguments of a run, not of its model, among the fields of Megatron's config and ours. They keep their defaults."""
 
 MODEL_ARGUMENTS = frozenset(
     {
@@ -104,7 +104,7 @@ def model_arguments(saved: argparse.Namespace) -> dict[str, Any]:
     Args:
         saved: the validated arguments of the run that saved the checkpoint.
     """
-    names = {field.name for config in _CONFIGS for field in dataclasses.fields(config)} - OF_A_RUN
+    names = {field.name for config in _CONFIGS for field in dataclasses.fields(config)} - RUN_ARGUMENTS
     names |= {field.name for field in dataclasses.fields(TokenizerConfig)} | MODEL_ARGUMENTS
     values = {name: value for name, value in vars(saved).items() if name in names}
     if values.get("hybrid_layer_pattern") is not None:
@@ -113,8 +113,8 @@ def model_arguments(saved: argparse.Namespace) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """The start of a command: its command line, the checkpoint that this names, and the ranks."""
+class CommandLine:
+    """The command line, the arguments of the checkpoint that it names, and the ranks."""
 
     add_flags: Callable[[argparse.ArgumentParser], object]
     given: argparse.Namespace
@@ -124,7 +124,7 @@ class Start:
     ranks: Ranks
 
 
-def begin(add_flags: Callable[[argparse.ArgumentParser], object], saves: bool = False) -> Start:
+def read_command_line(add_flags: Callable[[argparse.ArgumentParser], object], saves: bool = False) -> CommandLine:
     """Read the command line and the arguments of the checkpoint that it names.
 
     Communicates with the other ranks through the store of the rendezvous.
@@ -141,51 +141,51 @@ def begin(add_flags: Callable[[argparse.ArgumentParser], object], saves: bool = 
     if given.save is not None and not saves:
         raise ValueError(f"--save ({given.save}) must be left out: nothing is trained")
     ranks = meet(given)
-    return Start(add_flags, given, saved_arguments(given, ranks), ranks)
+    return CommandLine(add_flags, given, saved_arguments(given, ranks), ranks)
 
 
-def parse(start: Start, left: Collection[str] = ()) -> argparse.Namespace:
+def complete_arguments(command: CommandLine, ignored: Collection[str] = ()) -> argparse.Namespace:
     """Parse the command line, with the arguments of the checkpoint as defaults.
 
     Communicates with the other ranks through the store of the rendezvous.
 
     Args:
-        start: as :func:`begin` returns it.
-        left: arguments of the checkpoint that the command ignores and reports.
+        command: as :func:`read_command_line` returns it.
+        ignored: arguments of the checkpoint that the command ignores and reports.
     Returns:
         Megatron's parsed and validated arguments. Of Megatron's global variables only the tokenizer is set.
     Raises:
         ValueError: if flags do not fit the checkpoint.
     """
-    given, saved = start.given, start.saved
+    given, saved = command.given, command.saved
     values = without_fields_of_others(model_arguments(saved), given)
     _check_padding(values, given.tensor_model_parallel_size)
     check_tokenizer_files(values, given)
-    kept = {name: value for name, value in values.items() if name not in left}
+    kept = {name: value for name, value in values.items() if name not in ignored}
     defaults = {"micro_batch_size": saved.micro_batch_size} | kept | _NEVER_TRAINS
     if given.save is not None:
         defaults["save_interval"] = 1  # Megatron requires one
-    args = parse_flags(defaults, start.add_flags)
+    args = parse_flags(defaults, command.add_flags)
     complete(args, rebuild_tokenizer)
-    check_agreement(args, start.ranks)
+    check_agreement(args, command.ranks)
     raise_first(refused_flags(args))
-    if start.ranks.rank == 0:
+    if command.ranks.rank == 0:
         _report_changes(args, values)
     return args
 
 
 def build_and_load(
-    args: argparse.Namespace, ranks: Ranks, lists_of: argparse.Namespace | None = None, saves: bool = False
+    args: argparse.Namespace, ranks: Ranks, remakes_lists_of: argparse.Namespace | None = None, saves: bool = False
 ) -> list[torch.nn.Module]:
     """Make the process groups, build the model, and load the checkpoint into it.
 
     Communicates. The caller destroys the process groups, as ``process_groups.process_groups_released`` does.
 
     Args:
-        args: as :func:`parse` returns them; their ``iteration`` becomes that of the checkpoint.
-        ranks: as :func:`begin` returns them.
-        lists_of: the checkpoint's arguments, for a caller that makes what AIR routers lack. A missing codebook then
-            stays random, and lists of another length or number of parts are not loaded. None refuses both.
+        args: as :func:`complete_arguments` returns them; their ``iteration`` becomes that of the checkpoint.
+        ranks: as :func:`read_command_line` returns them.
+        remakes_lists_of: the checkpoint's arguments, for a caller that makes what AIR routers lack. A missing codebook
+            then stays random, and lists of another length or number of parts are not loaded. None refuses both.
         saves: whether the caller will save the model, so that the folder of ``--save`` must be fit for it.
     Returns:
         Megatron's list of model chunks, in evaluation mode.
@@ -194,25 +194,39 @@ def build_and_load(
     """
     config = model_config_from_args(args)
     ranks.check("memory", lambda: check_memory(args))
-    transformer, other_lists = config.transformer, False
-    is_air = args.moe_router_type == getattr(lists_of, "moe_router_type", "topk") == "air"
-    if is_air and args.moe_air_codebook_source == "tokens":
-        transformer = copy.copy(transformer)
-        transformer.moe_air_list_parts = getattr(lists_of, "moe_air_list_parts", 1)
-        transformer.moe_air_shortlist_size = lists_of.moe_air_shortlist_size
-        transformer.moe_air_shard_experts = False
-        other_lists = list_form(transformer) != list_form(config.transformer)
     as_checked = argparse.Namespace(**{**vars(args), "skip_train": not saves})  # Megatron saves only if it trains
-    lacking = check_checkpoint(as_checked, transformer, ranks)
-    if other_lists:
+    as_saved = _with_lists_as_saved(config.transformer, remakes_lists_of)
+    lacking = check_checkpoint(as_checked, as_saved, ranks)
+    if as_saved is not config.transformer and list_form(as_saved) != list_form(config.transformer):
         lacking = Lacking.LISTS
-    if lists_of is None and lacking is Lacking.CODEBOOK:
+    if remakes_lists_of is None and lacking is Lacking.CODEBOOK:
         raise ValueError(
             f"--load '{args.load}' was trained with top-k routing, so --moe-router-type (air) must be left out: the "
             "codebooks would be random"
         )
     if lacking:
         config.pre_wrap_hooks.append(partial(leave_out, lacking))
+    model = _build(config, args)
+    args.iteration, args.num_floating_point_operations_so_far = load_checkpoint(model, None, None)
+    for chunk in model:
+        chunk.eval()
+    return model
+
+
+def _with_lists_as_saved(config: TransformerConfig, saved: argparse.Namespace | None) -> TransformerConfig:
+    """The config with the list sizes of a checkpoint, where both are of AIR with lists by tokens; otherwise itself."""
+    is_air = getattr(config, "moe_router_type", "topk") == getattr(saved, "moe_router_type", "topk") == "air"
+    if not is_air or config.moe_air_codebook_source != "tokens":
+        return config
+    config = copy.copy(config)
+    config.moe_air_list_parts = getattr(saved, "moe_air_list_parts", 1)
+    config.moe_air_shortlist_size = saved.moe_air_shortlist_size
+    config.moe_air_shard_experts = False
+    return config
+
+
+def _build(config: GPTModelConfig | HybridModelConfig, args: argparse.Namespace) -> list[torch.nn.Module]:
+    """Initialize Megatron and build the model chunks of this rank."""
     with megatrons_errors():
         set_global_variables(args, build_tokenizer=False)
     initialize_megatron(
@@ -220,13 +234,9 @@ def build_and_load(
         get_embedding_ranks=get_embedding_ranks if isinstance(config, GPTModelConfig) else None,
     )
     with contextlib.nullcontext() if is_plain_topk(args) else mtp_specs_with_air_layers():
-        model = config.get_builder_cls()(config).build_distributed_models(
+        return config.get_builder_cls()(config).build_distributed_models(
             ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False, data_parallel_random_init=False
         )
-    args.iteration, args.num_floating_point_operations_so_far = load_checkpoint(model, None, None)
-    for chunk in model:
-        chunk.eval()
-    return model
 
 
 def list_form(config: TransformerConfig) -> tuple[int, int]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from megatron.core.tokenizers import MegatronTokenizer
 from megatron.training import get_tokenizer
 
+from air_moe_megatron.command.console import flag_of
+
 _NUM_BYTES = 256
 _FILE_TOKENIZERS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
 """Tokenizers whose model is a file; a HuggingFace model may be a name too."""
@@ -89,7 +91,7 @@ def check_tokenizer_files(values: dict[str, object], given: argparse.Namespace) 
     for name in names:
         path = getattr(given, name, None) or values.get(name)
         if isinstance(path, str) and not os.path.isfile(path):
-            flag = "--tokenizer-metadata" if name == "metadata_path" else "--" + name.replace("_", "-")
+            flag = "--tokenizer-metadata" if name == "metadata_path" else flag_of(name)
             raise ValueError(f"{flag} '{path}' of the checkpoint does not exist here: give the flag with its place")
 
 
@@ -97,7 +99,7 @@ def tokenizer_of(args: argparse.Namespace) -> Tokenizer:
     """The tokenizer of a model. NullTokenizer with 257 ids means bytes.
 
     Args:
-        args: as returned by ``restore.parse``, which has built Megatron's tokenizer.
+        args: as returned by ``restore.complete_arguments``, which has built Megatron's tokenizer.
     """
     if args.tokenizer_type != "NullTokenizer":
         return get_tokenizer()

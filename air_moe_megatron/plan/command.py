@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from air_moe_megatron.command.console import flag_of
 from air_moe_megatron.plan.prediction import DTYPES
 from air_moe_megatron.plan.text import report
 from air_moe_megatron.routers.base import INPUT_NORMS
@@ -84,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "microbatches",
     ):
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} ({getattr(args, name)}) must be at least 1")
+            parser.error(f"{flag_of(name)} ({getattr(args, name)}) must be at least 1")
     for name in ("memory_gib", "node_gbytes", "network_gbytes"):
         if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} ({getattr(args, name)}) must be positive")
+            parser.error(f"{flag_of(name)} ({getattr(args, name)}) must be positive")
     if args.topk > args.experts:
         parser.error(f"--topk ({args.topk}) must not exceed --experts ({args.experts})")
     for name, whole in (("--experts", args.experts), ("--nodes times --gpus-per-node", world)):

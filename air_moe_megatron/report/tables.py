@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas
 
+from air_moe_megatron.command.console import flag_of
 from air_moe_megatron.report.rules import RECORDS
 from air_moe_megatron.report.runs import Run, changes
 
@@ -73,16 +74,11 @@ def notes(run: Run) -> list[str]:
         if resume.num_superseded:
             text += f"; {resume.num_superseded} lines of the earlier run that lie beyond are left out"
         if resume.changed:
-            text += "; changed: " + ", ".join(f"{flag(name)} {a} → {b}" for name, (a, b) in resume.changed.items())
+            text += "; changed: " + ", ".join(f"{flag_of(name)} {a} → {b}" for name, (a, b) in resume.changed.items())
         found.append(text)
     if not len(run.totals):
         found.append("no diagnostics were recorded: give --moe-air-diagnostics-interval")
     return found
-
-
-def flag(name: str) -> str:
-    """The flag of an argument's name."""
-    return "--" + name.replace("_", "-")
 
 
 def last_metrics(run: Run) -> tuple[list[str], list[tuple[int, str, list[str]]]]:
@@ -169,5 +165,5 @@ def settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     """Flags with their value in each run and whether the values differ; flags that differ come first."""
     names = sorted({name for run in runs for name in run.header["arguments"]})
     different = set().union(*(changes(runs[0].header["arguments"], run.header["arguments"]) for run in runs))
-    rows = [(flag(name), [str(run.argument(name, "–")) for run in runs], name in different) for name in names]
+    rows = [(flag_of(name), [str(run.argument(name, "–")) for run in runs], name in different) for name in names]
     return sorted(rows, key=lambda row: not row[2])

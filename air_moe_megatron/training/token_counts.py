@@ -23,8 +23,6 @@ def agreed_counts(args: argparse.Namespace, ranks: Ranks) -> list[float] | None:
     Raises:
         ValueError: on every rank, if :func:`count_token_ids` raises.
     """
-    if not _balances_by_frequency(args):
-        return None
     return ranks.agree("token counts", None, lambda _: counts_of(args))
 
 
@@ -34,14 +32,11 @@ def counts_of(args: argparse.Namespace) -> list[float] | None:
     Raises:
         ValueError: if :func:`count_token_ids` raises.
     """
-    has_tables = locate(args) is not None and not args.moe_use_upcycling
-    if has_tables or not _balances_by_frequency(args):
+    if not uses_hash(args) or args.moe_hash_balance != "frequency":
         return None
+    if locate(args) is not None and not args.moe_use_upcycling:
+        return None  # the checkpoint brings its tables
     return count_token_ids(args).tolist()
-
-
-def _balances_by_frequency(args: argparse.Namespace) -> bool:
-    return uses_hash(args) and args.moe_hash_balance == "frequency"
 
 
 def count_token_ids(args: argparse.Namespace) -> torch.Tensor:
@@ -60,26 +55,28 @@ def count_token_ids(args: argparse.Namespace) -> torch.Tensor:
     if args.moe_hash_counts is not None:
         return _read_counts(args.moe_hash_counts, args.moe_hash_vocab_size)
     prefixes, weights, (start, end) = _training_sets(args)
-    total, num_counted, parts, sizes = torch.zeros(args.moe_hash_vocab_size, dtype=torch.float64), 0, [], []
-    for prefix in prefixes:
-        dataset = read_indexed_dataset(prefix, f"training data '{prefix}'")
-        bounds = [round(share * len(dataset.lengths)) for share in (start, end)]
-        first, last = (int(dataset.lengths[:bound].sum(dtype=numpy.int64)) for bound in bounds)
-        tokens = torch.from_numpy(dataset.tokens[first : min(last, first + COUNTED_TOKENS)].astype(numpy.int64))
-        counts = torch.bincount(tokens[tokens >= 0], minlength=total.numel())
-        if counts.numel() > total.numel():
-            raise ValueError(
-                f"training data '{prefix}' holds the token id {counts.numel() - 1}, and --moe-hash-vocab-size "
-                f"({total.numel()}) has the ids up to {total.numel() - 1}"
-            )
-        parts.append(counts.double())
-        sizes.append(last - first)
-        num_counted += tokens.numel()
-    if len(parts) == 1:
-        return parts[0]
-    for counts, weight in zip(parts, weights or sizes, strict=True):
-        total += counts / counts.sum().clamp_min(1.0) * (weight / sum(weights or sizes)) * num_counted
-    return total
+    counts, sizes = zip(*(_count(prefix, start, end, args.moe_hash_vocab_size) for prefix in prefixes), strict=True)
+    if len(counts) == 1:
+        return counts[0]
+    weights = weights or sizes
+    num_counted = sum(min(size, COUNTED_TOKENS) for size in sizes)
+    shares = [one / one.sum().clamp_min(1.0) * (part / sum(weights)) for one, part in zip(counts, weights, strict=True)]
+    return torch.stack(shares).sum(dim=0) * num_counted
+
+
+def _count(prefix: str, start: float, end: float, num_ids: int) -> tuple[torch.Tensor, int]:
+    """Counts [num_ids] fp64 of the first tokens of a data set's training split, and the split's number of tokens."""
+    dataset = read_indexed_dataset(prefix, f"training data '{prefix}'")
+    bounds = [round(share * len(dataset.lengths)) for share in (start, end)]
+    first, last = (int(dataset.lengths[:bound].sum(dtype=numpy.int64)) for bound in bounds)
+    tokens = torch.from_numpy(dataset.tokens[first : min(last, first + COUNTED_TOKENS)].astype(numpy.int64))
+    counts = torch.bincount(tokens[tokens >= 0], minlength=num_ids)
+    if counts.numel() > num_ids:
+        raise ValueError(
+            f"training data '{prefix}' holds the token id {counts.numel() - 1}, and --moe-hash-vocab-size "
+            f"({num_ids}) has the ids up to {num_ids - 1}"
+        )
+    return counts.double(), last - first
 
 
 def _training_sets(args: argparse.Namespace) -> tuple[list[str], list[float] | None, tuple[float, float]]:

@@ -104,7 +104,7 @@ def collect(
         model: one chunk in evaluation mode, in a world of one rank, as ``restore.build_and_load`` returns it.
         data: the data sets, as :func:`split` returns them, which contribute equally.
         eod: id of the end of a document.
-        args: as ``restore.parse`` returns them.
+        args: as ``restore.complete_arguments`` returns them.
         num_fit, num_test: largest numbers of tokens per layer; fewer if the data hold fewer.
         progress: wraps the loop over microbatches, such as tqdm.
     Returns:

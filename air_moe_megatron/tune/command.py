@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from air_moe_megatron.command import console
 from air_moe_megatron.command.checkpoints.saving import check_writable
+from air_moe_megatron.command.console import flag_of
 from air_moe_megatron.config import num_hash_layers
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import read, require_paths
@@ -66,7 +67,7 @@ def check(args: argparse.Namespace) -> None:
     for name in ("fit_tokens", "test_tokens", "batch_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be at least 1")
+            raise ValueError(f"{flag_of(name)} ({value}) must be at least 1")
     check_writable(f"--out-dir '{args.out_dir}'", args.out_dir)
 
 
@@ -112,15 +113,15 @@ def run(screen: TextIO) -> None:
     """
     with contextlib.ExitStack() as stack:
         with console.refusals():
-            start = restore.begin(add_flags)
-            args, saved = restore.parse(start), start.saved
+            command = restore.read_command_line(add_flags)
+            args, saved = restore.complete_arguments(command), command.saved
             check(args)
             tokenizer = tokenizer_of(args)
             streams = [read(path, tokenizer, args) for path in args.data_path]
             data = [split(stream, args.seq_length, args.fit_tokens, args.test_tokens) for stream in streams]
             batch = args.batch_tokens or saved.global_batch_size * saved.seq_length
             stack.enter_context(process_groups_released())
-            model = restore.build_and_load(args, start.ranks)
+            model = restore.build_and_load(args, command.ranks)
             config = get_model_config(model[0])
             check_grid(config)
             check_fit(config, args.fit_tokens, "--fit-tokens")

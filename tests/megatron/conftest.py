@@ -39,6 +39,7 @@ MODEL = [
 ]
 AIR = ["--moe-router-type", "air", "--moe-air-num-clusters", "4", "--moe-air-shortlist-size", "8"]
 EP2 = ["--expert-model-parallel-size", "2"]
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"]
 OURS = ("-m", "air_moe_megatron.pretrain", "--cpu")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 

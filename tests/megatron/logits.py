@@ -16,8 +16,8 @@ def main() -> None:
     from air_moe_megatron.process_groups import process_groups_released
     from tests.megatron.conftest import SEQUENCE, VOCABULARY
 
-    start = restore.begin(lambda parser: parser.add_argument("--out"))
-    args = restore.parse(start)
+    start = restore.read_command_line(lambda parser: parser.add_argument("--out"))
+    args = restore.complete_arguments(start)
     tokens = (torch.arange(2 * SEQUENCE).view(2, -1) * 7) % VOCABULARY
     with process_groups_released():
         model = restore.build_and_load(args, start.ranks)

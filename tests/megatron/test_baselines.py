@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from tests.megatron.conftest import AIR, EP2, GLOBAL_BATCH, SEQUENCE, read_checkpoint
+from tests.megatron.conftest import AIR, EP2, GLOBAL_BATCH, SEQUENCE, TP2, read_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,6 @@ GRANULAR = [
 COMPACT = ["--moe-dispatch", "compact"]
 MEASURED = ["--moe-air-diagnostics-interval", "1"]
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
-TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"]
 BASELINES = {
     # type: (flags, what only its checkpoint holds, ranks and flags of the run that goes on)
     "topk": ([], None, None),

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 
-from tests.megatron.conftest import AIR, EP2, GLOBAL_BATCH, SEQUENCE, VOCABULARY, read_checkpoint
+from tests.megatron.conftest import AIR, EP2, GLOBAL_BATCH, SEQUENCE, TP2, VOCABULARY, read_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,6 @@ COMPACT = [
     # Large enough for experts and router to have their part in the gradient norm.
     *("--init-method-std", "0.1"),
 ]
-TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 MOE_RECOMPUTE = "--recompute-granularity selective --recompute-modules moe".split()

@@ -5,7 +5,7 @@ docs/layouts.md is the table of these layouts, and of those that cannot be teste
 
 import pytest
 
-from tests.megatron.conftest import AIR
+from tests.megatron.conftest import AIR, EP2, TP2
 
 pytestmark = pytest.mark.long
 
@@ -14,8 +14,7 @@ COMPACT = [
     *("--moe-granular-experts", "--moe-dispatch", "compact", "--num-layers", "4"),
     *("--attention-dropout", "0", "--hidden-dropout", "0", "--init-method-std", "0.1", "--train-iters", STEPS),
 ]
-EP2, EP4 = (["--expert-model-parallel-size", size] for size in "24")
-TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"]
+EP4 = ["--expert-model-parallel-size", "4"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 OPTIMIZER = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "1"]
 FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()

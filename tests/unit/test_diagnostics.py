@@ -419,10 +419,10 @@ def test_numbers_are_short_and_finite():
 
 
 def test_what_cannot_be_written_is_said_before_the_start(tmp_path):
-    from air_moe_megatron.diagnostics.files import find_write_problem
+    from air_moe_megatron.diagnostics.files import diagnostics_write_problem
 
     def problem(**given):
-        return find_write_problem(argparse.Namespace(**ARGUMENTS | given))
+        return diagnostics_write_problem(argparse.Namespace(**ARGUMENTS | given))
 
     blocked = str(tmp_path / "run")
     (tmp_path / "run" / "air_diagnostics.jsonl").mkdir(parents=True)

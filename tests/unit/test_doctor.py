@@ -122,7 +122,7 @@ def test_a_checkpoint_that_is_used_is_checked_as_one_that_is_trained():
         name for name in calls_of("training/run.py", "parse", "train") if name in checks or name.startswith("check_")
     }
     assert {"refused_flags", "check_memory", "complete"} <= of_a_start
-    missing = of_a_start - calls_of("inference/restore.py", "begin", "parse", "build_and_load")
+    missing = of_a_start - calls_of("inference/restore.py", "read_command_line", "complete_arguments", "build_and_load")
     # The commands read their own data, and a checkpoint brings the tables of its hash routers.
     assert missing == {"unfit_data", "agreed_counts"}
 

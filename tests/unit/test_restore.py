@@ -101,7 +101,7 @@ def test_every_argument_that_a_model_is_made_from_is_brought_or_named_as_the_run
     model_config_from_args(recorder)
     read = recorder.__dict__["_read"] & vars(args).keys()
     assert {"hidden_size", "layernorm_epsilon"} <= read
-    assert read <= restore.model_arguments(args).keys() | restore.OF_A_RUN | READ_OF_A_RUN
+    assert read <= restore.model_arguments(args).keys() | restore.RUN_ARGUMENTS | READ_OF_A_RUN
 
 
 def test_the_names_are_those_of_this_megatron(parse):
@@ -109,7 +109,7 @@ def test_the_names_are_those_of_this_megatron(parse):
     optional = {"kitchen_config_file", "kitchen_recipe_number"}  # only with the library of that name
     assert restore.MODEL_ARGUMENTS - known <= optional
     fields = {field.name for config in restore._CONFIGS for field in dataclasses.fields(config)}
-    assert restore.OF_A_RUN <= fields
+    assert restore.RUN_ARGUMENTS <= fields
 
 
 def test_another_padding_of_the_vocabulary_is_refused():
@@ -130,7 +130,7 @@ def test_a_command_needs_no_apex(parse, monkeypatch):
     monkeypatch.setattr(restore, "rebuild_tokenizer", lambda args: None)
     flags = [flag for flag in cpu.with_required_flags(["test", "--cpu", "--load", "checkpoint"]) if "accum" not in flag]
     monkeypatch.setattr(sys, "argv", flags)
-    args = restore.parse(restore.begin(lambda parser: None))
+    args = restore.complete_arguments(restore.read_command_line(lambda parser: None))
     assert args.gradient_accumulation_fusion is False and args.hidden_size == 32
 
 

@@ -17,9 +17,9 @@ from air_moe_megatron.command.agreement import Ranks
 from air_moe_megatron.command.arguments import NOT_GIVEN, RECOMMENDED, parse_flags, without_fields_of_others
 from air_moe_megatron.command.checkpoints.checks import check_schedule, unfit_contents
 from air_moe_megatron.command.checkpoints.reader import Damaged, Location, advice, locate, read
-from air_moe_megatron.command.checkpoints.saving import check_optimizer_resumes, check_room, find_write_problem
+from air_moe_megatron.command.checkpoints.saving import check_optimizer_resumes, check_room, checkpoint_write_problem
 from air_moe_megatron.config import LAYOUT_FIELDS, AIRFields, Problems, is_plain_topk, problem_of, raise_first
-from air_moe_megatron.diagnostics.files import find_write_problem as find_diagnostics_problem
+from air_moe_megatron.diagnostics.files import diagnostics_write_problem
 from air_moe_megatron.routers.lacking import Lacking
 
 __all__ = ["check_checkpoint", "fields_of_checkpoint", "parse_with_checkpoint", "saved_arguments", "unfit_checkpoint"]
@@ -183,7 +183,7 @@ def _agreed_location(args: argparse.Namespace, reports: list[dict[str, Any]]) ->
 
 def _full_report(args: argparse.Namespace) -> dict[str, Any]:
     """Like :func:`_report`, with what keeps this rank from writing its checkpoints or the diagnostics, if anything."""
-    return _report(args) | {"write problem": find_write_problem(args) or find_diagnostics_problem(args)}
+    return _report(args) | {"write problem": checkpoint_write_problem(args) or diagnostics_write_problem(args)}
 
 
 @contextlib.contextmanager

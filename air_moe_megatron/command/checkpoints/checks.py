@@ -8,8 +8,9 @@ from typing import Any
 from megatron.core.transformer import TransformerConfig
 from megatron.training.utils import print_rank_0
 
-from air_moe_megatron.command.arguments import bare_pattern, moe_layers
+from air_moe_megatron.command.arguments import bare_pattern, has_experts_by_layer
 from air_moe_megatron.command.checkpoints.reader import LEGACY_FILE, Checkpoint, Damaged
+from air_moe_megatron.command.console import flag_of
 from air_moe_megatron.command.schedule import schedule_of
 from air_moe_megatron.config import AIRFields, Problems, num_hash_layers, passed_on, problem_of, resolve_sizes
 from air_moe_megatron.routers import ROUTERS
@@ -44,6 +45,8 @@ _OF_SCHEDULE = (
 )
 """Arguments that determine the schedule of learning rate and weight decay, beside the rates themselves."""
 
+_CODEWORDS = "router.codebook.codewords"
+
 
 def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: TransformerConfig) -> Problems[Lacking]:
     """Yield a ValueError for each reason that a run cannot load a checkpoint, with the flag, its value and the remedy.
@@ -70,24 +73,30 @@ def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
     yield from problem_of(_check_optimizer, checkpoint, args)
     if of_other_size or of_other_type:
         return Lacking.NOTHING
-    has_codebooks = checkpoint.has("router.codebook.codewords")
-    if router_type not in ("topk", "air") or router_type == "air" and has_codebooks:
+    lacking = _lacking(checkpoint, router_type)
+    if router_type != "topk" and lacking is not Lacking.CODEBOOK:
         yield from problem_of(_check_fields, checkpoint, config, ROUTERS[router_type])
     if num_hash_layers(config):
         yield from problem_of(_check_fields, checkpoint, config, ROUTERS["hash"])
     if router_type == "air":
         yield from problem_of(_check_codebooks, checkpoint, config)
-    if router_type == "air" and has_codebooks:
-        has_staged = any(key.endswith("router.index.progress") for key in checkpoint.shapes)
-        return Lacking.NOTHING if has_staged else Lacking.REBUILD
-    if router_type != "air" and not has_codebooks:
+    if lacking is Lacking.CODEBOOK:
+        _print_origin(checkpoint, "top-k routing: expert centers are kept, codebooks are seeded from the first batch")
+    if router_type != "air" and checkpoint.has(_CODEWORDS):
+        _print_origin(checkpoint, "AIR routing: its experts are loaded, its codebooks are not")
+    return lacking
+
+
+def _lacking(checkpoint: Checkpoint, router_type: str) -> Lacking:
+    if router_type != "air":
         return Lacking.NOTHING
-    if has_codebooks:
-        outcome = "AIR routing: its codebooks are left, its experts are loaded"
-    else:
-        outcome = "top-k routing: expert centers are kept, codebooks are seeded from the first batch"
-    print_rank_0(f"> {checkpoint.location.directory} was trained with {outcome}")
-    return Lacking.NOTHING if has_codebooks else Lacking.CODEBOOK
+    if not checkpoint.has(_CODEWORDS):
+        return Lacking.CODEBOOK
+    return Lacking.NOTHING if checkpoint.has("router.index.progress") else Lacking.REBUILD
+
+
+def _print_origin(checkpoint: Checkpoint, origin: str) -> None:
+    print_rank_0(f"> {checkpoint.location.directory} was trained with {origin}")
 
 
 def loads_optimizer(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
@@ -97,16 +106,12 @@ def loads_optimizer(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
     return is_whole and not (starts_anew or args.no_load_optim or args.skip_train)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _demand(name: str, own: Any, found: Any) -> str:
     """Tell the user what to do about one argument that differs."""
     given = "not given" if own is None or own is False else str(own)
     if found is None or found is False:
-        return f"{_flag(name)} must be left out"
-    return f"{_flag(name)} must be given" if found is True else f"{_flag(name)} ({given}) must be {found}"
+        return f"{flag_of(name)} must be left out"
+    return f"{flag_of(name)} must be given" if found is True else f"{flag_of(name)} ({given}) must be {found}"
 
 
 def _check_layout(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
@@ -165,7 +170,7 @@ def _sizes_of_arguments(args: argparse.Namespace) -> dict[str, Any]:
     # Older checkpoints use an older name of the pattern.
     pattern = sizes.get("hybrid_layer_pattern") or getattr(args, "hybrid_override_pattern", None)
     sizes["hybrid_layer_pattern"] = None if pattern is None else bare_pattern(pattern)
-    layers = moe_layers(argparse.Namespace(**vars(args) | {"hybrid_layer_pattern": pattern}))
+    layers = has_experts_by_layer(argparse.Namespace(**vars(args) | {"hybrid_layer_pattern": pattern}))
     unused = set()
     if pattern is not None:
         unused |= {"num_layers", "moe_layer_freq"}  # derived from the pattern
@@ -353,7 +358,7 @@ def _check_fields(checkpoint: Checkpoint, config: TransformerConfig, router: typ
     saved = argparse.Namespace(**values, num_moe_experts=values["num_experts"])
     own, found = router.checkpoint_fields(config), router.checkpoint_fields(saved)
     demands = [
-        _demand(name, own[name], found[name]) + _automatic(name, config, saved)
+        _demand(name, own[name], found[name]) + _note_on_automatic_size(name, config, saved)
         for name in own
         if own[name] != found[name]
     ]
@@ -366,7 +371,7 @@ def _check_codebooks(checkpoint: Checkpoint, config: TransformerConfig) -> None:
     sizes = resolve_sizes(config)
     clusters, shortlist = sizes.num_clusters, sizes.shortlist_size
     expected = {
-        "router.codebook.codewords": (("moe_air_num_clusters", clusters), ("hidden_size", config.hidden_size)),
+        _CODEWORDS: (("moe_air_num_clusters", clusters), ("hidden_size", config.hidden_size)),
         "router.index.shortlist": (("moe_air_num_clusters", clusters), ("moe_air_shortlist_size", shortlist)),
     }
     for key, shape in checkpoint.shapes.items():
@@ -375,11 +380,11 @@ def _check_codebooks(checkpoint: Checkpoint, config: TransformerConfig) -> None:
             if own != found:
                 raise ValueError(
                     f"{checkpoint.location}: {key} is {list(shape[-2:])}, so {_demand(name, own, found)}"
-                    + _automatic(name, config, checkpoint.args)
+                    + _note_on_automatic_size(name, config, checkpoint.args)
                 )
 
 
-def _automatic(name: str, config: TransformerConfig, saved_by: argparse.Namespace | None) -> str:
+def _note_on_automatic_size(name: str, config: TransformerConfig, saved_by: argparse.Namespace | None) -> str:
     """A note on a size that was chosen automatically, naming the argument that caused the difference, if any."""
     if getattr(config, name) != 0 or name == "moe_hash_seed":
         return ""

@@ -112,34 +112,45 @@ def locate(args: argparse.Namespace) -> Location | None:
     flags = (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint))
     given = [(flag, folder) for flag, folder in flags if folder is not None]
     for flag, folder in given:
-        name = _latest(flag, folder)
-        if args.ckpt_step and (name is not None or args.pretrained_checkpoint is None):
-            name = _name_of(args.ckpt_step)  # for --load alone Megatron then needs no tracker file
-        if args.non_persistent_ckpt_type == "global":
-            newer = args.non_persistent_global_ckpt_dir or str(maybe_msc.Path(folder) / _NON_PERSISTENT)
-            other = _latest(flag, newer)
-            if other is not None and (name is None or _number_of(other) >= _number_of(name)):
-                return Location(flag, newer, other)
-        if name is not None:
-            return Location(flag, folder, name)
-        if _iterations(folder):
-            tracker = maybe_msc.Path(folder) / TRACKER
-            remedy = advice(folder) if len(given) == 1 and flag == "--load" else "write one of them into it"
-            raise ValueError(f"{flag} '{folder}' holds iterations, but '{tracker}' is missing; {remedy}")
-        part = _part_of_checkpoint(folder)
-        if part is not None:
-            raise ValueError(
-                f"{flag} '{folder}' holds {part}, a part of a checkpoint, but no file '{TRACKER}': name the folder "
-                "that holds the iterations"
-            )
-        if flag == "--pretrained-checkpoint":
-            raise ValueError(f"--pretrained-checkpoint '{folder}' holds no checkpoint: '{TRACKER}' is missing")
+        location = _location_in(flag, folder, args)
+        if location is not None:
+            return location
+        _refuse_parts(flag, folder, takes_step=len(given) == 1 and flag == "--load")
     if not given or _starts_here(args):
         return None
     raise ValueError(
         f"--load '{args.load}' holds no checkpoint: name a folder that does; only the folder that --save names too may "
         "be new or empty, for a run that starts from scratch"
     )
+
+
+def _location_in(flag: str, folder: str, args: argparse.Namespace) -> Location | None:
+    """The checkpoint that Megatron will take from one folder; None if the folder names none."""
+    name = _latest(flag, folder)
+    if args.ckpt_step and (name is not None or args.pretrained_checkpoint is None):
+        name = _name_of(args.ckpt_step)  # for --load alone Megatron then needs no tracker file
+    if args.non_persistent_ckpt_type == "global":
+        newer = args.non_persistent_global_ckpt_dir or str(maybe_msc.Path(folder) / _NON_PERSISTENT)
+        other = _latest(flag, newer)
+        if other is not None and (name is None or _number_of(other) >= _number_of(name)):
+            return Location(flag, newer, other)
+    return None if name is None else Location(flag, folder, name)
+
+
+def _refuse_parts(flag: str, folder: str, takes_step: bool) -> None:
+    """Refuse a folder without a tracker file that holds iterations, a part of one or, to fine-tune from, nothing."""
+    if _iterations(folder):
+        tracker = maybe_msc.Path(folder) / TRACKER
+        remedy = advice(folder) if takes_step else "write one of them into it"
+        raise ValueError(f"{flag} '{folder}' holds iterations, but '{tracker}' is missing; {remedy}")
+    part = _part_of_checkpoint(folder)
+    if part is not None:
+        raise ValueError(
+            f"{flag} '{folder}' holds {part}, a part of a checkpoint, but no file '{TRACKER}': name the folder "
+            "that holds the iterations"
+        )
+    if flag == "--pretrained-checkpoint":
+        raise ValueError(f"--pretrained-checkpoint '{folder}' holds no checkpoint: '{TRACKER}' is missing")
 
 
 def read(location: Location) -> Checkpoint:

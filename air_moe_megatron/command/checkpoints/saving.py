@@ -10,7 +10,7 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.transformer import TransformerConfig
 
-from air_moe_megatron.command.arguments import moe_layers
+from air_moe_megatron.command.arguments import has_experts_by_layer
 from air_moe_megatron.command.checkpoints.checks import loads_optimizer
 from air_moe_megatron.command.checkpoints.reader import Checkpoint
 from air_moe_megatron.command.memory import parameters_of_expert
@@ -24,10 +24,10 @@ def will_save(args: argparse.Namespace) -> bool:
     return args.save is not None and not args.skip_train and not is_object_storage_path(args.save)
 
 
-def find_write_problem(args: argparse.Namespace) -> str | None:
-    """Try to write where the run will save, and the last rank its TensorBoard files.
+def checkpoint_write_problem(args: argparse.Namespace) -> str | None:
+    """Say what keeps this rank from writing into the folder of ``--save`` or, on the last rank, ``--tensorboard-dir``.
 
-    Returns the problem, or None; leaves nothing behind.
+    None if nothing does. Leaves nothing behind.
     """
     folders = {"--save": args.save} if will_save(args) else {}
     board = args.tensorboard_dir
@@ -103,7 +103,7 @@ def estimate_bytes(args: argparse.Namespace, config: TransformerConfig) -> int:
         per_expert = parameters_of_expert(
             config.moe_latent_size or hidden_size, config.moe_ffn_hidden_size, config.gated_linear_unit
         )
-        num_layers = sum(moe_layers(args))
+        num_layers = sum(has_experts_by_layer(args))
         num_values += num_layers * config.num_moe_experts * per_expert
         if getattr(config, "moe_router_type", "topk") in ("topk", "air"):
             num_values += (num_layers - num_hash_layers(config)) * config.num_moe_experts * hidden_size
