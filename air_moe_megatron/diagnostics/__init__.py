@@ -61,6 +61,7 @@ class Diagnostics:
         self._routers = sorted(find_routers(model), key=layer_of)
         self._is_writer = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         self._watch: StepWatch | None = None
+        self._measured = iteration - 1  # the last step that was measured
         # [E] tokens of each expert that health lines have read since the last diagnostics.
         self._loads = [torch.zeros_like(router.expert_load) for router in self._routers]
         self._lists: dict[CompactRouter, torch.Tensor] = {}  # at the last diagnostics
@@ -87,8 +88,12 @@ class Diagnostics:
         return getattr(model[0], _ATTRIBUTE)
 
     def is_due(self, iteration: int) -> bool:
-        """Whether a step, counted from 1, is measured: one in each interval, and the last step of the training."""
-        return iteration % self._args.moe_air_diagnostics_interval == 0 or iteration == self._args.train_iters
+        """Whether a step, counted from 1, is measured: the last of each interval, and of the training.
+
+        If ``--iterations-to-skip`` skips it, the next step is.
+        """
+        interval = self._args.moe_air_diagnostics_interval
+        return iteration // interval > self._measured // interval or iteration == self._args.train_iters
 
     def begin_step(self, iteration: int) -> None:
         """Start to watch the routers if the step is measured. Call it before the first attempt at a step."""
@@ -161,7 +166,7 @@ class Diagnostics:
     def _measure(self, iteration: int, has_read_loads: bool) -> None:
         """Stop watching a step, and report what was seen and what the routers have counted."""
         step_seconds, seconds, counters = self._watch.end()
-        self._watch = None
+        self._watch, self._measured = None, iteration
         layers, codebooks = [], []
         if self._routers:
             loads, self._loads = self._loads, [torch.zeros_like(load) for load in self._loads]
@@ -224,7 +229,7 @@ class Diagnostics:
 
         args = self._args
         batch = args.data_parallel_size * args.micro_batch_size * get_num_microbatches()
-        return (args.consumed_train_samples + batch) * args.seq_length
+        return (args.consumed_train_samples - args.skipped_train_samples + batch) * args.seq_length
 
 
 def _by_layer(stages: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

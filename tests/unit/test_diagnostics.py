@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("megatron_cpu")
 ARGUMENTS = dict(
     moe_air_diagnostics_interval=2, moe_router_type="air", moe_granular_experts=True, train_iters=5, log_interval=1,
     save=None, tensorboard_dir=None, skip_train=False, rank=0, world_size=1, global_batch_size=4, micro_batch_size=2,
-    data_parallel_size=1, seq_length=10, consumed_train_samples=0, tokenizer_type="NullTokenizer",
-    tokenizer_model=None, vocab_size=VOCABULARY, padded_vocab_size=VOCABULARY, lr=0.1,
+    data_parallel_size=1, seq_length=10, consumed_train_samples=0, skipped_train_samples=0,
+    tokenizer_type="NullTokenizer", tokenizer_model=None, vocab_size=VOCABULARY, padded_vocab_size=VOCABULARY, lr=0.1,
 )  # fmt: skip
 
 
@@ -285,6 +285,19 @@ def test_a_frozen_router_and_a_repeated_or_skipped_step_are_measured(megatron_cp
         assert "loss" not in step and "grad_norm" not in step  # no number that is not finite
 
 
+def test_a_measurement_that_is_skipped_is_made_in_the_next_step(megatron_cpu, monkeypatch, tmp_path):
+    """With --iterations-to-skip Megatron reads batches, counts them, and calls nothing of ours."""
+    layer = make_layer(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
+    chunk, folder = torch.nn.ModuleList([layer]), str(tmp_path)
+    run = Run([chunk], monkeypatch, save=folder, moe_air_diagnostics_interval=3, train_iters=8)
+    for iteration in (1, 2, 4, 5, 7):  # 3 and 6 are skipped
+        run.args.consumed_train_samples = (iteration - 1) * run.args.global_batch_size
+        run.args.skipped_train_samples = iteration // 3 * run.args.global_batch_size
+        run.step(iteration, forward_of([layer], iteration, None))
+    found = lines_of(tmp_path, "diagnostics")
+    assert [(line["iteration"], line["tokens"]) for line in found] == [(4, 3 * 40), (7, 5 * 40)]
+
+
 def test_bytes_of_a_token_are_those_of_one_attempt_in_skipped_steps_too(megatron_cpu, monkeypatch):
     layer = make_layer(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
     run = Run([torch.nn.ModuleList([layer])], monkeypatch, log_interval=4, moe_air_diagnostics_interval=0)
@@ -349,7 +362,7 @@ def test_off_and_between_two_measurements_nothing_is_paid(megatron_cpu, monkeypa
         )  # fmt: skip
         taken = []
         monkeypatch.setattr("air_moe_megatron.routers.air._take_sample", lambda *args, taken=taken: taken.append(1))
-        for iteration in (2, 4, 5):
+        for iteration in (4, 5):
             counts.clear()
             run.step(iteration, forward_of([layer], iteration, None))
             assert not taken and not counts and layer.router.sample is None
