@@ -144,6 +144,8 @@ def complete(args: argparse.Namespace, build: Callable[[argparse.Namespace], obj
         if args.use_checkpoint_args:
             load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
             load_args_from_checkpoint(args)
+        if args.skip_train and args.train_iters is None and args.train_samples is None:
+            args.train_iters = 0  # Megatron computes with it all the same
         validate_args(args, ARGS_DEFAULTS)
         build(args)
 

@@ -169,7 +169,9 @@ def test_a_schedule_that_megatron_would_refuse_is_refused_by_its_flag(examine, s
 @pytest.mark.parametrize("left_out", ["--train-iters", "--lr"])
 def test_length_and_learning_rate_must_be_given(start, left_out):
     index = FLAGS.index(left_out)
-    assert start(*FLAGS[:index], *FLAGS[index + 2 :]).startswith(left_out)
+    others = [*FLAGS[:index], *FLAGS[index + 2 :]]
+    assert start(*others).startswith(left_out)
+    assert start(*others, "--skip-train") is None
 
 
 OF_RANKS = {
