@@ -226,6 +226,16 @@ FLAG_RULES: tuple[FlagRule, ...] = (
         "needs --multiple-validation-sets, with one set too: Megatron-Core 0.19 reads its number of steps as a list",
     ),
     FlagRule(
+        "--full-validation",
+        lambda args: (
+            args.full_validation
+            and args.pipeline_model_parallel_size > 1
+            and (args.eval_micro_batch_size or args.micro_batch_size) != 1
+        ),
+        "needs --eval-micro-batch-size 1 with pipeline stages: it takes sequences one by one, and the stages would "
+        "wait for more",
+    ),
+    FlagRule(
         "--multiple-validation-sets",
         lambda args: args.multiple_validation_sets and not args.full_validation,
         "needs --full-validation: Megatron-Core 0.19 takes no samples of several sets",

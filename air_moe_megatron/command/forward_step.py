@@ -1,5 +1,6 @@
 """Microbatches, the forward step and its loss, as in ``pretrain_gpt.py`` of Megatron-LM."""
 
+import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -91,7 +92,7 @@ def get_batch(data_iterator: Iterator, config: TransformerConfig, vp_stage: int 
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=_microbatch_size(args),
         seq_length=args.seq_length,
         mtp_on_this_rank=has_mtp,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -108,6 +109,13 @@ def get_batch(data_iterator: Iterator, config: TransformerConfig, vp_stage: int 
         hybrid_cp_group_func=mpu.get_hybrid_data_context_parallel_groups,
         use_per_sequence_balancing=args.dataloader_inter_document_masking and not args.sft,
     )
+
+
+def _microbatch_size(args: argparse.Namespace) -> int:
+    """Sequences of the next microbatch. Without gradients Megatron evaluates: by flags of its own, or one by one."""
+    if torch.is_grad_enabled():
+        return args.micro_batch_size
+    return 1 if args.full_validation else args.eval_micro_batch_size
 
 
 def packed_sequence_params(batch: dict[str, Any], total_tokens_known: bool) -> PackedSeqParams | None:

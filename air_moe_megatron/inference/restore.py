@@ -169,6 +169,8 @@ def complete_arguments(command: CommandLine, ignored: Collection[str] = ()) -> a
     complete(args, rebuild_tokenizer)
     check_agreement(args, command.ranks)
     raise_first(refused_flags(args))
+    # Flags of Megatron's own evaluation, which our forwards without gradients would follow.
+    args.eval_micro_batch_size, args.full_validation = args.micro_batch_size, False
     if command.ranks.rank == 0:
         _report_changes(args, values)
     return args

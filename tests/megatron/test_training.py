@@ -183,6 +183,8 @@ def test_evaluation_names_what_is_wrong(topk_checkpoint, use, validation, tmp_pa
     assert refused(use("evaluate", *(places.get(flag, flag) for flag in flags), succeeds=False), message)
 
 
+NO_DROPOUT = ["--attention-dropout", "0", "--hidden-dropout", "0"]
+
 LAYOUTS = {
     "accumulated-evaluated-full-recompute": [*EP2, *FULL_RECOMPUTE, "--eval-interval", "1"],
     "virtual-pipeline-moe-recompute": [
@@ -407,8 +409,25 @@ def test_with_a_log_file_the_screen_gets_losses_and_health(pretrain, tmp_path, r
 @pytest.mark.long
 def test_every_set_is_validated_in_full_where_megatron_can(pretrain, data_prefix):
     data = ["--train-data-path", data_prefix, "--valid-data-path", data_prefix, "--train-iters", "1"]
-    run = pretrain(*AIR, *data, "--full-validation", "--multiple-validation-sets", data=False)
-    assert "validation-0 loss at iteration 1 on validation set" in run.output
+    flags = [*AIR, *data, *NO_DROPOUT, "--full-validation", "--multiple-validation-sets"]
+    runs = [pretrain(*flags, data=False, ranks=1), pretrain(*flags, *TP2, data=False, ranks=2)]
+    found = [
+        re.search(r"validation-0 loss at iteration 1 on .*? lm loss value: ([0-9.E+-]+)", run.output) for run in runs
+    ]
+    losses = [float(one[1]) for one in found]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_microbatches_of_an_evaluation_may_have_another_size(pretrain):
+    """Tensor-parallel ranks get the batch from the first of them, into memory of the size that they expect."""
+    flags = [*AIR, *NO_DROPOUT, "--train-iters", "1"]
+    sizes = ["--eval-micro-batch-size", "4"]
+    losses = [
+        pretrain(*flags, ranks=1).validation_loss,
+        pretrain(*flags, *sizes, ranks=1).validation_loss,
+        pretrain(*flags, *sizes, *TP2, ranks=2).validation_loss,
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
 
 
 def test_multi_token_prediction_layers_get_the_router(pretrain, tmp_path):

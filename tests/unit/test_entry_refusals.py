@@ -137,6 +137,25 @@ def test_values_that_would_end_the_run_later_are_refused_by_name(monkeypatch, fl
     assert words in str(error.value)
 
 
+def test_a_full_validation_of_pipeline_stages_takes_sequences_one_by_one(monkeypatch):
+    from megatron.training.arguments import parse_args
+
+    from air_moe_megatron.command.arguments import extra_args_provider
+    from air_moe_megatron.command.entry_refusals import refused_flags
+
+    def problems(*flags):
+        flags = ["--full-validation", "--multiple-validation-sets", "--pipeline-model-parallel-size", "2", *flags]
+        monkeypatch.setattr(sys, "argv", ["pretrain", *RUN, *flags])
+        return [str(problem) for problem in refused_flags(parse_args(extra_args_provider))]
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (problem,) = problems("--micro-batch-size", "2")
+    assert problem.startswith("--full-validation needs --eval-micro-batch-size 1 with pipeline stages")
+    assert (
+        problems("--micro-batch-size", "2", "--eval-micro-batch-size", "1") == problems("--micro-batch-size", "1") == []
+    )
+
+
 def test_muon_needs_its_package(monkeypatch):
     from megatron.training.arguments import parse_args
 
