@@ -14,8 +14,6 @@ from benchmarks.models import Sizes, add_sizes, air_columns, make_layer, warm_up
 from benchmarks.roofline import Work
 from benchmarks.timing import Case, time_interleaved
 
-_SAMPLE = 64  # tokens whose exact scores are computed
-
 
 def add_arguments(parser) -> None:
     add_sizes(parser, experts=65_536, hidden=512, tokens=8192, topk=64, ffn=1)
@@ -28,6 +26,8 @@ def run(args) -> list[dict]:
     On a CPU, CPU seconds count. The share refers to the layer's step alone, without attention, optimizer and
     dense layers, so it is larger than the share of a training step.
     """
+    from air_moe_megatron.routers.air import SAMPLE_SIZE
+
     with world() as (device, pg_collection), tempfile.TemporaryDirectory() as folder:
         checks.check_router(pg_collection, device)
         checks.check_layer("AIRMoELayer", pg_collection, device)
@@ -39,7 +39,7 @@ def run(args) -> list[dict]:
         checks.check_lists(layer.router)
         layer.router.keeps_sample = False
         work = layer_work(layer, hidden, sizes)
-        scored = Work(4 * _SAMPLE * args.experts * args.hidden, args.experts * args.hidden * sizes.dtype.itemsize)
+        scored = Work(4 * SAMPLE_SIZE * args.experts * args.hidden, args.experts * args.hidden * sizes.dtype.itemsize)
         plain, measured = "AIRMoELayer", "AIRMoELayer, measured"
         with _one_microbatch():
             diagnostics = _diagnostics(layer, args, folder)

@@ -12,12 +12,11 @@ that of ``TopKRouter`` includes the dense product and the dense maps that its in
 Legend: T tokens, H hidden, E experts, C clusters, L shortlist, K top-k, F rows of an expert.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.measure import Timing, clock
+from benchmarks.measure import clock
 
 _ID_BYTES = 4  # int32
 _FP32_BYTES = 4
@@ -117,14 +116,6 @@ class CeilingProbe:
             work()
             seconds.append(clock(self.device) - start)
         return {"total": min(seconds)}
-
-
-def ceilings(device: torch.device, dtype: torch.dtype = torch.float32, repetitions: int = 3) -> Ceilings:
-    """Measure the ceilings alone. ``timing.py`` interleaves them with the cases of a benchmark."""
-    probe = CeilingProbe(device, dtype)
-    kinds: tuple[Callable[[], dict[str, float]], ...] = (probe.matmul, probe.copy)
-    medians = [Timing([kind()["total"] for _ in range(repetitions + 1)][1:]).median for kind in kinds]
-    return probe.ceilings(*medians)
 
 
 def together(*parts: dict[str, Work]) -> dict[str, Work]:

@@ -45,14 +45,14 @@ class Outcome:
         """Median of a case's total, in seconds."""
         return self.timings[name]["total"].median
 
-    def row(self, name: str, sizes: dict, figures: dict, label: str | None = None, by_clock: bool = True) -> dict:
+    def row(self, name: str, sizes: dict, figures: dict, by_clock: bool = True) -> dict:
         """The case's row: sizes, times, figures, distance from its roofline bound, and where it was measured.
 
         ``by_clock`` says whether the times are those of a clock, as the ceilings are. Processor seconds of several
         threads are not: then the row has no rates, and no distance from the bound.
         """
         case, timings = self.cases[name], self.timings[name]
-        row = {"case": label or name, **sizes}
+        row = {"case": name, **sizes}
         for phase in self.phases:
             empty = dict.fromkeys(Timing([0.0]).columns(phase), "")
             row |= timings[phase].columns(phase) if phase in timings else empty

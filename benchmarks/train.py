@@ -36,8 +36,9 @@ def run(args) -> list[dict]:
     """Time forward, backward and the optimizer's step of both models on the same tokens.
 
     Both have our granular experts, because Megatron's would be a module per expert. The baseline uses Megatron's
-    all-to-all dispatcher. AIR's optimizer phase includes the update of the codebooks. Its forward includes a step's
-    share of the rebuild of the lists; a whole rebuild has a row of its own.
+    all-to-all dispatcher. AIR's optimizer phase includes the update of the codebooks. On a CPU its
+    forward includes a step's share of the rebuild of the lists. On a GPU one step in twenty makes the whole rebuild,
+    which the median leaves out. A whole rebuild has a row of its own.
     """
     if args.tokens % args.sequence:
         raise ValueError(f"--tokens ({args.tokens}) must be divisible by --sequence ({args.sequence})")

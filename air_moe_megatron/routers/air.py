@@ -39,7 +39,7 @@ from air_moe_megatron.routers.token_ids import ids_in_order
 
 logger = logging.getLogger(__name__)
 
-_SAMPLE_SIZE = 64  # tokens
+SAMPLE_SIZE = 64  # tokens whose recall is measured, of one rank's microbatch
 # Logit of an empty slot with sqrtsoftplus. It gives the score 4e-18; -inf would give a NaN gradient.
 _NEXT_TO_NOTHING = -80.0
 
@@ -399,7 +399,7 @@ def sample_step(num_tokens: int, batch_size: int) -> int:
 
     Example: with B = 2 every 9th of 512 tokens. Every 8th would be of the first sequence.
     """
-    step = max(1, -(-num_tokens // _SAMPLE_SIZE))
+    step = max(1, -(-num_tokens // SAMPLE_SIZE))
     while math.gcd(step, batch_size) > 1:
         step += 1
     return step

@@ -379,9 +379,6 @@ REFUSED = {
         "units is not split; add --expert-tensor-parallel-size 1",
     ),
     "too-large-for-the-host": (["--num-experts", "1000000000"], "--num-experts (1000000000): a rank needs at least"),
-    "log-interval": (["--log-interval", "0"], "--log-interval (0) must be at least 1"),
-    "full-validation": (["--full-validation"], "--full-validation needs --multiple-validation-sets"),
-    "no-moe-layer": (["--moe-layer-freq", "[0,0]"], "moe_layer_freq ([0, 0]) must have a 1"),
 }
 
 
@@ -441,22 +438,21 @@ def test_multi_token_prediction_layers_get_the_router(pretrain, tmp_path):
     assert all(tensors[key].eq(1).all() for key in codebooks)
 
 
-@pytest.mark.parametrize(
-    ("flag", "value", "difference"),
-    [
-        ("--moe-router-type", "topk", "moe_router_type is 'air' on rank 0, 'topk' on rank 1"),
-        ("--moe-router-topk", "3", "moe_router_topk is 2 on rank 0, 3 on rank 1"),
-        ("--log-interval", "2", "log_interval is 1 on rank 0, 2 on rank 1"),
-        ("--micro-batch-size", "1", "micro_batch_size is 2 on rank 0, 1 on rank 1"),
-        ("--expert-model-parallel-size", "1", "expert_model_parallel_size is 2 on rank 0, 1 on rank 1"),
-    ],
-)
-def test_ranks_with_different_flags_are_refused(pretrain, flag, value, difference):
-    run = pretrain(*AIR, *EP2, "--train-iters", "1", succeeds=False, flags_of_rank={1: [flag, value]})
+def test_ranks_with_different_flags_are_refused(pretrain):
+    flags = ["--moe-router-type", "topk", "--moe-router-topk", "3", "--log-interval", "2", "--micro-batch-size", "1"]
+    flags += ["--expert-model-parallel-size", "1"]
+    run = pretrain(*AIR, *EP2, "--train-iters", "1", succeeds=False, flags_of_rank={1: flags})
     assert run.returncode != 0
     assert run.steps == {}
     assert run.output.count("error: all ranks must be started with the same flags and versions: ") == 1
-    assert re.search(rf"\b(?<!_){difference}", run.output)
+    for difference in (
+        "moe_router_type is 'air' on rank 0, 'topk' on rank 1",
+        "moe_router_topk is 2 on rank 0, 3 on rank 1",
+        "log_interval is 1 on rank 0, 2 on rank 1",
+        "micro_batch_size is 2 on rank 0, 1 on rank 1",
+        "expert_model_parallel_size is 2 on rank 0, 1 on rank 1",
+    ):
+        assert re.search(rf"\b(?<!_){difference}", run.output)
 
 
 def test_paths_may_differ_between_ranks(pretrain, tmp_path):

@@ -90,9 +90,8 @@ def _nearest_keys(
     """[P_PAD, BLOCK_T] keys of the P codewords nearest to each token, in no order; LOWEST_KEY beyond P."""
     slots = tl.arange(0, P_PAD)[:, None]
     # Distinct keys below all real ones; slots beyond P are never the worst, so never replaced.
-    best = tl.where(slots < P, LOWEST_KEY + slots.to(tl.int64), HIGHEST_KEY) + tl.zeros(
-        [1, BLOCK_T], tl.int64
-    )  # [P, BLOCK_T]
+    zeros = tl.zeros([1, BLOCK_T], tl.int64)
+    best = tl.where(slots < P, LOWEST_KEY + slots.to(tl.int64), HIGHEST_KEY) + zeros  # [P_PAD, BLOCK_T]
     for first in range(0, C, BLOCK_C):
         ids = first + tl.arange(0, BLOCK_C)
         is_codeword = ids < C

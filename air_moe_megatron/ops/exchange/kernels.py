@@ -8,7 +8,7 @@ A token has one row for each rank that holds any of its experts. The plan lists 
 min(K, D). So pack reads a token once and writes its rows; combine has one program per token, which reads its rows and
 writes once. There are no atomics, and the bits are equal in every run. Each of the two is the other's gradient.
 
-Nothing is sorted: the order of (rank, token) is a prefix sum over counts of pairs [D, T]. Making a plan takes 12 bytes
+Nothing is sorted: the order of (rank, token) is a prefix sum over counts of pairs [D, T]. Making a plan takes 13 bytes
 for each of D * T. Keeping it takes 4 bytes for each of T * W rows and 8 for each of T * K pairs. Nothing waits for the
 device. The caller reads R and N from the counts, which it needs for the all-to-alls anyway.
 

@@ -33,9 +33,7 @@ from air_moe_megatron.ops.tiles import (
     segment_blocks,
     step_of,
 )
-from air_moe_megatron.ops.weight_gradient import (
-    add_weight_gradient,
-)
+from air_moe_megatron.ops.weight_gradient import add_weight_gradient
 
 LIMITS = {"topk": 2048, "probes": 8}
 """The largest sizes that the kernels take."""

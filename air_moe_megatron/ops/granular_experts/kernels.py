@@ -2,9 +2,10 @@
 
 ``y_r = sum over the pairs n of row r of p_n * W2_e.T act(W1_e x_r)``. A program of the first projection takes up to
 BLOCK_N pairs of one expert. It gathers their rows, multiplies them by the expert's F rows, and applies activation and
-probability. The second projection sums per token row. Both are matrix products in which F and the pairs of a block are
-padded to 16: with F = 1 and four pairs per expert, one product in 64 is used. That costs little, because gathers of
-rows bound the time: such a tile moves at most (16 + F) * H numbers for its 16 * 16 * H products.
+probability. The second projection sums per token row. The first, and the second in expert order, are matrix products
+in which F and the pairs of a block are padded to 16: with F = 1 and four pairs per expert, one product in 64 is used.
+That costs little, because gathers of rows bound the time: such a tile moves at most (16 + F) * H numbers for its
+16 * 16 * H products.
 
 The backward keeps the inputs of the activation, N * Q numbers in fp32. Recomputing them would read every token row and
 weight row again, for N * Q * H products. Activation and probability are recomputed.
@@ -41,9 +42,7 @@ from air_moe_megatron.ops.tiles import (
     segment_blocks,
     step_of,
 )
-from air_moe_megatron.ops.weight_gradient import (
-    add_weight_gradient,
-)
+from air_moe_megatron.ops.weight_gradient import add_weight_gradient
 
 MAX_FFN_HIDDEN_SIZE = 64
 LIMITS = {"ffn_hidden_size": MAX_FFN_HIDDEN_SIZE}

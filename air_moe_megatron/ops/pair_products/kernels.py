@@ -20,13 +20,9 @@ import triton.language as tl
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.ops.pair_products import Pairs
-from air_moe_megatron.ops.segments import (
-    next_power_of_2,
-)
+from air_moe_megatron.ops.segments import next_power_of_2
 from air_moe_megatron.ops.tiles import segment_blocks
-from air_moe_megatron.ops.weight_gradient import (
-    add_weight_gradient,
-)
+from air_moe_megatron.ops.weight_gradient import add_weight_gradient
 
 _TILE = 4096  # fp32 elements of a tile of 4 warps: 32 registers per thread
 
