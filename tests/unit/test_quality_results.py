@@ -210,3 +210,67 @@ def test_the_quality_in_the_readme_is_that_of_the_results():
         if two != "hash":
             share = overview.share_of_flops(variants, one, two, "router")
             assert router == (f"1/{1 / share:.0f}" if share < 0.1 else f"{share:.2f}")
+
+
+# What the goals in quality.md call regimes and variants: (corpus, vocabulary, E, K, steps).
+REGIMES = {
+    **{f"bytes, E = {experts:,}": ("stdlib", 257, experts, 16, 600) for experts in (4096, 16_384)},
+    "the same, 4,800 steps": ("stdlib", 257, 4096, 16, 4800),
+    "books in bytes, E = 4,096": ("gutenberg-100m", 257, 4096, 16, 600),
+    **{f"WikiText-2, E = {experts:,}": ("wikitext-2", 4096, experts, 16, 400) for experts in (4096, 16_384, 65_536)},
+    "six layers on Gutenberg": ("gutenberg-100m", 2048, 4096, 16, 4000),
+    **{f"bytes, E = 16,384, K = {topk}": ("stdlib", 257, 16_384, topk, 600) for topk in (64, 128)},
+    "bytes, E = 65,536, K = 64": ("stdlib", 257, 65_536, 64, 600),
+}
+AIRS = {
+    "default": "air",
+    "whitened": "air-low-rank-whitening",
+    "whitened along all directions": "air-whitening",
+    "one layer by hash": "hash-air",
+}
+
+
+def below(differences):
+    """Differences in percent, in the words of the goals."""
+    way = "below" if statistics.mean(differences) < 0 else "above"
+    if len(differences) < 3:
+        count = "one seed" if len(differences) == 1 else "two seeds"
+        shown = " and ".join(f"{abs(value):.1f}%" for value in differences)
+        return f"equal ({count})" if shown == "0.0%" else f"{shown} {way} ({count})"
+    text = f"{abs(statistics.mean(differences)):.1f} +- {statistics.stdev(differences):.1f}% {way}"
+    return report.emphasized(text, differences)
+
+
+def test_the_goals_are_compared_with_the_results():
+    by_place = {}
+    for name in ("full", "bytes", "deep"):
+        for row in study.read_results(RESULTS / f"quality/{name}.jsonl"):
+            place = row["corpus"], row["vocabulary"], row["experts"], row["topk"], row["flags"]["train-iters"]
+            by_place.setdefault(place, {}).setdefault(row["variant"], []).append(row)
+    others = OTHERS | {"four groups": "hierarchical-4-groups"}
+    sections = (RESULTS / "quality.md").read_text().partition("## The goals")[2].split("\n### ")
+    implied = {"At or below exact": "exact top-k", "5% below a hash": "hash of token ids", "10% below PEER": "PEER"}
+    checked = 0
+    for section in sections:
+        table = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+        table = [[cell.strip() for cell in line] for line in table]
+        if not table or "found" not in table[0] or section.startswith("At most"):
+            continue
+        regime = subject = None
+        for cells in table[2:]:
+            line = dict(zip(table[0], cells, strict=True))
+            regime, subject = line["regime"] or regime, line["AIR"] or subject
+            against = line.get("against") or line.get("the best other")
+            against = against or next(name for start, name in implied.items() if section.startswith(start))
+            first, *more = regime.split("; ")
+            names = [first, *(f"{first.partition(' = ')[0]} = {experts}" for experts in more)]
+            for name, found in zip(names, line["found"].split("; "), strict=True):
+                place = REGIMES[name]
+                other = others[against]
+                if other == "product-key" and place[3] > 16:  # its probabilities sum to K / 2 too
+                    other = f"product-key-sum-{place[3] // 2}"
+                runs = by_place[place]
+                ordered = [sorted(runs[one], key=lambda row: row["seed"]) for one in (AIRS[subject], other)]
+                assert found == below(report.changes(*ordered)), (name, subject, against)
+                checked += 1
+    assert checked > 50
