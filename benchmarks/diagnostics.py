@@ -81,7 +81,8 @@ def _diagnostics(layer, args, folder: str):
     of_megatron = dict(
         moe_air_diagnostics_interval=1, train_iters=None, log_interval=2**62, save=folder, tensorboard_dir=None,
         global_batch_size=1, micro_batch_size=1, data_parallel_size=1, seq_length=args.tokens,
-        consumed_train_samples=0, tokenizer_type=None, tokenizer_model=None, vocab_size=None, padded_vocab_size=None,
+        consumed_train_samples=0, skipped_train_samples=0, tokenizer_type=None, tokenizer_model=None, vocab_size=None,
+        padded_vocab_size=None,
     )  # fmt: skip
     return Diagnostics([torch.nn.ModuleList([layer])], argparse.Namespace(**of_megatron), 1)
 

@@ -1,21 +1,17 @@
 """Dispatch and combine alone: the compact dispatcher against Megatron's all-to-all, over expert-parallel processes.
 
-On a CPU two processes communicate through gloo and share the cores. On GPUs each process has its own GPU, because NCCL
+On a CPU the processes communicate through gloo and share the cores. On GPUs each process has its own GPU, because NCCL
 does not allow two ranks on one. So with a single GPU there is one rank: permutation and combination, no communication.
 """
 
-import json
 import logging
-import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from benchmarks import roofline
 from benchmarks.checks import same
-from benchmarks.measure import clock, world
+from benchmarks.measure import clock, run_on_ranks
 from benchmarks.models import Sizes, add_sizes, inputs, make_config
 from benchmarks.timing import Case, time_interleaved
 
@@ -38,18 +34,7 @@ def run(args) -> list[dict]:
     Its seconds are those of the slowest rank. Bytes are what rank 0 passes to the all-to-alls in a forward, including
     those to itself.
     """
-    ranks = min(args.ranks, max(1, torch.cuda.device_count())) if torch.cuda.is_available() else args.ranks
-    if ranks < args.ranks:
-        logger.info("%d rank(s), one for each GPU", ranks)
-    with tempfile.TemporaryDirectory() as directory:
-        if ranks == 1:
-            return _rank(0, 1, args, directory)
-        # A fork of a process that has imported torch, but not used it, starts in less than a second.
-        start = "spawn" if torch.cuda.is_available() else "forkserver"
-        if start == "forkserver":
-            torch.multiprocessing.get_context(start).set_forkserver_preload(["air_moe_megatron.sync"])
-        torch.multiprocessing.start_processes(_rank, args=(ranks, args, directory), nprocs=ranks, start_method=start)
-        return json.loads(Path(directory, "rows.json").read_text())
+    return run_on_ranks(_rows, args)
 
 
 @dataclass(frozen=True)
@@ -64,19 +49,9 @@ class _Routes:
     routing_map: torch.Tensor  # [T, E] bool
 
 
-def _rank(rank, ranks, args, directory):
-    if ranks > 1:
-        logging.basicConfig(format="%(message)s", force=True)
-        logging.getLogger("benchmarks").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    if not torch.cuda.is_available() and ranks > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    init_method = None if ranks == 1 else f"file://{directory}/store"
-    with world(rank, ranks, init_method, expert_parallel=ranks) as (device, pg_collection):
-        _check(rank, ranks, pg_collection, device)
-        rows = _measure(args, rank, ranks, pg_collection, device)
-        if rank == 0 and ranks > 1:
-            Path(directory, "rows.json").write_text(json.dumps(rows))
-    return rows
+def _rows(args, rank, ranks, pg_collection, device):
+    _check(rank, ranks, pg_collection, device)
+    return _measure(args, rank, ranks, pg_collection, device)
 
 
 def _measure(args, rank, ranks, pg_collection, device):

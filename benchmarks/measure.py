@@ -1,14 +1,18 @@
 """Measuring in benchmarks: seconds, memory, Megatron's process groups and gradient buffers, and the origin of a row."""
 
+import argparse
 import contextlib
 import ctypes
 import gc
 import importlib.metadata
+import json
+import logging
 import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -17,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,45 @@ def world(rank: int = 0, ranks: int = 1, init_method: str | None = None, expert_
         get_cuda_rng_tracker().reset()
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def run_on_ranks(measure: Callable[..., list[dict]], args: argparse.Namespace) -> list[dict]:
+    """Run a benchmark in ``--ranks`` expert-parallel processes, on GPUs at most one for each.
+
+    Args:
+        measure: a function of a module, called as ``measure(args, rank, ranks, pg_collection, device)`` on each rank.
+    Returns:
+        what it returns on rank 0.
+    """
+    on_gpu = torch.cuda.is_available()
+    ranks = min(args.ranks, torch.cuda.device_count()) if on_gpu else args.ranks
+    if ranks < args.ranks:
+        logger.info("%d rank(s), one for each GPU", ranks)
+    with tempfile.TemporaryDirectory() as directory:
+        if ranks == 1:
+            return _run_rank(0, 1, measure, args, directory)
+        # A fork of a process that has imported torch, but not used it, starts in less than a second.
+        start = "spawn" if on_gpu else "forkserver"
+        if start == "forkserver":
+            torch.multiprocessing.get_context(start).set_forkserver_preload(["air_moe_megatron.sync"])
+        torch.multiprocessing.start_processes(
+            _run_rank, args=(ranks, measure, args, directory), nprocs=ranks, start_method=start
+        )
+        return json.loads(Path(directory, "rows.json").read_text())
+
+
+def _run_rank(rank, ranks, measure, args, directory):
+    if ranks > 1:
+        logging.basicConfig(format="%(message)s", force=True)
+        logging.getLogger("benchmarks").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        if not torch.cuda.is_available():
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    init_method = None if ranks == 1 else f"file://{directory}/store"
+    with world(rank, ranks, init_method, expert_parallel=ranks) as (device, pg_collection):
+        rows = measure(args, rank, ranks, pg_collection, device)
+    if rank == 0 and ranks > 1:
+        Path(directory, "rows.json").write_text(json.dumps(rows))
+    return rows
 
 
 def give_main_grad(module: torch.nn.Module) -> None:

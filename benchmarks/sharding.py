@@ -1,23 +1,19 @@
 """Sharded routing against the replicated router: a layer's training step over expert-parallel processes.
 
-A step is forward, backward, the all-reduce of replicated gradients, and Adam. On a CPU two processes communicate
+A step is forward, backward, the all-reduce of replicated gradients, and Adam. On a CPU the processes communicate
 through gloo and share the cores; seconds are CPU seconds, a mean over the ranks. The rebuild of the lists is
 timed separately: once as a run spreads it over steps and ranks, and once in full.
 """
 
 import copy
-import json
 import logging
-import os
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
 from benchmarks import roofline
 from benchmarks.checks import same
-from benchmarks.measure import accumulate_gradient, clock, give_main_grad, is_by_clock, world
+from benchmarks.measure import accumulate_gradient, clock, give_main_grad, is_by_clock, run_on_ranks
 from benchmarks.models import Sizes, add_sizes, air_work, expert_work, make_config, usage
 from benchmarks.timing import Case, time_interleaved
 
@@ -38,31 +34,12 @@ def run(args) -> list[dict]:
     ``state_mib`` is the layer's state on a rank: weights, gradients and Adam's moments. ``forward_remote_mib`` is what
     rank 0 sends to other ranks in a forward, ``reduced_mib`` the gradients that are all-reduced in a step.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        if args.ranks == 1:
-            return _rank(0, 1, args, directory)
-        start = "spawn" if torch.cuda.is_available() else "forkserver"
-        if start == "forkserver":
-            torch.multiprocessing.get_context(start).set_forkserver_preload(["air_moe_megatron.sync"])
-        torch.multiprocessing.start_processes(
-            _rank, args=(args.ranks, args, directory), nprocs=args.ranks, start_method=start
-        )
-        return json.loads(Path(directory, "rows.json").read_text())
+    return run_on_ranks(_rows, args)
 
 
-def _rank(rank, ranks, args, directory):
-    if ranks > 1:
-        logging.basicConfig(format="%(message)s", force=True)
-        logging.getLogger("benchmarks").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    if not torch.cuda.is_available() and ranks > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    init_method = None if ranks == 1 else f"file://{directory}/store"
-    with world(rank, ranks, init_method, expert_parallel=ranks) as (device, pg_collection):
-        _check(ranks, pg_collection, device)
-        rows = _measure(args, rank, ranks, pg_collection, device)
-        if rank == 0 and ranks > 1:
-            Path(directory, "rows.json").write_text(json.dumps(rows))
-    return rows
+def _rows(args, rank, ranks, pg_collection, device):
+    _check(ranks, pg_collection, device)
+    return _measure(args, rank, ranks, pg_collection, device)
 
 
 def _layers(sizes, ranks, pg_collection, device):
