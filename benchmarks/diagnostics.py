@@ -79,7 +79,7 @@ def _diagnostics(layer, args, folder: str):
     from air_moe_megatron.diagnostics import Diagnostics
 
     of_megatron = dict(
-        moe_air_diagnostics_interval=1, train_iters=None, log_interval=2**62, save=folder, tensorboard_dir=None,
+        moe_air_diagnostics_interval=1, train_iters=1, log_interval=2**62, save=folder, tensorboard_dir=None,
         global_batch_size=1, micro_batch_size=1, data_parallel_size=1, seq_length=args.tokens,
         consumed_train_samples=0, skipped_train_samples=0, tokenizer_type=None, tokenizer_model=None, vocab_size=None,
         padded_vocab_size=None,
