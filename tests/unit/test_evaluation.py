@@ -30,10 +30,10 @@ class Model(torch.nn.Module):
 
 @pytest.fixture
 def figures_of(megatron_cpu, monkeypatch):
-    def run(data_iterator, model, **_):
-        return [{"lm loss": model[0](next(data_iterator))}]
+    def run_forwards(model, batches, args):
+        return [{"lm loss": model[0](next(batches))}]
 
-    monkeypatch.setattr(evaluation, "get_forward_backward_func", lambda: run)
+    monkeypatch.setattr(evaluation, "run_forwards", run_forwards)
     tokens = numpy.random.default_rng(0).integers(0, VOCABULARY, 3 * LENGTH + 1)
 
     def figures_of(fields, micro_batch_size):
