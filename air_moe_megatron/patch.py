@@ -111,6 +111,19 @@ def find_root(path: Path) -> Path:
     )
 
 
+def _read(file: Path) -> str:
+    """A file's text, with its ends of lines.
+
+    Raises:
+        UnknownTreeError: if it is not UTF-8.
+    """
+    try:
+        with open(file, encoding="utf-8", newline="") as stream:
+            return stream.read()
+    except UnicodeDecodeError as error:
+        raise UnknownTreeError(f"{file} is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
 def version_of(root: Path) -> str:
     """The version that a tree's ``package_info.py`` states; imports nothing from the tree.
 
@@ -120,7 +133,7 @@ def version_of(root: Path) -> str:
     file = root / "megatron/core/package_info.py"
     values = {
         node.targets[0].id: node.value.value
-        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        for node in ast.parse(_read(file), filename=str(file)).body
         if isinstance(node, ast.Assign)
         and isinstance(node.targets[0], ast.Name)
         and isinstance(node.value, ast.Constant)
@@ -152,8 +165,7 @@ def examine(path: Path) -> State:
     for file, hunks in patch.items():
         if not (root / file).is_file():
             raise UnknownTreeError(f"{root / file} does not exist")
-        with open(root / file, encoding="utf-8", newline="") as stream:
-            text = stream.read()
+        text = _read(root / file)
         found = ["after" if _count(text, hunk.after) == 1 else "before" for hunk in hunks]
         for number, (hunk, side) in enumerate(zip(hunks, found, strict=True), 1):
             if _count(text, getattr(hunk, side)) != 1 or side != found[0]:
@@ -281,6 +293,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         text, code = run(args.action, args.path.absolute())
     except UnknownTreeError as error:
         parser.exit(2, f"refused, nothing was changed: {error}\n")
+    except SyntaxError as error:
+        parser.exit(2, f"refused, nothing was changed: {error.filename}, line {error.lineno}: {error.msg}\n")
     except OSError as error:
         parser.exit(2, f"refused, nothing was changed: {error.filename}: {error.strerror}\n")
     sys.stdout.write(text)

@@ -143,6 +143,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_LEAST_TEMPERATURE = 1e-6  # logits over smaller ones may overflow
+
+
 def check(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     """Refuse what cannot be generated, before the model is built.
 
@@ -162,8 +165,8 @@ def check(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
         )
     if args.num_tokens < 1:
         raise ValueError(f"--num-tokens ({args.num_tokens}) must be at least 1")
-    if not 0 <= args.temperature < math.inf:
-        raise ValueError(f"--temperature ({args.temperature}) must be at least 0 and finite")
+    if args.temperature != 0 and not _LEAST_TEMPERATURE <= args.temperature < math.inf:
+        raise ValueError(f"--temperature ({args.temperature}) must be 0, or from {_LEAST_TEMPERATURE} on and finite")
     if not 0 <= args.top_k < tokenizer.vocab_size:
         raise ValueError(
             f"--top-k ({args.top_k}) must be from 0 to below the number of token ids, {tokenizer.vocab_size}"

@@ -222,7 +222,8 @@ def _with_lists_as_saved(config: TransformerConfig, saved: argparse.Namespace | 
         return config
     config = copy.copy(config)
     config.moe_air_list_parts = getattr(saved, "moe_air_list_parts", 1)
-    config.moe_air_shortlist_size = saved.moe_air_shortlist_size
+    for name in ("moe_air_shortlist_size", "moe_air_num_probes", "moe_router_topk"):  # two decide on automatic sizes
+        setattr(config, name, getattr(saved, name, getattr(config, name)))
     config.moe_air_shard_experts = False
     return config
 

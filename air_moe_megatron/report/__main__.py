@@ -53,10 +53,12 @@ def write_page(folders: Sequence[Path], out: Path) -> int:
         OSError: if a file is missing or the page cannot be written.
     """
     from air_moe_megatron.report.page import render
-    from air_moe_megatron.report.runs import read_runs
+    from air_moe_megatron.report.runs import LINES, SNAPSHOT, read_runs
 
     if out.is_dir():
         raise ValueError(f"--out ({out}) is a folder; give the name of a file in it")
+    if out.name in (LINES, SNAPSHOT):
+        raise ValueError(f"--out ({out}) is the name of a run's own file; give the page another one")
     runs = read_runs(folders)
     out.parent.mkdir(parents=True, exist_ok=True)
     text = render(runs).encode()

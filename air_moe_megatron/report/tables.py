@@ -77,7 +77,9 @@ def notes(run: Run) -> list[str]:
             text += "; changed: " + ", ".join(f"{flag_of(name)} {a} → {b}" for name, (a, b) in resume.changed.items())
         found.append(text)
     if not len(run.totals):
-        found.append("no diagnostics were recorded: give --moe-air-diagnostics-interval")
+        interval = run.argument("moe_air_diagnostics_interval")
+        remedy = f"one is due every {interval} steps" if interval else "give --moe-air-diagnostics-interval"
+        found.append(f"no diagnostics were recorded: {remedy}")
     return found
 
 

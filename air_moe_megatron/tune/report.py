@@ -46,7 +46,7 @@ def report(measured: Measured) -> str:
     """The report: the choice, the table, the choice's candidates and layers, and what was left out."""
     shown, worst, is_reached = measured.shown, measured.worst_layer, measured.chosen is not None
     has_candidates = chooses_candidates(measured.config, measured.metric)
-    lines = ["", _verdict(measured), f"  {shown.setting.flags()}", "", _table(measured)]
+    lines = ["", _verdict(measured), f"  {_flags(measured)}", *_remarks(measured.config), "", _table(measured)]
     lines += _COSTS_OF_CANDIDATES if has_candidates else _COSTS
     lines += [f"listed, bound, certified and us/token are those of layer {worst.name}, whose recall is the lowest"]
     lines += [
@@ -72,6 +72,29 @@ def _verdict(measured: Measured) -> str:
         f"No setting that was measured reaches a {recall} of {measured.target} in every layer for less than exact "
         f"routing costs. The best one has {reached}"
     )
+
+
+def _flags(measured: Measured) -> str:
+    """The flags that select the shown setting; the measured codebooks are of tokens, whatever the checkpoint's are."""
+    flags = measured.shown.setting.flags()
+    return flags if _source(measured.config) == "tokens" else f"{flags} --moe-air-codebook-source tokens"
+
+
+def _source(config: TransformerConfig) -> str:
+    return getattr(config, "moe_air_codebook_source", "tokens")
+
+
+def _remarks(config: TransformerConfig) -> list[str]:
+    """How the checkpoint's lists differ in form from the measured ones."""
+    remarks, parts = [], getattr(config, "moe_air_list_parts", 1)
+    if _source(config) != "tokens":
+        remarks.append("  the checkpoint's own lists, with codebooks of its experts, are not measured")
+    if parts > 1:
+        remarks.append(
+            f"  lists are measured in one part; --moe-air-list-parts {parts} must divide the length L, and its recall "
+            "may be slightly lower"
+        )
+    return remarks
 
 
 def _candidates(measured: Measured) -> pandas.DataFrame:

@@ -123,6 +123,24 @@ def test_a_local_edit_where_the_patch_goes_is_refused(copy, file, old, new, word
     assert contents(copy) == edited
 
 
+def test_a_file_that_is_no_python_or_no_text_is_refused_by_name(copy, capsys):
+    info = copy / "megatron/core/package_info.py"
+    with open(copy / TRAINING, "a") as file:
+        file.write("def (\n")
+    before = info.read_bytes()
+    for content, action, words in (
+        (before, "apply", f"{TRAINING}, line "),
+        (b"MAJOR = (\n", "check", f"{info}, line 1: "),
+        (b"\xff\xfe", "check", f"{info} is not UTF-8"),
+    ):
+        info.write_bytes(content)
+        unchanged = contents(copy)
+        with pytest.raises(SystemExit) as stopped:
+            patch.main([action, str(copy)])
+        assert stopped.value.code == 2 and contents(copy) == unchanged
+        assert f"refused, nothing was changed: {words}" in capsys.readouterr().err
+
+
 def test_an_edit_of_our_own_lines_is_refused(copy):
     run("apply", copy)
     edit(copy / CONFIG, "moe_air_refresh_interval: int = 20", "moe_air_refresh_interval: int = 40")

@@ -248,6 +248,10 @@ def test_a_run_of_steps_alone_has_a_page(tmp_path):
     page, _ = page_of(write(tmp_path, [{**header(), "layers": []}, step(20)]))
     assert page.sections == SECTIONS and "no diagnostics were recorded" in page.text
     assert "Too few records for warnings: 0 of the 3" in page.text
+    head = header()
+    due = {**head, "arguments": {**head["arguments"], "moe_air_diagnostics_interval": 100}, "layers": []}
+    page, _ = page_of(write(tmp_path / "early", [due, step(20)]))
+    assert "no diagnostics were recorded: one is due every 100 steps" in page.text
 
 
 def test_values_that_are_no_numbers_leave_gaps(tmp_path):
@@ -372,6 +376,11 @@ def test_a_folder_as_the_page_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main([str(tmp_path), "--out", str(tmp_path)])
     assert "is a folder; give the name of a file in it" in capsys.readouterr().err
+    for name in ("air_diagnostics.jsonl", "air_codebook.json"):
+        with pytest.raises(SystemExit):
+            command.main([str(tmp_path), "--out", str(tmp_path / name)])
+        assert "is the name of a run's own file" in capsys.readouterr().err
+    assert read_runs([tmp_path])
 
 
 def test_nothing_heavy_is_loaded_before_the_report_runs_and_a_missing_package_is_named(tmp_path):

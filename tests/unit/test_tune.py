@@ -447,6 +447,16 @@ def test_a_target_that_nothing_reaches_is_said_with_the_best_setting(metric, wor
     assert ("--moe-air-num-candidates " in text.split("--moe-air-num-probes")[1].splitlines()[0]) == (metric == "mass")
 
 
+def test_what_a_run_needs_beside_the_printed_sizes_is_said():
+    layers = [make_layer(num_test=9)]
+    of_experts = make_config(moe_router_type="air", moe_air_codebook_source="experts")
+    text = report(measured(layers, of_experts, 0.5, "topk"))
+    assert " --moe-air-codebook-source tokens\n  the checkpoint's own lists" in text
+    in_parts = make_config(moe_router_type="air", moe_air_list_parts=4)
+    assert "--moe-air-list-parts 4 must divide" in report(measured(layers, in_parts, 0.5, "topk"))
+    assert "--moe-air-codebook-source" not in report(measured(layers, make_config(moe_router_type="air"), 0.5, "topk"))
+
+
 @pytest.mark.parametrize(("target", "num_candidates"), [(0.5, 4), (0.8, 16)])
 def test_a_mass_costs_what_its_printed_candidates_cost(target, num_candidates):
     config, layers = make_config(moe_router_type="air", **BALANCED), unlike_layers()

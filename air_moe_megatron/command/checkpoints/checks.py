@@ -388,7 +388,11 @@ def _note_on_automatic_size(name: str, config: TransformerConfig, saved_by: argp
     """A note on a size that was chosen automatically, naming the argument that caused the difference, if any."""
     if getattr(config, name) != 0 or name == "moe_hash_seed":
         return ""
-    topk = getattr(saved_by, "moe_router_topk", config.moe_router_topk)
-    if topk == config.moe_router_topk or name not in ("moe_air_shortlist_size", "moe_product_key_heads"):
-        return " (it was chosen automatically)"
-    return f" (it was chosen automatically, by --moe-router-topk, which is {config.moe_router_topk} and was {topk})"
+    causes = {
+        "moe_air_shortlist_size": ("moe_router_topk", "moe_air_num_probes"),
+        "moe_product_key_heads": ("moe_router_topk",),
+    }
+    values = [(cause, getattr(config, cause)) for cause in causes.get(name, ())]
+    changed = [(cause, own, getattr(saved_by, cause, own)) for cause, own in values]
+    by = [f"{flag_of(cause)}, which is {own} and was {was}" for cause, own, was in changed if own != was]
+    return f" (it was chosen automatically{''.join(f', by {one}' for one in by)})"

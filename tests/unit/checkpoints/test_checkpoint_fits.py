@@ -129,6 +129,8 @@ def test_a_size_that_was_chosen_automatically_names_what_it_was_chosen_by(save, 
         "--moe-air-shortlist-size (16) must be 8 "
         "(it was chosen automatically, by --moe-router-topk, which is 8 and was 2)"
     )
+    with pytest.raises(ValueError, match=r"chosen automatically, by --moe-air-num-probes, which is 1 and was \d\)"):
+        check(load=folder, **AIR | {"moe_air_shortlist_size": 0, "moe_air_num_probes": 1})
     # Another number of experts changes all automatic sizes; the flag that was given is the one that is named.
     with pytest.raises(ValueError, match=r": --num-experts \(1024\) must be 16$"):
         check(load=folder, moe_router_type="air", num_experts=1024)
