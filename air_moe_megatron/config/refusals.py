@@ -283,7 +283,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(GRANULAR, "moe_mlp_glu_interleave_size", _given, _ENGINE),
     Refusal(GRANULAR, "moe_single_grouped_weight", _on, _ENGINE),
     Refusal(GRANULAR, "use_te_activation_func", _on, _ENGINE),
-    Refusal(GRANULAR, "use_kitchen", _on, "it quantizes Megatron's own linear layers, which these experts have not"),
+    Refusal(GRANULAR, "use_kitchen", _on, "it quantizes linear layers of Megatron, and these experts have none"),
     Refusal(GRANULAR, "moe_grouped_gemm", _on, "these experts are one tensor already; leave out --moe-grouped-gemm"),
     Refusal(GRANULAR, "moe_apply_probs_on_input", _on, "the probs weigh the activations of each expert"),
     Refusal(
