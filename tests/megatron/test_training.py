@@ -415,6 +415,10 @@ def test_every_set_is_validated_in_full_where_megatron_can(pretrain, data_prefix
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+def test_an_evaluation_without_training_needs_no_length(pretrain):
+    assert 3.0 < pretrain(*AIR, "--skip-train", ranks=1).validation_loss < 6.0
+
+
 def test_microbatches_of_an_evaluation_may_have_another_size(pretrain):
     """Tensor-parallel ranks get the batch from the first of them, into memory of the size that they expect."""
     flags = [*AIR, *NO_DROPOUT, "--train-iters", "1"]

@@ -94,6 +94,17 @@ def test_the_model_is_that_of_the_training_flags(parse, model):
     assert {name for name in found if found[name] != expected[name] and "hook" not in name} == LEFT
 
 
+def test_lists_of_automatic_length_keep_theirs_when_a_command_remakes_them(parse):
+    """The automatic length depends on probes and top-k, so those of the checkpoint decide what it holds."""
+    model = MODELS["air"].replace("--moe-air-num-probes 2 ", "").replace("--num-experts 16", "--num-experts 1024")
+    saved = parse(model)
+    given = model_config_from_args(parse(f"{model} --moe-air-num-probes 1 --moe-air-shortlist-size 64")).transformer
+    as_saved = restore._with_lists_as_saved(given, saved)
+    assert restore.list_form(as_saved) == restore.list_form(model_config_from_args(saved).transformer)
+    assert given.moe_air_num_probes == 1 and restore.list_form(given) == (64, 1)
+    assert restore._with_lists_as_saved(given, None) is given
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_every_argument_that_a_model_is_made_from_is_brought_or_named_as_the_runs(parse, model):
     args = parse(MODELS[model])
