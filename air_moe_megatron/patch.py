@@ -217,8 +217,7 @@ def write(root: Path, files: dict[str, str]) -> None:
     try:
         for file, text in files.items():
             new[file] = _beside(root / file, text)
-            with open(root / file, encoding="utf-8", newline="") as stream:
-                old[file] = _beside(root / file, stream.read())
+            old[file] = _beside(root / file, _read(root / file))
         try:
             done = []
             for file in files:

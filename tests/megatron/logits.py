@@ -16,11 +16,11 @@ def main() -> None:
     from air_moe_megatron.process_groups import process_groups_released
     from tests.megatron.conftest import SEQUENCE, VOCABULARY
 
-    start = restore.read_command_line(lambda parser: parser.add_argument("--out"))
-    args = restore.complete_arguments(start)
+    command = restore.read_command_line(lambda parser: parser.add_argument("--out"))
+    args = restore.complete_arguments(command)
     tokens = (torch.arange(2 * SEQUENCE).view(2, -1) * 7) % VOCABULARY
     with process_groups_released():
-        model = restore.build_and_load(args, start.ranks)
+        model = restore.build_and_load(args, command.ranks)
         with torch.no_grad():
             logits = model[0](tokens, torch.arange(SEQUENCE).expand(2, -1), None)
         torch.save(logits, Path(args.out) / f"{Path(args.load).name}.pt")
