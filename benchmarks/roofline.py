@@ -129,7 +129,8 @@ def air_route(tokens, hidden, topk, sizes, num_live, num_used, element, prob_byt
 
     Forward: products of tokens with codewords and with their shortlists; bytes: tokens once per stage (there are two),
     the fp32 codebook, each row of a shortlist once per codeword that has tokens, expert ids and probs. Backward: the
-    two products of the candidates' gradients; bytes: M rows per token read once, each selected row written once.
+    two products of the candidates' gradients; bytes: tokens read and their gradient written once, M rows per token or
+    the rows of the lists as forward, whichever are fewer, and the gradient of each selected row written once.
 
     Args:
         sizes: the router's, C, L, P and M.
@@ -139,14 +140,14 @@ def air_route(tokens, hidden, topk, sizes, num_live, num_used, element, prob_byt
         prob_bytes: bytes of a probability.
     Example: T = 2, H = 10, K = 1, C = 4, L = 3, P = 1, M = 2, 2 codewords live, 1 expert used, 4 bytes: forward
     2*2*10*(4+3) = 280 FLOPs and 2*2*40 + 4*40 + 2*3*40 + 2*8 = 576 bytes, backward 4*2*2*10 = 160 FLOPs and
-    2*2*40 + 40 = 200 bytes.
+    2*2*40 + 4*40 + 40 = 360 bytes.
     """
-    row, pairs = hidden * element, tokens * sizes.num_candidates
+    row, pairs, listed = hidden * element, tokens * sizes.num_candidates, num_live * sizes.shortlist_size
     scored = sizes.num_clusters + sizes.num_probes * sizes.shortlist_size
-    forward = 2 * tokens * row + sizes.num_clusters * hidden * _FP32_BYTES + num_live * sizes.shortlist_size * row
+    forward = 2 * tokens * row + sizes.num_clusters * hidden * _FP32_BYTES + listed * row
     return {
         "forward": Work(2 * tokens * hidden * scored, forward + tokens * topk * (_ID_BYTES + prob_bytes)),
-        "backward": Work(4 * pairs * hidden, pairs * row + num_used * row),
+        "backward": Work(4 * pairs * hidden, (2 * tokens + min(pairs, listed) + num_used) * row),
     }
 
 
