@@ -1,10 +1,12 @@
 """Our entry against a script that knows nothing of us, on Megatron as installed and on a patched copy of it."""
 
+import ast
 import dataclasses
 import importlib.util
 import os
 import re
 import shutil
+import typing
 from pathlib import Path
 
 import pytest
@@ -89,7 +91,10 @@ def test_patched_checkout_behaves_as_before_without_the_flag(pretrain, patched):
 
 def test_fields_of_the_patch_are_ours(patched):
     source = (patched / "megatron/core/transformer/transformer_config.py").read_text()
+    types = typing.get_type_hints(AIRFields)
     for field in dataclasses.fields(AIRFields):
-        default = f'"{field.default}"' if isinstance(field.default, str) else field.default
         lines = [line for line in source.splitlines() if line.startswith(f"    {field.name}: ")]
-        assert len(lines) == 1 and lines[0].endswith(f"= {default}"), (field.name, lines)
+        assert len(lines) == 1, (field.name, lines)
+        annotation, default = lines[0].removeprefix(f"    {field.name}: ").split(" = ")
+        assert eval(annotation, vars(typing).copy()) == types[field.name], lines  # noqa: S307
+        assert ast.literal_eval(default) == field.default, lines
