@@ -55,8 +55,8 @@ def update_codebooks(
 
     Every rank of the group must call it with the same routers. Sums are reduced before they are divided, so many ranks
     equal one rank on all their tokens. All ranks get bitwise the same codebooks. A learner that had no token on any
-    rank stays as it is. Waits for the device once for all statistics, once for each batch of codebooks
-    (``learned/learner.py``), once for each round in which codewords are revived, and when lists change.
+    rank stays as it is. Waits for the device once for all statistics, once for each batch of codebooks or low-rank
+    whitening norms (``learned/learner.py``), once for each round in which codewords are revived, and when lists change.
 
     Args:
         modules: a module or several (all model chunks of the pipeline stage).

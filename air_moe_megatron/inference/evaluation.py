@@ -52,7 +52,7 @@ class RoutingMeter:
     """Measures a router of any type while a model is evaluated. The router does not change.
 
     It counts the tokens of each expert. For AIR routers it also samples tokens and measures their recall against exact
-    scores of all experts: ``2 * tokens * E * H`` FLOPs, for up to 64 tokens of a microbatch and 4,096 in all.
+    scores of all experts: ``4 * tokens * E * H`` FLOPs, for up to 64 tokens of a microbatch and 4,096 in all.
 
     Args:
         router: Megatron's or ours.

@@ -16,7 +16,7 @@ The backward repeats the all-to-alls of rows and probs in the other direction. P
 layer also makes one all-gather of sizes.
 
 The host waits for the device once per forward, for the counts, even with one expert-parallel rank. The backward does
-not wait. (With torch operations ``fine_scores`` waits once more per layer and forward.)
+not wait. All waits of a layer: docs/compact-path.md.
 """
 
 from dataclasses import dataclass, replace

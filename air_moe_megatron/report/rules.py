@@ -120,7 +120,7 @@ RULES = (
         above=0.5,
         words="{:.0%} of the lists' entries changed between two records",
         remedies={"": "lower --moe-air-refresh-interval"},
-        reason="half of a list's entries are then out of date before the next rebuild",
+        reason="with the default intervals five rebuilds lie between two records, so each replaces a tenth or more",
     ),
     Rule(
         name="idle codewords",

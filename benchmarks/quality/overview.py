@@ -24,7 +24,7 @@ from benchmarks.quality.report import (
 from benchmarks.quality.study import BYTES
 
 _CORPORA = {"stdlib": "code", "wikitext-2": "WikiText-2", "gutenberg-100m": "Gutenberg"}
-_CORPORA_IN_BYTES = {"stdlib": "bytes", "wikitext-2": "WikiText-2 in bytes", "gutenberg-100m": "books in bytes"}
+_CORPORA_IN_BYTES = {"stdlib": "bytes", "wikitext-2": "WikiText-2 in bytes", "gutenberg-100m": "Gutenberg in bytes"}
 
 
 def regimes(rows: list[dict], subject: str) -> dict[Regime, dict[str, list[dict]]]:

@@ -299,8 +299,9 @@ def test_the_times_of_the_readme_stand_where_it_says():
     assert len(cells) == 11
     for cell, source in cells:
         (figure,) = re.findall(r"\d[\d.,]*\d", cell)
-        found = re.search(rf"(?<![\d.,]){re.escape(figure)}(?![\d.,]*\d)", (ROOT / source).read_text())
-        assert found, f"{figure} is not in {source}"
+        decimals = len(figure.partition(".")[2])
+        found = re.findall(r"(?<![\d.,])\d+(?:\.\d+)?(?![\d.,]*\d)", (ROOT / source).read_text())
+        assert figure in {f"{float(number):.{decimals}f}" for number in found}, f"{figure} is not in {source}"
 
 
 def test_the_figures_of_the_health_line_are_those_documented():

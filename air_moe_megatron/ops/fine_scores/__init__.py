@@ -62,10 +62,11 @@ def fine_topk(
     """Find the distinct experts that score highest in each token's shortlists.
 
     With an expert bias, experts are chosen by ``function(score_e) + expert_bias_e``, like Megatron's top-k, but their
-    plain scores are returned. With one list per token, only the best scores are written to memory; with several lists,
-    all scores of a block of tokens are. Differentiable in hidden, weight and bias. The backward takes M rows per token
-    (``ops/selected_scores``). If M is a large part of the lists, the kernels' backward takes whole lists instead,
-    unless torch's deterministic algorithms are on. The torch version waits for the device, to read the sizes of groups.
+    plain scores are returned. With one list per token and no expert bias, only the best scores are written to memory
+    (by the kernels up to M = 512); otherwise all scores of a block of tokens are. Differentiable in hidden, weight and
+    bias. The backward takes M rows per token (``ops/selected_scores``). If M is a large part of the lists, the kernels'
+    backward takes whole lists instead, unless torch's deterministic algorithms are on. The torch version waits for the
+    device, to read the sizes of groups.
 
     Args:
         hidden, weight, bias, shortlist, dtype: as :func:`fine_scores`.
