@@ -7,7 +7,7 @@ import math
 from air_moe_megatron.config import AIRMoEConfig, resolve_sizes
 from air_moe_megatron.plan.prediction import Plan, predict, seconds
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 _SHOWN = 4  # remedies
 
 
@@ -71,9 +71,11 @@ def report(args: argparse.Namespace) -> tuple[str, bool]:
     except ValueError as error:
         refusal = error
     sizes = [words_of_sizes(plan.config) for plan in plans]
+    num_ranks = args.nodes * args.gpus_per_node
+    unit, num_bytes = ("GiB", _GIB) if max(plan.total for plan in plans) >= _GIB else ("MiB", _MIB)
     lines = [
         f"{args.layers} {'layer' if args.layers == 1 else 'layers'} of {args.experts} experts, K = {args.topk}, "
-        f"H = {args.hidden}, on {args.nodes * args.gpus_per_node} ranks, EP {args.ep}",
+        f"H = {args.hidden}, on {num_ranks} {'rank' if num_ranks == 1 else 'ranks'}, EP {args.ep}",
         f"AIR: {sizes[0]}",
     ]
     lines += [f"AIR, sharded: {sizes[-1]}"] if sizes[-1] != sizes[0] else []
@@ -82,9 +84,9 @@ def report(args: argparse.Namespace) -> tuple[str, bool]:
         return f"  {name:50}" + "".join(format(value, f"12{form}") for value in values)
 
     headings = "".join(f"{plan.name:>12}" for plan in plans)
-    lines += ["", f"{'GiB per rank':52}{headings}"]
-    lines += [row(name, [plan.memory[name] / _GIB for plan in plans], ".3f") for name in plans[0].memory]
-    lines.append(row("all", [plan.total / _GIB for plan in plans], ".3f"))
+    lines += ["", f"{unit + ' per rank':52}{headings}"]
+    lines += [row(name, [plan.memory[name] / num_bytes for plan in plans], ".3f") for name in plans[0].memory]
+    lines.append(row("all", [plan.total / num_bytes for plan in plans], ".3f"))
     lines += ["", f"{'kFLOPs':52}{headings}"]
     lines.append(row("router, per token and layer", [plan.router_flops / 1e3 for plan in plans], ".1f"))
     rebuilds = [plan.first_rebuild_flops / 1e3 for plan in plans]

@@ -25,7 +25,7 @@ MOST_RUNS = 7
 # Required numbers in a line of each kind.
 _NUMBERS = {
     "run": ("format", "iteration"),
-    "step": ("iteration", "tokens"),  # the loss is absent if it was not finite
+    "step": ("iteration", "tokens"),
     "diagnostics": ("iteration", "tokens"),
 }
 _BINS = ("load_bins", "max_bins")
@@ -256,6 +256,9 @@ def _check(record: Any, where: str, is_first: bool) -> None:
     for name in _NUMBERS[kind]:
         if not _is_number(record.get(name)):
             raise ValueError(f"{where}: {name} ({record.get(name)}) of a line of kind {kind} must be a number")
+    for name in _STEPS if kind == "step" else ():  # null or absent where they were not finite
+        if record.get(name) is not None and not _is_number(record[name]):
+            raise ValueError(f"{where}: {name} ({record[name]}) of a line of kind {kind} must be a number")
     if kind == "run" and not isinstance(record.get("arguments"), dict):
         raise ValueError(f"{where}: arguments must be an object of flags and values")
     if kind in ("run", "diagnostics"):

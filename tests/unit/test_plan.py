@@ -191,6 +191,15 @@ def test_the_document_shows_what_the_command_prints():
     assert f"```text\n{plan.report(parsed(*flags))[0]}```" in document
 
 
+def test_memory_of_a_small_model_is_in_mebibytes():
+    args = parsed("--experts", 64, "--hidden", 64, "--topk", 4, "--ep", 1, "--gpus-per-node", 1, "--tokens", 128)
+    text, _ = plan.report(args)
+    assert "on 1 rank, EP 1\n" in text and "MiB per rank" in text
+    (weights,) = re.findall(r"weights of routers +([\d.]+)", text)
+    assert float(weights) == pytest.approx(plan.predict(args, False).memory["weights of routers"] / 2**20, abs=1e-3)
+    assert float(weights) > 0
+
+
 def test_what_does_not_fit_is_said_with_what_would(capsys):
     with pytest.raises(SystemExit, match="0"):
         plan.main(LARGE)

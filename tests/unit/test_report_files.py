@@ -163,6 +163,7 @@ def test_a_run_that_was_killed_twice_is_read(tmp_path):
         ([{**header(), "format": 2}, step(20)], "line 1: format (2) must be 1"),
         ([header(), step(20), {**header(), "format": 7}], "line 3: format (7) must be 1"),
         ([header(), {**step(20), "tokens": "many"}], "line 2: tokens (many) of a line of kind step must be a number"),
+        ([header(), {**step(20), "loss": "low"}], "line 2: loss (low) of a line of kind step must be a number"),
         ([{**header(), "arguments": None}, step(20)], "line 1: arguments must be an object"),
         ([header(), {**diagnostics(20, 20), "layers": [{"layer": 1}]}], "line 2: layers must be a list of objects"),
         ([header(), diagnostics(20, 20, topk_recall="high")], "line 2: topk_recall (high) of layer 1 must be a number"),
