@@ -104,6 +104,13 @@ def _ranks_of_experts(args: argparse.Namespace) -> int:
     return args.expert_model_parallel_size * tensor_parallel * args.pipeline_model_parallel_size
 
 
+def _decreases_batch(args: argparse.Namespace) -> bool:
+    """Whether Megatron would round the global batch down to whole microbatches on all data-parallel ranks."""
+    ranks_of_model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    smallest = args.micro_batch_size * (args.world_size // ranks_of_model)
+    return not args.skip_train and args.global_batch_size is not None and args.global_batch_size % smallest != 0
+
+
 def _counts_evaluations(args: argparse.Namespace) -> bool:
     return bool(args.train_iters or args.train_samples) and not (args.full_validation or args.skip_train)
 
@@ -179,7 +186,21 @@ FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
     FlagRefusal(
         "--overlap-moe-expert-parallel-comm", "its schedule plan drops the document boundaries", "{packed}", is_packed
     ),
-    FlagRefusal("--rampup-batch-size", "Megatron-Core 0.19 ignores it; use --step-batch-size-schedule"),
+    FlagRefusal(
+        "--rampup-batch-size", "Megatron-Core 0.19 ignores it; use --step-batch-size-schedule with --train-samples"
+    ),
+    FlagRefusal(
+        "--step-batch-size-schedule",
+        "Megatron would count the learning rate's steps in batches of one microbatch per data-parallel rank; use "
+        "--train-samples, --lr-decay-samples and --lr-warmup-samples",
+        "--train-iters", lambda args: args.train_iters is not None and not args.skip_train,
+    ),
+    FlagRefusal(
+        "--decrease-batch-size-if-needed",
+        "Megatron would count the learning rate's steps and the length of the run in the larger batches; give the "
+        "--global-batch-size that runs",
+        "a --global-batch-size that microbatches do not divide", _decreases_batch,
+    ),
     FlagRefusal("--yaml-cfg", NO_YAML),  # refused before it is parsed; here for docs/limits.md
 )  # fmt: skip
 """Checked in this order. A start raises the error of the first row that applies."""

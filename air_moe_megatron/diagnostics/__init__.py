@@ -215,15 +215,21 @@ class Diagnostics:
             self._files.replace_snapshot({"iteration": iteration, "layers": codebooks})
 
     def _tokens_per_batch(self) -> int:
-        return self._args.global_batch_size * self._args.seq_length
-
-    def _consumed_tokens(self) -> int:
-        """Tokens trained on so far, this step included. Megatron adds a step's tokens only after it."""
+        """Tokens of the current step's global batch, which need not be ``--global-batch-size`` long."""
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
         args = self._args
-        batch = args.data_parallel_size * args.micro_batch_size * get_num_microbatches()
-        return (args.consumed_train_samples - args.skipped_train_samples + batch) * args.seq_length
+        return args.data_parallel_size * args.micro_batch_size * get_num_microbatches() * args.seq_length
+
+    def _consumed_tokens(self) -> int:
+        """Tokens trained on so far, this step included. Megatron adds a step's tokens only after it.
+
+        Samples of ``--iterations-to-skip`` are both consumed and skipped. What ``--decrease-batch-size-if-needed``
+        leaves out of a batch is skipped but never consumed.
+        """
+        args = self._args
+        skipped = 0 if args.decrease_batch_size_if_needed else args.skipped_train_samples
+        return (args.consumed_train_samples - skipped) * args.seq_length + self._tokens_per_batch()
 
 
 def _by_layer(stages: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

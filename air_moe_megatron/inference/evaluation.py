@@ -64,7 +64,7 @@ class RoutingMeter:
         self.num_windows: int | None = None
         """How many windows of the current microbatch count, the first ones; None means all."""
         self.loads: torch.Tensor | None = None  # [E] int64
-        self.recalls: list[tuple[float, float, int]] = []  # means over a sample of tokens, and their number
+        self.recalls: list[tuple[float, float, int]] = []  # means over a sample of tokens, and how many it stands for
         self.num_sampled = 0
         self._hook = router.register_forward_hook(self._measure)
 
@@ -92,10 +92,10 @@ class RoutingMeter:
             self._sample(router, args[0][:, :counted] if counted else args[0], counted > 0)
 
     def _sample(self, router: AIRRouter, hidden: torch.Tensor, is_counted: bool) -> None:
-        batch_size = hidden.shape[1]
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        hidden = hidden[:: sample_step(hidden.shape[0], batch_size)]
-        self.recalls.append((*recall(router, router.sample_of(hidden)), hidden.shape[0] * is_counted))
+        """Measure some of a microbatch's tokens, which stand for all of them in the mean."""
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        sampled = tokens[:: sample_step(tokens.shape[0], hidden.shape[1])]
+        self.recalls.append((*recall(router, router.sample_of(sampled)), tokens.shape[0] * is_counted))
         self.num_sampled += _SAMPLE_SIZE
 
     def metrics(self) -> dict[str, Any]:

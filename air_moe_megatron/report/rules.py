@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy
 import pandas
+from pandas.api.typing import DataFrameGroupBy
 
 from air_moe_megatron.report.runs import Run
 
@@ -299,9 +300,15 @@ def layer_metrics(run: Run) -> pandas.DataFrame:
     frame["bound_broken"] = bound - frame["mass_recall"]
     num_experts, topk, num_clusters = (_size_of(run, frame, name) for name in ("num_experts", "topk", "num_clusters"))
     frame["unused"] = _within_reach(frame["unused"], by_layer["tokens"].diff() * topk / num_experts)
-    tokens_per_step = run.argument("global_batch_size", math.nan) * run.argument("seq_length", math.nan)
-    frame["idle"] = _within_reach(frame["idle"], tokens_per_step / num_clusters)
+    frame["idle"] = _within_reach(frame["idle"], _tokens_per_step(run, by_layer) / num_clusters)
     return frame
+
+
+def _tokens_per_step(run: Run, by_layer: DataFrameGroupBy) -> pandas.Series | float:
+    """Tokens of a global batch; NaN if they are unknown. With a schedule, the mean over the steps since a record."""
+    if run.argument("step_batch_size_schedule") is not None:
+        return by_layer["tokens"].diff() / by_layer["iteration"].diff()
+    return run.argument("global_batch_size", math.nan) * run.argument("seq_length", math.nan)
 
 
 def _size_of(run: Run, frame: pandas.DataFrame, name: str) -> pandas.Series:

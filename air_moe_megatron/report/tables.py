@@ -139,8 +139,8 @@ def cost_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 def _exact_work_of(run: Run) -> tuple:
     """What decides the work of exact routers on a rank in a step; only where it is the same are times compared."""
-    names = ("global_batch_size", "seq_length", "world_size", "pipeline_model_parallel_size")
-    names += ("hidden_size", "bf16", "fp16", "moe_router_dtype")
+    names = ("global_batch_size", "step_batch_size_schedule", "seq_length", "world_size")
+    names += ("pipeline_model_parallel_size", "hidden_size", "bf16", "fp16", "moe_router_dtype")
     sizes = tuple(tuple(size.get(name) for name in ("layer", "num_experts", "topk")) for size in run.header["layers"])
     return run.header.get("device"), sizes, *(run.argument(name) for name in names)
 

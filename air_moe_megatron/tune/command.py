@@ -103,6 +103,20 @@ def check_fit(config: TransformerConfig, num_tokens: int, name: str) -> None:
         )
 
 
+def _tokens_per_batch(saved: argparse.Namespace) -> int:
+    """Tokens of a global batch of the training, for which a checkpoint's arguments are given.
+
+    Raises:
+        ValueError: if the batch grew during the training.
+    """
+    schedule = getattr(saved, "step_batch_size_schedule", None)  # 0.17 and 0.18 lack it
+    if schedule is not None:
+        raise ValueError(
+            f"--batch-tokens must be given: the checkpoint was trained with --step-batch-size-schedule ({schedule})"
+        )
+    return saved.global_batch_size * saved.seq_length
+
+
 def run(screen: TextIO) -> None:
     """Parse the command line, load the checkpoint, measure, and print the choice.
 
@@ -119,7 +133,7 @@ def run(screen: TextIO) -> None:
             tokenizer = tokenizer_of(args)
             streams = [read(path, tokenizer, args) for path in args.data_path]
             data = [split(stream, args.seq_length, args.fit_tokens, args.test_tokens) for stream in streams]
-            batch = args.batch_tokens or saved.global_batch_size * saved.seq_length
+            batch = args.batch_tokens or _tokens_per_batch(saved)
             stack.enter_context(process_groups_released())
             model = restore.build_and_load(args, command.ranks)
             config = get_model_config(model[0])

@@ -20,6 +20,7 @@ ARGUMENTS = dict(
     moe_air_diagnostics_interval=2, moe_router_type="air", moe_granular_experts=True, train_iters=5, log_interval=1,
     save=None, tensorboard_dir=None, skip_train=False, rank=0, world_size=1, global_batch_size=4, micro_batch_size=2,
     data_parallel_size=1, seq_length=10, consumed_train_samples=0, skipped_train_samples=0,
+    decrease_batch_size_if_needed=False,
     tokenizer_type="NullTokenizer", tokenizer_model=None, vocab_size=VOCABULARY, padded_vocab_size=VOCABULARY, lr=0.1,
 )  # fmt: skip
 
@@ -296,6 +297,26 @@ def test_a_measurement_that_is_skipped_is_made_in_the_next_step(megatron_cpu, mo
         run.step(iteration, forward_of([layer], iteration, None))
     found = lines_of(tmp_path, "diagnostics")
     assert [(line["iteration"], line["tokens"]) for line in found] == [(4, 3 * 40), (7, 5 * 40)]
+
+
+def test_tokens_of_a_batch_are_those_that_run(megatron_cpu, monkeypatch, tmp_path):
+    """Megatron counts as skipped what it leaves out of a batch, and with a schedule the flag is one microbatch."""
+    layer = make_layer(megatron_cpu, moe_router_type="air", moe_air_num_clusters=8, moe_air_shortlist_size=12)
+    flops = {}
+    for name, arguments in {
+        "plain": {},
+        "decreased": dict(global_batch_size=5, decrease_batch_size_if_needed=True),
+        "schedule": dict(global_batch_size=2, step_batch_size_schedule="0:4"),
+    }.items():
+        chunk = torch.nn.ModuleList([layer])
+        run = Run([chunk], monkeypatch, save=str(tmp_path / name), train_iters=4, **arguments)
+        for iteration in range(1, 5):
+            run.args.consumed_train_samples = 4 * (iteration - 1)
+            run.args.skipped_train_samples = (iteration - 1) * (name == "decreased")
+            run.step(iteration, forward_of([layer], iteration, None))
+        assert [line["tokens"] for line in lines_of(tmp_path / name, "step")] == [40, 80, 120, 160]
+        flops[name] = lines_of(tmp_path / name, "run")[0]["layers"][0]["router_flops_per_token"]
+    assert flops["plain"] == flops["decreased"] == flops["schedule"]
 
 
 def test_bytes_of_a_token_are_those_of_one_attempt_in_skipped_steps_too(megatron_cpu, monkeypatch):

@@ -44,6 +44,14 @@ REFUSED = {
         ["--rampup-batch-size", "4", "4", "16"],
         "--rampup-batch-size (4 4 16) is not supported: Megatron-Core 0.19 ignores it",
     ),
+    "batch-schedule": (
+        [*"--step-batch-size-schedule 0:8,64:16 --train-iters 10".split()],
+        "--step-batch-size-schedule (0:8,64:16) is not supported with --train-iters: Megatron would count",
+    ),
+    "decreased-batch": (
+        "--decrease-batch-size-if-needed --micro-batch-size 3 --global-batch-size 8 --train-iters 10".split(),
+        "--decrease-batch-size-if-needed is not supported with a --global-batch-size that microbatches do not divide",
+    ),
     "spec": (["--spec", "no.such.module", "layer"], "--spec (no.such.module layer) cannot be imported"),
     "name-of-spec": (
         ["--spec", "os", "layer"],

@@ -95,3 +95,14 @@ def test_every_command_and_file_has_the_same_number_of_a_layer(megatron_cpu):
     assert [meter.metrics()["layer"] for meter in meters] == [2, 4, 5]
     assert list(collectors_of([model])) == ["2", "4", "5"]
     assert [describe(router, 5)["layer"] for router in routers] == [2, 4, 5]
+
+
+def test_recall_of_a_microbatch_weighs_as_its_tokens(megatron_cpu, monkeypatch):
+    """256 tokens, of which a quarter is measured, and 16 tokens, of which all are."""
+    router = make_router(megatron_cpu, moe_router_type="air", num_moe_experts=64).eval()
+    found = iter([(0.5, 0.5), (1.0, 1.0)])
+    monkeypatch.setattr(evaluation, "recall", lambda router, sample: next(found))
+    meter = evaluation.RoutingMeter(router)
+    for shape in ((64, 4, HIDDEN), (16, 1, HIDDEN)):
+        router(torch.randn(shape))
+    assert meter.metrics()["topk_recall"] == pytest.approx((256 * 0.5 + 16 * 1.0) / 272)

@@ -52,6 +52,15 @@ def test_a_healthy_run_breaks_no_rule(tmp_path):
     assert not found(tmp_path, records_of(*[{}] * 6))
 
 
+def test_codewords_are_idle_as_far_as_a_step_reaches_them(tmp_path):
+    """With a schedule of batches, tokens of a step are those between records."""
+    few = {"global_batch_size": 1, "seq_length": 100}  # 512 codewords: 100 tokens reach a sixth of them
+    for arguments, is_idle in ((few, False), ({**few, "step_batch_size_schedule": "0:100"}, True)):
+        lines = records_of(*[{"idle_codewords": 400}] * 6)
+        lines[0]["arguments"] |= arguments
+        assert ("idle codewords" in found(tmp_path / str(is_idle), lines)) == is_idle
+
+
 @pytest.mark.parametrize("name", OF_LAYERS)
 def test_a_rule_of_layers_fires_alone(tmp_path, name):
     (finding,) = found(tmp_path, records_of({}, {}, *[OF_LAYERS[name]] * 4)).values()
