@@ -6,6 +6,7 @@ Every rank reports what it sees, rank 0 reads and checks, and all ranks get the 
 import argparse
 import contextlib
 import dataclasses
+import logging
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -17,12 +18,19 @@ from air_moe_megatron.command.agreement import Ranks
 from air_moe_megatron.command.arguments import NOT_GIVEN, RECOMMENDED, parse_flags, without_fields_of_others
 from air_moe_megatron.command.checkpoints.checks import check_schedule, unfit_contents
 from air_moe_megatron.command.checkpoints.reader import Damaged, Location, advice, locate, read
-from air_moe_megatron.command.checkpoints.saving import check_optimizer_resumes, check_room, checkpoint_write_problem
+from air_moe_megatron.command.checkpoints.saving import (
+    check_optimizer_resumes,
+    check_room,
+    checkpoint_write_problem,
+    note_on_overwriting,
+)
 from air_moe_megatron.config import LAYOUT_FIELDS, AIRFields, Problems, is_plain_topk, problem_of, raise_first
 from air_moe_megatron.diagnostics.files import diagnostics_write_problem
 from air_moe_megatron.routers.lacking import Lacking
 
 __all__ = ["check_checkpoint", "fields_of_checkpoint", "parse_with_checkpoint", "saved_arguments", "unfit_checkpoint"]
+
+logger = logging.getLogger(__name__)
 
 
 def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks: Ranks) -> Lacking:
@@ -33,6 +41,9 @@ def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks:
     Raises:
         ValueError: on every rank, with the message of the first problem of :func:`unfit_checkpoint`.
     """
+    note = note_on_overwriting(args)
+    if note is not None and ranks.rank == 0:
+        logger.warning(note)
     report = _full_report(args)
     return Lacking(ranks.agree("checkpoint", report, lambda reports: raise_first(_unfit(args, config, reports))))
 

@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 
 from air_moe_megatron.command.arguments import has_experts_by_layer
 from air_moe_megatron.command.checkpoints.checks import loads_optimizer
-from air_moe_megatron.command.checkpoints.reader import Checkpoint
+from air_moe_megatron.command.checkpoints.reader import Checkpoint, holds_checkpoint
 from air_moe_megatron.command.memory import parameters_of_expert
 from air_moe_megatron.config import num_hash_layers
 
@@ -72,6 +72,19 @@ def check_room(args: argparse.Namespace, config: TransformerConfig) -> None:
             f"--save '{args.save}' has {free / _GIB:.1f} GiB free, and one checkpoint takes at least "
             f"{needed / _GIB:.1f} GiB: free some, save elsewhere, or add --no-save-optim"
         )
+
+
+def note_on_overwriting(args: argparse.Namespace) -> str | None:
+    """Say that the folder of ``--save`` holds a run that is not loaded, and what happens to it; None otherwise."""
+    if not will_save(args) or (args.load is not None and os.path.realpath(args.load) == os.path.realpath(args.save)):
+        return None
+    found = holds_checkpoint(args.save)
+    if found is None:
+        return None
+    return (
+        f"--save '{args.save}' holds '{found}' of a run that is not loaded. Equal iterations will be overwritten, and "
+        f"the folder's newest checkpoint will be of this run; to go on with the other run add --load {args.save}"
+    )
 
 
 def check_optimizer_resumes(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:

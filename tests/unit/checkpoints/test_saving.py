@@ -63,3 +63,14 @@ def test_a_distributed_optimizer_that_cannot_resume_is_refused(save, check, is_l
     assert check(load=folder, save=tmp_path, **distributed) is Lacking.NOTHING
     with pytest.raises(ValueError, match="another kind of optimizer: --use-distributed-optimizer must be given"):
         check(load=folder)
+
+
+def test_a_run_that_would_overwrite_another_one_says_so(save, check, tmp_path, caplog):
+    folder = save()
+    check(load=folder, save=folder)
+    check(save=tmp_path / "new")
+    check(save=folder, skip_train=True)
+    assert not caplog.records
+    check(save=folder)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"--save '{folder}' holds 'iter_0000002' of a run that is not loaded.")
