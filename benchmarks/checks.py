@@ -143,6 +143,33 @@ def check_product_keys(pg_collection, device) -> None:
     logger.info("check passed: product keys find the best of all their experts")
 
 
+def check_peer(pg_collection, device) -> None:
+    """Compare output and gradients of a PEER layer with those of all its experts, from dense scores."""
+    sizes = Sizes(experts=400, hidden=32, tokens=50, topk=16)
+    layer = make_layer("PEERLayer", sizes, pg_collection, device)
+    hidden, grad = inputs(sizes, device, *[(sizes.tokens, 1, sizes.hidden)] * 2)
+    take_gradients(layer)
+    tokens = hidden.clone().requires_grad_()
+    out = layer(tokens)
+    out.backward(grad.to(out.dtype))
+    found = [tokens.grad, *take_gradients(layer)]
+    exact = hidden.clone().requires_grad_()
+    flat = exact.view(-1, sizes.hidden)
+    queries = layer.queries(flat).view(sizes.tokens, 2, layer.num_heads, layer.key_size)
+    halves = torch.einsum("tphd,hnpd->pthn", queries, layer.keys)
+    every = (halves[0].unsqueeze(-1) + halves[1].unsqueeze(-2)).flatten(-2)  # [T, heads, E]
+    best, ids = every.topk(layer.topk, dim=-1)
+    gates = torch.zeros_like(every).scatter(-1, ids, best.softmax(-1)).sum(dim=1)  # [T, E]
+    values = torch.nn.functional.gelu(flat @ layer.down.weight.t()) * gates
+    expected = (values @ layer.up.weight).view_as(exact)
+    same("output", out, expected)
+    names = ["input", *(name for name, _ in layer.named_parameters())]
+    wanted = torch.autograd.grad(expected, [exact, *layer.parameters()], grad.to(expected.dtype))
+    for name, gradient, dense in zip(names, found, wanted, strict=True):
+        same(f"gradient of {name}", gradient, dense)
+    logger.info("check passed: a PEER layer and its gradients are those of its experts' dense scores")
+
+
 def check_layer(kind: str, pg_collection, device) -> None:
     """Compare output and gradients of a layer with a direct computation by its routes."""
     sizes = Sizes(experts=256, hidden=32, tokens=100, topk=8)

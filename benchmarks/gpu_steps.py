@@ -26,6 +26,7 @@ from benchmarks import ROOT
 INTERRUPT_SECONDS = 20  # between the signal that asks a step to end and the one that ends it
 _DEMO = ROOT / "examples/pretrain_demo.sh"
 _GOLDEN = ROOT / "tests/golden/losses.json"
+_STOPPED = "stopped after"
 _LOSS = re.compile(r"iteration +(\d+)/ .*?lm loss: ([0-9.E+-]+|nan|inf) ")
 
 _SIZES = "--hidden 1024 --tokens 16384 --topk 64"
@@ -151,15 +152,18 @@ def _command(
 ) -> str:
     status = run_process(words, seconds, setup.scratch / f"{log}.log", variables_of(setup.dry) | (variables or {}))
     if status is None:
-        return f"stopped after {seconds:.0f} s"
+        return f"{_STOPPED} {seconds:.0f} s"
     return f"exit status {status}" if status else ""
 
 
 def variables_of(dry: bool) -> dict[str, str]:
-    """The environment variables of a step: this tree's sources come first, and a dry run sees no GPU."""
+    """The environment variables of a step: this tree's sources come first, and a dry run sees no GPU.
+
+    Huge pages are asked for, as ``run.py`` does.
+    """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if dry else {}
-    return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", **hidden}
+    return {"THP_MEM_ALLOC_ENABLE": "1", **os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", **hidden}
 
 
 # Steps.
@@ -228,9 +232,11 @@ def run_curve(setup: Setup, seconds: int) -> Result:
     if setup.dry:
         make_curves(setup, TINY_CURVES, seconds)
     losses, ending = _train(setup, ("--bf16",), seconds, "curve")
-    if ending:
-        return Result(False, ending, {"losses": losses})
-    return compare_curves(losses, demo_key(), json.loads(setup.curves.read_text()))
+    reference = json.loads(setup.curves.read_text())
+    result = compare_curves(losses, demo_key(), reference)
+    # All losses are there when only what follows the training, such as the last checkpoint, ran out of time.
+    is_complete = not ending or (ending.startswith(_STOPPED) and losses.keys() == expect(reference["curves"])[0].keys())
+    return Result(result.passed and is_complete, "; ".join(filter(None, (result.detail, ending))), result.figures)
 
 
 def _train(

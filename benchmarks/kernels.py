@@ -6,6 +6,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import checks
 from benchmarks.layer import layer_inputs, layer_step
 from benchmarks.measure import Timing, environment, world
 from benchmarks.models import Sizes, add_sizes, inputs, make_layer, make_router, step, warm_up_codebook
@@ -27,6 +28,10 @@ def run(args) -> list[dict]:
     """
     sizes, rows = Sizes.of(args), []
     with world() as (device, pg_collection):
+        checks.check_router(pg_collection, device)
+        checks.check_peer(pg_collection, device)
+        for kind in ("AIRMoELayer", "HierarchicalMoELayer"):
+            checks.check_layer(kind, pg_collection, device)
         for case in _CASES:
             rows += _rows(case, _step_of(case, sizes, pg_collection, device), args, device)
     return [row | sizes.columns() | {"ffn": sizes.ffn} | environment(device) for row in rows]
@@ -36,13 +41,19 @@ def _step_of(case: str, sizes: Sizes, pg_collection, device: torch.device) -> Ca
     if case == _ROUTE:
         router = make_router("air", sizes, pg_collection, device)
         hidden, grad = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden), (sizes.tokens, sizes.topk))
-        warm_up_codebook(router, hidden)
+        _warm_up(router, hidden)
         return lambda: step(lambda x: router.route(x).probs, router, hidden, grad)
     layer = make_layer(case, sizes, pg_collection, device)
     hidden, grad = layer_inputs(sizes, device)
     if case == "AIRMoELayer":
-        warm_up_codebook(layer.router, hidden)
+        _warm_up(layer.router, hidden)
     return lambda: layer_step(layer, hidden, grad)
+
+
+def _warm_up(router, hidden: torch.Tensor) -> None:
+    warm_up_codebook(router, hidden)
+    checks.check_lists(router)
+    checks.check_at_size(router, hidden)
 
 
 def _rows(case: str, run: Callable[[], dict[str, float]], args, device: torch.device) -> list[dict]:

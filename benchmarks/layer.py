@@ -3,7 +3,7 @@
 import logging
 
 from benchmarks import checks, roofline
-from benchmarks.measure import measure_memory, peak_memory, world
+from benchmarks.measure import measure_memory, peak_of_step, world
 from benchmarks.models import (
     Sizes,
     add_sizes,
@@ -12,6 +12,7 @@ from benchmarks.models import (
     hierarchical_work,
     inputs,
     make_layer,
+    make_lists,
     product_key_work,
     step,
     topk_work,
@@ -52,11 +53,11 @@ def run(args) -> list[dict]:
         for sizes, kinds in groups:
             for kind in () if args.no_memory else kinds:
                 if (sizes, kind) not in peaks:
-                    peaks[sizes, kind] = measure_memory(_measure_peak, (kind, sizes), device, pg_collection)
+                    peaks[sizes, kind] = _peaks(kind, sizes, device, pg_collection)
                     logger.info("%s: %.0f MiB beside weights and gradients", kind, peaks[sizes, kind][0] / _MIB)
         for kind in dict.fromkeys(kind for _, kinds in groups for kind in kinds):
             if kind == "PEERLayer":
-                checks.check_product_keys(pg_collection, device)
+                checks.check_peer(pg_collection, device)
             else:
                 checks.check_layer(kind, pg_collection, device)
         return [
@@ -67,13 +68,14 @@ def run(args) -> list[dict]:
 
 
 def _rows(args, sizes, peaks, pg_collection, device):
-    cases = {kind: _case(kind, sizes, pg_collection, device) for kind in peaks}
+    ours = "AIRMoELayer, beside MoELayer" if "MoELayer" in peaks else "AIRMoELayer"
+    names = {ours if kind == "AIRMoELayer" else kind: kind for kind in peaks}
+    cases = {name: _case(kind, sizes, pg_collection, device) for name, kind in names.items()}
     outcome = time_interleaved(cases, args, device)
-    ours = outcome.median("AIRMoELayer")
     rows = []
-    for name in cases:
-        figures = {"times_ours": round(outcome.median(name) / ours, 2)}
-        step_peak, rebuild_peak = peaks[name] or (None, None)
+    for name, kind in names.items():
+        figures = {"times_ours": round(outcome.median(name) / outcome.median(ours), 2)}
+        step_peak, rebuild_peak = peaks[kind] or (None, None)
         figures["peak_mib"] = "" if step_peak is None else round(step_peak / _MIB)
         figures["peak_with_rebuild_mib"] = "" if rebuild_peak is None else round(rebuild_peak / _MIB)
         rows.append(outcome.row(name, sizes.columns() | {"ffn": sizes.ffn}, figures))
@@ -121,19 +123,18 @@ def layer_step(layer, hidden, grad) -> dict[str, float]:
     return step(forward, layer, hidden, grad)
 
 
-def _measure_peak(kind, sizes, device, pg_collection):
-    """Bytes that a step needs beside weights and gradients, without and with a rebuild of lists, if there are any."""
+def _peaks(kind, sizes, device, pg_collection):
+    """Peaks of a step without and with a rebuild of the lists; the latter is None if there are none."""
+    rebuilds = (False, True) if kind == "AIRMoELayer" else (False,)
+    peaks = [measure_memory(_measure_peak, (kind, sizes, one), device, pg_collection) for one in rebuilds]
+    return peaks[0], peaks[1] if len(peaks) > 1 else None
+
+
+def _measure_peak(kind, sizes, with_rebuild, device, pg_collection):
+    """Bytes that a step needs beside weights and gradients."""
     layer = make_layer(kind, sizes, pg_collection, device)
-    for parameter in layer.parameters():
-        parameter.main_grad.fill_(0.0)  # so that its memory is already in use
     hidden, grad = layer_inputs(sizes, device)
     if kind == "AIRMoELayer":
         warm_up_codebook(layer.router, hidden)
-    peak = peak_memory(lambda: layer_step(layer, hidden, grad), device)
-    if kind != "AIRMoELayer":
-        return peak, None
-    from air_moe_megatron.sync import update_codebooks
-
-    layer.router.index.refresh_interval = 2**62  # as in a young codebook: every update makes a rebuild due
-    update_codebooks(layer)
-    return peak, peak_memory(lambda: layer_step(layer, hidden, grad), device)
+        make_lists(layer.router, hidden, with_rebuild)
+    return peak_of_step(layer, lambda: layer_step(layer, hidden, grad), device)

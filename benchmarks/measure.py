@@ -174,6 +174,13 @@ def _measure_in_world(measure, args):
         return measure(*args, *place)
 
 
+def peak_of_step(module: torch.nn.Module, work: Callable[[], None], device: torch.device) -> int:
+    """Bytes that a step of a module with main_grad buffers needs at its peak beside weights and these buffers."""
+    for parameter in module.parameters():
+        parameter.main_grad.fill_(0.0)  # so that its memory is already in use
+    return peak_memory(work, device)
+
+
 def peak_memory(work: Callable[[], None], device: torch.device) -> int:
     """Bytes that ``work`` needs at its peak beyond what is in use before it.
 

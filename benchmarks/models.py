@@ -220,6 +220,21 @@ def learn_codebook(router, batches: Sequence[torch.Tensor]):
     return learner
 
 
+def make_lists(router, hidden: torch.Tensor, with_rebuild: bool) -> None:
+    """Make the router's first lists, so that its next forward makes none, or only a rebuild.
+
+    Args:
+        with_rebuild: whether the next forward makes a whole rebuild, as in a young codebook.
+    """
+    from air_moe_megatron.sync import update_codebooks
+
+    with torch.no_grad():
+        router.route(hidden[:1])
+    if with_rebuild:
+        router.index.refresh_interval = 2**62  # every update makes a rebuild due
+        update_codebooks(router)
+
+
 def usage(router, hidden: torch.Tensor) -> tuple[int, int]:
     """Numbers of codewords that have tokens and of experts that are selected."""
     with torch.no_grad():

@@ -65,18 +65,19 @@ def _random_axes(size: int, generator: torch.Generator) -> torch.Tensor:
 
 def _recall(router, sizes: Sizes, axes: torch.Tensor, num_updates: int, device) -> tuple[float, float]:
     from air_moe_megatron.diagnostics.recall import recall
+    from air_moe_megatron.routers.air import SAMPLE_SIZE
 
     generator = torch.Generator().manual_seed(2)
     deviations = torch.arange(1, sizes.hidden + 1) ** (-_DECAY / 2)
 
-    def batch():
-        tokens = torch.randn(sizes.tokens, sizes.hidden, generator=generator) * deviations
-        return (tokens @ axes).to(device, sizes.dtype)
+    def batch(num_tokens):
+        tokens = torch.randn(num_tokens, sizes.hidden, generator=generator) * deviations
+        return (tokens.to(device) @ axes.to(device)).to(sizes.dtype)
 
-    learn_codebook(router, [batch() for _ in range(num_updates)])
+    learn_codebook(router, [batch(sizes.tokens) for _ in range(num_updates)])
     found = []
     for _ in range(_SAMPLES):
-        router.route(batch())  # a training forward, which keeps a sample of its tokens
+        router.route(batch(SAMPLE_SIZE))  # a training forward, which keeps a sample of its tokens: all of them
         found.append(recall(router))
     checks.check_lists(router)
     mass, topk = (sum(figures) / _SAMPLES for figures in zip(*found, strict=True))

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from benchmarks import checks
-from benchmarks.measure import measure_memory, peak_memory, world
+from benchmarks.measure import measure_memory, peak_of_step, world
 from benchmarks.models import (
     Sizes,
     add_sizes,
     air_columns,
     air_work,
     inputs,
+    make_lists,
     make_router,
     product_key_work,
     step,
@@ -75,7 +76,7 @@ def _rows(args, num_experts, pg_collection, device):
         cases["TopKRouter.forward"] = Case(
             lambda: step(lambda x: topk(x)[0], topk, hidden, dense_grad), topk_work(sizes), args.tokens, True
         )
-    peaks = measure_memory(_measure_peaks, (sizes,), device, pg_collection)
+    peaks = [measure_memory(_measure_peak, (sizes, rebuilds), device, pg_collection) for rebuilds in (False, True)]
     outcome = time_interleaved(cases, args, device)
     ours = outcome.median("AIRRouter.route")
     columns = sizes.columns() | air_columns(air)
@@ -88,23 +89,13 @@ def _rows(args, num_experts, pg_collection, device):
     return rows
 
 
-def _measure_peaks(sizes: Sizes, device, pg_collection) -> tuple[int, int]:
-    """Bytes that a step of ``AIRRouter.route`` needs beside weights and gradients, without and with a rebuild."""
-    from air_moe_megatron.sync import update_codebooks
-
+def _measure_peak(sizes: Sizes, with_rebuild: bool, device, pg_collection) -> int:
+    """Bytes that a step of ``AIRRouter.route`` needs beside weights and gradients."""
     router = make_router("air", sizes, pg_collection, device)
-    for parameter in router.parameters():
-        parameter.main_grad.fill_(0.0)  # so that its memory is already in use
     hidden, grad = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden), (sizes.tokens, sizes.topk))
     warm_up_codebook(router, hidden)
-
-    def route():
-        step(lambda x: router.route(x).probs, router, hidden, grad)
-
-    peak = peak_memory(route, device)
-    router.index.refresh_interval = 2**62  # as in a young codebook: every update makes a rebuild due
-    update_codebooks(router)
-    return peak, peak_memory(route, device)
+    make_lists(router, hidden, with_rebuild)
+    return peak_of_step(router, lambda: step(lambda x: router.route(x).probs, router, hidden, grad), device)
 
 
 def plot(rows: list[dict], path: Path) -> None:

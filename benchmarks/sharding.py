@@ -7,6 +7,7 @@ timed separately: once as a run spreads it over steps and ranks, and once in ful
 
 import copy
 import logging
+import os
 import time
 
 import torch
@@ -184,8 +185,13 @@ def _measure(args, rank, ranks, pg_collection, device):
         times_faster = round(outcome.median(_REPLICATED) / outcome.median(name), 2)
         columns = sizes.columns() | {"ffn": sizes.ffn, "ranks": ranks}
         own = {"times_faster": times_faster} | figures[name]
-        rows.append(outcome.row(name, columns, own, by_clock=is_by_clock(device)))
+        rows.append(outcome.row(name, columns, own, by_clock=has_own_cores(device, ranks)))
     return rows
+
+
+def has_own_cores(device: torch.device, ranks: int) -> bool:
+    """Whether a rank's times can be compared with rates: a clock's, and no rank waits for another one's core."""
+    return is_by_clock(device) and (device.type != "cpu" or ranks <= len(os.sched_getaffinity(0)))
 
 
 def _runner(layer, optimizer, hidden, ranks, rebuild):

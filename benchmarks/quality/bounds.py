@@ -19,6 +19,7 @@ from benchmarks.quality.study import CPU_ENVIRONMENT, Run, command, load_runs, o
 STEPS = (1, 10, 20, 40, 80, 120, 160, 200, 300, 400)
 KEPT_STEPS = (40, 200, 400)  # only a few, because constants of all codewords take longer to make
 NUM_TOKENS = 512
+"""Most tokens of a sample; fewer if every n-th token would be of some sequences only."""
 ENTRY = "air_moe_megatron.pretrain"
 
 
@@ -57,9 +58,9 @@ def train_inside(rows: Path, words: list[str]) -> None:
     import pandas
 
     from air_moe_megatron import pretrain, step_hooks
-    from air_moe_megatron.routers import AIRRouter, air, find_routers
+    from air_moe_megatron.routers import AIRRouter, find_routers
 
-    air._SAMPLE_SIZE = NUM_TOKENS
+    sample_up_to(NUM_TOKENS)
     begin_step, finish_step, found = step_hooks.begin_step, step_hooks._finish_step, []
 
     def keep_samples(model: list, iteration: int) -> None:
@@ -77,13 +78,23 @@ def train_inside(rows: Path, words: list[str]) -> None:
     pretrain.main()
 
 
+def sample_up_to(num_tokens: int) -> None:
+    """Let routers of this process keep samples of up to so many tokens of a microbatch, instead of 64."""
+    from air_moe_megatron.routers import air
+
+    if not hasattr(air, "SAMPLE_SIZE"):
+        raise AttributeError("air_moe_megatron.routers.air has no SAMPLE_SIZE: the size of samples cannot be set")
+    air.SAMPLE_SIZE = num_tokens
+
+
 def measure_step(router: "air.AIRRouter", iteration: int) -> dict[str, float]:  # noqa: F821
     """One row: means over the sampled tokens."""
     from air_moe_megatron.diagnostics.bounds import FrozenBounds
     from air_moe_megatron.diagnostics.recall import measure
 
     figures, size = measure(router), router.sizes.shortlist_size
-    row = {"experts": router.num_experts, "layer": router.layer_number, "iteration": iteration, "tokens": NUM_TOKENS}
+    row = {"experts": router.num_experts, "layer": router.layer_number, "iteration": iteration}
+    row["tokens"] = len(router.sample.hidden)
     for name in ("mass_recall", "paper_bound", "mass_bound"):
         values = getattr(figures, name)
         row |= {name: float(values.mean()), f"{name}_median": float(values.median())}

@@ -48,7 +48,7 @@ CASES = {
         *("AIRRouter.route", "ProductKeyRouter", "TopKRouter.forward"),
         *("AIRRouter.route", "ProductKeyRouter"),  # the dense maps are too large
     ],
-    "layer": ["AIRMoELayer", "HierarchicalMoELayer", "PEERLayer", "AIRMoELayer", "MoELayer"],
+    "layer": ["AIRMoELayer", "HierarchicalMoELayer", "PEERLayer", "AIRMoELayer, beside MoELayer", "MoELayer"],
     "refresh": [
         *("AIRMoELayer", "shortlist rebuild", "shortlist rebuild, in full"),
         *("codebook update", "codebook updates of 24 layers"),

@@ -326,6 +326,20 @@ def test_the_study_measures_and_plots(routers, tmp_path):
     assert (tmp_path / "bounds.png").stat().st_size > 10_000
 
 
+def test_the_study_samples_as_many_tokens_as_it_says(megatron_cpu, monkeypatch):
+    from air_moe_megatron.routers import air
+    from benchmarks.quality import bounds as study
+
+    router = make_router(megatron_cpu, moe_router_type="air", num_moe_experts=EXPERTS)
+    monkeypatch.setattr(air, "SAMPLE_SIZE", 64)  # puts the number back
+    study.sample_up_to(200)
+    router(torch.randn(100, 2, router.config.hidden_size))
+    assert study.measure_step(router, 1)["tokens"] == len(router.sample.hidden) == 200
+    monkeypatch.delattr(air, "SAMPLE_SIZE")
+    with pytest.raises(AttributeError, match="has no SAMPLE_SIZE"):
+        study.sample_up_to(200)
+
+
 def test_constants_of_changed_routers_are_refused(routers):
     from air_moe_megatron.diagnostics.bounds import FrozenBounds
 

@@ -58,6 +58,23 @@ def test_a_curve_is_compared_at_every_step(losses, passed, word):
     assert result.figures["losses"] == losses
 
 
+@pytest.mark.parametrize(
+    ("losses", "ending", "passed"),
+    [
+        ({"1": 3.0, "2": 2.0}, "", True),
+        ({"1": 3.0, "2": 2.0}, "stopped after 90 s", True),  # while it saved the last checkpoint, say
+        ({"1": 3.0}, "stopped after 90 s", False),
+        ({"1": 3.0, "2": 2.0}, "exit status 1", False),
+    ],
+)
+def test_a_run_whose_losses_are_complete_may_run_out_of_time(setup, monkeypatch, losses, ending, passed):
+    setup.curves.write_text(json.dumps(reference()))
+    monkeypatch.setattr(gpu_steps, "make_curves", lambda *args: None)
+    monkeypatch.setattr(gpu_steps, "_train", lambda *args: (losses, ending))
+    result = gpu_steps.run_curve(setup, 90)
+    assert result.passed is passed and ending in result.detail
+
+
 def test_curves_of_another_demo_are_not_compared_with():
     old = reference() | {"made_for": {**gpu_steps.demo_key(), "tests/golden/losses.json": "0"}}
     result = gpu_steps.compare_curves({"1": 3.0, "2": 2.0}, gpu_steps.demo_key(), old)
