@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -99,6 +99,36 @@ def sum_over_ranks(values: torch.Tensor, group: ProcessGroup | None) -> torch.Te
     if group_size(group) > 1:
         torch.distributed.all_reduce(values, group=group)
     return values
+
+
+def gather_sizes(
+    sizes: dict[str, int], group: ProcessGroup | None, device: torch.device, may_differ: Collection[str] = ()
+) -> dict[str, list[int]]:
+    """Gather named sizes of all expert-parallel ranks, and require that they are equal.
+
+    Communicates (one all-gather of an int64 per size) and waits for the device, unless there is one rank.
+
+    Args:
+        sizes: the same names in the same order on every rank.
+        group: the expert-parallel ranks; None means this rank alone.
+        device: device on which the group communicates.
+        may_differ: names of sizes that need not be equal.
+    Returns:
+        name -> the value on each rank.
+    Raises:
+        ValueError: on every rank, if a size differs.
+    """
+    num_ranks = group_size(group)
+    if num_ranks == 1:
+        return {name: [size] for name, size in sizes.items()}
+    own = torch.tensor(list(sizes.values()), device=device)
+    gathered = own.new_empty(num_ranks * own.numel())
+    torch.distributed.all_gather_into_tensor(gathered, own, group=group)
+    values_of = dict(zip(sizes, gathered.view(num_ranks, -1).t().tolist(), strict=True))
+    for name, values in values_of.items():
+        if name not in may_differ and len(set(values)) > 1:
+            raise ValueError(f"{name} differs between the expert-parallel ranks: {values}")
+    return values_of
 
 
 def is_in_writers_pipeline() -> bool:

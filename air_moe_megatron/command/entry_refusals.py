@@ -82,7 +82,7 @@ def _shown(args: argparse.Namespace, flag: str) -> str:
     return f"{flag} ({' '.join(map(str, value)) if isinstance(value, list) else value})"
 
 
-def _ours(args: argparse.Namespace) -> bool:
+def _has_our_layers(args: argparse.Namespace) -> bool:
     return not is_plain_topk(args)
 
 
@@ -137,10 +137,10 @@ FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
     FlagRefusal("--logits-load-dir", "this entry has no knowledge distillation from cached logits"),
     FlagRefusal(
         "--moe-routing-trace-capture-logits", "it records exact logits of all experts inside Megatron's own router",
-        "{router}", _ours,
+        "{router}", _has_our_layers,
     ),
-    FlagRefusal("--use-megatron-fsdp", _WHOLE_PARAMETERS, "{router}", _ours),
-    FlagRefusal("--use-torch-fsdp2", _WHOLE_PARAMETERS, "{router}", _ours),
+    FlagRefusal("--use-megatron-fsdp", _WHOLE_PARAMETERS, "{router}", _has_our_layers),
+    FlagRefusal("--use-torch-fsdp2", _WHOLE_PARAMETERS, "{router}", _has_our_layers),
     FlagRefusal(
         "--micro-batch-size",
         "packed microbatches are flattened after the embedding has seen the ids, so ids and hidden states are in "
@@ -153,13 +153,13 @@ FLAG_REFUSALS: tuple[FlagRefusal, ...] = (
         "a router is not told where documents end, and would balance a pack of them as one sequence; use aux_loss or "
         "global_aux_loss",
         "{router} and {packed}",
-        lambda args: _ours(args) and is_packed(args) and "seq_aux_loss" in balancing_losses(args),
+        lambda args: _has_our_layers(args) and is_packed(args) and "seq_aux_loss" in balancing_losses(args),
     ),
     FlagRefusal(
         "--moe-router-load-balancing-type",
         "the ranks that hold parts of a sequence change with every microbatch; set --moe-aux-loss-coeff 0",
         "{router} and --hybrid-context-parallel",
-        lambda args: _ours(args) and args.hybrid_context_parallel and bool(balancing_losses(args)),
+        lambda args: _has_our_layers(args) and args.hybrid_context_parallel and bool(balancing_losses(args)),
     ),
     FlagRefusal(
         "--hybrid-context-parallel",
@@ -298,7 +298,9 @@ FLAG_RULES: tuple[FlagRule, ...] = (
     ),
     FlagRule(
         "--hybrid-layer-pattern",
-        lambda args: _ours(args) and args.hybrid_layer_pattern is not None and not any(has_experts_by_layer(args)),
+        lambda args: (
+            _has_our_layers(args) and args.hybrid_layer_pattern is not None and not any(has_experts_by_layer(args))
+        ),
         f"must have a layer {Symbols.MOE}: without an MoE layer {{router}} has no effect",
     ),
     FlagRule(

@@ -17,7 +17,7 @@ from air_moe_megatron.command.arguments import has_experts_by_layer, transformer
 from air_moe_megatron.config import is_plain_topk, uses_hash
 from air_moe_megatron.routers import AIRRouter, find_routers
 from air_moe_megatron.routers.hashing import hand_over_token_ids
-from air_moe_megatron.routers.lacking import Lacking
+from air_moe_megatron.routers.missing_state import MissingState
 from air_moe_megatron.specs import air_hybrid_stack_spec, air_layer_spec, require_routers
 
 
@@ -46,17 +46,17 @@ def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig | HybridM
     return config
 
 
-def leave_out(lacking: Lacking, model: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Tell the AIR routers of a model what the checkpoint lacks, so that they do not request it.
+def skip_missing_state(missing: MissingState, model: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Tell the AIR routers of a model what the checkpoint does not hold, so that they do not request it.
 
     Args:
-        lacking: what the checkpoint lacks.
+        missing: the state that the checkpoint does not hold.
         model: Megatron's list of model chunks.
     Returns:
         The same list, as Megatron's hooks must return it.
     """
     for router in find_routers(model, AIRRouter):
-        router.lacking = lacking
+        router.missing_state = missing
     return model
 
 

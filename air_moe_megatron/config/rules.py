@@ -61,21 +61,21 @@ def invalid(config: TransformerConfig) -> Problems[None]:
 
     Rules that depend on a broken one are skipped.
     """
-    has_no_type = yield from passed_on(_no_choice(config, "moe_router_type"))
+    is_type_invalid = yield from passed_on(_invalid_choice(config, "moe_router_type"))
     of_megatron = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_topk_scaling_factor")
     for name in (*(field.name for field in fields(AIRFields)), *of_megatron):
         value = getattr(config, name)
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             yield ValueError(f"{name} ({value}) must be a finite number")
-    yield from _no_choice(config, "moe_router_input_norm")
-    yield from _no_choice(config, "moe_dispatch")
+    yield from _invalid_choice(config, "moe_router_input_norm")
+    yield from _invalid_choice(config, "moe_dispatch")
     if config.moe_air_diagnostics_interval < 0:
         yield ValueError(
             f"moe_air_diagnostics_interval ({config.moe_air_diagnostics_interval}) must be a number of steps, or 0 to "
             "turn diagnostics off"
         )
-    if has_no_type:
+    if is_type_invalid:
         return
     if megatron_has_hash_layers() and config.moe_num_hash_layers and not is_plain_topk(config):
         yield ValueError(
@@ -91,7 +91,7 @@ def invalid(config: TransformerConfig) -> Problems[None]:
             )
             return
         has_no_layers = yield from passed_on(_invalid_layers(config))
-        if not (yield from passed_on(_invalid_counts(config))):
+        if not (yield from passed_on(_invalid_expert_numbers(config))):
             yield from _INVALID[config.moe_router_type](config)
         # The config of a hash layer's own router has the type 'hash'.
         if num_hash_layers(config) and config.moe_router_type != "hash" and not has_no_layers:
@@ -101,7 +101,7 @@ def invalid(config: TransformerConfig) -> Problems[None]:
     yield from refused(config)
 
 
-def _no_choice(config: TransformerConfig, name: str) -> Problems[None]:
+def _invalid_choice(config: TransformerConfig, name: str) -> Problems[None]:
     """Yield an error if the value is not among those that the field's type lists."""
     choices = get_args(_HINTS[name])
     value = getattr(config, name)
@@ -141,8 +141,8 @@ def _invalid_experts(config: TransformerConfig) -> Problems[None]:
         )
 
 
-def _invalid_codebook(config: TransformerConfig) -> Problems[None]:
-    yield from _no_choice(config, "moe_air_codebook_source")
+def _invalid_air_fields(config: TransformerConfig) -> Problems[None]:
+    yield from _invalid_choice(config, "moe_air_codebook_source")
     if not 0.0 < config.moe_air_codebook_ema < 1.0:
         yield ValueError(f"moe_air_codebook_ema ({config.moe_air_codebook_ema}) must lie strictly between 0 and 1")
     if config.moe_air_refresh_interval < 1:
@@ -154,7 +154,7 @@ def _invalid_codebook(config: TransformerConfig) -> Problems[None]:
         yield ValueError(f"moe_air_list_parts ({config.moe_air_list_parts}) must be at least 1")
 
 
-def _invalid_counts(config: TransformerConfig) -> Problems[None]:
+def _invalid_expert_numbers(config: TransformerConfig) -> Problems[None]:
     num_experts, topk = config.num_moe_experts, config.moe_router_topk
     ep_size = config.expert_model_parallel_size
     if num_experts % ep_size:
@@ -164,7 +164,7 @@ def _invalid_counts(config: TransformerConfig) -> Problems[None]:
 
 
 def _invalid_air(config: TransformerConfig) -> Problems[None]:
-    if (yield from passed_on(_invalid_codebook(config))):
+    if (yield from passed_on(_invalid_air_fields(config))):
         return
     num_experts, topk = config.num_moe_experts, config.moe_router_topk
     if config.moe_air_shortlist_size > num_experts:
@@ -247,7 +247,7 @@ def _invalid_key_fields(config: TransformerConfig) -> Problems[None]:
     for name in ("moe_product_key_heads", "moe_product_key_dim"):
         if getattr(config, name) < 0:
             yield ValueError(f"{name} ({getattr(config, name)}) must be positive, or 0 for the automatic one")
-    yield from _no_choice(config, "moe_product_key_query_norm")
+    yield from _invalid_choice(config, "moe_product_key_query_norm")
 
 
 def _invalid_product_keys(config: TransformerConfig) -> Problems[None]:
@@ -298,7 +298,7 @@ def _invalid_hash(config: TransformerConfig) -> Problems[None]:
         yield ValueError(
             f"moe_hash_seed ({config.moe_hash_seed}) must be from 0 to below 2^46: 65,537 times it must fit 64 bits"
         )
-    yield from _no_choice(config, "moe_hash_balance")
+    yield from _invalid_choice(config, "moe_hash_balance")
     if config.moe_hash_counts is not None and config.moe_hash_balance == "ids":
         yield ValueError(
             f"moe_hash_counts ({config.moe_hash_counts!r}) has no effect with moe_hash_balance 'ids'; add "

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from air_moe_megatron.diagnostics.files import LINES, RunFiles, folder_of, run_line
-from air_moe_megatron.diagnostics.health import expert_loads, write_scalars
-from air_moe_megatron.diagnostics.metrics import RouterSums, describe, layer_metrics, reduce_stage, scalar_name
+from air_moe_megatron.diagnostics.health import expert_loads, scalar_name, write_scalars
+from air_moe_megatron.diagnostics.metrics import RouterSums, describe, layer_metrics, reduce_stage
 from air_moe_megatron.diagnostics.observation import CodewordCounter
 from air_moe_megatron.diagnostics.snapshot import CodewordRecall, codebook_snapshot, gather_pairs
 from air_moe_megatron.diagnostics.watch import StepWatch

@@ -17,8 +17,8 @@ from air_moe_megatron.process_groups import gather_from_stages, group_size, sum_
 from air_moe_megatron.routers import AIRRouter, HashRouter, VQRouter
 from air_moe_megatron.routers.base import CompactRouter
 
-LOAD_METRICS = ("experts-used", "imbalance-factor", "rank-imbalance")
-"""Names of the metrics of :func:`load_metrics_of`."""
+LOAD_METRICS = ("experts_used", "imbalance_factor", "rank_imbalance")
+"""Names of the metrics of :func:`load_metrics_of`, in their order."""
 _TOTALS = ("dropped-updates",)  # metrics that are totals, not means
 
 
@@ -42,19 +42,24 @@ def expert_loads(routers: Sequence[CompactRouter], reset: bool = True) -> tuple[
     return loads, num_routed
 
 
-def load_metrics_of(load: torch.Tensor, num_ranks: int) -> torch.Tensor:
-    """How evenly the tokens of one router are spread.
+def load_metrics_of(load: torch.Tensor, num_ranks: int) -> dict[str, float]:
+    """Compute how evenly the tokens of one router are spread. Waits for the device.
 
     Args:
         load: [E] tokens of each expert.
         num_ranks: expert-parallel size.
     Returns:
-        [3] fp64, as ``LOAD_METRICS`` names them: share of experts that got a token; imbalance factor of the experts,
+        the metrics of ``LOAD_METRICS``: share of experts that got a token; imbalance factor of the experts,
         ``E * sum(n^2) / sum(n)^2``, which is 1 if all get the same and E if one gets all (the term and formula are
         faiss's); load of the most loaded expert-parallel rank over the mean.
 
     Example: the load [2, 0, 1, 1] on 2 ranks: used 0.75, imbalance factor 4 * 6 / 16 = 1.5, most loaded rank 1.0.
     """
+    return dict(zip(LOAD_METRICS, _load_metrics(load, num_ranks).tolist(), strict=True))
+
+
+def _load_metrics(load: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """[3] fp64, the metrics of :func:`load_metrics_of`, on the device of the load."""
     load = load.double()
     total = load.sum().clamp_min(1.0)
     imbalance = load.numel() * load.square().sum() / total.square()
@@ -111,6 +116,14 @@ def log_health(
         metrics = health_metrics(stages) | measured
         print_rank_last(health_line(metrics, sizes_of(stages), iteration))
         write_scalars(metrics, "air", iteration)
+
+
+def scalar_name(metric: str) -> str:
+    """The name of a metric in TensorBoard and W&B, spelled as that of the health line.
+
+    Example: ``topk_recall`` is "top-k-recall", and ``experts_used`` is "experts-used".
+    """
+    return metric.replace("topk", "top-k").replace("_", "-")
 
 
 def write_scalars(metrics: dict[str, float], prefix: str, iteration: int) -> None:
@@ -223,10 +236,10 @@ def load_sums(
 
     Example: loads [[2, 0, 1, 1]] of 4 tokens with K = 2: 4 of 8 slots are empty.
     """
-    totals = torch.stack([load_metrics_of(load, num_ranks) for load in loads]).sum(dim=0).tolist()
+    totals = torch.stack([_load_metrics(load, num_ranks) for load in loads]).sum(dim=0).tolist()
     num_slots = int((num_routed * num_routed.new_tensor(topks)).sum())
     num_filled = int(torch.stack([load.sum() for load in loads]).sum())
-    sums = {name: (total, len(loads)) for name, total in zip(LOAD_METRICS, totals, strict=True)}
+    sums = {scalar_name(name): (total, len(loads)) for name, total in zip(LOAD_METRICS, totals, strict=True)}
     return sums | {"empty-slots": (num_slots - num_filled, num_slots)}
 
 

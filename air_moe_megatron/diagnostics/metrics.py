@@ -108,20 +108,10 @@ def layer_metrics(
             overlap = list_overlap(last_lists, router.index.shortlist)
             metrics["list_overlap"] = float(router.mean_over_shards(load.new_tensor(overlap, dtype=torch.float64)))
         metrics["experts_listed"] = float(listed_share_of(router))
-    names = ("experts_used", "imbalance_factor", "rank_imbalance")
-    values = load_metrics_of(load, router.config.expert_model_parallel_size).tolist()
-    metrics |= dict(zip(names, values, strict=True))
+    metrics |= load_metrics_of(load, router.config.expert_model_parallel_size)
     metrics["routing_seconds"] = sums.seconds
     metrics["load_bins"], metrics["max_bins"] = load_bins(load)
     return metrics
-
-
-def scalar_name(metric: str) -> str:
-    """The name of a metric in TensorBoard and W&B, spelled as that of the health line.
-
-    Example: ``topk_recall`` is "top-k-recall", and ``experts_used`` is "experts-used".
-    """
-    return metric.replace("topk", "top-k").replace("_", "-")
 
 
 def describe(router: CompactRouter, tokens_per_batch: int) -> dict[str, Any]:

@@ -177,13 +177,15 @@ def report(flags: Sequence[str], world_size: int) -> tuple[str, bool]:
     args, found = examine(flags) if flags else (None, Findings())
     chosen = {}
     try:
-        chosen = machine.paths(args)
+        chosen = machine.backends(args)
     except ValueError as error:  # AIR_MOE_BACKEND is invalid
         found.add(error)
     lines = ["Versions", *(f"  {name:20}{version}" for name, version in machine.versions().items())]
     lines += ["", "Devices", *(f"  {line}" for line in machine.devices())]
     lines += ["", "Operations" + ("" if args is None else ", with the sizes of the command line")]
-    lines += [f"  {name:20}{path:8}{reason} ({machine.OPERATIONS[name]})" for name, (path, reason) in chosen.items()]
+    lines += [
+        f"  {name:20}{backend:8}{reason} ({machine.OPERATIONS[name]})" for name, (backend, reason) in chosen.items()
+    ]
     if flags:
         lines += ["", f"Command line, as rank 0 of {world_size}"]
         if found.problems:

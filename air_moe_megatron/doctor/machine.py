@@ -1,4 +1,4 @@
-"""Facts about this machine: versions of the software, devices, and which path each operation takes and why.
+"""Facts about this machine: versions of the software, devices, and which backend each operation uses and why.
 
 Torch and Megatron are imported where they are needed, because Megatron must not be imported before CPU mode is on.
 """
@@ -18,7 +18,7 @@ OPERATIONS = {
     "ranking": "rebuild of the shortlists",
     "selected_scores": "gradients of the selected scores",
     "pair_products": "products of pairs",
-    "exchange": "plan of the compact dispatch",
+    "exchange": "rows and pairs of the compact dispatch",
     "granular_experts": "the experts",
 }
 """Folders under ``ops/`` that have kernels -> what the operation does."""
@@ -102,20 +102,22 @@ def devices() -> list[str]:
     return lines
 
 
-def paths(args: argparse.Namespace | None) -> dict[str, tuple[str, str]]:
+def backends(args: argparse.Namespace | None) -> dict[str, tuple[str, str]]:
     """Operation -> "Triton" or "torch", and why.
 
     Args:
-        args: arguments with a router of ours, for its dtypes and sizes; None means bf16 and any sizes.
+        args: arguments with a router of ours, for its dtypes and sizes. None means bf16 on a GPU, fp32 on a CPU, and
+            any sizes.
     """
     import torch
 
     from air_moe_megatron.ops.backend import explain
+    from air_moe_megatron.ops.dtypes import router_dtype_of
 
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if has_gpu and not getattr(args, "cpu", False) else torch.device("cpu")
     dtype = getattr(args, "params_dtype", None) or (torch.bfloat16 if has_gpu else torch.float32)
-    router_dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(getattr(args, "moe_router_dtype", None), dtype)
+    router_dtype = router_dtype_of(getattr(args, "moe_router_dtype", None), dtype)
     sizes = _limited_sizes(args)
     dtypes = {name: [dtype, router_dtype] for name in ("fine_scores", "selected_scores")}
     chosen = {name: explain(name, device, dtypes.get(name, [dtype]), **sizes.get(name, {})) for name in OPERATIONS}

@@ -46,7 +46,7 @@ def saved_router_type(saved: argparse.Namespace) -> str:
     return getattr(saved, "moe_router_type", "topk")
 
 
-def judge(saved: argparse.Namespace, given: argparse.Namespace) -> None:
+def check_convertible(saved: argparse.Namespace, given: argparse.Namespace) -> None:
     """Refuse what cannot be converted, by the arguments of the checkpoint and of the command line.
 
     Raises:
@@ -76,13 +76,13 @@ def judge(saved: argparse.Namespace, given: argparse.Namespace) -> None:
         raise ValueError("--async-save is not supported: the command ends when the checkpoint is written")
 
 
-def check(args: argparse.Namespace, saved: argparse.Namespace) -> None:
-    """Refuse what cannot be fitted or written, before the model is built.
+def check_data_flags(args: argparse.Namespace, saved: argparse.Namespace) -> None:
+    """Refuse flags of data that are missing, invalid or without effect, before the model is built.
 
     Raises:
         ValueError: naming the flag, its value and the rule.
     """
-    if fits(args, saved):
+    if needs_fit(args, saved):
         require_paths(args)
     elif args.data_path or args.fit_tokens is not None:
         flag, value = ("--data-path", args.data_path) if args.data_path else ("--fit-tokens", args.fit_tokens)
@@ -94,7 +94,7 @@ def check(args: argparse.Namespace, saved: argparse.Namespace) -> None:
         raise ValueError(f"--fit-tokens ({args.fit_tokens}) must be at least 1")
 
 
-def check_target(folder: str) -> None:
+def check_save_folder(folder: str) -> None:
     """Refuse a folder that holds a checkpoint or a part of one.
 
     Raises:
@@ -105,14 +105,14 @@ def check_target(folder: str) -> None:
         raise ValueError(f"--save '{folder}' holds {found}, of a checkpoint: name a new or empty folder")
 
 
-def fits(args: argparse.Namespace, saved: argparse.Namespace) -> bool:
+def needs_fit(args: argparse.Namespace, saved: argparse.Namespace) -> bool:
     """Whether the conversion fits codebooks to data."""
     is_new = args.moe_router_type == "air" and saved_router_type(saved) == "topk"
     return is_new and args.moe_air_codebook_source == "tokens"
 
 
 @torch.no_grad()
-def fit(
+def fit_codebooks(
     model: list[torch.nn.Module],
     streams: Sequence[TokenStream],
     eod: int,
@@ -211,21 +211,21 @@ def run(screen: TextIO) -> None:
         with console.refusals():
             command = restore.read_command_line(add_flags, saves=True)
             saved, ranks = command.saved, command.ranks
-            judge(saved, command.given)
+            check_convertible(saved, command.given)
             args = restore.complete_arguments(command)
-            check(args, saved)
-            ranks.check("target", lambda: check_target(args.save))
+            check_data_flags(args, saved)
+            ranks.check("target", lambda: check_save_folder(args.save))
             args.no_save_optim = args.no_save_rng = True
             tokenizer: Tokenizer = tokenizer_of(args)
             streams: list[TokenStream] = []
-            if fits(args, saved):
+            if needs_fit(args, saved):
                 ranks.check("data", lambda: streams.extend(read(path, tokenizer, args) for path in args.data_path))
             source = read_checkpoint(locate(args))
             stack.enter_context(process_groups_released())
             model = restore.build_and_load(args, ranks, remakes_lists_of=saved, saves=True)
             if streams:
                 bar = partial(tqdm, desc="fit", leave=False) if ranks.rank == 0 else iter
-                fit(model, streams, tokenizer.eod, args, bar)
+                fit_codebooks(model, streams, tokenizer.eod, args, bar)
         has_new_lists = list_experts(model)
         save(model, args, saved)
         if ranks.rank == 0:

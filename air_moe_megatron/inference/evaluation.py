@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from air_moe_megatron.command import console
 from air_moe_megatron.command.checkpoints.saving import check_writable
-from air_moe_megatron.diagnostics.health import LOAD_METRICS, listed_share_of, load_metrics_of
+from air_moe_megatron.diagnostics.health import listed_share_of, load_metrics_of
 from air_moe_megatron.diagnostics.recall import recall
 from air_moe_megatron.inference import restore
 from air_moe_megatron.inference.data import TokenStream, Windows, microbatches, num_microbatches, read, require_paths
@@ -26,13 +26,13 @@ from air_moe_megatron.inference.forwards import run_forwards
 from air_moe_megatron.inference.text import Tokenizer, tokenizer_of
 from air_moe_megatron.process_groups import process_groups_released, sum_over_ranks
 from air_moe_megatron.routers import AIRRouter, find_routers
-from air_moe_megatron.routers.air import sample_step
+from air_moe_megatron.routers.air import SAMPLE_SIZE, sample_step
 from air_moe_megatron.routers.base import CompactRouter
 from air_moe_megatron.routers.losses import layer_of
 from air_moe_megatron.routers.sharded import ShardedRoutes
 
-_SAMPLE_SIZE, _MAX_SAMPLED = 64, 4096
-"""How many tokens of a microbatch, and of a data set, get exact scores, per layer and rank."""
+_MAX_SAMPLED = 4096
+"""How many tokens of a data set get exact scores, per layer and rank."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class RoutingMeter:
         tokens = hidden.reshape(-1, hidden.shape[-1])
         sampled = tokens[:: sample_step(tokens.shape[0], hidden.shape[1])]
         self.recalls.append((*recall(router, router.sample_of(sampled)), tokens.shape[0] * is_counted))
-        self.num_sampled += _SAMPLE_SIZE
+        self.num_sampled += SAMPLE_SIZE
 
     def metrics(self) -> dict[str, Any]:
         """Metrics over all ranks of the pipeline stage. Communicates within it, and waits for the device.
@@ -107,13 +107,13 @@ class RoutingMeter:
             rank over the mean; for AIR routers also the shares experts_listed, mass_recall and topk_recall.
         """
         router, group = self.router, self.router.tp_dp_cp_group
-        loads = load_metrics_of(sum_over_ranks(self.loads, group), router.config.expert_model_parallel_size).tolist()
+        loads = sum_over_ranks(self.loads, group)
         metrics = {
             "layer": layer_of(router),
             "router": router.router_type if isinstance(router, CompactRouter) else "topk",
             "experts": self.num_experts,
             "topk": router.topk,
-            **{name.replace("-", "_"): load for name, load in zip(LOAD_METRICS, loads, strict=True)},
+            **load_metrics_of(loads, router.config.expert_model_parallel_size),
         }
         if isinstance(router, AIRRouter):
             mass, topk, counts = torch.tensor(self.recalls, dtype=torch.float64, device=self.loads.device).unbind(dim=1)

@@ -37,10 +37,10 @@ from air_moe_megatron.command.arguments import (
 from air_moe_megatron.command.checkpoints import check_checkpoint, saved_arguments
 from air_moe_megatron.command.entry_refusals import refused_flags
 from air_moe_megatron.command.memory import check_memory
-from air_moe_megatron.command.model import get_embedding_ranks, leave_out, model_config_from_args
+from air_moe_megatron.command.model import get_embedding_ranks, model_config_from_args, skip_missing_state
 from air_moe_megatron.config import LAYOUT_FIELDS, AIRMoEConfig, is_plain_topk, raise_first, resolve_sizes
 from air_moe_megatron.inference.text import check_tokenizer_files
-from air_moe_megatron.routers.lacking import Lacking
+from air_moe_megatron.routers.missing_state import MissingState
 from air_moe_megatron.specs import mtp_specs_with_air_layers
 
 _CONFIGS = (AIRMoEConfig, MLATransformerConfig, HeterogeneousTransformerConfig)
@@ -198,16 +198,16 @@ def build_and_load(
     ranks.check("memory", lambda: check_memory(args))
     as_checked = argparse.Namespace(**{**vars(args), "skip_train": not saves})  # Megatron saves only if it trains
     as_saved = _with_lists_as_saved(config.transformer, remakes_lists_of)
-    lacking = check_checkpoint(as_checked, as_saved, ranks)
+    missing = check_checkpoint(as_checked, as_saved, ranks)
     if as_saved is not config.transformer and list_form(as_saved) != list_form(config.transformer):
-        lacking = Lacking.LISTS
-    if remakes_lists_of is None and lacking is Lacking.CODEBOOK:
+        missing = MissingState.LISTS
+    if remakes_lists_of is None and missing is MissingState.CODEBOOK:
         raise ValueError(
             f"--load '{args.load}' was trained with top-k routing, so --moe-router-type (air) must be left out: the "
             "codebooks would be random"
         )
-    if lacking:
-        config.pre_wrap_hooks.append(partial(leave_out, lacking))
+    if missing:
+        config.pre_wrap_hooks.append(partial(skip_missing_state, missing))
     model = _build(config, args)
     args.iteration, args.num_floating_point_operations_so_far = load_checkpoint(model, None, None)
     for chunk in model:

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import hash_layer_config, hash_layer_numbers, is_sharded, num_hash_layers
 from air_moe_megatron.layer.dispatcher import CompactTokenDispatcher, ShardedTokenDispatcher
+from air_moe_megatron.modules import find_modules
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.routers import HashRouter, ShardedAIRRouter
 from air_moe_megatron.routers.losses import layer_of
@@ -93,10 +94,9 @@ class AIRMoELayer(HoldsProcessGroups, MoELayer):
         return super().train(mode)
 
 
-def find_compact_layers(modules: Iterable[torch.nn.Module]) -> list[AIRMoELayer]:
-    """Find all layers with a compact dispatcher in several modules, such as Megatron's model chunks, each once."""
-    found = dict.fromkeys(module for chunk in modules for module in chunk.modules())
-    return [module for module in found if isinstance(module, AIRMoELayer) and module.is_compact]
+def find_compact_layers(modules: torch.nn.Module | Iterable[torch.nn.Module]) -> list[AIRMoELayer]:
+    """Find all layers with a compact dispatcher in a module or several, such as Megatron's model chunks, each once."""
+    return [layer for layer in find_modules(modules, AIRMoELayer) if layer.is_compact]
 
 
 class _UnnumberedRouter(torch.nn.Module):

@@ -31,7 +31,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from air_moe_megatron.learned.recomputation import ForwardCounter
 from air_moe_megatron.ops.exchange import combine, make_plan, pack
 from air_moe_megatron.ops.pair_products import Pairs, make_pairs
-from air_moe_megatron.process_groups import HoldsProcessGroups
+from air_moe_megatron.process_groups import HoldsProcessGroups, gather_sizes
+from air_moe_megatron.routers.base import invalid_probs_error
 from air_moe_megatron.routers.sharded import ShardedRoutes
 
 
@@ -211,31 +212,21 @@ class CompactTokenDispatcher(HoldsProcessGroups, MoETokenDispatcher):
                     f"an expert id must be between 0 and {self.num_experts - 1}, or -1 for none"
                 )
             if invalid_probs:
-                where = "" if self.layer_number is None else f"layer {self.layer_number}: "
-                raise ValueError(
-                    f"{where}{invalid_probs} of the routing probs of expert-parallel rank {rank} are NaN or infinite; "
-                    "the hidden states or the router's weights are not finite"
-                )
+                raise invalid_probs_error(invalid_probs, rank, self.layer_number)
 
     @torch.no_grad()
     def _require_agreement(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> None:
         """At the first dispatch, check that the sizes of the layer are the same on all ranks."""
         if self._have_ranks_agreed:
             return
-        if self.ep_size > 1:
-            sizes = {
-                "hidden size": hidden_states.shape[1],
-                "bytes per hidden number": hidden_states.element_size(),
-                "moe_router_topk": probs.shape[1],
-                "bytes per prob": probs.element_size(),
-                "experts per rank": self.num_local_experts,
-            }
-            own = torch.tensor(list(sizes.values()), device=hidden_states.device)
-            gathered = [torch.empty_like(own) for _ in range(self.ep_size)]
-            torch.distributed.all_gather(gathered, own, group=self.ep_group)
-            for name, values in zip(sizes, torch.stack(gathered, dim=1).tolist(), strict=True):
-                if len(set(values)) > 1:
-                    raise ValueError(f"{name} differs between the expert-parallel ranks: {values}")
+        sizes = {
+            "hidden size": hidden_states.shape[1],
+            "bytes per hidden number": hidden_states.element_size(),
+            "moe_router_topk": probs.shape[1],
+            "bytes per prob": probs.element_size(),
+            "experts per rank": self.num_local_experts,
+        }
+        gather_sizes(sizes, self.ep_group, hidden_states.device)
         self._have_ranks_agreed = True
 
     def _traffic_of_forward(self) -> Traffic:

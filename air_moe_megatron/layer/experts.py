@@ -4,14 +4,13 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.activations import squared_relu
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from air_moe_megatron.config import validate
+from air_moe_megatron.expert_weights import mark_expert_weight, sharded_by_expert
 from air_moe_megatron.initialization import is_normal
 from air_moe_megatron.ops.granular_experts import granular_experts
 from air_moe_megatron.ops.pair_products import Pairs, make_pairs
@@ -117,28 +116,17 @@ class GranularExperts(HoldsProcessGroups, MegatronModule):
             seed = int(torch.randint(2**31, ()))
             first = self.ep_group.rank() * self.num_local_experts
             _initialize(weight.data, init_method, seed, first, is_transposed)
-        # allreduce=False: the gradient must not be summed over the data-parallel group of the dense layers. The
-        # tensor-parallel marks keep the optimizer from taking the weight for a copy of another tensor-parallel rank's.
-        weight.allreduce = False
-        set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
+        mark_expert_weight(weight)
         return weight
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """Shard the experts by global id, so that a checkpoint loads at any expert-parallel size."""
-        num_offsets = len(sharded_offsets)
-        own = (num_offsets, self.ep_group.rank(), self.ep_group.size())
+        weights = {f"{prefix}weight1": self.weight1, f"{prefix}weight2": self.weight2}
         return {
-            f"{prefix}{name}": ShardedTensor.from_rank_offsets(
-                f"{prefix}{name}",
-                weight,
-                *sharded_offsets,
-                own,
-                replica_id=(0, 0, self.dp_group.rank()),
-                prepend_axis_num=num_offsets,
-            )
-            for name, weight in (("weight1", self.weight1), ("weight2", self.weight2))
+            key: sharded_by_expert(key, weight, sharded_offsets, self.ep_group, self.dp_group)
+            for key, weight in weights.items()
         }
 
     def backward_dw(self) -> None:

@@ -26,9 +26,10 @@ import torch
 
 from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.codebook import Codebook
+from air_moe_megatron.learned.expert_keys import pack_keys, unpack_keys
 from air_moe_megatron.learned.lists import inverted_lists, list_every_expert
 from air_moe_megatron.learned.module_state import HostCopy
-from air_moe_megatron.learned.parts import Span, pack_keys, spans, unpack_keys
+from air_moe_megatron.learned.parts import Span, spans
 from air_moe_megatron.learned.rebuild_schedule import NUM_NEIGHBORS, POOL, RebuildState, Schedule, schedule
 from air_moe_megatron.ops.ranking import Ranking
 

@@ -60,9 +60,9 @@ def list_every_expert(ranking: Ranking, reserved: int, num_rebuilds: int = 0) ->
     slots = lists.new_full((num_clusters, reserved), -1)
     fits = slot < reserved
     slots[codeword[fits], slot[fits]] = orphans[fits]
-    homeless = orphans[~fits]
-    free = torch.nonzero(slots.flatten() < 0).flatten()[: homeless.numel()]
-    slots.view(-1)[free] = homeless
+    unplaced = orphans[~fits]
+    free = torch.nonzero(slots.flatten() < 0).flatten()[: unplaced.numel()]
+    slots.view(-1)[free] = unplaced
     rest = _first_distinct(torch.cat((slots, tail), dim=1), reserved)
     return torch.cat((kept, rest), dim=1).sort(dim=1).values.int()
 

@@ -83,8 +83,7 @@ def num_turns(num_clusters: int) -> int:
 def schedule(num_experts: int, num_clusters: int, on_gpu: bool) -> Schedule:
     """The blocks of codewords and their turns.
 
-    A GPU scores all experts faster than it gathers a codeword's candidates. On an H100, with E = 65,536 and C = 1024, a
-    rebuild took 53.0 ms by turns in blocks of 32, and 6.80 ms from all experts (docs/results/h100.md).
+    A GPU scores all experts faster than it gathers a codeword's candidates (docs/codebook.md#rebuilding-the-lists).
 
     Example: E = 65,536, C = 1024: blocks of 32 and B = 8 on a CPU, of 256 and B = 1 on a GPU.
     """

@@ -39,7 +39,7 @@ def use_kernels(operation: str, *tensors: torch.Tensor, dtype: torch.dtype | Non
     reason = _reason_against(operation, tensors[0].device, dtypes, sizes)
     if reason is not None:
         if forced == "triton":
-            raise ValueError(f"{VARIABLE} ('triton') cannot be had for {operation}: {reason}")
+            raise ValueError(f"{VARIABLE} ('triton') cannot be used for {operation}: {reason}")
         _say_once(operation, reason)
     return reason is None and (forced == "triton" or tensors[0].is_cuda)
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from air_moe_megatron.ops.segments import block_of
+from air_moe_megatron.ops.blocks import block_of
 
 LOWEST_KEY = tl.constexpr(-(2**63))  # ranks below every candidate
 HIGHEST_KEY = tl.constexpr(2**63 - 1)

@@ -369,7 +369,8 @@ def _codebooks_of_run(
         return {}, None, [f"{SNAPSHOT} is left out: no layer of this run has an air router"]
     codebooks, iteration = _read_snapshot(folder / SNAPSHOT)
     if iteration not in {line["iteration"] for line in diagnostics}:
-        return {}, None, [f"{SNAPSHOT} is of step {iteration:,}, of which this run has no metrics, and is left out"]
+        note = f"{SNAPSHOT} is of step {iteration:,}, but this run has no metrics of that step; it is left out"
+        return {}, None, [note]
     own = {layer: codebook for layer, codebook in codebooks.items() if routers.get(layer) == "air"}
     notes = [
         f"{SNAPSHOT} has a codebook of layer {layer}, which has no air router in this run; it is left out"

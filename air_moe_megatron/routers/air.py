@@ -33,8 +33,8 @@ from air_moe_megatron.ops.coarse import assign, assign_with_statistics
 from air_moe_megatron.ops.selected_scores import selected_scores
 from air_moe_megatron.routers.base import CompactRouter, Routes
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops, of_norm, of_rebuilds
-from air_moe_megatron.routers.lacking import Lacking
 from air_moe_megatron.routers.losses import Explored
+from air_moe_megatron.routers.missing_state import MissingState
 from air_moe_megatron.routers.token_ids import ids_in_order
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class AIRRouter(CompactRouter):
         # A list of source 'tokens' is full, so it fills every slot of the routes. Inverted lists may be short, and
         # several lists may hold fewer than M distinct experts: then an empty slot can beat a score that underflows.
         self.always_complete = config.moe_air_codebook_source == "tokens" and self.sizes.num_probes == 1
-        self.lacking = Lacking.NOTHING  # what the checkpoint to load does not hold; loading resets it
+        self.missing_state = MissingState.NOTHING  # of the checkpoint to load; loading resets it
         # For logs only: ``sample`` has tokens of the last training forward; ``observer`` counts the tokens of a step.
         self.keeps_sample = config.moe_air_diagnostics_interval > 0
         self.sample: TokenSample | None = None
@@ -141,7 +141,9 @@ class AIRRouter(CompactRouter):
         if self.config.moe_router_force_load_balancing:
             return self._choose_at_random(hidden, probes.shape[1], padding_mask, batch_size)
         scores, ids = self._score(hidden, shortlist, probes, *self._num_candidates())
-        return self._choose_candidates(scores, ids, hidden, probes, padding_mask, batch_size)
+        routes = self._choose_candidates(scores, ids, probes, padding_mask, batch_size)
+        self._record(hidden, probes, padding_mask, batch_size)
+        return routes
 
     def _choose_at_random(
         self, hidden: torch.Tensor, num_probes: int, padding_mask: torch.Tensor | None, batch_size: int
@@ -166,24 +168,29 @@ class AIRRouter(CompactRouter):
         self,
         scores: torch.Tensor,
         ids: torch.Tensor,
-        hidden: torch.Tensor,
         probes: torch.Tensor,
         padding_mask: torch.Tensor | None,
         batch_size: int,
     ) -> Routes:
-        """Choose among the candidates that :meth:`_score` returns, and record for logs what was searched."""
+        """Choose among the candidates that :meth:`_score` returns."""
         logits = self._as_logits(scores, ids)
         if _all_scores_matter(self.config, self.training):
             routes = self._choose_among(logits, ids.long(), padding_mask, batch_size, self._explored())
         else:  # the candidates are the top-k
             routes = Routes(ids, self._probs_of(logits), columns=_columns(logits))
-        if self._is_counted:
-            with hidden_from_checkpoints():
-                if self.keeps_sample:
-                    self.sample = _take_sample(hidden, probes, padding_mask, batch_size)
-                if self.observer is not None:
-                    self.observer.observe(probes, padding_mask, self._token_ids(hidden.shape[0], batch_size))
         return self._completed(routes, probes)
+
+    def _record(
+        self, hidden: torch.Tensor, probes: torch.Tensor, padding_mask: torch.Tensor | None, batch_size: int
+    ) -> None:
+        """Record for logs the tokens [T, H] of a counted forward, and the codewords [T, P] whose lists are searched."""
+        if not self._is_counted:
+            return
+        with hidden_from_checkpoints():
+            if self.keeps_sample:
+                self.sample = _take_sample(hidden, probes, padding_mask, batch_size)
+            if self.observer is not None:
+                self.observer.observe(probes, padding_mask, self._token_ids(hidden.shape[0], batch_size))
 
     def _completed(self, routes: Routes, probes: torch.Tensor) -> Routes:
         """The routes with the probed codewords [T, P], and with a prob of zero in each empty slot."""
@@ -303,9 +310,8 @@ class AIRRouter(CompactRouter):
     def flops(config: TransformerConfig, rebuilds: Rebuilds | None = None) -> RouterFlops:
         """See the base class: 2H(C + PL) forward; 4HK backward, or 4HM if all candidates get gradients.
 
-        With balancing losses, X explored candidates add 2HX forward and 4HX backward.
-
-        Rebuilds cost what ``flops.rebuild_flops`` says.
+        With balancing losses, X explored candidates add 2HX forward and 4HX backward. Rebuilds cost what
+        ``flops.rebuild_flops`` says.
         """
         hidden, sizes = config.hidden_size, resolve_sizes(config)
         searched = sizes.num_clusters + sizes.num_probes * sizes.shortlist_size
@@ -321,10 +327,10 @@ class AIRRouter(CompactRouter):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Make Megatron's sharded state dict, without what the checkpoint that is being loaded lacks."""
+        """Make Megatron's sharded state dict, without what the checkpoint that is being loaded does not hold."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        left_out = tuple(prefix + name for name in self.lacking.prefixes)
-        return {key: value for key, value in state.items() if not key.startswith(left_out)}
+        skipped = tuple(prefix + name for name in self.missing_state.prefixes)
+        return {key: value for key, value in state.items() if not key.startswith(skipped)}
 
     def learners(self) -> list[Learner]:
         """List the base's learners, and the codebook if it learns from tokens."""
@@ -352,7 +358,7 @@ class AIRRouter(CompactRouter):
         self.index.commit(group)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.lacking = Lacking.NOTHING
+        self.missing_state = MissingState.NOTHING
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "weight" not in state_dict:  # of another part of the model, which leaves this router as it is
             return

@@ -29,6 +29,8 @@ from air_moe_megatron.learned.module_state import HostCopy, PreservedState
 from air_moe_megatron.learned.recomputation import ForwardCounter, hidden_from_checkpoints
 from air_moe_megatron.learned.running_norm import RunningNorm
 from air_moe_megatron.learned.whitening_norm import WhiteningNorm
+from air_moe_megatron.modules import find_modules
+from air_moe_megatron.ops.dtypes import router_dtype_of
 from air_moe_megatron.process_groups import HoldsProcessGroups
 from air_moe_megatron.routers.flops import Rebuilds, RouterFlops
 from air_moe_megatron.routers.losses import Explored, RouterLosses, layer_of
@@ -41,7 +43,6 @@ INPUT_NORMS = {
     "low_rank_whitening": LowRankWhiteningNorm,
     "whitening": WhiteningNorm,
 }
-_ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 _MANY_FORWARDS = 1000  # after so many without the end of a step, a training loop probably reports none
 
 
@@ -202,9 +203,9 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
     def _route(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None) -> Routes:
         # Scores have the dtype that moe_router_dtype says, and what is learned is fp32, under autocast too.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return self._route_as_given(hidden_states, padding_mask)
+            return self._route_without_autocast(hidden_states, padding_mask)
 
-    def _route_as_given(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None) -> Routes:
+    def _route_without_autocast(self, hidden_states: torch.Tensor, padding_mask: torch.Tensor | None) -> Routes:
         self._is_counted = self.training and self._forwards.counts()
         self._learns = self._is_counted and not self._is_frozen()
         self._maintain_float32_expert_bias()
@@ -410,7 +411,7 @@ class CompactRouter(HoldsProcessGroups, PreservedState, RouterLosses):
         return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def _router_dtype(self, hidden: torch.Tensor) -> torch.dtype:
-        return _ROUTER_DTYPES.get(self.config.moe_router_dtype, hidden.dtype)
+        return router_dtype_of(self.config.moe_router_dtype, hidden.dtype)
 
     def _follow_device(self, hidden: torch.Tensor) -> None:
         # As in Router.gating: with use_cpu_initialization the router may still be on the host. All of it moves.
@@ -427,6 +428,19 @@ def find_routers[R: TopKRouter](
         modules: a module, or several, such as Megatron's model chunks.
         router_class: the class to find; ``TopKRouter`` also finds Megatron's own.
     """
-    chunks = [modules] if isinstance(modules, torch.nn.Module) else modules
-    found = dict.fromkeys(module for chunk in chunks for module in chunk.modules())
-    return [module for module in found if isinstance(module, router_class)]
+    return find_modules(modules, router_class)
+
+
+def invalid_probs_error(number: int, rank: int, layer: int | None) -> ValueError:
+    """Make the error that every expert-parallel rank raises if one of them has probs that are NaN or infinite.
+
+    Args:
+        number: how many such probs there are.
+        rank: the expert-parallel rank that has them.
+        layer: the layer's number, as :func:`layer_of` gives it; None leaves it out.
+    """
+    where = "" if layer is None else f"layer {layer}: "
+    return ValueError(
+        f"{where}{number} of the routing probs of expert-parallel rank {rank} are NaN or infinite; the hidden states "
+        "or the router's weights are not finite"
+    )

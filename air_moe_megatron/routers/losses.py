@@ -146,25 +146,34 @@ class RouterLosses(TopKRouter):
             if coeff > 0:
                 num_groups = batch_size if kind == "seq_aux_loss" else 1
                 group = self.tp_dp_cp_group if kind == "global_aux_loss" else self.tp_cp_group
-                slots = None if ids is None else _slots(ids, num_groups, self.num_experts)
-                counts, num_tokens = self._count_selections(selected, slots, columns, padding_mask, num_groups, group)
+                flat_indices = None if ids is None else _flat_expert_indices(ids, num_groups, self.num_experts)
+                counts, num_tokens = self._count_selections(
+                    selected, flat_indices, columns, padding_mask, num_groups, group
+                )
                 if kind == "global_aux_loss":
-                    if self._is_counted:
-                        with hidden_from_checkpoints():
-                            self.global_tokens_per_expert += counts[0]
-                            self.ga_steps += 1
-                    counts = self.global_tokens_per_expert.unsqueeze(0)
+                    counts = self._add_to_global_counts(counts)
                 shares = counts.to(scores.dtype) / counts.sum(dim=1, keepdim=True).clamp_min(1)
                 weights = shares * (coeff * self.num_experts / num_tokens.to(scores.dtype)).unsqueeze(1)
-                loss = _WeightedScores.apply(scores, slots, weights)
+                loss = _WeightedScores.apply(scores, flat_indices, weights)
                 probs = self._attach_loss(probs, loss, num_tokens, name, coeff, group)
         return probs
+
+    def _add_to_global_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """Add a counted forward's selections [1, E] to Megatron's counts of the global batch, and return these, [1, E].
+
+        The result shares its memory with Megatron's buffer.
+        """
+        if self._is_counted:
+            with hidden_from_checkpoints():
+                self.global_tokens_per_expert += counts[0]
+                self.ga_steps += 1
+        return self.global_tokens_per_expert.unsqueeze(0)
 
     @torch.no_grad()
     def _count_selections(
         self,
         selected: torch.Tensor,
-        slots: torch.Tensor | None,
+        flat_indices: torch.Tensor | None,
         columns: torch.Tensor | None,
         padding_mask: torch.Tensor | None,
         num_groups: int,
@@ -172,13 +181,13 @@ class RouterLosses(TopKRouter):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[U, E] numbers of selections, and [U] numbers of counted tokens, at least 1, over all ranks of the group."""
         shape = (selected.shape[0] // num_groups, num_groups)
-        if slots is None:
+        if flat_indices is None:
             counts = selected.view(*shape, self.num_experts).sum(dim=0)
         else:
             if columns is not None:  # these are all selected candidates
-                selected, slots = selected.gather(1, columns), slots.gather(1, columns)
+                selected, flat_indices = selected.gather(1, columns), flat_indices.gather(1, columns)
             counts = torch.zeros(num_groups * self.num_experts, dtype=torch.int64, device=selected.device)
-            counts.scatter_add_(0, slots.reshape(-1).long(), selected.reshape(-1).long())
+            counts.scatter_add_(0, flat_indices.reshape(-1).long(), selected.reshape(-1).long())
         if padding_mask is None:
             num_tokens = torch.full((num_groups,), shape[0], device=selected.device)
         else:
@@ -251,29 +260,32 @@ class _WeightedScores(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx,
         scores: torch.Tensor,
-        slots: torch.Tensor | None,
+        flat_indices: torch.Tensor | None,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum scores [T, N] times weights [U, E]. ``slots`` [T, N] index the flat weights; None for all E in order."""
+        """Sum scores [T, N] times weights [U, E].
+
+        The ``flat_indices`` [T, N] index the flat weights; None means all E experts in order.
+        """
         ctx.weights, ctx.shape = weights, scores.shape
-        ctx.save_for_backward(slots)
+        ctx.save_for_backward(flat_indices)
         grouped = (scores.shape[0] // weights.shape[0], weights.shape[0], scores.shape[1])
-        if slots is None:
+        if flat_indices is None:
             return (scores.view(grouped).sum(dim=0) * weights).sum(dim=1)
-        return (scores * weights.view(-1)[slots]).view(grouped).sum(dim=(0, 2))
+        return (scores * weights.view(-1)[flat_indices]).view(grouped).sum(dim=(0, 2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """The gradient of the scores is their weight, times ``grad`` [U]."""
-        (slots,) = ctx.saved_tensors
+        (flat_indices,) = ctx.saved_tensors
         weights = ctx.weights * grad.unsqueeze(1)
-        if slots is not None:
-            return weights.view(-1)[slots], None, None
+        if flat_indices is not None:
+            return weights.view(-1)[flat_indices], None, None
         return weights.repeat(ctx.shape[0] // weights.shape[0], 1), None, None
 
 
-def _slots(ids: torch.Tensor, num_groups: int, num_experts: int) -> torch.Tensor:
+def _flat_expert_indices(ids: torch.Tensor, num_groups: int, num_experts: int) -> torch.Tensor:
     """[T, N] indices of experts ``ids`` [T, N] in a flat [U, E], in the row of each token's group."""
     if num_groups == 1:
         return ids

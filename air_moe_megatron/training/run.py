@@ -24,7 +24,7 @@ from air_moe_megatron.command.checkpoints import check_checkpoint, parse_with_ch
 from air_moe_megatron.command.entry_refusals import refused_flags
 from air_moe_megatron.command.forward_step import forward_step
 from air_moe_megatron.command.memory import check_memory
-from air_moe_megatron.command.model import get_embedding_ranks, leave_out, model_config_from_args
+from air_moe_megatron.command.model import get_embedding_ranks, model_config_from_args, skip_missing_state
 from air_moe_megatron.command.schedule import invalid_schedules
 from air_moe_megatron.config import is_plain_topk, raise_first
 from air_moe_megatron.process_groups import process_groups_released
@@ -57,7 +57,7 @@ def run(
     config: PretrainConfigContainer,
     pretrain_func: Callable,
     store: torch.distributed.Store | None,
-    adapted: bool,
+    has_our_layers: bool,
     screen: TextIO | None = None,
 ) -> None:
     """Hand over to Megatron's training loop.
@@ -66,13 +66,13 @@ def run(
         config: everything Megatron configures, the model included.
         pretrain_func: ``megatron.training.pretrain``, wrapped where in-process restart is on.
         store: the ``torch.distributed`` store of in-process restart, or None.
-        adapted: whether any layer is ours; otherwise Megatron runs without our adaptations.
+        has_our_layers: whether any layer is ours; otherwise Megatron runs without our adaptations.
         screen: stream that also gets the losses if standard output is a file, or None.
     """
     with contextlib.ExitStack() as adaptations:
         if screen is not None:
             adaptations.enter_context(console.losses_on(screen))
-        if adapted:
+        if has_our_layers:
             adaptations.enter_context(mtp_specs_with_air_layers())
             adaptations.enter_context(codebook_updates())
         pretrain_func(
@@ -107,9 +107,9 @@ def train(program_start: float | None = None, screen: TextIO | None = None) -> N
         ranks.check("data", lambda: raise_first(unfit_data(args)))
         model_config = model_config_from_args(args)
         ranks.check("memory", lambda: check_memory(args))
-        lacking = check_checkpoint(args, model_config.transformer, ranks)
-        if lacking:
-            model_config.pre_wrap_hooks.append(partial(leave_out, lacking))
+        missing = check_checkpoint(args, model_config.transformer, ranks)
+        if missing:
+            model_config.pre_wrap_hooks.append(partial(skip_missing_state, missing))
         counts = agreed_counts(args, ranks)
         if counts is not None:
             model_config.pre_wrap_hooks.append(partial(balance_hash_tables, counts))

@@ -47,5 +47,5 @@ CALLS = {
 def test_what_kernels_do_not_take_is_done_by_torch_and_not_forced_in_silence(name, monkeypatch):
     assert CALLS[name]().numel()
     monkeypatch.setenv("AIR_MOE_BACKEND", "triton")
-    with pytest.raises(ValueError, match=f"cannot be had for {name.split('-')[0]}: .*(torch.float64|exceeds)"):
+    with pytest.raises(ValueError, match=f"cannot be used for {name.split('-')[0]}: .*(torch.float64|exceeds)"):
         CALLS[name]()

@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from air_moe_megatron.ops.segments import block_of, block_rows_of, sort_into_segments
+from air_moe_megatron.ops.blocks import block_of, block_rows_of
+from air_moe_megatron.ops.segments import sort_into_segments
 from air_moe_megatron.ops.tiles import (
     dot_wide,
     id_of_key,

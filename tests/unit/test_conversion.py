@@ -37,9 +37,9 @@ def namespace(*parts):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_converted_is_refused(name):
     saved, given, message = REFUSED[name]
-    conversion.judge(namespace(SAVED), namespace(GIVEN))
+    conversion.check_convertible(namespace(SAVED), namespace(GIVEN))
     with pytest.raises(ValueError) as error:
-        conversion.judge(namespace(SAVED, saved), namespace(GIVEN, given))
+        conversion.check_convertible(namespace(SAVED, saved), namespace(GIVEN, given))
     assert message in str(error.value)
 
 
@@ -53,19 +53,19 @@ def test_what_cannot_be_converted_is_refused(name):
     ],
 )
 def test_data_are_given_where_a_codebook_is_fitted_and_nowhere_else(saved, args, message):
-    conversion.check(namespace(ARGS), namespace(SAVED, {"moe_router_type": "topk"}))
+    conversion.check_data_flags(namespace(ARGS), namespace(SAVED, {"moe_router_type": "topk"}))
     with pytest.raises(ValueError, match=message):
-        conversion.check(namespace(ARGS, args), namespace(SAVED, {"moe_router_type": saved}))
+        conversion.check_data_flags(namespace(ARGS, args), namespace(SAVED, {"moe_router_type": saved}))
 
 
 @pytest.mark.parametrize("name", ["latest_checkpointed_iteration.txt", "iter_0000003", "release", ".metadata"])
 def test_a_folder_with_a_checkpoint_or_a_part_of_one_is_no_target(tmp_path, name):
     (tmp_path / "log.txt").touch()
-    conversion.check_target(str(tmp_path))
-    conversion.check_target(str(tmp_path / "none"))
+    conversion.check_save_folder(str(tmp_path))
+    conversion.check_save_folder(str(tmp_path / "none"))
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=f"holds {name}, of a checkpoint: name a new or empty folder"):
-        conversion.check_target(str(tmp_path))
+        conversion.check_save_folder(str(tmp_path))
 
 
 def checkpoint(*names, index=(4, 8)):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from air_moe_megatron.diagnostics.health import (
-    LOAD_METRICS,
     StageHealth,
     dispatch_sums,
     health_metrics,
@@ -20,13 +19,9 @@ from air_moe_megatron.learned.recomputation import ForwardCounter
 from air_moe_megatron.sync import discard_statistics, update_codebooks
 
 
-def load_figures(load, num_ranks=1):
-    return dict(zip(LOAD_METRICS, load_metrics_of(load, num_ranks).tolist(), strict=True))
-
-
-def test_load_figures_worked_example():
-    figures = load_figures(torch.tensor([2, 0, 1, 1]), num_ranks=2)
-    assert figures == {"experts-used": 0.75, "imbalance-factor": 1.5, "rank-imbalance": 1.0}
+def test_load_metrics_worked_example():
+    figures = load_metrics_of(torch.tensor([2, 0, 1, 1]), num_ranks=2)
+    assert figures == {"experts_used": 0.75, "imbalance_factor": 1.5, "rank_imbalance": 1.0}
 
 
 def test_load_sums_worked_examples():
@@ -102,21 +97,21 @@ def test_health_of_routers_of_different_types_and_sizes(megatron_cpu, monkeypatc
         torch.bincount(r.topk_ids[r.topk_ids >= 0], minlength=m.num_experts)
         for r, m in zip(routes, routers, strict=True)
     ]
-    hashed, *alone = [load_figures(load) for load in loads]
+    hashed, *alone = [load_metrics_of(load, 1) for load in loads]
     empty = sum(int((r.topk_ids < 0).sum()) for r in routes) / sum(r.topk_ids.numel() for r in routes[1:])
     logged = float(get_moe_metrics_tracker().metrics["vq_loss"].values.sum())
     stage = health.stage_health(routers, [], *health.expert_loads(routers))
     figures = health_metrics([stage])
     for name in alone[0]:
-        assert figures[name] == pytest.approx(sum(one[name] for one in alone) / 3)
-        assert figures[f"hash-{name}"] == pytest.approx(hashed[name])
+        assert figures[health.scalar_name(name)] == pytest.approx(sum(one[name] for one in alone) / 3)
+        assert figures[f"hash-{health.scalar_name(name)}"] == pytest.approx(hashed[name])
     assert figures["empty-slots"] == pytest.approx(empty) and empty > 0
     assert figures["vq-loss"] == pytest.approx(logged) and logged > 0
     line = health.health_line(figures, sizes_of([stage]), 7)
     assert "live codewords: 32.0 of 32 |" in line  # of the one that is fitted: the other has not been updated yet
     for words in ("% of 16 to 128", f"empty slots: {100 * empty:.2g}%", "vq loss: ", "experts listed: 100.0%"):
         assert words in line
-    assert f"experts used by hash layers: {hashed['experts-used']:.1%} | imbalance factor of hash layers: " in line
+    assert f"experts used by hash layers: {hashed['experts_used']:.1%} | imbalance factor of hash layers: " in line
     # Everything was set back; without tokens and AIR routers there is less to tell.
     stage = health.stage_health(routers[:1], [], *health.expert_loads(routers[:1]))
     line = health.health_line(health_metrics([stage]), sizes_of([stage]), 8)
@@ -168,7 +163,7 @@ def test_figures_are_the_same_under_any_default_dtype(megatron_cpu):
 
 
 def test_no_tokens_at_all_are_no_error():
-    assert load_figures(torch.zeros(4, dtype=torch.int64))["experts-used"] == 0.0
+    assert load_metrics_of(torch.zeros(4, dtype=torch.int64), 1)["experts_used"] == 0.0
 
 
 def test_listed_share_counts_each_expert_once_and_no_empty_slot():

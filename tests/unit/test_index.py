@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from air_moe_megatron.learned import index as index_module
 from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.codebook import Codebook
+from air_moe_megatron.learned.expert_keys import pack_keys, unpack_keys
 from air_moe_megatron.learned.index import REBUILDING, ShortlistIndex
 from air_moe_megatron.learned.lists import balanced_lists, inverted_lists, list_every_expert, reserved_slots
-from air_moe_megatron.learned.parts import pack_keys, unpack_keys
 from air_moe_megatron.learned.rebuild_schedule import Schedule, next_rebuild, num_rebuilds
 from air_moe_megatron.ops.coarse import assign_with_statistics
 from air_moe_megatron.ops.ranking import rank_experts

@@ -15,7 +15,7 @@ NAME = PACKAGE.name
 # A module may import from lower layers and from its own folder, if it is not listed there as unable to.
 LAYERS = (
     {
-        *("ops", "config", "compat", "patch", "process_groups"),
+        *("ops", "config", "compat", "patch", "process_groups", "modules", "expert_weights"),
         *("command", "command.console", "command.agreement", "command.indexed_dataset"),
     },
     {"learned", "cpu", "initialization", "command.schedule"},
@@ -34,7 +34,7 @@ WITHIN = {
     "learned": (
         {"centers", "module_state", "rebuild_schedule", "recomputation"},
         {"learner"},
-        {"codebook", "lists", "parts"},
+        {"codebook", "expert_keys", "lists", "parts"},
         {"index", "running_norm"},
         {"whitening_norm"},
         {"low_rank_whitening_norm"},

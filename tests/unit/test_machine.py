@@ -1,4 +1,4 @@
-"""What the doctor says of a machine: what is installed, and which path an operation takes."""
+"""What the doctor says of a machine: what is installed, and which backend an operation uses."""
 
 import argparse
 
@@ -44,15 +44,15 @@ def test_versions_name_what_is_there():
     assert {"Triton", "Transformer Engine", "NVIDIA Apex", "NCCL"} <= set(found)
 
 
-def test_every_operation_has_a_path_and_a_reason(monkeypatch):
+def test_every_operation_has_a_backend_and_a_reason(monkeypatch):
     assert set(machine.OPERATIONS) == {path.parent.name for path in (PACKAGE / "ops").glob("*/kernels.py")}
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert set(machine.paths(None).values()) == {("torch", "the tensors are not on a CUDA GPU")}
+    assert set(machine.backends(None).values()) == {("torch", "the tensors are not on a CUDA GPU")}
     monkeypatch.setenv("AIR_MOE_BACKEND", "torch")
-    assert set(machine.paths(None).values()) == {("torch", "AIR_MOE_BACKEND is 'torch'")}
+    assert set(machine.backends(None).values()) == {("torch", "AIR_MOE_BACKEND is 'torch'")}
     monkeypatch.setenv("AIR_MOE_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert set(machine.paths(None).values()) == {("Triton", "AIR_MOE_BACKEND is 'triton'")}
+    assert set(machine.backends(None).values()) == {("Triton", "AIR_MOE_BACKEND is 'triton'")}
 
 
 def test_sizes_beyond_the_kernels_limits_are_named(monkeypatch):
@@ -63,7 +63,7 @@ def test_sizes_beyond_the_kernels_limits_are_named(monkeypatch):
         **values | fields | dict(moe_router_type="air", moe_air_num_probes=16, moe_granular_experts=True),
         moe_router_enable_expert_bias=False,
     )
-    found = machine.paths(args)
+    found = machine.backends(args)
     assert found["coarse"] == ("torch", "num_probes (16) exceeds 8")
     assert found["fine_scores"] == ("torch", "probes (16) exceeds 8")
     assert found["exchange"] == ("torch", "a single expert-parallel rank exchanges nothing")

@@ -77,7 +77,7 @@ def test_a_codebook_of_superseded_steps_is_left_out(tmp_path):
     snapshot = codebook(iteration=40, num_clusters=16)
     run = read(tmp_path / "resumed", [*records, step(40)], snapshot)
     assert not run.codebooks and run.codebook_iteration is None
-    assert run.notes == ("air_codebook.json is of step 40, of which this run has no metrics, and is left out",)
+    assert run.notes == ("air_codebook.json is of step 40, but this run has no metrics of that step; it is left out",)
     for valid in (records[:3], [*records, diagnostics(40, 60)]):
         run = read(tmp_path / f"{len(valid)}", valid, snapshot)
         assert run.codebooks and run.codebook_iteration == 40 and not run.notes

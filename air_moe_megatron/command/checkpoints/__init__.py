@@ -26,14 +26,14 @@ from air_moe_megatron.command.checkpoints.saving import (
 )
 from air_moe_megatron.config import LAYOUT_FIELDS, AIRFields, Problems, is_plain_topk, problem_of, raise_first
 from air_moe_megatron.diagnostics.files import diagnostics_write_problem
-from air_moe_megatron.routers.lacking import Lacking
+from air_moe_megatron.routers.missing_state import MissingState
 
 __all__ = ["check_checkpoint", "fields_of_checkpoint", "parse_with_checkpoint", "saved_arguments", "unfit_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
 
-def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks: Ranks) -> Lacking:
+def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks: Ranks) -> MissingState:
     """Check what the run will load and where it will save, and print what will become of the codebooks.
 
     Returns:
@@ -45,24 +45,26 @@ def check_checkpoint(args: argparse.Namespace, config: TransformerConfig, ranks:
     if note is not None and ranks.rank == 0:
         logger.warning(note)
     report = _full_report(args)
-    return Lacking(ranks.agree("checkpoint", report, lambda reports: raise_first(_unfit(args, config, reports))))
+    return MissingState(ranks.agree("checkpoint", report, lambda reports: raise_first(_unfit(args, config, reports))))
 
 
-def unfit_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Problems[Lacking]:
+def unfit_checkpoint(args: argparse.Namespace, config: TransformerConfig) -> Problems[MissingState]:
     """Yield the problems of the checkpoint to load and the folder to save to, as this process sees them.
 
     Each is a ValueError: a checkpoint that is damaged, missing or unfit for the run, or a folder where nothing can be
     saved.
 
     Returns:
-        as :func:`unfit_contents`; nothing if no checkpoint is loaded.
+        as :func:`unfit_contents`; ``NOTHING`` if no checkpoint is loaded.
     """
     return (yield from _unfit(args, config, [_full_report(args)]))
 
 
-def _unfit(args: argparse.Namespace, config: TransformerConfig, reports: list[dict[str, Any]]) -> Problems[Lacking]:
+def _unfit(
+    args: argparse.Namespace, config: TransformerConfig, reports: list[dict[str, Any]]
+) -> Problems[MissingState]:
     """Like :func:`unfit_checkpoint`, for the reports of all ranks."""
-    location, checkpoint, lacking = None, None, Lacking.NOTHING
+    location, checkpoint, missing = None, None, MissingState.NOTHING
     try:
         location = _agreed_location(args, reports)
     except ValueError as error:
@@ -74,13 +76,13 @@ def _unfit(args: argparse.Namespace, config: TransformerConfig, reports: list[di
         try:
             with _naming(location):
                 checkpoint = read(location)
-                lacking = yield from unfit_contents(checkpoint, args, config)
+                missing = yield from unfit_contents(checkpoint, args, config)
                 yield from problem_of(check_schedule, checkpoint, args)
         except ValueError as error:
             yield error
     yield from problem_of(check_optimizer_resumes, args, checkpoint)
     yield from problem_of(check_room, args, config)
-    return lacking
+    return missing
 
 
 def parse_with_checkpoint(args: argparse.Namespace, ranks: Ranks) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from air_moe_megatron.command.schedule import schedule_of
 from air_moe_megatron.config import AIRFields, Problems, num_hash_layers, passed_on, problem_of, resolve_sizes
 from air_moe_megatron.routers import ROUTERS
 from air_moe_megatron.routers.base import CompactRouter
-from air_moe_megatron.routers.lacking import Lacking
+from air_moe_megatron.routers.missing_state import MissingState
 
 _GIVEN_SIZES = (
     "num_layers",
@@ -48,7 +48,9 @@ _OF_SCHEDULE = (
 _CODEWORDS = "router.codebook.codewords"
 
 
-def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: TransformerConfig) -> Problems[Lacking]:
+def unfit_contents(
+    checkpoint: Checkpoint, args: argparse.Namespace, config: TransformerConfig
+) -> Problems[MissingState]:
     """Yield a ValueError for each reason that a run cannot load a checkpoint, with the flag, its value and the remedy.
 
     Top-k and AIR differ only in the codebooks, so each loads into the other. A missing codebook is learned anew, an
@@ -56,7 +58,7 @@ def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
     hold an unfinished rebuild of the lists; it then begins anew.
 
     Returns:
-        what the run's AIR routers have and the checkpoint lacks.
+        the state that the run's AIR routers have and the checkpoint does not hold.
     """
     router_type = getattr(config, "moe_router_type", "topk")
     if checkpoint.is_legacy:
@@ -72,27 +74,27 @@ def unfit_contents(checkpoint: Checkpoint, args: argparse.Namespace, config: Tra
     yield from problem_of(_check_expert_bias, checkpoint, config)
     yield from problem_of(_check_optimizer, checkpoint, args)
     if of_other_size or of_other_type:
-        return Lacking.NOTHING
-    lacking = _lacking(checkpoint, router_type)
-    if router_type != "topk" and lacking is not Lacking.CODEBOOK:
+        return MissingState.NOTHING
+    missing = _missing_state(checkpoint, router_type)
+    if router_type != "topk" and missing is not MissingState.CODEBOOK:
         yield from problem_of(_check_fields, checkpoint, config, ROUTERS[router_type])
     if num_hash_layers(config):
         yield from problem_of(_check_fields, checkpoint, config, ROUTERS["hash"])
     if router_type == "air":
         yield from problem_of(_check_codebooks, checkpoint, config)
-    if lacking is Lacking.CODEBOOK:
+    if missing is MissingState.CODEBOOK:
         _print_origin(checkpoint, "top-k routing: expert centers are kept, codebooks are seeded from the first batch")
     if router_type != "air" and checkpoint.has(_CODEWORDS):
         _print_origin(checkpoint, "AIR routing: its experts are loaded, its codebooks are not")
-    return lacking
+    return missing
 
 
-def _lacking(checkpoint: Checkpoint, router_type: str) -> Lacking:
+def _missing_state(checkpoint: Checkpoint, router_type: str) -> MissingState:
     if router_type != "air":
-        return Lacking.NOTHING
+        return MissingState.NOTHING
     if not checkpoint.has(_CODEWORDS):
-        return Lacking.CODEBOOK
-    return Lacking.NOTHING if checkpoint.has("router.index.progress") else Lacking.REBUILD
+        return MissingState.CODEBOOK
+    return MissingState.NOTHING if checkpoint.has("router.index.progress") else MissingState.REBUILD
 
 
 def _print_origin(checkpoint: Checkpoint, origin: str) -> None:

@@ -17,11 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from air_moe_megatron.ops.blocks import contiguous
 from air_moe_megatron.ops.coarse import NUM_SCALARS
-from air_moe_megatron.ops.segments import (
-    contiguous,
-    sort_into_segments,
-)
+from air_moe_megatron.ops.segments import sort_into_segments
 from air_moe_megatron.ops.tiles import (
     HIGHEST_KEY,
     LOWEST_KEY,

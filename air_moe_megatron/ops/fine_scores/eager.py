@@ -56,7 +56,7 @@ class _Grouping:
     """All batches, and the position of each row in them."""
 
     batches: list[_Batch]
-    slots: torch.Tensor  # [R] int64, padded row of each row; X for the rows of codewords without experts
+    padded_rows: torch.Tensor  # [R] int64, padded row of each row; X for the rows of codewords without experts
     num_padded: int  # X
     width: int  # least list length over all batches; 0 if a batch is not full or a row is in no batch
 
@@ -82,8 +82,8 @@ def _group(shortlist: torch.Tensor, probes: torch.Tensor, hidden_size: int) -> _
     first = torch.empty_like(counts).index_copy_(0, by_count, torch.tensor(starts, dtype=torch.int64, device=device))
     sorted_probes = flat_probes[order]
     shift = first - (counts.cumsum(0) - counts)
-    slots = (torch.arange(num_rows, device=device) + shift[sorted_probes]).clamp(max=num_padded)
-    rows = torch.full((num_padded + 1,), num_rows, device=device).index_copy_(0, slots, order)
+    padded_rows = (torch.arange(num_rows, device=device) + shift[sorted_probes]).clamp(max=num_padded)
+    rows = torch.full((num_padded + 1,), num_rows, device=device).index_copy_(0, padded_rows, order)
     tokens = rows.clamp(max=max(num_rows - 1, 0))
     tokens = tokens // num_probes if num_probes > 1 else tokens
 
@@ -94,9 +94,8 @@ def _group(shortlist: torch.Tensor, probes: torch.Tensor, hidden_size: int) -> _
         batches.append(_Batch(span, shape, rows[span], tokens[span], experts[start:end, :length], is_full))
     num_batched = sum(rows_of for start, end, *_ in spans for rows_of, _ in sizes[start:end])
     width = min((batch.experts.shape[1] if batch.is_full else 0 for batch in batches), default=0)
-    return _Grouping(
-        batches, torch.empty_like(slots).index_copy_(0, order, slots), num_padded, width * (num_batched == num_rows)
-    )
+    padded_rows = torch.empty_like(padded_rows).index_copy_(0, order, padded_rows)
+    return _Grouping(batches, padded_rows, num_padded, width * (num_batched == num_rows))
 
 
 def _spans(sizes: list[list[int]], hidden_size: int) -> Iterator[tuple[int, int, int, int, bool]]:
@@ -118,7 +117,7 @@ def _spans(sizes: list[list[int]], hidden_size: int) -> Iterator[tuple[int, int,
         start = end
 
 
-class _Centers:
+class _CenterBuffer:
     """One buffer for the gathered centers, which is reused by one batch after another."""
 
     def __init__(self, batches: list[_Batch], weight: torch.Tensor, dtype: torch.dtype) -> None:
@@ -143,7 +142,7 @@ def _tiles(
     batches: list[_Batch], hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> Iterator[tuple[_Batch, torch.Tensor]]:
     """Yield each batch with its scores [B, n, length], -inf where a list is shorter."""
-    centers = _Centers(batches, weight, dtype)
+    centers = _CenterBuffer(batches, weight, dtype)
     for batch in batches:
         tile = torch.bmm(_tokens(hidden, batch, dtype), centers.gather(weight, batch).transpose(1, 2))
         if bias is not None:
@@ -206,7 +205,7 @@ class _GroupedFineScores(torch.autograd.Function):
             is_wide = main_grad is not None and at_least_fp32(main_grad.dtype) == main_grad.dtype
             grad_weight = main_grad if is_wide else grad_scores.new_zeros(weight.shape, dtype=wide)
         grad_bias = grad_scores.new_zeros(bias.shape, dtype=wide) if need_bias else None
-        centers = _Centers(ctx.batches, weight, dtype)
+        centers = _CenterBuffer(ctx.batches, weight, dtype)
         for batch in ctx.batches:
             grad = _rows_or_zero(grad_scores[:, : batch.experts.shape[1]], batch)  # [B, n, length]
             if not batch.is_full:
@@ -365,6 +364,6 @@ def _best_of_list(
         else:
             for values, best in zip((scores, columns), tile.topk(num_best, dim=2, sorted=False), strict=True):
                 values[batch.span, :num_best] = best.flatten(0, 1)
-    scores, columns = scores.index_select(0, grouping.slots), columns.index_select(0, grouping.slots)
+    scores, columns = (values.index_select(0, grouping.padded_rows) for values in (scores, columns))
     ids = shortlist.reshape(-1).index_select(0, (probes * shortlist.shape[1] + columns).reshape(-1))
     return scores, ids.int().view_as(columns)

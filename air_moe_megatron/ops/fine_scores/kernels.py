@@ -18,14 +18,10 @@ import triton
 import triton.language as tl
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from air_moe_megatron.ops.blocks import block_of, block_rows_of, contiguous
 from air_moe_megatron.ops.pair_products import make_pairs
 from air_moe_megatron.ops.pair_products.kernels import launch_pair_weight_gradient
-from air_moe_megatron.ops.segments import (
-    block_of,
-    block_rows_of,
-    contiguous,
-    sort_into_segments,
-)
+from air_moe_megatron.ops.segments import sort_into_segments
 from air_moe_megatron.ops.tiles import (
     dot,
     dot_dtype_of,

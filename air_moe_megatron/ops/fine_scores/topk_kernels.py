@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from air_moe_megatron.ops.blocks import block_of, contiguous
 from air_moe_megatron.ops.fine_scores.eager import SCORES_OF_BLOCK
 from air_moe_megatron.ops.fine_scores.kernels import (
     LIMITS,
@@ -32,10 +33,6 @@ from air_moe_megatron.ops.fine_scores.kernels import (
     rows_of_block,
     score_tile,
     sort_rows,
-)
-from air_moe_megatron.ops.segments import (
-    block_of,
-    contiguous,
 )
 from air_moe_megatron.ops.selected_scores.kernels import selected_scores
 from air_moe_megatron.ops.tiles import (

@@ -28,13 +28,9 @@ import triton
 import triton.language as tl
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from air_moe_megatron.ops.blocks import block_of, block_rows_of, contiguous
 from air_moe_megatron.ops.pair_products import Pairs
 from air_moe_megatron.ops.pair_products.kernels import launch_pair_sums, launch_pair_weight_gradient, pairs_from
-from air_moe_megatron.ops.segments import (
-    block_of,
-    block_rows_of,
-    contiguous,
-)
 from air_moe_megatron.ops.tiles import (
     dot,
     dot_dtype_of,

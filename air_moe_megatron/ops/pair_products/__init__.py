@@ -10,6 +10,7 @@ import torch
 
 from air_moe_megatron.ops.backend import use_kernels
 from air_moe_megatron.ops.pair_products import eager
+from air_moe_megatron.ops.segments import sort_into_segments
 
 __all__ = ["Pairs", "make_pairs", "pair_dots", "pair_gradients", "pair_sums"]
 
@@ -75,13 +76,13 @@ def make_pairs(rows: torch.Tensor, ids: torch.Tensor, num_rows: int, num_ids: in
     if rows.dim() != 1 or rows.shape != ids.shape:
         raise ValueError(f"rows {tuple(rows.shape)} and ids {tuple(ids.shape)} must both be [N]")
     rows, ids = rows.long(), ids.long()
-    sorted_ids, by_id = ids.sort(stable=True)
+    by_id, id_first = sort_into_segments(ids, num_ids)
     return Pairs(
         rows=rows,
         ids=ids,
         row_first=torch.searchsorted(rows, torch.arange(num_rows + 1, device=rows.device)),
         by_id=by_id,
-        id_first=torch.searchsorted(sorted_ids, torch.arange(num_ids + 1, device=ids.device)),
+        id_first=id_first,
     )
 
 

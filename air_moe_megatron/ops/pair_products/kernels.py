@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from air_moe_megatron.ops.blocks import next_power_of_2
 from air_moe_megatron.ops.pair_products import Pairs
-from air_moe_megatron.ops.segments import next_power_of_2
 from air_moe_megatron.ops.tiles import segment_blocks
 from air_moe_megatron.ops.weight_gradient import add_weight_gradient
 

@@ -27,11 +27,9 @@ import torch
 import triton
 import triton.language as tl
 
+from air_moe_megatron.ops.blocks import contiguous
 from air_moe_megatron.ops.ranking import GROUP_SIZE, MAX_CANDIDATE_KEYS
-from air_moe_megatron.ops.segments import (
-    contiguous,
-    sort_into_segments,
-)
+from air_moe_megatron.ops.segments import sort_into_segments
 from air_moe_megatron.ops.tiles import (
     LOWEST_KEY,
     apply_score_function,

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from air_moe_megatron.ops.blocks import contiguous
 from air_moe_megatron.ops.pair_products import make_pairs
 from air_moe_megatron.ops.pair_products.kernels import launch_pair_sums, launch_pair_weight_gradient
-from air_moe_megatron.ops.segments import contiguous
 from air_moe_megatron.ops.weight_gradient import add_weight_gradient
 
 

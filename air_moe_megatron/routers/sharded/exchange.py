@@ -7,7 +7,7 @@ import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from air_moe_megatron.ops.dtypes import at_least_fp32
-from air_moe_megatron.process_groups import group_size
+from air_moe_megatron.process_groups import gather_sizes, group_size
 
 
 class RowExchange:
@@ -31,16 +31,9 @@ class RowExchange:
     ) -> None:
         self.group, self.num_ranks = group, group_size(group)
         self.rank = 0 if group is None else group.rank()
-        self.num_tokens, self.counts = num_tokens, [num_tokens]  # counts: number of tokens of each rank
-        if self.num_ranks > 1:
-            own = torch.tensor([num_tokens, *sizes.values()], device=device)
-            gathered = own.new_empty(self.num_ranks * own.numel())
-            torch.distributed.all_gather_into_tensor(gathered, own, group=group)
-            gathered = gathered.view(self.num_ranks, -1).t().tolist()  # waits for the device
-            self.counts = gathered[0]
-            for name, values in zip(sizes, gathered[1:], strict=True):
-                if len(set(values)) > 1:
-                    raise ValueError(f"{name} differs between the expert-parallel ranks: {values}")
+        self.num_tokens = num_tokens
+        gathered = gather_sizes({"tokens": num_tokens, **sizes}, group, device, may_differ=("tokens",))
+        self.counts = gathered["tokens"]  # number of tokens of each rank
 
     @property
     def num_rows(self) -> int:

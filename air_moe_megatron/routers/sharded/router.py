@@ -3,12 +3,11 @@
 from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from air_moe_megatron.expert_weights import mark_expert_weight, sharded_by_expert
 from air_moe_megatron.initialization import is_normal
 from air_moe_megatron.learned.centers import Centers
 from air_moe_megatron.learned.index import ShortlistIndex
@@ -17,7 +16,7 @@ from air_moe_megatron.learned.recomputation import hidden_from_checkpoints
 from air_moe_megatron.ops.score_functions import selection_scores
 from air_moe_megatron.process_groups import sum_over_ranks
 from air_moe_megatron.routers.air import AIRRouter
-from air_moe_megatron.routers.base import Routes
+from air_moe_megatron.routers.base import Routes, invalid_probs_error
 from air_moe_megatron.routers.losses import layer_of
 from air_moe_megatron.routers.sharded.candidates import Candidates, GatheredRows, Offers
 from air_moe_megatron.routers.sharded.exchange import RowExchange
@@ -76,10 +75,10 @@ class ShardedAIRRouter(AIRRouter):
                 if start < stop:
                     weight[start - own.start : stop - own.start] = block[start - first : stop - first]
         self.weight, self.bias = torch.nn.Parameter(weight), None
-        # The marks that expert weights have.
-        self.weight.allreduce = False
-        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
-        self.weight.expert_tp = True  # Muon finds the tensor-parallel group of a weight by it
+        mark_expert_weight(self.weight)
+        # Muon finds the tensor-parallel group of a weight by this mark. Megatron sets it, but only on parameters with
+        # "experts" in their names.
+        self.weight.expert_tp = True
 
     def mean_over_shards(self, share: torch.Tensor) -> torch.Tensor:
         """Average over the shards; communicates over the expert-parallel group."""
@@ -126,7 +125,8 @@ class ShardedAIRRouter(AIRRouter):
         offers = self._score_rows(rows, shortlist, num_best, num_explored)  # step 2
         candidates = self._choose_offers(rows, offers, num_best)  # step 3
         del offers  # of all rows; the candidates hold what is still needed
-        routes = self._choose_candidates(candidates.scores, candidates.ids, hidden, probes, padding_mask, batch_size)
+        routes = self._choose_candidates(candidates.scores, candidates.ids, probes, padding_mask, batch_size)
+        self._record(hidden, probes, padding_mask, batch_size)
         return self._tell_owners(rows, candidates, routes, padding_mask)  # step 4
 
     def _gather(self, tokens: torch.Tensor, probes: torch.Tensor, num_best: int, num_explored: int) -> GatheredRows:
@@ -200,10 +200,7 @@ class ShardedAIRRouter(AIRRouter):
         selected, num_invalid = candidates.tell_owners(is_kept, routes.columns, is_invalid.sum())
         for rank, number in enumerate(num_invalid):
             if number:
-                raise ValueError(
-                    f"layer {layer_of(self)}: {number} of the routing probs of expert-parallel rank {rank} are NaN "
-                    "or infinite; the hidden states or the router's weights are not finite"
-                )
+                raise invalid_probs_error(number, rank, layer_of(self))
         num_probes, num_offers = rows.probed.shape[1], candidates.offered.shape[1]
         return ShardedRoutes(
             **vars(routes),
@@ -223,16 +220,10 @@ class ShardedAIRRouter(AIRRouter):
     ) -> ShardedStateDict:
         """Shard centers and lists by global expert id, so that checkpoints load at any D, and without sharding."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        num_offsets = len(sharded_offsets)
         for name, axis in _SPLIT_ALONG.items():
             if prefix + name in state:
                 replicated = state[prefix + name]
-                state[prefix + name] = ShardedTensor.from_rank_offsets(
-                    replicated.key,
-                    replicated.data,
-                    *sharded_offsets,
-                    (num_offsets + axis, self.ep_group.rank(), self.ep_group.size()),
-                    replica_id=(0, 0, self.expt_dp_group.rank()),
-                    prepend_axis_num=num_offsets,
+                state[prefix + name] = sharded_by_expert(
+                    replicated.key, replicated.data, sharded_offsets, self.ep_group, self.expt_dp_group, axis
                 )
         return state

@@ -10,7 +10,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from air_moe_megatron.routers.lacking import Lacking
+from air_moe_megatron.routers.missing_state import MissingState
 from tests.megatron.conftest import MODEL
 from tests.saved import ALONE, HIDDEN, LAYERS, tensors_of
 
@@ -75,7 +75,7 @@ def save(parsed, megatron_cpu, tmp_path):
 def check(parsed, megatron_cpu):
     """A function that checks a run: its arguments that differ from top-k's -> what the checkpoint lacks."""
 
-    def check(ranks=ALONE, **changes) -> Lacking:
+    def check(ranks=ALONE, **changes) -> MissingState:
         from air_moe_megatron.command.arguments import transformer_config_from_args
         from air_moe_megatron.command.checkpoints import check_checkpoint
 

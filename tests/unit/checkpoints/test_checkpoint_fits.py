@@ -2,7 +2,7 @@
 
 import pytest
 
-from air_moe_megatron.routers.lacking import Lacking
+from air_moe_megatron.routers.missing_state import MissingState
 from tests.saved import AIR, BF16, GRANULAR, NORM
 
 OTHER_MODEL = {
@@ -35,7 +35,7 @@ def test_a_dense_gpt_model_is_refused_for_a_hybrid_one_with_experts(save, check)
 
 
 def test_equal_patterns_of_layers_pass_however_they_are_written(save, check):
-    assert check(load=save(), moe_layer_freq=[1, 1]) is Lacking.NOTHING
+    assert check(load=save(), moe_layer_freq=[1, 1]) is MissingState.NOTHING
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_equal_patterns_of_layers_pass_however_they_are_written(save, check):
 @pytest.mark.parametrize("fields", [{}, GRANULAR], ids=["modules", "granular"])
 def test_without_arguments_the_tensors_tell_the_sizes(save, check, fields, changes, message):
     folder = save(args=False, **fields)
-    assert check(load=folder, **fields) is Lacking.NOTHING
+    assert check(load=folder, **fields) is MissingState.NOTHING
     with pytest.raises(ValueError, match=message):
         check(load=folder, **fields, **changes)
 
@@ -114,7 +114,7 @@ OTHER_ROUTER = {
 def test_another_router_is_refused(save, check, is_legacy, saved, wanted, message, skip_train):
     folder = save(is_legacy=is_legacy, **saved)
     if message is None:
-        assert check(load=folder, skip_train=skip_train, **wanted) is Lacking.NOTHING
+        assert check(load=folder, skip_train=skip_train, **wanted) is MissingState.NOTHING
         return
     with pytest.raises(ValueError, match=message):
         check(load=folder, skip_train=skip_train, **wanted)
@@ -137,7 +137,7 @@ def test_a_size_that_was_chosen_automatically_names_what_it_was_chosen_by(save, 
 
 
 def test_expert_biases_that_are_not_wanted_are_left_with_a_word(save, check, capsys):
-    assert check(load=save(moe_router_enable_expert_bias=True)) is Lacking.NOTHING
+    assert check(load=save(moe_router_enable_expert_bias=True)) is MissingState.NOTHING
     assert "holds expert biases: without --moe-router-enable-expert-bias they are left" in capsys.readouterr().out
 
 
@@ -155,7 +155,7 @@ def test_the_optimizer_of_another_precision_is_refused(save, check, saved, wante
     with pytest.raises(ValueError, match=message):
         check(load=folder, **wanted)
     for remedy in ({"no_load_optim": True}, {"finetune": True}, {"skip_train": True}):
-        assert check(load=folder, **wanted, **remedy) is Lacking.NOTHING
+        assert check(load=folder, **wanted, **remedy) is MissingState.NOTHING
 
 
 @pytest.mark.parametrize("args", [True, False])
@@ -164,7 +164,7 @@ def test_a_checkpoint_without_optimizer_state(save, check, args):
     words = "holds no optimizer state: add --no-load-optim to start optimizer and learning-rate schedule anew"
     with pytest.raises(ValueError, match=words):
         check(load=folder)
-    assert check(load=folder, no_load_optim=True) is Lacking.NOTHING
+    assert check(load=folder, no_load_optim=True) is MissingState.NOTHING
 
 
 OTHER_SCHEDULE = {
@@ -180,11 +180,11 @@ OTHER_SCHEDULE = {
 def test_another_schedule_is_refused_unless_it_is_chosen(save, check, is_legacy, changes, message):
     schedule = {"train_iters": 2, "global_batch_size": 2, "lr_warmup_iters": 0}
     folder, changes = save(is_legacy=is_legacy, **schedule), schedule | changes
-    assert check(load=folder, **schedule) is Lacking.NOTHING
+    assert check(load=folder, **schedule) is MissingState.NOTHING
     with pytest.raises(ValueError, match=f"goes on with the schedule that it was trained with: {message}.*; or add"):
         check(load=folder, **changes)
     for choice in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "finetune", "no_load_optim"):
-        assert check(load=folder, **changes, **{choice: True}) is Lacking.NOTHING
+        assert check(load=folder, **changes, **{choice: True}) is MissingState.NOTHING
 
 
 @pytest.mark.parametrize("name", ["lr", "min_lr", "decoupled_lr"])
@@ -195,12 +195,12 @@ def test_another_learning_rate_is_refused_whatever_schedule_is_chosen(save, chec
         with pytest.raises(ValueError, match=rf"finds by its learning rates: {flag} .*must .*--no-load-optim"):
             check(load=folder, **changes, **choice)
     for choice in ("finetune", "no_load_optim"):
-        assert check(load=folder, **changes, **{choice: True}) is Lacking.NOTHING
+        assert check(load=folder, **changes, **{choice: True}) is MissingState.NOTHING
 
 
 def test_a_schedule_that_is_the_same_in_other_words_passes(save, check):
     folder = save(train_iters=8, lr_decay_iters=8, lr_warmup_fraction=0.25)  # as Megatron fills them in
-    assert check(load=folder, train_iters=8, lr_warmup_iters=2) is Lacking.NOTHING
+    assert check(load=folder, train_iters=8, lr_warmup_iters=2) is MissingState.NOTHING
     with pytest.raises(ValueError, match=r"--train-iters \(9\) must be 8"):
         check(load=folder, train_iters=9, lr_warmup_iters=2)
 
@@ -210,7 +210,7 @@ def test_the_legacy_format_is_bound_to_its_layout(save, check):
     with pytest.raises(ValueError, match=r"legacy format 'torch', .*: --expert-model-parallel-size \(1\) must be 2"):
         check(load=folder)
     same = {"load": folder, "expert_model_parallel_size": 2, "world_size": 2}
-    assert check(**same) is Lacking.NOTHING
+    assert check(**same) is MissingState.NOTHING
     path = folder / "iter_0000002" / "mp_rank_00_001" / "model_optim_rng.pt"
     path.rename(path.with_name("elsewhere"))
     with pytest.raises(ValueError, match=f"'{path}' is missing; no other iteration"):
@@ -221,4 +221,4 @@ def test_the_flag_of_the_other_format_is_refused(save, check):
     folder = save()
     with pytest.raises(ValueError, match=r"format torch_dist: --ckpt-format \(torch\) must be torch_dist"):
         check(load=folder, ckpt_format="torch")
-    assert check(load=folder, ckpt_format="torch", auto_detect_ckpt_format=True) is Lacking.NOTHING
+    assert check(load=folder, ckpt_format="torch", auto_detect_ckpt_format=True) is MissingState.NOTHING

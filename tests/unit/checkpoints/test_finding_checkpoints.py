@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from air_moe_megatron.routers.lacking import Lacking
+from air_moe_megatron.routers.missing_state import MissingState
 from tests.saved import AIR, ALONE, GRANULAR, NORM, only, tensors_of
 from tests.unit.test_agreement import on_ranks
 
@@ -21,7 +21,7 @@ from tests.unit.test_agreement import on_ranks
 def test_the_run_that_saved_it_passes(save, check, is_legacy, fields):
     if fields.get("moe_router_type") == "hash":
         fields = fields | {"moe_hash_vocab_size": 64, "moe_router_dtype": None, "moe_aux_loss_coeff": 0.0}
-    assert check(load=save(is_legacy=is_legacy, **fields), **fields) is Lacking.NOTHING
+    assert check(load=save(is_legacy=is_legacy, **fields), **fields) is MissingState.NOTHING
 
 
 def test_metadata_with_the_plans_of_all_ranks_are_read(save, check):
@@ -39,26 +39,26 @@ def test_metadata_with_the_plans_of_all_ranks_are_read(save, check):
     ]
     metadata.all_local_plans = [SavePlan(items)]
     path.write_bytes(pickle.dumps(metadata))
-    assert check(load=folder) is Lacking.NOTHING
+    assert check(load=folder) is MissingState.NOTHING
 
 
 def test_topk_and_air_load_into_each_other(save, check, is_legacy, capsys):
-    assert check(load=save(is_legacy=is_legacy), **AIR) is Lacking.CODEBOOK
+    assert check(load=save(is_legacy=is_legacy), **AIR) is MissingState.CODEBOOK
     assert "expert centers are kept, codebooks are seeded" in capsys.readouterr().out
-    assert check(load=save(iteration=3, is_legacy=is_legacy, **AIR)) is Lacking.NOTHING
+    assert check(load=save(iteration=3, is_legacy=is_legacy, **AIR)) is MissingState.NOTHING
     assert "its experts are loaded, its codebooks are not" in capsys.readouterr().out
 
 
 def test_a_checkpoint_from_before_rebuilds_were_saved_lacks_only_them(save, parsed, check, is_legacy):
     tensors = tensors_of(argparse.Namespace(**vars(parsed) | AIR))
     del tensors["router.index.progress"]
-    lacking = check(load=save(tensors=tensors, is_legacy=is_legacy, **AIR), **AIR)
-    assert lacking is Lacking.REBUILD
-    assert lacking.prefixes == ("index.pool", "index.staged_keys", "index.progress")
+    missing = check(load=save(tensors=tensors, is_legacy=is_legacy, **AIR), **AIR)
+    assert missing is MissingState.REBUILD
+    assert missing.prefixes == ("index.pool", "index.staged_keys", "index.progress")
 
 
 def test_without_load_nothing_is_read(check):
-    assert check(**AIR) is Lacking.NOTHING
+    assert check(**AIR) is MissingState.NOTHING
 
 
 # Where it is.
@@ -75,7 +75,7 @@ def test_a_garbled_tracker_is_an_error_that_names_a_whole_iteration(save, check,
         check(load=folder)
     assert "\n" not in str(error.value) and "--ckpt-step 2" in str(error.value)
     tracker.unlink()  # as the message says
-    assert check(load=folder, ckpt_step=2) is Lacking.NOTHING
+    assert check(load=folder, ckpt_step=2) is MissingState.NOTHING
 
 
 def test_a_missing_tracker_beside_iterations_is_an_error(save, check):
@@ -83,7 +83,7 @@ def test_a_missing_tracker_beside_iterations_is_an_error(save, check):
     (folder / "latest_checkpointed_iteration.txt").unlink()
     with pytest.raises(ValueError, match="iteration.txt' is missing; iteration 2 is whole: add --ckpt-step 2"):
         check(load=folder, save=folder)
-    assert check(load=folder, save=folder, ckpt_step=2) is Lacking.NOTHING
+    assert check(load=folder, save=folder, ckpt_step=2) is MissingState.NOTHING
     for changes in ({"pretrained_checkpoint": folder}, {"load": folder, "pretrained_checkpoint": folder}):
         with pytest.raises(ValueError, match="iteration.txt' is missing; write one of them into it"):
             check(**changes)
@@ -103,8 +103,8 @@ def test_the_folder_of_one_iteration_is_none_to_start_in(save, check, is_legacy,
 def test_load_without_a_checkpoint_is_an_error_but_for_the_folder_of_save(check, tmp_path):
     new, other = tmp_path / "new", tmp_path / "other"
     other.mkdir()
-    assert check(load=new, save=new) is Lacking.NOTHING
-    assert check(load=other, save=f"{tmp_path}/new/../other") is Lacking.NOTHING
+    assert check(load=new, save=new) is MissingState.NOTHING
+    assert check(load=other, save=f"{tmp_path}/new/../other") is MissingState.NOTHING
     for changes in ({}, {"save": new}, {"save": other, "skip_train": True}):
         with pytest.raises(ValueError, match=f"--load '{other}' holds no checkpoint: name a folder that does"):
             check(load=other, **changes)
@@ -129,7 +129,7 @@ def test_the_newer_of_two_kinds_of_checkpoint_is_checked(save, check):
     (folder / "non_persistent" / "latest_checkpointed_iteration.txt").write_text("3")
     with pytest.raises(ValueError, match="non_persistent/iter_0000003' holds granular experts"):
         check(load=folder, non_persistent_ckpt_type="global")
-    assert check(load=folder) is Lacking.NOTHING
+    assert check(load=folder) is MissingState.NOTHING
 
 
 # Whether it is whole.
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_names_the_file_and_the_iteration_that_is_whole(sav
     assert message.startswith(f"--load '{folder}/iter_0000003' is damaged: '{path}' ")
     assert message.endswith("; iteration 2 is whole: add --ckpt-step 2 to load it")
     assert "\n" not in message
-    assert check(load=folder, save=folder, ckpt_step=2) is Lacking.NOTHING
+    assert check(load=folder, save=folder, ckpt_step=2) is MissingState.NOTHING
     assert before <= set(folder.rglob("*"))
 
 
@@ -212,7 +212,7 @@ def test_reading_a_checkpoint_runs_none_of_its_code(save, check, tmp_path, where
     trace = tmp_path / "trace"
     if where == "common-state":
         folder = save(moe_router_topk=Attack(trace))
-        assert check(load=folder) is Lacking.NOTHING  # its arguments are not read
+        assert check(load=folder) is MissingState.NOTHING  # its arguments are not read
     elif where == "metadata":
         folder = save()
         (folder / "iter_0000002" / ".metadata").write_bytes(pickle.dumps(Attack(trace)))
@@ -231,15 +231,15 @@ def test_reading_a_checkpoint_runs_none_of_its_code(save, check, tmp_path, where
 def messages_of(check, changes_of_rank: list[dict]) -> list[str]:
     """What each rank of a world is told, or "" where it may start."""
     outcomes = on_ranks(len(changes_of_rank), lambda ranks: check(ranks=ranks, **changes_of_rank[ranks.rank]))
-    assert all(outcome is Lacking.NOTHING or isinstance(outcome, ValueError) for outcome in outcomes)
-    return ["" if outcome is Lacking.NOTHING else str(outcome) for outcome in outcomes]
+    assert all(outcome is MissingState.NOTHING or isinstance(outcome, ValueError) for outcome in outcomes)
+    return ["" if outcome is MissingState.NOTHING else str(outcome) for outcome in outcomes]
 
 
 def test_every_rank_ends_with_the_same_message(save, check, tmp_path):
     folder, other = save(), tmp_path / "elsewhere"
     assert messages_of(check, [{"load": folder}] * 3) == ["", "", ""]
     outcomes = on_ranks(2, lambda ranks: check(ranks=ranks, load=folder, **AIR))
-    assert all(outcome is Lacking.CODEBOOK for outcome in outcomes)
+    assert all(outcome is MissingState.CODEBOOK for outcome in outcomes)
     # A rank that does not see the folder, of which the others know nothing.
     for changes in ({"load": other}, {"load": other, "save": other}):
         messages = messages_of(check, [{"load": folder}, {"load": folder}, changes])

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from air_moe_megatron.routers.lacking import Lacking
+from air_moe_megatron.routers.missing_state import MissingState
 from tests.saved import BF16, EXPERTS, FFN, HIDDEN, LAYERS
 
 
@@ -12,13 +12,13 @@ def test_a_folder_that_cannot_be_written_is_refused(check, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"--save '.*/file/run' cannot be written: Not a directory in .*, on rank 0"):
         check(save=tmp_path / "file" / "run")
-    assert check(save=tmp_path / "a" / "b") is Lacking.NOTHING
+    assert check(save=tmp_path / "a" / "b") is MissingState.NOTHING
     assert not (tmp_path / "a").exists()
-    assert check(save=tmp_path / "file" / "run", skip_train=True) is Lacking.NOTHING
+    assert check(save=tmp_path / "file" / "run", skip_train=True) is MissingState.NOTHING
     with pytest.raises(ValueError, match=r"--tensorboard-dir '.*/file' cannot be written: Not a directory in .*/file'"):
         check(tensorboard_dir=str(tmp_path / "file"))
-    assert check(tensorboard_dir=str(tmp_path / "a")) is Lacking.NOTHING
-    assert check(tensorboard_dir=str(tmp_path / "file"), world_size=2) is Lacking.NOTHING  # the last rank writes
+    assert check(tensorboard_dir=str(tmp_path / "a")) is MissingState.NOTHING
+    assert check(tensorboard_dir=str(tmp_path / "file"), world_size=2) is MissingState.NOTHING  # the last rank writes
 
 
 def test_a_file_system_without_room_is_refused(check, tmp_path):
@@ -26,7 +26,7 @@ def test_a_file_system_without_room_is_refused(check, tmp_path):
     needed = r"\d{7,}\.\d GiB: free some"
     with pytest.raises(ValueError, match=rf"--save '.*' has \d+\.\d GiB free, and .* takes at least {needed}"):
         check(save=tmp_path, **huge)
-    assert check(**huge) is Lacking.NOTHING
+    assert check(**huge) is MissingState.NOTHING
 
 
 def test_the_estimate_counts_what_it_says(parsed, megatron_cpu):
@@ -53,14 +53,14 @@ def test_a_distributed_optimizer_that_cannot_resume_is_refused(save, check, is_l
     distributed = {"use_distributed_optimizer": True}
     with pytest.raises(ValueError, match="without Transformer Engine or Apex .* or add --no-save-optim"):
         check(save=tmp_path, **distributed)
-    assert check(**distributed) is Lacking.NOTHING
-    assert check(save=tmp_path, no_save_optim=True, **distributed) is Lacking.NOTHING
+    assert check(**distributed) is MissingState.NOTHING
+    assert check(save=tmp_path, no_save_optim=True, **distributed) is MissingState.NOTHING
     folder = save(is_legacy=is_legacy, **distributed)
     with pytest.raises(ValueError, match="without Transformer Engine or Apex .* or add --no-load-optim"):
         check(load=folder, **distributed)
-    assert check(load=folder, no_load_optim=True, **distributed) is Lacking.NOTHING
+    assert check(load=folder, no_load_optim=True, **distributed) is MissingState.NOTHING
     monkeypatch.setattr(saving, "HAVE_APEX_OR_TE", True)
-    assert check(load=folder, save=tmp_path, **distributed) is Lacking.NOTHING
+    assert check(load=folder, save=tmp_path, **distributed) is MissingState.NOTHING
     with pytest.raises(ValueError, match="another kind of optimizer: --use-distributed-optimizer must be given"):
         check(load=folder)
 

@@ -1,12 +1,12 @@
-"""What a checkpoint may lack of the state of AIR routers."""
+"""The state of AIR routers that a checkpoint may not hold."""
 
 import enum
 
 from air_moe_megatron.learned.index import REBUILDING
 
 
-class Lacking(enum.StrEnum):
-    """What AIR routers have and their checkpoint does not hold, so that it is not requested. Nothing is false."""
+class MissingState(enum.StrEnum):
+    """State that AIR routers have and a checkpoint does not hold, so it is not requested. ``NOTHING`` is falsy."""
 
     NOTHING = ""
     REBUILD = "rebuild"
@@ -23,8 +23,8 @@ class Lacking(enum.StrEnum):
 
 
 _PREFIXES = {
-    Lacking.NOTHING: (),
-    Lacking.REBUILD: tuple(f"index.{name}" for name in REBUILDING),
-    Lacking.LISTS: ("index.",),
-    Lacking.CODEBOOK: ("codebook.", "index."),
+    MissingState.NOTHING: (),
+    MissingState.REBUILD: tuple(f"index.{name}" for name in REBUILDING),
+    MissingState.LISTS: ("index.",),
+    MissingState.CODEBOOK: ("codebook.", "index."),
 }
