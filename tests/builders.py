@@ -26,6 +26,18 @@ def make_config(**fields) -> AIRMoEConfig:
     return AIRMoEConfig(**{**base, **fields})
 
 
+# A small model of two layers with AIR routers, and else as Megatron has it: its own experts and dispatchers.
+PLAIN = dict(
+    num_layers=2, hidden_size=16, num_attention_heads=4, num_moe_experts=64, moe_router_topk=4, moe_ffn_hidden_size=8,
+    moe_router_load_balancing_type="none", add_bias_linear=False, moe_router_type="air",
+)  # fmt: skip
+
+
+def plain_config(**fields) -> AIRMoEConfig:
+    """A config of the fields in ``PLAIN``, but for those given."""
+    return AIRMoEConfig(**{**PLAIN, **fields})
+
+
 def make_layer(groups, **fields) -> AIRMoELayer:
     """A layer of granular experts behind the router that the fields ask for; equal weights for equal fields."""
     from megatron.core.transformer.moe.moe_layer import MoESubmodules

@@ -1,10 +1,12 @@
 """How tests start processes: one time limit for all of them, and one way to run the ranks of a distributed test."""
 
+import contextlib
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 HANG_SECONDS = 1800
@@ -49,3 +51,64 @@ def run_ranks(worker: Callable, num_ranks: int, directory: Path) -> list:
                 process.kill()
             raise TimeoutError(f"a rank has not ended within {HANG_SECONDS} s")
     return [torch.load(directory / f"{rank}.pt") for rank in range(num_ranks)]
+
+
+def ranks_fixture(worker: Callable, *world_sizes: int, name: str = "{}-ranks"):
+    """Make the fixture ``ranks`` of a module: what every rank saved, in the order of the ranks.
+
+    Args:
+        worker: as for ``run_ranks``.
+        world_sizes: the tests that use the fixture run with each of them.
+        name: id of a world size, with ``{}`` for the number.
+    """
+    params = [pytest.param(size, marks=pytest.mark.world_size(size), id=name.format(size)) for size in world_sizes]
+
+    @pytest.fixture(scope="module", params=params)
+    def ranks(request, tmp_path_factory):
+        return run_ranks(worker, request.param, tmp_path_factory.mktemp("ranks"))
+
+    return ranks
+
+
+@contextlib.contextmanager
+def gloo_rank(rank: int, world_size: int, directory: str) -> Iterator[torch.distributed.ProcessGroup]:
+    """Be a rank with one thread, in gloo's group of all ranks, while entered; without Megatron."""
+    torch.set_num_threads(1)
+    store = f"file://{directory}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    try:
+        yield torch.distributed.group.WORLD
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def parallel_groups(seed: int = 1, **sizes: int):
+    """Have Megatron's parallel state in CPU mode while entered; yields the ProcessGroupCollection.
+
+    The process stays in CPU mode.
+
+    Args:
+        seed: of Megatron's random states, which are made anew.
+        sizes: of ``initialize_model_parallel``.
+    """
+    from air_moe_megatron import cpu
+
+    cpu.enable()
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(**sizes)
+    try:
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def rank_of(rank: int, world_size: int, directory: str, seed: int = 1, **sizes: int):
+    """Be a rank of ``gloo_rank`` with the ``parallel_groups`` of these sizes while entered; yields those."""
+    with gloo_rank(rank, world_size, directory), parallel_groups(seed, **sizes) as groups:
+        yield groups

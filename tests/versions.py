@@ -13,13 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.datasets import write_indexed
 from tests.processes import run
 
 ROOT = Path(__file__).parents[1]
 VERSIONS = ("0.17.1", "0.18.2", "0.19.*")
 UNIT = (
-    *("router", "layer", "specs", "config", "router_losses", "router_equals_topk", "router_flops", "vq", "exact"),
-    *("product_key", "hierarchical", "hashing", "experts", "codebook", "index", "module_state"),
+    *("router", "layer", "specs", "config", "config_of_experts", "router_losses", "router_equals_topk", "router_flops"),
+    *("vq", "exact", "product_key", "hierarchical", "hashing", "experts", "codebook", "index", "module_state"),
     *("boundaries", "health", "diagnostics", "bounds"),
 )
 """Unit tests of what a model, its specs and its step boundary are made of."""
@@ -132,14 +133,8 @@ def refused(folder: Path, wheel: Path) -> tuple[bool, str]:
 
 def write_data(folder: Path) -> list:
     """Documents that count modulo 64."""
-    import torch
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
-
-    prefix = str(folder / "count")
-    builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=DType.optimal_dtype(64))
-    for start in range(200):
-        builder.add_document(((start + torch.arange(61)) % 64), [61])
-    builder.finalize(get_idx_path(prefix))
+    documents = [[token % 64 for token in range(start, start + 61)] for start in range(200)]
+    prefix = write_indexed(folder / "count", documents)
     return ["--data-path", prefix, "--split", "8,1,1", "--data-cache-path", folder / "cache"]
 
 

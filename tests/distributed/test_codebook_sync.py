@@ -6,7 +6,8 @@ import logging
 import pytest
 import torch
 
-from tests.processes import run_ranks
+from tests.codebooks import assert_same_bits
+from tests.processes import gloo_rank, ranks_fixture
 
 HIDDEN, CLUSTERS, UPDATES = 16, 12, 6
 POISONED = (1, 3)  # rank and update with a NaN among the tokens of the first layer
@@ -130,35 +131,25 @@ def update_alone(group, source, without_norm):
 
 def worker(rank, world_size, directory):
     """All scenarios on one rank, saved for the tests; starting the processes takes longer than running them."""
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size
-    )
-    group = torch.distributed.group.WORLD
-    results = {
-        "plain": learn(rank, group, 3),
-        "poisoned": learn(rank, group, 2, POISONED),
-        "five-routers": learn(rank, group, 5),
-        "lists-of-experts": learn_experts(rank, group, 3),
-        **{
-            ("rank-without-forward", source): refusal(learn_experts, rank, group, 3, source, 1)
-            for source in ("tokens", "experts")
-        },
-        "alone": [
-            refusal(update_alone, group, *case) for case in (("tokens", False), ("tokens", True), ("experts", True))
-        ],
-    }
-    torch.save(results, f"{directory}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with gloo_rank(rank, world_size, directory) as group:
+        logging.disable(logging.WARNING)
+        results = {
+            "plain": learn(rank, group, 3),
+            "poisoned": learn(rank, group, 2, POISONED),
+            "five-routers": learn(rank, group, 5),
+            "lists-of-experts": learn_experts(rank, group, 3),
+            **{
+                ("rank-without-forward", source): refusal(learn_experts, rank, group, 3, source, 1)
+                for source in ("tokens", "experts")
+            },
+            "alone": [
+                refusal(update_alone, group, *case) for case in (("tokens", False), ("tokens", True), ("experts", True))
+            ],
+        }
+        torch.save(results, f"{directory}/{rank}.pt")
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(n, marks=pytest.mark.world_size(n), id=f"{n}-ranks") for n in (2, 4)]
-)
-def ranks(request, tmp_path_factory):
-    """What every rank found in all scenarios, in the order of the ranks."""
-    return run_ranks(worker, request.param, tmp_path_factory.mktemp("ranks"))
+ranks = ranks_fixture(worker, 2, 4)
 
 
 def learn_alone(world_size, num_layers):
@@ -175,12 +166,6 @@ def learn_alone(world_size, num_layers):
         assert update_codebooks(layers) == 0
         history.append(codebooks(layers))
     return history, splits
-
-
-def assert_same_bits(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
 
 
 def test_ranks_learn_bitwise_the_same_and_what_one_rank_learns_from_all_tokens(ranks):

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from tests.processes import run_ranks
+from tests.processes import rank_of, ranks_fixture
 
 HIDDEN, FFN = 12, 3
 WORLD_SIZES = (1, 2, 4)
@@ -257,31 +257,13 @@ def refusals(rank, groups, world_size):
 
 
 def worker(rank, world_size, directory):
-    from air_moe_megatron import cpu
-
-    cpu.enable()
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size
-    )
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=world_size)
-    model_parallel_cuda_manual_seed(1)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    results = {name: scenario(name, rank, world_size, groups) for name in SCENARIOS}
-    results["refusals"] = refusals(rank, groups, world_size)
-    torch.save(results, f"{directory}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with rank_of(rank, world_size, directory, expert_model_parallel_size=world_size) as groups:
+        results = {name: scenario(name, rank, world_size, groups) for name in SCENARIOS}
+        results["refusals"] = refusals(rank, groups, world_size)
+        torch.save(results, f"{directory}/{rank}.pt")
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(n, marks=pytest.mark.world_size(n), id=f"EP{n}") for n in WORLD_SIZES]
-)
-def ranks(request, tmp_path_factory):
-    return run_ranks(worker, request.param, tmp_path_factory.mktemp("ranks"))
+ranks = ranks_fixture(worker, *WORLD_SIZES, name="EP{}")
 
 
 def assert_alike(found, expected):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.processes import run_ranks
+from tests.processes import rank_of, ranks_fixture
 
 NUM_TOKENS = (17, 0, 24, 10)  # of each rank; together no more than a rank samples
 TYPES = ("air", "air", "product_key")
@@ -62,43 +62,24 @@ def measure(routers, group, hidden, ids, num_ranks):
 
 
 def worker(rank, world_size, directory):
-    from air_moe_megatron import cpu
+    with rank_of(rank, world_size, directory) as groups:
+        every = [tokens_of(one) for one in range(world_size)]
+        hidden, ids = torch.cat([one for one, _ in every]), torch.cat([one for _, one in every], dim=1)
+        alone = measure(make_routers(groups), None, hidden, ids, 1)
 
-    cpu.enable()
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+        counts, originals = [], {name: getattr(torch.distributed, name) for name in COLLECTIVES}
+        for name, original in originals.items():
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size
-    )
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    every = [tokens_of(one) for one in range(world_size)]
-    hidden, ids = torch.cat([one for one, _ in every]), torch.cat([one for _, one in every], dim=1)
-    alone = measure(make_routers(groups), None, hidden, ids, 1)
+            def counted(*args, name=name, original=original, **kwargs):
+                counts.append(name)
+                return original(*args, **kwargs)
 
-    counts, originals = [], {name: getattr(torch.distributed, name) for name in COLLECTIVES}
-    for name, original in originals.items():
-
-        def counted(*args, name=name, original=original, **kwargs):
-            counts.append(name)
-            return original(*args, **kwargs)
-
-        setattr(torch.distributed, name, counted)
-    together = measure(make_routers(groups), torch.distributed.group.WORLD, *every[rank], world_size)
-    torch.save({"alone": alone, "together": together, "counts": counts}, f"{directory}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+            setattr(torch.distributed, name, counted)
+        together = measure(make_routers(groups), torch.distributed.group.WORLD, *every[rank], world_size)
+        torch.save({"alone": alone, "together": together, "counts": counts}, f"{directory}/{rank}.pt")
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(n, marks=pytest.mark.world_size(n), id=f"{n}-ranks") for n in (2, 4)]
-)
-def ranks(request, tmp_path_factory):
-    """What every rank found, in the order of the ranks."""
-    return run_ranks(worker, request.param, tmp_path_factory.mktemp("ranks"))
+ranks = ranks_fixture(worker, 2, 4)
 
 
 def test_every_rank_has_the_figures_of_one_rank_with_all_tokens(ranks):

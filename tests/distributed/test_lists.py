@@ -3,14 +3,11 @@
 import pytest
 import torch
 
-from tests.processes import run_ranks
+from tests.codebooks import randn
+from tests.processes import gloo_rank, ranks_fixture
 
 EXPERTS, CLUSTERS, HIDDEN, SHORTLIST, STEPS = 203, 150, 8, 12, 60  # 150 codewords are five blocks, the last one shorter
 SELECTIONS = {"plain": None, "expert-bias": "sigmoid"}
-
-
-def randn(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def train(group, function, interval, num_steps=STEPS, fails_at=None):
@@ -56,35 +53,25 @@ def fail(rank, group):
 
 def worker(rank, world_size, directory):
     """All scenarios on one rank, saved for the tests; starting the processes takes longer than running them."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size
-    )
-    group = torch.distributed.group.WORLD
-    sizes, original = [], torch.distributed.all_reduce
+    with gloo_rank(rank, world_size, directory) as group:
+        sizes, original = [], torch.distributed.all_reduce
 
-    def all_reduce(values, *args, **kwargs):
-        sizes.append(values.numel() * values.element_size())
-        return original(values, *args, **kwargs)
+        def all_reduce(values, *args, **kwargs):
+            sizes.append(values.numel() * values.element_size())
+            return original(values, *args, **kwargs)
 
-    torch.distributed.all_reduce = all_reduce
-    results = {}
-    for name, function in SELECTIONS.items():
-        for interval in (1, 20):
-            sizes.clear()
-            history = train(group, function, interval)[2]
-            results[name, interval] = history, list(sizes)
-    results["failure"] = fail(rank, group)
-    torch.save(results, f"{directory}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+        torch.distributed.all_reduce = all_reduce
+        results = {}
+        for name, function in SELECTIONS.items():
+            for interval in (1, 20):
+                sizes.clear()
+                history = train(group, function, interval)[2]
+                results[name, interval] = history, list(sizes)
+        results["failure"] = fail(rank, group)
+        torch.save(results, f"{directory}/{rank}.pt")
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(n, marks=pytest.mark.world_size(n), id=f"{n}-ranks") for n in (2, 4)]
-)
-def ranks(request, tmp_path_factory):
-    """What every rank found in all scenarios, in the order of the ranks."""
-    return run_ranks(worker, request.param, tmp_path_factory.mktemp("ranks"))
+ranks = ranks_fixture(worker, 2, 4)
 
 
 @pytest.fixture(scope="module")

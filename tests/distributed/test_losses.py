@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.processes import run_ranks
+from tests.processes import gloo_rank, parallel_groups, ranks_fixture
 
 HIDDEN, EXPERTS, TOPK = 16, 32, 4
 COEFF = 0.3
@@ -140,45 +140,41 @@ def train_step(router, batches, num_tokens):
     return gradients, logs
 
 
-def worker(rank, world_size, directory):
-    from air_moe_megatron import cpu
-
-    cpu.enable()
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+def train_steps(groups, layout, rank):
+    """Gradients and logs of every case in a layout, and of topk without padding beside those of Megatron's router."""
     from megatron.core.transformer.moe.router import TopKRouter
 
-    torch.set_num_threads(1)
-    store = f"file://{directory}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    sizes, results = LAYOUTS[layout].items(), {}
+    batches = microbatches(layout, rank)
+    # What the main loss counts on this rank; with tensor parallelism it sees the whole sequence.
+    whole = microbatches(layout) if layout == "TP2-SP" else batches
+    num_tokens = [int((~mask).sum()) for _, mask in whole]
+    for case in CASES:
+        results[layout, case] = train_step(make_router(groups, *case, sizes), batches, num_tokens)
+    unmasked = [(hidden, None) for hidden, _ in batches]
+    num_tokens = [mask.numel() for _, mask in whole]
+    for case in CASES:
+        if case[0] == "topk":
+            routers = [make_router(groups, *case, sizes, cls) for cls in (None, TopKRouter)]
+            results[layout, "no padding", case] = [train_step(router, unmasked, num_tokens) for router in routers]
+    return results
+
+
+def worker(rank, world_size, directory):
     results = {}
-    for layout, sizes in LAYOUTS.items():
-        parallel_state.initialize_model_parallel(
-            **{name: size for name, size in sizes.items() if name.endswith("model_parallel_size") or "context" in name}
-        )
-        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        batches = microbatches(layout, rank)
-        # What the main loss counts on this rank; with tensor parallelism it sees the whole sequence.
-        whole = microbatches(layout) if layout == "TP2-SP" else batches
-        num_tokens = [int((~mask).sum()) for _, mask in whole]
-        for case in CASES:
-            results[layout, case] = train_step(make_router(groups, *case, sizes.items()), batches, num_tokens)
-        unmasked = [(hidden, None) for hidden, _ in batches]
-        num_tokens = [mask.numel() for _, mask in whole]
-        for case in CASES:
-            if case[0] == "topk":
-                routers = [make_router(groups, *case, sizes.items(), cls) for cls in (None, TopKRouter)]
-                results[layout, "no padding", case] = [train_step(router, unmasked, num_tokens) for router in routers]
-        parallel_state.destroy_model_parallel()
-    torch.save(results, f"{directory}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with gloo_rank(rank, world_size, directory):
+        for layout, settings in LAYOUTS.items():
+            sizes = {
+                name: size
+                for name, size in settings.items()
+                if name.endswith("model_parallel_size") or "context" in name
+            }
+            with parallel_groups(**sizes) as groups:
+                results |= train_steps(groups, layout, rank)
+        torch.save(results, f"{directory}/{rank}.pt")
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.world_size(2), id="two-ranks")])
-def ranks(request, tmp_path_factory):
-    return run_ranks(worker, request.param, tmp_path_factory.mktemp("ranks"))
+ranks = ranks_fixture(worker, 2)
 
 
 # One rank on all tokens.

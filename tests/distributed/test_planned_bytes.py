@@ -8,7 +8,7 @@ import torch
 
 from air_moe_megatron.plan import make_parser, predict
 from tests.builders import make_config
-from tests.processes import run_ranks
+from tests.processes import gloo_rank, run_ranks
 
 EXPERTS, TOPK, HIDDEN, TOKENS = 64, 4, 16, 1000
 
@@ -19,19 +19,15 @@ def dispatch(rank: int, num_ranks: int, directory: str) -> None:
     cpu.enable()
     from air_moe_megatron.layer.dispatcher import CompactTokenDispatcher
 
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=num_ranks
-    )
-    group = torch.distributed.group.WORLD
-    groups = types.SimpleNamespace(ep=group, expt_tp=None, tp_ep=group)
-    config = make_config(num_moe_experts=EXPERTS, moe_router_topk=TOPK, hidden_size=HIDDEN, moe_router_type="air")
-    dispatcher = CompactTokenDispatcher(EXPERTS // num_ranks, config, groups)
-    generator = torch.Generator().manual_seed(rank)
-    ids = torch.rand(TOKENS, EXPERTS, generator=generator).topk(TOPK, dim=1).indices.int()
-    hidden, probs = torch.randn(TOKENS, HIDDEN), torch.full((TOKENS, TOPK), 0.25)
-    dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(hidden, ids, probs))
-    torch.save(vars(dispatcher.traffic), Path(directory) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with gloo_rank(rank, num_ranks, directory) as group:
+        groups = types.SimpleNamespace(ep=group, expt_tp=None, tp_ep=group)
+        config = make_config(num_moe_experts=EXPERTS, moe_router_topk=TOPK, hidden_size=HIDDEN, moe_router_type="air")
+        dispatcher = CompactTokenDispatcher(EXPERTS // num_ranks, config, groups)
+        generator = torch.Generator().manual_seed(rank)
+        ids = torch.rand(TOKENS, EXPERTS, generator=generator).topk(TOPK, dim=1).indices.int()
+        hidden, probs = torch.randn(TOKENS, HIDDEN), torch.full((TOKENS, TOPK), 0.25)
+        dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(hidden, ids, probs))
+        torch.save(vars(dispatcher.traffic), Path(directory) / f"{rank}.pt")
 
 
 def test_dispatched_bytes_are_those_of_four_ranks(tmp_path):

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tests.processes import run_ranks
+from tests.processes import rank_of, ranks_fixture, run_ranks
 
 TOKENS = 23  # of all ranks
 SPLITS = {1: (0, 23), 2: (0, 8, 23), 3: (0, 8, 8, 23)}  # unequal; the second rank of three has none
@@ -47,24 +47,11 @@ def run(name, rank, world_size, groups):
 
 
 def worker(rank, world_size, directory):
-    from air_moe_megatron import cpu
-
-    cpu.enable()
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    torch.set_num_threads(1)
-    store = f"file://{directory}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=world_size)
-    model_parallel_cuda_manual_seed(1)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    results = {(name, "torch"): run(name, rank, world_size, groups) for name in FIELDS}
-    os.environ["AIR_MOE_BACKEND"] = "triton"
-    results |= {(name, "triton"): run(name, rank, world_size, groups) for name in FIELDS}
-    torch.save(results, f"{directory}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with rank_of(rank, world_size, directory, expert_model_parallel_size=world_size) as groups:
+        results = {(name, "torch"): run(name, rank, world_size, groups) for name in FIELDS}
+        os.environ["AIR_MOE_BACKEND"] = "triton"
+        results |= {(name, "triton"): run(name, rank, world_size, groups) for name in FIELDS}
+        torch.save(results, f"{directory}/{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +59,7 @@ def one_rank(tmp_path_factory):
     return run_ranks(worker, 1, tmp_path_factory.mktemp("one"))[0]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.world_size(n), id=f"EP{n}") for n in (2, 3)])
-def ranks(request, tmp_path_factory):
-    return run_ranks(worker, request.param, tmp_path_factory.mktemp("ranks"))
+ranks = ranks_fixture(worker, 2, 3, name="EP{}")
 
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))

@@ -1,5 +1,6 @@
 """Sharded routing over gloo ranks: against the replicated router on the same ranks, and on one rank with all tokens."""
 
+import os
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ from megatron.core.package_info import __version__ as megatron_core_version
 from packaging.version import Version
 from torch.utils.checkpoint import checkpoint
 
-from tests.processes import run_ranks
+from tests.processes import rank_of, run_ranks
 
 PARTS, STEPS, TOKENS = 4, 3, 6
 SIZES = dict(
@@ -298,23 +299,10 @@ def sampled(groups, rank):
     return found
 
 
-def worker(ep_size, rank, world_size, directory):
-    import os
-
-    from air_moe_megatron import cpu
-
-    cpu.enable()
-    from megatron.core import parallel_state
+def results_of(groups, ep_size, rank, world_size):
+    """All scenarios on one rank; starting the processes takes longer than running them."""
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size
-    )
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=ep_size)
-    model_parallel_cuda_manual_seed(1)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
     own = [torch.distributed.new_group([other]) for other in range(world_size)][rank]
     alone = ProcessGroupCollection(**{name: own for name in vars(groups)})
     results = {}
@@ -345,8 +333,12 @@ def worker(ep_size, rank, world_size, directory):
     held = {"weight": layer.router.weight, "lists": index.shortlist, "keys": index.staged_keys}
     results["ep_size"] = ep_size
     results["held"] = {name: value.untyped_storage().nbytes() // value.element_size() for name, value in held.items()}
-    torch.save(results, f"{directory}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return results
+
+
+def worker(ep_size, rank, world_size, directory):
+    with rank_of(rank, world_size, directory, expert_model_parallel_size=ep_size) as groups:
+        torch.save(results_of(groups, ep_size, rank, world_size), f"{directory}/{rank}.pt")
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.processes import run_ranks
+from tests.processes import rank_of, ranks_fixture
 
 HIDDEN, STEPS, MICROBATCHES, RATE = 16, 3, 2, 0.5
 NORM = dict(moe_router_input_norm="running")
@@ -97,30 +97,14 @@ def reference(groups, name, world_size):
 
 
 def worker(rank, world_size, directory):
-    from air_moe_megatron import cpu
-
-    cpu.enable()
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    torch.set_num_threads(1)
-    store = f"file://{directory}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    results = {(name, wrapper): run(groups, name, wrapper) for name in TYPES for wrapper in WRAPPERS}
-    if rank == 0:
-        results |= {(name, "one rank"): reference(groups, name, world_size) for name in TYPES}
-    torch.save(results, f"{directory}/{rank}.pt")
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    with rank_of(rank, world_size, directory) as groups:
+        results = {(name, wrapper): run(groups, name, wrapper) for name in TYPES for wrapper in WRAPPERS}
+        if rank == 0:
+            results |= {(name, "one rank"): reference(groups, name, world_size) for name in TYPES}
+        torch.save(results, f"{directory}/{rank}.pt")
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.world_size(2), id="two-ranks")])
-def ranks(request, tmp_path_factory):
-    return run_ranks(worker, request.param, tmp_path_factory.mktemp("ranks"))
+ranks = ranks_fixture(worker, 2)
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from tests.datasets import write_indexed
 from tests.processes import HANG_SECONDS
 from tests.processes import run as run_command
 
@@ -41,6 +43,8 @@ AIR = ["--moe-router-type", "air", "--moe-air-num-clusters", "4", "--moe-air-sho
 EP2 = ["--expert-model-parallel-size", "2"]
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"]
 OURS = ("-m", "air_moe_megatron.pretrain", "--cpu")
+# Layouts sum in another order, which may turn the last printed digit: three decimals of norms, six of losses.
+PRINTED_NORM, PRINTED_LOSS = 1.1e-3, 1.1e-6
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 _ITERATION = re.compile(r"iteration +(\d+)/ .*?lm loss: ([0-9.E+-]+) .*?grad norm: ([0-9.naif]+)")
@@ -80,43 +84,27 @@ class Run:
 @pytest.fixture(scope="session")
 def data_prefix(tmp_path_factory) -> str:
     """A small indexed data set with structure to learn: documents that count modulo the vocabulary."""
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
-
-    prefix = str(tmp_path_factory.mktemp("data") / "count")
-    generator = numpy.random.default_rng(0)
-    builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=DType.optimal_dtype(VOCABULARY))
+    generator, documents = numpy.random.default_rng(0), []
     for _ in range(200):
         start, step = generator.integers(0, VOCABULARY, size=2)
-        document = (start + step * numpy.arange(60)) % (VOCABULARY - 1)
-        builder.add_document(torch.tensor([*document, VOCABULARY - 1]), [61])
-    builder.finalize(get_idx_path(prefix))
-    return prefix
+        documents.append([*((start + step * numpy.arange(60)) % (VOCABULARY - 1)), VOCABULARY - 1])
+    return write_indexed(tmp_path_factory.mktemp("data") / "count", documents)
 
 
 @pytest.fixture(scope="session")
 def successors(tmp_path_factory) -> list:
     """The flags of a data set that is learned in a few steps: every token is followed by the next number."""
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
-
     folder = tmp_path_factory.mktemp("successors")
-    prefix = str(folder / "count")
-    builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=DType.optimal_dtype(VOCABULARY))
-    for start in numpy.random.default_rng(0).integers(0, VOCABULARY, size=200):
-        builder.add_document(torch.from_numpy((start + numpy.arange(61)) % VOCABULARY), [61])
-    builder.finalize(get_idx_path(prefix))
+    starts = numpy.random.default_rng(0).integers(0, VOCABULARY, size=200)
+    prefix = write_indexed(folder / "count", [(start + numpy.arange(61)) % VOCABULARY for start in starts])
     return ["--data-path", prefix, "--split", "8,1,1", "--data-cache-path", folder]
 
 
 @pytest.fixture(scope="session")
 def validation(tmp_path_factory) -> list:
     """The flags of validation data that the evaluations of ``MODEL`` read once, whole: one document."""
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
-
-    prefix = str(tmp_path_factory.mktemp("validation") / "one")
-    builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=DType.optimal_dtype(VOCABULARY))
-    length = GLOBAL_BATCH * SEQUENCE + 1
-    builder.add_document(torch.from_numpy(numpy.random.default_rng(1).integers(0, VOCABULARY, size=length)), [length])
-    builder.finalize(get_idx_path(prefix))
+    document = numpy.random.default_rng(1).integers(0, VOCABULARY, size=GLOBAL_BATCH * SEQUENCE + 1)
+    prefix = write_indexed(tmp_path_factory.mktemp("validation") / "one", [document])
     return ["--valid-data-path", prefix, "--test-data-path", prefix]
 
 
@@ -135,12 +123,9 @@ def forkserver(tmp_path_factory):
     folder = tmp_path_factory.mktemp("logs")
 
     def run(flags, ranks, flags_of_rank, module="air_moe_megatron.pretrain"):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         log = folder / f"{len(list(folder.iterdir()))}.log"
         log.touch()
-        request = {"flags": flags, "ranks": ranks, "port": port, "log": str(log), "timeout": HANG_SECONDS}
+        request = {"flags": flags, "ranks": ranks, "port": free_port(), "log": str(log), "timeout": HANG_SECONDS}
         request |= {"flags_of_rank": flags_of_rank, "module": module}
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
@@ -186,6 +171,36 @@ def use(forkserver):
         return result
 
     return run
+
+
+def trainer_of(pretrain, *model_flags):
+    """A function that trains a model whose flags name its data: more flags -> Run.
+
+    If the last of ``model_flags`` needs a value, as --train-iters does, the value is the first of the others.
+    """
+    return lambda *flags, **settings: pretrain(*model_flags, *flags, data=False, **settings)
+
+
+def save_flags(directory: Path, interval: int) -> list:
+    return ["--save", directory, "--save-interval", interval]
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def refused(run: Run, message: str) -> bool:
+    """Whether the run ended with the message before Megatron set anything up."""
+    return run.returncode != 0 and message in run.output and "time to initialize megatron" not in run.output
+
+
+def assert_same_norms(run: Run, expected: Run, steps: Iterable[int]) -> None:
+    """The gradient norms of these steps are the same, but for their last printed digit."""
+    found, wanted = ({step: float(one.norms[step]) for step in steps} for one in (run, expected))
+    assert found == pytest.approx(wanted, abs=PRINTED_NORM)
 
 
 def read_diagnostics(directory: Path, kind: str | None = None) -> list[dict]:

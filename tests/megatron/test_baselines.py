@@ -6,7 +6,18 @@ import re
 import pytest
 import torch
 
-from tests.megatron.conftest import AIR, EP2, GLOBAL_BATCH, SEQUENCE, TP2, read_checkpoint
+from tests.megatron.conftest import (
+    AIR,
+    EP2,
+    GLOBAL_BATCH,
+    PRINTED_LOSS,
+    SEQUENCE,
+    TP2,
+    assert_same_norms,
+    read_checkpoint,
+    save_flags,
+    trainer_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -28,27 +39,13 @@ BASELINES = {
     "hash": (NO_LOSS, "table", (2, [*TP2, *EP2])),
     "vq": (NO_LOSS, None, None),
 }
-PRINTED_NORM, PRINTED_LOSS = 1.1e-3, 1.1e-6
-
-
-def save_flags(directory):
-    return ["--save", directory, "--save-interval", SAVED]
-
-
-def assert_same_norms(run, expected, steps):
-    found, wanted = ({step: float(r.norms[step]) for step in steps} for r in (run, expected))
-    assert found == pytest.approx(wanted, abs=PRINTED_NORM)
 
 
 @pytest.fixture(scope="module")
 def train(pretrain, successors, validation):
     """A function that trains a granular model: flags -> Run."""
     data = ["--train-data-path", successors[1], *validation, *successors[-2:]]
-
-    def run(*flags, **settings):
-        return pretrain(*GRANULAR, *data, *flags, data=False, **settings)
-
-    return run
+    return trainer_of(pretrain, *GRANULAR, *data)
 
 
 @pytest.fixture(scope="module", params=BASELINES)
@@ -56,7 +53,7 @@ def baseline(request, train, tmp_path_factory):
     """A compact run: (type, flags, run, directory of its checkpoints)."""
     flags = ["--moe-router-type", request.param, *BASELINES[request.param][0], "--train-iters", STEPS]
     directory = tmp_path_factory.mktemp(request.param)
-    return request.param, flags, train(*flags, *COMPACT, *EP2, *save_flags(directory)), directory
+    return request.param, flags, train(*flags, *COMPACT, *EP2, *save_flags(directory, SAVED)), directory
 
 
 def test_it_trains_and_says_how_it_routes(baseline):
@@ -89,7 +86,7 @@ def test_resumed_in_another_layout_it_goes_on(baseline, train, tmp_path):
     router_type, flags, run, directory = baseline
     _, only_here, (ranks, layout) = BASELINES[router_type]
     load = ["--load", directory, "--ckpt-step", SAVED]
-    resumed = train(*flags, *COMPACT, *layout, *load, *save_flags(tmp_path), ranks=ranks)
+    resumed = train(*flags, *COMPACT, *layout, *load, *save_flags(tmp_path, SAVED), ranks=ranks)
     assert_same_norms(resumed, run, range(SAVED + 1, STEPS + 1))
     found, expected = (read_checkpoint(path, STEPS) for path in (tmp_path, directory))
     assert found.keys() == expected.keys() and ROUTER + only_here in expected
@@ -135,7 +132,7 @@ def test_megatrons_own_experts_take_product_keys_of_two_heads(pretrain):
 
 
 def test_air_reports_its_recall_and_is_used_without_its_flags(train, use, validation, tmp_path):
-    run = train(*AIR, *COMPACT, *EP2, "--train-iters", "2", *MEASURED, *save_flags(tmp_path))
+    run = train(*AIR, *COMPACT, *EP2, "--train-iters", "2", *MEASURED, *save_flags(tmp_path, SAVED))
     found = re.findall(r"mass recall: ([0-9.]+) \| top-k recall: ([0-9.]+)", run.output)
     assert len(found) == 2
     assert all(0.2 < float(mass) <= 1.0 and 0.2 < float(topk) <= 1.0 for mass, topk in found)

@@ -10,7 +10,20 @@ import re
 import pytest
 import torch
 
-from tests.megatron.conftest import AIR, EP2, GLOBAL_BATCH, SEQUENCE, TP2, VOCABULARY, read_checkpoint
+from tests.megatron.conftest import (
+    AIR,
+    EP2,
+    GLOBAL_BATCH,
+    PRINTED_LOSS,
+    SEQUENCE,
+    TP2,
+    VOCABULARY,
+    assert_same_norms,
+    read_checkpoint,
+    refused,
+    save_flags,
+    trainer_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -41,8 +54,6 @@ FIRST = range(1, COMPARED + 1)
 TRAFFIC = re.compile(r"dispatched bytes per token: (\d+) \((\d+) to other ranks\)")
 ADAM_MEAN, ADAM_SQUARE = "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."
 
-# Layouts sum in another order, which may turn the last printed digit: three decimals of norms, six of losses.
-PRINTED_NORM, PRINTED_LOSS = 1.1e-3, 1.1e-6
 CLOSE = 1e-5  # relative to the largest entry of a tensor, after some steps; 5e-7 is usual
 BF16 = 1e-2  # relative: weights and activations are rounded to 2^-9, one after the other
 
@@ -50,11 +61,7 @@ BF16 = 1e-2  # relative: weights and activations are rounded to 2^-9, one after 
 @pytest.fixture(scope="module")
 def train(pretrain, successors):
     """A function that trains the compact model: number of steps, flags -> Run."""
-
-    def run(steps, *flags, **settings):
-        return pretrain(*COMPACT, *successors, "--train-iters", steps, *flags, data=False, **settings)
-
-    return run
+    return trainer_of(pretrain, *COMPACT, *successors, "--train-iters")
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +69,6 @@ def whole(train, tmp_path_factory):
     """The run that the others are compared with, and its checkpoints of the steps SAVED and STEPS."""
     directory = tmp_path_factory.mktemp("whole")
     return train(STEPS, *EP2, *save_flags(directory, SAVED)), directory
-
-
-def save_flags(directory, interval):
-    return ["--save", directory, "--save-interval", interval]
-
-
-def assert_same_norms(run, expected, steps):
-    found = {step: float(run.norms[step]) for step in steps}
-    assert found == pytest.approx({step: float(expected.norms[step]) for step in steps}, abs=PRINTED_NORM)
 
 
 def assert_same_steps(run, expected):
@@ -84,11 +82,6 @@ def assert_same_tensors(found, expected):
     for key, tensor in expected.items():
         tensor = tensor.double()
         assert (found[key] - tensor).abs().max() <= CLOSE * tensor.abs().max(), key
-
-
-def refused(run, message):
-    """Whether the run ended with the message before Megatron set anything up."""
-    return run.returncode != 0 and message in run.output and "time to initialize megatron" not in run.output
 
 
 def make_config(**settings):

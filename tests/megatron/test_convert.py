@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.megatron.conftest import EP2, read_checkpoint
-from tests.megatron.test_training import refused, save_flags
+from tests.megatron.conftest import EP2, read_checkpoint, refused, save_flags
 
 pytestmark = pytest.mark.slow
 

@@ -4,18 +4,16 @@ import csv
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib.image
-import numpy
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from tests.megatron.conftest import Run
+from tests.datasets import write_indexed
+from tests.megatron.conftest import Run, free_port
 from tests.processes import HANG_SECONDS, run
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -94,10 +92,7 @@ def scaling(data_prefix, cpu_flags, tmp_path_factory):
 def two_nodes(data_prefix, cpu_flags, tmp_path_factory):
     """A launch on two nodes that are this machine: what the second one printed, and the folder."""
     folder = tmp_path_factory.mktemp("two-nodes")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {**TWO_NODES, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DATA": data_prefix, "OUT": folder}
+    env = {**TWO_NODES, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "DATA": data_prefix, "OUT": folder}
     nodes = [start("multi_node.sh", *cpu_flags, env={**env, "NODE_RANK": rank}) for rank in (0, 1)]
     return [finish(node) for node in nodes][1], folder  # Megatron logs on the last rank
 
@@ -225,11 +220,7 @@ def test_single_node(data_prefix, cpu_flags, tmp_path):
 
 @pytest.mark.long
 def test_a_corpus_of_few_documents_trains_on_all_of_them(cpu_flags, tmp_path):
-    prefix = tmp_path / "few"
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
-    for _ in range(37):
-        builder.add_document(numpy.arange(200), [200])
-    builder.finalize(f"{prefix}.idx")
+    prefix = write_indexed(tmp_path / "few", [range(200)] * 37)
     env = {"RANKS": 1, "TRAIN_ITERS": 1, "DATA": prefix, "OUT": tmp_path}
     screen = finish(start("single_node.sh", *cpu_flags, env=env))
     assert HEALTH.search(screen) and "arguments ----" not in screen

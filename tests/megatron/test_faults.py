@@ -9,7 +9,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.megatron.conftest import AIR, ENVIRONMENT, EP2, MODEL, OURS, ROOT, read_checkpoint
+from tests.megatron.conftest import AIR, ENVIRONMENT, EP2, MODEL, OURS, ROOT, free_port, read_checkpoint
 from tests.processes import HANG_SECONDS
 
 pytestmark = pytest.mark.long
@@ -45,9 +44,7 @@ class Ranks:
     """The ranks of a run without a launcher that would end them: as on two hosts."""
 
     def __init__(self, folder: Path, *flags, ranks: int = 2) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.logs = [folder / f"{rank}.log" for rank in range(ranks)]
         self.processes = []
         for rank, log in enumerate(self.logs):

@@ -9,7 +9,16 @@ import json
 import pytest
 import torch
 
-from tests.megatron.conftest import AIR, EP2, read_checkpoint, read_diagnostics
+from tests.megatron.conftest import (
+    AIR,
+    EP2,
+    PRINTED_LOSS,
+    assert_same_norms,
+    read_checkpoint,
+    read_diagnostics,
+    save_flags,
+    trainer_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -33,25 +42,20 @@ SAME_HEALTH = (  # in every layout: means over the layers of all pipeline stages
     *("quantization error", "live codewords", "experts listed", "experts used", "imbalance factor"),
     *("experts used by hash layers", "imbalance factor of hash layers"),
 )
-PRINTED_NORM, PRINTED_LOSS = 1.1e-3, 1.1e-6
 
 
 @pytest.fixture(scope="module")
 def train(pretrain, successors, validation):
     """A function that trains: flags -> Run."""
     data = ["--train-data-path", successors[1], *validation, *successors[-2:]]
-
-    def run(*flags, **settings):
-        return pretrain(*MODEL, *data, "--train-iters", STEPS, *flags, data=False, **settings)
-
-    return run
+    return trainer_of(pretrain, *MODEL, *data, "--train-iters", STEPS)
 
 
 @pytest.fixture(scope="module")
 def whole(train, tmp_path_factory):
     """The run that the others are compared with, and the folder of its checkpoints."""
     directory = tmp_path_factory.mktemp("whole")
-    return train(*COMPACT, *EP2, "--save", directory, "--save-interval", SAVED), directory
+    return train(*COMPACT, *EP2, *save_flags(directory, SAVED)), directory
 
 
 def test_it_trains_and_tells_hash_layers_apart(whole):
@@ -72,12 +76,10 @@ def test_it_trains_and_tells_hash_layers_apart(whole):
 def test_resumed_in_another_layout_it_goes_on(train, whole, tmp_path, name):
     run, directory = whole
     ranks, flags = RESUMED[name]
-    load = ["--load", directory, "--ckpt-step", SAVED, "--save", tmp_path, "--save-interval", STEPS]
+    load = ["--load", directory, "--ckpt-step", SAVED, *save_flags(tmp_path, STEPS)]
     load += ["--moe-hash-counts", tmp_path / "missing"]  # not read: the table comes from the checkpoint
     resumed = train(*flags, *load, ranks=ranks)
-    steps = range(SAVED + 1, STEPS + 1)
-    found, expected = ({step: float(r.norms[step]) for step in steps} for r in (resumed, run))
-    assert found == pytest.approx(expected, abs=PRINTED_NORM)
+    assert_same_norms(resumed, run, range(SAVED + 1, STEPS + 1))
     found, expected = ({label: one.health[STEPS][label] for label in SAME_HEALTH} for one in (resumed, run))
     assert found == pytest.approx(expected, rel=0.01)
     assert "top-k recall" in resumed.health[STEPS]

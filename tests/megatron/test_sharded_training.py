@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.megatron.conftest import EP2, read_checkpoint
+from tests.megatron.conftest import EP2, TP2, assert_same_norms, read_checkpoint, save_flags, trainer_of
 from tests.megatron.test_compact_training import (
     ADAM_MEAN,
     COMPACT,
@@ -16,12 +16,9 @@ from tests.megatron.test_compact_training import (
     LAYERS,
     SAVED,
     STEPS,
-    TP2,
     TRAFFIC,
-    assert_same_norms,
     assert_same_steps,
     assert_same_tensors,
-    save_flags,
 )  # fmt: skip
 
 pytestmark = pytest.mark.slow
@@ -40,11 +37,7 @@ LOADED = {
 @pytest.fixture(scope="module")
 def train(pretrain, successors):
     """A function that trains the model with lists in parts: number of steps, flags -> Run."""
-
-    def run(steps, *flags, **settings):
-        return pretrain(*COMPACT, *PARTS, *successors, "--train-iters", steps, *flags, data=False, **settings)
-
-    return run
+    return trainer_of(pretrain, *COMPACT, *PARTS, *successors, "--train-iters")
 
 
 @pytest.fixture(scope="module")

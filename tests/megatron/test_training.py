@@ -17,6 +17,8 @@ from tests.megatron.conftest import (
     TP2,
     read_checkpoint,
     read_diagnostics,
+    refused,
+    save_flags,
     untimed,
 )
 
@@ -35,15 +37,6 @@ def updates_and_counts(directory, iteration):
     tensors = read_checkpoint(directory, iteration)
     counts = tensors[ROUTER + "codebook.ema"][..., HIDDEN].sum(dim=-1)
     return tensors[ROUTER + "codebook.num_updates"].flatten().tolist(), counts
-
-
-def save_flags(directory, interval):
-    return ["--save", directory, "--save-interval", interval]
-
-
-def refused(run, message):
-    """Whether the run ended with the message before Megatron set anything up."""
-    return run.returncode != 0 and message in run.output and "time to initialize megatron" not in run.output
 
 
 @pytest.fixture(scope="module")

@@ -7,24 +7,21 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from air_moe_megatron.config import AIRFields
 from air_moe_megatron.doctor.command import own_parser
+from tests.documents import README, ROOT, anchors, blocks, name_of, prose, section
 from tests.processes import run
 
-ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
 DOCUMENTS = [
     README,
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "patches/README.md",
     ROOT / "benchmarks/quality/README.md",
 ]
-FENCE = re.compile(r" *(```+)(.*)")
 FLAG_ROW = re.compile(r"^\| `(--[a-z0-9-]+)` \| ([^|]+) \|", re.MULTILINE)
 # The commands that documents may name. What is not here is not found, so no document can start anything else.
 COMMANDS = ("bash", "cp", "docker", "git", "make", "pip", "python", "torchrun")
@@ -39,42 +36,12 @@ OF_A_CHECKPOINT = "air_moe_megatron.convert"  # takes some, beside those that it
 NOT_OURS = {"pretrain_gpt.py"}  # scripts of a Megatron-LM checkout
 
 
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-def blocks(path: Path) -> Iterator[tuple[str, int, str]]:
-    """Language, line number and text of each fenced block."""
-    language, first, lines = None, 0, []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        fence = FENCE.fullmatch(line)
-        if fence and language is None:
-            language, first, lines = fence[2].strip(), number, []
-        elif fence:
-            yield language, first, "".join(f"{line}\n" for line in lines)
-            language = None
-        elif language is not None:
-            lines.append(line)
-    assert language is None, f"{name_of(path)}:{first}: the block is not closed"
-
-
-def prose(path: Path) -> str:
-    """The text of a document without its fenced blocks."""
-    return re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
-
-
 def of_language(language: str) -> list[Path]:
     return [path for path in DOCUMENTS if any(block[0] == language for block in blocks(path))]
 
 
 def documents(paths: list[Path]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("path", paths, ids=map(name_of, paths))
-
-
-def section(path: Path, heading: str) -> str:
-    """The text under a heading, up to the next one of any level."""
-    parts = re.split(r"^#+ (.*)$", prose(path), flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))[heading]
 
 
 @documents(DOCUMENTS)
@@ -245,13 +212,7 @@ def test_every_flag_is_documented_with_its_default(parser):
     assert {action.option_strings[0] for action in own._group_actions} == set(OF_THE_ENTRY)
 
 
-# Links, tree, figures.
-
-
-def anchors(path: Path) -> set[str]:
-    """The anchors that GitHub gives the headings of a document."""
-    headings = re.findall(r"^#+ (.*)$", prose(path), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+# Links, tree, health line.
 
 
 @documents(DOCUMENTS)
@@ -292,16 +253,6 @@ def test_what_the_tree_names_exists():
         path = ROOT.joinpath(*folders)
         assert path.is_dir() if name.endswith("/") else path.is_file(), name
         assert len(line.split()) > 1 or depth == 0, f"{name}: no word on what it is"
-
-
-def test_the_times_of_the_readme_stand_where_it_says():
-    cells = re.findall(r"\[([^\]]*\d[^\]]*)\]\((docs/results/[^)#]+)#[^)]+\)", section(README, "Time"))
-    assert len(cells) == 11
-    for cell, source in cells:
-        (figure,) = re.findall(r"\d[\d.,]*\d", cell)
-        decimals = len(figure.partition(".")[2])
-        found = re.findall(r"(?<![\d.,])\d+(?:\.\d+)?(?![\d.,]*\d)", (ROOT / source).read_text())
-        assert figure in {f"{float(number):.{decimals}f}" for number in found}, f"{figure} is not in {source}"
 
 
 def test_the_figures_of_the_health_line_are_those_documented():

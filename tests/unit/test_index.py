@@ -14,10 +14,7 @@ from air_moe_megatron.learned.lists import balanced_lists, inverted_lists, list_
 from air_moe_megatron.learned.rebuild_schedule import Schedule, next_rebuild, num_rebuilds
 from air_moe_megatron.ops.coarse import assign_with_statistics
 from air_moe_megatron.ops.ranking import rank_experts
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.codebooks import assert_same_bits, randn
 
 
 def present(lists):
@@ -68,12 +65,6 @@ class Setup:
         other.index.load_state_dict(self.index.state_dict())
         other.weight = self.weight.clone()
         return other
-
-
-def assert_same_bits(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
 
 
 SOURCES = pytest.mark.parametrize("source", ("tokens", "experts"))

@@ -8,13 +8,13 @@ import re
 import numpy
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from air_moe_megatron.inference import evaluation, generation
 from air_moe_megatron.inference.data import Windows, microbatches, num_microbatches, read
 from air_moe_megatron.inference.generation import text_after
 from air_moe_megatron.inference.text import ByteTokenizer, IdTokenizer, check_tokenizer_files, num_bytes
+from tests.datasets import write_indexed
 
 SAMPLES = dict(
     seq_length=3,
@@ -96,16 +96,8 @@ def test_the_bytes_are_those_of_the_tokens_that_count(tmp_path, eod_mask_loss):
     assert sum(token < 256 for token in counted) == stream.num_bytes
 
 
-def write_indexed(folder, documents):
-    builder = IndexedDatasetBuilder(str(folder / "x.bin"), dtype=numpy.uint16)
-    for document in documents:
-        builder.add_document(torch.tensor(document), [len(document)])
-    builder.finalize(str(folder / "x.idx"))
-    return str(folder / "x")
-
-
 def test_indexed_data_are_read_as_their_text_is(tmp_path):
-    stream = read(write_indexed(tmp_path, [[97, 98, 256], [99, 256]]), ByteTokenizer(), make_args())
+    stream = read(write_indexed(tmp_path / "x", [[97, 98, 256], [99, 256]]), ByteTokenizer(), make_args())
     assert stream.tokens.tolist() == [97, 98, 256, 99, 256] and stream.num_bytes == 2
     ids = read(str(tmp_path / "x"), IdTokenizer(300, 256), make_args())
     assert ids.num_bytes is None
@@ -115,9 +107,12 @@ def test_indexed_data_are_read_as_their_text_is(tmp_path):
     ("make", "message"),
     [
         (lambda folder: str(folder / "none"), "none.idx' does not exist; a Megatron indexed data set is a pair"),
-        (lambda folder: write_indexed(folder, []), "x.bin' is empty; a Megatron indexed data set"),
-        (lambda folder: write_indexed(folder, [[1, 2]]), r"holds 2 tokens, and a window of --seq-length \(3\) takes 4"),
-        (lambda folder: write_indexed(folder, [[1, 300, 2, 3, 4]]), "holds the token id 300"),
+        (lambda folder: write_indexed(folder / "x", []), "x.bin' is empty; a Megatron indexed data set"),
+        (
+            lambda folder: write_indexed(folder / "x", [[1, 2]]),
+            r"holds 2 tokens, and a window of --seq-length \(3\) takes 4",
+        ),
+        (lambda folder: write_indexed(folder / "x", [[1, 300, 2, 3, 4]]), "holds the token id 300"),
         (lambda folder: write(folder, "a.jsonl", '{"body": 3}\n'), 'is no JSON object with a string under "text"'),
         (
             lambda folder: write(folder, "a.jsonl", '{"text": "a"}\n\n{"text": null}\n'),
@@ -189,7 +184,7 @@ def test_a_trained_tokenizer_tells_the_bytes_of_its_tokens(trained_tokenizer, tm
     stream = read(write_lines(tmp_path, texts), trained_tokenizer, make_args())
     assert stream.num_bytes == size
     documents = [[*trained_tokenizer.tokenize(one), trained_tokenizer.eod] for one in texts]
-    indexed = read(write_indexed(tmp_path, documents), trained_tokenizer, make_args(padded_vocab_size=512))
+    indexed = read(write_indexed(tmp_path / "x", documents), trained_tokenizer, make_args(padded_vocab_size=512))
     assert indexed.tokens.tolist() == stream.tokens.tolist() and indexed.num_bytes == size
 
 

@@ -14,6 +14,7 @@ from air_moe_megatron.learned.whitening_norm import WhiteningNorm
 from air_moe_megatron.ops.coarse import assign_with_statistics
 from air_moe_megatron.sync import update_codebooks
 from tests.builders import make_router
+from tests.codebooks import randn
 
 HIDDEN, LAYERS = 8, 5
 MAKE = {
@@ -22,10 +23,6 @@ MAKE = {
     "whitening norm": lambda: WhiteningNorm(HIDDEN),
     "low-rank whitening norm": lambda: LowRankWhiteningNorm(HIDDEN),
 }
-
-
-def randn(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def feed(learner, tokens):

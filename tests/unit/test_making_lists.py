@@ -9,10 +9,7 @@ from air_moe_megatron.learned.lists import balanced_lists, inverted_lists, list_
 from air_moe_megatron.ops.coarse import assign
 from air_moe_megatron.ops.ranking import Ranking, rank_experts
 from air_moe_megatron.ops.ranking import eager as eager_ranking
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tests.codebooks import randn
 
 
 def directions(num, hidden_size, seed=0):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from air_moe_megatron.command import indexed_dataset
 from air_moe_megatron.config import raise_first
 from air_moe_megatron.training import preflight
+from tests.datasets import write_indexed
 
 HEADER_SIZE = 34
 DATA_FLAGS = (
@@ -46,10 +47,7 @@ def arguments(**given):
 def dataset(tmp_path: Path) -> Path:
     """A data set of two documents, 5 tokens of 2 bytes each."""
     prefix = tmp_path / "text"
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
-    for lengths in ([2], [1, 2]):
-        builder.add_document(numpy.arange(sum(lengths)), lengths)
-    builder.finalize(f"{prefix}.idx")
+    write_indexed(prefix, [[0, 1], [0, 1, 2]], lengths=[[2], [1, 2]])
     return prefix
 
 
@@ -296,10 +294,7 @@ def test_a_token_id_beyond_the_vocabulary_is_refused(dataset, vocab_size, is_ref
 
 @pytest.mark.parametrize("token, is_refused", [(-2, True), (-1, False), (7, False), (8, True)], ids=str)
 def test_the_ids_of_signed_tokens_begin_with_that_of_padding(tmp_path, token, is_refused):
-    prefix = str(tmp_path / "text")
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.int32)
-    builder.add_document(numpy.array([0, 1, token, 2, 3]), [5])
-    builder.finalize(f"{prefix}.idx")
+    prefix = write_indexed(tmp_path / "text", [[0, 1, token, 2, 3]], numpy.int32)
     if is_refused:
         with pytest.raises(ValueError, match=f"holds the token id {token}, "):
             check_data(arguments(data_path=[prefix]))
@@ -313,10 +308,7 @@ def test_blocks_from_begin_to_end_of_a_large_file_are_searched(tmp_path, monkeyp
     monkeypatch.setattr(preflight, "SCANNED_BLOCKS", 3)
     tokens = numpy.zeros(10_000, dtype=numpy.uint16)
     tokens[{"first": 0, "middle": 5_000, "last": -1}[place]] = 9
-    prefix = str(tmp_path / "text")
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
-    builder.add_document(tokens, [len(tokens)])
-    builder.finalize(f"{prefix}.idx")
+    prefix = write_indexed(tmp_path / "text", [tokens])
     with pytest.raises(ValueError, match="holds the token id 9, "):
         check_data(arguments(data_path=[prefix]))
 

@@ -4,11 +4,10 @@ import argparse
 
 import numpy
 import pytest
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
 
 from air_moe_megatron.training import token_counts
 from air_moe_megatron.training.token_counts import count_token_ids, counts_of
+from tests.datasets import write_indexed
 
 IDS = 10
 NONE = dict.fromkeys(
@@ -30,16 +29,7 @@ def arguments(**given):
 @pytest.fixture
 def make_data(tmp_path):
     """A function that writes a data set: its documents -> its prefix."""
-
-    def make(name, documents):
-        prefix = str(tmp_path / name)
-        builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=DType.optimal_dtype(IDS))
-        for document in documents:
-            builder.add_document(torch.tensor(document), [len(document)])
-        builder.finalize(get_idx_path(prefix))
-        return prefix
-
-    return make
+    return lambda name, documents: write_indexed(tmp_path / name, documents)
 
 
 def test_the_share_of_the_training_is_counted(make_data):
