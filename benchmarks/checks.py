@@ -144,30 +144,37 @@ def check_product_keys(pg_collection, device) -> None:
 
 
 def check_peer(pg_collection, device) -> None:
-    """Compare output and gradients of a PEER layer with those of all its experts, from dense scores."""
+    """Compare output and gradients of a PEER layer with a dense computation, in which every expert has a score."""
     sizes = Sizes(experts=400, hidden=32, tokens=50, topk=16)
     layer = make_layer("PEERLayer", sizes, pg_collection, device)
-    hidden, grad = inputs(sizes, device, *[(sizes.tokens, 1, sizes.hidden)] * 2)
-    take_gradients(layer)
+    (hidden,) = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden))
+    grad = hidden.flip(0)
     tokens = hidden.clone().requires_grad_()
     out = layer(tokens)
-    out.backward(grad.to(out.dtype))
-    found = [tokens.grad, *take_gradients(layer)]
+    out.backward(grad)
+    found = [out, tokens.grad, *take_gradients(layer)]
+
     exact = hidden.clone().requires_grad_()
-    flat = exact.view(-1, sizes.hidden)
-    queries = layer.queries(flat).view(sizes.tokens, 2, layer.num_heads, layer.key_size)
-    halves = torch.einsum("tphd,hnpd->pthn", queries, layer.keys)
-    every = (halves[0].unsqueeze(-1) + halves[1].unsqueeze(-2)).flatten(-2)  # [T, heads, E]
-    best, ids = every.topk(layer.topk, dim=-1)
-    gates = torch.zeros_like(every).scatter(-1, ids, best.softmax(-1)).sum(dim=1)  # [T, E]
-    values = torch.nn.functional.gelu(flat @ layer.down.weight.t()) * gates
-    expected = (values @ layer.up.weight).view_as(exact)
-    same("output", out, expected)
-    names = ["input", *(name for name, _ in layer.named_parameters())]
-    wanted = torch.autograd.grad(expected, [exact, *layer.parameters()], grad.to(expected.dtype))
-    for name, gradient, dense in zip(names, found, wanted, strict=True):
-        same(f"gradient of {name}", gradient, dense)
-    logger.info("check passed: a PEER layer and its gradients are those of its experts' dense scores")
+    expected = _dense_peer(layer, exact.view(-1, sizes.hidden)).view_as(exact)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    wanted = [expected, *torch.autograd.grad(expected, [exact, *parameters], grad)]
+    for name, own, other in zip(("output", "input grad", *names), found, wanted, strict=True):
+        same(name, own, other)
+    logger.info("check passed: PEERLayer equals a dense computation over all its experts")
+
+
+def _dense_peer(layer, tokens):
+    """[T, H] output of a PEER layer for tokens [T, H], from the scores of all experts by every head."""
+    queries = torch.nn.functional.linear(tokens, layer.queries.weight)
+    queries = queries.view(len(tokens), 2, layer.num_heads, layer.key_size)
+    first, second = (  # [T, heads, N] of each half
+        torch.einsum("thd,hnd->thn", queries[:, half], layer.keys[:, :, half]) for half in (0, 1)
+    )
+    scores = (first.unsqueeze(3) + second.unsqueeze(2)).flatten(2)  # [T, heads, E]
+    selected = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, scores.topk(layer.topk, dim=2).indices, True)
+    probs = scores.masked_fill(~selected, float("-inf")).softmax(dim=2).sum(dim=1)  # [T, E]
+    values = torch.nn.functional.gelu(tokens @ layer.down.weight.t()) * probs
+    return values @ layer.up.weight
 
 
 def check_layer(kind: str, pg_collection, device) -> None:

@@ -16,9 +16,18 @@ from pathlib import Path
 import pandas
 
 from benchmarks import ROOT
+from benchmarks.arguments import BENCHMARKS, positive, refused
 
 _KEYS = ["case", "experts"]
+_TIMED = tuple(name for name in BENCHMARKS if name != "recall")
 _OLD_COLUMNS = {"contender": "case"}  # column names of older commits
+
+
+def check_commit(commit: str) -> None:
+    """Raise ValueError if the repository has no such commit."""
+    words = ["git", "-C", ROOT, "rev-parse", "--quiet", "--verify", f"{commit}^{{commit}}"]
+    if subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+        raise ValueError(f"{commit!r} must be a commit of this repository")
 
 
 @contextlib.contextmanager
@@ -35,13 +44,30 @@ def checkout(commit: str) -> Iterator[Path]:
 
 
 def time_tree(tree: Path, bench: str, flags: Sequence[str]) -> pandas.DataFrame:
-    """Run the benchmark once on the sources of the tree, in a process of its own, and return its rows."""
+    """Run the benchmark once on the sources of the tree, in a process of its own, and return its rows.
+
+    Raises:
+        SystemExit: with the status of the benchmark, if it fails. It has said why.
+        ValueError: if several rows have the same case and experts.
+    """
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.csv"
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.run", bench, "--out", rows, *flags]
         environment = {**os.environ, "PYTHONPATH": str(tree)}
-        subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, check=True)
-        return pandas.read_csv(rows).rename(columns=_OLD_COLUMNS)
+        status = subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL).returncode
+        if status:
+            sys.exit(status)
+        table = pandas.read_csv(rows).rename(columns=_OLD_COLUMNS)
+    check_rows(table, bench)
+    return table
+
+
+def check_rows(rows: pandas.DataFrame, bench: str) -> None:
+    """Raise ValueError if rows of a benchmark cannot be told apart by case and experts."""
+    repeated = rows[rows.duplicated(_KEYS)]
+    if len(repeated):
+        case, experts = repeated[_KEYS].iloc[0]
+        raise ValueError(f"{bench}: rows must differ in case and experts, but {case!r} with E = {experts} occurs twice")
 
 
 def summarize(base: list[pandas.DataFrame], this: list[pandas.DataFrame]) -> pandas.DataFrame:
@@ -72,11 +98,13 @@ def main(argv: Sequence[str] | None = None) -> pandas.DataFrame:
     """Parse the command line, time both trees and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="commit to compare with")
-    parser.add_argument("--bench", default="router", help="name of the benchmark (default: router)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs on either tree (default: 3)")
+    parser.add_argument("--bench", choices=_TIMED, default="router", help="name of the benchmark (default: router)")
+    parser.add_argument("--rounds", type=positive, default=3, help="runs on either tree (default: 3)")
     args, flags = parser.parse_known_args(argv)
+    with refused(parser):
+        check_commit(args.base)
     base, this = [], []
-    with checkout(args.base) as tree:
+    with refused(parser), checkout(args.base) as tree:
         for number in range(args.rounds):
             base.append(time_tree(tree, args.bench, flags))
             this.append(time_tree(ROOT, args.bench, flags))

@@ -17,6 +17,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in run.py, before anyth
 
 import torch
 
+from benchmarks.arguments import positive
 from benchmarks.measure import world
 from benchmarks.models import Sizes, add_sizes, warm_up_codebook
 from benchmarks.train import AIR, Trainer, make_batch
@@ -73,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.setLevel(logging.INFO)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser, experts=16_384, hidden=512, tokens=8192, topk=32, ffn=2)
-    parser.add_argument("--sequence", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--repeats", type=int, default=40, help="how often the step is made")
+    parser.add_argument("--sequence", type=positive, default=512, help="tokens of a sequence")
+    parser.add_argument("--repeats", type=positive, default=40, help="how often the step is made")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write the list of hashes to")
     args = parser.parse_args(argv)
     hashes = run(args)

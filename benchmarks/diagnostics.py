@@ -3,21 +3,29 @@
 import argparse
 import contextlib
 import tempfile
-import time
 
 import torch
 
 from benchmarks import checks, roofline
-from benchmarks.layer import layer_inputs, layer_step, layer_work
-from benchmarks.measure import clock, is_by_clock, world
-from benchmarks.models import Sizes, add_sizes, air_columns, make_layer, warm_up_codebook
+from benchmarks.arguments import positive
+from benchmarks.layer import layer_work
+from benchmarks.measure import cpu_clock, is_by_clock, world
+from benchmarks.models import (
+    Sizes,
+    add_sizes,
+    air_columns,
+    layer_inputs,
+    layer_step,
+    make_layer,
+    warm_up_codebook,
+)
 from benchmarks.roofline import Work
 from benchmarks.timing import Case, time_interleaved
 
 
 def add_arguments(parser) -> None:
     add_sizes(parser, experts=65_536, hidden=512, tokens=8192, topk=64, ffn=1)
-    parser.add_argument("--interval", type=int, default=100, help="steps between two, as the flag of training")
+    parser.add_argument("--interval", type=positive, default=100, help="steps between two, as the flag of training")
 
 
 def run(args) -> list[dict]:
@@ -44,9 +52,9 @@ def run(args) -> list[dict]:
         with _one_microbatch():
             diagnostics = _diagnostics(layer, args, folder)
             cases = {
-                plain: Case(lambda: _seconds(device, lambda: layer_step(layer, hidden, grad)), work, args.tokens),
+                plain: Case(lambda: _timed(device, lambda: layer_step(layer, hidden, grad)), work, args.tokens),
                 measured: Case(
-                    lambda: _seconds(device, lambda: _measured_step(diagnostics, layer, hidden, grad)),
+                    lambda: _timed(device, lambda: _measured_step(diagnostics, layer, hidden, grad)),
                     roofline.together(work, {"diagnostics": scored}),
                     args.tokens,
                 ),
@@ -66,12 +74,11 @@ def run(args) -> list[dict]:
         return [outcome.row(name, columns, figures[name], by_clock=is_by_clock(device)) for name in cases]
 
 
-def _seconds(device, work) -> dict[str, float]:
-    """Seconds of device time; on a CPU CPU seconds, which depend less on other programs."""
-    now = time.process_time if device.type == "cpu" else lambda: clock(device)
-    start = now()
+def _timed(device, work) -> dict[str, float]:
+    """Seconds of ``work``, which has no phases: on a CPU CPU seconds."""
+    start = cpu_clock(device)
     work()
-    return {"total": now() - start}
+    return {"total": cpu_clock(device) - start}
 
 
 def _diagnostics(layer, args, folder: str):
@@ -81,8 +88,8 @@ def _diagnostics(layer, args, folder: str):
     of_megatron = dict(
         moe_air_diagnostics_interval=1, train_iters=1, log_interval=2**62, save=folder, tensorboard_dir=None,
         global_batch_size=1, micro_batch_size=1, data_parallel_size=1, seq_length=args.tokens,
-        consumed_train_samples=0, skipped_train_samples=0, tokenizer_type=None, tokenizer_model=None, vocab_size=None,
-        padded_vocab_size=None,
+        consumed_train_samples=0, skipped_train_samples=0, decrease_batch_size_if_needed=False,
+        tokenizer_type=None, tokenizer_model=None, vocab_size=None, padded_vocab_size=None,
     )  # fmt: skip
     return Diagnostics([torch.nn.ModuleList([layer])], argparse.Namespace(**of_megatron), 1)
 

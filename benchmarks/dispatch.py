@@ -4,26 +4,33 @@ On a CPU the processes communicate through gloo and share the cores. On GPUs eac
 does not allow two ranks on one. So with a single GPU there is one rank: permutation and combination, no communication.
 """
 
+import functools
 import logging
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks import roofline
+from benchmarks.arguments import positive
 from benchmarks.checks import same
-from benchmarks.measure import clock, run_on_ranks
+from benchmarks.measure import MIB, clock, over_ranks, run_on_ranks
 from benchmarks.models import Sizes, add_sizes, inputs, make_config
 from benchmarks.timing import Case, time_interleaved
 
 logger = logging.getLogger(__name__)
 
 _OURS, _STOCK = "CompactTokenDispatcher", "MoEAlltoAllTokenDispatcher"
-_MIB = 2**20
 
 
 def add_arguments(parser) -> None:
     add_sizes(parser, experts=16_384, hidden=512, tokens=2048, topk=64)
-    parser.add_argument("--ranks", type=int, default=2, help="expert-parallel processes; on GPUs at most one for each")
+    parser.add_argument("--ranks", type=positive, default=2, help="expert-parallel processes; at most one for each GPU")
+
+
+def check_arguments(args) -> None:
+    """Raise ValueError if the ranks cannot have equally many experts."""
+    if args.experts % args.ranks:
+        raise ValueError(f"--experts ({args.experts}) must be divisible by --ranks ({args.ranks})")
 
 
 def run(args) -> list[dict]:
@@ -34,7 +41,7 @@ def run(args) -> list[dict]:
     Its seconds are those of the slowest rank. Bytes are what rank 0 passes to the all-to-alls in a forward, including
     those to itself.
     """
-    return run_on_ranks(_rows, args)
+    return run_on_ranks(_measure, args)
 
 
 @dataclass(frozen=True)
@@ -49,22 +56,20 @@ class _Routes:
     routing_map: torch.Tensor  # [T, E] bool
 
 
-def _rows(args, rank, ranks, pg_collection, device):
-    _check(rank, ranks, pg_collection, device)
-    return _measure(args, rank, ranks, pg_collection, device)
-
-
 def _measure(args, rank, ranks, pg_collection, device):
+    _check(rank, ranks, pg_collection, device)
     sizes = Sizes.of(args)
     routes = _routes(sizes, rank, device)
     dispatchers = {name: _dispatcher(name, sizes, ranks, pg_collection) for name in (_OURS, _STOCK)}
-    runs, cases, figures = {}, {}, {}
+    cases, figures = {}, {}
     for name, dispatcher in dispatchers.items():
-        runs[name] = lambda name=name, dispatcher=dispatcher: _step(name, dispatcher, routes, None)
-        received = _check_at_size(name, runs[name](), routes, sizes, ranks)
+        step = functools.partial(_step, name, dispatcher, routes, None)
+        _, results = step()
+        received = _check_at_size(name, results, routes, sizes, ranks)
         figures[name] = _bytes(name, dispatcher, sizes, rank, ranks)
         work = roofline.dispatch(sizes.tokens, received, sizes.hidden, sizes.dtype.itemsize)
-        cases[name] = Case(lambda name=name: _slowest(runs[name], device, ranks), work, sizes.tokens, name == _STOCK)
+        run = functools.partial(over_ranks, lambda step=step: step()[0], device, ranks, "max")
+        cases[name] = Case(run, work, sizes.tokens, name == _STOCK)
     outcome = time_interleaved(cases, args, device)
     rows = []
     for name in cases:
@@ -125,18 +130,6 @@ def _step(name, dispatcher, routes, experts):
     return seconds, (out.detach(), hidden.grad, probs.grad, rows.shape[0], received_probs.detach())
 
 
-def _slowest(run, device, ranks):
-    """Seconds per phase of the slowest rank. All ranks start together."""
-    if ranks > 1:
-        torch.distributed.barrier()
-    seconds, _ = run()
-    if ranks == 1:
-        return seconds
-    slowest = torch.tensor(list(seconds.values()), device=device, dtype=torch.float64)
-    torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
-    return dict(zip(seconds, slowest.tolist(), strict=True))
-
-
 def _bytes(name, dispatcher, sizes, rank, ranks):
     """MiB that this rank passed to the all-to-alls in the last forward, and bytes of rows per token one way."""
     if name == _OURS:
@@ -151,8 +144,8 @@ def _bytes(name, dispatcher, sizes, rank, ranks):
         remote_rows, remote_pairs = remote * row_bytes, remote * sizes.routing_dtype.itemsize
     return {
         "row_bytes_per_token": round(rows / sizes.tokens),
-        "forward_mib": round((2 * rows + pairs) / _MIB, 2),  # rows go out and come back
-        "forward_remote_mib": round((2 * remote_rows + remote_pairs) / _MIB, 2),
+        "forward_mib": round((2 * rows + pairs) / MIB, 2),  # rows go out and come back
+        "forward_remote_mib": round((2 * remote_rows + remote_pairs) / MIB, 2),
     }
 
 
@@ -178,9 +171,12 @@ def _check(rank, ranks, pg_collection, device):
     logger.info("check passed: both dispatchers give equal outputs and gradients")
 
 
-def _check_at_size(name, step, routes, sizes, ranks):
-    """Check that tokens and gradients return once per sent row and that probs arrive; returns the received rows."""
-    out, hidden_grad, probs_grad, received, received_probs = step[1]
+def _check_at_size(name, results, routes, sizes, ranks):
+    """Check that tokens and gradients return once per sent row and that probs arrive; returns the received rows.
+
+    ``results`` are those of :func:`_step`.
+    """
+    out, hidden_grad, probs_grad, received, received_probs = results
     owners = routes.ids.long() // (sizes.experts // ranks)
     if name == _OURS:
         copies = sum((owners == owner).any(dim=1) for owner in range(ranks)).view(-1, 1, 1)

@@ -55,7 +55,8 @@ def environment(dry: bool) -> dict[str, str]:
         "print(json.dumps(facts))\n"
     )
     words = (sys.executable, "-W", "ignore", "-c", code)
-    answer = subprocess.run(words, cwd=ROOT, env=variables_of(dry), capture_output=True, text=True)
+    variables = {"THP_MEM_ALLOC_ENABLE": "1"} | variables_of(dry)  # as run.py sets it for the benchmarks
+    answer = subprocess.run(words, cwd=ROOT, env=variables, capture_output=True, text=True)
     if answer.returncode:
         sys.exit(f"{answer.stderr}gpu.py: torch or megatron-core cannot be imported")
     facts = json.loads(answer.stdout)
@@ -173,7 +174,8 @@ def compare_again(setup: Setup) -> None:
     record = read_record(setup.out / "curve.json")
     if record is not None and "made_for" in record["figures"]:
         figures = record["figures"]
-        result = compare_curves(figures["losses"], figures["made_for"], json.loads(setup.curves.read_text()))
+        reference = json.loads(setup.curves.read_text())
+        result = compare_curves(figures["losses"], figures["made_for"], reference, figures.get("ending", ""))
         write_record(setup, "curve", record | vars(result), json.loads((setup.out / "environment.json").read_text()))
 
 

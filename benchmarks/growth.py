@@ -3,6 +3,7 @@
 import logging
 
 from benchmarks import checks
+from benchmarks.arguments import positive
 from benchmarks.measure import world
 from benchmarks.models import Sizes, add_sizes, air_columns, air_work, inputs, make_router, step, warm_up_codebook
 from benchmarks.timing import Case, time_interleaved
@@ -11,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--experts", type=int, nargs="+", default=[65_536, 1_048_576], help="numbers of experts E")
+    parser.add_argument("--experts", type=positive, nargs="+", default=[65_536, 1_048_576], help="numbers of experts E")
     add_sizes(parser, hidden=128, tokens=16_384, topk=64)
 
 

@@ -7,17 +7,23 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import checks
-from benchmarks.layer import layer_inputs, layer_step
+from benchmarks.arguments import positive
 from benchmarks.measure import Timing, environment, world
-from benchmarks.models import Sizes, add_sizes, inputs, make_layer, make_router, step, warm_up_codebook
+from benchmarks.models import ROUTE, PreparedStep, Sizes, add_sizes, check_square, prepare_step
 
-_ROUTE = "AIRRouter.route"
-_CASES = (_ROUTE, "AIRMoELayer", "HierarchicalMoELayer", "PEERLayer")
+_CASES = (ROUTE, "AIRMoELayer", "HierarchicalMoELayer", "PEERLayer")
 
 
 def add_arguments(parser) -> None:
     add_sizes(parser, experts=65_536, hidden=512, tokens=4096, topk=64, ffn=1)
-    parser.add_argument("--shown", type=int, default=12, help="kernels of each case, the slowest first")
+    parser.add_argument("--shown", type=positive, default=12, help="kernels of each case, the slowest first")
+
+
+def check_arguments(args) -> None:
+    """Raise ValueError if PEER cannot have the sizes."""
+    if args.ffn != 1:
+        raise ValueError(f"--ffn ({args.ffn}) must be 1 for PEER")
+    check_square(args.experts)
 
 
 def run(args) -> list[dict]:
@@ -33,27 +39,16 @@ def run(args) -> list[dict]:
         for kind in ("AIRMoELayer", "HierarchicalMoELayer"):
             checks.check_layer(kind, pg_collection, device)
         for case in _CASES:
-            rows += _rows(case, _step_of(case, sizes, pg_collection, device), args, device)
+            rows += _rows(case, _checked_step(case, sizes, pg_collection, device).run, args, device)
     return [row | sizes.columns() | {"ffn": sizes.ffn} | environment(device) for row in rows]
 
 
-def _step_of(case: str, sizes: Sizes, pg_collection, device: torch.device) -> Callable[[], dict[str, float]]:
-    if case == _ROUTE:
-        router = make_router("air", sizes, pg_collection, device)
-        hidden, grad = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden), (sizes.tokens, sizes.topk))
-        _warm_up(router, hidden)
-        return lambda: step(lambda x: router.route(x).probs, router, hidden, grad)
-    layer = make_layer(case, sizes, pg_collection, device)
-    hidden, grad = layer_inputs(sizes, device)
-    if case == "AIRMoELayer":
-        _warm_up(layer.router, hidden)
-    return lambda: layer_step(layer, hidden, grad)
-
-
-def _warm_up(router, hidden: torch.Tensor) -> None:
-    warm_up_codebook(router, hidden)
-    checks.check_lists(router)
-    checks.check_at_size(router, hidden)
+def _checked_step(case: str, sizes: Sizes, pg_collection, device: torch.device) -> PreparedStep:
+    prepared = prepare_step(case, sizes, pg_collection, device)
+    if prepared.air is not None:
+        checks.check_lists(prepared.air)
+        checks.check_at_size(prepared.air, prepared.hidden)
+    return prepared
 
 
 def _rows(case: str, run: Callable[[], dict[str, float]], args, device: torch.device) -> list[dict]:

@@ -18,11 +18,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+MIB = 2**20
+"""Bytes of a MiB."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,34 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def is_by_clock(device: torch.device) -> bool:
-    """Whether seconds are those of a clock where a benchmark takes CPU seconds on a CPU: not with more threads
-    than one, whose seconds add up."""
-    return device.type != "cpu" or torch.get_num_threads() == 1
+def cpu_clock(device: torch.device) -> float:
+    """CPU seconds of this process on a CPU, which depend little on other programs; on a GPU, :func:`clock`."""
+    return time.process_time() if device.type == "cpu" else clock(device)
+
+
+def is_by_clock(device: torch.device, ranks: int = 1) -> bool:
+    """Whether seconds of :func:`cpu_clock` can be compared with those of a clock.
+
+    On a CPU they cannot with several threads, whose seconds add up, nor with more ranks than cores, which share them.
+    """
+    if device.type != "cpu":
+        return True
+    return torch.get_num_threads() == 1 and ranks <= len(os.sched_getaffinity(0))
+
+
+def over_ranks(
+    run: Callable[[], dict[str, float]], device: torch.device, ranks: int, reduce: Literal["mean", "max"]
+) -> dict[str, float]:
+    """Seconds per phase of a run that all ranks start together: the mean over the ranks, or those of the slowest."""
+    if ranks == 1:
+        return run()
+    torch.distributed.barrier()
+    seconds = run()
+    values = torch.tensor(list(seconds.values()), device=device, dtype=torch.float64)
+    operations = {"mean": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
+    torch.distributed.all_reduce(values, operations[reduce])
+    divisor = ranks if reduce == "mean" else 1
+    return dict(zip(seconds, (values / divisor).tolist(), strict=True))
 
 
 @contextlib.contextmanager
@@ -172,13 +199,6 @@ def measure_memory(measure: Callable, args: tuple, device: torch.device, pg_coll
 def _measure_in_world(measure, args):
     with world() as place:
         return measure(*args, *place)
-
-
-def peak_of_step(module: torch.nn.Module, work: Callable[[], None], device: torch.device) -> int:
-    """Bytes that a step of a module with main_grad buffers needs at its peak beside weights and these buffers."""
-    for parameter in module.parameters():
-        parameter.main_grad.fill_(0.0)  # so that its memory is already in use
-    return peak_memory(work, device)
 
 
 def peak_memory(work: Callable[[], None], device: torch.device) -> int:

@@ -4,16 +4,20 @@ Legend: T tokens, H hidden, E experts, C clusters, L shortlist, K top-k, F rows 
 """
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 
 from benchmarks import roofline
+from benchmarks.arguments import not_negative, positive
 from benchmarks.measure import accumulate_gradient, clock, give_main_grad
 from benchmarks.peer import PEERLayer, ProductKeyRouter
 
+ROUTE = "AIRRouter.route"
 _GROUPS = 4  # groups that hierarchical routing searches for a token: the better setting of the study
 _HEADS = 8  # as in PEER's paper; K is divided among them
 _FLAGS = {
@@ -26,6 +30,7 @@ _FLAGS = {
     "shortlist": "shortlist size L; 0 is automatic",
     "probes": "probes P; 0 is automatic",
 }
+_AUTOMATIC = ("clusters", "shortlist", "probes")  # may be 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,14 @@ class Sizes:
 def add_sizes(parser, **defaults: int) -> None:
     """Add a flag for each of the sizes named, with its default."""
     for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=_FLAGS[name])
+        number = not_negative if name in _AUTOMATIC else positive
+        parser.add_argument(f"--{name}", type=number, default=default, help=_FLAGS[name])
+
+
+def check_square(num_experts: int) -> None:
+    """Raise ValueError if product keys cannot have this number of experts."""
+    if math.isqrt(num_experts) ** 2 != num_experts:
+        raise ValueError(f"--experts ({num_experts}) must be a square, for product keys")
 
 
 def make_config(sizes: Sizes, router: str, compact: bool = False, **more):
@@ -220,21 +232,6 @@ def learn_codebook(router, batches: Sequence[torch.Tensor]):
     return learner
 
 
-def make_lists(router, hidden: torch.Tensor, with_rebuild: bool) -> None:
-    """Make the router's first lists, so that its next forward makes none, or only a rebuild.
-
-    Args:
-        with_rebuild: whether the next forward makes a whole rebuild, as in a young codebook.
-    """
-    from air_moe_megatron.sync import update_codebooks
-
-    with torch.no_grad():
-        router.route(hidden[:1])
-    if with_rebuild:
-        router.index.refresh_interval = 2**62  # every update makes a rebuild due
-        update_codebooks(router)
-
-
 def usage(router, hidden: torch.Tensor) -> tuple[int, int]:
     """Numbers of codewords that have tokens and of experts that are selected."""
     with torch.no_grad():
@@ -324,11 +321,53 @@ def step(forward, module, hidden: torch.Tensor, grad: torch.Tensor) -> dict[str,
     return {"forward": middle - start, "backward": end - middle, "total": end - start}
 
 
-def timed(device, work) -> dict[str, float]:
-    """Seconds of ``work``, which has no phases."""
-    start = clock(device)
-    work()
-    return {"total": clock(device) - start}
+def layer_inputs(sizes: Sizes, device):
+    """Hidden states and a gradient for the output, both [T, 1, H]."""
+    hidden, grad = inputs(sizes, device, *[(sizes.tokens, 1, sizes.hidden)] * 2)
+    return hidden, grad.to(sizes.dtype)
+
+
+def layer_step(layer, hidden, grad) -> dict[str, float]:
+    """Seconds of a layer's forward and backward."""
+
+    def forward(hidden):
+        out = layer(hidden)
+        return out[0] if isinstance(out, tuple) else out
+
+    return step(forward, layer, hidden, grad)
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """A router or a layer with its inputs.
+
+    Attributes:
+        module: the router or layer.
+        air: the AIR router in it, with a warm codebook; None if there is none.
+        hidden: [T, 1, H].
+        run: makes a forward and a backward, and returns their seconds.
+    """
+
+    module: torch.nn.Module
+    air: torch.nn.Module | None
+    hidden: torch.Tensor
+    run: Callable[[], dict[str, float]]
+
+
+def prepare_step(kind: str, sizes: Sizes, pg_collection, device) -> PreparedStep:
+    """A step of ``AIRRouter.route``, which is ``kind`` ROUTE, or of a layer of :func:`make_layer`."""
+    if kind == ROUTE:
+        module = air = make_router("air", sizes, pg_collection, device)
+        hidden, grad = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden), (sizes.tokens, sizes.topk))
+        run = partial(step, lambda tokens: air.route(tokens).probs, air, hidden, grad)
+    else:
+        module = make_layer(kind, sizes, pg_collection, device)
+        air = module.router if kind == "AIRMoELayer" else None
+        hidden, grad = layer_inputs(sizes, device)
+        run = partial(layer_step, module, hidden, grad)
+    if air is not None:
+        warm_up_codebook(air, hidden)
+    return PreparedStep(module, air, hidden, run)
 
 
 def rebuild_run(router, in_full: bool = False):

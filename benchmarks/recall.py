@@ -6,18 +6,25 @@ from dataclasses import replace
 import torch
 
 from benchmarks import checks
+from benchmarks.arguments import positive
 from benchmarks.measure import environment, world
 from benchmarks.models import Sizes, add_sizes, air_columns, learn_codebook, make_router
 
 logger = logging.getLogger(__name__)
 
 _DECAY = 1.5  # the i-th eigenvalue of the tokens' covariance is i^-1.5
-_SAMPLES = 16  # batches; the router keeps a sample of 64 tokens of each
+_SAMPLES = 16  # whose tokens are all measured; each has as many as the router keeps of a forward
 
 
 def add_arguments(parser) -> None:
     add_sizes(parser, experts=65_536, hidden=512, tokens=4096, topk=64, clusters=0, shortlist=0, probes=0)
-    parser.add_argument("--updates", type=int, default=20, help="updates of the codebook, one for each batch")
+    parser.add_argument("--updates", type=positive, default=20, help="updates of the codebook, one for each batch")
+
+
+def check_arguments(args) -> None:
+    """Raise ValueError if there are no even axes for the hidden size."""
+    if args.hidden & (args.hidden - 1):
+        raise ValueError(f"--hidden ({args.hidden}) must be a power of two")
 
 
 def run(args) -> list[dict]:
@@ -27,8 +34,6 @@ def run(args) -> list[dict]:
     and the norm does not change it. There is a row for the given sizes, one for one probe, and one for tokens along
     random axes, whose spectrum the norm flattens. Mass recall is the softmax mass that the lists hold.
     """
-    if args.hidden & (args.hidden - 1):
-        raise ValueError(f"--hidden ({args.hidden}) must be a power of two")
     with world() as (device, pg_collection):
         checks.check_router(pg_collection, device)
         sizes = Sizes.of(args)
@@ -68,16 +73,17 @@ def _recall(router, sizes: Sizes, axes: torch.Tensor, num_updates: int, device) 
     from air_moe_megatron.routers.air import SAMPLE_SIZE
 
     generator = torch.Generator().manual_seed(2)
-    deviations = torch.arange(1, sizes.hidden + 1) ** (-_DECAY / 2)
+    deviations = torch.arange(1, sizes.hidden + 1, device=device) ** (-_DECAY / 2)
+    axes = axes.to(device)
 
-    def batch(num_tokens):
-        tokens = torch.randn(num_tokens, sizes.hidden, generator=generator) * deviations
-        return (tokens.to(device) @ axes.to(device)).to(sizes.dtype)
+    def draw(num_tokens):
+        tokens = torch.randn(num_tokens, sizes.hidden, generator=generator).to(device)  # the same on every device
+        return (tokens * deviations @ axes).to(sizes.dtype)
 
-    learn_codebook(router, [batch(sizes.tokens) for _ in range(num_updates)])
+    learn_codebook(router, [draw(sizes.tokens) for _ in range(num_updates)])
     found = []
     for _ in range(_SAMPLES):
-        router.route(batch(SAMPLE_SIZE))  # a training forward, which keeps a sample of its tokens: all of them
+        router.route(draw(SAMPLE_SIZE))  # a training forward, which keeps a sample of its tokens: here all of them
         found.append(recall(router))
     checks.check_lists(router)
     mass, topk = (sum(figures) / _SAMPLES for figures in zip(*found, strict=True))

@@ -3,9 +3,19 @@
 import copy
 
 from benchmarks import checks, roofline
-from benchmarks.layer import layer_inputs, layer_step, layer_work
+from benchmarks.arguments import positive
+from benchmarks.layer import layer_work
 from benchmarks.measure import world
-from benchmarks.models import Sizes, add_sizes, make_layer, rebuild_run, rebuild_work, warm_up_codebook
+from benchmarks.models import (
+    Sizes,
+    add_sizes,
+    layer_inputs,
+    layer_step,
+    make_layer,
+    rebuild_run,
+    rebuild_work,
+    warm_up_codebook,
+)
 from benchmarks.router import codebook_update_run
 from benchmarks.timing import Case, time_interleaved
 
@@ -15,7 +25,7 @@ _OF_MODEL = f"codebook updates of {NUM_LAYERS} layers"
 
 def add_arguments(parser) -> None:
     add_sizes(parser, experts=65_536, hidden=512, tokens=8192, topk=64, ffn=1)
-    parser.add_argument("--interval", type=int, default=20, help="steps between two rebuilds, as the flag of training")
+    parser.add_argument("--interval", type=positive, default=20, help="steps between two rebuilds, as in training")
 
 
 def run(args) -> list[dict]:

@@ -11,6 +11,7 @@ from benchmarks.models import (
     add_sizes,
     air_columns,
     air_work,
+    check_square,
     inputs,
     make_router,
     product_key_work,
@@ -28,6 +29,11 @@ _NORMS = {"whitened tokens": "whitening", "low-rank whitening": "low_rank_whiten
 
 def add_arguments(parser) -> None:
     add_sizes(parser, experts=65_536, hidden=512, tokens=4096, topk=64, clusters=0, shortlist=0, probes=0)
+
+
+def check_arguments(args) -> None:
+    """Raise ValueError if product keys cannot have the sizes."""
+    check_square(args.experts)
 
 
 def run(args) -> list[dict]:

@@ -10,23 +10,12 @@ from pathlib import Path
 
 import pandas
 
+from benchmarks.arguments import BENCHMARKS, not_negative, positive, refused
+
 # All cases use huge pages if the kernel gives them on request. torch reads this variable once, at its first
 # allocation, so it is set before anything imports torch.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-NAMES = {
-    "router": "AIRRouter against TopKRouter and product keys, forward and backward",
-    "growth": "AIRRouter at growing numbers of experts",
-    "recall": "the top-k recall of AIR",
-    "scaling": "time of a routing step against the number of experts, with a plot",
-    "layer": "the whole layer against PEER and against Megatron's: time and peak memory",
-    "dispatch": "dispatch and combine over expert-parallel processes: time and bytes",
-    "sharding": "sharded routing against the replicated router over expert-parallel processes: time, bytes, memory",
-    "refresh": "the rebuild of the shortlists as a share of a step",
-    "diagnostics": "a measured step against another one, as a share of a step",
-    "kernels": "where the time of a routing step and of layers goes: their kernels, by torch's profiler",
-    "train": "a training step of a small GPT, AIR against TopKRouter",
-}
 _TIMES = ("forward_ms", "backward_ms", "optimizer_ms", "total_ms", "total_min_ms", "total_max_ms")
 _FIGURES = (
     *("launches", "topk_recall", "mass_recall", "times_faster", "times_one_probe", "times_slower", "times_ours"),
@@ -42,24 +31,28 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         logging.getLogger(name).setLevel(logging.INFO)
     parser = argparse.ArgumentParser(description=__doc__)
     benchmarks = parser.add_subparsers(dest="name", required=True)
-    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in NAMES}
+    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS}
     for name, module in modules.items():
-        sub = benchmarks.add_parser(name, help=NAMES[name], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = benchmarks.add_parser(name, help=BENCHMARKS[name], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         module.add_arguments(sub)
-        sub.add_argument("--repetitions", type=int, default=5, help="counted runs of each case")
-        sub.add_argument("--slow-repetitions", type=int, default=3, help="counted runs of each slow baseline, at most")
-        sub.add_argument("--warmup", type=int, default=1, help="uncounted runs before each counted one")
+        sub.add_argument("--repetitions", type=positive, default=5, help="counted runs of each case")
+        sub.add_argument("--slow-repetitions", type=positive, default=3, help="at most, of each slow baseline")
+        sub.add_argument("--warmup", type=not_negative, default=1, help="uncounted runs before each counted one")
         sub.add_argument("--dtype", choices=("fp32", "bf16"), help="of tokens and weights; bf16 on a GPU, else fp32")
         sub.add_argument("--router-dtype", choices=("model", "fp32"), default="fp32", help="of scores and probs")
         sub.add_argument("--out", type=Path, help="CSV file to write the rows to")
     args = parser.parse_args(argv)
+    module = modules[args.name]
+    if hasattr(module, "check_arguments"):
+        with refused(parser):
+            module.check_arguments(args)
 
     import torch
 
     dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
     args.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     args.routing_dtype = args.dtype if args.router_dtype == "model" else torch.float32
-    rows = modules[args.name].run(args)
+    rows = module.run(args)
     table = pandas.DataFrame(rows, dtype=object).fillna("")
     shown = [name for name in ("case", "experts", *_TIMES, *_FIGURES) if name in table and (table[name] != "").any()]
     sys.stdout.write(table[shown].to_string(index=False) + "\n")

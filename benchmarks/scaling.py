@@ -7,20 +7,23 @@ from pathlib import Path
 import torch
 
 from benchmarks import checks
-from benchmarks.measure import measure_memory, peak_of_step, world
+from benchmarks.arguments import positive
+from benchmarks.measure import world
 from benchmarks.models import (
+    ROUTE,
     Sizes,
     add_sizes,
     air_columns,
     air_work,
+    check_square,
     inputs,
-    make_lists,
     make_router,
     product_key_work,
     step,
     topk_work,
     warm_up_codebook,
 )
+from benchmarks.peaks import COLUMNS, peak_columns
 from benchmarks.timing import Case, time_interleaved
 
 logger = logging.getLogger(__name__)
@@ -30,10 +33,16 @@ _GIB = 2**30
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--experts", type=int, nargs="+", default=_EXPERTS, help="numbers of experts E, squares")
+    parser.add_argument("--experts", type=positive, nargs="+", default=_EXPERTS, help="numbers of experts E, squares")
     add_sizes(parser, hidden=128, tokens=4096, topk=64)
     parser.add_argument("--dense-gib", type=float, default=1.5, help="largest [T, E] fp32 map that TopKRouter may make")
     parser.add_argument("--plot", type=Path, help="PNG file of time against experts")
+
+
+def check_arguments(args) -> None:
+    """Raise ValueError if product keys cannot have one of the sizes."""
+    for num_experts in args.experts:
+        check_square(num_experts)
 
 
 def run(args) -> list[dict]:
@@ -60,7 +69,7 @@ def _rows(args, num_experts, pg_collection, device):
     checks.check_at_size(air, hidden, num_checked=16)
     key_grad = grad.view(args.tokens, keys.num_heads, keys.topk).to(sizes.dtype)
     cases = {
-        "AIRRouter.route": Case(
+        ROUTE: Case(
             lambda: step(lambda x: air.route(x).probs, air, hidden, grad), air_work(air, hidden, sizes), args.tokens
         ),
         "ProductKeyRouter": Case(
@@ -76,26 +85,16 @@ def _rows(args, num_experts, pg_collection, device):
         cases["TopKRouter.forward"] = Case(
             lambda: step(lambda x: topk(x)[0], topk, hidden, dense_grad), topk_work(sizes), args.tokens, True
         )
-    peaks = [measure_memory(_measure_peak, (sizes, rebuilds), device, pg_collection) for rebuilds in (False, True)]
+    peaks = {ROUTE: peak_columns(ROUTE, sizes, device, pg_collection)}
     outcome = time_interleaved(cases, args, device)
-    ours = outcome.median("AIRRouter.route")
+    ours = outcome.median(ROUTE)
     columns = sizes.columns() | air_columns(air)
     rows = []
     for name in cases:
-        step_peak, rebuild_peak = (round(peak / 2**20) for peak in peaks) if name == "AIRRouter.route" else ("", "")
-        times = round(outcome.median(name) / ours, 2)
-        figures = {"times_ours": times, "peak_mib": step_peak, "peak_with_rebuild_mib": rebuild_peak}
+        figures = {"times_ours": round(outcome.median(name) / ours, 2)}
+        figures |= peaks.get(name, dict.fromkeys(COLUMNS, ""))
         rows.append(outcome.row(name, columns, figures))
     return rows
-
-
-def _measure_peak(sizes: Sizes, with_rebuild: bool, device, pg_collection) -> int:
-    """Bytes that a step of ``AIRRouter.route`` needs beside weights and gradients."""
-    router = make_router("air", sizes, pg_collection, device)
-    hidden, grad = inputs(sizes, device, (sizes.tokens, 1, sizes.hidden), (sizes.tokens, sizes.topk))
-    warm_up_codebook(router, hidden)
-    make_lists(router, hidden, with_rebuild)
-    return peak_of_step(router, lambda: step(lambda x: router.route(x).probs, router, hidden, grad), device)
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -111,8 +110,8 @@ def plot(rows: list[dict], path: Path) -> None:
         lines.setdefault(row["case"], []).append((row["experts"], row["total_ms"]))
     for name, points in lines.items():
         axes.loglog(*zip(*points, strict=True), marker="o", label=name)
-    bound = [(row["experts"], row["bound_ms"]) for row in rows if row["case"] == "AIRRouter.route"]
-    axes.loglog(*zip(*bound, strict=True), linestyle="--", color="gray", label="roofline bound of AIRRouter.route")
+    bound = [(row["experts"], row["bound_ms"]) for row in rows if row["case"] == ROUTE]
+    axes.loglog(*zip(*bound, strict=True), linestyle="--", color="gray", label=f"roofline bound of {ROUTE}")
     first = rows[0]
     sizes = ", ".join(f"{letter} = {first[name]}" for letter, name in (("T", "tokens"), ("H", "hidden"), ("K", "topk")))
     axes.set(xlabel="experts", ylabel="forward and backward, ms", title=f"Routing step on {first['device']}: {sizes}")

@@ -7,26 +7,38 @@ timed separately: once as a run spreads it over steps and ranks, and once in ful
 
 import copy
 import logging
-import os
-import time
 
 import torch
 
 from benchmarks import roofline
+from benchmarks.arguments import positive
 from benchmarks.checks import same
-from benchmarks.measure import accumulate_gradient, clock, give_main_grad, is_by_clock, run_on_ranks
+from benchmarks.measure import (
+    MIB,
+    accumulate_gradient,
+    cpu_clock,
+    give_main_grad,
+    is_by_clock,
+    over_ranks,
+    run_on_ranks,
+)
 from benchmarks.models import Sizes, add_sizes, air_work, expert_work, make_config, usage
 from benchmarks.timing import Case, time_interleaved
 
 logger = logging.getLogger(__name__)
 
 _REPLICATED, _SHARDED = "replicated", "sharded"
-_MIB = 2**20
 
 
 def add_arguments(parser) -> None:
     add_sizes(parser, experts=16_384, hidden=256, tokens=2048, topk=16, ffn=2)
-    parser.add_argument("--ranks", type=int, default=2, help="expert-parallel processes; on GPUs at most one for each")
+    parser.add_argument("--ranks", type=positive, default=2, help="expert-parallel processes; at most one for each GPU")
+
+
+def check_arguments(args) -> None:
+    """Raise ValueError if the ranks cannot have equally many experts."""
+    if args.experts % args.ranks:
+        raise ValueError(f"--experts ({args.experts}) must be divisible by --ranks ({args.ranks})")
 
 
 def run(args) -> list[dict]:
@@ -35,12 +47,7 @@ def run(args) -> list[dict]:
     ``state_mib`` is the layer's state on a rank: weights, gradients and Adam's moments. ``forward_remote_mib`` is what
     rank 0 sends to other ranks in a forward, ``reduced_mib`` the gradients that are all-reduced in a step.
     """
-    return run_on_ranks(_rows, args)
-
-
-def _rows(args, rank, ranks, pg_collection, device):
-    _check(ranks, pg_collection, device)
-    return _measure(args, rank, ranks, pg_collection, device)
+    return run_on_ranks(_measure, args)
 
 
 def _layers(sizes, ranks, pg_collection, device):
@@ -89,22 +96,18 @@ def _reduced(layer, ranks):
     return [parameter.main_grad for parameter, copied in zip(layer.parameters(), is_copied, strict=True) if copied]
 
 
-def _seconds(device):
-    return clock(device) if device.type == "cuda" else time.process_time()
-
-
 def _step(layer, optimizer, hidden, ranks):
     """Seconds of this rank per phase."""
     device = hidden.device
     hidden = hidden.detach().requires_grad_()
     for parameter in layer.parameters():
         parameter.main_grad.zero_()
-    start = _seconds(device)
+    start = cpu_clock(device)
     out = layer(hidden)[0]
-    middle = _seconds(device)
+    middle = cpu_clock(device)
     out.backward(torch.ones_like(out))
     accumulate_gradient(layer)
-    end = _seconds(device)
+    end = cpu_clock(device)
     for gradient in _reduced(layer, ranks):
         torch.distributed.all_reduce(gradient)
     for parameter in layer.parameters():
@@ -112,7 +115,7 @@ def _step(layer, optimizer, hidden, ranks):
     optimizer.step()
     for parameter in layer.parameters():
         parameter.grad = None
-    last = _seconds(device)
+    last = cpu_clock(device)
     phases = {"forward": middle - start, "backward": end - middle, "optimizer": last - end}
     return phases | {"total": last - start}
 
@@ -130,10 +133,10 @@ class _Rebuild:
         self.codebook.count_update()
         if in_full:
             index.load_state_dict({**index.state_dict(), "built_at": torch.full_like(index.built_at, -1)})
-        start = _seconds(router.weight.device)
+        start = cpu_clock(router.weight.device)
         index.refresh(self.codebook, router.centers, group=group)
         index.commit(group)
-        seconds = _seconds(router.weight.device) - start
+        seconds = cpu_clock(router.weight.device) - start
         if int(index.built_at) != self.codebook.updates_on_host:
             raise AssertionError("the lists were not rebuilt")
         return seconds
@@ -143,19 +146,8 @@ class _Rebuild:
         return {"rebuild": self.run(), "rebuild_in_full": self.run(in_full=True)}
 
 
-def _mean(run, device, ranks):
-    """Seconds per phase, a mean over the ranks. All ranks start together."""
-    if ranks > 1:
-        torch.distributed.barrier()
-    seconds = run()
-    if ranks > 1:
-        values = torch.tensor(list(seconds.values()), device=device, dtype=torch.float64)
-        torch.distributed.all_reduce(values)
-        seconds = dict(zip(seconds, (values / ranks).tolist(), strict=True))
-    return seconds
-
-
 def _measure(args, rank, ranks, pg_collection, device):
+    _check(ranks, pg_collection, device)
     sizes = Sizes.of(args)
     layers, hidden = _layers(sizes, ranks, pg_collection, device), _tokens(sizes, rank, device)
     of_rank = hidden.flatten(0, 1)
@@ -172,26 +164,21 @@ def _measure(args, rank, ranks, pg_collection, device):
         layer(hidden)
         traffic = layer.token_dispatcher.traffic
         figures[name] = {
-            "state_mib": round(num_parameters * (sizes.dtype.itemsize + 12) / _MIB, 1),
-            "reduced_mib": round(4 * reduced / _MIB, 1),
-            "forward_remote_mib": round((2 * traffic.remote_row_bytes + traffic.remote_pair_bytes) / _MIB, 2),
+            "state_mib": round(num_parameters * (sizes.dtype.itemsize + 12) / MIB, 1),
+            "reduced_mib": round(4 * reduced / MIB, 1),
+            "forward_remote_mib": round((2 * traffic.remote_row_bytes + traffic.remote_pair_bytes) / MIB, 2),
         }
         run = _runner(layer, optimizer, hidden, ranks, _Rebuild(layer.router))
         needed = roofline.together(work, roofline.adam(num_parameters))
-        cases[name] = Case(lambda run=run: _mean(run, device, ranks), needed, sizes.tokens)
+        cases[name] = Case(lambda run=run: over_ranks(run, device, ranks, "mean"), needed, sizes.tokens)
     outcome = time_interleaved(cases, args, device, extra_phases=("optimizer", "rebuild", "rebuild_in_full"))
     rows = []
     for name in cases:
         times_faster = round(outcome.median(_REPLICATED) / outcome.median(name), 2)
         columns = sizes.columns() | {"ffn": sizes.ffn, "ranks": ranks}
         own = {"times_faster": times_faster} | figures[name]
-        rows.append(outcome.row(name, columns, own, by_clock=has_own_cores(device, ranks)))
+        rows.append(outcome.row(name, columns, own, by_clock=is_by_clock(device, ranks)))
     return rows
-
-
-def has_own_cores(device: torch.device, ranks: int) -> bool:
-    """Whether a rank's times can be compared with rates: a clock's, and no rank waits for another one's core."""
-    return is_by_clock(device) and (device.type != "cpu" or ranks <= len(os.sched_getaffinity(0)))
 
 
 def _runner(layer, optimizer, hidden, ranks, rebuild):

@@ -4,12 +4,13 @@ A table follows a line `<!-- rows of FILE.csv ... -->`. Its layout has the name 
 another one: `<!-- rows of FILE.csv: LAYOUT -->`. The targets follow `<!-- targets -->`.
 """
 
+import argparse
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import targets
+from benchmarks.arguments import refused
 
 Row = dict[str, str]
 _MARK = re.compile(
@@ -124,7 +125,15 @@ def filled(text: str, folder: Path) -> str:
     return _MARK.sub(replaced, text)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Rewrite the tables of a folder's README.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("docs/results"), help="of README.md and CSV files")
+    args = parser.parse_args(argv)
+    document = args.folder / "README.md"
+    with refused(parser):
+        document.write_text(filled(document.read_text(), args.folder))
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/results")
-    document = folder / "README.md"
-    document.write_text(filled(document.read_text(), folder))
+    main()

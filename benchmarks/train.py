@@ -6,6 +6,7 @@ import logging
 import torch
 
 from benchmarks import checks, roofline
+from benchmarks.arguments import positive
 from benchmarks.measure import clock, world
 from benchmarks.models import (
     Sizes,
@@ -28,8 +29,14 @@ _VOCABULARY = 256
 
 def add_arguments(parser) -> None:
     add_sizes(parser, experts=16_384, hidden=256, tokens=2048, topk=32, ffn=2)
-    parser.add_argument("--layers", type=int, default=2, help="layers, each with a mixture of experts")
-    parser.add_argument("--sequence", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--layers", type=positive, default=2, help="layers, each with a mixture of experts")
+    parser.add_argument("--sequence", type=positive, default=256, help="tokens of a sequence")
+
+
+def check_arguments(args) -> None:
+    """Raise ValueError if the tokens are not those of whole sequences."""
+    if args.tokens % args.sequence:
+        raise ValueError(f"--tokens ({args.tokens}) must be divisible by --sequence ({args.sequence})")
 
 
 def run(args) -> list[dict]:
@@ -40,8 +47,6 @@ def run(args) -> list[dict]:
     forward includes a step's share of the rebuild of the lists. On a GPU one step in twenty makes the whole rebuild,
     which the median leaves out. A whole rebuild has a row of its own.
     """
-    if args.tokens % args.sequence:
-        raise ValueError(f"--tokens ({args.tokens}) must be divisible by --sequence ({args.sequence})")
     with world() as (device, pg_collection):
         checks.check_router(pg_collection, device)
         _check(pg_collection, device)

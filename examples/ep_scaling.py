@@ -159,6 +159,22 @@ def read_run(folder: Path, warmup: int, node_gbytes: float) -> tuple[Setting, Ro
     Raises:
         ValueError: naming the folder and what it lacks.
     """
+    argument, figures = read_events(folder)
+    try:
+        measured = after_warmup(figures, int(argument("log_interval")), warmup)
+        setting, planned = setting_of(argument), predict(argument, node_gbytes)
+        return setting, row_of(argument, measured, planned), planned
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def read_events(folder: Path) -> tuple[Callable[[str], str], pandas.DataFrame]:
+    """Read a TensorBoard folder.
+
+    Returns:
+        a function that gives Megatron's argument of a name as text, and raises ValueError if there is none; and the
+        scalars of time and routing health, a column each, by step.
+    """
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     texts = {tag.removesuffix("/text_summary"): tag for tag in events.Tags()["tensors"]}
     # Ours have a prefix; the diagnostics write figures of the same names, with another one, for each layer.
@@ -166,49 +182,66 @@ def read_run(folder: Path, warmup: int, node_gbytes: float) -> tuple[Setting, Ro
 
     def argument(name: str) -> str:
         if name not in texts:
-            raise ValueError(f"{folder}: Megatron's argument {name} is not in it; did the run start?")
+            raise ValueError(f"Megatron's argument {name} is not in it; did the run start?")
         return events.Tensors(texts[name])[0].tensor_proto.string_val[0].decode()
 
-    interval = int(argument("log_interval"))
-    figures = pandas.DataFrame(
-        {
-            name: pandas.Series({event.step: event.value for event in events.Scalars(tags[name])}, dtype=float)
-            for name in (TIME, *HEALTH)
-            if name in tags
-        }
-    )
-    figures = figures[figures.index - interval >= warmup]  # intervals whose steps all come after the warm-up
-    if TIME not in figures or figures[TIME].dropna().empty:
+    figures = {
+        name: pandas.Series({event.step: event.value for event in events.Scalars(tags[name])}, dtype=float)
+        for name in (TIME, *HEALTH)
+        if name in tags
+    }
+    return argument, pandas.DataFrame(figures)
+
+
+def after_warmup(figures: pandas.DataFrame, interval: int, warmup: int) -> pandas.DataFrame:
+    """The figures of those log intervals whose steps all come after the warm-up.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    measured = figures[figures.index - interval >= warmup]
+    if TIME not in measured or measured[TIME].dropna().empty:
         raise ValueError(
-            f"{folder}: no scalar {TIME} lies after the warm-up of {warmup} steps; was it --log-timers-to-tensorboard?"
+            f"no scalar {TIME} lies after the warm-up of {warmup} steps; was it --log-timers-to-tensorboard?"
         )
-    if not set(HEALTH) <= set(figures) or figures[list(HEALTH)].dropna().empty:
+    if not set(HEALTH) <= set(measured) or measured[list(HEALTH)].dropna().empty:
         raise ValueError(
-            f"{folder}: no scalars of routing health with dispatched bytes lie after the warm-up of {warmup} steps; "
+            f"no scalars of routing health with dispatched bytes lie after the warm-up of {warmup} steps; "
             "was it --air-moe?"
         )
+    return measured
+
+
+def setting_of(argument: Callable[[str], str]) -> Setting:
+    """What a run has in common with the others, from Megatron's arguments."""
     dtype = argument("params_dtype")
     if dtype not in BYTES_OF_DTYPE:
-        raise ValueError(f"{folder}: params_dtype ({dtype}) must be one of {', '.join(BYTES_OF_DTYPE)}")
-
-    ranks = int(argument("world_size"))
-    tokens = int(argument("global_batch_size")) * int(argument("seq_length"))
-    seconds = figures[TIME].median()
-    means = figures[list(HEALTH)].mean()
-    setting = Setting(
+        raise ValueError(f"params_dtype ({dtype}) must be one of {', '.join(BYTES_OF_DTYPE)}")
+    return Setting(
         backend=argument("distributed_backend"),
         num_layers=int(argument("num_layers")),
         num_experts=int(argument("num_experts")),
         topk=int(argument("moe_router_topk")),
         hidden_size=int(argument("hidden_size")),
         dtype=dtype,
-        tokens_per_rank=tokens // ranks,
+        tokens_per_rank=tokens_per_step(argument) // int(argument("world_size")),
     )
-    planned = predict(argument, node_gbytes)
-    row = Row(
+
+
+def tokens_per_step(argument: Callable[[str], str]) -> int:
+    """Tokens of a global batch."""
+    return int(argument("global_batch_size")) * int(argument("seq_length"))
+
+
+def row_of(argument: Callable[[str], str], measured: pandas.DataFrame, planned: Planned) -> Row:
+    """The row of a run, with the costs left open, from its figures after the warm-up and its prediction."""
+    ranks, tokens = int(argument("world_size")), tokens_per_step(argument)
+    seconds = measured[TIME].median()
+    means = measured[list(HEALTH)].mean()
+    return Row(
         ep_size=int(argument("expert_model_parallel_size")),
         ranks=ranks,
-        steps=figures[TIME].count() * interval,
+        steps=measured[TIME].count() * int(argument("log_interval")),
         ms_per_step=round(1e3 * seconds, 2),
         tokens_per_s=round(tokens / seconds, 1),
         tokens_per_s_per_rank=round(tokens / seconds / ranks, 1),
@@ -221,7 +254,6 @@ def read_run(folder: Path, warmup: int, node_gbytes: float) -> tuple[Setting, Ro
         most_loaded_rank=round(means["rank-imbalance"], 3),
         imbalance_factor=round(means["imbalance-factor"], 2),
     )
-    return setting, row, planned
 
 
 def read_runs(folders: list[Path], warmup: int, node_gbytes: float) -> tuple[Setting, list[Row]]:

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import ROOT
+from benchmarks.arguments import positive, refused
 from benchmarks.quality.data import prepare
 from benchmarks.quality.study import CPU_ENVIRONMENT, Run, command, load_runs, origin
 
 STEPS = (1, 10, 20, 40, 80, 120, 160, 200, 300, 400)
 KEPT_STEPS = (40, 200, 400)  # only a few, because constants of all codewords take longer to make
-NUM_TOKENS = 512
-"""Most tokens of a sample; fewer if every n-th token would be of some sequences only."""
+NUM_TOKENS = 512  # at most; as the samples of training, they are spread evenly over a batch and its sequences
 ENTRY = "air_moe_megatron.pretrain"
 
 
@@ -34,11 +34,10 @@ def find_run(experts: int) -> Run:
     return found[0]
 
 
-def train(experts: int, data_dir: Path, out: Path, threads: int) -> Path:
-    """Train one model in a process of its own; returns the path of the CSV file with its rows."""
-    run, folder = find_run(experts), out / f"bounds-{experts}"
+def train(run: Run, out: Path, threads: int) -> Path:
+    """Train one model in a process of its own on prepared data; returns the path of the CSV file with its rows."""
+    folder = out / f"bounds-{run.experts}"
     folder.mkdir(parents=True, exist_ok=True)
-    prepare(run.corpus, run.vocabulary, data_dir, out / "data" / run.prepared)
     line = command(run, out / "data" / run.prepared, folder, 1, on_gpu=False)
     words = line[line.index(ENTRY) + 1 :]
     rows = folder / "rows.csv"
@@ -60,7 +59,7 @@ def train_inside(rows: Path, words: list[str]) -> None:
     from air_moe_megatron import pretrain, step_hooks
     from air_moe_megatron.routers import AIRRouter, find_routers
 
-    sample_up_to(NUM_TOKENS)
+    set_sample_size(NUM_TOKENS)
     begin_step, finish_step, found = step_hooks.begin_step, step_hooks._finish_step, []
 
     def keep_samples(model: list, iteration: int) -> None:
@@ -78,12 +77,15 @@ def train_inside(rows: Path, words: list[str]) -> None:
     pretrain.main()
 
 
-def sample_up_to(num_tokens: int) -> None:
-    """Let routers of this process keep samples of up to so many tokens of a microbatch, instead of 64."""
+def set_sample_size(num_tokens: int) -> None:
+    """Let routers keep samples of this many tokens at most.
+
+    Raises:
+        AttributeError: if the plugin has no such constant any more.
+    """
     from air_moe_megatron.routers import air
 
-    if not hasattr(air, "SAMPLE_SIZE"):
-        raise AttributeError("air_moe_megatron.routers.air has no SAMPLE_SIZE: the size of samples cannot be set")
+    air.SAMPLE_SIZE  # noqa: B018  # an assignment alone would make a name that nothing reads
     air.SAMPLE_SIZE = num_tokens
 
 
@@ -94,7 +96,7 @@ def measure_step(router: "air.AIRRouter", iteration: int) -> dict[str, float]:  
 
     figures, size = measure(router), router.sizes.shortlist_size
     row = {"experts": router.num_experts, "layer": router.layer_number, "iteration": iteration}
-    row["tokens"] = len(router.sample.hidden)
+    row["tokens"] = figures.mass_recall.numel()
     for name in ("mass_recall", "paper_bound", "mass_bound"):
         values = getattr(figures, name)
         row |= {name: float(values.mean()), f"{name}_median": float(values.median())}
@@ -112,7 +114,7 @@ def measure_step(router: "air.AIRRouter", iteration: int) -> dict[str, float]:  
     return row
 
 
-def plot(table: "pandas.DataFrame", path: Path) -> None:  # noqa: F821
+def plot(table: "pandas.DataFrame", path: Path) -> "Figure":  # noqa: F821
     """Plot recall, bounds and certified share over the steps: a column per size, a line style per layer."""
     import matplotlib
 
@@ -141,6 +143,8 @@ def plot(table: "pandas.DataFrame", path: Path) -> None:  # noqa: F821
         axes[row, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -148,15 +152,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     import pandas
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--experts", type=int, nargs="+", default=[4096, 16384], help="sizes of the study's air runs")
+    parser.add_argument("--experts", type=positive, nargs="+", default=[4096, 16384], help="of the study's air runs")
     parser.add_argument("--data-dir", type=Path, required=True, help="where the corpora are")
     parser.add_argument("--out", type=Path, default=ROOT / "out/quality", help="for data sets and logs")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive, default=1, help="of a CPU, as the study's runs have")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "docs/results/bounds.csv", help="CSV; the figure is beside it"
     )
     args = parser.parse_args(argv)
-    parts = [pandas.read_csv(train(size, args.data_dir, args.out, args.threads)) for size in args.experts]
+    with refused(parser):
+        runs = [find_run(size) for size in args.experts]
+        for run in runs:
+            prepare(run.corpus, run.vocabulary, args.data_dir, args.out / "data" / run.prepared)
+    parts = [pandas.read_csv(train(run, args.out, args.threads)) for run in runs]
     table = pandas.concat(parts, ignore_index=True).assign(**origin(on_gpu=False)).round(5)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.results, index=False)

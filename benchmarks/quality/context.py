@@ -14,9 +14,11 @@ The rise says how many first layers a hash can take. It is an upper bound: the m
 import argparse
 import logging
 import math
+import statistics
 import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pandas
@@ -24,12 +26,26 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import ROOT
+from benchmarks.arguments import positive, refused
 from benchmarks.measure import environment, world
 from benchmarks.quality.data import prepare
-from benchmarks.quality.in_process import CONSTANT_RATE, batches, begin, models, trainer_of
+from benchmarks.quality.in_process import (
+    CONSTANT_RATE,
+    batches,
+    begin,
+    model_of,
+    observed,
+    read_rows,
+    replace_rows,
+    replaced,
+    trainer_of,
+)
 from benchmarks.train import Trainer
 
 logger = logging.getLogger(__name__)
+
+KEY = ("model", "experts", "corpus")
+"""The columns that name a trained model."""
 
 
 def shuffled(data: list[dict[str, torch.Tensor]], seed: int) -> list[dict[str, torch.Tensor]]:
@@ -87,18 +103,8 @@ def _entropy(counts: torch.Tensor, total: torch.Tensor) -> float:
     return float(-(shares * shares.log()).sum() + (counts.numel() - 1) / (2 * total))
 
 
-@contextmanager
-def replaced(router: torch.nn.Module, choose) -> Iterator[None]:
-    """Within this context the router chooses by ``choose`` instead."""
-    router._choose = choose
-    try:
-        yield
-    finally:
-        del router._choose
-
-
 class Meter:
-    """Losses of a trained model on batches, with the routing of some layers counted or replaced."""
+    """Losses of a trained model on batches, in which the routing of some layers may be observed or replaced."""
 
     def __init__(self, trainer: Trainer, data: list[dict[str, torch.Tensor]]) -> None:
         self.model, self.routers, self.data = trainer.model, trainer.routers, data
@@ -114,17 +120,6 @@ class Meter:
             total += float(self.model(*arguments, labels=batch["labels"]).mean())
         return total / len(self.data)
 
-    def counted(self, router: torch.nn.Module, counts: Counts):
-        """A context in which the router's choices are counted."""
-        choose = router._choose
-
-        def count(*args):
-            routes = choose(*args)
-            counts.add(self.token_ids, routes.topk_ids, routes.probs)
-            return routes
-
-        return replaced(router, count)
-
     def by_id(self, router: torch.nn.Module, experts: torch.Tensor, probs: torch.Tensor):
         """A context in which the router gives a token the experts of its id."""
         from air_moe_megatron.routers.base import Routes
@@ -132,54 +127,74 @@ class Meter:
         return replaced(router, lambda *args: Routes(experts[self.token_ids], probs[self.token_ids]))
 
 
-def rows_of(trainer: Trainer, train: list, count: list, test: list, vocabulary: int, label: str) -> list[dict]:
-    """Train a model on some batches, count on others, and measure on the rest; returns a row for each layer."""
-    for batch in tqdm(train, unit="step", desc=label):
+def train(trainer: Trainer, data: list[dict[str, torch.Tensor]], label: str) -> None:
+    """Train a model on each batch once, and set it to evaluation."""
+    for batch in tqdm(data, unit="step", desc=label):
         trainer.step(batch)
     trainer.model.eval()
-    meter, topk = Meter(trainer, count), trainer.routers[0].topk
-    counts = {router: Counts(vocabulary, router.num_experts) for router in trainer.routers}
+
+
+def counts_of(trainer: Trainer, data: list[dict[str, torch.Tensor]], vocabulary: int) -> list[Counts]:
+    """The counts of each layer over the batches."""
+    meter = Meter(trainer, data)
+    counts = [Counts(vocabulary, router.num_experts) for router in trainer.routers]
     with ExitStack() as stack:
-        for router in trainer.routers:
-            stack.enter_context(meter.counted(router, counts[router]))
+        for router, of_router in zip(trainer.routers, counts, strict=True):
+            see = partial(_add_routes, meter, of_router)
+            stack.enter_context(observed(router, see))
         meter.loss()
-    tables = {router: counts[router].most_frequent(topk) for router in trainer.routers}
-    meter.data = test
-    shares = {router: [] for router in trainer.routers}
+    return counts
+
+
+def _add_routes(meter, counts, routes):
+    counts.add(meter.token_ids, routes.topk_ids, routes.probs)
+
+
+def shares_fixed(meter: Meter, tables: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, list[float]]:
+    """Loss with the layers' own routing, and for each layer the share of its experts that are among those of the ids.
+
+    ``tables`` are the experts and probs of each id, for each layer.
+    """
+    shares = [[] for _ in tables]
     with ExitStack() as stack:
-        for router in trainer.routers:
-            stack.enter_context(_overlap(meter, router, tables[router][0], shares[router]))
+        for router, (experts, _), of_router in zip(meter.routers, tables, shares, strict=True):
+            see = partial(_add_share, meter, experts, of_router)
+            stack.enter_context(observed(router, see))
         loss = meter.loss()
+    return loss, [statistics.fmean(of_router) for of_router in shares]
+
+
+def _add_share(meter, experts, shares, routes):
+    found = (routes.topk_ids.unsqueeze(2) == experts[meter.token_ids].unsqueeze(1)).any(dim=2)
+    shares.append(float(found.float().mean()))
+
+
+def losses_by_id(meter: Meter, tables: list[tuple[torch.Tensor, torch.Tensor]], layer: int) -> tuple[float, float]:
+    """Losses with the experts of the ids in one layer alone, and in it and all layers before; ``layer`` is from 0."""
+    with meter.by_id(meter.routers[layer], *tables[layer]):
+        alone = meter.loss()
+    with ExitStack() as stack:
+        for router, of_ids in zip(meter.routers[: layer + 1], tables, strict=False):
+            stack.enter_context(meter.by_id(router, *of_ids))
+        return alone, meter.loss()
+
+
+def rows_of(
+    trainer: Trainer, count: list[dict[str, torch.Tensor]], test: list[dict[str, torch.Tensor]], vocabulary: int
+) -> list[dict]:
+    """Count the routes of a trained model on some batches, and measure it on others; returns a row for each layer."""
+    topk = trainer.routers[0].topk
+    counts = counts_of(trainer, count, vocabulary)
+    tables = [of_router.most_frequent(topk) for of_router in counts]
+    meter = Meter(trainer, test)
+    loss, shares = shares_fixed(meter, tables)
     rows = []
-    for number, (router, of_router) in enumerate(counts.items(), 1):
-        with meter.by_id(router, *tables[router]):
-            alone = meter.loss()
-        with ExitStack() as stack:
-            for earlier in trainer.routers[:number]:
-                stack.enter_context(meter.by_id(earlier, *tables[earlier]))
-            together = meter.loss()
-        rows.append(
-            {
-                "model": label, "layer": number, "loss": loss, "rise_alone": alone - loss,
-                "rise_with_earlier": together - loss,
-                "fixed_by_id": sum(shares[router]) / len(shares[router]), "information": of_router.information(topk),
-            }
-        )  # fmt: skip
+    for layer, (of_router, share) in enumerate(zip(counts, shares, strict=True)):
+        alone, together = losses_by_id(meter, tables, layer)
+        rises = {"rise_alone": alone - loss, "rise_with_earlier": together - loss}
+        figures = {"fixed_by_id": share, "information": of_router.information(topk)}
+        rows.append({"layer": layer + 1, "loss": loss} | rises | figures)
     return rows
-
-
-def _overlap(meter: Meter, router: torch.nn.Module, experts: torch.Tensor, shares: list[float]):
-    """A context that records the share of the router's experts that are among those of the token's id."""
-    choose = router._choose
-
-    def compare(*args):
-        routes = choose(*args)
-        of_id = experts[meter.token_ids]
-        found = (routes.topk_ids.unsqueeze(2) == of_id.unsqueeze(1)).any(dim=2)
-        shares.append(float(found.float().mean()))
-        return routes
-
-    return replaced(router, compare)
 
 
 def table(rows: pandas.DataFrame) -> str:
@@ -194,34 +209,39 @@ def table(rows: pandas.DataFrame) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, count, measure; write the rows and print them."""
+    """Train, count, measure; write the rows and print them. Rows of other models in the file are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="TOML file of the study")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of the corpus")
     parser.add_argument("--work", type=Path, default=ROOT / "out/quality/data", help="folder of the prepared corpora")
     parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows")
-    parser.add_argument("--experts", type=int, default=4096, help="a size of the study")
+    parser.add_argument("--experts", type=positive, default=4096, help="a size of the study")
     parser.add_argument("--variants", nargs="+", default=["air", "topk"], help="of the study")
-    parser.add_argument("--count", type=int, default=100, help="batches that are counted, after those of the training")
-    parser.add_argument("--test", type=int, default=30, help="batches that are measured")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU, as the study's runs have")
+    parser.add_argument("--count", type=positive, default=100, help="batches that are counted, after the training's")
+    parser.add_argument("--test", type=positive, default=30, help="batches that are measured")
+    parser.add_argument("--threads", type=positive, default=1, help="of a CPU, as the study's runs have")
     args = parser.parse_args(argv)
+    with refused(parser):
+        config = tomllib.loads(args.config.read_text())
+        runs = [model_of(config, args.experts, variant) for variant in args.variants]
+        earlier = read_rows(args.out)
     begin(args.threads)
-    config = tomllib.loads(args.config.read_text())
-    folder = args.work / f"{config['corpus']}-{config['vocabulary']}"
-    prepare(config["corpus"], config["vocabulary"], args.data_dir, folder)
-    rows = []
-    for variant in args.variants:
-        run = models(config, args.experts)[variant]
-        steps = run.flags["train-iters"]
+    with refused(parser):
+        for run in runs:
+            prepare(run.corpus, run.vocabulary, args.data_dir, args.work / run.prepared)
+    made = []
+    for run in runs:
+        folder, steps = args.work / run.prepared, run.flags["train-iters"]
         with world() as (device, pg_collection):
             text = shuffled(batches(folder / "train", run.flags, device), run.seed)[: steps + args.count]
             test = shuffled(batches(folder / "test", run.flags, device), run.seed)[: args.test]
             trainer = trainer_of(run, pg_collection, device, CONSTANT_RATE, seed=run.seed)
-            made = rows_of(trainer, text[:steps], text[steps:], test, run.vocabulary, variant)
-            rows += [row | {"corpus": run.corpus, "experts": args.experts} | environment(device) for row in made]
-        pandas.DataFrame(rows).to_csv(args.out, index=False)
-    logger.info("%s", table(pandas.DataFrame(rows)))
+            train(trainer, text[:steps], run.variant)
+            rows = pandas.DataFrame(rows_of(trainer, text[steps:], test, run.vocabulary))
+            rows.insert(0, "model", run.variant)
+            made.append(rows.assign(corpus=run.corpus, experts=run.experts, **environment(device)))
+        replace_rows(earlier, pandas.concat(made, ignore_index=True), KEY).to_csv(args.out, index=False)
+    logger.info("%s", table(pandas.concat(made, ignore_index=True)))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ import fnmatch
 import logging
 import math
 import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pandas
@@ -32,13 +33,16 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import ROOT
+from benchmarks.arguments import positive, refused
 from benchmarks.measure import environment, world
-from benchmarks.quality.context import replaced
 from benchmarks.quality.data import prepare
-from benchmarks.quality.in_process import batches, begin, trainer_of
+from benchmarks.quality.in_process import batches, begin, keys_of, observed, read_rows, trainer_of
 from benchmarks.quality.study import Run, load_runs
 
 logger = logging.getLogger(__name__)
+
+_EARLIER_BATCHES = 12
+"""The batches of rows that do not say it: those of docs/results/quality/copying.csv, see its command in bytes.md."""
 
 
 def kept_checkpoints(folder: Path) -> dict[int, Path]:
@@ -86,26 +90,19 @@ def measure(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> dict
     return figures | {"copied": figures["first"] - figures["again"]}
 
 
-@contextmanager
-def shares_kept(router: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Within this context the share of each token's best expert is recorded, as [T] tensors in the yielded list."""
-    choose, shares = router._choose, []
-
-    def keep(*args):
-        routes = choose(*args)
-        shares.append(routes.probs.amax(dim=1) / routes.probs.sum(dim=1))
-        return routes
-
-    with replaced(router, keep):
-        yield shares
-
-
 def measure_routing(model: torch.nn.Module, routers: list, data: list[dict[str, torch.Tensor]]) -> dict[str, float]:
     """Figures of :func:`measure`, and the best expert's share in each layer, as "best_1" and so on."""
+    shares = [[] for _ in routers]  # [T] share of each token's best expert, for each forward
     with ExitStack() as stack:
-        shares = [stack.enter_context(shares_kept(router)) for router in routers]
+        for router, of_router in zip(routers, shares, strict=True):
+            keep = partial(_keep_best_share, of_router)
+            stack.enter_context(observed(router, keep))
         figures = measure(model, data)
     return figures | {f"best_{layer}": float(torch.cat(of).mean()) for layer, of in enumerate(shares, 1)}
+
+
+def _keep_best_share(shares, routes):
+    shares.append(routes.probs.amax(dim=1) / routes.probs.sum(dim=1))
 
 
 def rows_of(
@@ -123,6 +120,40 @@ def rows_of(
         figures = measure_routing(model, trainer.routers, data)
         rows.append(of_run | {"step": step} | figures | environment(device))
     return rows
+
+
+def chosen_runs(config: dict, pattern: str) -> list[Run]:
+    """The runs of a study whose names match the pattern. They differ in variant and seed only, as a table's lines do.
+
+    Raises:
+        ValueError: if there are none, or those of several sizes.
+    """
+    runs = [run for run in load_runs(config) if fnmatch.fnmatch(run.name, pattern)]
+    if not runs:
+        raise ValueError(f"--only ({pattern!r}) must match the name of a run, as `study.py --list` shows it")
+    sizes = list(dict.fromkeys(_size(run) for run in runs))
+    if len(sizes) > 1:
+        raise ValueError(f"--only ({pattern!r}) must select runs of one size, not {sizes[0]} and {sizes[1]}")
+    return runs
+
+
+def _size(run):
+    steps = run.flags["train-iters"]
+    return f"E={run.experts} K={run.topk} F={run.ffn} {run.corpus} vocabulary={run.vocabulary} {steps} steps"
+
+
+def with_batches(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """Rows with the column "batches", which older files lack."""
+    known = rows["batches"].fillna(_EARLIER_BATCHES).astype(int) if "batches" in rows else _EARLIER_BATCHES
+    return rows.assign(batches=known)
+
+
+def rows_of_runs(rows: pandas.DataFrame, runs: Sequence[Run], num_batches: int) -> pandas.DataFrame:
+    """Those rows that belong to the runs and were measured on this number of batches."""
+    if not len(rows):
+        return rows
+    wanted = {(run.key, num_batches) for run in runs}
+    return rows[[key in wanted for key in keys_of(rows, ("key", "batches"))]]
 
 
 def table(rows: pandas.DataFrame) -> str:
@@ -144,7 +175,7 @@ def table(rows: pandas.DataFrame) -> str:
     return "\n\n".join(tables)
 
 
-def plot(rows: pandas.DataFrame, file: Path) -> None:
+def plot(rows: pandas.DataFrame, file: Path) -> "Figure":  # noqa: F821
     """Plot *copied*, and the losses where a model can copy and elsewhere, over the steps."""
     import matplotlib
 
@@ -169,41 +200,57 @@ def plot(rows: pandas.DataFrame, file: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
+    return figure
+
+
+def missing_checkpoints(runs: Sequence[Run], rows: pandas.DataFrame, folder: Path) -> dict[str, dict[int, Path]]:
+    """The checkpoints of the runs that have no row: key of the run -> iteration -> path."""
+    done = set(keys_of(rows, ("key", "step"))) if len(rows) else set()
+    missing = {}
+    for run in runs:
+        for step, path in kept_checkpoints(folder / run.key).items():
+            if (run.key, step) not in done:
+                missing.setdefault(run.key, {})[step] = path
+    return missing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the checkpoints that have no row yet; then the tables and the plot of all."""
+    """Measure the checkpoints of the chosen runs that have no row yet; then the tables and the plot of these runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="TOML file of the study")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of the corpus")
     parser.add_argument("--study", type=Path, default=ROOT / "out/quality", help="folder of the study's --out")
     parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows; the plot is beside it")
-    parser.add_argument("--only", default="*", help="pattern of the names of runs, as study.py takes it")
-    parser.add_argument("--batches", type=int, default=24, help="of the test split, evenly over it")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU, as the study's runs have")
+    parser.add_argument("--only", default="*", help="pattern of the names of runs of one size")
+    parser.add_argument("--batches", type=positive, default=24, help="of the test split, evenly over it")
+    parser.add_argument("--threads", type=positive, default=1, help="of a CPU, as the study's runs have")
     args = parser.parse_args(argv)
+    data = args.study / "data"
+    with refused(parser):
+        runs = chosen_runs(tomllib.loads(args.config.read_text()), args.only)
+        rows = with_batches(read_rows(args.out))
+        missing = missing_checkpoints(runs, rows_of_runs(rows, runs, args.batches), args.study / "runs")
+        if not missing and not len(rows_of_runs(rows, runs, args.batches)):
+            raise ValueError(
+                f"--only ({args.only!r}): no checkpoint of such a run in {args.study}/runs; make the runs with "
+                "`study.py --keep-checkpoints`"
+            )
     begin(args.threads)
-    runs = [run for run in load_runs(tomllib.loads(args.config.read_text())) if fnmatch.fnmatch(run.name, args.only)]
-    rows = pandas.read_csv(args.out).to_dict("records") if args.out.is_file() else []
-    for run in runs:
-        done = {row["step"] for row in rows if row["key"] == run.key}
-        checkpoints = kept_checkpoints(args.study / "runs" / run.key)
-        checkpoints = {step: path for step, path in checkpoints.items() if step not in done}
-        if not checkpoints:
-            continue
-        folder = args.study / "data" / run.prepared
-        prepare(run.corpus, run.vocabulary, args.data_dir, folder)
+    runs_to_measure = [run for run in runs if run.key in missing]
+    with refused(parser):
+        for run in runs_to_measure:
+            prepare(run.corpus, run.vocabulary, args.data_dir, data / run.prepared)
+    for run in runs_to_measure:
         with world() as (device, pg_collection):
-            text = batches(folder / "test", run.flags, device)
+            text = batches(data / run.prepared / "test", run.flags, device)
             text = text[:: max(1, len(text) // args.batches)][: args.batches]
-            rows += rows_of(run, checkpoints, text, pg_collection, device)
+            made = pandas.DataFrame(rows_of(run, missing[run.key], text, pg_collection, device))
+        rows = pandas.concat((rows, made.assign(batches=args.batches)), ignore_index=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        pandas.DataFrame(rows).to_csv(args.out, index=False)
-    if not rows:
-        parser.error(f"--only ({args.only!r}): no checkpoint of such a run in {args.study}/runs; make the runs with "
-                     "`study.py --keep-checkpoints`")  # fmt: skip
-    logger.info("%s", table(pandas.DataFrame(rows)))
-    plot(pandas.DataFrame(rows), args.out.with_suffix(".png"))
+        rows.to_csv(args.out, index=False)
+    shown = rows_of_runs(rows, runs, args.batches)
+    logger.info("%s", table(shown))
+    plot(shown, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

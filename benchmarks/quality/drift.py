@@ -30,14 +30,19 @@ from tqdm import tqdm
 from air_moe_megatron.diagnostics.recall import recall
 from air_moe_megatron.learned.codebook import Codebook, health_of, window_decay
 from benchmarks import ROOT
+from benchmarks.arguments import not_negative, positive, refused
 from benchmarks.measure import environment, world
 from benchmarks.quality.data import prepare
-from benchmarks.quality.in_process import CONSTANT_RATE, batches, begin, models, trainer_of
+from benchmarks.quality.in_process import CONSTANT_RATE, batches, begin, keys_of, model_of, read_rows, trainer_of
+from benchmarks.quality.study import BYTES, Run
 from benchmarks.train import Trainer
 
 logger = logging.getLogger("benchmarks.quality.drift")
 
 RULES = ("as it is", "frozen", "reset", "drift")
+SETTING = ("key", "experts", "steps_before", "steps_after")
+"""The columns that say what was trained. Rows of older files lack them, and count as those of another setting."""
+_OTHER = "gutenberg-100m"  # the corpus after the change
 _RECALL_EVERY = 10  # steps
 _RESET_AGE = 8  # updates
 
@@ -97,12 +102,12 @@ class Rule:
         self.router.codebook.__dict__.pop("learn", None)
 
 
-def other_corpus(tokenizer: Path, other: Path, out: Path, num_tokens: int) -> Path:
-    """A data set of another prepared corpus in a tokenizer's ids; created if missing.
+def other_corpus(own: Path, other: Path, out: Path, num_tokens: int) -> Path:
+    """A data set of another prepared corpus in the ids of one's own; created if missing.
 
     Args:
-        tokenizer: file of the tokenizer.
-        other: folder of the prepared corpus.
+        own: folder of the prepared corpus whose tokenizer makes the ids.
+        other: folder of the other prepared corpus.
         out: folder of the data set.
         num_tokens: least number of tokens.
     Returns:
@@ -112,9 +117,9 @@ def other_corpus(tokenizer: Path, other: Path, out: Path, num_tokens: int) -> Pa
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
     from tokenizers import Tokenizer
 
-    prefix = out / f"drift-{num_tokens}"
-    if not prefix.with_suffix(".idx").exists():
-        theirs, ours = Tokenizer.from_file(str(other / "tokenizer.json")), Tokenizer.from_file(str(tokenizer))
+    prefix = out / f"drift-{other.name}-as-{own.name}-{num_tokens}"
+    if not Path(f"{prefix}.idx").exists():
+        theirs, ours = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (other, own))
         dtype = DType.optimal_dtype(ours.get_vocab_size() + 1)
         builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
         for document in IndexedDataset(str(other / "train")):
@@ -164,6 +169,26 @@ def rows_of_seed(run, first: list, second: list, seed: int, pg_collection, devic
     return [row | environment(device) for row in rows]
 
 
+def model_to_train(config: dict, experts: int) -> Run:
+    """The run of the study's variant `air`.
+
+    Raises:
+        ValueError: if there is none, or the corpus has no tokenizer or does not change.
+    """
+    run = model_of(config, experts, "air")
+    if run.vocabulary == BYTES:
+        raise ValueError(f"vocabulary ({BYTES}): a study in bytes has no tokenizer, by which drift.py reads {_OTHER}")
+    if run.corpus == _OTHER:
+        raise ValueError(f"corpus ({run.corpus!r}) must be another one than {_OTHER}, which follows it")
+    return run
+
+
+def of_setting(rows: pandas.DataFrame, setting: dict[str, object]) -> pandas.DataFrame:
+    """The rows of one setting."""
+    known = rows.reindex(columns=list(dict.fromkeys((*rows.columns, *SETTING))))
+    return rows[[key == tuple(setting[name] for name in SETTING) for key in keys_of(known, SETTING)]]
+
+
 def table(rows: pandas.DataFrame) -> str:
     """Perplexity and recall after the change, by rule. Differences are between runs of the same seed."""
     after = rows[rows.rule != "before"]
@@ -190,7 +215,7 @@ def table(rows: pandas.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: pandas.DataFrame, file: Path) -> None:
+def plot(rows: pandas.DataFrame, file: Path) -> "Figure":  # noqa: F821
     """Plot loss relative to `as it is`, top-k recall and quantization error over the steps after the change."""
     import matplotlib
 
@@ -214,41 +239,46 @@ def plot(rows: pandas.DataFrame, file: Path) -> None:
     figure.legend(loc="outside upper center", ncols=len(RULES))
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the missing seeds one after the other; then make the table and the plot of all."""
+    """Run the missing seeds of the setting one after the other; then make the table and the plot of the setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="TOML file of the study")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of the unpacked corpora")
     parser.add_argument("--work", type=Path, default=ROOT / "out/quality/data", help="folder of the prepared corpora")
     parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows; the plot is beside it")
-    parser.add_argument("--experts", type=int, default=4096, help="a size of the study")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, nargs=2, default=[400, 200], help="before and after the change")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU, as the study's runs have")
+    parser.add_argument("--experts", type=positive, default=4096, help="a size of the study")
+    parser.add_argument("--seeds", type=not_negative, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=positive, nargs=2, default=[400, 200], help="before and after the change")
+    parser.add_argument("--threads", type=positive, default=1, help="of a CPU, as the study's runs have")
     args = parser.parse_args(argv)
+    with refused(parser):
+        run = model_to_train(tomllib.loads(args.config.read_text()), args.experts)
+        rows = read_rows(args.out)
     begin(args.threads)
-    config = tomllib.loads(args.config.read_text())
-    run = models(config, args.experts)["air"]
-    folders = {name: args.work / f"{name}-{config['vocabulary']}" for name in (config["corpus"], "gutenberg-100m")}
-    for name, folder in folders.items():
-        prepare(name, config["vocabulary"], args.data_dir, folder)
-    own, other = folders.values()
+    own, other = (args.work / f"{name}-{run.vocabulary}" for name in (run.corpus, _OTHER))
+    with refused(parser):
+        for name, folder in ((run.corpus, own), (_OTHER, other)):
+            prepare(name, run.vocabulary, args.data_dir, folder)
     per_step = run.flags["global-batch-size"] * (run.flags["seq-length"] + 1)
-    new_text = other_corpus(own / "tokenizer.json", other, args.work, args.steps[1] * per_step)
-    rows = pandas.read_csv(args.out) if args.out.is_file() else pandas.DataFrame()
+    new_text = other_corpus(own, other, args.work, args.steps[1] * per_step)
+    steps = dict(zip(("steps_before", "steps_after"), args.steps, strict=True))
+    setting = {"key": run.key, "experts": run.experts} | steps
     for seed in args.seeds:
-        if len(rows) and (rows.seed == seed).any():
+        done = of_setting(rows, setting)
+        if len(done) and (done.seed == seed).any():
             continue
         with world() as (device, pg_collection):
             first = batches(own / "train", run.flags, device)[: args.steps[0]]
             second = batches(new_text, run.flags, device)[: args.steps[1]]
             made = rows_of_seed(run, first, second, seed, pg_collection, device)
-        rows = pandas.concat((rows, pandas.DataFrame(made)))
+        rows = pandas.concat((rows, pandas.DataFrame(made).assign(**setting)), ignore_index=True)
         rows.to_csv(args.out, index=False)
-    logger.info("%s", table(rows))
-    plot(rows, args.out.with_suffix(".png"))
+    shown = of_setting(rows, setting)
+    logger.info("%s", table(shown))
+    plot(shown, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

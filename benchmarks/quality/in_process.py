@@ -1,11 +1,14 @@
-"""Build a study's models in this process, to make single steps with them, as in `step_time.py` and `drift.py`."""
+"""What the studies share that train or measure models in their own process: models, data, observed routers, rows."""
 
 import dataclasses
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import pandas
 import torch
 
 from benchmarks.quality.flops import config_of
@@ -41,6 +44,18 @@ def models(config: dict, experts: int) -> dict[str, Run]:
     if not found:
         raise ValueError(f"--experts ({experts}) must be a size of the study")
     return found
+
+
+def model_of(config: dict, experts: int, variant: str) -> Run:
+    """The run of :func:`models` that a variant has.
+
+    Raises:
+        ValueError: if the study has no such size or variant.
+    """
+    found = models(config, experts)
+    if variant not in found:
+        raise ValueError(f"variant ({variant!r}) must be one of those with {experts} experts: {', '.join(found)}")
+    return found[variant]
 
 
 def batches(prefix: Path, flags: dict, device: torch.device) -> list[dict[str, torch.Tensor]]:
@@ -89,3 +104,46 @@ def trainer_of(run: Run, pg_collection, device: torch.device, optimizer: dict | 
     )
     hand_over_token_ids([trainer.model])
     return trainer
+
+
+@contextmanager
+def replaced(router: torch.nn.Module, choose: Callable) -> Iterator[None]:
+    """Within this context the router chooses by ``choose`` instead."""
+    router._choose = choose
+    try:
+        yield
+    finally:
+        del router._choose
+
+
+@contextmanager
+def observed(router: torch.nn.Module, see: Callable[["Routes"], None]) -> Iterator[None]:  # noqa: F821
+    """Within this context ``see`` is called with the routes of each of the router's forwards."""
+    choose = router._choose
+
+    def choose_and_show(*args):
+        routes = choose(*args)
+        see(routes)
+        return routes
+
+    with replaced(router, choose_and_show):
+        yield
+
+
+def read_rows(path: Path) -> pandas.DataFrame:
+    """The rows of a CSV file; none if there is no file."""
+    return pandas.read_csv(path) if path.is_file() else pandas.DataFrame()
+
+
+def replace_rows(earlier: pandas.DataFrame, rows: pandas.DataFrame, key: Sequence[str]) -> pandas.DataFrame:
+    """The earlier rows whose key no new row has, and then the new ones. ``key`` names the columns of the key."""
+    if not len(earlier):
+        return rows
+    replaced_keys = set(keys_of(rows, key))
+    is_kept = [one not in replaced_keys for one in keys_of(earlier, key)]
+    return pandas.concat((earlier[is_kept], rows), ignore_index=True)
+
+
+def keys_of(rows: pandas.DataFrame, key: Sequence[str]) -> list[tuple]:
+    """The key of each row, in their order."""
+    return list(rows[list(key)].itertuples(index=False, name=None))

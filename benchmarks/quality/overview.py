@@ -87,7 +87,7 @@ def title(regime: Regime) -> str:
     return f"{names.get(regime.corpus, regime.corpus)}, E = {regime.experts:,}"
 
 
-def plot(rows: list[dict], file: Path, subject: str = "air") -> Path:
+def plot(rows: list[dict], file: Path, subject: str = "air") -> "Figure":  # noqa: F821
     """Draw all :func:`regimes`: quality relative to exact top-k over all training FLOPs, with error bars."""
     import matplotlib
 
@@ -120,7 +120,7 @@ def plot(rows: list[dict], file: Path, subject: str = "air") -> Path:
     figure.legend(handles=handles, loc="outside upper center", ncols=math.ceil(len(handles) / 2), fontsize=9)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
-    return file
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -135,8 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not regimes(rows, subject):
             files = ", ".join(map(str, args.results))
             sys.exit(f"{files}: no regime with three seeds of {subject} and {REFERENCE} at K = 16")
+    plot(rows, args.out, args.subjects[0])
     tables = [comparison(rows, subject) for subject in args.subjects]
-    sys.stdout.write("\n\n".join((*tables, f"{plot(rows, args.out, args.subjects[0])}\n")))
+    sys.stdout.write("\n\n".join((*tables, f"{args.out}\n")))
 
 
 if __name__ == "__main__":

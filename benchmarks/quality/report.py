@@ -11,9 +11,14 @@ from typing import NamedTuple
 
 import pandas
 
+from benchmarks.arguments import refused
 from benchmarks.quality.study import BYTES, read_results
 
 REFERENCE = "topk"
+MODEL = ("corpus", "vocabulary", "layers", "variant", "experts", "topk", "ffn")
+"""What names a model in a file of step times: its columns."""
+_EARLIER = {"vocabulary": 4096, "layers": 2}
+"""Columns that step times did not have at first: only models of full.toml were timed then."""
 # The variants of one type of router.
 _DASHES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2)), (0, (3, 4)))
 _MARKERS = "os^DvpP*"
@@ -68,7 +73,8 @@ def groups(rows: list[dict]) -> dict[Regime, dict[str, list[dict]]]:
 
 
 def _model(row):
-    return tuple(row[name] for name in ("corpus", "variant", "experts", "topk", "ffn"))
+    given = {**row, "layers": row["flags"]["num-layers"]}
+    return tuple(given[name] for name in MODEL)
 
 
 def quality(row: dict) -> float:
@@ -159,8 +165,15 @@ def table(variants: dict[str, list[dict]], step_ms: dict[tuple, float] | None = 
 
 
 def read_step_times(path: Path) -> dict[tuple, float]:
-    """Milliseconds of a step of each model, from a CSV file of step_time.py."""
-    return {_model(row): row["step_ms"] for row in pandas.read_csv(path).to_dict("records")}
+    """Milliseconds of a step of each model, by its values of ``MODEL``, from a CSV file of step_time.py."""
+    rows = with_models(pandas.read_csv(path))
+    return {tuple(row[name] for name in MODEL): row["step_ms"] for row in rows.to_dict("records")}
+
+
+def with_models(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """Rows of step times with all columns of ``MODEL``, which older files lack."""
+    given = {name: rows[name].fillna(value).astype(int) if name in rows else value for name, value in _EARLIER.items()}
+    return rows.assign(**given)
 
 
 def _values(rows, name):
@@ -194,7 +207,19 @@ def tables(rows: list[dict], step_ms: dict[tuple, float] | None = None) -> str:
 
 
 def plots(rows: list[dict], out: Path) -> list[Path]:
-    """Draw every plot into the folder; returns the files.
+    """Draw every plot into the folder; returns the files."""
+    from matplotlib import pyplot
+
+    files = []
+    for name, figure in draw(rows).items():
+        files.append(out / f"{name}.png")
+        figure.savefig(files[-1], dpi=110)
+        pyplot.close(figure)
+    return files
+
+
+def draw(rows: list[dict]) -> "dict[str, Figure]":  # noqa: F821
+    """The plots by their names.
 
     Quality against router FLOPs and total FLOPs, both with and without dispatch; over training: loss, experts used,
     imbalance factor, mass recall; and, where there are several, over the number of experts: quality, router FLOPs.
@@ -205,17 +230,15 @@ def plots(rows: list[dict], out: Path) -> list[Path]:
     from matplotlib import pyplot
 
     found, styles = groups(rows), styles_of(rows)
-    files = []
+    drawn = {}
     for what, label in (("router", "router"), ("total", "all")):
         kinds = ((what, label), (f"{what}_with_dispatch", f"{label} with dispatch"))
-        draw = partial(_draw_against_flops, styles, kinds)
-        files.append(_grid(pyplot, found, 2, draw, styles, out / f"quality_flops_{what}.png"))
-    files.append(_grid(pyplot, found, 4, partial(_draw_training, styles), styles, out / "training.png"))
+        drawn[f"quality_flops_{what}"] = _grid(pyplot, found, 2, partial(_draw_against_flops, styles, kinds), styles)
+    drawn["training"] = _grid(pyplot, found, 4, partial(_draw_training, styles), styles)
     over_experts = _over_experts(found)
     if over_experts:
-        draw = partial(_draw_over_experts, styles)
-        files.append(_grid(pyplot, over_experts, 2, draw, styles, out / "experts.png"))
-    return files
+        drawn["experts"] = _grid(pyplot, over_experts, 2, partial(_draw_over_experts, styles), styles)
+    return drawn
 
 
 def styles_of(rows):
@@ -341,7 +364,7 @@ def number_ticks(axis):
     axis.set_minor_formatter(NullFormatter())
 
 
-def _grid(pyplot, found, columns: int, draw: Callable, styles: dict, file: Path) -> Path:
+def _grid(pyplot, found, columns: int, draw_axis: Callable, styles: dict) -> "Figure":  # noqa: F821
     """Draw one row of axes per group, with the group as title and one legend for all above them."""
     from matplotlib.lines import Line2D
 
@@ -351,15 +374,13 @@ def _grid(pyplot, found, columns: int, draw: Callable, styles: dict, file: Path)
     for (regime, variants), line in zip(found.items(), axes, strict=True):
         line[0].set_title(regime.title, fontsize=10, loc="left")
         for column, axis in enumerate(line):
-            draw(axis, variants, column)
+            draw_axis(axis, variants, column)
             axis.grid(alpha=0.3)
             if not axis.has_data():
                 axis.set_axis_off()
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=2 * columns - (columns == 2), fontsize=9)
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
-    return file
+    return figure
 
 
 def rows_of(files: Sequence[Path]) -> list[dict]:
@@ -389,8 +410,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = rows_of(args.results)
     if not rows:
         sys.exit(f"{', '.join(map(str, args.results))}: no results")
+    with refused(parser):
+        step_ms = None if args.step_times is None else read_step_times(args.step_times)
     args.out.mkdir(parents=True, exist_ok=True)
-    text = tables(rows, None if args.step_times is None else read_step_times(args.step_times))
+    text = tables(rows, step_ms)
     (args.out / "tables.md").write_text(text)
     files = plots(rows, args.out)
     sys.stdout.write(f"{text}\n{args.out / 'tables.md'}\n" + "".join(f"{file}\n" for file in files))

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from benchmarks import ROOT
+from benchmarks.arguments import not_negative, positive, refused
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,11 @@ class Run:
     def name(self) -> str:
         of_data = f"seed={self.seed} {self.corpus} {self.flags['train-iters']} steps"
         return f"{self.variant} E={self.experts} K={self.topk} F={self.ffn} {of_data}"
+
+    @property
+    def layers(self) -> int:
+        """Number of its layers."""
+        return self.flags["num-layers"]
 
     @property
     def prepared(self) -> str:
@@ -271,15 +277,18 @@ class Study:
         """The results of this precision, by the keys of their runs."""
         return {row["key"]: row for row in read_results(self.results) if row["precision"] == self.precision}
 
-    def make(self, pending: list[Run], jobs: int) -> list[Run]:
-        """Prepare the data of the pending runs and make these runs, ``jobs`` at a time; returns those that failed."""
+    def prepare(self, pending: list[Run]) -> dict[str, "Meta"]:  # noqa: F821
+        """Prepare the data sets of the pending runs, and return their sizes by ``Run.prepared``."""
         from benchmarks.quality.data import prepare
 
-        failed = []
-        logger.info("%d runs, %d of them done before", len(self.runs), len(self.runs) - len(pending))
         corpora = {run.prepared: (run.corpus, run.vocabulary) for run in pending}
         data = self.out / "data"
-        metas = {name: prepare(*corpus, self.data_dir, data / name) for name, corpus in corpora.items()}
+        return {name: prepare(*corpus, self.data_dir, data / name) for name, corpus in corpora.items()}
+
+    def make(self, pending: list[Run], metas: dict[str, "Meta"], jobs: int) -> list[Run]:  # noqa: F821
+        """Make the pending runs on their prepared data, ``jobs`` at a time; returns those that failed."""
+        failed = []
+        logger.info("%d runs, %d of them done before", len(self.runs), len(self.runs) - len(pending))
         with ThreadPoolExecutor(jobs) as pool, logging_redirect_tqdm():
             futures = {pool.submit(self._make_one, run, metas[run.prepared]): run for run in pending}
             try:
@@ -450,9 +459,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data/stdlib", help="where the corpus is")
     parser.add_argument("--out", type=Path, default=ROOT / "out/quality", help="for data sets, logs, TensorBoard files")
     parser.add_argument("--results", type=Path, help="file of JSON lines (OUT/CONFIG.jsonl where not given)")
-    parser.add_argument("--jobs", type=int, default=None, help="runs at a time (a CPU's cores over a run's threads)")
-    parser.add_argument("--threads", type=int, default=1, help="of a run on a CPU")
-    parser.add_argument("--checkpoint-interval", type=int, default=600, help="steps; 0 makes no checkpoints")
+    parser.add_argument("--jobs", type=positive, default=None, help="runs at a time (cores over a run's threads)")
+    parser.add_argument("--threads", type=positive, default=1, help="of a run on a CPU")
+    parser.add_argument("--checkpoint-interval", type=not_negative, default=600, help="steps; 0 makes no checkpoints")
     parser.add_argument("--keep-checkpoints", action="store_true", help="keep them all, for copying.py")
     parser.add_argument("--only", default="*", help="pattern of the names of runs, such as 'air*E=16384*'")
     parser.add_argument("--list", action="store_true", help="list the runs, done or not, and make none")
@@ -480,7 +489,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(str(error))
     results.parent.mkdir(parents=True, exist_ok=True)
     jobs = args.jobs or (1 if study.on_gpu else max(1, len(os.sched_getaffinity(0)) // args.threads))
-    failed = study.make(pending, jobs)
+    with refused(parser):
+        metas = study.prepare(pending)
+    failed = study.make(pending, metas, jobs)
     logger.info("results: %s", results)
     if failed:
         sys.exit(f"{len(failed)} runs failed: {', '.join(run.name for run in failed)}")

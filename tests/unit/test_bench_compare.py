@@ -24,6 +24,27 @@ def test_a_case_of_one_tree_alone_has_no_ratio():
     assert table.ratio["a"] == 0.5 and pandas.isna(table.ratio["b"])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["HEAD", "--bench", "recall"], "argument --bench: invalid choice: 'recall'"),
+        (["no-such-commit"], "'no-such-commit' must be a commit of this repository"),
+        (["HEAD", "--rounds", "0"], "argument --rounds: '0' must be a whole number of at least 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_any_work(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "checkout", None)
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(words)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_rows_that_cannot_be_told_apart_are_refused():
+    compare.check_rows(rows(1.0, 2.0), "layer")
+    with pytest.raises(ValueError, match="must differ in case and experts, but 'a' with E = 4 occurs twice"):
+        compare.check_rows(rows(1.0, 2.0).assign(case="a", experts=4), "layer")
+
+
 def worktrees() -> set[str]:
     """The folders of all worktrees; their commits may change meanwhile."""
     listed = run(["git", "worktree", "list", "--porcelain"], cwd=compare.ROOT, check=True).stdout

@@ -1,15 +1,19 @@
 """The roofline bound on numbers worked by hand, and every benchmark from its command line, at tiny sizes on CPU."""
 
+import argparse
 import csv
 import dataclasses
 import logging
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from air_moe_megatron.config import AIRSizes
-from benchmarks import measure, roofline, tables, targets, timing
+from benchmarks import checks, layer, measure, peaks, roofline, tables, targets, timing
+from benchmarks.arguments import BENCHMARKS
+from benchmarks.models import Sizes
 from benchmarks.roofline import Ceilings, Work
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs/results"
@@ -24,7 +28,7 @@ NAMES = {
     "router": ("--experts 256 --hidden 16 --tokens 64 --topk 8", 4),
     "growth": ("--experts 256 1024 --hidden 16 --tokens 64 --topk 8", 3),
     "scaling": ("--experts 256 4096 --dense-gib 0.0005 --hidden 16 --tokens 64 --topk 8", 4),
-    "layer": ("--experts 1024 --stock-experts 256 --hidden 16 --tokens 64 --topk 8 --no-memory", 4),
+    "layer": ("--experts 1024 --stock-experts 256 --hidden 16 --tokens 64 --topk 8 --no-memory", 6),
     "refresh": ("--experts 256 --hidden 16 --tokens 64 --topk 8", 4),
     "diagnostics": ("--experts 256 --hidden 16 --tokens 64 --topk 8", 4),
     "train": ("--experts 256 --hidden 16 --tokens 64 --sequence 16 --topk 4", 6),
@@ -202,6 +206,14 @@ def test_cpu_seconds_of_several_threads_have_no_rates():
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_cpu_seconds_of_more_ranks_than_cores_have_no_rates():
+    cores = len(os.sched_getaffinity(0))
+    assert measure.is_by_clock(torch.device("cpu"), cores)
+    assert not measure.is_by_clock(torch.device("cpu"), cores + 1)
+    assert measure.is_by_clock(torch.device("cuda"), cores + 1)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_checks_before_it_measures(main, name, tmp_path, caplog, capsys):
     flags, num_checks = NAMES[name]
@@ -241,9 +253,96 @@ def test_recall_of_power_law_tokens(main, tmp_path, capsys):
     assert "topk_recall" in capsys.readouterr().out and (tmp_path / "rows.csv").exists()
 
 
-def test_recall_refuses_a_hidden_size_without_even_axes(main):
-    with pytest.raises(ValueError, match=r"--hidden \(24\) must be a power of two"):
-        main(["recall", "--experts", "256", "--hidden", "24"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("recall --hidden 500", "--hidden (500) must be a power of two"),
+        ("layer --ffn 2", "--ffn (2) must be 1 for PEER, or add --no-baseline"),
+        ("router --experts 250", "--experts (250) must be a square, for product keys"),
+        ("kernels --experts 250", "--experts (250) must be a square, for product keys"),
+        ("scaling --experts 256 250", "--experts (250) must be a square, for product keys"),
+        ("train --tokens 100 --sequence 16", "--tokens (100) must be divisible by --sequence (16)"),
+        ("dispatch --experts 33 --ranks 2", "--experts (33) must be divisible by --ranks (2)"),
+        ("growth --repetitions 0", "argument --repetitions: '0' must be a whole number of at least 1"),
+        ("router --tokens x", "argument --tokens: 'x' must be a whole number of at least 1"),
+        ("router --probes -1", "argument --probes: '-1' must be a whole number of at least 0"),
+    ],
+)
+def test_sizes_that_a_benchmark_cannot_have_are_refused_before_any_work(main, line, message, monkeypatch, capsys):
+    for module in BENCHMARKS:
+        monkeypatch.setattr(f"benchmarks.{module}.run", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(line.split())
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")
+
+
+def test_kernels_are_profiled_after_their_checks(main, caplog):
+    rows = main(["kernels", *"--experts 256 --hidden 16 --tokens 64 --topk 8 --shown 1".split(), *QUICK])
+    passed = [message for message in map(logging.LogRecord.getMessage, caplog.records) if "check passed" in message]
+    assert len(passed) == 8  # router, three layers, lists and tokens of both AIR cases
+    assert {row["case"].partition(":")[0] for row in rows} == {
+        *("AIRRouter.route", "AIRMoELayer", "HierarchicalMoELayer", "PEERLayer")
+    }
+
+
+@pytest.fixture
+def place(main):
+    """The device and the process groups of a benchmark."""
+    with measure.world() as found:
+        yield found
+
+
+def test_a_wrong_peer_layer_fails_its_check(place, monkeypatch):
+    from benchmarks.peer import PEERLayer
+
+    device, pg_collection = place
+    checks.check_peer(pg_collection, device)
+    right = PEERLayer.forward
+    for wrong in (lambda self, x: right(self, x) * 1.01, lambda self, x: right(self, x.detach()) + 0 * x):
+        monkeypatch.setattr(PEERLayer, "forward", wrong)
+        with pytest.raises(AssertionError):
+            checks.check_peer(pg_collection, device)
+
+
+@pytest.mark.parametrize("kind", ["AIRRouter.route", "AIRMoELayer", "PEERLayer"])
+def test_each_peak_is_measured_by_itself(kind, place, monkeypatch):
+    """In one process only the first peak is reliable."""
+    sizes, measured = Sizes(experts=256, hidden=16, tokens=64, topk=8), []
+
+    def peak_memory(work, device):
+        work()
+        measured.append(device)
+        return 3 * measure.MIB
+
+    def measure_memory(measure, args, device, pg_collection):
+        before = len(measured)
+        peak = measure(*args, device, pg_collection)
+        assert len(measured) == before + 1
+        return peak
+
+    monkeypatch.setattr(peaks, "peak_memory", peak_memory)
+    monkeypatch.setattr(peaks, "measure_memory", measure_memory)
+    has_lists = kind != "PEERLayer"
+    expected = {"peak_mib": 3, "peak_with_rebuild_mib": 3 if has_lists else ""}
+    assert peaks.peak_columns(kind, sizes, *place) == expected
+    assert len(measured) == (2 if has_lists else 1)
+
+
+def test_two_cases_of_a_group_have_two_names():
+    args = argparse.Namespace(experts=256, hidden=16, tokens=64, topk=8, ffn=1, stock_experts=256, no_baseline=False)
+    names = [name for _, kinds in layer._groups(args) for name in kinds]
+    assert len(names) == len(set(names)) == 5
+
+
+def test_recall_routes_only_the_tokens_that_it_measures(main, monkeypatch):
+    from air_moe_megatron import AIRRouter
+
+    routed, route = [], AIRRouter.route
+    monkeypatch.setattr(AIRRouter, "route", lambda self, tokens: routed.append(len(tokens)) or route(self, tokens))
+    main(["recall", *"--experts 256 --hidden 16 --tokens 300 --topk 8 --updates 1".split()])
+    of_a_case = [300, *[64] * 16]  # one update, and the samples
+    assert routed[-3 * len(of_a_case) :] == 3 * of_a_case
 
 
 def test_dispatch_over_two_processes(main):
@@ -311,6 +410,12 @@ def test_a_table_is_made_of_the_rows_of_several_files(tmp_path):
     assert lines[4:] == ["", "| other |", ""]
     with pytest.raises(ValueError, match="layer.csv has no rows"):
         tables.filled("<!-- rows of layer.csv -->\n\n| old |\n", tmp_path)
+
+
+def test_tables_of_a_folder_without_a_page_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tables.main([str(tmp_path)])
+    assert stopped.value.code == 2 and "README.md" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_commit_of_a_copy_is_the_one_it_is_told(monkeypatch, tmp_path):

@@ -322,22 +322,27 @@ def test_the_study_measures_and_plots(routers, tmp_path):
     arrange(router, "near-codewords", 3, 1.0)
     rows = [study.measure_step(router, iteration) for iteration in study.KEPT_STEPS]
     assert all(row["violations"] == 0 and row["kept_bound"] <= row["mass_recall"] for row in rows)
-    study.plot(pandas.DataFrame(rows), tmp_path / "bounds.png")
-    assert (tmp_path / "bounds.png").stat().st_size > 10_000
+    assert [row["tokens"] for row in rows] == [T] * len(rows)  # those that were sampled, not those asked for
+    table = pandas.DataFrame(rows)
+    figure = study.plot(table, tmp_path / "bounds.png")
+    assert (tmp_path / "bounds.png").is_file()
+    names = (("mass_recall", "mass_bound", "paper_bound"), ("exact", "certified_L", "certified_0"))
+    for axis, columns in zip(figure.axes, names, strict=True):
+        drawn = [[list(values) for values in line.get_data()] for line in axis.get_lines()]
+        assert drawn == [[list(study.KEPT_STEPS), list(table[column])] for column in columns]
 
 
-def test_the_study_samples_as_many_tokens_as_it_says(megatron_cpu, monkeypatch):
+def test_the_study_samples_as_many_tokens_as_it_asks_for(monkeypatch):
     from air_moe_megatron.routers import air
     from benchmarks.quality import bounds as study
 
-    router = make_router(megatron_cpu, moe_router_type="air", num_moe_experts=EXPERTS)
-    monkeypatch.setattr(air, "SAMPLE_SIZE", 64)  # puts the number back
-    study.sample_up_to(200)
-    router(torch.randn(100, 2, router.config.hidden_size))
-    assert study.measure_step(router, 1)["tokens"] == len(router.sample.hidden) == 200
+    monkeypatch.setattr(air, "SAMPLE_SIZE", air.SAMPLE_SIZE)
+    study.set_sample_size(study.NUM_TOKENS)
+    # Of 2,048 tokens in 16 sequences every fifth: every fourth would be of a quarter of the sequences.
+    assert air.sample_step(2048, 1) == 4 and air.sample_step(2048, 16) == 5
     monkeypatch.delattr(air, "SAMPLE_SIZE")
-    with pytest.raises(AttributeError, match="has no SAMPLE_SIZE"):
-        study.sample_up_to(200)
+    with pytest.raises(AttributeError, match="SAMPLE_SIZE"):
+        study.set_sample_size(study.NUM_TOKENS)
 
 
 def test_constants_of_changed_routers_are_refused(routers):

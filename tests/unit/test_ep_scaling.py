@@ -54,6 +54,27 @@ def test_loads_are_those_of_all_layers_and_not_of_the_last_one(example, tmp_path
     assert (row.dispatched_bytes_per_token, row.remote_bytes_per_token, row.steps) == (60.0, 40.0, 20)
 
 
+@pytest.mark.parametrize(
+    ("warmup", "arguments", "message"),
+    [
+        (0, None, "Megatron's argument log_interval is not in it; did the run start?"),
+        (11, {}, "no scalar iteration-time lies after the warm-up of 11 steps"),
+        (0, {"params_dtype": "torch.int8"}, "params_dtype (torch.int8) must be one of torch.float32"),
+    ],
+    ids=["empty", "warmup", "dtype"],
+)
+def test_what_a_run_lacks_is_named_with_its_folder(example, tmp_path, warmup, arguments, message):
+    if arguments is not None:
+        write(tmp_path, **arguments)
+    with pytest.raises(ValueError) as raised:
+        example.read_run(tmp_path, warmup, 300.0)
+    assert str(raised.value).startswith(f"{tmp_path}: {message}")
+
+
+def test_steps_of_the_warmup_do_not_count(example, tmp_path):
+    assert example.read_run(write(tmp_path), 10, 300.0)[1].steps == 10
+
+
 def test_a_distributed_optimizer_is_planned_as_one(example, tmp_path):
     plain, distributed = (
         example.read_run(write(tmp_path / str(given), use_distributed_optimizer=given), 0, 300.0)[2].mb_per_step

@@ -1,6 +1,7 @@
 """`make gpu`: what passes, what fails, that a failure stops nothing; and the whole command in a dry run on the CPU."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -61,18 +62,24 @@ def test_a_curve_is_compared_at_every_step(losses, passed, word):
 @pytest.mark.parametrize(
     ("losses", "ending", "passed"),
     [
-        ({"1": 3.0, "2": 2.0}, "", True),
-        ({"1": 3.0, "2": 2.0}, "stopped after 90 s", True),  # while it saved the last checkpoint, say
+        ({"1": 3.0, "2": 2.0}, "stopped after 90 s", True),
         ({"1": 3.0}, "stopped after 90 s", False),
+        ({"1": 9.0, "2": 2.0}, "stopped after 90 s", False),
         ({"1": 3.0, "2": 2.0}, "exit status 1", False),
+        ({}, "the data: exit status 1", False),
     ],
+    ids=("complete", "too-short", "outside", "failed", "no-data"),
 )
-def test_a_run_whose_losses_are_complete_may_run_out_of_time(setup, monkeypatch, losses, ending, passed):
+def test_a_curve_of_a_run_that_was_stopped_passes_if_it_is_complete(losses, ending, passed, setup, monkeypatch):
     setup.curves.write_text(json.dumps(reference()))
-    monkeypatch.setattr(gpu_steps, "make_curves", lambda *args: None)
-    monkeypatch.setattr(gpu_steps, "_train", lambda *args: (losses, ending))
-    result = gpu_steps.run_curve(setup, 90)
-    assert result.passed is passed and ending in result.detail
+    monkeypatch.setattr(gpu_steps, "_train", lambda *_: (losses, ending))
+    result = gpu_steps.run_curve(dataclasses.replace(setup, dry=False), 90)
+    assert result.passed is passed and result.detail.endswith(f"; {ending}") and result.figures["ending"] == ending
+
+
+def test_the_page_says_of_huge_pages_what_the_rows_say(monkeypatch):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    assert gpu.environment(dry=True)["large_pages"].endswith(", asked for")
 
 
 def test_curves_of_another_demo_are_not_compared_with():

@@ -1,6 +1,7 @@
 """Tables and plots of the quality study, and those of its results that are committed."""
 
 import json
+import math
 import re
 import statistics
 import tomllib
@@ -9,7 +10,7 @@ from pathlib import Path
 import pandas
 import pytest
 
-from benchmarks.quality import copying, overview, report, study
+from benchmarks.quality import context, copying, drift, overview, report, study
 from benchmarks.quality.flops import flops_per_token
 
 FOLDER = Path(study.__file__).parent
@@ -25,7 +26,7 @@ def result(variant, seed, perplexity, **health):
         "flops_per_token": {"router": 2e6, "router_with_dispatch": 4e6, "total": 5e6, "total_with_dispatch": 7e6},
         "health": {name: [[5, value / 2], [10, value]] for name, value in health.items()},
         "train_losses": [[5, 3.0], [10, 2.0]], "device": "d", "torch": "t", "megatron_core": "m", "commit": "c",
-        "flags": {"moe-router-type": variant.split("-")[0]},
+        "flags": {"moe-router-type": variant.split("-")[0], "num-layers": 2},
     }  # fmt: skip
 
 
@@ -65,6 +66,8 @@ def test_the_table_shows_step_times_where_the_group_was_timed(tmp_path):
     of_air, of_topk = first.splitlines()[2:]
     assert "| total | ms per step |" in first and "| 5.00 | 13 |" in of_air and "| 5.00 |  |" in of_topk
     assert "ms per step" not in second
+    path.write_text("corpus,vocabulary,layers,variant,experts,topk,ffn,step_ms\nwikitext-2,4096,6,air,64,4,1,12.6\n")
+    assert "ms per step" not in report.tables(rows, report.read_step_times(path))  # of a model with more layers
 
 
 def test_runs_with_different_flags_are_not_taken_for_seeds():
@@ -101,10 +104,39 @@ def test_the_same_text_in_bytes_is_another_regime():
     assert [overview.title(regime) for regime in found] == ["Gutenberg in bytes, E = 64", "Gutenberg, E = 64"]
 
 
+def lines_of(axis):
+    """The data of an axis' lines."""
+    return [
+        tuple([round(float(value), 6) for value in values] for values in line.get_data()) for line in axis.get_lines()
+    ]
+
+
+def points_of(axis):
+    """All points of an axis' lines. A run without repetition is drawn twice, the second time without error bar."""
+    return {point for values in lines_of(axis) for point in zip(*values, strict=True) if not math.isnan(sum(point))}
+
+
+def close(figures):
+    from matplotlib import pyplot
+
+    for figure in figures.values():
+        pyplot.close(figure)
+
+
 def test_the_plots_are_drawn(tmp_path):
     rows = [result("topk", 1, 100.0), result("air", 1, 90.0, **{"experts-used": 0.5, "imbalance-factor": 3.0})]
     files = report.plots(rows, tmp_path)
-    assert len(files) == 3 and all(file.stat().st_size > 10_000 for file in files)
+    assert [file.name for file in files] == ["quality_flops_router.png", "quality_flops_total.png", "training.png"]
+    assert all(file.is_file() for file in files)
+    drawn = report.draw(rows)
+    with_flops, with_dispatch = drawn["quality_flops_router"].axes
+    assert points_of(with_flops) == {(2.0, 100.0), (2.0, 90.0)} and points_of(with_dispatch) == {(4.0, 100), (4.0, 90)}
+    assert points_of(drawn["quality_flops_total"].axes[0]) == {(5.0, 100.0), (5.0, 90.0)}
+    of_training = [lines_of(axis) for axis in drawn["training"].axes]
+    assert of_training == [
+        [([5, 10], [0.0, 0.0])] * 2, [([5, 10], [0.25, 0.5])], [([5, 10], [1.5, 3.0])], [],
+    ]  # fmt: skip
+    close(drawn)
 
 
 def test_the_reference_is_black_and_variants_of_a_router_share_their_colour():
@@ -116,14 +148,18 @@ def test_the_reference_is_black_and_variants_of_a_router_share_their_colour():
     assert len({style["marker"] for style in variants}) == len({style["linestyle"] for style in variants}) == 5
 
 
-def test_numbers_of_experts_are_joined_where_nothing_else_differs(tmp_path):
+def test_numbers_of_experts_are_joined_where_nothing_else_differs():
     larger = result("topk", 1, 80.0) | {"experts": 256}
     rows = [result("topk", 1, 100.0), larger, result("air", 1, 90.0), larger | {"ffn": 2}]
     joined = report._over_experts(report.groups(rows))
     assert {place: {experts: set(of) for experts, of in found.items()} for place, found in joined.items()} == {
         ("wikitext-2", 4096, 1000, "fp32", None, 4, 1): {64: {"topk", "air"}, 256: {"topk"}}
     }
-    assert "experts.png" in {file.name for file in report.plots(rows, tmp_path)}
+    drawn = report.draw(rows)
+    against_topk, flops = drawn["experts"].axes
+    assert sorted(value for _, value in points_of(against_topk)) == [-10.0, 0.0, 0.0]  # topk itself at both sizes
+    assert points_of(flops) == {(64.0, 2.0), (256.0, 2.0)}
+    close(drawn)
 
 
 def test_the_overview_compares_one_router_with_the_others_where_there_are_three_seeds(tmp_path):
@@ -140,7 +176,10 @@ def test_the_overview_compares_one_router_with_the_others_where_there_are_three_
         "| topk | **1.5 +- 0.5% better**, at 0.12 | **3.0 +- 1.0% worse**, at 0.12 |",
         "| hash | 105.2% worse, at 1.00 (1 seed) | 49.5% better, at 1.00 (1 seed) |",
     ]
-    assert overview.plot(rows + elsewhere, tmp_path / "overview.png").stat().st_size > 10_000
+    figure = overview.plot(rows + elsewhere, tmp_path / "overview.png")
+    assert (tmp_path / "overview.png").is_file()
+    better, worse = (points_of(axis) for axis in figure.axes[:2])
+    assert {(5.0, -1.5), (40.0, 0.0)} <= better and {(5.0, 3.0), (40.0, 0.0)} <= worse
     assert not overview.regimes([row | {"topk": 8} for row in rows], "air")
 
 
@@ -153,7 +192,8 @@ def test_the_overview_of_one_regime_has_all_its_variants(tmp_path):
     assert [set(variants) for variants in overview.regimes(rows, "air").values()] == [{"topk", "air", "vq"}]
     lines = overview.comparison(rows).splitlines()
     assert [line.split(" | ")[0] for line in lines] == ["| air against", "|---|---|", "| topk", "| vq"]
-    assert overview.plot(rows, tmp_path / "overview.png").stat().st_size > 10_000
+    (axis,) = overview.plot(rows, tmp_path / "overview.png").axes
+    assert {round(value) for _, value in points_of(axis)} == {0, 5, 10}
 
 
 @pytest.mark.parametrize("name", ["small", "full", "bytes", "deep"])
@@ -181,8 +221,10 @@ def test_tables_in_the_documents_are_those_of_the_results():
     rows = [row for name in ("full", "bytes") for row in study.read_results(RESULTS / f"quality/{name}.jsonl")]
     for subject in ("air", "air-low-rank-whitening", "hash-air"):
         assert overview.comparison(rows, subject) in text, "overview.py makes another table of the results"
-    for table in copying.table(pandas.read_csv(RESULTS / "quality/copying.csv")).split("\n\n"):
-        assert table in text, f"copying.py makes another table of the results:\n{table}"
+    for maker in (copying, drift, context):
+        name = maker.__name__.rpartition(".")[2]
+        for table in maker.table(pandas.read_csv(RESULTS / f"quality/{name}.csv")).split("\n\n"):
+            assert table in text, f"{name}.py makes another table of the results:\n{table}"
 
 
 # What the README calls the variants.
