@@ -36,7 +36,7 @@ from benchmarks import ROOT
 from benchmarks.arguments import positive, refused
 from benchmarks.measure import environment, world
 from benchmarks.quality.data import prepare
-from benchmarks.quality.in_process import batches, begin, keys_of, observed, read_rows, trainer_of
+from benchmarks.quality.in_process import batches, begin, keys_of, observed, read_rows, replace_rows, trainer_of
 from benchmarks.quality.study import Run, load_runs
 
 logger = logging.getLogger(__name__)
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             text = batches(data / run.prepared / "test", run.flags, device)
             text = text[:: max(1, len(text) // args.batches)][: args.batches]
             made = pandas.DataFrame(rows_of(run, missing[run.key], text, pg_collection, device))
-        rows = pandas.concat((rows, made.assign(batches=args.batches)), ignore_index=True)
+        rows = replace_rows(rows, made.assign(batches=args.batches), ("key", "batches", "step"))
         args.out.parent.mkdir(parents=True, exist_ok=True)
         rows.to_csv(args.out, index=False)
     shown = rows_of_runs(rows, runs, args.batches)

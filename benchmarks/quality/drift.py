@@ -33,7 +33,16 @@ from benchmarks import ROOT
 from benchmarks.arguments import not_negative, positive, refused
 from benchmarks.measure import environment, world
 from benchmarks.quality.data import prepare
-from benchmarks.quality.in_process import CONSTANT_RATE, batches, begin, keys_of, model_of, read_rows, trainer_of
+from benchmarks.quality.in_process import (
+    CONSTANT_RATE,
+    batches,
+    begin,
+    keys_of,
+    model_of,
+    read_rows,
+    replace_rows,
+    trainer_of,
+)
 from benchmarks.quality.study import BYTES, Run
 from benchmarks.train import Trainer
 
@@ -183,10 +192,17 @@ def model_to_train(config: dict, experts: int) -> Run:
     return run
 
 
+def with_setting(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """Rows with the columns of ``SETTING``, empty where they lack them."""
+    return rows.reindex(columns=list(dict.fromkeys((*rows.columns, *SETTING))))
+
+
 def of_setting(rows: pandas.DataFrame, setting: dict[str, object]) -> pandas.DataFrame:
     """The rows of one setting."""
-    known = rows.reindex(columns=list(dict.fromkeys((*rows.columns, *SETTING))))
-    return rows[[key == tuple(setting[name] for name in SETTING) for key in keys_of(known, SETTING)]]
+    if not len(rows):
+        return rows
+    wanted = tuple(setting[name] for name in SETTING)
+    return rows[[key == wanted for key in keys_of(rows, SETTING)]]
 
 
 def table(rows: pandas.DataFrame) -> str:
@@ -256,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with refused(parser):
         run = model_to_train(tomllib.loads(args.config.read_text()), args.experts)
-        rows = read_rows(args.out)
+        rows = with_setting(read_rows(args.out))
     begin(args.threads)
     own, other = (args.work / f"{name}-{run.vocabulary}" for name in (run.corpus, _OTHER))
     with refused(parser):
@@ -274,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             first = batches(own / "train", run.flags, device)[: args.steps[0]]
             second = batches(new_text, run.flags, device)[: args.steps[1]]
             made = rows_of_seed(run, first, second, seed, pg_collection, device)
-        rows = pandas.concat((rows, pandas.DataFrame(made).assign(**setting)), ignore_index=True)
+        rows = replace_rows(rows, pandas.DataFrame(made).assign(**setting), (*SETTING, "seed"))
         rows.to_csv(args.out, index=False)
     shown = of_setting(rows, setting)
     logger.info("%s", table(shown))

@@ -1,5 +1,7 @@
 """A benchmark on two commits: the table by hand, and one run on two trees."""
 
+import contextlib
+
 import pandas
 import pytest
 
@@ -43,6 +45,17 @@ def test_rows_that_cannot_be_told_apart_are_refused():
     compare.check_rows(rows(1.0, 2.0), "layer")
     with pytest.raises(ValueError, match="must differ in case and experts, but 'a' with E = 4 occurs twice"):
         compare.check_rows(rows(1.0, 2.0).assign(case="a", experts=4), "layer")
+
+
+def test_the_benchmarks_end_the_command_as_they_end_themselves(monkeypatch, capsys):
+    monkeypatch.setattr(compare, "checkout", lambda commit: contextlib.nullcontext(compare.ROOT))
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["HEAD", "--bench", "growth", "--repetitions", "0"])
+    assert stopped.value.code == 2 and "Traceback" not in capsys.readouterr().err
+    monkeypatch.setattr(compare, "time_tree", lambda *_: compare.check_rows(rows(1.0, 2.0).iloc[[0, 0]], "growth"))
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["HEAD", "--bench", "growth"])
+    assert stopped.value.code == 2 and "growth: rows must differ" in capsys.readouterr().err.splitlines()[-1]
 
 
 def worktrees() -> set[str]:

@@ -111,7 +111,8 @@ def test_new_rows_take_the_place_of_those_of_the_same_model():
     rows = pandas.DataFrame({"model": ["air", "air"], "experts": [64, 64], "loss": [4.0, 5.0]})
     found = in_process.replace_rows(earlier, rows, ("model", "experts"))
     assert found.loss.tolist() == [2.0, 3.0, 4.0, 5.0]
-    assert in_process.replace_rows(pandas.DataFrame(), rows, ("model", "experts")) is rows
+    none = pandas.DataFrame(columns=["experts"])
+    assert in_process.replace_rows(none, rows, ("model", "experts")) is rows  # whose whole numbers stay such
 
 
 # Drift.
@@ -189,8 +190,9 @@ def test_only_rows_of_the_same_setting_are_done_and_shown(drift_rows):
     setting = {"key": "k", "experts": 64, "steps_before": 25, "steps_after": 12}
     others = [drift_rows.assign(**setting | {name: 1}) for name in setting]
     rows = pandas.concat((drift_rows, *others, drift_rows.assign(**setting)))  # the first have no such columns
-    assert len(drift.of_setting(rows, setting)) == len(drift_rows)
-    assert not len(drift.of_setting(drift_rows, setting)) and not len(drift.of_setting(pandas.DataFrame(), setting))
+    assert len(drift.of_setting(drift.with_setting(rows), setting)) == len(drift_rows)
+    for earlier in (drift_rows, pandas.DataFrame()):
+        assert not len(drift.of_setting(drift.with_setting(earlier), setting))
 
 
 def test_the_other_corpus_is_kept_for_each_corpus_and_vocabulary(tmp_path):
