@@ -114,6 +114,21 @@ def measure_step(router: "air.AIRRouter", iteration: int) -> dict[str, float]:  
     return row
 
 
+def table(rows: "pandas.DataFrame") -> str:  # noqa: F821
+    """The rows of the steps at which all constants were made, as a table in Markdown."""
+    shown = rows[rows.iteration.isin(KEPT_STEPS)].sort_values(["experts", "layer", "iteration"])
+    formats = {
+        **{"E": "{experts:,}", "layer": "{layer}", "step": "{iteration}", "mass recall": "{mass_recall:.3f}"},
+        **{"paper's bound": "{paper_bound:.4f}", "our bound": "{mass_bound:.3f}"},
+        **{"from kept constants": "{kept_bound:.3f}", "top-k is exact": "{exact:.1%}"},
+        **{"certified by constants alone": "{certified_0:.1%}", "L verified": "{certified_L:.1%}"},
+        **{"4L verified": "{certified_4L:.1%}", "L verified, kept": "{kept_certified:.1%}"},
+    }
+    lines = [f"| {' | '.join(formats)} |", "|---" * len(formats) + "|"]
+    lines += [f"| {' | '.join(formats.values())} |".format(**row) for row in shown.to_dict("records")]
+    return "\n".join(lines)
+
+
 def plot(table: "pandas.DataFrame", path: Path) -> "Figure":  # noqa: F821
     """Plot recall, bounds and certified share over the steps: a column per size, a line style per layer."""
     import matplotlib
@@ -165,10 +180,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for run in runs:
             prepare(run.corpus, run.vocabulary, args.data_dir, args.out / "data" / run.prepared)
     parts = [pandas.read_csv(train(run, args.out, args.threads)) for run in runs]
-    table = pandas.concat(parts, ignore_index=True).assign(**origin(on_gpu=False)).round(5)
+    rows = pandas.concat(parts, ignore_index=True).assign(**origin(on_gpu=False)).round(5)
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(args.results, index=False)
-    plot(table, args.results.with_suffix(".png"))
+    rows.to_csv(args.results, index=False)
+    plot(rows, args.results.with_suffix(".png"))
+    sys.stdout.write(f"{table(rows)}\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """The times in the README and on the H100's page are those of the rows that `make bench` and `make gpu` wrote."""
 
+import json
 import re
 from pathlib import Path
 
+import pandas
 import pytest
 
 from benchmarks.targets import read
 from tests.documents import README, ROOT, anchor_of, cells, section, sections
+from tests.processes import run
 
 RESULTS = ROOT / "docs/results"
 NUMBER = re.compile(r"(?<![\d.,])\d[\d,]*(?:\.\d+)?(?![\d.,]*\d)")
@@ -140,3 +143,30 @@ def test_sizes_and_commits_on_the_page_of_the_h100_are_those_of_their_rows(headi
                 assert row[COLUMN_OF[size]] == value.replace(",", ""), f"{size} = {value} of {first} | {head}"
                 num_sizes += 1
     assert num_sizes > 0
+
+
+def test_the_table_of_bounds_is_that_of_its_rows():
+    from benchmarks.quality import bounds
+
+    table = bounds.table(pandas.read_csv(RESULTS / "bounds.csv"))
+    assert table.count("\n") == 13 and table in (RESULTS / "README.md").read_text()
+
+
+def test_rows_are_of_commits_of_this_history():
+    """But those that the page of explorations names as lost."""
+    words = ["git", "-C", str(ROOT), "rev-parse", "--is-shallow-repository"]
+    if run(words).stdout.strip() != "false":
+        pytest.skip("needs the whole history")
+    commits = set()
+    for path in RESULTS.rglob("*.csv"):
+        commits |= {row["commit"] for row in read(path.parent, path.name)}
+    for path in RESULTS.rglob("*.jsonl"):
+        commits |= {json.loads(line)["commit"] for line in path.read_text().splitlines()}
+    commits = {commit.removesuffix("-dirty") for commit in commits}
+    asked = "".join(f"{commit}^{{commit}}\n" for commit in sorted(commits))
+    found = run(["git", "-C", str(ROOT), "cat-file", "--batch-check"], input=asked).stdout.splitlines()
+    missing = {line.split("^")[0] for line in found if line.endswith("missing")}
+    assert len(found) == len(commits) > 40
+    assert (
+        missing == {"9855d2a", "a85a0d9"} and "9855d2a and a85a0d9" in (RESULTS / "quality/exploration.md").read_text()
+    )
