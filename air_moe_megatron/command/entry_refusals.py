@@ -107,8 +107,10 @@ def _ranks_of_experts(args: argparse.Namespace) -> int:
 def _decreases_batch(args: argparse.Namespace) -> bool:
     """Whether Megatron would round the global batch down to whole microbatches on all data-parallel ranks."""
     ranks_of_model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
-    smallest = args.micro_batch_size * (args.world_size // ranks_of_model)
-    return not args.skip_train and args.global_batch_size is not None and args.global_batch_size % smallest != 0
+    if args.skip_train or args.global_batch_size is None or args.micro_batch_size is None:
+        return False
+    smallest = args.micro_batch_size * max(1, args.world_size // ranks_of_model)  # too few ranks are refused elsewhere
+    return args.global_batch_size % smallest != 0
 
 
 def _counts_evaluations(args: argparse.Namespace) -> bool:

@@ -256,7 +256,8 @@ def _check(record: Any, where: str, is_first: bool) -> None:
     for name in _NUMBERS[kind]:
         if not _is_number(record.get(name)):
             raise ValueError(f"{where}: {name} ({record.get(name)}) of a line of kind {kind} must be a number")
-    for name in _STEPS if kind == "step" else ():  # null or absent where they were not finite
+    optional = _STEPS if kind == "step" else ()  # null or absent where they were not finite
+    for name in optional:
         if record.get(name) is not None and not _is_number(record[name]):
             raise ValueError(f"{where}: {name} ({record[name]}) of a line of kind {kind} must be a number")
     if kind == "run" and not isinstance(record.get("arguments"), dict):

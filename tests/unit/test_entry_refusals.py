@@ -61,6 +61,26 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--micro-batch-size 2 --global-batch-size 8",
+        "--micro-batch-size 3 --global-batch-size 8 --skip-train",
+        "--micro-batch-size 2 --global-batch-size 8 --tensor-model-parallel-size 4",  # more than there are ranks
+        "--global-batch-size 8",
+    ],
+)
+def test_a_batch_that_needs_no_decrease_is_not_refused(monkeypatch, flags):
+    from megatron.training.arguments import parse_args
+
+    from air_moe_megatron.command.arguments import extra_args_provider
+    from air_moe_megatron.command.entry_refusals import FLAG_REFUSALS
+
+    monkeypatch.setattr("sys.argv", ["pretrain", "--decrease-batch-size-if-needed", *flags.split()])
+    (row,) = (row for row in FLAG_REFUSALS if row.flag == "--decrease-batch-size-if-needed")
+    assert row.applies(parse_args(extra_args_provider)) is False
+
+
 @pytest.mark.parametrize("flags, words", REFUSED.values(), ids=REFUSED)
 def test_flags_that_cannot_be_honored_are_refused_by_name(monkeypatch, flags, words):
     from megatron.training.arguments import parse_args
